@@ -1,0 +1,111 @@
+"""ResNets for small images: He et al. 2016, section 4.2, with 1x1 convs in the shortcuts (option B)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsp_kernels.errors import DSPPruningError
+
+__all__ = ["CifarResNet", "cifar_resnet"]
+
+_MAX_DEPTH = 1202  # the deepest network of the paper
+
+
+class _Block(nn.Module):
+    """Two 3x3 convs beside a shortcut; forward() depends on no width, so packing may change them."""
+
+    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv_a = nn.Conv2d(in_channels, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn_a = nn.BatchNorm2d(planes)
+        self.conv_b = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn_b = nn.BatchNorm2d(planes)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != planes:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        inner = F.relu(self.bn_a(self.conv_a(x)))
+        return F.relu(shortcut + self.bn_b(self.conv_b(inner)))
+
+
+class CifarResNet(nn.Module):
+    """x: (batch, in_channels, height, width) -> logits: (batch, num_classes).
+
+    architecture: name and arguments as plain JSON; it rebuilds the network when a saved one is loaded.
+    """
+
+    def __init__(self, depth: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.architecture: dict[str, Any] = {
+            "name": "cifar_resnet",
+            "args": {"depth": depth, "num_classes": num_classes, "in_channels": in_channels},
+        }
+        self.conv_1_3x3 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn_1 = nn.BatchNorm2d(16)
+        self.stage_1 = _stage(16, 16, blocks, stride=1)
+        self.stage_2 = _stage(16, 32, blocks, stride=2)
+        self.stage_3 = _stage(32, 64, blocks, stride=2)
+        self.classifier = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (batch, in_channels, height, width) -> logits (batch, num_classes)."""
+        x = F.relu(self.bn_1(self.conv_1_3x3(x)))
+        x = self.stage_3(self.stage_2(self.stage_1(x)))
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def cifar_resnet(
+    depth: int,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    generator: torch.Generator | None = None,
+) -> CifarResNet:
+    """CIFAR ResNet: x (batch, in_channels, height, width) -> logits (batch, num_classes), float32.
+
+    depth: 6n + 2, for example 20, 32, 44, 56, 110; at most 1202.
+    generator: draws the He-normal initial weights; None takes torch's global one.
+
+    Raises DSPPruningError for a depth that does not exist or a count below 1.
+    """
+    if not _is_count(depth) or depth < 8 or depth > _MAX_DEPTH or (depth - 2) % 6:
+        raise DSPPruningError(
+            f"cifar_resnet: depth is {depth!r}; it must be 6n + 2 with n >= 1 and at most {_MAX_DEPTH}, "
+            "for example 20, 32, 44, 56 or 110"
+        )
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not _is_count(value) or value < 1:
+            raise DSPPruningError(
+                f"cifar_resnet: {name} is {value!r}; it must be a whole number of at least 1"
+            )
+    model = CifarResNet(depth, num_classes, in_channels)
+    _initialize(model, generator)
+    return model
+
+
+def _stage(in_channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+    first = _Block(in_channels, planes, stride)
+    return nn.Sequential(first, *(_Block(planes, planes, 1) for _ in range(blocks - 1)))
+
+
+def _initialize(model: nn.Module, generator: torch.Generator | None) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # Fan-out keeps the size of the gradients from layer to layer (He et al. 2015).
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
+            nn.init.zeros_(module.bias)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
