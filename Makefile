@@ -1,0 +1,33 @@
+# make demo   install into .venv, then the whole way on real data
+# make test   the same install, then the test suite
+# make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := cli,vision,bench,test,dev
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint install clean
+install: $(INSTALLED)
+
+# An environment that already has torch keeps it: pip only fills in what is missing.
+$(INSTALLED): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/dsp demo
+
+# One thread per process: two torch processes that both use two cores slow each other down many times.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

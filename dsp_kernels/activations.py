@@ -1,0 +1,57 @@
+"""The activations that the op can fold, by name. Each of them maps 0 to 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsp_kernels.errors import DSPShapeError
+
+__all__ = ["ACTIVATIONS", "activate", "activate_", "activation_gradient", "check_activation"]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _silu_gradient(x: Tensor) -> Tensor:
+    s = x.sigmoid()
+    return s * (1 + x * (1 - s))
+
+
+def _hardswish_gradient(x: Tensor) -> Tensor:
+    return ((2 * x + 3) / 6) * ((x > -3) & (x < 3)) + (x >= 3)
+
+
+# name -> (function, the same in place, derivative at the value before the activation)
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "none": (_identity, _identity, lambda x: x.new_ones(())),
+    "relu": (F.relu, F.relu_, lambda x: x > 0),
+    "relu6": (F.relu6, lambda x: F.relu6(x, inplace=True), lambda x: (x > 0) & (x < 6)),
+    "silu": (F.silu, lambda x: F.silu(x, inplace=True), _silu_gradient),
+    "hardswish": (F.hardswish, lambda x: F.hardswish(x, inplace=True), _hardswish_gradient),
+}
+
+
+def check_activation(name: str) -> str:
+    """The name itself. Raises DSPShapeError if it is unknown."""
+    if name not in ACTIVATIONS:
+        raise DSPShapeError(f"activation {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+    return name
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """x: any shape. A new tensor, or x itself for "none"."""
+    return ACTIVATIONS[name][0](x)
+
+
+def activate_(x: Tensor, name: str) -> Tensor:
+    """x: any shape. Overwrites and returns x."""
+    return ACTIVATIONS[name][1](x)
+
+
+def activation_gradient(before: Tensor, name: str) -> Tensor:
+    """before: any shape, the value that the activation was applied to. The derivative there."""
+    return ACTIVATIONS[name][2](before)

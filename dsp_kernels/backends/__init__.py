@@ -1,0 +1,39 @@
+"""Ways to run one gather-grouped convolution; one file per way.
+
+A backend answers ``can_run(spec, dtype, device) -> (bool, reason)`` and turns a spec and its weights into a
+plan once; the plan is a function (x, residual) -> y and is called many times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.backends.eager import EagerBackend
+from dsp_kernels.conv_spec import ConvSpec
+from dsp_kernels.registry import Registry
+
+__all__ = ["BACKENDS", "ConvBackend", "ConvPlan"]
+
+ConvPlan = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class ConvBackend(Protocol):
+    """One way to run the op."""
+
+    name: str
+
+    def can_run(self, spec: ConvSpec, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        """Whether it runs this convolution on tensors of this dtype and device; the reason if not."""
+        ...
+
+    def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> ConvPlan:
+        """A function (x, residual) -> y with the weights arranged for this backend."""
+        ...
+
+
+BACKENDS: Registry[ConvBackend] = Registry("backend")
+BACKENDS.register(EagerBackend())

@@ -1,0 +1,202 @@
+"""GroupStructure: which channels each group of a multi-branch convolution reads and which it writes.
+
+It is checked once, when it is built; no kernel ever sees a bad index.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dsp_kernels.errors import DSPStructureError
+
+__all__ = ["Group", "GroupStructure"]
+
+# Symbols of the text rendering, one per group, then reused.
+_MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One branch: the input channels that it reads and the output channels that it writes, in weight order.
+
+    A group may read nothing: its outputs then hold its bias alone. It always writes something.
+    """
+
+    in_index: tuple[int, ...]
+    out_index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GroupStructure:
+    """The channels of every group of one convolution.
+
+    in_channels, out_channels: widths of the tensors that the convolution reads and writes.
+    groups: any number of groups, none included. An output channel in no group is *absent*.
+
+    Raises DSPStructureError if an index is out of range or repeated within its list, an output channel
+    belongs to two groups, or a group writes nothing.
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: tuple[Group, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "out_channels"):
+            object.__setattr__(self, name, _whole(getattr(self, name), name))
+            if getattr(self, name) < 1:
+                raise DSPStructureError(f"{name} is {getattr(self, name)}; a convolution needs at least 1")
+        owner: dict[int, int] = {}
+        checked = []
+        for number, group in enumerate(self.groups):
+            in_index = _index(group.in_index, self.in_channels, f"group {number} in_index", "in_channels")
+            out_index = _index(
+                group.out_index, self.out_channels, f"group {number} out_index", "out_channels"
+            )
+            if not out_index:
+                raise DSPStructureError(f"group {number} writes no output channel; leave it out instead")
+            for channel in out_index:
+                if channel in owner:
+                    raise DSPStructureError(
+                        f"output channel {channel} is in group {owner[channel]} and in group {number}; "
+                        "an output channel belongs to one group at most"
+                    )
+                owner[channel] = number
+            checked.append(Group(in_index, out_index))
+        object.__setattr__(self, "groups", tuple(checked))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Thousands of indices: hashed once, because structures are the keys of plan caches.
+        return hash((self.in_channels, self.out_channels, self.groups))
+
+    @classmethod
+    def build(
+        cls, in_channels: int, out_channels: int, groups: Iterable[tuple[Sequence[int], Sequence[int]]]
+    ) -> GroupStructure:
+        """From plain pairs (in_index, out_index), one per group."""
+        return cls(in_channels, out_channels, tuple(Group(tuple(i), tuple(o)) for i, o in groups))
+
+    @classmethod
+    def dense(cls, in_channels: int, out_channels: int) -> GroupStructure:
+        """One group that reads and writes every channel: an ordinary convolution."""
+        return cls.build(in_channels, out_channels, [(range(in_channels), range(out_channels))])
+
+    @classmethod
+    def uniform(cls, in_channels: int, out_channels: int, n_groups: int) -> GroupStructure:
+        """Equal neighbouring groups, as ``nn.Conv2d(groups=n_groups)`` has them."""
+        if n_groups < 1 or in_channels % n_groups or out_channels % n_groups:
+            raise DSPStructureError(
+                f"{n_groups} equal groups do not divide {in_channels} -> {out_channels} channels"
+            )
+        c, o = in_channels // n_groups, out_channels // n_groups
+        return cls.build(
+            in_channels,
+            out_channels,
+            [(range(g * c, g * c + c), range(g * o, g * o + o)) for g in range(n_groups)],
+        )
+
+    @cached_property
+    def absent(self) -> tuple[int, ...]:
+        """Output channels that no group writes, ascending."""
+        written = {channel for group in self.groups for channel in group.out_index}
+        return tuple(channel for channel in range(self.out_channels) if channel not in written)
+
+    @cached_property
+    def read(self) -> tuple[int, ...]:
+        """Input channels that at least one group reads, ascending."""
+        return tuple(sorted({channel for group in self.groups for channel in group.in_index}))
+
+    @cached_property
+    def kernels(self) -> int:
+        """Number of 2-D kernels, the sum over groups of filters x channels."""
+        return sum(len(group.in_index) * len(group.out_index) for group in self.groups)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether one group reads and writes every channel in order."""
+        return self.is_uniform and len(self.groups) == 1
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether the groups are those of ``nn.Conv2d(groups=len(self.groups))``."""
+        n_groups = len(self.groups)
+        if n_groups == 0 or self.in_channels % n_groups or self.out_channels % n_groups:
+            return False
+        return self == GroupStructure.uniform(self.in_channels, self.out_channels, n_groups)
+
+    def macs(self, kernel_size: tuple[int, int], output_hw: tuple[int, int]) -> int:
+        """Multiply-adds of one image with an output map of ``output_hw`` = (height, width)."""
+        return self.params(kernel_size) * output_hw[0] * output_hw[1]
+
+    def params(self, kernel_size: tuple[int, int]) -> int:
+        """Weights of all groups, without bias."""
+        return self.kernels * kernel_size[0] * kernel_size[1]
+
+    def render(self) -> str:
+        """The filters x channels matrix as text: a group's symbol where a kernel lives, a dot elsewhere."""
+        rows = [["."] * self.in_channels for _ in range(self.out_channels)]
+        for number, group in enumerate(self.groups):
+            for out_channel in group.out_index:
+                for in_channel in group.in_index:
+                    rows[out_channel][in_channel] = _MARKS[number % len(_MARKS)]
+        return "\n".join("".join(row) for row in rows)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{len(group.in_index)}->{len(group.out_index)}" for group in self.groups)
+        absent = f", {len(self.absent)} absent" if self.absent else ""
+        return f"{self.in_channels}->{self.out_channels} in {len(self.groups)} groups ({sizes}{absent})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``from_dict`` builds and checks it again."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "groups": [[list(group.in_index), list(group.out_index)] for group in self.groups],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GroupStructure:
+        """The structure that ``to_dict`` wrote. Raises DSPStructureError for anything else."""
+        try:
+            pairs = [(tuple(in_index), tuple(out_index)) for in_index, out_index in data["groups"]]
+            widths = data["in_channels"], data["out_channels"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DSPStructureError(
+                f"not a group structure: {error!r}; expected in_channels, out_channels and groups of index pairs"
+            ) from error
+        return cls.build(*widths, pairs)
+
+
+def _whole(value: Any, what: str) -> int:
+    """An int from anything that is exactly an integer (numpy and 0-d tensor integers included)."""
+    if isinstance(value, bool):
+        raise DSPStructureError(f"{what} is {value!r}; expected an integer")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DSPStructureError(f"{what} is {value!r}; expected an integer") from None
+
+
+def _index(values: Iterable[Any], bound: int, what: str, bound_name: str) -> tuple[int, ...]:
+    try:
+        index = tuple(_whole(value, f"an entry of {what}") for value in values)
+    except TypeError:
+        raise DSPStructureError(f"{what} is {values!r}; expected a list of integers") from None
+    seen: set[int] = set()
+    for channel in index:
+        if not 0 <= channel < bound:
+            raise DSPStructureError(
+                f"{what} holds {channel}, but {bound_name} is {bound}: expected 0 to {bound - 1}"
+            )
+        if channel in seen:
+            raise DSPStructureError(f"{what} holds channel {channel} twice")
+        seen.add(channel)
+    return index

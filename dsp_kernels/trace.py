@@ -1,0 +1,152 @@
+"""The network as data: a torch.fx graph whose nodes carry a known kind, its settings and its output shape.
+
+``fuse`` and ``pack`` both read this graph, so the table of known operations (``trace_ops``) exists once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dsp_kernels.errors import DSPTraceError
+from dsp_kernels.trace_ops import LEAF_TYPES, classify
+
+__all__ = ["TracedNetwork", "TracedNode", "evaluating", "trace"]
+
+
+@dataclass(frozen=True)
+class TracedNode:
+    """One operation of a traced network.
+
+    kind: one of ``trace_ops.KINDS``; ``"opaque"`` where the operation is not known.
+    inputs: names of the nodes it reads, in argument order; users: names of the nodes that read it.
+    path: dotted path of the module it calls, "" for functions; module: that module.
+    attributes: settings of the operation in one form, whatever way it was written.
+    shape: shape of its output for the example input, None where it is not a tensor.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    users: tuple[str, ...]
+    path: str
+    module: nn.Module | None
+    attributes: Mapping[str, Any]
+    shape: tuple[int, ...] | None
+    fx_node: fx.Node = field(repr=False, compare=False)
+
+    def describe(self) -> str:
+        """How an error message calls this node: name, what it runs and where in the source it stands."""
+        target = self.path or getattr(self.fx_node.target, "__name__", str(self.fx_node.target))
+        what = type(self.module).__name__ if self.module is not None else self.fx_node.op
+        return f"node {self.name!r} ({what} {target!r}, output shape {self.shape})"
+
+
+class TracedNetwork:
+    """The nodes of a network in the order in which they run.
+
+    graph_module: the fx graph module; it shares its submodules with the traced model.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, nodes: tuple[TracedNode, ...]) -> None:
+        self.graph_module = graph_module
+        self.nodes = nodes
+        self._by_name = {node.name: node for node in nodes}
+
+    def __getitem__(self, name: str) -> TracedNode:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[TracedNode]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def of_kind(self, *kinds: str) -> tuple[TracedNode, ...]:
+        """All nodes of these kinds, in execution order."""
+        return tuple(node for node in self.nodes if node.kind in kinds)
+
+    def calls(self, path: str) -> tuple[TracedNode, ...]:
+        """All nodes that call the module at this dotted path (more than one where it is reused)."""
+        return tuple(node for node in self.nodes if node.path == path)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode and give every module its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs the graph once and keeps the shape of every tensor, freeing values as they are used up."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.shapes: dict[str, tuple[int, ...] | None] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
+        return result
+
+
+def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
+    """Trace ``model`` in eval mode.
+
+    example_input: (batch, channels, height, width), on the model's device.
+
+    The model is left as it was: modes, buffers and parameters do not change.
+    Raises DSPTraceError if torch.fx cannot follow the model or the model cannot run on the example.
+    """
+    with evaluating(model):
+        try:
+            graph = _Tracer().trace(model)
+        except Exception as error:  # fx raises whatever the model's own code raises on proxies
+            raise DSPTraceError(
+                f"{type(model).__name__} cannot be traced by torch.fx: {error}. "
+                "Control flow that depends on tensor values has to move out of forward()."
+            ) from error
+        graph_module = fx.GraphModule(model, graph)
+        recorder = _ShapeRecorder(graph_module)
+        try:
+            with torch.no_grad():
+                recorder.run(example_input)
+        except Exception as error:
+            raise DSPTraceError(
+                f"{type(model).__name__} does not run on an example input of shape "
+                f"{tuple(example_input.shape)} and dtype {example_input.dtype}: {error}"
+            ) from error
+    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder.shapes)))
+
+
+def _read_nodes(graph_module: fx.GraphModule, shapes: Mapping[str, Any]) -> Iterator[TracedNode]:
+    for fx_node in graph_module.graph.nodes:
+        module = graph_module.get_submodule(str(fx_node.target)) if fx_node.op == "call_module" else None
+        kind, attributes = classify(fx_node, module, shapes)
+        yield TracedNode(
+            name=fx_node.name,
+            kind=kind,
+            inputs=tuple(node.name for node in fx_node.all_input_nodes),
+            users=tuple(node.name for node in fx_node.users),
+            path=str(fx_node.target) if fx_node.op == "call_module" else "",
+            module=module,
+            attributes=attributes,
+            shape=shapes[fx_node.name],
+            fx_node=fx_node,
+        )

@@ -1,0 +1,39 @@
+"""What every test shares: where the real nets are, and memory that shows when it was not written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _shared_folder() -> Path:
+    return Path(os.environ.get("DSP_SHARED") or ROOT.parent / "shared")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real nets, data and golden numbers; skips without it unless DSP_REQUIRE_SHARED is set."""
+    folder = _shared_folder()
+    if not (folder / "golden").is_dir():
+        reason = f"no shared material at {folder} (set DSP_SHARED to its folder)"
+        if os.environ.get("DSP_REQUIRE_SHARED"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty holds NaN while a test runs, so an output that a kernel forgot to write is seen."""
+    fill, deterministic = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
