@@ -1,0 +1,131 @@
+"""What the recipes share: the settings of a run, the device, the files that a finished run leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_kernels.errors import DSPError, DSPFormatError, DSPTrainingError
+from dsp_pruning.data import ImageData
+from dsp_pruning.models.cifar import cifar_resnet
+from dsp_pruning.recipes.checkpoint import save_weights, write_text
+from dsp_pruning.recipes.training import Score, Trainer, evaluate
+
+__all__ = [
+    "MODEL",
+    "SUMMARY",
+    "RecipeResult",
+    "RunConfig",
+    "conclude",
+    "depth_of",
+    "new_model",
+    "pick_device",
+]
+
+MODEL = "model.pt"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every recipe has; each recipe adds its own and the published defaults.
+
+    depth: of the CIFAR ResNet. seed: of the weights, the order of the batches, augmentation and noise.
+    device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``, which is CUDA where there is one.
+    """
+
+    depth: int = 20
+    epochs: int
+    batch_size: int = 128
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise DSPTrainingError(f"{name} is {value}; it must be a finite number of at least 0")
+
+    def settings(self, data: ImageData) -> dict[str, Any]:
+        """What a resumed run must repeat: all but the device, as plain JSON, and the data set."""
+        plain = json.loads(json.dumps(asdict(self)))
+        plain.pop("device")
+        return {**plain, "data": data.name, "train_images": len(data.train)}
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """What a recipe leaves.
+
+    model: the chosen weights, on the run's device. validation, test: its scores there; test is read once.
+    history: one row of metrics per epoch. extra: numbers of the recipe itself.
+    path: the file ``[state_dict, accuracy]``, None without a directory.
+    """
+
+    model: nn.Module
+    validation: Score
+    test: Score
+    history: list[dict[str, float]]
+    path: Path | None
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one. Raises DSPError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise DSPError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def new_model(config: RunConfig, data: ImageData, device: torch.device) -> nn.Module:
+    """The CIFAR ResNet of a run, its first weights drawn from the run's seed alone."""
+    generator = torch.Generator().manual_seed(config.seed)
+    model = cifar_resnet(config.depth, data.num_classes, data.channels, generator=generator)
+    return model.to(device)
+
+
+def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:
+    """Depth of the CIFAR ResNet that these weights belong to, read from their names.
+
+    Raises DSPFormatError where they are those of another network.
+    """
+    blocks = {name.split(".")[1] for name in weights if name.startswith("stage_1.")}
+    if not blocks or "conv_1_3x3.weight" not in weights:
+        first = ", ".join(list(weights)[:3])
+        raise DSPFormatError(f"{path} holds no CIFAR ResNet: its first tensors are {first}")
+    return 6 * len(blocks) + 2
+
+
+def conclude(recipe: str, trainer: Trainer, extra: Mapping[str, float] | None = None) -> RecipeResult:
+    """Score the model as it now is, reading the test split for the first time, and write what is kept.
+
+    extra: numbers of the recipe for ``summary.json``.
+    """
+    data, model = trainer.data, trainer.model
+    validation, test = (evaluate(model, data, split) for split in (data.validation, data.test))
+    path = None
+    if trainer.directory is not None:
+        path = save_weights(trainer.directory / MODEL, model.state_dict(), test.accuracy)
+        summary = {
+            "recipe": recipe,
+            "validation": asdict(validation),
+            "test": asdict(test),
+            **(extra or {}),
+            "config": trainer.config,
+        }
+        write_text(trainer.directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return RecipeResult(model, validation, test, trainer.history, path, dict(extra or {}))
