@@ -8,7 +8,11 @@ from setuptools import Extension, find_packages, setup
 NATIVE_EXTENSIONS: list[Extension] = []
 
 setup(
-    packages=[*find_packages(".", include=["dsp_kernels", "dsp_kernels.*"]), *find_packages("python")]
-    + ["dsp_benchmarks", *(f"dsp_benchmarks.{name}" for name in find_packages("benchmarks"))],
+    packages=[
+        *find_packages(".", include=["dsp_kernels", "dsp_kernels.*"]),
+        *find_packages("python"),
+        "dsp_benchmarks",
+        *(f"dsp_benchmarks.{name}" for name in find_packages("benchmarks")),
+    ],
     ext_modules=NATIVE_EXTENSIONS,
 )

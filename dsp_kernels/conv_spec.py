@@ -59,7 +59,10 @@ class ConvSpec:
         return height, width
 
     def check_constants(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        """Raises DSPShapeError unless weights[g] is (O_g, C_g, kh, kw), bias (out_channels,), one dtype and device."""
+        """weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. Raises DSPShapeError if they are not that.
+
+        All have to be of one dtype and on one device.
+        """
         groups = self.structure.groups
         if len(weights) != len(groups):
             raise DSPShapeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class DSPError(Exception):
-    """Base of all errors raised on purpose; the message names the layer, the value and what would be right."""
+    """Base of all errors raised on purpose; it names the layer, the value and what would be right."""
 
 
 class DSPStructureError(DSPError, ValueError):

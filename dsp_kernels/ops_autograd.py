@@ -1,4 +1,4 @@
-"""The derivative of the op: the convolutions of each group run backwards, gathered and scattered the same way."""
+"""The derivative of the op: each group's convolution backwards, gathered and scattered the same way."""
 
 from __future__ import annotations
 

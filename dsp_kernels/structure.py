@@ -170,7 +170,7 @@ class GroupStructure:
             widths = data["in_channels"], data["out_channels"]
         except (KeyError, TypeError, ValueError) as error:
             raise DSPStructureError(
-                f"not a group structure: {error!r}; expected in_channels, out_channels and groups of index pairs"
+                f"not a group structure: {error!r}; expected in_channels, out_channels and pairs of indices"
             ) from error
         return cls.build(*widths, pairs)
 

@@ -122,6 +122,7 @@ def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
                 f"{type(model).__name__} cannot be traced by torch.fx: {error}. "
                 "Control flow that depends on tensor values has to move out of forward()."
             ) from error
+        _read_results_of_inplace(graph, model)
         graph_module = fx.GraphModule(model, graph)
         recorder = _ShapeRecorder(graph_module)
         try:
@@ -133,6 +134,37 @@ def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
                 f"{tuple(example_input.shape)} and dtype {example_input.dtype}: {error}"
             ) from error
     return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder.shapes)))
+
+
+def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
+    """Let whoever reads a tensor after an operation changed it in place read that operation's result.
+
+    The graph then says by its edges what the model does by aliasing, and may be rewritten freely.
+    """
+    position = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        changed = node.args[0] if node.args else None
+        if isinstance(changed, fx.Node) and _works_in_place(node, model):
+            for reader in list(changed.users):
+                if position[reader] > position[node]:
+                    reader.replace_input_with(changed, node)
+
+
+def _works_in_place(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
+    name = getattr(node.target, "__name__", "")
+    return bool(
+        node.op == "call_function"
+        and (
+            node.kwargs.get("inplace")
+            or name in ("iadd", "isub", "imul", "itruediv")
+            or (name.endswith("_") and not name.endswith("__"))
+        )
+    )
 
 
 def _read_nodes(graph_module: fx.GraphModule, shapes: Mapping[str, Any]) -> Iterator[TracedNode]:

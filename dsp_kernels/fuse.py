@@ -1,0 +1,144 @@
+"""fuse(model, example_input): a packed model in, a network that runs a Program out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_kernels.errors import DSPShapeError, DSPVerificationError
+from dsp_kernels.executors import EXECUTORS, Runner
+from dsp_kernels.planner import plan
+from dsp_kernels.program import ConvStep, LinearStep, Program, TorchStep
+from dsp_kernels.tolerances import network_tolerance
+from dsp_kernels.trace import evaluating, trace
+
+__all__ = ["FusedNetwork", "fuse"]
+
+
+def fuse(
+    model: nn.Module, example_input: Tensor, backend: str = "auto", dtype: torch.dtype | None = None
+) -> FusedNetwork:
+    """Trace a packed (or any) CNN once and return it as one fused module for inference.
+
+    example_input: (batch, channels, height, width) on the model's device; its batch size does not matter.
+    backend: "auto", or the name of an executor. dtype: of weights and activations inside; None keeps the
+    model's. Input and output keep their own dtype.
+
+    The model itself is not changed, and the result shares no memory with it. It is compared with the model
+    (in eval mode) on the example and on random images before it is returned.
+    Raises DSPTraceError if the model cannot be traced, DSPBackendError if the backend cannot run it,
+    DSPVerificationError if the answers differ by more than rounding.
+    """
+    network = trace(model, example_input)
+    dtype = dtype or example_input.dtype
+    # Folding was done in float64; from here on the Program owns its tensors.
+    program = plan(network).map_tensors(
+        lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
+    )
+    fused = FusedNetwork(program, tuple(example_input.shape), dtype, example_input.device, backend)
+    _verify(fused, model, example_input)
+    return fused
+
+
+class FusedNetwork(nn.Module):
+    """A network that runs a Program; made by ``fuse``. Inference only, always in eval mode.
+
+    Input (batch, channels, height, width) with any batch size; output as the original model's. ``.to()``
+    moves it, ``copy.deepcopy`` copies it. It holds no parameters: save the packed model instead.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        example_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.program = program
+        self.dtype = dtype
+        self.device = device
+        self.backend = EXECUTORS.choose(backend, program, dtype, device).name
+        self._asked_backend = backend
+        self._example_shape = example_shape
+        self._runner: Runner | None = None
+        super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, channels, height, width), floating, on this network's device -> the model's answer."""
+        if x.dim() != 4 or x.shape[1] != self._example_shape[1]:
+            raise DSPShapeError(
+                f"input has shape {tuple(x.shape)}; expected (batch, {self._example_shape[1]}, height, width)"
+            )
+        if not x.dtype.is_floating_point or x.device != self.device:
+            raise DSPShapeError(
+                f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
+            )
+        runner = self._runner
+        if runner is None:
+            runner = self._runner = EXECUTORS.choose(
+                self.backend, self.program, self.dtype, self.device
+            ).prepare(self.program)
+        with torch.no_grad():
+            return runner(x.to(self.dtype)).to(x.dtype)
+
+    def explain(self) -> str:
+        """One line per step: what was fused, how it runs, and what stays ordinary PyTorch."""
+        executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
+        forms = executor.describe(self.program)
+        plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
+        lines = [
+            f"fused network: {len(self.program.steps)} steps, {plain} of them plain PyTorch; backend "
+            f"{self.backend}, {self.dtype}, {self.program.macs / 1e6:.2f} M multiply-adds per image of "
+            f"{'x'.join(map(str, self._example_shape[1:]))}"
+        ]
+        for step, form in zip(self.program.steps, forms, strict=True):
+            shape = self.program.shapes.get(step.output)
+            size = "x".join(map(str, shape[1:])) if shape else ""
+            lines.append(f"  {step.output:<28} {size:<12} {step.describe()}{f'  [{form}]' if form else ''}")
+        return "\n".join(lines)
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        """Stays in eval mode: norms are folded and cannot be trained."""
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedNetwork:
+        # .to(), .cuda(), .half() come here.
+        self.program = self.program.map_tensors(fn)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.dtype, self.device, self._runner = probe.dtype, probe.device, None
+        self.backend = EXECUTORS.choose(self._asked_backend, self.program, self.dtype, self.device).name
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A runner is made of closures; the copy makes its own.
+        return {**self.__dict__, "_runner": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedNetwork:
+        program = self.program.map_tensors(torch.clone)
+        made = FusedNetwork(program, self._example_shape, self.dtype, self.device, self._asked_backend)
+        memo[id(self)] = made
+        return made
+
+
+def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> None:
+    """Compare with the model it was made from; an example of zeros alone would hide a wrong weight."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(example_input.shape, generator=generator).to(example_input)
+    convs = [step for step in fused.program.steps if isinstance(step, ConvStep)]
+    depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
+    reductions = [weight[0].numel() for step in convs for weight in step.weights]
+    bound = network_tolerance(fused.dtype, max(reductions, default=1), depth)
+    with evaluating(model), torch.no_grad():
+        for what, x in (("the example input", example_input), ("random images", noise)):
+            expected, got = model(x), fused(x)
+            scale = expected.abs().max().item() if expected.numel() else 0.0
+            error = (expected - got).abs().max().item() if expected.numel() else 0.0
+            if not error <= bound * max(scale, torch.finfo(fused.dtype).tiny):
+                raise DSPVerificationError(
+                    f"the fused network differs from the model on {what} by {error:.3g} (largest output "
+                    f"{scale:.3g}, allowed {bound * scale:.3g}). If the model is right, please report this"
+                )

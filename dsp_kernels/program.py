@@ -1,0 +1,232 @@
+"""A fused network as data: values, and the steps that make them. Built once, run many times.
+
+A step names the values that it reads and the one that it writes. Executors (``dsp_kernels.executors``)
+decide how a step runs; a Program only says what has to be computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dsp_kernels.conv_spec import ConvSpec
+
+__all__ = [
+    "ActivationStep",
+    "AddStep",
+    "AffineStep",
+    "ConvStep",
+    "FlattenStep",
+    "GlobalPoolStep",
+    "LinearStep",
+    "PoolStep",
+    "Program",
+    "Step",
+    "TorchStep",
+    "ValueRef",
+]
+
+TensorMap = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Reads the values ``inputs`` and writes the value ``output``."""
+
+    output: str
+    inputs: tuple[str, ...]
+
+    def map_tensors(self, function: TensorMap) -> Step:
+        """The same step with every tensor that it holds replaced by ``function`` of it."""
+        return self
+
+    def describe(self) -> str:
+        """One line of ``explain()``."""
+        return type(self).__name__.removesuffix("Step").lower()
+
+
+@dataclass(frozen=True, eq=False)
+class ConvStep(Step):
+    """A gather-grouped convolution; inputs: (x,) or (x, residual).
+
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; norms are folded in already.
+    """
+
+    spec: ConvSpec
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None
+
+    def map_tensors(self, function: TensorMap) -> ConvStep:
+        weights = tuple(function(weight) for weight in self.weights)
+        return replace(self, weights=weights, bias=None if self.bias is None else function(self.bias))
+
+    def describe(self) -> str:
+        spec = self.spec
+        kernel = "x".join(map(str, spec.kernel_size))
+        parts = [f"conv {kernel}", str(spec.structure)]
+        parts += [f"stride {spec.stride[0]}"] if spec.stride != (1, 1) else []
+        parts += ["+ bias"] if self.bias is not None else []
+        parts += ["+ residual"] if len(self.inputs) == 2 else []
+        parts += [f"+ {spec.activation}"] if spec.activation != "none" else []
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class AffineStep(Step):
+    """act(x * scale + shift) per channel: a norm after no convolution. scale, shift: (channels,)."""
+
+    scale: Tensor
+    shift: Tensor
+    activation: str = "none"
+
+    def map_tensors(self, function: TensorMap) -> AffineStep:
+        return replace(self, scale=function(self.scale), shift=function(self.shift))
+
+
+@dataclass(frozen=True, eq=False)
+class AddStep(Step):
+    """act(inputs[0] + inputs[1])."""
+
+    activation: str = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStep(Step):
+    """An activation that could not be folded into what it follows."""
+
+    activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class PoolStep(Step):
+    """Max or average pooling. kind: "max_pool" or "avg_pool"; settings: keyword arguments of the function."""
+
+    kind: str
+    settings: Mapping[str, Any]
+
+    def describe(self) -> str:
+        return f"{self.kind} {self.settings['kernel_size']}"
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalPoolStep(Step):
+    """The mean of every map; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
+
+    keepdim: bool
+
+
+@dataclass(frozen=True, eq=False)
+class FlattenStep(Step):
+    """(batch, channels, height, width) -> (batch, channels * height * width)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearStep(Step):
+    """act(x weight^T + bias); weight: (out_features, in_features), bias: (out_features,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: str = "none"
+
+    def map_tensors(self, function: TensorMap) -> LinearStep:
+        bias = None if self.bias is None else function(self.bias)
+        return replace(self, weight=function(self.weight), bias=bias)
+
+    def describe(self) -> str:
+        return f"linear {self.weight.shape[1]}->{self.weight.shape[0]}"
+
+
+@dataclass(frozen=True)
+class ValueRef:
+    """Stands for a value inside the arguments of a TorchStep."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class TorchStep(Step):
+    """An operation that the Program does not know, run as the model ran it.
+
+    operation: call_function, call_method, call_module or get_attr, with fx's target, args and kwargs in
+    which ValueRef stands for values; held: the module or tensor for the last two; why: why it is here.
+    """
+
+    operation: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    held: nn.Module | Tensor | None
+    why: str
+
+    def map_tensors(self, function: TensorMap) -> TorchStep:
+        if isinstance(self.held, nn.Module):
+            return replace(self, held=copy.deepcopy(self.held)._apply(function))
+        return self if self.held is None else replace(self, held=function(self.held))
+
+    def describe(self) -> str:
+        name = type(self.held).__name__ if isinstance(self.held, nn.Module) else self.target
+        return f"plain PyTorch: {getattr(name, '__name__', name)} ({self.why})"
+
+    def run(self, values: Mapping[str, Any]) -> Any:
+        """The result, reading values by name."""
+        if self.operation == "get_attr":
+            return self.held
+        args = fx.node.map_aggregate(self.args, lambda a: values[a.name] if isinstance(a, ValueRef) else a)
+        kwargs = {
+            key: fx.node.map_aggregate(value, lambda a: values[a.name] if isinstance(a, ValueRef) else a)
+            for key, value in self.kwargs.items()
+        }
+        assert isinstance(args, tuple)
+        if self.operation == "call_function":
+            return self.target(*args, **kwargs)
+        if self.operation == "call_method":
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        assert isinstance(self.held, nn.Module)
+        return self.held(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The steps of a network in order.
+
+    input: (batch, channels, height, width) value; output: value that the network returns.
+    shapes: the shape of each tensor value for the example input, batch first.
+    """
+
+    input: str
+    output: str
+    steps: tuple[Step, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def dying(self) -> tuple[tuple[str, ...], ...]:
+        """Per step, the values that nothing reads after it, so that an executor can free them."""
+        last: dict[str, int] = {}
+        for position, step in enumerate(self.steps):
+            last.update(dict.fromkeys((*step.inputs, step.output), position))
+        last.pop(self.output, None)
+        return tuple(
+            tuple(name for name, end in last.items() if end == position)
+            for position in range(len(self.steps))
+        )
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-adds of all convolutions and linear layers for one image of the example's size."""
+        total = 0
+        for step in self.steps:
+            if isinstance(step, ConvStep):
+                height, width = self.shapes[step.output][2:]
+                total += step.spec.structure.macs(step.spec.kernel_size, (height, width))
+            elif isinstance(step, LinearStep):
+                total += step.weight.numel()
+        return total
+
+    def map_tensors(self, function: TensorMap) -> Program:
+        """The same Program with every tensor replaced by ``function`` of it: another device or dtype."""
+        return replace(self, steps=tuple(step.map_tensors(function) for step in self.steps))
