@@ -1,0 +1,188 @@
+// The part of the builder that makes operations, when all places are known.
+#include <algorithm>
+#include <set>
+
+#include "builder.h"
+#include "tiling.h"
+
+namespace dsp {
+
+void Builder::emit(Plan& plan) {
+    plan.output_shapes.resize(network_.outputs);
+    const auto by_channel = [&](std::unique_ptr<Op> op, int channels) {
+        op->chunks = std::max(1, std::min(key_.parts, channels));
+        plan.ops.push_back(std::move(op));
+    };
+    for (size_t s = 0; s < network_.steps.size(); ++s) {
+        const Step& step = network_.steps[s];
+        const Draft& draft = drafts_[s];
+        if (draft.split >= 0 && !splits_[draft.split].emitted) {
+            Split& split = splits_[draft.split];
+            split.emitted = true;
+            auto op = std::make_unique<SplitOp>();
+            op->from = place(split.source), op->to = place(split.node), op->stride = split.stride;
+            for (const auto& entry : split.plane)
+                op->planes.push_back({std::get<2>(entry.first), std::get<0>(entry.first), std::get<1>(entry.first),
+                                      entry.second});
+            const int planes = int(op->planes.size());
+            by_channel(std::move(op), planes);
+        }
+        const int channels = step.output >= 0 ? nodes_[step.output].channels : 1;
+        switch (step.kind) {
+        case Kind::input: {
+            auto op = std::make_unique<LoadOp>();
+            op->to = place(step.output), op->number = step.number;
+            by_channel(std::move(op), channels);
+            break;
+        }
+        case Kind::conv: plan.ops.push_back(conv(int(s), draft)); break;
+        case Kind::map: {
+            auto op = std::make_unique<MapOp>();
+            op->kernels = &network_.kernels, op->step = &step;
+            op->a = place(step.inputs[0]), op->y = place(step.output);
+            op->has_b = step.inputs.size() == 2;
+            if (op->has_b) op->b = place(step.inputs[1]);
+            op->vectors = cover(op->y.geometry, network_.kernels.lanes);
+            by_channel(std::move(op), channels);
+            break;
+        }
+        case Kind::pool: by_channel(pool(int(s), draft), channels); break;
+        case Kind::mean: {
+            auto op = std::make_unique<MeanOp>();
+            op->x = place(step.inputs[0]), op->y = place(step.output);
+            by_channel(std::move(op), channels);
+            break;
+        }
+        case Kind::flatten: break;
+        case Kind::linear: by_channel(linear(int(s)), (channels + 63) / 64); break;
+        case Kind::output: {
+            auto op = std::make_unique<StoreOp>();
+            op->from = place(step.inputs[0]), op->number = step.number;
+            const Geometry& g = op->from.geometry;
+            plan.output_shapes[step.number] = {g.channels, g.h, g.w};
+            by_channel(std::move(op), g.channels);
+            break;
+        }
+        }
+    }
+}
+
+std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vector<int>& channels) {
+    const Geometry& g = nodes_[draft.x].geometry;
+    std::vector<int32_t> off;
+    for (int c : channels)
+        for (const Tap& tap : draft.taps) {
+            const int plane =
+                draft.split < 0
+                    ? c
+                    : splits_[draft.split].plane.at(std::make_tuple(tap.row_phase, tap.column_phase, c));
+            off.push_back(int32_t(g.at(plane, tap.dy, tap.dx)));
+        }
+    return off;
+}
+
+std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
+    const Step& step = network_.steps[number];
+    auto op = std::make_unique<ConvOp>();
+    op->kernels = &network_.kernels, op->step = &step;
+    op->x = place(draft.x), op->y = place(step.output);
+    op->has_add = step.inputs.size() == 2;
+    op->add = op->has_add ? place(step.inputs[1]) : Place{};
+    op->in_place = op->has_add && nodes_[step.output].buffer == nodes_[step.inputs[1]].buffer;
+    op->skip_absent = op->in_place && (step.act == Act::none || (step.act == Act::relu &&
+                                                                network_.values[step.inputs[1]].nonnegative));
+    op->vectors = cover(op->y.geometry, network_.kernels.lanes);
+    for (const auto& group : step.groups) op->off.push_back(displacements(draft, group.in));
+    for (const auto& tile : step.tiles) {
+        op->tile_begin.push_back(int(op->tile_planes.size()));
+        for (int c : tile.channels) op->tile_planes.push_back(c * op->y.geometry.plane);
+        for (int c : tile.channels) op->tile_planes.push_back(c * op->add.geometry.plane);
+    }
+    block_conv(*op, draft);
+    chunk_conv(*op);
+    return op;
+}
+
+// Vectors and reduction terms of one pass: what it reads of the input should stay in the first-level cache.
+void Builder::block_conv(ConvOp& op, const Draft& draft) {
+    constexpr int64_t cache = 32 << 10; // of the 48 KB (32 KB on older CPUs) of a first-level cache
+    std::set<int> rows;
+    for (const Tap& tap : draft.taps) rows.insert(tap.dy);
+    const int64_t taps = int64_t(draft.taps.size());
+    const int64_t vector = network_.kernels.lanes * int64_t(sizeof(float));
+    int64_t widest = 0;
+    for (const auto& off : op.off) widest = std::max(widest, int64_t(off.size()) / taps);
+    op.block_vectors = 24;
+    while (op.block_vectors > 12 && widest * op.block_vectors * vector * int64_t(rows.size()) > cache) op.block_vectors /= 2;
+    const int64_t per_channel = op.block_vectors * vector * int64_t(rows.size());
+    const int64_t channels = std::max<int64_t>(cache / per_channel, 1);
+    for (const auto& off : op.off) {
+        // Equal passes, not one short one at the end.
+        const int64_t total = int64_t(off.size()) / taps;
+        const int64_t passes = std::max<int64_t>((total + channels - 1) / channels, 1);
+        op.block_terms.push_back(int(std::max<int64_t>((total + passes - 1) / passes * taps, 1)));
+    }
+}
+
+// Pieces of about equal work: ranges of vectors where there are many, else ranges of filter tiles.
+void Builder::chunk_conv(ConvOp& op) {
+    const Step& step = *op.step;
+    const int vectors = int(op.vectors.at.size()), tiles = int(step.tiles.size());
+    const int absent = op.skip_absent ? 0 : int(step.absent.size());
+    const int by_vectors = std::max(1, std::min(key_.parts, vectors / 12));
+    const int by_tiles = std::max(1, std::min(tiles, (key_.parts + by_vectors - 1) / by_vectors));
+    std::vector<double> cost(tiles + 1, 0.0);
+    for (int t = 0; t < tiles; ++t)
+        cost[t + 1] = cost[t] + tile_cost(network_.kernels, step.tiles[t].filters,
+                                          int64_t(op.off[step.tiles[t].group].size()));
+    std::vector<int> border{0};
+    for (int part = 1; part < by_tiles; ++part) {
+        const double target = cost[tiles] * part / by_tiles;
+        int t = border.back();
+        while (t < tiles && (cost[t] + cost[t + 1]) / 2 < target) ++t;
+        border.push_back(t);
+    }
+    border.push_back(tiles);
+    const int pieces = by_vectors * by_tiles;
+    for (int v = 0; v < by_vectors; ++v)
+        for (int t = 0; t < by_tiles; ++t) {
+            const Range range = cut(vectors, by_vectors, v), rest = cut(absent, pieces, v * by_tiles + t);
+            op.parts.push_back({range.first, range.last, border[t], border[t + 1], rest.first, rest.last});
+        }
+    op.chunks = int(op.parts.size());
+}
+
+std::unique_ptr<Op> Builder::pool(int number, const Draft& draft) {
+    const Step& step = network_.steps[number];
+    if (!draft.fast_pool) {
+        auto op = std::make_unique<PoolOp>();
+        op->step = &step, op->x = place(step.inputs[0]), op->y = place(step.output);
+        return op;
+    }
+    // Displacements from plane c to plane c + 1 are the same for all taps only if every phase has its own run
+    // of planes; they are sorted by phase, then channel, and all channels are there.
+    auto op = std::make_unique<FastPoolOp>();
+    op->kernels = &network_.kernels;
+    op->x = place(draft.x), op->y = place(step.output);
+    op->vectors = cover(op->y.geometry, network_.kernels.lanes);
+    op->off = displacements(draft, {0});
+    op->average = step.average;
+    op->scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
+    return op;
+}
+
+std::unique_ptr<Op> Builder::linear(int number) {
+    const Step& step = network_.steps[number];
+    auto op = std::make_unique<LinearOp>();
+    op->kernels = &network_.kernels, op->step = &step;
+    op->x = place(step.inputs[0]), op->y = place(step.output);
+    const Geometry& g = op->x.geometry;
+    for (int c = 0; c < g.channels; ++c)
+        for (int y = 0; y < g.h; ++y)
+            for (int x = 0; x < g.w; ++x) op->off.push_back(int32_t(g.at(c, y, x)));
+    return op;
+}
+
+Plan::Plan(const Network& network, const PlanKey& key) : key(key) { Builder(network, this->key).build(*this); }
+
+} // namespace dsp
