@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "ops.h"
+#include "tiling.h"
 
 namespace dsp {
 
@@ -66,6 +67,9 @@ class Builder {
     std::unique_ptr<Op> pool(int step, const Draft& draft);
     std::unique_ptr<Op> linear(int step);
     std::vector<int32_t> displacements(const Draft& draft, const std::vector<int>& channels);
+    int vector_pieces(const ConvOp& op) const;
+    Extent extent(const ConvOp& op, int64_t count) const;
+    void tile_conv(ConvOp& op);
     void chunk_conv(ConvOp& op);
     void block_conv(ConvOp& op, const Draft& draft);
 };

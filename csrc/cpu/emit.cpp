@@ -3,7 +3,6 @@
 #include <set>
 
 #include "builder.h"
-#include "tiling.h"
 
 namespace dsp {
 
@@ -35,7 +34,9 @@ void Builder::emit(Plan& plan) {
             by_channel(std::move(op), channels);
             break;
         }
-        case Kind::conv: plan.ops.push_back(conv(int(s), draft)); break;
+        case Kind::conv:
+            plan.ops.push_back(conv(int(s), draft));
+            break;
         case Kind::map: {
             auto op = std::make_unique<MapOp>();
             op->kernels = &network_.kernels, op->step = &step;
@@ -64,6 +65,7 @@ void Builder::emit(Plan& plan) {
             break;
         }
         }
+        if (step.kind != Kind::flatten) plan.ops.back()->made = step.output;
     }
 }
 
@@ -93,12 +95,13 @@ std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
                                                                 network_.values[step.inputs[1]].nonnegative));
     op->vectors = cover(op->y.geometry, network_.kernels.lanes);
     for (const auto& group : step.groups) op->off.push_back(displacements(draft, group.in));
-    for (const auto& tile : step.tiles) {
+    block_conv(*op, draft);
+    tile_conv(*op);
+    for (const auto& tile : op->packed->tiles) {
         op->tile_begin.push_back(int(op->tile_planes.size()));
         for (int c : tile.channels) op->tile_planes.push_back(c * op->y.geometry.plane);
         for (int c : tile.channels) op->tile_planes.push_back(c * op->add.geometry.plane);
     }
-    block_conv(*op, draft);
     chunk_conv(*op);
     return op;
 }
@@ -124,17 +127,35 @@ void Builder::block_conv(ConvOp& op, const Draft& draft) {
     }
 }
 
+int Builder::vector_pieces(const ConvOp& op) const {
+    return std::max(1, std::min(key_.parts, int(op.vectors.at.size()) / 12));
+}
+
+Extent Builder::extent(const ConvOp& op, int64_t count) const {
+    const int pieces = vector_pieces(op);
+    const int vectors = int(op.vectors.at.size());
+    return {count, (vectors + pieces - 1) / pieces, op.block_vectors, key_.interleave >= network_.kernels.lanes};
+}
+
+void Builder::tile_conv(ConvOp& op) {
+    Splits splits;
+    for (size_t g = 0; g < op.off.size(); ++g)
+        splits.push_back(split_filters(network_.kernels, int(op.step->groups[g].out.size()),
+                                       extent(op, int64_t(op.off[g].size()))));
+    op.packed = network_.packed(*op.step, splits);
+}
+
 // Pieces of about equal work: ranges of vectors where there are many, else ranges of filter tiles.
 void Builder::chunk_conv(ConvOp& op) {
-    const Step& step = *op.step;
-    const int vectors = int(op.vectors.at.size()), tiles = int(step.tiles.size());
-    const int absent = op.skip_absent ? 0 : int(step.absent.size());
-    const int by_vectors = std::max(1, std::min(key_.parts, vectors / 12));
+    const auto& all = op.packed->tiles;
+    const int vectors = int(op.vectors.at.size()), tiles = int(all.size());
+    const int absent = op.skip_absent ? 0 : int(op.step->absent.size());
+    const int by_vectors = vector_pieces(op);
     const int by_tiles = std::max(1, std::min(tiles, (key_.parts + by_vectors - 1) / by_vectors));
     std::vector<double> cost(tiles + 1, 0.0);
     for (int t = 0; t < tiles; ++t)
-        cost[t + 1] = cost[t] + tile_cost(network_.kernels, step.tiles[t].filters,
-                                          int64_t(op.off[step.tiles[t].group].size()));
+        cost[t + 1] = cost[t] + tile_cost(network_.kernels, all[t].filters,
+                                          extent(op, int64_t(op.off[all[t].group].size())));
     std::vector<int> border{0};
     for (int part = 1; part < by_tiles; ++part) {
         const double target = cost[tiles] * part / by_tiles;

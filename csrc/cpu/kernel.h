@@ -79,6 +79,7 @@ struct Kernels {
     void (*map)(const MapCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
+    int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers alone; returns how many were done
 };
 
 const Kernels& kernels_base();

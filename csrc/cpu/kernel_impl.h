@@ -156,6 +156,26 @@ void linear_tile(const LinearCall& call, int image, int first) {
         }
 }
 
+// What the arithmetic units can do at most: the yardstick of every other kernel.
+int64_t arithmetic(int64_t turns) {
+    constexpr int sums = DSP_WIDE ? 24 : 12;
+    V acc[sums];
+#pragma GCC unroll 24
+    for (int s = 0; s < sums; ++s) acc[s] = V{} + float(s);
+    V a = V{} + 0.999f, b = V{} + 1e-3f;
+    for (int64_t t = 0; t < turns; ++t) {
+#pragma GCC unroll 24
+        for (int s = 0; s < sums; ++s) acc[s] = acc[s] * a + b;
+        asm volatile("" : : : "memory");
+    }
+    V total{};
+#pragma GCC unroll 24
+    for (int s = 0; s < sums; ++s) total += acc[s];
+    volatile float sink = total[0];
+    (void)sink;
+    return turns * sums * L;
+}
+
 template <int K>
 void linear_rows(const LinearCall& call, int image) {
     int o = call.first;
@@ -190,6 +210,7 @@ Kernels make() {
     table.map = map;
     table.pool = pool;
     table.linear = linear;
+    table.arithmetic = arithmetic;
 #if DSP_WIDE
     table.filters = 8;
     row<1, 8>(table);

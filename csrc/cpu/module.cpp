@@ -45,15 +45,15 @@ class Native {
              const std::string& act, const std::vector<std::vector<int>>& in_index,
              const std::vector<std::vector<int>>& out_index, const std::vector<Array>& weights,
              const std::optional<Array>& bias) {
-        if (in_index.size() != out_index.size()) fail("in_index and out_index differ in length");
+        if (in_index.size() != out_index.size() || in_index.size() != weights.size())
+            fail("in_index, out_index and weights differ in length");
         std::vector<dsp::GroupIndex> groups;
-        std::vector<std::vector<float>> flats;
-        for (size_t g = 0; g < in_index.size(); ++g) groups.push_back({in_index[g], out_index[g]});
-        for (const auto& weight : weights) flats.push_back(flat(weight));
+        for (size_t g = 0; g < in_index.size(); ++g)
+            groups.push_back({in_index[g], out_index[g], flat(weights[g])});
         const auto bias_values = flat_or_empty(bias);
         if (bias && int(bias_values.size()) != out_channels) fail("bias needs one number per output channel");
         return open().add_conv(x, residual, out_channels, kernel, stride, padding, dilation, activation(act),
-                               std::move(groups), flats, bias ? bias_values.data() : nullptr);
+                               std::move(groups), bias ? bias_values.data() : nullptr);
     }
 
     int map(int x, int other, const std::optional<Array>& scale, const std::optional<Array>& shift,
@@ -87,45 +87,70 @@ class Native {
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
-        dsp::Session& session = sealed();
-        const dsp::Network& network = session.network();
-        if (int(inputs.size()) != network.inputs || int(outputs.size()) != network.outputs || inputs.empty())
-            fail("wrong number of inputs or outputs");
-        if (interleave != 0 && interleave != 1 && interleave != 2 && interleave != 4 && interleave != 8 && interleave != 16)
-            fail("interleave is 0, 1, 2, 4, 8 or 16");
-        std::vector<dsp::Size> sizes;
-        std::vector<dsp::Images> sources, targets;
-        const py::ssize_t images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
-        int number = 0;
-        for (const auto& step : network.steps) {
-            if (step.kind != dsp::Kind::input) continue;
-            const Array& x = inputs[number++];
-            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != images ||
-                x.shape(1) != network.values[step.output].channels)
-                fail("input " + std::to_string(step.number) + " has another shape than its value");
-            const int h = x.ndim() == 4 ? int(x.shape(2)) : 1, w = x.ndim() == 4 ? int(x.shape(3)) : 1;
-            sizes.push_back({h, w});
-            sources.push_back(images_of(x, const_cast<float*>(x.data())));
-        }
-        if (images == 0) return;
-        const auto shapes = session.output_shapes(sizes);
-        for (size_t n = 0; n < outputs.size(); ++n) {
-            Array& y = outputs[n];
-            const auto& s = shapes[n];
-            const bool fits4 = y.ndim() == 4 && y.shape(0) == images && y.shape(1) == s[0] && y.shape(2) == s[1] &&
-                               y.shape(3) == s[2];
-            const bool fits2 = y.ndim() == 2 && y.shape(0) == images && y.shape(1) == s[0] && s[1] * s[2] == 1;
-            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has another shape than its value");
-            targets.push_back(images_of(y, y.mutable_data()));
-        }
+        const Call call = checked(inputs, outputs, interleave);
+        if (call.images == 0) return;
         py::gil_scoped_release release;
-        session.run(sizes, images, sources, targets, threads, interleave);
+        session_->run(call.sizes, call.images, call.sources, call.targets, threads, interleave);
+    }
+
+    std::vector<std::tuple<std::string, int, double>> profile(const std::vector<Array>& inputs,
+                                                              std::vector<Array> outputs, int interleave,
+                                                              int repeats) {
+        const Call call = checked(inputs, outputs, interleave);
+        if (call.images == 0 || interleave == 0 || repeats < 1) fail("profiling needs images, interleave and repeats");
+        std::vector<std::tuple<std::string, int, double>> list;
+        py::gil_scoped_release release;
+        for (const auto& t : session_->profile(call.sizes, call.sources, call.targets, int(call.images), interleave, repeats))
+            list.emplace_back(t.name, t.value, t.seconds);
+        return list;
     }
 
     int64_t scratch_bytes() { return sealed().scratch_bytes(); }
     int plan_count() { return sealed().plan_count(); }
 
   private:
+    struct Call {
+        int64_t images;
+        std::vector<dsp::Size> sizes;
+        std::vector<dsp::Images> sources, targets;
+    };
+
+    // Every shape is held against the network; nothing behind this point can be out of range.
+    Call checked(const std::vector<Array>& inputs, std::vector<Array>& outputs, int interleave) {
+        dsp::Session& session = sealed();
+        const dsp::Network& network = session.network();
+        if (int(inputs.size()) != network.inputs || int(outputs.size()) != network.outputs || inputs.empty())
+            fail("wrong number of inputs or outputs");
+        if (interleave != 0 && interleave != 1 && interleave != 2 && interleave != 4 && interleave != 8 &&
+            interleave != 16)
+            fail("interleave is 0, 1, 2, 4, 8 or 16");
+        Call call;
+        call.images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
+        int number = 0;
+        for (const auto& step : network.steps) {
+            if (step.kind != dsp::Kind::input) continue;
+            const Array& x = inputs[number++];
+            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != call.images ||
+                x.shape(1) != network.values[step.output].channels)
+                fail("input " + std::to_string(step.number) + " has another shape than its value");
+            const int h = x.ndim() == 4 ? int(x.shape(2)) : 1, w = x.ndim() == 4 ? int(x.shape(3)) : 1;
+            call.sizes.push_back({h, w});
+            call.sources.push_back(images_of(x, const_cast<float*>(x.data())));
+        }
+        if (call.images == 0) return call;
+        const auto shapes = session.output_shapes(call.sizes);
+        for (size_t n = 0; n < outputs.size(); ++n) {
+            Array& y = outputs[n];
+            const auto& s = shapes[n];
+            const bool fits4 = y.ndim() == 4 && y.shape(0) == call.images && y.shape(1) == s[0] &&
+                               y.shape(2) == s[1] && y.shape(3) == s[2];
+            const bool fits2 = y.ndim() == 2 && y.shape(0) == call.images && y.shape(1) == s[0] && s[1] * s[2] == 1;
+            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has another shape than its value");
+            call.targets.push_back(images_of(y, y.mutable_data()));
+        }
+        return call;
+    }
+
     std::unique_ptr<dsp::Network> network_;
     std::unique_ptr<dsp::Session> session_;
 
@@ -152,6 +177,9 @@ class Native {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels.";
     m.def("available_isas", &dsp::available_isas, "Instruction sets that are compiled in and run here, best first.");
+    m.def(
+        "arithmetic", [](const std::string& isa, int64_t turns) { return dsp::kernels_for(isa).arithmetic(turns); },
+        "Runs multiply-adds on registers alone; returns how many.", py::call_guard<py::gil_scoped_release>());
     m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
         .def(py::init<const std::string&>(), py::arg("isa") = "")
@@ -165,6 +193,8 @@ PYBIND11_MODULE(_C, m) {
         .def("output", &Native::output)
         .def("output_shapes", &Native::output_shapes)
         .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"), py::arg("interleave") = 0)
+        .def("profile", &Native::profile, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(),
+             py::arg("interleave"), py::arg("repeats"))
         .def_property_readonly("scratch_bytes", &Native::scratch_bytes)
         .def_property_readonly("plan_count", &Native::plan_count);
 }

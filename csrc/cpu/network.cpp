@@ -4,7 +4,6 @@
 #include <stdexcept>
 
 #include "isa.h"
-#include "tiling.h"
 
 namespace dsp {
 
@@ -50,8 +49,7 @@ int Network::add_input(int channels) {
 }
 
 int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
-                      Act act, std::vector<GroupIndex> groups, const std::vector<std::vector<float>>& weights,
-                      const float* bias) {
+                      Act act, std::vector<GroupIndex> groups, const float* bias) {
     check(x);
     check_window(kernel, stride, padding, dilation);
     require(out_channels >= 1 && out_channels < most, "out_channels is " + std::to_string(out_channels));
@@ -59,7 +57,6 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
         check(residual);
         require(values[residual].channels == out_channels, "the residual has another number of channels");
     }
-    require(weights.size() == groups.size(), "one weight per group is needed");
     const int64_t taps = int64_t(kernel[0]) * kernel[1];
     std::vector<char> written(out_channels, 0);
     for (size_t g = 0; g < groups.size(); ++g) {
@@ -71,7 +68,7 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
             written[o] = 1;
         }
         const int64_t expected = int64_t(groups[g].in.size()) * int64_t(groups[g].out.size()) * taps;
-        require(int64_t(weights[g].size()) == expected, "group " + std::to_string(g) + " has a weight of another size");
+        require(int64_t(groups[g].weights.size()) == expected, "group " + std::to_string(g) + " has a weight of another size");
     }
     Step step(Kind::conv);
     step.inputs = residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
@@ -79,23 +76,35 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
     for (int o = 0; o < out_channels; ++o)
         if (!written[o]) step.absent.push_back(o);
-    for (size_t g = 0; g < groups.size(); ++g) {
-        const int64_t count = int64_t(groups[g].in.size()) * taps;
-        int first = 0;
-        for (int filters : split_filters(kernels, int(groups[g].out.size()), count)) {
-            FilterTile tile{int(g), filters, int64_t(step.weights.size()), int64_t(step.bias.size()), {}};
-            for (int64_t j = 0; j < count; ++j)
-                for (int k = 0; k < filters; ++k) step.weights.push_back(weights[g][(first + k) * count + j]);
-            for (int k = 0; k < filters; ++k) {
-                tile.channels.push_back(groups[g].out[first + k]);
-                step.bias.push_back(bias ? bias[tile.channels.back()] : 0.0f);
-            }
-            first += filters;
-            step.tiles.push_back(std::move(tile));
-        }
-    }
+    step.bias.assign(out_channels, 0.0f);
+    if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
     step.groups = std::move(groups);
     return make(std::move(step), out_channels, rectifies(act));
+}
+
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& known = packed_[{&step, splits}];
+    if (auto found = known.lock()) return found;
+    auto made = std::make_shared<Packed>();
+    for (size_t g = 0; g < step.groups.size(); ++g) {
+        const GroupIndex& group = step.groups[g];
+        const int64_t count = int64_t(group.in.size()) * step.kernel[0] * step.kernel[1];
+        int first = 0;
+        for (int filters : splits[g]) {
+            FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
+            for (int64_t j = 0; j < count; ++j)
+                for (int k = 0; k < filters; ++k) made->weights.push_back(group.weights[(first + k) * count + j]);
+            for (int k = 0; k < filters; ++k) {
+                tile.channels.push_back(group.out[first + k]);
+                made->bias.push_back(step.bias[tile.channels.back()]);
+            }
+            first += filters;
+            made->tiles.push_back(std::move(tile));
+        }
+    }
+    known = made;
+    return made;
 }
 
 int Network::add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act) {

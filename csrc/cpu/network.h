@@ -4,7 +4,9 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -29,7 +31,15 @@ struct FilterTile {
 
 struct GroupIndex {
     std::vector<int> in, out;
+    std::vector<float> weights; // [filters][channels][kh][kw]
 };
+
+// The weights of a convolution in the order in which its microtiles read them.
+struct Packed {
+    std::vector<FilterTile> tiles;
+    std::vector<float> weights, bias;
+};
+using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
 enum class Kind { input, conv, map, pool, mean, flatten, linear, output };
 
@@ -42,9 +52,8 @@ struct Step {
     // conv and pool
     Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
     std::vector<GroupIndex> groups;
-    std::vector<FilterTile> tiles;
     std::vector<int> absent;
-    std::vector<float> weights, bias; // by tile; 64-byte aligned copies are made by the network
+    std::vector<float> weights, bias; // linear: [in][out padded]; conv: the bias of each output channel
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
     int divisor = 0; // 0: the window's own
@@ -69,9 +78,9 @@ class Network {
 
     // Each returns the number of the value it makes and throws std::invalid_argument for what cannot be.
     int add_input(int channels);
-    // weights[g]: [filters][channels][kh][kw] of group g; bias: [out_channels] or null.
+    // bias: [out_channels] or null.
     int add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation, Act act,
-                 std::vector<GroupIndex> groups, const std::vector<std::vector<float>>& weights, const float* bias);
+                 std::vector<GroupIndex> groups, const float* bias);
     // act(x * scale + shift + other): any of scale and shift (both or none) and other (-1) may be missing.
     int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act);
     int add_pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
@@ -82,7 +91,13 @@ class Network {
     int add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features, Act act);
     void add_output(int value);
 
+    // The weights of a conv step cut into these tiles. Plans that cut alike share one copy.
+    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits) const;
+
   private:
+    mutable std::mutex mutex_;
+    mutable std::map<std::pair<const Step*, Splits>, std::weak_ptr<const Packed>> packed_;
+
     int make(Step step, int channels, bool nonnegative);
     void check(int value) const;
 };

@@ -27,6 +27,7 @@ class LoadOp : public Op {
     Place to;
     int number;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "load"; }
 };
 
 // The planar layout into a caller's tensor (any strides).
@@ -35,6 +36,7 @@ class StoreOp : public Op {
     Place from;
     int number;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "store"; }
 };
 
 // Rows and columns sorted by their phase under a stride: plane (phase, c) holds x[c, phase + stride * i].
@@ -47,6 +49,7 @@ class SplitOp : public Op {
     Pair stride;
     std::vector<Plane> planes;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "split"; }
 };
 
 class ConvOp : public Op {
@@ -56,6 +59,7 @@ class ConvOp : public Op {
     };
     const Kernels* kernels;
     const Step* step;
+    std::shared_ptr<const Packed> packed;
     Place x, y, add;
     bool has_add = false;
     bool in_place = false; // y is the residual: its pads are clear already
@@ -68,6 +72,7 @@ class ConvOp : public Op {
     std::vector<int> block_terms;          // per group: terms of the reduction in one pass
     std::vector<Chunk> parts;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "conv"; }
 };
 
 // act(x * scale + shift + other).
@@ -79,6 +84,7 @@ class MapOp : public Op {
     bool has_b = false;
     Vectors vectors;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "map"; }
 };
 
 // Pools whose pads may count as zeros: by displacement list on a split input.
@@ -91,6 +97,7 @@ class FastPoolOp : public Op {
     bool average;
     float scale;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "pool"; }
 };
 
 // Any other pool: window by window.
@@ -99,12 +106,14 @@ class PoolOp : public Op {
     const Step* step;
     Place x, y;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "slow pool"; }
 };
 
 class MeanOp : public Op {
   public:
     Place x, y;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "mean"; }
 };
 
 class LinearOp : public Op {
@@ -114,6 +123,7 @@ class LinearOp : public Op {
     Place x, y;
     std::vector<int32_t> off;
     void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "linear"; }
 };
 
 } // namespace dsp

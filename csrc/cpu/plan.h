@@ -46,7 +46,9 @@ class Op {
   public:
     virtual ~Op() = default;
     virtual void run(int chunk, const Context& context) const = 0;
+    virtual const char* name() const = 0;
     int chunks = 1;
+    int made = -1; // value of the network that it makes, or -1
 };
 
 struct PlanKey {

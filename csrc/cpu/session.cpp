@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "workers.h"
 
@@ -128,6 +129,28 @@ void Session::run_together(const Plan& plan, const Share& share, const std::vect
         };
         run_team(threads, body);
     }
+}
+
+std::vector<Session::Timing> Session::profile(const std::vector<Size>& sizes, const std::vector<Images>& inputs,
+                                              const std::vector<Images>& outputs, int images, int interleave,
+                                              int repeats) {
+    const auto made = plan({sizes, interleave, 1});
+    Arena arena(*made, 1);
+    const Context context{arena.memory, &inputs, &outputs, 0, std::min(images, interleave)};
+    std::vector<std::vector<double>> seconds(made->ops.size());
+    for (int repeat = 0; repeat < repeats; ++repeat)
+        for (size_t n = 0; n < made->ops.size(); ++n) {
+            const auto begin = std::chrono::steady_clock::now();
+            for (int chunk = 0; chunk < made->ops[n]->chunks; ++chunk) made->ops[n]->run(chunk, context);
+            const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
+            seconds[n].push_back(passed.count());
+        }
+    std::vector<Timing> timings;
+    for (size_t n = 0; n < made->ops.size(); ++n) {
+        std::sort(seconds[n].begin(), seconds[n].end());
+        timings.push_back({made->ops[n]->name(), made->ops[n]->made, seconds[n][seconds[n].size() / 2]});
+    }
+    return timings;
 }
 
 int64_t Session::scratch_bytes() {

@@ -32,6 +32,14 @@ class Session {
     void run(const std::vector<Size>& sizes, int64_t images, const std::vector<Images>& inputs,
              const std::vector<Images>& outputs, int threads, int interleave = 0);
 
+    struct Timing {
+        std::string name;
+        int value;      // that the operation makes, or -1
+        double seconds; // median of one run for `interleave` images on one thread
+    };
+    std::vector<Timing> profile(const std::vector<Size>& sizes, const std::vector<Images>& inputs,
+                                const std::vector<Images>& outputs, int images, int interleave, int repeats);
+
     // Bytes of scratch that lie idle, and plans that are kept.
     int64_t scratch_bytes();
     int plan_count();
