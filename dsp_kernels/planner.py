@@ -34,7 +34,7 @@ from dsp_kernels.program import (
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.trace import TracedNetwork, TracedNode
 
-__all__ = ["conv_spec_of", "plan"]
+__all__ = ["conv_spec_of", "plan", "zero_padding"]
 
 
 def plan(network: TracedNetwork) -> Program:
@@ -52,7 +52,7 @@ def conv_spec_of(
     if isinstance(module, PackedConv2d):
         spec = ConvSpec(module.structure, module.kernel_size, module.stride, module.padding, module.dilation)
         return spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
-    padding = _zero_padding(module)
+    padding = zero_padding(module)
     if isinstance(padding, str):
         return padding
     structure = GroupStructure.uniform(module.in_channels, module.out_channels, module.groups)
@@ -63,7 +63,8 @@ def conv_spec_of(
     return spec, tuple(module.weight.detach().chunk(module.groups)), _detached(module.bias)
 
 
-def _zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
+def zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
+    """Zeros around the input, (vertical, horizontal); why not, for a padding that is something else."""
     if module.padding_mode != "zeros":
         return f"padding mode {module.padding_mode!r}"
     if not isinstance(module.padding, str):
