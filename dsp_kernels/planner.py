@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.folding import batch_norm_affine, fold_batch_norm
+from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
 from dsp_kernels.program import (
     ActivationStep,
@@ -91,6 +92,7 @@ class _Planner:
         self.handlers: dict[str, Callable[[TracedNode], None]] = {
             "conv": self._conv,
             "packed_conv": self._conv,
+            "fused_conv": self._fused_conv,
             "batch_norm": self._batch_norm,
             "activation": self._activation,
             "add": self._add,
@@ -171,6 +173,11 @@ class _Planner:
             self._torch(node, read)
         else:
             self._emit(node, ConvStep(node.name, self._inputs(node), *read))
+
+    def _fused_conv(self, node: TracedNode) -> None:
+        assert isinstance(node.module, FusedConv2d)
+        weights, bias = tuple(w.detach() for w in node.module.weights), _detached(node.module.bias)
+        self._emit(node, ConvStep(node.name, self._inputs(node), node.module.spec, weights, bias))
 
     def _batch_norm(self, node: TracedNode) -> None:
         assert isinstance(node.module, nn.BatchNorm2d)

@@ -45,9 +45,10 @@ def _masked_copy(model: nn.Module) -> nn.Module:
     """A copy whose convolutions are multiplied by their masks and carry neither mask nor group any more."""
     masked = copy.deepcopy(model)
     for module in masked.modules():
-        if isinstance(module, nn.Conv2d) and isinstance(getattr(module, "mask", None), Tensor):
+        mask = getattr(module, "mask", None)
+        if isinstance(module, nn.Conv2d) and isinstance(mask, Tensor):
             with torch.no_grad():
-                module.weight.masked_fill_(module.mask == 0, 0.0)
+                module.weight.masked_fill_(mask.eq(0), 0.0)
     return masked
 
 
@@ -66,7 +67,12 @@ def _batch_norm(norm: nn.BatchNorm2d, plan: LayerPlan) -> nn.BatchNorm2d:
     keep = list(plan.out_keep)
     assert norm.running_mean is not None
     made = nn.BatchNorm2d(
-        len(keep), norm.eps, norm.momentum, norm.affine, device=norm.running_mean.device, dtype=norm.running_mean.dtype
+        len(keep),
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        device=norm.running_mean.device,
+        dtype=norm.running_mean.dtype,
     )
     state = {
         name: value if name == "num_batches_tracked" else value[keep]

@@ -114,7 +114,9 @@ class _Spaces:
 
     def _is_fixed(self, node: TracedNode) -> bool:
         """Whether the channels of a node's value have to stay as they are."""
-        if node.kind in ("input", "linear") or any(self.network[user].kind == "output" for user in node.users):
+        if node.kind in ("input", "linear") or any(
+            self.network[user].kind == "output" for user in node.users
+        ):
             return True
         if any(_stays_whole(toucher.module) for toucher in (node, *(self.network[u] for u in node.users))):
             return True
@@ -182,5 +184,3 @@ def _kept_bias(node: TracedNode, out_keep: Tensor) -> list[bool]:
 
 def _numbers(flags: Tensor) -> tuple[int, ...]:
     return tuple(flags.nonzero().flatten().tolist())
-
-
