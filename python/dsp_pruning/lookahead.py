@@ -56,19 +56,18 @@ def look_ahead(
     }
     values.update({name: buffer.detach().clone() for name, buffer in model.named_buffers()})
     device = next(iter(starts)).device
-    with (
-        torch.enable_grad(),
-        torch.random.fork_rng(
-            devices=[] if device.type == "cpu" else [device],
-            device_type="cuda" if device.type == "cpu" else device.type,
-        ),
-        # No cached casts: within an outer autocast they could be those of other weights.
-        torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False),
-    ):
-        loss = criterion(torch.func.functional_call(model, values, (x,)), y)
-    leaves = [value for value in copies.values() if value.requires_grad]
-    scaled = loss if scaler is None else scaler.scale(loss)
-    gradients = torch.autograd.grad(scaled, leaves, allow_unused=True)
+    random = torch.random.fork_rng(
+        devices=[] if device.type == "cpu" else [device],
+        device_type="cuda" if device.type == "cpu" else device.type,
+    )
+    # No cached casts: within an outer autocast they could be those of other weights.
+    autocast = torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
+    with torch.enable_grad(), random:
+        with autocast:
+            loss = criterion(torch.func.functional_call(model, values, (x,)), y)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        leaves = [value for value in copies.values() if value.requires_grad]
+        gradients = torch.autograd.grad(scaled, leaves, allow_unused=True)
     inverse = 1.0 if scaler is None else 1.0 / scaler.get_scale()
     for leaf, gradient in zip(leaves, gradients, strict=True):
         leaf.grad = gradient if gradient is None or scaler is None else gradient * inverse
