@@ -30,7 +30,7 @@ class FusedConv2d(nn.Module):
         super().__init__()
         spec.check_constants(weights, bias)
         self.spec = spec
-        self.backend = backend
+        self.backend = BACKENDS.check(backend)
         self.weights = nn.ParameterList(
             nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights
         )
@@ -91,7 +91,8 @@ class FusedConv2d(nn.Module):
         spec = self.spec
         return (
             f"{spec.structure}, kernel_size={spec.kernel_size}, stride={spec.stride}, "
-            f"padding={spec.padding}, dilation={spec.dilation}, activation={spec.activation}, bias={self.bias is not None}"
+            f"padding={spec.padding}, dilation={spec.dilation}, activation={spec.activation}, "
+            f"bias={self.bias is not None}"
         )
 
 

@@ -58,6 +58,7 @@ def gather_grouped_conv2d(
         pair(dilation, "dilation", 1),
         activation,
     )
+    spec.check_input(x, (), residual)
     in_index, out_index = index_tensors(structure, x.device)
     return gather_grouped_conv2d_tensors(x, weights, in_index, out_index, bias, residual, spec)
 
@@ -88,12 +89,15 @@ def gather_grouped_conv2d_tensors(
     )
 
 
-@torch.compiler.assume_constant_result
 def index_tensors(
     structure: GroupStructure, device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """in_index and out_index of every group as int64 tensors on a device, made once per structure."""
     return _index_tensors(structure, device)
+
+
+# What torch.compiler.assume_constant_result sets, without importing all of dynamo to set it.
+index_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)

@@ -26,7 +26,8 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
     Channels that are zero, or that nobody reads, disappear from batch norms, linear layers and residual
     streams too. A removed channel is exactly zero in eval mode; where a pruned filter leaves another
     constant (a norm's shift, a bias), the channel is kept. The copy is an ordinary module in the model's
-    own mode; it trains with the same statistics. The model is not changed.
+    own mode. It trains as the masked network does, with the same statistics, if pruned filters have norms
+    of weight and bias 0, which is how PruneWrapper leaves them. The model is not changed.
 
     Raises DSPTraceError, naming the node, if the network holds an operation whose channels cannot be
     followed, and DSPVerificationError if the copy does not answer as the masked network does.
