@@ -142,9 +142,7 @@ def test_is_safe_for_threads() -> None:
     wrong: list[int] = []
 
     def work(number: int) -> None:
-        for _ in range(20):
-            if not torch.equal(fresh(inputs[number]), expected[number]):
-                wrong.append(number)
+        wrong.extend(number for _ in range(20) if not torch.equal(fresh(inputs[number]), expected[number]))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:

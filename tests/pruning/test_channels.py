@@ -59,7 +59,8 @@ def randomised(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
                 nn.init.normal_(module.weight)
                 nn.init.normal_(module.bias)
                 module.weight.data[torch.rand(len(module.weight)) < 0.2] = 0
-    model.fc.weight.data[:, :4] = 0
+    nn.init.normal_(model.packed.bias)
+    model.fc.weight.data[:, :7] = 0  # channel 0, and all but one value of channel 1
     model.head.weight.data[:, 0] = 0
     model.grouped.weight.data[3] = 0
     masks = {}
@@ -190,6 +191,27 @@ def test_batch_norm_turns_a_dead_filter_into_its_eval_constant() -> None:
     assert flow["_3"].constant.isnan().all()
     assert flow["_0"].read.tolist() == [False, True, False]
     assert not flow.connected
+    _, network = chain(*model[:3], nn.Softplus())  # an opaque reader of every channel
+    assert channel_flow(network)["_2"].read.all()
+    assert channel_flow(network)["_1"].read.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("padding", "mode", "constant"),
+    [(0, "zeros", True), ("valid", "zeros", True), (1, "reflect", True), (1, "zeros", False)],
+)
+@torch.no_grad()
+def test_a_constant_survives_a_conv_that_pads_no_zeros(padding: Any, mode: str, constant: bool) -> None:
+    reader = nn.Conv2d(2, 3, 3, padding=padding, padding_mode=mode)
+    model, network = chain(nn.Conv2d(2, 2, 1), reader)
+    model[0].weight.zero_()
+    flow = channel_flow(network)
+    assert torch.equal(flow["_0"].constant, model[0].bias.double())
+    assert (~flow["_1"].constant.isnan()).tolist() == [constant] * 3
+    if constant:
+        found = model(torch.randn(2, 2, 6, 6)).transpose(0, 1).flatten(1)
+        assert torch.allclose(found, flow["_1"].constant.float()[:, None].expand_as(found), atol=1e-6)
+    assert flow.kernels["_1"].all()  # their share of the output is not folded into anything
 
 
 def test_pruning_semantics_trust_masks_only() -> None:
@@ -206,6 +228,16 @@ def test_pruning_semantics_trust_masks_only() -> None:
     assert flow.kernels["_0"].tolist() == [[True, True], [False, False], [False, True]]
     assert flow.connected
     assert channel_flow(network).kernels["_0"].any().item() is False  # eval: the last BN lets nothing through
+
+
+def test_pruning_leaves_the_bias_of_a_layer_it_does_not_own() -> None:
+    _, network = chain(nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, bias=False))
+    flow = channel_flow(network, {"0": torch.zeros(2, 2)}, "pruning")
+    assert flow["_0"].zero.all()
+    assert not flow["_1"].zero.any()
+    owned = channel_flow(network, {"0": torch.zeros(2, 2), "1": torch.ones(2, 2)}, "pruning")
+    assert owned["_1"].zero.all()
+    assert owned["_2"].zero.all()
 
 
 def test_pruning_follows_a_dead_filter_through_the_whole_chain() -> None:

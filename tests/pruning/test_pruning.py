@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pruner_cases import fresh, learned, same, state_of, train, zeros
-from torch import nn
+from torch import Tensor, nn
 from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError
@@ -138,7 +139,7 @@ def test_a_filter_that_is_gone_leaves_no_constant() -> None:
     assert gone[1].any()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1)
+            parameter.add_(1.0)
     pruner.after_step()
     inner = model[:4].eval()(train_input)
     assert bool((inner[:, gone[0]] == 0).all())
@@ -172,4 +173,50 @@ def test_cyclic_pruning_goes_on_from_the_present_weights() -> None:
         kept = ~now[:, :, None, None]
         assert torch.equal(layer.conv.weight * kept, trained[f"{layer.name}.weight"] * kept)
     train(pruner)
-    assert pruner.initialize(0.2)[0] >= flops  # what is pruned stays pruned
+    assert pruner.initialize(0.0)[0] >= flops  # what is pruned stays pruned
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_what_a_mask_hides_counts_for_nothing(beta: float) -> None:
+    pruner, clean = learned(fresh()), learned(fresh())
+    for each in (pruner, clean):
+        each.initialize(0.3)
+        train(each)
+    with torch.no_grad():
+        for layer in pruner.layers:
+            layer.conv.weight.masked_fill_(layer.conv.mask == 0, 100.0)
+    assert pruner.prune_at(beta) == clean.prune_at(beta)
+    assert same(state_of(pruner.model), state_of(clean.model))
+
+
+class Twice(nn.Module):
+    """One conv and one BN that run twice; the second time they read what the first conv made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 1, bias=False)
+        self.first = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.norm_first = nn.BatchNorm2d(6)
+        self.again = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.norm(self.again(x)) + self.norm(self.again(F.relu(self.norm_first(self.first(x)))))
+
+
+def test_a_layer_that_runs_twice_keeps_what_either_run_needs() -> None:
+    torch.manual_seed(0)
+    pruner = learned(Twice(), 1, fp_layer_indices=[0], layers=lambda name, _: name in ("first", "again"))
+    first, again = (layer.conv for layer in pruner.layers)
+    with torch.no_grad():
+        first.weight[2] = (
+            0  # its filter 2 is gone: the second run reads a dead channel 2, the first run does not
+        )
+        again.weight[4] = 0
+    bias = pruner.model.norm.bias.detach().clone()
+    pruner.prune_at(0.0)
+    assert not first.mask[2].any()
+    assert pruner.model.norm_first.bias[2] == 0
+    assert again.mask[:, 2].flatten().tolist() == [1, 1, 1, 1, 0, 1]
+    assert torch.equal(pruner.model.norm.bias, bias)
