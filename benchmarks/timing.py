@@ -63,7 +63,7 @@ def measure(
     machine that slows down slows all of them down.
     warmup_seconds: each engine runs at least so long, and twice at least, before the first round.
     sample_seconds: a call shorter than this is repeated within a sample until the sample is this long.
-    synchronize: waits for the device, called before each reading of the clock.
+    synchronize: waits for the device, called before the clock is stopped.
     """
     wait = synchronize or _nothing
     repeats = {}
@@ -92,7 +92,6 @@ def _warm_up(call: Callable[[], object], seconds: float, wait: Callable[[], None
 
 
 def _sample(call: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
-    wait()
     started = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -25,6 +25,7 @@ def demo(
     epochs: Annotated[
         int, typer.Option("--epochs", min=1, help="Of pretraining and of finetuning; learning takes half.")
     ] = DemoConfig.epochs,
+    layers: o.Layers = DemoConfig.depth,
     groups: o.Groups = DemoConfig.groups,
     prune: Annotated[
         float, typer.Option("--prune", "-p", help="Share of the grouped layers' FLOPs to remove, 0..1.")
@@ -33,9 +34,9 @@ def demo(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
 ) -> None:
-    """Train ResNet-20 on digits, learn groups, prune, pack, fuse, save, reload, measure."""
+    """Train a ResNet on digits, learn groups, prune, pack, fuse, save, reload, measure."""
     started = time.perf_counter()
-    config = DemoConfig(seed=seed, epochs=epochs, groups=groups, prune=prune, device=device)
+    config = DemoConfig(seed=seed, depth=layers, epochs=epochs, groups=groups, prune=prune, device=device)
     with progress_bars() as bars:
         result = run_demo(save_dir, config, bars)
     image_size = result.data.image_hw[0]

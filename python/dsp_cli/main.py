@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(str(error))
         return 1
     except typer.Abort:
-        print_error("interrupted; a training run goes on from its last whole epoch with --resume")
-        return _INTERRUPTED
+        status = _INTERRUPTED
     except Exception as error:
         # Bad flags: typer's own family, whose base class has moved between its versions.
         message = getattr(error, "format_message", None)
@@ -37,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print_error(f"{message()} (dsp --help)")
         return _USAGE
+    if status == _INTERRUPTED:  # typer gives this back for Ctrl-C, or raises Abort, depending on its version
+        print_error("interrupted; a training run goes on from its last whole epoch with --resume")
     return status if isinstance(status, int) else 0
 
 

@@ -122,7 +122,9 @@ def draw_structures(model: nn.Module, path: str | Path, title: str = "") -> Path
     axes = figure.subplots(rows, columns, squeeze=False).flat
     colours = ListedColormap([_EMPTY, *_COLOURS])
     for axis, (name, structure) in zip(axes, layers, strict=False):
-        axis.imshow(_group_matrix(structure), cmap=colours, vmin=0, vmax=len(_COLOURS), interpolation="none")
+        axis.imshow(
+            _group_matrix(structure).numpy(), cmap=colours, vmin=0, vmax=len(_COLOURS), interpolation="none"
+        )
         axis.set_title(name, fontsize=7, pad=3)
         axis.set_xlabel(f"{structure.in_channels} channels", fontsize=5, labelpad=1)
         axis.set_ylabel(f"{structure.out_channels} filters", fontsize=5, labelpad=1)

@@ -70,7 +70,7 @@ def test_rounds_run_every_engine_once_in_a_seeded_random_order(clock: _Clock) ->
     assert orders(4) != seen
 
 
-def test_the_device_is_waited_for_before_each_reading(clock: _Clock) -> None:
+def test_the_device_is_waited_for_before_the_clock_stops(clock: _Clock) -> None:
     """Work that was only queued counts in the sample that queued it."""
     queued: list[float] = []
 
