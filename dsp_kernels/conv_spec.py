@@ -59,7 +59,7 @@ class ConvSpec:
         return height, width
 
     def check_constants(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        """weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. Raises DSPShapeError if they are not that.
+        """weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. Raises DSPShapeError for others.
 
         All have to be of one dtype and on one device.
         """

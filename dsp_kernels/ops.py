@@ -17,7 +17,7 @@ from dsp_kernels.schema import NAMESPACE, OP_NAME, SCHEMA
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.structure_cache import structure_of
 
-__all__ = ["gather_grouped_conv2d", "index_tensors"]
+__all__ = ["gather_grouped_conv2d", "gather_grouped_conv2d_tensors", "index_tensors"]
 
 
 def gather_grouped_conv2d(
@@ -50,7 +50,29 @@ def gather_grouped_conv2d(
         if not weights:
             raise DSPShapeError("kernel_size cannot be read from no weights; pass kernel_size=")
         kernel_size = (weights[0].shape[2], weights[0].shape[3])
+    spec = ConvSpec(
+        structure,
+        pair(kernel_size, "kernel_size", 1),
+        pair(stride, "stride", 1),
+        pair(padding, "padding", 0),
+        pair(dilation, "dilation", 1),
+        activation,
+    )
+    spec.check_input(x, (), residual)
     in_index, out_index = index_tensors(structure, x.device)
+    return gather_grouped_conv2d_tensors(x, weights, in_index, out_index, bias, residual, spec)
+
+
+def gather_grouped_conv2d_tensors(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    in_index: Sequence[Tensor],
+    out_index: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    spec: ConvSpec,
+) -> Tensor:
+    """The same through the torch op, for a caller that keeps the structure's indices as tensors."""
     return getattr(torch.ops, NAMESPACE).gather_grouped_conv2d(
         x,
         list(weights),
@@ -58,21 +80,24 @@ def gather_grouped_conv2d(
         list(out_index),
         bias,
         residual,
-        structure.out_channels,
-        pair(kernel_size, "kernel_size", 1),
-        pair(stride, "stride", 1),
-        pair(padding, "padding", 0),
-        pair(dilation, "dilation", 1),
-        activation,
+        spec.structure.out_channels,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        spec.activation,
     )
 
 
-@torch.compiler.assume_constant_result
 def index_tensors(
     structure: GroupStructure, device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """in_index and out_index of every group as int64 tensors on a device, made once per structure."""
     return _index_tensors(structure, device)
+
+
+# What torch.compiler.assume_constant_result sets, without importing all of dynamo to set it.
+index_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)

@@ -58,18 +58,7 @@ class PackedConv2d(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(structure.out_channels, device=device, dtype=dtype)) if bias else None
         )
-        # Buffers, so that they follow the module to its device; not in the state dict, because a file's
-        # indices would bypass the structure's checks.
-        for number, group in enumerate(structure.groups):
-            in_index = torch.tensor(group.in_index, dtype=torch.long, device=device)
-            self.register_buffer(f"in_index_{number}", in_index, persistent=False)
-        branch_order = [channel for group in structure.groups for channel in group.out_index]
-        position = {channel: place for place, channel in enumerate((*branch_order, *structure.absent))}
-        places = [position[channel] for channel in range(structure.out_channels)]
-        self.outputs_in_order = places == sorted(places)
-        self.register_buffer(
-            "output_place", torch.tensor(places, dtype=torch.long, device=device), persistent=False
-        )
+        self.reset_index(device)
         self.reset_parameters()
 
     @property
@@ -81,6 +70,22 @@ class PackedConv2d(nn.Module):
     def out_channels(self) -> int:
         """Width of the output, absent channels included."""
         return self.structure.out_channels
+
+    def reset_index(self, device: torch.device | str | None = None) -> None:
+        """Make the index buffers from the structure."""
+        # Buffers, so that they follow the module to its device; not in the state dict, because a file's
+        # indices would bypass the structure's checks.
+        structure = self.structure
+        for number, group in enumerate(structure.groups):
+            in_index = torch.tensor(group.in_index, dtype=torch.long, device=device)
+            self.register_buffer(f"in_index_{number}", in_index, persistent=False)
+        branch_order = [channel for group in structure.groups for channel in group.out_index]
+        position = {channel: place for place, channel in enumerate((*branch_order, *structure.absent))}
+        places = [position[channel] for channel in range(structure.out_channels)]
+        self.outputs_in_order = places == sorted(places)
+        self.register_buffer(
+            "output_place", torch.tensor(places, dtype=torch.long, device=device), persistent=False
+        )
 
     def reset_parameters(self) -> None:
         """He-uniform weights and zero bias, as a freshly made convolution has them."""

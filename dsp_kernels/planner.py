@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.folding import batch_norm_affine, fold_batch_norm
+from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
 from dsp_kernels.program import (
     ActivationStep,
@@ -34,7 +35,7 @@ from dsp_kernels.program import (
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.trace import TracedNetwork, TracedNode
 
-__all__ = ["conv_spec_of", "plan"]
+__all__ = ["conv_spec_of", "plan", "zero_padding"]
 
 
 def plan(network: TracedNetwork) -> Program:
@@ -52,7 +53,7 @@ def conv_spec_of(
     if isinstance(module, PackedConv2d):
         spec = ConvSpec(module.structure, module.kernel_size, module.stride, module.padding, module.dilation)
         return spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
-    padding = _zero_padding(module)
+    padding = zero_padding(module)
     if isinstance(padding, str):
         return padding
     structure = GroupStructure.uniform(module.in_channels, module.out_channels, module.groups)
@@ -63,7 +64,8 @@ def conv_spec_of(
     return spec, tuple(module.weight.detach().chunk(module.groups)), _detached(module.bias)
 
 
-def _zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
+def zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
+    """Zeros around the input, (vertical, horizontal); why not, for a padding that is something else."""
     if module.padding_mode != "zeros":
         return f"padding mode {module.padding_mode!r}"
     if not isinstance(module.padding, str):
@@ -90,6 +92,7 @@ class _Planner:
         self.handlers: dict[str, Callable[[TracedNode], None]] = {
             "conv": self._conv,
             "packed_conv": self._conv,
+            "fused_conv": self._fused_conv,
             "batch_norm": self._batch_norm,
             "activation": self._activation,
             "add": self._add,
@@ -170,6 +173,11 @@ class _Planner:
             self._torch(node, read)
         else:
             self._emit(node, ConvStep(node.name, self._inputs(node), *read))
+
+    def _fused_conv(self, node: TracedNode) -> None:
+        assert isinstance(node.module, FusedConv2d)
+        weights, bias = tuple(w.detach() for w in node.module.weights), _detached(node.module.bias)
+        self._emit(node, ConvStep(node.name, self._inputs(node), node.module.spec, weights, bias))
 
     def _batch_norm(self, node: TracedNode) -> None:
         assert isinstance(node.module, nn.BatchNorm2d)

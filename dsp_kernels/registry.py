@@ -42,15 +42,20 @@ class Registry(Generic[T]):
         """Names in order of preference."""
         return tuple(item.name for item in self._items)
 
+    def check(self, name: str) -> str:
+        """The name itself. Raises DSPBackendError if it is neither "auto" nor known."""
+        if name != "auto" and name not in self.names():
+            raise DSPBackendError(
+                f"{self.what} {name!r} is unknown; known are auto, {', '.join(self.names())}"
+            )
+        return name
+
     def choose(self, name: str, *request: Any) -> T:
         """The one of this name, or for "auto" the first that can run the request.
 
         Raises DSPBackendError if the name is unknown or the choice cannot run, with its reason.
         """
-        if name != "auto" and name not in self.names():
-            raise DSPBackendError(
-                f"{self.what} {name!r} is unknown; known are auto, {', '.join(self.names())}"
-            )
+        self.check(name)
         reasons = []
         for item in self._items:
             if name in ("auto", item.name):

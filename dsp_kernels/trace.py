@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.trace_ops import LEAF_TYPES, classify
 
-__all__ = ["TracedNetwork", "TracedNode", "evaluating", "trace"]
+__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,25 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
+def call_graph(model: nn.Module) -> fx.Graph | None:
+    """The calls of a model in eval mode, without shapes; None if torch.fx cannot follow it."""
+    with evaluating(model):
+        try:
+            return _symbolic_graph(model)
+        except DSPTraceError:
+            return None
+
+
+def _symbolic_graph(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # fx raises whatever the model's own code raises on proxies
+        raise DSPTraceError(
+            f"{type(model).__name__} cannot be traced by torch.fx: {error}. "
+            "Control flow that depends on tensor values has to move out of forward()."
+        ) from error
+
+
 def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
     """Trace ``model`` in eval mode.
 
@@ -115,13 +134,7 @@ def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
     Raises DSPTraceError if torch.fx cannot follow the model or the model cannot run on the example.
     """
     with evaluating(model):
-        try:
-            graph = _Tracer().trace(model)
-        except Exception as error:  # fx raises whatever the model's own code raises on proxies
-            raise DSPTraceError(
-                f"{type(model).__name__} cannot be traced by torch.fx: {error}. "
-                "Control flow that depends on tensor values has to move out of forward()."
-            ) from error
+        graph = _symbolic_graph(model)
         _read_results_of_inplace(graph, model)
         graph_module = fx.GraphModule(model, graph)
         recorder = _ShapeRecorder(graph_module)

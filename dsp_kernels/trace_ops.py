@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
 
 __all__ = ["KINDS", "LEAF_TYPES", "classify"]
@@ -21,6 +22,7 @@ KINDS = (
     "input",
     "conv",  # nn.Conv2d
     "packed_conv",  # PackedConv2d
+    "fused_conv",  # FusedConv2d
     "batch_norm",  # nn.BatchNorm2d with running statistics
     "activation",  # attributes: function, a name in activations.ACTIVATIONS
     "add",  # of two tensors of one shape
@@ -35,7 +37,7 @@ KINDS = (
     "opaque",  # anything else
 )
 
-LEAF_TYPES: tuple[type[nn.Module], ...] = (PackedConv2d,)
+LEAF_TYPES: tuple[type[nn.Module], ...] = (PackedConv2d, FusedConv2d)
 
 _Attributes = dict[str, Any]
 _Classified = tuple[str, _Attributes]
@@ -84,6 +86,8 @@ def classify(
 def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]) -> _Classified:
     if isinstance(module, PackedConv2d):
         return "packed_conv", {}
+    if isinstance(module, FusedConv2d):
+        return "fused_conv", {}
     # A subclass with its own forward is its own operation.
     if _is(module, nn.Conv2d):
         return "conv", {}

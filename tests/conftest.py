@@ -31,7 +31,10 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """torch.empty holds NaN while a test runs, so an output that a kernel forgot to write is seen."""
-    fill, deterministic = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    fill, deterministic = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

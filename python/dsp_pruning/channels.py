@@ -33,7 +33,8 @@ class ChannelState:
 
     constant: [channels] float64, the number that fills the whole map of this channel for every input; NaN
         where the channel varies (or is not known to be constant).
-    read: [channels] bool, whether a change of this channel can change the network's output.
+    read: [channels] bool, whether something needs it: a node that is alive reads it, or the output does.
+        What only makes a channel that is zero anyway is not needed, such as the constant before a ReLU.
     """
 
     constant: Tensor

@@ -142,5 +142,7 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises zip, pickle, runtime and key errors for a bad file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DSPFormatError(f"{path} is not a readable checkpoint: {reason[:160]}") from error
+        raise DSPFormatError(
+            f"{path} is not a readable checkpoint: it must be a whole file of torch.save that holds only "
+            f"tensors and plain values ({type(error).__name__})"
+        ) from error

@@ -1,0 +1,68 @@
+"""What a bug report needs: ``python -m dsp_kernels.env`` prints it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+__all__ = ["describe_environment"]
+
+_PACKAGES = (
+    "dsp-kernels",
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "safetensors",
+    "onnxruntime",
+    "openvino",
+)
+
+
+def describe_environment() -> dict[str, str]:
+    """Name -> value of everything that decides what runs and how fast, as text."""
+    from dsp_kernels.backends import BACKENDS
+    from dsp_kernels.executors import EXECUTORS
+
+    found = {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "cuda": torch.version.cuda or "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "backends": ", ".join(BACKENDS.names()),
+        "executors": ", ".join(EXECUTORS.names()),
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Print the environment, one line each."""
+    for name, value in describe_environment().items():
+        print(f"{name:<16} {value}")
+
+
+if __name__ == "__main__":
+    main()

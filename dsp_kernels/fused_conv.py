@@ -1,0 +1,101 @@
+"""FusedConv2d: one gather-grouped convolution with all that was folded into it, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_kernels.backends import BACKENDS, ConvPlan
+from dsp_kernels.conv_spec import ConvSpec, memory_format_of
+from dsp_kernels.ops import gather_grouped_conv2d_tensors
+
+__all__ = ["FusedConv2d"]
+
+
+class FusedConv2d(nn.Module):
+    """y = act(conv(x) + bias (+ residual)) by the best backend; the same tensors in and out as PackedConv2d.
+
+    Input (batch, in_channels, height, width), plain or channels_last; output in the same layout.
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. They are parameters that take no gradient.
+    The weights are arranged once and again whenever they change. While torch.compile or torch.export
+    looks on, or a gradient is needed, the module calls the torch op instead.
+    """
+
+    def __init__(
+        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None = None, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        spec.check_constants(weights, bias)
+        self.spec = spec
+        self.backend = BACKENDS.check(backend)
+        self.weights = nn.ParameterList(
+            nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights
+        )
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        device = next((t.device for t in (*weights, *([] if bias is None else [bias]))), None)
+        for number, group in enumerate(spec.structure.groups):
+            for name, index in (("in_index", group.in_index), ("out_index", group.out_index)):
+                tensor = torch.tensor(index, dtype=torch.long, device=device)
+                self.register_buffer(f"{name}_{number}", tensor, persistent=False)
+        self._plan: ConvPlan | None = None
+        self._plan_stamp: tuple[Any, ...] = ()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: (batch, in_channels, height, width); residual: like the output, or None."""
+        if self._needs_op(x, residual):
+            return self._call_op(x, residual)
+        constants = [*self.weights, *([] if self.bias is None else [self.bias])]
+        shape = self.spec.check_input(x, constants, residual)
+        layout = memory_format_of(x)
+        if shape[0] == 0:
+            return x.new_empty(shape).contiguous(memory_format=layout)
+        stamp = (x.dtype, x.device, *(_stamp(constant) for constant in constants))
+        plan = self._plan
+        if plan is None or stamp != self._plan_stamp:
+            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device)
+            weights = [weight.detach() for weight in self.weights]
+            plan = backend.prepare(self.spec, weights, None if self.bias is None else self.bias.detach())
+            self._plan, self._plan_stamp = plan, stamp
+        with torch.no_grad():
+            return plan(x, residual).contiguous(memory_format=layout)
+
+    def _needs_op(self, x: Tensor, residual: Tensor | None) -> bool:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        inputs = (x, residual, self.bias, *self.weights)
+        return any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+    def _call_op(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        count = len(self.weights)
+        return gather_grouped_conv2d_tensors(
+            x,
+            list(self.weights),
+            [self.get_buffer(f"in_index_{number}") for number in range(count)],
+            [self.get_buffer(f"out_index_{number}") for number in range(count)],
+            self.bias,
+            residual,
+            self.spec,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plan is made of closures; a copy makes its own.
+        return {**self.__dict__, "_plan": None, "_plan_stamp": ()}
+
+    def extra_repr(self) -> str:
+        """Structure and settings, for print()."""
+        spec = self.spec
+        return (
+            f"{spec.structure}, kernel_size={spec.kernel_size}, stride={spec.stride}, "
+            f"padding={spec.padding}, dilation={spec.dilation}, activation={spec.activation}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor's memory is replaced or written in place."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,24 @@
+"""All commands in one typer application."""
+
+from __future__ import annotations
+
+import typer
+
+from dsp_cli import bench, demo, finetune, inspect, learn_groups, pack, pretrain
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="dsp",
+    help="Learn groups, prune, pack exactly, run fused.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("pretrain")(pretrain.pretrain)
+app.command("learn-groups")(learn_groups.learn_groups)
+app.command("finetune")(finetune.finetune)
+app.command("pack")(pack.pack)
+app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)

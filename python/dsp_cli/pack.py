@@ -1,0 +1,35 @@
+"""``dsp pack``: a pruned network in, a file with the packed one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import dsp_kernels
+from dsp_cli import options as o
+from dsp_cli.show import console
+from dsp_pruning import packing
+from dsp_pruning.recipes.finetune import load_pruned
+from dsp_pruning.report import network_cost
+
+
+def pack(
+    ckpt: Annotated[Path, typer.Option("--ckpt", help="A network that dsp finetune wrote.")],
+    save: Annotated[Path, typer.Option("--save", help="Where the packed network goes (.safetensors).")],
+    image_size: o.ImageSize = 32,
+) -> None:
+    """Pack a pruned network exactly; the result is checked against it before it is saved."""
+    model = load_pruned(ckpt, (image_size, image_size))
+    channels = next(model.parameters()).shape[1]
+    example = torch.zeros(1, channels, image_size, image_size)
+    packed = packing.pack(model, example)
+    dsp_kernels.save(packed, save)
+    before, after = network_cost(model, example), network_cost(packed, example)
+    console.print(
+        f"{save}: {100 * (1 - after.macs / before.macs):.2f} % of the multiply-adds and "
+        f"{100 * (1 - after.params / before.params):.2f} % of the parameters of the whole network are gone",
+        soft_wrap=True,
+    )

@@ -1,0 +1,8 @@
+"""Learn groups, prune, pack: from a dense CNN to small grouped convolutions."""
+
+from dsp_pruning.groups import GroupWrapper
+from dsp_pruning.packing import pack
+from dsp_pruning.pruning import PruneWrapper
+from dsp_pruning.released import build_released, read_released
+
+__all__ = ["GroupWrapper", "PruneWrapper", "build_released", "pack", "read_released"]

@@ -1,0 +1,6 @@
+"""The architectures that learn, prune, pack, save and load under a name."""
+
+from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
+from dsp_pruning.models.imagenet import torchvision_resnet
+
+__all__ = ["CifarResNet", "cifar_resnet", "torchvision_resnet"]

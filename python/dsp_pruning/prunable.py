@@ -1,0 +1,189 @@
+"""A layer as the pruner sees it: its two buffers, its rule at every beta, and what a mask of it is worth."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPPruningError
+from dsp_pruning.layers import LayerInfo
+from dsp_pruning.masks import channel_shares, filter_shares, hard_groups, keep, kernel_energy
+
+__all__ = [
+    "LayerRule",
+    "Masks",
+    "check_groups",
+    "filter_layer_indices",
+    "has_logits",
+    "kept_macs",
+    "layer_rule",
+    "mask_matrix",
+    "percent_pruned",
+    "register_buffers",
+    "summary_row",
+]
+
+Masks = Mapping[str, Tensor]  # layer name -> [O, C] bool, True for a kernel that is kept
+
+
+def check_groups(layers: Sequence[LayerInfo], n_groups: int) -> None:
+    """Raises DSPPruningError unless every layer has at least n_groups filters."""
+    if isinstance(n_groups, bool) or not isinstance(n_groups, int) or n_groups < 1:
+        raise DSPPruningError(f"n_groups is {n_groups!r}; expected an integer of at least 1")
+    for layer in layers:
+        if n_groups > layer.out_channels:
+            raise DSPPruningError(
+                f"layer {layer.name!r} has {layer.out_channels} filters and cannot have {n_groups} groups; "
+                f"n_groups of at most {layer.out_channels} would do, or leave the layer out with layers="
+            )
+
+
+def register_buffers(layer: LayerInfo, n_groups: int) -> None:
+    """Put ``group`` [G, O] and ``mask`` [O, C, 1, 1] on the conv as buffers; what is there already stays.
+
+    A ``group`` that was a Parameter while groups were learned becomes a buffer.
+    Raises DSPPruningError if one of another shape is there.
+    """
+    conv = layer.conv
+    # Logits stay float32 or better: half precision would make ties of what was learned.
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+    group = conv.weight.new_zeros(n_groups, layer.out_channels, dtype=dtype)
+    mask = conv.weight.new_ones(layer.out_channels, layer.in_channels, 1, 1)
+    for kind, fresh in (("group", group), ("mask", mask)):
+        present = getattr(conv, kind, None)
+        if present is None:
+            present = fresh
+        elif not isinstance(present, Tensor) or present.shape != fresh.shape:
+            raise DSPPruningError(
+                f"layer {layer.name!r} already has a {kind!r} of shape "
+                f"{tuple(getattr(present, 'shape', ()))}; n_groups={n_groups} needs {tuple(fresh.shape)}"
+            )
+        if hasattr(conv, kind):
+            delattr(conv, kind)
+        conv.register_buffer(kind, present.detach().clone())
+
+
+def filter_layer_indices(
+    every_nth: int | None, indices: Sequence[int] | int | None, n_layers: int
+) -> tuple[int, ...]:
+    """Which of the layers prune filters: ``indices`` if given, else every n-th; -1 or [] means none.
+
+    Raises DSPPruningError if neither is given or one is out of range.
+    """
+    if indices is not None:
+        if isinstance(indices, int) and indices == -1:
+            return ()
+        try:
+            chosen = sorted({operator.index(index) for index in indices})  # type: ignore[union-attr]
+        except TypeError:
+            raise DSPPruningError(
+                f"fp_layer_indices is {indices!r}; expected a list of layer indices, or -1 or [] for none"
+            ) from None
+        wrong = [index for index in chosen if not 0 <= index < n_layers]
+        if wrong:
+            raise DSPPruningError(f"fp_layer_indices holds {wrong[0]}; expected 0 to {n_layers - 1}")
+        return tuple(chosen)
+    if every_nth is None:
+        raise DSPPruningError(
+            "neither fp_every_nth_conv nor fp_layer_indices is given; name the layers that prune filters, "
+            "or pass fp_every_nth_conv=-1 to prune none"
+        )
+    if isinstance(every_nth, bool) or not isinstance(every_nth, int) or (every_nth < 1 and every_nth != -1):
+        raise DSPPruningError(f"fp_every_nth_conv is {every_nth!r}; expected 1 or more, or -1 for no filters")
+    return tuple(range(every_nth - 1, n_layers, every_nth)) if every_nth > 0 else ()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRule:
+    """What any beta prunes of one layer, as long as its weights stay as they were.
+
+    alive: [O, C] bool, the kernels that are not zero already; groups: [O]; channels: [G, C] shares;
+    filters: [O] shares, None where filters are not pruned.
+    """
+
+    name: str
+    alive: Tensor
+    groups: Tensor
+    channels: Tensor
+    filters: Tensor | None
+
+    @property
+    def shares(self) -> tuple[Tensor, ...]:
+        """Every set of shares that beta cuts."""
+        return (self.channels,) if self.filters is None else (self.channels, self.filters)
+
+    def mask(self, beta: float) -> Tensor:
+        """[O, C] bool: the kernels that are kept, before the dead ones are looked for."""
+        kept = self.alive & keep(self.channels, beta)[self.groups]
+        return kept if self.filters is None else kept & keep(self.filters, beta)[:, None]
+
+
+def layer_rule(layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: bool) -> LayerRule:
+    """weight: [O, C, kh, kw] and mask: [O, C, 1, 1] from before the pruning; the groups are the conv's.
+
+    Raises DSPPruningError if a weight or a logit is not finite.
+    """
+    logits = layer.conv.get_buffer("group")
+    for what, values in (("weights", weight), ("group logits", logits)):
+        if not values.isfinite().all():
+            raise DSPPruningError(f"layer {layer.name!r} has {what} that are not finite; it cannot be pruned")
+    energy = kernel_energy(weight.masked_fill(mask == 0, 0))
+    groups = hard_groups(logits)
+    # Asked of the weights themselves: a tiny weight's square may be 0.
+    alive = ((weight != 0) & (mask != 0)).flatten(2).any(2).cpu()
+    filters = filter_shares(energy) if prunes_filters else None
+    return LayerRule(layer.name, alive, groups, channel_shares(energy, groups, len(logits)), filters)
+
+
+def has_logits(layer: LayerInfo) -> bool:
+    """Whether group logits were learned or loaded; one group needs none."""
+    logits = layer.conv.get_buffer("group")
+    return len(logits) == 1 or bool(logits.any())
+
+
+def mask_matrix(layer: LayerInfo) -> Tensor:
+    """[O, C] bool on the CPU: the conv's mask."""
+    return layer.conv.get_buffer("mask")[:, :, 0, 0].cpu() != 0
+
+
+def kept_macs(layers: Sequence[LayerInfo], masks: Masks) -> int:
+    """Multiply-adds of one sample in the kernels that are kept."""
+    return sum(_macs_per_kernel(layer) * int(masks[layer.name].sum()) for layer in layers)
+
+
+def percent_pruned(layers: Sequence[LayerInfo], masks: Masks) -> tuple[float, float]:
+    """Multiply-adds and weights that are pruned, each in percent of these layers'."""
+    macs = sum(layer.macs for layer in layers)
+    params = sum(layer.conv.weight.numel() for layer in layers)
+    kept = sum(math.prod(layer.kernel_size) * int(masks[layer.name].sum()) for layer in layers)
+    return 100 * ((macs - kept_macs(layers, masks)) / macs), 100 * ((params - kept) / params)
+
+
+def summary_row(layer: LayerInfo, prunes_filters: bool, note: str) -> dict[str, int | str | bool]:
+    """One layer's sizes, each with what its mask keeps of it, as plain numbers and text."""
+    mask = mask_matrix(layer)
+    logits = layer.conv.get_buffer("group")
+    return {
+        "name": layer.name,
+        "filters": layer.out_channels,
+        "filters_kept": int(mask.any(1).sum()),
+        "channels": layer.in_channels,
+        "channels_kept": int(mask.any(0).sum()),
+        "groups": len(logits),
+        "groups_kept": len(hard_groups(logits)[mask.any(1)].unique()),
+        "kernels": mask.numel(),
+        "kernels_kept": int(mask.sum()),
+        "macs": layer.macs,
+        "macs_kept": _macs_per_kernel(layer) * int(mask.sum()),
+        "prunes_filters": prunes_filters,
+        "note": note,
+    }
+
+
+def _macs_per_kernel(layer: LayerInfo) -> int:
+    return layer.macs // (layer.out_channels * layer.in_channels)

@@ -1,0 +1,286 @@
+"""PruneWrapper: prune the input channels of each filter group, and filters, to a share of the MACs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_kernels.errors import DSPPruningError, DSPTraceError
+from dsp_kernels.trace import TracedNetwork, trace
+from dsp_pruning.channels import channel_flow
+from dsp_pruning.layers import LayerPredicate, default_example_input, select_layers
+from dsp_pruning.masks import candidate_betas, first_reaching
+from dsp_pruning.prunable import (
+    LayerRule,
+    Masks,
+    check_groups,
+    filter_layer_indices,
+    has_logits,
+    kept_macs,
+    layer_rule,
+    mask_matrix,
+    percent_pruned,
+    register_buffers,
+    summary_row,
+)
+from dsp_pruning.undo import Undo, read_state
+
+__all__ = ["PruneWrapper"]
+
+
+class PruneWrapper:
+    """Group channel pruning and filter pruning of a group-learned model (arXiv 2303.09736).
+
+    model: any ``nn.Module``. Each chosen conv gets two buffers, both in the model's state dict:
+        ``group`` [G, O], the group logits (a group-learned checkpoint fills them), and
+        ``mask`` [O, C, 1, 1] of 0 and 1. Both are kept where the model has them already.
+    n_groups: G, at most the number of filters of the smallest layer.
+    fp_every_nth_conv: layers whose index i has (i + 1) mod n = 0 also prune whole filters; -1 means none.
+    fp_layer_indices: those layers by index, counted over the chosen layers from 0; -1 or [] means none.
+        It wins over fp_every_nth_conv; one of the two has to be given.
+    rank: this process's number, kept for its callers.
+    example_input: (batch, channels, height, width); without it 1 x C x 32 x 32 is tried.
+    layers: ``(name, conv) -> bool`` chooses the layers (default: see ``select_layers``).
+
+    Calling the wrapper calls its model. Model and wrapper can be copied and pickled at any time. BN's running
+    statistics are never touched. Where the model cannot be traced, each layer is pruned by its own mask
+    alone, and ``summary()`` says so.
+    Raises DSPPruningError if no layer is left, G does not fit, or the filter layers make no sense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_groups: int,
+        fp_every_nth_conv: int | None = None,
+        fp_layer_indices: Sequence[int] | int | None = None,
+        rank: int = 0,
+        *,
+        example_input: Tensor | None = None,
+        layers: LayerPredicate | None = None,
+    ) -> None:
+        self.model = model
+        self.n_groups = n_groups
+        self.rank = rank
+        self.beta: float | None = None
+        self.layers = select_layers(model, example_input, layers)
+        check_groups(self.layers, n_groups)
+        chosen = filter_layer_indices(fp_every_nth_conv, fp_layer_indices, len(self.layers))
+        self.filter_layers = tuple(self.layers[index].name for index in chosen)
+        for layer in self.layers:
+            register_buffers(layer, n_groups)
+        self._example = default_example_input(model) if example_input is None else example_input.detach()
+        self._network: TracedNetwork | None = None
+        self._untraced = ""
+        self._undo: Undo | None = None
+        self._gone: _Gone | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The graph and the cached places are found again when they are next needed.
+        return self.__dict__ | {"_network": None, "_untraced": "", "_gone": None}
+
+    def initialize(self, rate: float) -> tuple[float, float]:
+        """Prune to a rate and return (FLOPs, params), each percent pruned over the chosen layers.
+
+        rate: fraction of the chosen layers' MACs, 0 <= rate < 1. The smallest beta that reaches it is taken:
+        the result is the nearest that one beta for all layers can give, and never below the rate.
+
+        May be called again, for cyclic pruning: it starts from the weights and masks of that moment, and what
+        is pruned stays pruned. Only while nothing has changed the weights since the last pruning, that
+        pruning is undone first.
+        Raises DSPPruningError for a rate that cannot be reached, with the range that can; the model is then
+        left as it was.
+        """
+        target = _fraction(rate, "the pruning rate")
+        rules = self._rules()
+        betas = candidate_betas(shares for rule in rules for shares in rule.shares)
+        total = sum(layer.macs for layer in self.layers)
+        seen: dict[int, tuple[float, bool]] = {}
+
+        def outcome(index: int) -> tuple[float, bool]:
+            """Fraction pruned at this beta, and whether the output still depends on the input."""
+            if index not in seen:
+                masks, connected = self._without_dead(rules, betas[index])
+                seen[index] = (total - kept_macs(self.layers, masks)) / total, connected
+            return seen[index]
+
+        # Both only grow with beta: what is pruned, and whether the network has been cut in two.
+        found = first_reaching(lambda index: outcome(index)[0] >= target, len(betas))
+        if target == 1 or found == len(betas) or not outcome(found)[1]:
+            last = first_reaching(lambda index: not outcome(index)[1], len(betas)) - 1
+            reach = f"0 to {math.floor(outcome(last)[0] * 1e6) / 1e6}" if last >= 0 else "none: all is zero"
+            raise DSPPruningError(
+                f"pruning rate {rate} is out of reach for the {len(self.layers)} chosen layers with these "
+                f"weights, groups and filter layers; within reach: {reach}"
+            )
+        return self._prune(rules, betas[found])
+
+    def prune_at(self, beta: float) -> tuple[float, float]:
+        """Prune at one threshold and return (FLOPs, params), each percent pruned over the chosen layers.
+
+        beta: 0 <= beta <= 1, the share of a group's (and of a filter layer's) sum of squares that may go.
+        Starts from the state before the last pruning as long as nothing has changed the weights since.
+        """
+        return self._prune(self._rules(), _fraction(beta, "the threshold beta"))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Set what is pruned to zero again; to be called after every ``optimizer.step()``.
+
+        Besides the masked kernels these are, for a filter that is gone, the conv's bias and the weight and
+        bias of its BN: a constant left there would be an input of the next layer.
+        """
+        masks = [layer.conv.get_buffer("mask") for layer in self.layers]
+        if self._gone is None or not self._gone.belongs_to(masks):
+            self._gone = _Gone(masks, [mask._version for mask in masks], self._places())
+        for module, name, gone in self._gone.places:
+            module.get_parameter(name).masked_fill_(gone, 0)
+
+    def summary(self) -> dict[str, Any]:
+        """What the masks on the model keep: plain numbers and text.
+
+        ``layers`` holds one row per layer: filters, channels, groups, kernels and MACs, each with its kept
+        count, whether it prunes filters, and a note where something limits the pruning.
+        """
+        masks = {layer.name: mask_matrix(layer) for layer in self.layers}
+        flops, params = percent_pruned(self.layers, masks)
+        network = self._trace()
+        rows = []
+        for layer in self.layers:
+            notes = []
+            if network is None or not network.calls(layer.name):
+                notes.append("pruned by its own mask alone: channel flow does not reach it")
+            if not has_logits(layer):
+                notes.append("no group logits: all filters are in group 0")
+            rows.append(summary_row(layer, layer.name in self.filter_layers, "; ".join(notes)))
+        return {
+            "beta": self.beta,
+            "pruned_flops": flops,
+            "pruned_params": params,
+            "note": self._untraced,
+            "layers": rows,
+        }
+
+    def _rules(self) -> list[LayerRule]:
+        """The rule of every layer, on the state before the last pruning if that can be undone."""
+        before = self._undo.before if self._undo is not None and self._undo.possible(self.model) else {}
+        missing = [layer.name for layer in self.layers if not has_logits(layer)]
+        if missing:
+            warnings.warn(
+                f"layers {', '.join(missing)} have no group logits (all are 0): all their filters are in one "
+                "group. Load a group-learned state dict into the model before pruning",
+                stacklevel=3,
+            )
+        rules = []
+        for layer in self.layers:
+            weight = before.get(f"{layer.name}.weight", layer.conv.weight.detach())
+            mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
+            rules.append(layer_rule(layer, weight, mask, layer.name in self.filter_layers))
+        return rules
+
+    @torch.no_grad()
+    def _prune(self, rules: list[LayerRule], beta: float) -> tuple[float, float]:
+        masks, _ = self._without_dead(rules, beta)
+        if self._undo is not None and self._undo.possible(self.model):
+            self._undo.undo(self.model)
+        names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
+        names += [f"{layer.name}.bias" for layer in self.layers if layer.conv.bias is not None]
+        names += [f"{path}.{kind}" for path in self._clearable() for kind in ("weight", "bias")]
+        before = read_state(self.model, names)
+        for layer in self.layers:
+            layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
+        self.after_step()
+        self.beta = beta
+        self._undo = Undo(before, read_state(self.model, names))
+        return percent_pruned(self.layers, masks)
+
+    def _without_dead(self, rules: list[LayerRule], beta: float) -> tuple[Masks, bool]:
+        """The masks at beta without kernels that carry nothing, to the fixpoint; whether a path is left.
+
+        A conv that runs more than once keeps what any of its runs needs.
+        """
+        masks = {rule.name: rule.mask(beta) for rule in rules}
+        network = self._trace()
+        if network is None:
+            return masks, True
+        flow = channel_flow(network, masks, "pruning")
+        for name in masks:
+            runs = [flow.kernels[node.name] for node in network.calls(name) if node.name in flow.kernels]
+            if runs:
+                masks[name] = torch.stack(runs).any(0)
+        return masks, flow.connected
+
+    def _places(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Module, parameter name and where in that parameter zeros have to stay."""
+        masks = {layer.name: mask_matrix(layer) for layer in self.layers}
+        places: list[tuple[nn.Module, str, Tensor]] = []
+        for layer in self.layers:
+            kept, device = masks[layer.name].to(layer.conv.weight.device), layer.conv.weight.device
+            places.append((layer.conv, "weight", ~kept[:, :, None, None]))
+            if layer.conv.bias is not None:
+                places.append((layer.conv, "bias", ~kept.any(1).to(device)))
+        network = self._trace()
+        if network is None:
+            return places
+        flow = channel_flow(network, masks, "pruning")
+        for path in self._clearable():
+            norm = self.model.get_submodule(path)
+            unfed = flow[network.calls(path)[0].inputs[0]].zero.to(norm.get_parameter("weight").device)
+            places += [(norm, "weight", unfed), (norm, "bias", unfed)]
+        return places
+
+    def _clearable(self) -> list[str]:
+        """Paths of the BN layers whose weight and bias may be cleared: affine, and run once."""
+        network = self._trace()
+        nodes = () if network is None else network.of_kind("batch_norm")
+        return [
+            node.path
+            for node in nodes
+            if network is not None
+            and len(network.calls(node.path)) == 1
+            and getattr(node.module, "weight", None) is not None
+        ]
+
+    def _trace(self) -> TracedNetwork | None:
+        if self._network is None and not self._untraced:
+            weight = self.layers[0].conv.weight
+            try:
+                self._network = trace(self.model, self._example.to(weight.device, weight.dtype))
+            except DSPTraceError as error:
+                self._untraced = f"every layer is pruned by its own mask alone: {error}"
+        return self._network
+
+
+@dataclass
+class _Gone:
+    """Where zeros have to stay, and for which masks this holds."""
+
+    masks: list[Tensor]
+    versions: list[int]
+    places: list[tuple[nn.Module, str, Tensor]]
+
+    def belongs_to(self, masks: list[Tensor]) -> bool:
+        """Compares identities and versions, not values: no step waits for the device."""
+        return all(
+            mask is known and mask._version == version
+            for mask, known, version in zip(masks, self.masks, self.versions, strict=True)
+        )
+
+
+def _fraction(value: float, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:  # NaN fails here too
+        raise DSPPruningError(f"{what} is {value!r}; expected a fraction from 0 to 1, for example 0.5")
+    return number

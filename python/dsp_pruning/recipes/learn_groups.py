@@ -1,0 +1,119 @@
+"""Recipe 2: learn which filters form a group, from the weights of a trained dense network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_pruning.data import ImageData, training_steps
+from dsp_pruning.groups import GroupWrapper, SecondOrder
+from dsp_pruning.recipes.checkpoint import restore_weights
+from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, new_model, pick_device
+from dsp_pruning.recipes.schedules import cosine
+from dsp_pruning.recipes.training import Hook, Progress, Trainer
+
+__all__ = ["LearnGroupsConfig", "learn_groups"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnGroupsConfig(RunConfig):
+    """The published settings of CIFAR-10: one cosine; regularisation grows linearly over the run.
+
+    groups: G of every layer. regularize: the method's lambda. temperature: of the soft assignment.
+    second_order: ``exact``, ``none`` or ``original``, see GroupWrapper.
+    """
+
+    epochs: int = 120
+    lr: float = 0.05
+    weight_decay: float = 1e-3
+    groups: int = 4
+    regularize: float = 2e-3
+    temperature: float = 0.5
+    second_order: SecondOrder = "exact"
+
+
+class _LearnHook(Hook):
+    def __init__(self, learner: GroupWrapper, generator: torch.Generator) -> None:
+        self.learner = learner
+        self.generator = generator
+
+    def before_forward(self) -> None:
+        self.learner.initialize()
+
+    def after_step(self, images: Tensor, labels: Tensor) -> None:
+        self.learner.after_step(images, labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "adam": self.learner._group_optimizer.state_dict(),
+            "steps": self.learner.steps,
+            "noise": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.learner._group_optimizer.load_state_dict(state["adam"])
+        self.learner.steps = state["steps"]
+        self.generator.set_state(state["noise"])
+
+    def metrics(self) -> dict[str, float]:
+        return self.learner.stats()
+
+
+def learn_groups(
+    data: ImageData,
+    weights: Mapping[str, Tensor],
+    config: LearnGroupsConfig | None = None,
+    directory: Path | None = None,
+    *,
+    source: str | Path = "the given weights",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RecipeResult:
+    """Learn the groups; the last epoch is kept, because the groups are learned only then.
+
+    weights: state dict of a trained dense network; ``source`` is what an error calls it.
+    directory, resume: as in ``pretrain``.
+    Raises DSPPruningError for more groups than filters, DSPTrainingError for a loss that is not finite.
+    """
+    config = config or LearnGroupsConfig()
+    device = pick_device(config.device)
+    data = data.to(device)
+    model = new_model(config, data, device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    noise = torch.Generator().manual_seed(config.seed)
+    learner = GroupWrapper(
+        model,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        config.regularize,
+        max(1, config.epochs * training_steps(data, config.batch_size)),
+        n_groups=config.groups,
+        temp=config.temperature,
+        example_input=data.example().to(device),
+        second_order=config.second_order,
+        generator=noise,
+    )
+    restore_weights(model, weights, source, optional=(".group",))
+    trainer = Trainer(
+        model,
+        optimizer,
+        data,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        schedule=cosine(config.epochs),
+        generator=torch.Generator().manual_seed(config.seed),
+        hook=_LearnHook(learner, noise),
+        directory=directory,
+        config=config.settings(data),
+    )
+    if resume:
+        trainer.resume()
+    trainer.run(progress)
+    return conclude("learn-groups", trainer)

@@ -1,0 +1,275 @@
+"""The command line: the whole way with small runs, and errors as one line without a traceback."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsp_kernels
+from dsp_cli.main import main
+from dsp_kernels import PackedConv2d
+from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights
+from dsp_pruning.recipes.training import Trainer
+
+SMALL = [
+    "-l",
+    "8",
+    "--data",
+    "digits",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "64",
+    "--seed",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    error: str
+
+
+@pytest.fixture
+def dsp(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def run(*arguments: object) -> Outcome:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage has run with the published flags, each from the one before."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = [*SMALL, "--save-dir", str(folder)]
+    assert main(["pretrain", *common, "--lr", "0.1", "--momentum", "0.9", "--wd", "1e-4"]) == 0
+    assert main(["learn-groups", *common, "-g", "2", "-r", "2e-3", "--second-order", "none"]) == 0
+    assert main(["finetune", *common, "-g", "2", "-p", "0.4"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed_file(trained: Path) -> Path:
+    path = trained / "packed.safetensors"
+    ckpt = trained / "finetune_g2_p0.4" / "model.pt"
+    assert main(["pack", "--ckpt", str(ckpt), "--save", str(path), "--image-size", "16"]) == 0
+    return path
+
+
+def test_each_stage_starts_from_the_one_before(trained: Path) -> None:
+    dense, _ = load_weights(trained / "pretrain" / "model.pt")
+    learned, _ = load_weights(trained / "learn_groups_g2" / "model.pt")
+    pruned, accuracy = load_weights(trained / "finetune_g2_p0.4" / "model.pt")
+    assert accuracy is not None
+    groups = {name for name in learned if name.endswith(".group")}
+    assert set(learned) - set(dense) == groups
+    assert {learned[name].shape[0] for name in groups} == {2}
+    # The group logits are what finetuning started from, and it leaves them alone.
+    assert all(torch.equal(learned[name], pruned[name]) for name in groups)
+    settings = json.loads((trained / "learn_groups_g2" / "summary.json").read_text())["config"]
+    assert (settings["depth"], settings["groups"], settings["regularize"]) == (8, 2, 2e-3)
+    assert settings["second_order"] == "none"
+
+
+def test_each_stage_leaves_its_metrics(trained: Path) -> None:
+    for stage in ("pretrain", "learn_groups_g2", "finetune_g2_p0.4"):
+        with (trained / stage / "metrics.csv").open() as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_the_packed_file_answers_as_the_pruned_network(packed_file: Path) -> None:
+    model = dsp_kernels.load(packed_file)
+    convs = [module for module in model.modules() if isinstance(module, PackedConv2d)]
+    assert len(convs) == 6
+    summary = json.loads((packed_file.parent / "finetune_g2_p0.4" / "summary.json").read_text())
+    assert summary["pruned_flops"] >= 40
+    sizes = [(16, 16), (16, 16), (8, 8), (8, 8), (4, 4), (4, 4)]
+    dense = [(16, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)]
+    macs = sum(c.structure.macs(c.kernel_size, hw) for c, hw in zip(convs, sizes, strict=True))
+    whole = sum(9 * i * o * h * w for (i, o), (h, w) in zip(dense, sizes, strict=True))
+    assert 100 * (1 - macs / whole) == pytest.approx(summary["pruned_flops"], abs=1e-6)
+
+
+def test_inspect_shows_each_layer_and_draws_it(
+    packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    picture = tmp_path / "new" / "structure.png"
+    shown = dsp("inspect", packed_file, "--picture", picture, "--image-size", 16)
+    assert shown.status == 0
+    model = dsp_kernels.load(packed_file)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedConv2d):
+            line = next(line for line in shown.out.splitlines() if name in line)
+            planes = 16 * 2 ** (int(name[6]) - 1)
+            filters = module.out_channels - len(module.structure.absent)
+            assert f"{filters} of {planes}" in line
+            assert f"{len(module.structure.read)} of" in line
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert [path.name for path in picture.parent.iterdir()] == ["structure.png"]
+
+
+def test_bench_times_dense_packed_and_fused(
+    packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    flags = ["--batch", 1, "--batch", 3, "--rounds", 2, "--image-size", 16, "--out", out]
+    shown = dsp("bench", packed_file, *flags)
+    assert shown.status == 0
+    rows = json.loads(out.read_text())["rows"]
+    expected = [(engine, batch) for batch in (1, 3) for engine in ("dense", "packed", "fused")]
+    assert [(row["engine"], row["batch"]) for row in rows] == expected
+    assert all(row["max_logit_difference"] <= 1e-4 for row in rows if row["engine"] != "dense")
+    assert "not compared" in shown.out
+
+
+def test_demo_goes_the_whole_way(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
+    shown = dsp("demo", "-l", 8, "--epochs", 2, "--rounds", 2, "--save-dir", tmp_path)
+    assert shown.status == 0, shown.error
+    accuracy = {
+        line.split("│")[1].strip().removeprefix("accuracy "): line.split("│")[2].strip()
+        for line in shown.out.splitlines()
+        if "│ accuracy" in line
+    }
+    assert list(accuracy) == [
+        "dense",
+        "groups learned",
+        "before finetuning",
+        "finetuned",
+        "packed, reloaded",
+        "fused",
+    ]
+    assert accuracy["finetuned"] == accuracy["packed, reloaded"] == accuracy["fused"]
+    for row in ("pruned FLOPs", "pruned params", "packed against masked", "fused against packed"):
+        assert row in shown.out
+    for engine in ("dense", "packed", "fused"):
+        assert f"latency {engine}, batch 32" in shown.out
+    assert {"packed.safetensors", "structure.png", "latency.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(
+    dsp: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_epoch = Trainer._train_epoch
+
+    def interrupted(trainer: Trainer, progress: object) -> tuple[float, float]:
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(trainer, None)
+
+    arguments = ["pretrain", *SMALL, "--save-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", interrupted)
+        stopped = dsp(*arguments)
+    assert stopped.status == 130
+    assert stopped.error.startswith("error: interrupted")
+    assert load_checkpoint(tmp_path / "pretrain")["epoch"] == 1
+    assert dsp(*arguments, "--resume").status == 0
+    assert load_checkpoint(tmp_path / "pretrain")["epoch"] == 2
+
+
+def _text_file(folder: Path) -> Path:
+    path = folder / "text.safetensors"
+    path.write_text("this is no network")
+    return path
+
+
+BAD: list[tuple[str, Callable[[Path], Sequence[object]], int, str]] = [
+    ("no-command", lambda folder: ["conquer"], 2, "No such command 'conquer'"),
+    ("no-such-flag", lambda folder: ["demo", "--speed"], 2, "No such option"),
+    ("not-a-number", lambda folder: ["pretrain", "--epochs", "many"], 2, "--epochs"),
+    ("negative", lambda folder: ["pretrain", "--epochs", "-3"], 2, "--epochs"),
+    ("unknown-data", lambda folder: ["pretrain", "--data", "mnist"], 2, "'mnist' is not one of"),
+    ("unknown-order", lambda folder: ["learn-groups", "--second-order", "third"], 2, "'third' is not one of"),
+    ("pack-needs-files", lambda folder: ["pack"], 2, "--ckpt"),
+    ("no-data-root", lambda folder: ["pretrain", "--data", "subset"], 1, "needs --data-root"),
+    ("no-data", lambda folder: ["pretrain", "--data", "jpeg", "--data-root", folder], 1, "no such file"),
+    ("no-dense-weights", lambda folder: ["learn-groups", "--save-dir", folder], 1, "model.pt: no such file"),
+    ("no-weights", lambda folder: ["finetune", "--ckpt", folder / "none.pt"], 1, "none.pt: no such file"),
+    (
+        "foreign-weights",
+        lambda folder: ["finetune", "--ckpt", _text_file(folder)],
+        1,
+        "is not a readable checkpoint",
+    ),
+    ("impossible-depth", lambda folder: ["pretrain", "-l", "21", "--data", "digits"], 1, "depth is 21"),
+    ("no-file", lambda folder: ["inspect", folder / "none"], 1, "none"),
+    ("foreign-file", lambda folder: ["inspect", _text_file(folder)], 1, "not a readable safetensors file"),
+    ("bench-foreign", lambda folder: ["bench", _text_file(folder)], 1, "not a readable safetensors file"),
+    (
+        "pack-foreign",
+        lambda folder: ["pack", "--ckpt", _text_file(folder), "--save", folder / "x"],
+        1,
+        "is not a readable checkpoint",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
+)
+def test_bad_input_is_one_line(
+    arguments: Callable[[Path], Sequence[object]],
+    status: int,
+    message: str,
+    dsp: Callable[..., Outcome],
+    tmp_path: Path,
+) -> None:
+    outcome = dsp(*arguments(tmp_path))
+    assert outcome.status == status
+    assert outcome.error.startswith("error: ")
+    assert message in outcome.error
+    assert outcome.error.count("\n") == 1
+
+
+def test_bad_settings_of_a_stage_are_one_line(trained: Path, dsp: Callable[..., Outcome]) -> None:
+    for arguments, message in (
+        (["finetune", "-g", 2, "-p", "1.5"], "rate"),
+        (["finetune", "-g", 2, "--ckpt", trained / "pretrain" / "model.pt"], "group is missing"),
+        (["learn-groups", "-g", 99], "16 filters"),
+        (["pretrain", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["pretrain", "--resume", "--lr", "0.7"], "has lr = 0.1, now it is 0.7"),
+    ):
+        outcome = dsp(arguments[0], *SMALL[:-2], "--save-dir", trained, *arguments[1:])
+        assert outcome.status == 1
+        assert message in outcome.error
+        assert outcome.error.count("\n") == 1
+
+
+def test_a_picture_of_an_unknown_kind_is_one_line(
+    packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = dsp("inspect", packed_file, "--picture", tmp_path / "picture.doc")
+    assert outcome.status == 1
+    assert "cannot write the picture" in outcome.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_command(dsp: Callable[..., Outcome]) -> None:
+    shown = dsp("--help")
+    assert shown.status == 0
+    for command in ("demo", "pretrain", "learn-groups", "finetune", "pack", "inspect", "bench"):
+        assert command in shown.out
+
+
+def test_without_typer_the_command_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert main(["--help"]) == 1
+    assert "needs 'dsp-kernels[cli]'" in capsys.readouterr().err

@@ -1,0 +1,217 @@
+"""fuse: the same answers as the model, from a Program in which everything is folded."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError, DSPVerificationError
+from dsp_kernels.executors import EXECUTORS
+from dsp_kernels.planner import plan
+from dsp_kernels.program import ConvStep, TorchStep
+from dsp_kernels.trace import trace
+
+
+def example(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 17])
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_equals_the_model_at_any_batch(name: str, batch: int) -> None:
+    if batch == 0 and name == "pre-activation":
+        pytest.skip("the model itself cannot view() an empty batch")
+    model = nets.make(name).double()
+    fused = dsp_kernels.fuse(model, example(2, torch.float64))
+    x = example(batch, torch.float64, seed=batch)
+    with torch.no_grad():
+        expected = model(x)
+    assert fused(x).shape == expected.shape
+    torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-12)
+
+
+def test_folds_everything_of_a_residual_network() -> None:
+    program = dsp_kernels.fuse(nets.make("residual"), example()).program
+    kinds = [type(step).__name__ for step in program.steps]
+    assert kinds == ["ConvStep"] * 5 + ["PoolStep", "GlobalPoolStep", "LinearStep"]
+    convs = [step for step in program.steps if isinstance(step, ConvStep)]
+    assert [step.spec.activation for step in convs] == ["relu", "relu", "relu", "none", "relu"]
+    assert sum(len(step.inputs) == 2 for step in convs) == 2  # both residuals are folded
+    assert program.macs == sum(
+        (3 * 6 * 9 + 3 * 3 * 9 + 9 + 4 * 2 * 9 + 6 * 8) * 64 * (i == 0)
+        + (3 * 3 * 9 + 9 + 4 * 2 * 9 + 6 * 8) * 16 * (i == 1)
+        + 40 * (i == 2)
+        for i in range(3)
+    )
+
+
+def test_says_what_stays_plain_pytorch() -> None:
+    fused = dsp_kernels.fuse(nets.make("branching"), example())
+    text = fused.explain()
+    assert "padding mode 'reflect'" in text
+    assert "plain PyTorch: cat" in text
+    steps = [step for step in fused.program.steps if isinstance(step, TorchStep)]
+    assert f"{len(steps)} of them plain PyTorch" in text
+    assert {"cat", "mul"} <= {getattr(step.target, "__name__", "") for step in steps}
+    assert len(text.splitlines()) == 1 + len(fused.program.steps)
+
+
+def test_values_are_freed_after_their_last_reader() -> None:
+    program = plan(trace(nets.make("residual"), example()))
+    alive: set[str] = {program.input}
+    most = 0
+    for step, dead in zip(program.steps, program.dying, strict=True):
+        assert set(step.inputs) <= alive
+        alive.add(step.output)
+        most = max(most, len(alive))
+        alive -= set(dead)
+    assert alive == {program.output}
+    assert most == 3
+
+
+def test_leaves_the_model_alone() -> None:
+    model = nets.make("residual").train()
+    model.packed.eval()
+    state = copy.deepcopy(model.state_dict())
+    fused = dsp_kernels.fuse(model, example())
+    assert model.training
+    assert not model.packed.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    before = fused(example())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(fused(example()), before)
+
+
+def test_input_is_not_written() -> None:
+    for name in nets.NAMES:
+        fused = dsp_kernels.fuse(nets.make(name), example())
+        for x in (example(), example().contiguous(memory_format=torch.channels_last)):
+            before = x.clone()
+            fused(x)
+            assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_copies_and_moves(name: str) -> None:
+    fused = dsp_kernels.fuse(nets.make(name), example())
+    expected = fused(example())
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(other(example()), expected)
+    wide = copy.deepcopy(fused).double()
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide(example()), expected, rtol=1e-4, atol=1e-5)
+    assert fused.dtype == torch.float32
+
+
+def test_half_precision_inside_float_outside() -> None:
+    model = nets.make("residual")
+    fused = dsp_kernels.fuse(model, example(), dtype=torch.bfloat16)
+    y = fused(example())
+    assert y.dtype == torch.float32
+    step = fused.program.steps[0]
+    assert isinstance(step, ConvStep)
+    assert step.weights[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        error = (y - model(example())).abs().max()
+    assert 0 < error < 0.1
+
+
+def test_always_evaluates() -> None:
+    fused = dsp_kernels.fuse(nets.make("pre-activation"), example())
+    nn.Sequential(fused).train()
+    assert not fused.training
+    assert torch.equal(fused(example()), fused(example()))
+
+
+def test_is_safe_for_threads() -> None:
+    fused = dsp_kernels.fuse(nets.make("residual"), example())
+    inputs = [example(batch, seed=batch) for batch in range(1, 9)]
+    expected = [fused(x) for x in inputs]
+    fresh = copy.deepcopy(fused)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        wrong.extend(number for _ in range(20) if not torch.equal(fresh(inputs[number]), expected[number]))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_wrong_program_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_module = sys.modules["dsp_kernels.fuse"]  # the package's attribute of that name is the function
+    right = fuse_module.plan
+
+    def wrong(network: object) -> object:
+        program = right(network)
+        first = program.steps[0]
+        return program.map_tensors(lambda t: t + 1e-2 if t is first.bias else t)
+
+    monkeypatch.setattr(fuse_module, "plan", wrong)
+    with pytest.raises(DSPVerificationError, match="differs from the model on the example input"):
+        dsp_kernels.fuse(nets.make("residual"), example())
+
+
+def test_zeros_as_example_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_module = sys.modules["dsp_kernels.fuse"]  # the package's attribute of that name is the function
+    right = fuse_module.plan
+
+    def wrong(network: object) -> object:
+        program = right(network)
+        first = program.steps[0]
+        return program.map_tensors(lambda t: t * 1.1 if t is first.weights[0] else t)
+
+    monkeypatch.setattr(fuse_module, "plan", wrong)
+    with pytest.raises(DSPVerificationError, match="random images"):
+        dsp_kernels.fuse(nets.make("residual"), torch.zeros(1, 3, 8, 8))
+
+
+def test_refuses_the_wrong_input() -> None:
+    fused = dsp_kernels.fuse(nets.make("residual"), example())
+    with pytest.raises(DSPShapeError, match="expected \\(batch, 3, height, width\\)"):
+        fused(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(DSPShapeError, match="floating dtype"):
+        fused(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
+    with pytest.raises(DSPShapeError, match="on cpu"):
+        fused(torch.zeros(1, 3, 8, 8, device="meta"))
+
+
+def test_refuses_what_cannot_be_traced_or_run() -> None:
+    class Undecided(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(DSPTraceError, match="Undecided cannot be traced"):
+        dsp_kernels.fuse(Undecided(), example())
+    with pytest.raises(DSPTraceError, match="one input and one output"):
+        dsp_kernels.fuse(Pair(), example())
+    with pytest.raises(DSPTraceError, match="does not run on an example input of shape \\(2, 5, 8, 8\\)"):
+        dsp_kernels.fuse(nets.make("residual"), torch.zeros(2, 5, 8, 8))
+    with pytest.raises(DSPBackendError, match="'warp' is unknown"):
+        dsp_kernels.fuse(nets.make("residual"), example(), backend="warp")
+
+
+def test_every_executor_gives_the_same_answer() -> None:
+    model = nets.make("residual")
+    expected = dsp_kernels.fuse(model, example(), backend="eager")(example())
+    for executor in EXECUTORS:
+        fused = dsp_kernels.fuse(model, example(), backend=executor.name)
+        torch.testing.assert_close(fused(example()), expected, rtol=1e-4, atol=1e-5)

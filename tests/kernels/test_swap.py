@@ -1,0 +1,162 @@
+"""swap: packed convolutions of any model become fused ones, in place, with the same answers."""
+
+from __future__ import annotations
+
+import copy
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels import FusedConv2d, PackedConv2d
+from dsp_kernels.errors import DSPBackendError, DSPError, DSPShapeError
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch), dtype=torch.float64)
+
+
+def swapped() -> tuple[nn.Module, nn.Module]:
+    model = nets.make("residual").double()
+    return dsp_kernels.swap(copy.deepcopy(model)), model
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_same_answers(batch: int, layout: torch.memory_format) -> None:
+    fused, model = swapped()
+    x = images(batch).contiguous(memory_format=layout)
+    torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_replaces_in_place_and_folds_the_norm() -> None:
+    model = nets.make("residual")
+    assert dsp_kernels.swap(model) is model
+    assert isinstance(model.packed, FusedConv2d)
+    assert isinstance(model.packed_norm, nn.Identity)
+    assert isinstance(model.strided_norm, nn.Identity)
+    assert isinstance(model.norm, nn.BatchNorm2d)  # follows an ordinary convolution
+    assert not any(isinstance(module, PackedConv2d) for module in model.modules())
+    # Two channels are absent and get the norm's shift: one more group, which reads nothing.
+    assert model.packed.spec.structure.groups[-1].in_index == ()
+    assert not model.packed.spec.structure.absent
+
+
+class ReadTwice(nn.Module):
+    """The convolution's own output is needed too, so its norm cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = PackedConv2d(nets.MIXED, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class Untraceable(nn.Module):
+    """torch.fx cannot follow it; the convolution is replaced, the norm stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(PackedConv2d(nets.MIXED, 3, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if x.sum() > -1e9 else self.body[0](x)
+
+
+class CalledTwice(nn.Module):
+    """One module under two names, running twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        structure = dsp_kernels.GroupStructure.build(4, 4, [([1, 2], [0, 3])])
+        self.first = PackedConv2d(structure, 3, padding=1)
+        self.second = self.first
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "channels"), [(ReadTwice(), 6), (Untraceable(), 6), (CalledTwice(), 4)], ids=["a", "b", "c"]
+)
+def test_a_norm_that_cannot_be_folded_stays(model: nn.Module, channels: int) -> None:
+    model = nets.settled(model.double())
+    x = torch.randn(2, channels, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    dsp_kernels.swap(model)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert any(isinstance(module, FusedConv2d) for module in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_packed_conv_itself_is_returned_fused() -> None:
+    conv = PackedConv2d(nets.MIXED, 3, padding=1, bias=True, dtype=torch.float64).eval()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(dsp_kernels.swap(conv)(x), conv(x), rtol=0, atol=1e-12)
+
+
+def test_notices_changed_weights() -> None:
+    fused, _ = swapped()
+    x = images()
+    before = fused(x)
+    with torch.no_grad():
+        fused.packed.weights[0].mul_(2)
+    assert not torch.equal(fused(x), before)
+    state = fused.state_dict()
+    other, _ = swapped()
+    other(x)  # arranges its weights
+    other.load_state_dict(state)
+    assert torch.equal(other(x), fused(x))
+    torch.testing.assert_close(
+        copy.deepcopy(other).float()(x.float()), fused(x).float(), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_residual_and_gradient_go_through_the_op() -> None:
+    read = dsp_kernels.planner.conv_spec_of(PackedConv2d(nets.MIXED, 3, padding=1, bias=True).double())
+    spec, weights, bias = read
+    fused = FusedConv2d(spec.with_activation("relu"), weights, bias)
+    x = torch.randn(1, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(1, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        planned = fused(x, residual)
+    torch.testing.assert_close(fused(x, residual), planned)
+    assert torch.autograd.gradcheck(fused, (x, residual))
+
+
+def test_compiles_and_exports_as_one_op() -> None:
+    fused, model = swapped()
+    x = images(4)
+    with torch.no_grad():
+        compiled = torch.compile(fused, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, model(x), rtol=0, atol=1e-12)
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(fused, (x,), dynamic_shapes={"x": {0: batch}})
+    ops = [str(node.target) for node in exported.graph.nodes if "gather_grouped_conv2d" in str(node.target)]
+    assert len(ops) == 2
+    torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), rtol=0, atol=1e-12)
+
+
+def test_can_still_be_fused_whole() -> None:
+    fused, model = swapped()
+    network = dsp_kernels.fuse(fused, images())
+    torch.testing.assert_close(network(images(3)), model(images(3)), rtol=0, atol=1e-12)
+    assert "plain PyTorch:" not in network.explain()
+
+
+def test_refuses() -> None:
+    with pytest.raises(DSPError, match=r"call model\.eval\(\) first"):
+        dsp_kernels.swap(nets.make("residual").train())
+    fused, _ = swapped()
+    with pytest.raises(DSPShapeError, match="expected \\(batch, 6"):
+        fused.packed(torch.zeros(1, 7, 5, 5, dtype=torch.float64))
+    with pytest.raises(DSPShapeError, match="have to agree"):
+        fused.packed(torch.zeros(1, 6, 5, 5))
+    with pytest.raises(DSPBackendError, match="'warp' is unknown"):
+        dsp_kernels.swap(nets.make("residual"), backend="warp")

@@ -1,0 +1,240 @@
+"""The look-ahead: the step it takes, that nothing of it survives, and how it behaves in mixed precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learning_setup import LAYERS, MODES, OPTIMIZERS, Setup, everything
+from torch import Tensor, nn
+from toy_net import ToyA
+
+from dsp_pruning.lookahead import look_ahead
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_of_the_look_ahead_survives(optimizer: str) -> None:
+    """Without a penalty (reg 0) the step may change the logits and nothing else."""
+    setup = Setup(optimizer, reg=0.0)
+    for _ in range(2):
+        setup.forward_and_step()
+        before = everything(setup)
+        setup.learner.after_step(setup.x, setup.y)
+        after = everything(setup)
+        assert before.keys() == after.keys()
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        assert changed == {f"state/{name}.group" for name in LAYERS}
+        assert all(setup.model.get_submodule(name).group.grad is None for name in LAYERS)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_look_ahead_is_the_step_that_would_come_next(optimizer: str) -> None:
+    setup = Setup(optimizer)
+    setup.step()
+    setup.forward_and_step()
+    twin_model = copy.deepcopy(setup.model)
+    twin_optimizer = OPTIMIZERS[optimizer](p for p in twin_model.parameters() if p.requires_grad)
+    twin_optimizer.load_state_dict(copy.deepcopy(setup.optimizer.state_dict()))
+    twin_optimizer.zero_grad()
+    weight = setup.model.conv2.weight
+    with torch.no_grad():
+        twin_model.conv2.weight.mul_(0.5)
+    ahead = look_ahead(
+        setup.model, setup.optimizer, F.cross_entropy, {weight: weight.detach() * 0.5}, setup.x, setup.y
+    )
+    loss = F.cross_entropy(twin_model(setup.x), setup.y)
+    loss.backward()
+    twin_optimizer.step()
+    assert torch.equal(ahead.loss, loss.detach())
+    assert torch.equal(ahead.weights[weight], twin_model.conv2.weight.detach())
+
+
+def test_hooks_and_schedulers_do_not_see_the_look_ahead() -> None:
+    setup = Setup()
+    calls: list[str] = []
+    setup.optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    setup.optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    scheduler = torch.optim.lr_scheduler.StepLR(setup.optimizer, 1, 0.5)
+    setup.step()
+    scheduler.step()
+    assert calls == ["before", "after"]
+    assert setup.optimizer.param_groups[0]["lr"] == 0.025
+
+
+def test_a_network_that_draws_random_numbers_draws_the_same_ones() -> None:
+    model = nn.Sequential(ToyA(), nn.Dropout(0.5))
+    setup = Setup(model=model)
+    setup.forward_and_step()
+    before = torch.get_rng_state()
+    setup.learner.after_step(setup.x, setup.y)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modes_differ_and_none_takes_no_forward() -> None:
+    forwards: dict[str, int] = {}
+    logits: dict[str, Tensor] = {}
+    for mode in MODES:
+        setup = Setup(second_order=mode)
+        for _ in range(3):
+            setup.forward_and_step()
+            calls: list[int] = []
+            handle = setup.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            setup.learner.after_step(setup.x, setup.y)
+            handle.remove()
+        forwards[mode] = len(calls)
+        logits[mode] = torch.cat([value.flatten() for value in setup.logits()])
+    assert forwards == {"exact": 1, "none": 0, "original": 1}
+    assert not torch.equal(logits["exact"], logits["none"])
+    assert not torch.equal(logits["exact"], logits["original"])
+
+
+def test_exact_mode_follows_the_derivative_of_what_it_states() -> None:
+    """The logits' gradient is that of R at the looked-at weights plus the mixed term, by autograd alone."""
+    setup = Setup(model=ToyA().double(), optimizer="sgd", group_optimizer_lr=1e-3)
+    setup.x = setup.x.double()
+    noise = {name: torch.zeros(3, setup.model.get_submodule(name).out_channels) for name in LAYERS}
+    setup.forward_and_step(noise)
+    logits = {name: setup.model.get_submodule(name).group.detach().clone() for name in LAYERS}
+    weights = {name: setup.model.get_submodule(name).weight.detach().clone() for name in LAYERS}
+    strength = 0.05 * 0.05 / 10
+
+    def value(prob: Tensor, weight: Tensor) -> Tensor:
+        norms = (prob[:, :, None, None, None] * weight).square().sum(dim=(1, 3, 4)).sqrt()
+        return (prob.sqrt().sum(dim=1).square() * norms.sum(dim=1)).sum()
+
+    scales = {layer.info.name: layer.scale for layer in setup.learner._layers}
+    probs = {name: torch.softmax(logits[name] / 0.5, dim=0).requires_grad_() for name in LAYERS}
+
+    def shrink(name: str, weight: Tensor) -> Tensor:
+        weight = weight.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(value(probs[name].detach(), weight), weight)
+        return weight.detach() - strength * scales[name] * slope
+
+    twin = copy.deepcopy(setup.model)
+    checked = {name: shrink(name, weights[name]) for name in LAYERS}
+    with torch.no_grad():
+        for name in LAYERS:
+            twin.get_submodule(name).weight.copy_(checked[name])
+    twin.zero_grad()
+    F.cross_entropy(twin(setup.x), setup.y).backward()
+    seen: dict[str, Tensor] = {}
+    group_optimizer = setup.learner._group_optimizer
+    group_optimizer.register_step_pre_hook(
+        lambda *_: seen.update({name: setup.model.get_submodule(name).group.grad.clone() for name in LAYERS})
+    )
+    setup.learner.after_step(setup.x, setup.y)
+    for name in LAYERS:
+        conv, prob = twin.get_submodule(name), probs[name]
+        looked = (conv.weight - 0.05 * conv.weight.grad).detach()
+        direction = shrink(name, looked) - checked[name]
+        (first,) = torch.autograd.grad(value(prob, looked), prob)
+        weight = weights[name].clone().requires_grad_()
+        (by_weight,) = torch.autograd.grad(value(prob, weight), weight, create_graph=True)
+        (second,) = torch.autograd.grad((by_weight * direction).sum(), prob)
+        raw = logits[name].clone().requires_grad_()
+        (torch.softmax(raw / 0.5, dim=0) * (first + second)).sum().backward()
+        scale = float(raw.grad.abs().max())
+        # The default eps of the first-order term, 1e-8 / (p S), is what remains.
+        assert float((seen[name] - raw.grad).abs().max()) <= 1e-6 * scale
+
+
+class TestMixedPrecision:
+    """Autocast in bfloat16 on the CPU, with and without a gradient scaler."""
+
+    def train(
+        self, setup: Setup, scaler: torch.amp.GradScaler, late: bool = False, spoil: bool = False
+    ) -> None:
+        setup.learner.initialize()
+        setup.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(setup.learner(setup.x), setup.y)
+        scaler.scale(loss).backward()
+        if spoil:
+            setup.model.fc.weight.grad[0, 0] = float("inf")
+        scaler.step(setup.optimizer)
+        if late:
+            setup.learner.after_step(setup.x, setup.y, True, scaler)
+            scaler.update()
+        else:
+            scaler.update()
+            setup.learner.after_step(setup.x, setup.y, True, scaler)
+
+    @pytest.mark.parametrize("optimizer", ["momentum", "adam-fused"])
+    @pytest.mark.parametrize("late", [False, True])
+    def test_a_step_held_back_by_the_scaler_is_skipped(self, optimizer: str, late: bool) -> None:
+        setup, scaler = Setup(optimizer), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.train(setup, scaler, late)
+        logits, weight = setup.logits(), setup.model.conv1.weight.detach().clone()
+        self.train(setup, scaler, late, spoil=True)
+        assert all(torch.equal(a, b) for a, b in zip(logits, setup.logits(), strict=True))
+        assert torch.equal(weight, setup.model.conv1.weight)
+        assert scaler.get_scale() == 512.0
+        self.train(setup, scaler, late)
+        assert not torch.equal(logits[0], setup.logits()[0])
+        stats = setup.learner.stats()
+        assert (stats["step"], stats["skipped_steps"]) == (3, 1)
+
+    def test_the_scaler_is_updated_by_the_caller_only(self) -> None:
+        setup, scaler = Setup(), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        scales = []
+        for _ in range(4):
+            self.train(setup, scaler)
+            scales.append(scaler.get_scale())
+        assert scales == [8.0, 8.0, 16.0, 16.0]
+
+    def test_the_scale_leaves_no_trace_in_the_look_ahead(self) -> None:
+        setup = Setup()
+        setup.forward_and_step()
+        weight = setup.model.conv2.weight
+        plain, scaled = (
+            look_ahead(
+                setup.model,
+                setup.optimizer,
+                F.cross_entropy,
+                {weight: weight},
+                setup.x,
+                setup.y,
+                None,
+                scaler,
+            )
+            for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0))
+        )
+        assert not scaled.overflow
+        # A power of two only moves the exponent.
+        assert torch.equal(plain.weights[weight], scaled.weights[weight])
+        assert torch.equal(plain.loss, scaled.loss)
+
+    def test_an_overflow_of_the_look_ahead_alone_is_skipped_too(self) -> None:
+        setup, scaler = Setup(), torch.amp.GradScaler("cpu", init_scale=1.0)
+        setup.forward_and_step()
+        logits = setup.logits()
+        scaler.scale(torch.zeros(()))
+        scaler._scale.fill_(3e38)
+        setup.x *= 1e6
+        setup.learner.after_step(setup.x, setup.y, False, scaler)
+        assert setup.learner.stats()["skipped_steps"] == 1
+        assert all(torch.equal(a, b) for a, b in zip(logits, setup.logits(), strict=True))
+
+    def test_the_terms_are_never_computed_in_half_precision(self) -> None:
+        logits = []
+        for outer in (False, True):
+            setup = Setup(second_order="none")
+            setup.forward_and_step()
+            with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+                setup.learner.after_step(setup.x, setup.y)
+            logits.append(setup.logits())
+        assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+    def test_autocast_is_used_where_it_is_asked_for(self) -> None:
+        dtypes: list[torch.dtype] = []
+        for amp in (True, False):
+            setup = Setup()
+            setup.forward_and_step()
+            handle = setup.model.conv1.register_forward_hook(lambda m, i, out: dtypes.append(out.dtype))
+            with torch.autocast("cpu", torch.bfloat16, enabled=not amp):
+                setup.learner.after_step(setup.x, setup.y, amp)
+            handle.remove()
+            assert setup.model.conv1.weight.dtype == torch.float32
+        assert dtypes == [torch.bfloat16, torch.float32]

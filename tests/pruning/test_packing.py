@@ -1,0 +1,339 @@
+"""pack: exactly the masked network, with nothing left that the masks removed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels import PackedConv2d
+from dsp_kernels.errors import DSPTraceError, DSPVerificationError
+from dsp_kernels.trace import trace
+from dsp_pruning import pack
+from dsp_pruning.models import cifar_resnet
+from dsp_pruning.packing_plan import plan_layers
+
+
+def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_groups: int = 3) -> nn.Module:
+    """Random group masks on every inner conv, random norms; a float64 model in eval mode.
+
+    clear_norms: pruned filters lose their norm's weight and bias, as the pruner does it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    gone: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, conv in convs[1:]:
+            if "downsample" in name:
+                continue
+            rows, columns = conv.weight.shape[:2]
+            group = torch.randint(0, n_groups, (rows,), generator=generator)
+            channels = torch.rand(n_groups, columns, generator=generator) >= rate
+            filters = torch.rand(rows, 1, generator=generator) >= rate / 2
+            mask = channels[group] & filters
+            conv.register_buffer("mask", mask[:, :, None, None].double())
+            gone[name] = ~mask.any(1)
+        for name, norm in model.named_modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                for tensor, low, high in (
+                    (norm.running_mean, -0.3, 0.3),
+                    (norm.running_var, 0.5, 1.5),
+                    (norm.weight, 0.5, 1.5),
+                    (norm.bias, -0.5, 0.5),
+                ):
+                    tensor.uniform_(low, high, generator=generator)
+                conv_name = name.replace("bn_", "conv_").replace("bn", "conv")
+                if clear_norms and conv_name in gone:
+                    for tensor in (norm.weight, norm.bias):
+                        tensor[gone[conv_name]] = 0
+    return model
+
+
+def masked(model: nn.Module) -> nn.Module:
+    """The dense network with its masks multiplied in."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and hasattr(module, "mask"):
+                module.weight.mul_(module.mask)
+    return model
+
+
+def images(batch: int = 2, size: int = 16, seed: int = 0) -> Tensor:
+    return torch.randn(
+        batch, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.floats(0, 1), st.integers(0, 10**6), st.booleans(), st.integers(1, 5))
+def test_equals_the_masked_network(rate: float, seed: int, clear_norms: bool, n_groups: int) -> None:
+    model = scramble(cifar_resnet(8), rate, seed, clear_norms=clear_norms, n_groups=n_groups)
+    expected = masked(model)
+    packed = pack(model, images())
+    for size in (16, 9):
+        x = images(3, size, seed)
+        torch.testing.assert_close(packed(x), expected(x), rtol=0, atol=1e-10)
+    assert sum(p.numel() for p in packed.parameters()) <= sum(p.numel() for p in model.parameters())
+
+
+def test_trains_as_the_masked_network_does() -> None:
+    """Same loss and same running statistics in training mode, step after step."""
+    model = scramble(cifar_resnet(8), 0.5, 3, clear_norms=True)
+    dense, packed = masked(model), pack(model, images())
+    masks = {name: m.mask for name, m in dense.named_modules() if hasattr(m, "mask")}
+    absent = {n: list(m.structure.absent) for n, m in packed.named_modules() if isinstance(m, PackedConv2d)}
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in (dense, packed)]
+    for step in range(3):
+        x, y = images(8, 16, step), torch.arange(8) % 10
+        losses = []
+        for network, optimizer in zip((dense, packed), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network.train()(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+        with torch.no_grad():  # what keeps a pruned filter pruned
+            for name, mask in masks.items():
+                dense.get_submodule(name).weight.mul_(mask)
+                clear(dense, name, (~mask.flatten(1).any(1)).nonzero().flatten().tolist())
+            for name, channels in absent.items():
+                clear(packed, name, channels)
+    mean = dense.stage_2[0].bn_b.running_mean
+    torch.testing.assert_close(packed.stage_2[0].bn_b.running_mean, mean, rtol=0, atol=1e-10)
+
+
+def clear(model: nn.Module, conv: str, channels: list[int]) -> None:
+    norm = model.get_submodule(conv.replace("conv_", "bn_"))
+    norm.weight[channels] = 0
+    norm.bias[channels] = 0
+
+
+def golden(shared: Path) -> tuple[np.lib.npyio.NpzFile, dict, nn.Module, Tensor]:
+    file = np.load(shared / "golden" / "pack_resnet20.npz")
+    model = cifar_resnet(20)
+    state = {
+        key[len("state/") :]: torch.from_numpy(file[key]) for key in file.files if key.startswith("state/")
+    }
+    model.load_state_dict(state)
+    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"][:32]
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    x = (torch.from_numpy(data).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return file, json.loads(str(file["meta"])), model.double().eval(), x.double()
+
+
+def test_golden_logits_and_structure(shared: Path) -> None:
+    file, meta, model, x = golden(shared)
+    packed = pack(model, x[:2])
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), torch.from_numpy(file["packed_logits64"]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(packed(x), torch.from_numpy(file["dense_logits64"]), rtol=0, atol=1e-12)
+    plans = plan_layers(trace(model, x[:2]))
+    macs = params = 0
+    sizes = {"stage_1": 32, "stage_2": 16, "stage_3": 8}
+    for name, branches in meta["branches"].items():
+        plan = plans[name]
+        assert plan.structure is not None
+        got = {
+            (tuple(plan.out_keep[o] for o in g.out_index), tuple(plan.in_keep[i] for i in g.in_index))
+            for g in plan.structure.groups
+        }
+        assert got == {(tuple(b["out"]), tuple(b["inp"])) for b in branches if b["out"]}, name
+        params += plan.structure.params((3, 3))
+        macs += plan.structure.macs((3, 3), (sizes[name[:7]],) * 2)
+    assert params == meta["remaining_params_pruned_layers"]
+    assert macs == meta["remaining_macs_pruned_layers"]
+
+
+def test_golden_trap_shifted_norms(shared: Path) -> None:
+    """Pruned filters whose norm keeps a shift are constants that a zero-padding reader sees."""
+    file, _, model, x = golden(shared)
+    with torch.no_grad():
+        for key in file.files:
+            if key.startswith("shifted_bn_bias/"):
+                model.get_parameter(f"{key.split('/')[1]}.bias").copy_(torch.from_numpy(file[key]))
+    expected = torch.from_numpy(file["dense_logits64_with_shifted_bn_bias"])
+    assert (expected - torch.from_numpy(file["dense_logits64"])).abs().max() > 1  # the trap is a trap
+    packed = pack(model, x[:2])
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(dsp_kernels.fuse(packed, x[:2])(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvision(name: str) -> None:
+    models = pytest.importorskip("torchvision").models
+    model = scramble(getattr(models, name)(num_classes=7), 0.6, 4, clear_norms=True)
+    packed = pack(model, images(1, 64))
+    x = images(2, 64, 5)
+    torch.testing.assert_close(packed(x), masked(model)(x), rtol=1e-10, atol=1e-10)
+    assert all(not hasattr(m, "mask") for m in packed.modules())
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, packed))
+    assert after < 0.6 * before
+
+
+def chain() -> nn.Sequential:
+    """conv - norm - relu - conv - norm - relu - pool - flatten - linear."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5 * 16, 4)),
+    ).double()
+
+
+def test_dead_filters_disappear_with_all_they_fed() -> None:
+    model = chain().eval()
+    with torch.no_grad():
+        for filters, conv, norm in (([1, 4], 0, 1), ([0], 3, 4)):
+            for tensor in (model[conv].weight, model[conv].bias, model[norm].weight, model[norm].bias):
+                tensor[filters] = 0
+    packed = pack(model, images(2, 8))
+    assert isinstance(packed[0], PackedConv2d)
+    assert (packed[0].out_channels, packed[1].num_features) == (4, 4)
+    assert (packed[3].in_channels, packed[3].out_channels, packed[4].num_features) == (4, 4, 4)
+    assert packed[8].in_features == 4 * 16
+    torch.testing.assert_close(packed(images(3, 8)), model(images(3, 8)), rtol=0, atol=1e-12)
+
+
+def test_unread_channels_disappear_backwards() -> None:
+    model = chain().eval()
+    with torch.no_grad():
+        model[3].weight[:, 2] = 0  # no filter reads channel 2 of the first conv
+        model[8].weight[:, 16:32] = 0  # nor the linear layer channel 1 of the second
+    packed = pack(model, images(2, 8))
+    assert packed[0].out_channels == 5
+    assert packed[3].out_channels == 4
+    torch.testing.assert_close(packed(images(3, 8)), model(images(3, 8)), rtol=0, atol=1e-12)
+
+
+def test_a_constant_is_kept() -> None:
+    model = chain().eval()
+    with torch.no_grad():
+        model[0].weight[[1, 4]] = 0
+        model[1].bias[[1, 4]] = torch.tensor([0.7, -9.0], dtype=torch.float64)  # relu makes one of them 0
+    packed = pack(model, images(2, 8))
+    assert packed[0].out_channels == 5
+    torch.testing.assert_close(packed(images(3, 8)), model(images(3, 8)), rtol=0, atol=1e-12)
+
+
+def test_a_stream_loses_a_channel_only_if_all_its_values_can() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = (nn.Conv2d(c, 6, 3, padding=1, bias=False) for c in (3, 6, 6))
+            self.classifier = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            x = F.relu(x + self.inner(x))
+            return self.classifier(F.relu(self.last(x) + x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Stream().double().eval()
+    with torch.no_grad():
+        model.first.weight[[0, 1]] = 0
+        model.inner.weight[[1, 2]] = 0
+        model.last.weight[[1, 5]] = 0
+    packed = pack(model, images(2, 8))
+    assert packed.first.out_channels == 5  # only channel 1 is zero everywhere
+    assert packed.classifier.in_features == 5
+    torch.testing.assert_close(packed(images(3, 8)), model(images(3, 8)), rtol=0, atol=1e-12)
+
+
+def test_everything_pruned_still_answers() -> None:
+    model = scramble(cifar_resnet(8), 0.5, 0, clear_norms=True)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.zero_()
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.zero_()
+                module.bias.zero_()
+    packed = pack(model, images())
+    torch.testing.assert_close(packed(images(3)), model(images(3)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(dsp_kernels.fuse(packed, images())(images(3)), model(images(3)))
+
+
+def test_packing_a_packed_network_changes_nothing() -> None:
+    packed = pack(scramble(cifar_resnet(8), 0.5, 1, clear_norms=True), images())
+    again = pack(packed, images())
+    assert [m.structure for m in again.modules() if isinstance(m, PackedConv2d)] == [
+        m.structure for m in packed.modules() if isinstance(m, PackedConv2d)
+    ]
+    assert torch.equal(again(images(3)), packed(images(3)))
+
+
+def test_leaves_the_model_alone_and_shares_nothing() -> None:
+    model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True).train()
+    state = copy.deepcopy(model.state_dict())
+    packed = pack(model, images())
+    assert packed.training
+    assert model.training
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    memory = {p.data_ptr() for p in model.parameters()}
+    assert not memory & {p.data_ptr() for p in packed.parameters()}
+
+
+def test_saves_and_loads(tmp_path: Path) -> None:
+    packed = pack(scramble(cifar_resnet(8), 0.6, 2, clear_norms=True), images()).eval()
+    dsp_kernels.save(packed, tmp_path / "net.safetensors")
+    assert torch.equal(dsp_kernels.load(tmp_path / "net.safetensors")(images()), packed(images()))
+
+
+class _Concat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.cat([y, y], 1)
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(_Concat(), "how channels pass node 'cat'"), (_Twice(), "node 'conv_1'.* a second time")],
+    ids=["unknown operation", "module used twice"],
+)
+def test_refuses_and_names_the_node(model: nn.Module, message: str) -> None:
+    with pytest.raises(DSPTraceError, match=message):
+        pack(model.double(), images())
+
+
+def test_a_wrong_packing_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dsp_pruning.packing as module
+
+    right = module._convolution
+
+    def wrong(conv: nn.Conv2d, plan: object) -> nn.Module:
+        made = right(conv, plan)
+        if isinstance(made, PackedConv2d):
+            with torch.no_grad():
+                made.weights[0][0] += 0.1
+        return made
+
+    monkeypatch.setattr(module, "_convolution", wrong)
+    with pytest.raises(DSPVerificationError, match="differs from the masked one"):
+        pack(scramble(cifar_resnet(8), 0.5, 1, clear_norms=True), images())

@@ -1,0 +1,193 @@
+"""The six real networks: their logits and every one of their answers, packed, fused, swapped and saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dsp_kernels
+from dsp_kernels.errors import DSPFormatError
+from dsp_pruning import build_released, read_released
+
+NETS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
+PUBLISHED = {  # pruned FLOPs %, pruned params %, of block convolutions
+    "resnet20_g2": (61.23, 48.35),
+    "resnet20_g3": (62.43, 49.15),
+    "resnet20_g4": (63.57, 50.45),
+    "resnet56_g2": (63.26, 56.24),
+    "resnet56_g3": (64.14, 55.01),
+    "resnet56_g4": (65.11, 56.30),
+}
+
+
+@pytest.fixture(scope="module")
+def images(shared: Path) -> Tensor:
+    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"]
+    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+    std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+    return (torch.from_numpy(data).float() / 255 - mean) / std
+
+
+@pytest.fixture(scope="module")
+def labels(shared: Path) -> Tensor:
+    return torch.from_numpy(np.load(shared / "data" / "cifar10_subset.npz")["test_labels"])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_packed_and_fused_answers(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
+    golden = np.load(shared / "golden" / "logits.npz")
+    correct = int(golden["correct1017"][list(golden["names"]).index(name)])
+    packed = read_released(shared / "nets" / f"{name}.npz")
+    fused = dsp_kernels.fuse(packed, images[:1])
+    with torch.no_grad():
+        for network in (packed, fused):
+            logits = torch.cat([network(batch) for batch in images.split(339)])
+            assert (logits[:64] - torch.from_numpy(golden[name])).abs().max() <= 1e-4
+            assert (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() <= 1e-4
+            assert (logits.argmax(1) == labels).sum() == correct
+    assert "plain PyTorch:" not in fused.explain()
+
+
+@pytest.mark.parametrize("name", ["resnet20_g4", "resnet56_g2"])
+def test_swapped_and_saved(shared: Path, images: Tensor, tmp_path: Path, name: str) -> None:
+    packed = read_released(shared / "nets" / f"{name}.npz")
+    dsp_kernels.save(packed, tmp_path / "net.safetensors")
+    loaded = dsp_kernels.load(tmp_path / "net.safetensors")
+    swapped = dsp_kernels.swap(copy.deepcopy(packed))
+    with torch.no_grad():
+        expected = packed(images[:16])
+        assert torch.equal(loaded(images[:16]), expected)
+        assert (swapped(images[:16]) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_counts_are_the_published_ones(shared: Path, name: str) -> None:
+    totals = json.loads((shared / "golden" / "structures.json").read_text())[name]["totals"]
+    packed = read_released(shared / "nets" / f"{name}.npz")
+    program = dsp_kernels.fuse(packed, torch.zeros(1, 3, 32, 32)).program
+    assert program.macs == totals["all_convs_plus_linear"]["macs_packed"]
+    blocks = totals["upstream_pruned_layers_only"]
+    convs = [m for m in packed.modules() if isinstance(m, dsp_kernels.PackedConv2d)]
+    params = sum(conv.structure.params(conv.kernel_size) for conv in convs)
+    assert params == blocks["params_packed"]
+    assert 100 * (1 - params / blocks["params_dense"]) == pytest.approx(PUBLISHED[name][1], abs=0.006)
+    assert blocks["pruned_macs_pct"] == pytest.approx(PUBLISHED[name][0], abs=0.006)
+
+
+@pytest.fixture
+def arrays(shared: Path) -> dict[str, np.ndarray]:
+    file = np.load(shared / "nets" / "resnet20_g4.npz")
+    return {name: file[name] for name in file.files if name != "meta"}
+
+
+@pytest.fixture
+def meta(shared: Path) -> dict:
+    return json.loads(str(np.load(shared / "nets" / "resnet20_g4.npz")["meta"]))
+
+
+def test_a_block_pruned_away_whole(arrays: dict, meta: dict, images: Tensor) -> None:
+    """With no branch left, the block is its shortcut."""
+    index = next(i for i, block in enumerate(meta["blocks"]) if not block["downsample"])
+    name = meta["blocks"][index]["name"]
+    meta["blocks"][index] |= {"groups_a": 0, "groups_b": 0}
+    without = build_released(arrays, meta)
+    expected = build_released(arrays, {**meta, "blocks": [dict(block) for block in meta["blocks"]]})
+    block = expected.get_submodule(name)
+    block.forward = torch.relu  # type: ignore[method-assign]
+    with torch.no_grad():
+        assert torch.equal(without(images[:4]), expected(images[:4]))
+    fused = dsp_kernels.fuse(without, images[:2])
+    torch.testing.assert_close(fused(images[:4]), without(images[:4]), rtol=1e-4, atol=1e-4)
+
+
+def _drop(arrays: dict, meta: dict) -> None:
+    del arrays["stage_2.1.conv_b.0.bn.bias"]
+
+
+def _out_of_range(arrays: dict, meta: dict) -> None:
+    arrays["stage_1.0.conv_a.1.in_index"] = arrays["stage_1.0.conv_a.1.in_index"] + 16
+
+
+def _two_groups(arrays: dict, meta: dict) -> None:
+    arrays["stage_1.0.conv_b.1.out_index"][0] = arrays["stage_1.0.conv_b.0.out_index"][0]
+
+
+def _wrong_weight(arrays: dict, meta: dict) -> None:
+    arrays["stage_1.0.conv_b.1.weight"] = arrays["stage_1.0.conv_b.1.weight"][:, :1]
+
+
+def _text(arrays: dict, meta: dict) -> None:
+    arrays["stem.conv.weight"] = np.array(["a"])
+
+
+def _float_index(arrays: dict, meta: dict) -> None:
+    arrays["stage_1.0.conv_a.1.in_index"] = arrays["stage_1.0.conv_a.1.in_index"].astype(np.float32)
+
+
+def _short_norm(arrays: dict, meta: dict) -> None:
+    arrays["stage_1.0.conv_a.1.bn.running_var"] = np.ones(1, np.float32)
+
+
+def _depth(arrays: dict, meta: dict) -> None:
+    meta["depth"] = 21
+
+
+def _blocks(arrays: dict, meta: dict) -> None:
+    meta["blocks"] = meta["blocks"][:-1]
+
+
+def _many_groups(arrays: dict, meta: dict) -> None:
+    meta["blocks"][0]["groups_a"] = 10**9
+
+
+def _no_blocks(arrays: dict, meta: dict) -> None:
+    del meta["blocks"]
+
+
+def _downsample(arrays: dict, meta: dict) -> None:
+    meta["blocks"][0]["downsample"] = True
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop, "no array 'stage_2.1.conv_b.0.bn.bias'"),
+        (_out_of_range, "layer stage_1.0.conv_a: group 1 in_index holds"),
+        (_two_groups, "in group 0 and in group 1"),
+        (_wrong_weight, "'stage_1.0.conv_b.1.weight' has shape"),
+        (_text, "'stem.conv.weight' holds <U1; expected numbers"),
+        (_float_index, "expected a list of integers"),
+        (_short_norm, "one number for each of the"),
+        (_depth, "depth is 21"),
+        (_blocks, "the description lists"),
+        (_many_groups, "expected a count"),
+        (_no_blocks, "KeyError\\('blocks'\\)"),
+        (_downsample, "downsample is True"),
+    ],
+)
+def test_damaged_networks_are_refused(arrays: dict, meta: dict, damage, message: str) -> None:
+    damage(arrays, meta)
+    with pytest.raises(DSPFormatError, match=message):
+        build_released(arrays, meta)
+
+
+def test_files_that_are_no_released_network(tmp_path: Path) -> None:
+    path = tmp_path / "net.npz"
+    for content in (b"", b"PK\x03\x04", b"not a zip file"):
+        path.write_bytes(content)
+        with pytest.raises(DSPFormatError, match=r"not an \.npz file of a released network"):
+            read_released(path)
+    np.savez(path, a=np.zeros(2))
+    with pytest.raises(DSPFormatError, match="not an"):
+        read_released(path)
+    np.savez(path, meta=np.array([{"pickled": 1}], dtype=object))
+    with pytest.raises(DSPFormatError, match="not an"):
+        read_released(path)
+    with pytest.raises(FileNotFoundError):
+        read_released(tmp_path / "nothing.npz")
