@@ -26,6 +26,17 @@ void Builder::build(Plan& plan) {
     emit(plan);
 }
 
+std::vector<std::vector<int>> Builder::output_shapes() {
+    shapes();
+    std::vector<std::vector<int>> list(network_.outputs);
+    for (const Step& step : network_.steps)
+        if (step.kind == Kind::output) {
+            const Node& node = nodes_[step.inputs[0]];
+            list[step.number] = {node.channels, node.h, node.w};
+        }
+    return list;
+}
+
 int Builder::root(int node) {
     while (nodes_[node].parent != node) node = nodes_[node].parent = nodes_[nodes_[node].parent].parent;
     return node;

@@ -13,6 +13,8 @@ class Builder {
   public:
     Builder(const Network& network, const PlanKey& key);
     void build(Plan& plan);
+    // Sizes alone, without a plan.
+    std::vector<std::vector<int>> output_shapes();
 
   private:
     // A value of the network, or one sorted by phase. Values of one class have one pitch and one padding, so
@@ -66,6 +68,7 @@ class Builder {
     std::unique_ptr<Op> conv(int step, const Draft& draft);
     std::unique_ptr<Op> pool(int step, const Draft& draft);
     std::unique_ptr<Op> linear(int step);
+    std::vector<char> used_channels(int value) const;
     std::vector<int32_t> displacements(const Draft& draft, const std::vector<int>& channels);
     int vector_pieces(const ConvOp& op) const;
     Extent extent(const ConvOp& op, int64_t count) const;

@@ -7,7 +7,6 @@
 namespace dsp {
 
 void Builder::emit(Plan& plan) {
-    plan.output_shapes.resize(network_.outputs);
     const auto by_channel = [&](std::unique_ptr<Op> op, int channels) {
         op->chunks = std::max(1, std::min(key_.parts, channels));
         plan.ops.push_back(std::move(op));
@@ -31,6 +30,7 @@ void Builder::emit(Plan& plan) {
         case Kind::input: {
             auto op = std::make_unique<LoadOp>();
             op->to = place(step.output), op->number = step.number;
+            op->used = used_channels(step.output);
             by_channel(std::move(op), channels);
             break;
         }
@@ -59,14 +59,26 @@ void Builder::emit(Plan& plan) {
         case Kind::output: {
             auto op = std::make_unique<StoreOp>();
             op->from = place(step.inputs[0]), op->number = step.number;
-            const Geometry& g = op->from.geometry;
-            plan.output_shapes[step.number] = {g.channels, g.h, g.w};
-            by_channel(std::move(op), g.channels);
+            const int planes = op->from.geometry.channels;
+            by_channel(std::move(op), planes);
             break;
         }
         }
         if (step.kind != Kind::flatten) plan.ops.back()->made = step.output;
     }
+}
+
+// Which channels of a value are read at all: only a convolution can leave some out.
+std::vector<char> Builder::used_channels(int value) const {
+    std::vector<char> used(nodes_[value].channels, 0);
+    for (const Step& step : network_.steps)
+        for (size_t i = 0; i < step.inputs.size(); ++i) {
+            if (step.inputs[i] != value) continue;
+            if (step.kind != Kind::conv || i > 0) return std::vector<char>(used.size(), 1);
+            for (const auto& group : step.groups)
+                for (int c : group.in) used[c] = 1;
+        }
+    return used;
 }
 
 std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vector<int>& channels) {

@@ -18,6 +18,7 @@ using Pair = std::array<int, 2>; // vertical, horizontal
 
 struct Size {
     int h, w;
+    bool operator==(const Size& other) const { return h == other.h && w == other.w; }
 };
 
 // Consecutive filters of one group that one microtile computes.

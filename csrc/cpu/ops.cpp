@@ -24,49 +24,6 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
     }
 }
 
-void LoadOp::run(int chunk, const Context& context) const {
-    const Images& x = (*context.inputs)[number];
-    const Geometry& g = to.geometry;
-    const Range range = cut(g.channels, chunks, chunk);
-    const int I = g.interleave;
-    float* base = to.in(context);
-    clear_pads(to, base, range.first, range.last, true);
-    for (int c = range.first; c < range.last; ++c)
-        for (int64_t y = 0; y < g.h; ++y) {
-            float* row = base + g.at(c, y, 0);
-            for (int i = 0; i < I; ++i) {
-                if (i >= context.count) {
-                    for (int64_t w = 0; w < g.w; ++w) row[w * I + i] = 0.0f;
-                    continue;
-                }
-                const float* source = x.base + (context.first + i) * x.stride[0] + c * x.stride[1] + y * x.stride[2];
-                if (x.stride[3] == 1 && I == 1)
-                    std::memcpy(row, source, sizeof(float) * g.w);
-                else
-                    for (int64_t w = 0; w < g.w; ++w) row[w * I + i] = source[w * x.stride[3]];
-            }
-        }
-}
-
-void StoreOp::run(int chunk, const Context& context) const {
-    const Images& y = (*context.outputs)[number];
-    const Geometry& g = from.geometry;
-    const Range range = cut(g.channels, chunks, chunk);
-    const int I = g.interleave;
-    const float* base = from.in(context);
-    for (int c = range.first; c < range.last; ++c)
-        for (int64_t h = 0; h < g.h; ++h) {
-            const float* row = base + g.at(c, h, 0);
-            for (int i = 0; i < context.count; ++i) {
-                float* target = y.base + (context.first + i) * y.stride[0] + c * y.stride[1] + h * y.stride[2];
-                if (y.stride[3] == 1 && I == 1)
-                    std::memcpy(target, row, sizeof(float) * g.w);
-                else
-                    for (int64_t w = 0; w < g.w; ++w) target[w * y.stride[3]] = row[w * I + i];
-            }
-        }
-}
-
 namespace {
 
 template <int I>

@@ -26,6 +26,7 @@ class LoadOp : public Op {
   public:
     Place to;
     int number;
+    std::vector<char> used; // per channel; the pixels of others are never read
     void run(int chunk, const Context& context) const override;
     const char* name() const override { return "load"; }
 };

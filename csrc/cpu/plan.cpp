@@ -8,10 +8,7 @@
 namespace dsp {
 
 bool PlanKey::operator==(const PlanKey& other) const {
-    if (interleave != other.interleave || parts != other.parts || sizes.size() != other.sizes.size()) return false;
-    for (size_t i = 0; i < sizes.size(); ++i)
-        if (sizes[i].h != other.sizes[i].h || sizes[i].w != other.sizes[i].w) return false;
-    return true;
+    return interleave == other.interleave && parts == other.parts && sizes == other.sizes;
 }
 
 namespace {

@@ -64,7 +64,6 @@ class Plan {
 
     PlanKey key;
     std::vector<std::unique_ptr<Op>> ops;
-    std::vector<std::vector<int>> output_shapes; // (channels, h, w) of each output
     int64_t arena_floats = 0;
 
     // Scratch of one block, kept for the next call. At most `keep` lie idle.

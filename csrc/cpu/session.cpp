@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 
+#include "builder.h"
 #include "workers.h"
 
 namespace dsp {
@@ -62,7 +63,16 @@ std::shared_ptr<const Plan> Session::plan(const PlanKey& key) {
 }
 
 std::vector<std::vector<int>> Session::output_shapes(const std::vector<Size>& sizes) {
-    return plan({sizes, 1, 1})->output_shapes;
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto it = shapes_.begin(); it != shapes_.end(); ++it)
+        if (it->sizes == sizes) {
+            shapes_.splice(shapes_.begin(), shapes_, it);
+            return shapes_.front().outputs;
+        }
+    const PlanKey key{sizes, 1, 1};
+    shapes_.push_front({sizes, Builder(*network_, key).output_shapes()});
+    while (shapes_.size() > most_plans) shapes_.pop_back();
+    return shapes_.front().outputs;
 }
 
 void Session::run(const std::vector<Size>& sizes, int64_t images, const std::vector<Images>& inputs,

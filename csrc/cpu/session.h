@@ -54,6 +54,11 @@ class Session {
     std::unique_ptr<Network> network_;
     std::mutex mutex_;
     std::list<std::shared_ptr<const Plan>> plans_; // the latest used first
+    struct Shapes {
+        std::vector<Size> sizes;
+        std::vector<std::vector<int>> outputs;
+    };
+    std::list<Shapes> shapes_; // the same
 };
 
 } // namespace dsp

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
+from dsp_kernels.backends.cpu import add_conv, as_array
 from dsp_kernels.program import (
     ActivationStep,
     AddStep,
@@ -20,7 +18,7 @@ from dsp_kernels.program import (
     Step,
 )
 
-__all__ = ["NATIVE_STEPS", "build", "conv_arguments"]
+__all__ = ["NATIVE_STEPS", "build"]
 
 NATIVE_STEPS = (
     ConvStep,
@@ -52,29 +50,13 @@ def build(
     return network
 
 
-def conv_arguments(step: ConvStep) -> tuple[Any, ...]:
-    """What the native conv takes after its input and residual."""
-    spec = step.spec
-    return (
-        spec.structure.out_channels,
-        spec.kernel_size,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        spec.activation,
-        [group.in_index for group in spec.structure.groups],
-        [group.out_index for group in spec.structure.groups],
-        [_array(weight) for weight in step.weights],
-        None if step.bias is None else _array(step.bias),
-    )
-
-
 def _add(network: Any, step: Step, x: list[int]) -> int:
     made: int
     if isinstance(step, ConvStep):
-        made = network.conv(x[0], x[1] if len(x) == 2 else -1, *conv_arguments(step))
+        residual = x[1] if len(x) == 2 else -1
+        made = add_conv(network, step.spec, step.weights, step.bias, x[0], residual)
     elif isinstance(step, AffineStep):
-        made = network.map(x[0], -1, _array(step.scale), _array(step.shift), step.activation)
+        made = network.map(x[0], -1, as_array(step.scale), as_array(step.shift), step.activation)
     elif isinstance(step, AddStep):
         made = network.map(x[0], x[1], None, None, step.activation)
     elif isinstance(step, ActivationStep):
@@ -98,11 +80,6 @@ def _add(network: Any, step: Step, x: list[int]) -> int:
         made = network.flatten(x[0])
     else:
         assert isinstance(step, LinearStep)
-        bias = None if step.bias is None else _array(step.bias)
-        made = network.linear(x[0], _array(step.weight), bias, step.activation)
+        bias = None if step.bias is None else as_array(step.bias)
+        made = network.linear(x[0], as_array(step.weight), bias, step.activation)
     return made
-
-
-def _array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.detach().contiguous().numpy()
-    return array
