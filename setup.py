@@ -38,7 +38,9 @@ def why_not_native() -> str:
     if os.environ.get("DSP_KERNELS_CPU") == "0":
         return "DSP_KERNELS_CPU is 0"
     compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
-    if sys.platform == "win32" or not (shutil.which(compiler) or shutil.which("g++") or shutil.which("clang++")):
+    if sys.platform == "win32" or not (
+        shutil.which(compiler) or shutil.which("g++") or shutil.which("clang++")
+    ):
         return f"there is no C++ compiler ({compiler}); install g++ or clang++"
     headers = Path(sysconfig.get_paths()["include"])
     if not (headers / "Python.h").is_file():
@@ -85,8 +87,10 @@ class BuildNative(build_ext):
             newest = max(newest_header, Path(source).stat().st_mtime)
             if self.force or not target.exists() or target.stat().st_mtime < newest:
                 flags = ISA_FLAGS.get(Path(source).name, []) if platform.machine() in X86_64 else []
-                self.spawn([*shlex.split(compiler), *COMMON_FLAGS, *flags, *extra, "-fPIC", *include]
-                           + ["-c", source, "-o", str(target)])
+                self.spawn(
+                    [*shlex.split(compiler), *COMMON_FLAGS, *flags, *extra, "-fPIC", *include]
+                    + ["-c", source, "-o", str(target)]
+                )
             return str(target)
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -95,7 +99,9 @@ class BuildNative(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         temporary = library.with_suffix(".tmp")
-        self.spawn([*shlex.split(compiler), "-shared", "-pthread", *extra, *link, *objects, "-o", str(temporary)])
+        self.spawn(
+            [*shlex.split(compiler), "-shared", "-pthread", *extra, *link, *objects, "-o", str(temporary)]
+        )
         temporary.replace(library)
 
 

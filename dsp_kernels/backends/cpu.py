@@ -56,9 +56,15 @@ class CpuBackend:
             shape = (x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
             y = torch.empty(shape, memory_format=memory_format_of(x))
             if shape[0]:
-                inputs = [x.detach().numpy()] if residual is None else [x.detach().numpy(), residual.detach().numpy()]
+                inputs = (
+                    [x.detach().numpy()]
+                    if residual is None
+                    else [x.detach().numpy(), residual.detach().numpy()]
+                )
                 try:
-                    network(residual is not None).run(inputs, [y.numpy()], torch.get_num_threads(), _interleave(shape[0]))
+                    network(residual is not None).run(
+                        inputs, [y.numpy()], torch.get_num_threads(), _interleave(shape[0])
+                    )
                 except ValueError as error:
                     raise DSPShapeError(f"this convolution cannot take this input: {error}") from error
             return y

@@ -60,7 +60,9 @@ class CpuExecutor:
         """A function x -> y; see ``Executor.prepare``."""
         parts = segments(program)
         calls = [_native_call(part, program) if part.native else _torch_call(part) for part in parts]
-        needed_after = [{name for later in parts[n + 1 :] for name in later.inputs} for n in range(len(parts))]
+        needed_after = [
+            {name for later in parts[n + 1 :] for name in later.inputs} for n in range(len(parts))
+        ]
 
         def run(x: Tensor) -> Tensor:
             values: dict[str, Any] = {program.input: x}
