@@ -22,19 +22,21 @@ void Builder::build(Plan& plan) {
     shapes();
     geometry();
     lifetimes();
-    memory(plan);
+    plan.arena_floats = memory();
     emit(plan);
 }
 
-std::vector<std::vector<int>> Builder::output_shapes() {
+Builder::Summary Builder::summary() {
     shapes();
-    std::vector<std::vector<int>> list(network_.outputs);
+    geometry();
+    lifetimes();
+    Summary summary{std::vector<std::vector<int>>(network_.outputs), memory()};
     for (const Step& step : network_.steps)
         if (step.kind == Kind::output) {
             const Node& node = nodes_[step.inputs[0]];
-            list[step.number] = {node.channels, node.h, node.w};
+            summary.outputs[step.number] = {node.channels, node.h, node.w};
         }
-    return list;
+    return summary;
 }
 
 int Builder::root(int node) {
@@ -243,7 +245,9 @@ void Builder::lifetimes() {
     }
 }
 
-void Builder::memory(Plan& plan) {
+// Where every buffer begins; returns the floats of scratch in all.
+int64_t Builder::memory() {
+    int64_t total = 0;
     std::vector<int> order;
     for (size_t n = 0; n < nodes_.size(); ++n)
         if (nodes_[n].buffer == int(n) && nodes_[n].first >= 0) order.push_back(int(n));
@@ -264,9 +268,9 @@ void Builder::memory(Plan& plan) {
         }
         node.offset = offset;
         placed.push_back(n);
-        plan.arena_floats = std::max(plan.arena_floats, offset + node.geometry.size);
+        total = std::max(total, offset + node.geometry.size);
     }
-    plan.arena_floats += 64;
+    return total + 64;
 }
 
 Place Builder::place(int node) const {

@@ -13,8 +13,12 @@ class Builder {
   public:
     Builder(const Network& network, const PlanKey& key);
     void build(Plan& plan);
-    // Sizes alone, without a plan.
-    std::vector<std::vector<int>> output_shapes();
+    // Without a plan: sizes of the outputs and floats of scratch.
+    struct Summary {
+        std::vector<std::vector<int>> outputs;
+        int64_t arena_floats;
+    };
+    Summary summary();
 
   private:
     // A value of the network, or one sorted by phase. Values of one class have one pitch and one padding, so
@@ -62,7 +66,7 @@ class Builder {
     void window(int step, const std::vector<char>& used, int h, int w);
     void geometry();
     void lifetimes();
-    void memory(Plan& plan);
+    int64_t memory();
     void emit(Plan& plan);
     Place place(int node) const;
     std::unique_ptr<Op> conv(int step, const Draft& draft);

@@ -79,6 +79,8 @@ struct Kernels {
     void (*map)(const MapCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
+    // target[n][i] = source[n * stride][i] for n < count, i < images: one row of a split.
+    void (*thin)(const float* source, float* target, int64_t count, int64_t stride, int images);
     int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers alone; returns how many were done
 };
 

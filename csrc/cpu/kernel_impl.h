@@ -166,6 +166,24 @@ void linear_tile(const LinearCall& call, int image, int first) {
         }
 }
 
+template <int I, int S>
+void thin_row(const float* __restrict source, float* __restrict target, int64_t count, int64_t stride) {
+    const int64_t step = S ? S : stride;
+    for (int64_t n = 0; n < count; ++n)
+#pragma GCC unroll 16
+        for (int i = 0; i < I; ++i) target[n * I + i] = source[n * step * I + i];
+}
+
+void thin(const float* source, float* target, int64_t count, int64_t stride, int images) {
+    switch (images) {
+    case 1: return stride == 2 ? thin_row<1, 2>(source, target, count, 2) : thin_row<1, 0>(source, target, count, stride);
+    case 2: return stride == 2 ? thin_row<2, 2>(source, target, count, 2) : thin_row<2, 0>(source, target, count, stride);
+    case 4: return thin_row<4, 0>(source, target, count, stride);
+    case 8: return thin_row<8, 0>(source, target, count, stride);
+    default: return thin_row<16, 0>(source, target, count, stride);
+    }
+}
+
 // What the arithmetic units can do at most: the yardstick of every other kernel.
 int64_t arithmetic(int64_t turns) {
     constexpr int sums = DSP_WIDE ? 24 : 12;
@@ -220,6 +238,7 @@ Kernels make() {
     table.map = map;
     table.pool = pool;
     table.linear = linear;
+    table.thin = thin;
     table.arithmetic = arithmetic;
 #if DSP_WIDE
     table.filters = 8;

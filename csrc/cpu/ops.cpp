@@ -24,16 +24,6 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
     }
 }
 
-namespace {
-
-template <int I>
-void copy_columns(const float* source, float* target, int64_t count, int64_t stride) {
-    for (int64_t w = 0; w < count; ++w)
-        for (int i = 0; i < I; ++i) target[w * I + i] = source[w * stride * I + i];
-}
-
-} // namespace
-
 void SplitOp::run(int chunk, const Context& context) const {
     const Geometry &s = from.geometry, &t = to.geometry;
     const Range range = cut(int(planes.size()), chunks, chunk);
@@ -51,13 +41,7 @@ void SplitOp::run(int chunk, const Context& context) const {
             if (filled > 0) {
                 const float* source =
                     from.in(context) + s.at(plane.channel, y * stride[0] + plane.row_phase, plane.column_phase);
-                switch (I) {
-                case 1: copy_columns<1>(source, target, filled, stride[1]); break;
-                case 2: copy_columns<2>(source, target, filled, stride[1]); break;
-                case 4: copy_columns<4>(source, target, filled, stride[1]); break;
-                case 8: copy_columns<8>(source, target, filled, stride[1]); break;
-                default: copy_columns<16>(source, target, filled, stride[1]);
-                }
+                kernels->thin(source, target, filled, stride[1], I);
             }
             if (filled < t.w) std::memset(target + filled * I, 0, sizeof(float) * (t.w - filled) * I);
         }

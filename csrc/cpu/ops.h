@@ -46,6 +46,7 @@ class SplitOp : public Op {
     struct Plane {
         int channel, row_phase, column_phase, to;
     };
+    const Kernels* kernels;
     Place from, to;
     Pair stride;
     std::vector<Plane> planes;

@@ -23,8 +23,12 @@ struct Arena { // returned also when an exception passes
 
 } // namespace
 
-std::vector<Share> divide(int64_t images, int threads, int lanes) {
+std::vector<Share> divide(int64_t images, int threads, int lanes, int64_t image_bytes) {
+    // ResNet-50 (8 MB an image) at batch 8 on 2 threads: 7.3 ms an image together, 8.6 apart. ResNet-56 (0.2 MB)
+    // at batch 8: 2.0 ms together, 1.85 apart.
+    constexpr int64_t cache = 1 << 20;
     std::vector<Share> shares;
+    if (threads > 1 && image_bytes > cache) return {{0, images, 1, true}};
     int64_t first = 0;
     while (first < images) {
         const int64_t left = images - first;
@@ -63,22 +67,27 @@ std::shared_ptr<const Plan> Session::plan(const PlanKey& key) {
 }
 
 std::vector<std::vector<int>> Session::output_shapes(const std::vector<Size>& sizes) {
+    return shapes(sizes).outputs;
+}
+
+Session::Shapes Session::shapes(const std::vector<Size>& sizes) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto it = shapes_.begin(); it != shapes_.end(); ++it)
         if (it->sizes == sizes) {
             shapes_.splice(shapes_.begin(), shapes_, it);
-            return shapes_.front().outputs;
+            return shapes_.front();
         }
     const PlanKey key{sizes, 1, 1};
-    shapes_.push_front({sizes, Builder(*network_, key).output_shapes()});
+    const auto summary = Builder(*network_, key).summary();
+    shapes_.push_front({sizes, summary.outputs, summary.arena_floats * int64_t(sizeof(float))});
     while (shapes_.size() > most_plans) shapes_.pop_back();
-    return shapes_.front().outputs;
+    return shapes_.front();
 }
 
 void Session::run(const std::vector<Size>& sizes, int64_t images, const std::vector<Images>& inputs,
                   const std::vector<Images>& outputs, int threads, int interleave) {
     threads = std::max(threads, 1);
-    std::vector<Share> shares = divide(images, threads, network_->kernels.lanes);
+    std::vector<Share> shares = divide(images, threads, network_->kernels.lanes, shapes(sizes).image_bytes);
     if (interleave > 0) shares = {{0, images, interleave, images <= interleave && threads > 1}};
     for (const Share& share : shares) {
         const int parts = share.together && threads > 1 ? 2 * threads : 1;

@@ -17,7 +17,10 @@ struct Share {
     bool together; // all threads work on one block after the other; else every thread on its own blocks
 };
 
-std::vector<Share> divide(int64_t images, int threads, int lanes);
+// The rule. One image whose scratch outgrows the second-level cache is shared by all threads, one image after the
+// other: each on its own would read the same weights and fight for the shared cache. Small images go to one
+// thread each, as many interleaved as every thread gets; what is left over is shared again.
+std::vector<Share> divide(int64_t images, int threads, int lanes, int64_t image_bytes);
 
 class Session {
   public:
@@ -57,8 +60,10 @@ class Session {
     struct Shapes {
         std::vector<Size> sizes;
         std::vector<std::vector<int>> outputs;
+        int64_t image_bytes; // scratch of one image
     };
     std::list<Shapes> shapes_; // the same
+    Shapes shapes(const std::vector<Size>& sizes);
 };
 
 } // namespace dsp
