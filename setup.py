@@ -28,8 +28,14 @@ COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
 # One file per instruction set; the extension chooses among them when it runs.
 ISA_FLAGS = {
     "kernel_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernel_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-    + ["-mprefer-vector-width=512"],
+    "kernel_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512dq",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ],
 }
 
 
@@ -88,8 +94,18 @@ class BuildNative(build_ext):
             if self.force or not target.exists() or target.stat().st_mtime < newest:
                 flags = ISA_FLAGS.get(Path(source).name, []) if platform.machine() in X86_64 else []
                 self.spawn(
-                    [*shlex.split(compiler), *COMMON_FLAGS, *flags, *extra, "-fPIC", *include]
-                    + ["-c", source, "-o", str(target)]
+                    [
+                        *shlex.split(compiler),
+                        *COMMON_FLAGS,
+                        *flags,
+                        *extra,
+                        "-fPIC",
+                        *include,
+                        "-c",
+                        source,
+                        "-o",
+                        str(target),
+                    ]
                 )
             return str(target)
 

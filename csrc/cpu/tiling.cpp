@@ -13,7 +13,10 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     for (int begin = 0; begin < extent.vectors; begin += extent.block)
         for (int left = std::min(extent.block, extent.vectors - begin); left > 0;) {
             const int width = pass_width(left, kernels.vectors[filters]);
-            const double per_term = std::max({0.5 * filters * width, 0.5 * (load * width + filters), 4.0});
+            const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
+            // The lesser of the two is not quite hidden. Without this share tiles of 3 filters x 8 vectors tied
+            // with 6 x 4, which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
+            const double per_term = std::max({arithmetic, loads, 4.0}) + 0.5 * std::min(arithmetic, loads);
             // An output costs a load, a store and a few instructions; a pass a call and a mispredicted loop end.
             total += extent.count * per_term + 1.5 * filters * width + 25.0;
             left -= width;

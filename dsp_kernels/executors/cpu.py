@@ -6,7 +6,7 @@ inputs and the values that are needed later as outputs; one thread takes a few i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,6 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.executors.native_builder import NATIVE_STEPS, build
 from dsp_kernels.native import chosen_isa, native, why_missing
 from dsp_kernels.program import (
-    ConvStep,
-    FlattenStep,
-    GlobalPoolStep,
     LinearStep,
     Program,
     Step,

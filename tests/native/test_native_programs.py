@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -91,9 +92,7 @@ class Net(nn.Module):
             nn.MaxPool2d((1, 3), (1, 2), dilation=(1, 2)),
         ]
         self.pool = pools[seed % len(pools)]
-        self.blocks = nn.Sequential(
-            *(Block(rng, c, o, activation) for c, o in zip(widths, widths[1:], strict=False))
-        )
+        self.blocks = nn.Sequential(*(Block(rng, c, o, activation) for c, o in itertools.pairwise(widths)))
         self.last_norm = norm(rng, widths[-1])
         self.classifier = nn.Linear(widths[-1], 11)
 
