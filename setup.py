@@ -28,14 +28,8 @@ COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
 # One file per instruction set; the extension chooses among them when it runs.
 ISA_FLAGS = {
     "kernel_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernel_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512dq",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mfma",
-        "-mprefer-vector-width=512",
-    ],
+    "kernel_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    + ["-mprefer-vector-width=512"],
 }
 
 

@@ -80,7 +80,7 @@ def _interleave(images: int) -> int:
 def add_conv(
     network: Any, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: int, residual: int
 ) -> int:
-    """Adds the convolution to a native network; x, residual (-1: none) and the result are its value numbers."""
+    """Adds the convolution to a native network; x, residual (-1: none) and the result are value numbers."""
     value: int = network.conv(
         x,
         residual,

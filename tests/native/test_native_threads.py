@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from test_native_programs import Net
@@ -62,7 +63,7 @@ def test_one_thread_starts_no_helper_and_torch_decides_how_many() -> None:
         "torch.set_num_threads(1); fused, _ = network_and_model(); x = torch.randn(9, 3, 20, 20)\n"
         "fused(x); print(_C.worker_count()); torch.set_num_threads(3); fused(x); print(_C.worker_count())"
     )
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, here])}
     done = subprocess.run(
         [sys.executable, "-c", code, here], env=environment, capture_output=True, text=True, check=True
