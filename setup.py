@@ -26,10 +26,10 @@ NATIVE_EXTENSIONS: list[Extension] = [
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
 # One file per instruction set; the extension chooses among them when it runs.
+AVX512 = ("f", "dq", "bw", "vl")
 ISA_FLAGS = {
     "kernel_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernel_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-    + ["-mprefer-vector-width=512"],
+    "kernel_avx512.cpp": [*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mprefer-vector-width=512"],
 }
 
 
