@@ -215,3 +215,13 @@ def test_every_executor_gives_the_same_answer() -> None:
     for executor in EXECUTORS:
         fused = dsp_kernels.fuse(model, example(), backend=executor.name)
         torch.testing.assert_close(fused(example()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_large_batches_go_through_in_parts() -> None:
+    """More images than one part holds, and a last part that is smaller."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 24 * 24, 2))
+    model = nets.settled(model.double())
+    x = torch.randn(75, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fused = dsp_kernels.fuse(model, x[:1], backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-12)
