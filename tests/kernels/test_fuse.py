@@ -24,11 +24,17 @@ def example(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("batch", [0, 1, 3, 17])
-@pytest.mark.parametrize("name", nets.NAMES)
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    # pre-activation's own view(x.size(0), -1) is impossible for an empty batch
+    [
+        (name, batch)
+        for name in nets.NAMES
+        for batch in (0, 1, 3, 17)
+        if (name, batch) != ("pre-activation", 0)
+    ],
+)
 def test_equals_the_model_at_any_batch(name: str, batch: int) -> None:
-    if batch == 0 and name == "pre-activation":
-        pytest.skip("the model itself cannot view() an empty batch")
     model = nets.make(name).double()
     fused = dsp_kernels.fuse(model, example(2, torch.float64))
     x = example(batch, torch.float64, seed=batch)
