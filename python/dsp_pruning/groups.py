@@ -110,7 +110,7 @@ class GroupWrapper:
         self._steps = value
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model, which holds the logits: Adam, steps and the noise's state."""
+        """What a checkpoint needs beside the model, which holds the logits."""
         return {
             "group_optimizer": self._group_optimizer.state_dict(),
             "steps": self._steps,
