@@ -22,7 +22,7 @@ def finetune(
         float, typer.Option("--prune", "-p", help="Share of the grouped layers' FLOPs to remove, 0..1.")
     ] = FinetuneConfig.prune,
     ckpt: o.Checkpoint = None,
-    data: o.Data = o.DataName.cifar10,
+    data: o.Data = o.DataName.digits,
     data_root: o.DataRoot = None,
     download: o.Download = False,
     save_dir: o.SaveDir = None,

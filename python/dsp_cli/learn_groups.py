@@ -31,7 +31,7 @@ def learn_groups(
         float, typer.Option("--regularize", "-r", help="Strength of the regulariser.")
     ] = LearnGroupsConfig.regularize,
     ckpt: o.Checkpoint = None,
-    data: o.Data = o.DataName.cifar10,
+    data: o.Data = o.DataName.digits,
     data_root: o.DataRoot = None,
     download: o.Download = False,
     save_dir: o.SaveDir = None,

@@ -109,6 +109,21 @@ class GroupWrapper:
             raise DSPPruningError(f"steps is {value!r}; it must be a whole number of at least 0")
         self._steps = value
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model, which holds the logits."""
+        return {
+            "group_optimizer": self._group_optimizer.state_dict(),
+            "steps": self._steps,
+            "skipped_steps": self._skipped,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self._group_optimizer.load_state_dict(state["group_optimizer"])
+        self.steps, self._skipped = state["steps"], state["skipped_steps"]
+        self.generator.set_state(state["generator"])
+
     @torch.no_grad()
     def initialize(self, noise: Mapping[str, Tensor] | None = None) -> None:
         """Before the forward pass: draw Gumbel noise and assign the filters of every layer to groups.

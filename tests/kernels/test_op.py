@@ -52,11 +52,11 @@ def test_op_is_its_definition(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS), ids=lambda backend: backend.name)
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.batch], ids=lambda c: c.name
+)  # the op answers for none
 def test_every_backend_is_the_definition(backend: object, case: Case) -> None:
     a = case.tensors()
-    if case.batch == 0:
-        pytest.skip("the op answers for an empty batch")
     y = BACKENDS.choose(backend.name, case.spec, a.x.dtype, a.x.device).prepare(  # type: ignore[attr-defined]
         case.spec, a.weights, a.bias
     )(a.x, a.residual)

@@ -233,3 +233,22 @@ def test_a_model_may_be_cast_after_wrapping() -> None:
     for _ in range(2):
         setup.step()
     assert all(logits.dtype == torch.bfloat16 and logits.isfinite().all() for logits in setup.logits())
+
+
+def test_goes_on_from_its_own_state_dict() -> None:
+    """Three steps, then three from a checkpoint, are six steps: weights, logits, noise and counts."""
+    whole, begun = Setup(), Setup()
+    for _ in range(6):
+        whole.step()
+    for _ in range(3):
+        begun.step()
+    resumed = Setup(seed=7)
+    resumed.x, resumed.y = begun.x, begun.y
+    resumed.model.load_state_dict(begun.model.state_dict())
+    resumed.optimizer.load_state_dict(begun.optimizer.state_dict())
+    resumed.learner.load_state_dict(copy.deepcopy(begun.learner.state_dict()))
+    for _ in range(3):
+        resumed.step()
+    wanted = whole.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in resumed.model.state_dict().items())
+    assert resumed.learner.stats() == whole.learner.stats()
