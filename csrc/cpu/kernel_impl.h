@@ -70,6 +70,47 @@ inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float*
     }
 }
 
+// Bias, residual, activation and the store of a tile.
+template <int K, int P, bool masked>
+inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall& call) {
+    const bool late = call.act == Act::silu || call.act == Act::hardswish;
+    // Bounds that change nothing cost less than branches. A NaN passes both.
+    const float infinite = __builtin_inff();
+    const V low = V{} + (call.act == Act::relu || call.act == Act::relu6 ? 0.0f : -infinite);
+    const V high = V{} + (call.act == Act::relu6 ? 6.0f : infinite);
+    int64_t at[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) at[p] = call.vec[p];
+    float* const base = call.y;
+    const float* const bias = call.bias;
+    const float* const add = call.add;
+    const int64_t* const y_plane = call.y_plane;
+    const int64_t* const add_plane = call.add_plane;
+    const int32_t* const mask = call.mask;
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+        float* y = base + y_plane[k];
+        if (bias) {
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] += bias[k];
+        }
+        if (add) {
+            const float* plane = add + add_plane[k];
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] += load(plane + at[p]);
+        }
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            V v = acc[k][p];
+            v = low > v ? low : v;
+            v = high < v ? high : v;
+            if (masked) v = keep(v, mask + p * L);
+            store(y + at[p], v);
+        }
+        if (late) activate_plane(y, call.vec, P, call.act);
+    }
+}
+
 template <int K, int P>
 void tile(const TileCall& call) {
     V acc[K][P];
@@ -90,25 +131,10 @@ void tile(const TileCall& call) {
         add_term<K, P>(acc, x, off[2], w + 2 * K);
     }
     for (; off != end; ++off, w += K) add_term<K, P>(acc, x, off[0], w);
-    const bool late = call.act == Act::silu || call.act == Act::hardswish;
-    const bool clamp_low = call.act == Act::relu || call.act == Act::relu6;
-    const bool clamp_high = call.act == Act::relu6;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-        float* y = call.y + call.y_plane[k];
-        const float* add = call.add ? call.add + call.add_plane[k] : nullptr;
-        const float bias = call.bias ? call.bias[k] : 0.0f;
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-            V v = acc[k][p] + bias;
-            if (add) v += load(add + call.vec[p]);
-            if (clamp_low) v = at_least(v, 0.0f);
-            if (clamp_high) v = at_most(v, 6.0f);
-            if (call.mask) v = keep(v, call.mask + p * L);
-            store(y + call.vec[p], v);
-        }
-        if (late) activate_plane(y, call.vec, P, call.act);
-    }
+    if (call.mask)
+        finish<K, P, true>(acc, call);
+    else
+        finish<K, P, false>(acc, call);
 }
 
 void map(const MapCall& call) {
