@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPShapeError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS, Runner
+from dsp_kernels.native import warn_if_missing
 from dsp_kernels.planner import plan
 from dsp_kernels.program import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.tolerances import network_tolerance
@@ -33,6 +34,8 @@ def fuse(
     """
     network = trace(model, example_input)
     dtype = dtype or example_input.dtype
+    if backend == "auto" and example_input.device.type == "cpu":
+        warn_if_missing()
     # Folding was done in float64; from here on the Program owns its tensors.
     program = plan(network).map_tensors(
         lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
