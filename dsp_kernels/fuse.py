@@ -135,7 +135,9 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
     reductions = [weight[0].numel() for step in convs for weight in step.weights]
     bound = network_tolerance(fused.dtype, max(reductions, default=1), depth)
-    with evaluating(model), torch.no_grad():
+    # Under somebody's autocast the model itself would be the one that rounds.
+    plain = torch.autocast(example_input.device.type, enabled=False)
+    with evaluating(model), torch.no_grad(), plain:
         for what, x in (("the example input", example_input), ("random images", noise)):
             expected, got = model(x), fused(x)
             scale = expected.abs().max().item() if expected.numel() else 0.0

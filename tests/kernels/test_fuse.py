@@ -231,3 +231,10 @@ def test_large_batches_go_through_in_parts() -> None:
     fused = dsp_kernels.fuse(model, x[:1], backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_is_checked_outside_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = dsp_kernels.fuse(nets.make("residual"), example())
+    with torch.no_grad():
+        torch.testing.assert_close(fused(example()), nets.make("residual")(example()), rtol=1e-4, atol=1e-5)
