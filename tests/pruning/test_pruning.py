@@ -151,6 +151,7 @@ def test_a_filter_that_is_gone_leaves_no_constant() -> None:
 
 def test_batch_norm_statistics_are_never_touched() -> None:
     pruner = learned(fresh())
+    pruner.initialize(0.3)
     train(pruner)
     statistics = {n: v for n, v in state_of(pruner.model).items() if "running" in n or "tracked" in n}
     modes = [module.training for module in pruner.model.modules()]
