@@ -37,7 +37,8 @@ def finetune(
 ) -> None:
     """Prune a group-learned network to a rate and finetune it."""
     folder = o.run_folder(save_dir, layers, data)
-    source = ckpt or folder / f"learn_groups_g{groups}" / MODEL
+    learning = f"learn-groups -l {layers} -g {groups}"
+    source = o.stage_weights(ckpt, folder / f"learn_groups_g{groups}", learning)
     weights, _ = load_weights(source)
     config = FinetuneConfig(
         depth=layers,

@@ -49,7 +49,7 @@ def learn_groups(
 ) -> None:
     """Learn the groups of every layer, from a trained dense network."""
     folder = o.run_folder(save_dir, layers, data)
-    source = ckpt or folder / "pretrain" / MODEL
+    source = o.stage_weights(ckpt, folder / "pretrain", f"pretrain -l {layers}")
     weights, _ = load_weights(source)
     config = LearnGroupsConfig(
         depth=layers,
