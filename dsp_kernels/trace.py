@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.trace_ops import LEAF_TYPES, classify
 
-__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace"]
+__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace", "works_in_place"]
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,14 @@ def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
     position = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         changed = node.args[0] if node.args else None
-        if isinstance(changed, fx.Node) and _works_in_place(node, model):
+        if isinstance(changed, fx.Node) and works_in_place(node, model):
             for reader in list(changed.users):
                 if position[reader] > position[node]:
                     reader.replace_input_with(changed, node)
 
 
-def _works_in_place(node: fx.Node, model: nn.Module) -> bool:
+def works_in_place(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node writes into its first argument."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":

@@ -45,7 +45,8 @@ inline V activate(V v, Act act) {
     switch (act) {
     case Act::relu: return at_least(v, 0.0f);
     case Act::relu6: return at_most(at_least(v, 0.0f), 6.0f);
-    case Act::silu: return v / (1.0f + exponential(-v));
+    // Below -88 the exponential is clamped: the result is a zero there, and NaN for -inf, as in PyTorch.
+    case Act::silu: return v < -88.0f ? v * 0.0f : v / (1.0f + exponential(-v));
     case Act::hardswish: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     default: return v;
     }

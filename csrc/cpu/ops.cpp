@@ -92,8 +92,8 @@ void PoolOp::run(int chunk, const Context& context) const {
                         const float* pixel = x.in(context) + s.at(c, iy, ix);
                         for (int i = 0; i < I; ++i) {
                             if (step->average) sum[i] += pixel[i];
-                            // A NaN wins, as in PyTorch.
-                            else if (!(pixel[i] <= sum[i])) sum[i] = pixel[i];
+                            // A NaN wins and stays, as in PyTorch.
+                            else if (!(pixel[i] <= sum[i]) && sum[i] == sum[i]) sum[i] = pixel[i];
                         }
                     }
                 }

@@ -54,7 +54,7 @@ class CpuBackend:
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
             shape = (x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
-            y = torch.empty(shape, memory_format=memory_format_of(x))
+            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
             if shape[0]:
                 inputs = (
                     [x.detach().numpy()]

@@ -142,7 +142,7 @@ def _native_call(part: Segment, program: Program) -> Callable[[dict[str, Any]], 
             shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
         except ValueError as error:
             raise DSPShapeError(f"this network cannot take this input: {error}") from error
-        results = [torch.empty(images, *shape) for shape in shapes]
+        results = [torch.empty(images, *shape, dtype=torch.float32, device="cpu") for shape in shapes]
         if images:
             network.run(
                 [tensor.numpy() for tensor in tensors],

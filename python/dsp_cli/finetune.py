@@ -12,7 +12,6 @@ from dsp_pruning import data as datasets
 from dsp_pruning.recipes import finetune as recipe
 from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig
-from dsp_pruning.recipes.run import MODEL
 
 
 def finetune(

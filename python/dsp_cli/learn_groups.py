@@ -13,7 +13,6 @@ from dsp_pruning import data as datasets
 from dsp_pruning.recipes import learn_groups as recipe
 from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig
-from dsp_pruning.recipes.run import MODEL
 
 
 class Order(StrEnum):

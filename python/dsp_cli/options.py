@@ -65,7 +65,9 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option("--ckpt", help="Weights to start from. Default: the previous stage in --save-dir."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run, with the same settings.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint of this run, with the same settings.")
+]
 ImageSize = Annotated[int, typer.Option("--image-size", min=1, help="Height and width of an input image.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples per network.")]
 

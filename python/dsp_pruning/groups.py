@@ -94,6 +94,10 @@ class GroupWrapper:
         self._found_inf: Tensor | None = None
         optimizer.register_step_post_hook(self._note_step)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.optimizer.register_step_post_hook(self._note_step)  # a copied optimizer has no hooks
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         return self.model(*args, **kwargs)
@@ -132,6 +136,13 @@ class GroupWrapper:
 
         Raises DSPPruningError if a layer's noise is missing, DSPShapeError if its shape is wrong.
         """
+        for layer in self._layers:
+            conv = layer.info.conv
+            if conv.weight is not layer.weight or conv.group is not layer.logits:
+                raise DSPPruningError(
+                    f"layer {layer.info.name!r} has another weight or group tensor than when it was wrapped "
+                    "(load_state_dict(assign=True)?); wrap the model again, after loading"
+                )
         shapes = {layer.info.name: layer.logits.shape for layer in self._layers}
         if noise is None:
             drawn = gumbel_noise(list(shapes.values()), self.generator)

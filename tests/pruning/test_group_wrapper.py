@@ -13,6 +13,7 @@ from learning_setup import LAYERS, MODES, Setup
 from torch import Tensor, nn
 from toy_net import ToyA
 
+from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import penalty as terms
 from dsp_pruning.groups import GroupWrapper
 
@@ -252,3 +253,22 @@ def test_goes_on_from_its_own_state_dict() -> None:
     wanted = whole.model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in resumed.model.state_dict().items())
     assert resumed.learner.stats() == whole.learner.stats()
+
+
+def test_refuses_tensors_that_were_exchanged() -> None:
+    setup = Setup()
+    setup.model.load_state_dict({k: v.clone() for k, v in setup.model.state_dict().items()}, assign=True)
+    with pytest.raises(DSPPruningError, match="another weight or group tensor"):
+        setup.learner.initialize()
+
+
+def test_a_copied_learner_sees_its_own_optimizer() -> None:
+    setup = copy.deepcopy(Setup())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    setup.learner.initialize()
+    setup.optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(setup.learner(setup.x), setup.y)).backward()
+    scaler.step(setup.optimizer)
+    scaler.update()
+    setup.learner.after_step(setup.x, setup.y, scaler=scaler)
+    assert setup.learner.stats()["skipped_steps"] == 0
