@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.trace_layout import LAYOUT_KINDS, classify_function, classify_module
 
 __all__ = ["KINDS", "LEAF_TYPES", "classify"]
 
@@ -34,6 +35,7 @@ KINDS = (
     "identity",  # dropout in eval mode, nn.Identity, contiguous()
     "scalar",  # sizes and other numbers
     "output",  # of one tensor
+    *LAYOUT_KINDS,
     "opaque",  # anything else
 )
 
@@ -75,12 +77,15 @@ def classify(
     if node.op == "output":
         return ("output", {}) if isinstance(node.args[0], fx.Node) else ("opaque", {})
     if module is not None:
-        return _classify_module(node, module, shapes)
+        known = _classify_module(node, module, shapes)
+        return classify_module(node, module, shapes) if known[0] == "opaque" else known
+    if node.op not in ("call_function", "call_method"):
+        return ("scalar", {}) if shapes[node.name] is None else ("opaque", {})
     if shapes[node.name] is None:
-        return "scalar", {}
-    if node.op in ("call_function", "call_method"):
-        return _classify_function(node, shapes)
-    return "opaque", {}
+        layout = classify_function(node, shapes)
+        return layout if layout[0] == "split" else ("scalar", {})
+    known = _classify_function(node, shapes)
+    return classify_function(node, shapes) if known[0] == "opaque" else known
 
 
 def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]) -> _Classified:
