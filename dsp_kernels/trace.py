@@ -106,9 +106,10 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
-def call_graph(model: nn.Module) -> fx.Graph | None:
-    """The calls of a model in eval mode, without shapes; None if torch.fx cannot follow it."""
+def call_graph(model: nn.Module, training: bool = False) -> fx.Graph | None:
+    """The calls of a model in eval or training mode, without shapes; None if torch.fx cannot follow it."""
     with evaluating(model):
+        model.train(training)
         try:
             return _symbolic_graph(model)
         except DSPTraceError:
@@ -146,7 +147,7 @@ def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
                 f"{type(model).__name__} does not run on an example input of shape "
                 f"{tuple(example_input.shape)} and dtype {example_input.dtype}: {error}"
             ) from error
-    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder.shapes)))
+    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder.shapes, model)))
 
 
 def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
@@ -180,10 +181,12 @@ def _works_in_place(node: fx.Node, model: nn.Module) -> bool:
     )
 
 
-def _read_nodes(graph_module: fx.GraphModule, shapes: Mapping[str, Any]) -> Iterator[TracedNode]:
+def _read_nodes(
+    graph_module: fx.GraphModule, shapes: Mapping[str, Any], model: nn.Module
+) -> Iterator[TracedNode]:
     for fx_node in graph_module.graph.nodes:
         module = graph_module.get_submodule(str(fx_node.target)) if fx_node.op == "call_module" else None
-        kind, attributes = classify(fx_node, module, shapes)
+        kind, attributes = classify(fx_node, module, shapes, model)
         yield TracedNode(
             name=fx_node.name,
             kind=kind,

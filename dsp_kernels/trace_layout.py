@@ -104,13 +104,13 @@ def classify_module(node: fx.Node, module: nn.Module, shapes: _Shapes) -> _Class
     return "opaque", {}
 
 
-def classify_function(node: fx.Node, shapes: _Shapes) -> _Classified:
-    """The same for a function or method."""
-    for rule in (_pointwise, _combination, _concat, _split, _piece, _reshape, _norm, _spatial):
+def classify_function(node: fx.Node, shapes: _Shapes, root: nn.Module | None) -> _Classified:
+    """The same for a function or method. root: the traced model, where names of parameters lead to."""
+    for rule in (_pointwise, _combination, _concat, _split, _piece, _reshape, _spatial):
         found = rule(node, shapes)
         if found is not None:
             return found
-    return "opaque", {}
+    return _norm(node, root) or ("opaque", {})
 
 
 def _pointwise(node: fx.Node, shapes: _Shapes) -> _Classified | None:
@@ -229,18 +229,18 @@ def _reshape(node: fx.Node, shapes: _Shapes) -> _Classified | None:
     return None
 
 
-def _norm(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+def _norm(node: fx.Node, root: nn.Module | None) -> _Classified | None:
     if node.target not in (F.batch_norm, torch.batch_norm):
         return None
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     read = dict(zip(names, node.args, strict=False)) | node.kwargs
-    held, root = read["running_mean"], node.graph.owning_module
+    held = read.get("running_mean")
     training = read.get("training", False)
     if not isinstance(held, fx.Node) or held.op != "get_attr" or training is not False or root is None:
         return None
     path = str(held.target).rpartition(".")[0]
     module = root.get_submodule(path)
-    wanted = {"running_mean": held, "running_var": read["running_var"]}
+    wanted = {"running_mean": held, "running_var": read.get("running_var")}
     wanted |= {name: read.get(name) for name in ("weight", "bias") if read.get(name) is not None}
     own = all(
         isinstance(value, fx.Node) and str(value.target) == f"{path}.{name}" for name, value in wanted.items()

@@ -69,9 +69,15 @@ _IDENTITY_FUNCTIONS = {"contiguous"}
 
 
 def classify(
-    node: fx.Node, module: nn.Module | None, shapes: Mapping[str, tuple[int, ...] | None]
+    node: fx.Node,
+    module: nn.Module | None,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    root: nn.Module | None = None,
 ) -> _Classified:
-    """Kind and attributes of one fx node; ``shapes`` holds the output shape of it and of all before it."""
+    """Kind and attributes of one fx node; ``shapes`` holds the output shape of it and of all before it.
+
+    root: the traced model; without it a function that uses a module's own parameters is opaque.
+    """
     if node.op == "placeholder":
         return "input", {}
     if node.op == "output":
@@ -82,10 +88,10 @@ def classify(
     if node.op not in ("call_function", "call_method"):
         return ("scalar", {}) if shapes[node.name] is None else ("opaque", {})
     if shapes[node.name] is None:
-        layout = classify_function(node, shapes)
+        layout = classify_function(node, shapes, root)
         return layout if layout[0] == "split" else ("scalar", {})
     known = _classify_function(node, shapes)
-    return classify_function(node, shapes) if known[0] == "opaque" else known
+    return classify_function(node, shapes, root) if known[0] == "opaque" else known
 
 
 def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]) -> _Classified:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPVerificationError
 from dsp_kernels.tolerances import network_tolerance
-from dsp_kernels.trace import evaluating, trace
+from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
 from dsp_pruning.packing_plan import plan_packing
 from dsp_pruning.packing_report import PackingReport
-from dsp_pruning.repacking import rebuild
+from dsp_pruning.repacking import rebuild, replace_module
 
 __all__ = ["pack"]
 
@@ -41,16 +41,10 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
     """
     masked = _masked_copy(model)
     packed = copy.deepcopy(masked)
-    plan = plan_packing(trace(packed, example_input))
-    modules: dict[int, list[str]] = {}
-    for path, module in packed.named_modules(remove_duplicate=False):
-        modules.setdefault(id(module), []).append(path)
+    network = trace(packed, example_input)
+    plan = plan_packing(network, _read_in_training(packed, network))
     for path, layer in plan.layers.items():
-        module = packed.get_submodule(path)
-        made = rebuild(module, layer)
-        for alias in modules[id(module)]:
-            parent, _, name = alias.rpartition(".")
-            setattr(packed.get_submodule(parent), name, made)
+        replace_module(packed, path, rebuild(packed.get_submodule(path), layer))
     packed.packing = PackingReport(plan.layers, plan.barriers)  # type: ignore[assignment]
     _verify(masked, packed, example_input)
     return packed
@@ -65,6 +59,28 @@ def _masked_copy(model: nn.Module) -> nn.Module:
             with torch.no_grad():
                 module.weight.masked_fill_(mask.eq(0), 0.0)
     return masked
+
+
+def _read_in_training(model: nn.Module, network: TracedNetwork) -> dict[str, str]:
+    """Node -> reason, for values that are read by modules which run in training mode only (auxiliary heads).
+
+    Such a module is left as it is, so its input has to keep its width.
+    """
+    graph = call_graph(model, training=True)
+    held: dict[str, str] = {}
+    for node in graph.nodes if graph is not None else ():
+        path = str(node.target)
+        if node.op != "call_module" or network.calls(path) or not list(model.get_submodule(path).parameters()):
+            continue
+        waiting = list(node.all_input_nodes)
+        while waiting:  # back to the modules that run in eval mode too; names of functions differ
+            source = waiting.pop()
+            if source.op == "call_module" and network.calls(str(source.target)):
+                for call in network.calls(str(source.target)):
+                    held.setdefault(call.name, f"{path!r}, which runs in training only, reads its channels")
+            elif source.op != "call_module" or not list(model.get_submodule(str(source.target)).parameters()):
+                waiting.extend(source.all_input_nodes)
+    return held
 
 
 def _verify(masked: nn.Module, packed: nn.Module, example_input: Tensor) -> None:

@@ -10,7 +10,7 @@ from dsp_kernels.planner import zero_padding
 from dsp_pruning.kernel_matrix import dense_weight
 from dsp_pruning.packing_plan import LayerPlan
 
-__all__ = ["rebuild"]
+__all__ = ["rebuild", "replace_module"]
 
 
 def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
@@ -33,6 +33,15 @@ def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
             _narrow(module, name, (rows,))
         module.num_features = len(rows)  # type: ignore[assignment]
     return module
+
+
+def replace_module(root: nn.Module, path: str, made: nn.Module) -> None:
+    """Put a module in the place of the one at ``path``, and in every other place where that one is held."""
+    old = root.get_submodule(path)
+    places = [place for place, module in root.named_modules(remove_duplicate=False) if module is old]
+    for place in places if made is not old else ():
+        parent, _, name = place.rpartition(".")
+        setattr(root.get_submodule(parent), name, made)
 
 
 def _linear(linear: nn.Linear, plan: LayerPlan) -> nn.Linear:
