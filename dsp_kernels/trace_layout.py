@@ -123,7 +123,8 @@ def _pointwise(node: fx.Node, shapes: _Shapes) -> _Classified | None:
         return None
 
     def apply(values: Tensor) -> Tensor:
-        args, kwargs = (fx.node.map_arg(part, lambda _: values.clone()) for part in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, lambda _: values.clone())
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda _: values.clone())
         if node.op == "call_method":
             return getattr(args[0], str(target))(*args[1:], **kwargs)
         assert callable(target)

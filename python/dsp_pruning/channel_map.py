@@ -97,9 +97,7 @@ class ChannelMap:
             self._groups[node.name] = (groups, width // groups)
         elif node.kind == "identity" and grid:
             self._groups[node.name] = grid
-        elif any(name in self._groups for name in operands) and node.kind != "join_channels":
-            return None
-        elif node.kind == "join_channels" and not grid:
+        elif any((name in self._groups) != (node.kind == "join_channels") for name in operands):
             return None
         if node.kind == "split":
             shown = sum(node.attributes["sizes"])
@@ -158,8 +156,10 @@ class ChannelMap:
         into = torch.arange(self.width[node.inputs[0]]).view(groups, -1)
         out = torch.arange(self.width[node.name]).view(groups, -1)
         source = node.inputs[0]
-        pairs = [(source, into[:, :1].expand_as(part).flatten(), name, part.flatten())
-                 for name, part in ((source, into), (node.name, out))]
+        pairs = [
+            (source, into[:, :1].expand_as(part).flatten(), name, part.flatten())
+            for name, part in ((source, into), (node.name, out))
+        ]
         return pairs
 
     def _equal_parts(self, name: str, parts: int) -> list[tuple[str, Tensor, str, Tensor]]:
@@ -186,4 +186,3 @@ def _is_reader(node: TracedNode) -> bool:
 def _names_features(node: TracedNode) -> bool:
     """view(-1, 512): the number of features is written into the model's own code."""
     return node.kind == "flatten" and any(isinstance(a, int) and a > 1 for a in node.fx_node.args[1:])
-

@@ -115,7 +115,9 @@ class Rules:
         if not self.values:
             clearable = norm.weight is not None and not self.runs_often(node) and node.kind == "batch_norm"
             return _unless_zero(given) if clearable else torch.full_like(given, torch.nan)
-        if norm.running_mean is None or norm.running_var is None:  # an instance norm: 0 has mean and variance 0
+        if (
+            norm.running_mean is None or norm.running_var is None
+        ):  # an instance norm: 0 has mean and variance 0
             normal = _unless_zero(given)
         else:
             mean, variance = (t.detach().cpu().double() for t in (norm.running_mean, norm.running_var))
@@ -126,7 +128,7 @@ class Rules:
         return torch.where(gamma == 0, beta, beta + normal * gamma)
 
     def _used(self, node: TracedNode) -> Tensor:
-        """[O, C / groups] bool: kernels that may carry anything, whatever they read and whoever reads them."""
+        """[O, C / groups] bool: kernels that may carry anything, whoever feeds and reads them."""
         if node.name not in self._in_use:
             self._in_use[node.name] = self._find_used(node)
         return self._in_use[node.name]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.trace import TracedNetwork, TracedNode
 from dsp_pruning.channel_map import ChannelMap, norm_of
 from dsp_pruning.channel_rules import keeps_constants
 from dsp_pruning.channels import ChannelFlow, channel_flow
-from dsp_pruning.kernel_matrix import groups_of, kernel_sums
+from dsp_pruning.kernel_matrix import groups_of, kernel_sums, matrix_shape
 from dsp_pruning.spaces import Spaces
 
 __all__ = ["Barrier", "LayerPlan", "PackingPlan", "plan_layers", "plan_packing"]
@@ -85,10 +85,9 @@ class _Planner:
         self.flow: ChannelFlow = channel_flow(network, semantics="eval", paths=self.paths)
         self.runs: dict[int, list[TracedNode]] = {}
         for node in network:
-            if node.kind in _NORMS or node.name in self.paths.readers:
-                if node.name not in self.paths.barriers:
-                    module = norm_of(node)
-                    self.runs.setdefault(id(module), []).append(node)
+            followed = node.name in self.paths.readers or node.kind in _NORMS
+            if followed and node.name not in self.paths.barriers:
+                self.runs.setdefault(id(norm_of(node)), []).append(node)
         self._kernels: dict[str, Tensor] = {}
         self.fixed = self._fixed()
         for name, reason in held.items():
@@ -144,12 +143,13 @@ class _Planner:
         """Value -> channels that hold a number which a reader needs and cannot fold into its bias."""
         blocked: dict[str, Tensor] = {}
         for node in self.network:
-            if node.name in self.paths.readers and groups_of(node.module) == 1:
-                if not (self._folds(node) and keeps_constants(node)):
-                    source = node.inputs[0]
-                    constant = self.flow[source].constant
-                    read = self._alive(node).any(0) & ~constant.isnan() & (constant != 0)
-                    blocked[source] = blocked.get(source, torch.zeros_like(read)) | read
+            if node.name not in self.paths.readers or groups_of(node.module) > 1:
+                continue
+            if not (self._folds(node) and keeps_constants(node)):
+                source = node.inputs[0]
+                constant = self.flow[source].constant
+                read = self._alive(node).any(0) & ~constant.isnan() & (constant != 0)
+                blocked[source] = blocked.get(source, torch.zeros_like(read)) | read
         return blocked
 
     def _alive(self, node: TracedNode) -> Tensor:
@@ -174,7 +174,9 @@ class _Planner:
         in_keep, out_keep = self.spaces.keep(node.inputs[0]), self.spaces.keep(node.name)
         structure, bias, folded = None, None, torch.zeros_like(in_keep)
         if node.kind in ("conv", "packed_conv", "linear") and groups_of(node.module) == 1:
-            kernels = torch.stack([self._alive(run) for run in nodes]).any(0) if nodes[1:] else self._alive(node)
+            kernels = (
+                torch.stack([self._alive(run) for run in nodes]).any(0) if nodes[1:] else self._alive(node)
+            )
             bias = _own_bias(node)
             if self._folds(node):
                 own = self.flow[node.name].constant
@@ -221,8 +223,9 @@ def _structure(
 def _own_bias(node: TracedNode) -> Tensor:
     """[O] float64; zeros where the layer has none."""
     bias = getattr(node.module, "bias", None)
-    width = node.module.out_features if isinstance(node.module, nn.Linear) else node.module.out_channels  # type: ignore[union-attr]
-    return torch.zeros(width, dtype=torch.float64) if bias is None else bias.detach().cpu().double()
+    if bias is not None:
+        return bias.detach().cpu().double()
+    return torch.zeros(matrix_shape(node)[0], dtype=torch.float64)
 
 
 def _numbers(flags: Tensor) -> tuple[int, ...]:

@@ -38,5 +38,7 @@ class PackingReport:
 
     def __str__(self) -> str:
         lines = [f"{self.removed} channels removed, {self.folded} constants folded"]
-        lines += [f"kept {barrier.kept} channels: {barrier.reason}" for barrier in self.barriers if barrier.kept]
+        lines += [
+            f"kept {barrier.kept} channels: {barrier.reason}" for barrier in self.barriers if barrier.kept
+        ]
         return "\n".join(lines)

@@ -49,7 +49,9 @@ def _linear(linear: nn.Linear, plan: LayerPlan) -> nn.Linear:
         linear.in_features = len(plan.in_keep)
         _narrow(linear, "weight", (slice(None), list(plan.in_keep)))
     if plan.bias is not None:
-        linear.bias = nn.Parameter(torch.tensor(plan.bias, dtype=torch.float64).to(linear.weight), linear.weight.requires_grad)
+        linear.bias = nn.Parameter(
+            torch.tensor(plan.bias, dtype=torch.float64).to(linear.weight), linear.weight.requires_grad
+        )
     return linear
 
 
@@ -84,10 +86,10 @@ def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Module:
         return conv
     made = PackedConv2d(
         structure,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
+        conv.kernel_size,
+        conv.stride,
         padding,
-        conv.dilation,  # type: ignore[arg-type]
+        conv.dilation,
         bias=bias is not None,
         device="meta",  # no time for numbers that are overwritten
         dtype=weight.dtype,

@@ -41,7 +41,10 @@ class Spaces:
         kept = torch.zeros(total, dtype=torch.bool)
         if total:
             kept[label[torch.cat(list(must.values()))]] = True
-        for name, start in self._start.items():  # every module stays legal: one channel, needed or not, remains
+        for (
+            name,
+            start,
+        ) in self._start.items():  # every module stays legal: one channel, needed or not, remains
             own = label[start : start + paths.width[name]]
             if len(own) and not kept[own].any():
                 kept[own[0]] = True

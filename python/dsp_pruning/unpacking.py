@@ -70,7 +70,7 @@ def _dense(module: nn.Module, plan: LayerPlan) -> nn.Module:
 
 
 def _dense_conv(packed: PackedConv2d, plan: LayerPlan) -> nn.Conv2d:
-    weight = dense_weight(packed).to(packed.output_place.device)
+    weight = dense_weight(packed).to(packed.get_buffer("output_place").device)
     conv = nn.Conv2d(
         *(plan.in_channels, plan.out_channels, packed.kernel_size, packed.stride, packed.padding),
         dilation=packed.dilation,
@@ -106,4 +106,6 @@ def _widen(
     shape[dim] = width
     index = torch.tensor(kept, dtype=torch.long, device=value.device)
     wide = value.detach().new_full(shape, fill).index_copy(dim, index, value.detach())
-    setattr(module, name, nn.Parameter(wide, value.requires_grad) if isinstance(value, nn.Parameter) else wide)
+    setattr(
+        module, name, nn.Parameter(wide, value.requires_grad) if isinstance(value, nn.Parameter) else wide
+    )

@@ -1,4 +1,7 @@
-"""Pack the whole zoo at two rates and write the table: ``python tests/zoo/run_zoo.py docs/zoo.md [names]``."""
+"""Pack the whole zoo at two rates and write the table.
+
+``python tests/zoo/run_zoo.py docs/zoo.md [names]``
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ RATES = (0.3, 0.7)
 MOST_ERROR_64, MOST_ERROR_32 = 1e-10, 1e-4
 _HEAD = """# The zoo
 
-Made by `make test-zoo` (`tests/zoo/run_zoo.py`): every classification CNN of torchvision up to 150 M parameters,
-two networks for segmentation with their auxiliary heads, ten of timm. Random weights, random group masks on
-every dense convolution but the first (that share of every group's channels and of the filters), random norms
-and biases; one half of the pruned filters keeps a nonzero shift. The packed network is compared with the masked
-one at two input sizes; an error is the largest difference over the largest output. MACs are those of one
-small image. Constants folded: input channels that became part of a reader's bias. Barriers: operations around which
-channels stayed that nothing needs. Seconds: `pack` in float64, one thread, its own check included.
+Made by `make test-zoo` (`tests/zoo/run_zoo.py`): every classification CNN of torchvision up to 150 M
+parameters, two networks for segmentation with their auxiliary heads, ten of timm. Random weights, random
+group masks on every dense convolution but the first (that share of every group's channels and of the
+filters), random norms and biases; one half of the pruned filters keeps a nonzero shift. The packed network
+is compared with the masked one at two input sizes; an error is the largest difference over the largest
+output. MACs are those of one small image. Constants folded: input channels that became part of a reader's
+bias. Barriers: operations around which channels stayed that nothing needs. Seconds: `pack` in float64, one
+thread, its own check included.
 
 | network | rate | channels removed | MACs before | MACs after | constants folded | barriers | seconds \
 | error float64 | error float32 |
