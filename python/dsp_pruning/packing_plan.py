@@ -223,9 +223,12 @@ def _structure(
 def _own_bias(node: TracedNode) -> Tensor:
     """[O] float64; zeros where the layer has none."""
     bias = getattr(node.module, "bias", None)
-    if bias is not None:
-        return bias.detach().cpu().double()
-    return torch.zeros(matrix_shape(node)[0], dtype=torch.float64)
+    if bias is None:
+        return torch.zeros(matrix_shape(node)[0], dtype=torch.float64)
+    own = bias.detach().cpu().double().clone()
+    if isinstance(node.module, PackedConv2d):  # an absent channel holds 0, whatever the bias says
+        own[list(node.module.structure.absent)] = 0
+    return own
 
 
 def _numbers(flags: Tensor) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsp_kernels
-from dsp_kernels import PackedConv2d
+from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPPruningError, DSPTraceError, DSPVerificationError
 from dsp_pruning import pack, packing
 from dsp_pruning.packing_plan import LayerPlan
@@ -113,13 +113,48 @@ def test_constants_that_cancel_are_not_lost() -> None:
     torch.testing.assert_close(packed(images(3)), model(images(3)), rtol=0, atol=1e-12)
 
 
-class Twice(nn.Module):
-    """One conv runs on two values; another is held under two names."""
+def test_constants_made_of_constants() -> None:
+    """A kept constant that is computed from a kept constant: neither lost nor counted twice."""
 
-    def __init__(self) -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1)
+            self.read_a, self.read_b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x)
+            return self.read_a(a) + self.read_b(self.b(a))
+
+    torch.manual_seed(0)
+    model = Chain().double().eval()
+    with torch.no_grad():
+        model.a.weight[0] = 0
+        model.a.bias[0] = 2
+        model.b.weight[0, 1] = 0
+        model.b.bias[0] = 1
+    packed = pack(model, images(2))
+    assert packed.b.structure.groups[0].in_index == ()
+    assert (packed.a.out_channels, packed.b.out_channels) == (2, 2)
+    torch.testing.assert_close(packed(images(3)), model(images(3)), rtol=0, atol=1e-12)
+
+
+def test_the_bias_of_an_absent_channel_stays_without_effect() -> None:
+    conv = PackedConv2d(GroupStructure.build(3, 4, [((0, 2), (1, 3))]), 3, padding=1, bias=True)
+    model = nn.Sequential(conv, nn.Softmax(1), nn.Conv2d(4, 2, 1)).double().eval()
+    with torch.no_grad():
+        conv.bias.fill_(5.0)
+    for made in (pack(model, images(2)), unpack(pack(model, images(2)))):
+        torch.testing.assert_close(made(images(3)), model(images(3)), rtol=0, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """One conv runs on two values, also under a second name."""
+
+    def __init__(self, kernel: int) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
-        self.shared = nn.Conv2d(6, 5, 3, padding=1)
+        self.shared = nn.Conv2d(6, 5, kernel, padding=kernel // 2)
         self.norm = nn.BatchNorm2d(5)
         self.alias = self.shared
         self.head = nn.Conv2d(10, 2, 1)
@@ -129,10 +164,11 @@ class Twice(nn.Module):
         return self.head(torch.cat([F.relu(self.norm(self.shared(a))), F.relu(self.norm(self.alias(b)))], 1))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_module_that_runs_twice_loses_what_no_run_needs(seed: int) -> None:
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_module_that_runs_twice_loses_what_no_run_needs(seed: int, kernel: int) -> None:
     torch.manual_seed(seed)
-    model = Twice().double().eval()
+    model = Twice(kernel).double().eval()
     with torch.no_grad():
         for conv, dead in ((model.a, [0, 1, 2]), (model.b, [1, 2, 4])):
             conv.weight[dead] = 0
@@ -141,6 +177,10 @@ def test_a_module_that_runs_twice_loses_what_no_run_needs(seed: int) -> None:
         model.norm.running_mean.normal_()
         model.norm.bias.normal_()
         model.shared.weight[[0, 3]] = 0
+        model.shared.weight[4] = 0  # what this filter makes is 0 in the run where it reads 1, by its bias
+        model.shared.weight[4, 2] = 1 / kernel**2
+        model.shared.bias[4] = -1
+        model.norm.bias[4] = 5
         model.head.weight[:, [1, 6]] = 0
     packed = pack(model, images(2))
     assert packed.shared is packed.alias
