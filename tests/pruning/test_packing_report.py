@@ -157,7 +157,7 @@ class Twice(nn.Module):
         self.shared = nn.Conv2d(6, 5, kernel, padding=kernel // 2)
         self.norm = nn.BatchNorm2d(5)
         self.alias = self.shared
-        self.head = nn.Conv2d(10, 2, 1)
+        self.head = nn.Conv2d(10, 2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = F.relu(self.a(x)), F.relu(self.b(x))
