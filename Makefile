@@ -1,13 +1,14 @@
 # make demo   install into .venv, then the whole way on real data
 # make test   the same install, then the test suite
 # make lint   ruff and mypy
+# make test-zoo   pack every network of the zoo and write docs/zoo.md (installs timm)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := cli,vision,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-zoo lint install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -23,6 +24,10 @@ demo: $(INSTALLED)
 # One thread per process: two torch processes that both use two cores slow each other down many times.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-zoo: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet timm
+	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run_zoo.py docs/zoo.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

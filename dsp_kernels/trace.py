@@ -99,16 +99,28 @@ class _ShapeRecorder(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.containers: set[str] = set()  # values that are no tensor but hold some
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
+        if _holds_tensors(result):
+            self.containers.add(n.name)
         return result
 
 
-def call_graph(model: nn.Module) -> fx.Graph | None:
-    """The calls of a model in eval mode, without shapes; None if torch.fx cannot follow it."""
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in value.values())
+    if isinstance(value, tuple | list):
+        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in value)
+    return False
+
+
+def call_graph(model: nn.Module, training: bool = False) -> fx.Graph | None:
+    """The calls of a model in eval or training mode, without shapes; None if torch.fx cannot follow it."""
     with evaluating(model):
+        model.train(training)
         try:
             return _symbolic_graph(model)
         except DSPTraceError:
@@ -146,7 +158,7 @@ def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
                 f"{type(model).__name__} does not run on an example input of shape "
                 f"{tuple(example_input.shape)} and dtype {example_input.dtype}: {error}"
             ) from error
-    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder.shapes)))
+    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)))
 
 
 def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
@@ -181,10 +193,15 @@ def works_in_place(node: fx.Node, model: nn.Module) -> bool:
     )
 
 
-def _read_nodes(graph_module: fx.GraphModule, shapes: Mapping[str, Any]) -> Iterator[TracedNode]:
+def _read_nodes(
+    graph_module: fx.GraphModule, recorder: _ShapeRecorder, model: nn.Module
+) -> Iterator[TracedNode]:
+    shapes = recorder.shapes
     for fx_node in graph_module.graph.nodes:
         module = graph_module.get_submodule(str(fx_node.target)) if fx_node.op == "call_module" else None
-        kind, attributes = classify(fx_node, module, shapes)
+        kind, attributes = classify(fx_node, module, shapes, model)
+        if kind == "scalar" and fx_node.name in recorder.containers:
+            kind = "opaque"
         yield TracedNode(
             name=fx_node.name,
             kind=kind,

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.trace_layout import LAYOUT_KINDS, classify_function, classify_module
 
 __all__ = ["KINDS", "LEAF_TYPES", "classify"]
 
@@ -34,6 +35,7 @@ KINDS = (
     "identity",  # dropout in eval mode, nn.Identity, contiguous()
     "scalar",  # sizes and other numbers
     "output",  # of one tensor
+    *LAYOUT_KINDS,
     "opaque",  # anything else
 )
 
@@ -67,20 +69,29 @@ _IDENTITY_FUNCTIONS = {"contiguous"}
 
 
 def classify(
-    node: fx.Node, module: nn.Module | None, shapes: Mapping[str, tuple[int, ...] | None]
+    node: fx.Node,
+    module: nn.Module | None,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    root: nn.Module | None = None,
 ) -> _Classified:
-    """Kind and attributes of one fx node; ``shapes`` holds the output shape of it and of all before it."""
+    """Kind and attributes of one fx node; ``shapes`` holds the output shape of it and of all before it.
+
+    root: the traced model; without it a function that uses a module's own parameters is opaque.
+    """
     if node.op == "placeholder":
         return "input", {}
     if node.op == "output":
         return ("output", {}) if isinstance(node.args[0], fx.Node) else ("opaque", {})
     if module is not None:
-        return _classify_module(node, module, shapes)
+        known = _classify_module(node, module, shapes)
+        return classify_module(node, module, shapes) if known[0] == "opaque" else known
+    if node.op not in ("call_function", "call_method"):
+        return ("scalar", {}) if shapes[node.name] is None else ("opaque", {})
     if shapes[node.name] is None:
-        return "scalar", {}
-    if node.op in ("call_function", "call_method"):
-        return _classify_function(node, shapes)
-    return "opaque", {}
+        layout = classify_function(node, shapes, root)
+        return layout if layout[0] == "split" else ("scalar", {})
+    known = _classify_function(node, shapes)
+    return classify_function(node, shapes, root) if known[0] == "opaque" else known
 
 
 def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]) -> _Classified:

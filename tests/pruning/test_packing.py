@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels import PackedConv2d
-from dsp_kernels.errors import DSPTraceError, DSPVerificationError
+from dsp_kernels.errors import DSPVerificationError
 from dsp_kernels.trace import trace
 from dsp_pruning import pack
 from dsp_pruning.models import cifar_resnet
@@ -293,37 +293,8 @@ def test_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(dsp_kernels.load(tmp_path / "net.safetensors")(images()), packed(images()))
 
 
-class _Concat(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return torch.cat([y, y], 1)
-
-
-class _Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.conv(x))
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(_Concat(), "how channels pass node 'cat'"), (_Twice(), "node 'conv_1'.* a second time")],
-    ids=["unknown operation", "module used twice"],
-)
-def test_refuses_and_names_the_node(model: nn.Module, message: str) -> None:
-    with pytest.raises(DSPTraceError, match=message):
-        pack(model.double(), images())
-
-
 def test_a_wrong_packing_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dsp_pruning.packing as module
+    import dsp_pruning.repacking as module
 
     right = module._convolution
 
