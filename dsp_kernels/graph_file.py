@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.graph_modules import Budget, build_module, encode_module, is_known
-from dsp_kernels.graph_ops import ATTRIBUTES, METHODS, function_name, functions
+from dsp_kernels.graph_ops import ATTRIBUTES, METHODS, SCALAR_FUNCTIONS, function_name, functions
 from dsp_kernels.graph_trace import TRAINING, traced_calls
 
 __all__ = ["LoadedNetwork", "build_network", "encode_network"]
@@ -176,7 +176,10 @@ def build_network(
         nodes.append(_build_call(graph, call, nodes, len(nodes) == len(calls) - 1, names))
     if not nodes or nodes[-1].op != "output" or sum(node.op == "placeholder" for node in nodes) != 1:
         raise DSPFormatError("the calls need exactly one input and an output at their end")
-    return LoadedNetwork(root, graph, meta)
+    try:
+        return LoadedNetwork(root, graph, meta)
+    except Exception as error:  # fx writes forward(); it raises anything for, say, a sum of one number
+        raise DSPFormatError(f"the calls do not make a network: {error!r}") from error
 
 
 def _place(root: nn.Module, path: Any) -> nn.Module:
@@ -276,9 +279,22 @@ def _build_call(
     function = functions(name) if kind == "function" else None
     if function is None:
         raise DSPFormatError(f"call {number} is of the {kind} {name[:80]!r}, which is not known here")
-    if function is getattr and (len(arguments) != 2 or named or arguments[1] not in ATTRIBUTES):
+    if function is getattr and (len(arguments) != 2 or named or not _is_attribute(arguments[1])):
         raise DSPFormatError(f"call {number} reads an attribute other than {', '.join(sorted(ATTRIBUTES))}")
+    if name in SCALAR_FUNCTIONS and not (arguments and _are_operands(name, arguments)):
+        raise DSPFormatError(f"call {number} is {name} of {str(args)[:80]}; expected calls and numbers")
     return graph.call_function(function, arguments, named)
+
+
+def _is_attribute(value: Any) -> bool:
+    return isinstance(value, str) and value in ATTRIBUTES
+
+
+def _are_operands(name: str, arguments: tuple[Any, ...]) -> bool:
+    if name == "operator.getitem":
+        return isinstance(arguments[0], fx.Node)
+    kinds = all(isinstance(argument, fx.Node | int | float | tuple) for argument in arguments)
+    return kinds and any(isinstance(argument, fx.Node) for argument in arguments)
 
 
 def _is_name(text: str) -> bool:

@@ -127,7 +127,7 @@ def _mutate_json(root: Any, rng: random.Random) -> None:
     elif action == "drop":
         del parent[key]
     elif action == "wrap":
-        for _ in range(rng.choice((1, 5, 500))):
+        for _ in range(rng.choice((1, 5, 200))):
             old = rng.choice(([old], {"tuple": [old]}, {"node": old}))
         parent[key] = old
     elif action == "rename" and isinstance(parent, dict):
@@ -144,7 +144,7 @@ def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
     tensor = tensors.pop(name)
     action = rng.choice(("drop", "shape", "dtype", "rename", "values", "extra"))
     if action == "shape":
-        tensors[name] = torch.zeros(*(rng.choice((0, 1, 3, 6, 8)) for _ in range(rng.randint(0, 5))))
+        tensors[name] = torch.zeros([rng.choice((0, 1, 3, 6, 8)) for _ in range(rng.randint(0, 5))])
     elif action == "dtype":
         tensors[name] = tensor.to(rng.choice((torch.float16, torch.float64, torch.int32, torch.bool, torch.int64)))
     elif action == "rename":
