@@ -1,4 +1,4 @@
-"""The header of a saved file: its JSON description, and what it says about every tensor before one is read."""
+"""The header of a saved file: its JSON description, and its table of tensors before one is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from torch import nn
 
 from dsp_kernels.errors import DSPFormatError
 
-__all__ = ["FORMAT_VERSION", "KEY", "TensorTable", "check_tensors", "new_header", "read_header", "tensor_table"]
+__all__ = [
+    "FORMAT_VERSION",
+    "KEY",
+    "TensorTable",
+    "check_tensors",
+    "new_header",
+    "read_header",
+    "tensor_table",
+]
 
 FORMAT_VERSION = 2
 KEY = "dsp_kernels"
@@ -49,10 +57,13 @@ def read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[st
         raise DSPFormatError(f"{path}: expected the description of a {_FORMAT}")
     version = header.get("version")
     least = header.get("readable_from", version)
-    for number in (version, least):
+    numbers: list[Any] = [version, least]
+    for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise DSPFormatError(f"{path} has version {version!r}, readable from {least!r}; expected whole numbers")
-    if least > FORMAT_VERSION:
+            raise DSPFormatError(
+                f"{path} has version {version!r}, readable from {least!r}; expected whole numbers"
+            )
+    if numbers[1] > FORMAT_VERSION:
         raise DSPFormatError(
             f"{path} has version {version}, for readers of version {least} and later; this dsp_kernels reads "
             f"version {FORMAT_VERSION}. Install a later one"
@@ -84,7 +95,9 @@ def check_tensors(model: nn.Module, table: TensorTable, path: str | Path) -> Non
     for name, tensor in expected.items():
         shape, dtype = table[name]
         if shape != tuple(tensor.shape):
-            raise DSPFormatError(f"{path}: tensor {name!r} has shape {list(shape)}; expected {list(tensor.shape)}")
+            raise DSPFormatError(
+                f"{path}: tensor {name!r} has shape {list(shape)}; expected {list(tensor.shape)}"
+            )
         if dtype.is_floating_point:
             floats.add(str(dtype).removeprefix("torch."))
         if dtype.is_floating_point != tensor.is_floating_point():

@@ -20,7 +20,7 @@ __all__ = ["build_changed", "encode_changes"]
 
 
 def encode_changes(model: nn.Module) -> dict[str, Any]:
-    """{"architecture", "modules"}: Raises DSPFormatError if the model differs in more than packing changes."""
+    """{"architecture", "modules"}. Raises DSPFormatError if more differs than packing changes."""
     architecture = getattr(model, "architecture", None)
     return {"architecture": architecture, "modules": _changes(build_architecture(architecture), model)}
 

@@ -79,12 +79,14 @@ class _Checker(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, FusedConv2d):
-            return module._call_op(*args, *[None] * (2 - len(args)))  # its backends have no meta device, its op has
+            return module._call_op(
+                *args, *[None] * (2 - len(args))
+            )  # its backends have no meta device, its op has
         return module(*args, **kwargs) if isinstance(module, nn.Module) else None
 
     def _check_numbers(self, n: fx.Node) -> None:
         """Python's own operators on anything but numbers and tensors could make lists of any length."""
-        operands = self.map_nodes_to_values(n.args, n)
+        operands: Any = self.map_nodes_to_values(n.args, n)
         if n.target is SCALAR_FUNCTIONS["operator.getitem"]:
             fine = bool(operands) and isinstance(operands[0], Tensor | tuple | list | Mapping)
         elif n.target is SCALAR_FUNCTIONS["operator.add"] and all(isinstance(o, tuple) for o in operands):

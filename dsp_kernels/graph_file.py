@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.graph_modules import Budget, build_module, encode_module, is_known
@@ -89,7 +89,7 @@ def encode_network(model: nn.Module) -> dict[str, Any]:
     """
     graph, modes = traced_calls(model)
     numbers: dict[fx.Node, int] = {}
-    calls = []
+    calls: list[dict[str, Any]] = []
     for node in graph.nodes:
         numbers[node] = len(calls)
         calls.append(_encode_call(node, numbers))
@@ -145,7 +145,8 @@ def build_network(
         raise DSPFormatError("the description has no calls, no modules or no tensors")
     if len(calls) > _MOST_CALLS or len(modules) + len(tensors) > _MOST_MODULES:
         raise DSPFormatError(
-            f"{len(calls)} calls of {len(modules)} modules; expected at most {_MOST_CALLS} and {_MOST_MODULES}"
+            f"{len(calls)} calls of {len(modules)} modules; expected at most {_MOST_CALLS} and "
+            f"{_MOST_MODULES}"
         )
     root = nn.Module()
     callable_paths = set()
@@ -168,7 +169,9 @@ def build_network(
         elif kind == "buffer":
             parent.register_buffer(name, tensor)
         else:
-            raise DSPFormatError(f"tensor {path!r} is a {kind!r} of {dtype}; expected a parameter or a buffer")
+            raise DSPFormatError(
+                f"tensor {path!r} is a {kind!r} of {dtype}; expected a parameter or a buffer"
+            )
     graph = fx.Graph()
     nodes: list[fx.Node] = []
     names = {"module": callable_paths, "tensor": {TRAINING, *tensors}}
@@ -185,7 +188,9 @@ def build_network(
 def _place(root: nn.Module, path: Any) -> nn.Module:
     """The module that holds ``path``, which is a new and plain name there."""
     parts = path.split(".") if isinstance(path, str) else []
-    if not 1 <= len(parts) <= 32 or not all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts):
+    if not 1 <= len(parts) <= 32 or not all(
+        _PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts
+    ):
         raise DSPFormatError(f"{str(path)[:80]!r} is no path of a module")
     parent = root
     for part in parts[:-1]:

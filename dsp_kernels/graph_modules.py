@@ -128,9 +128,7 @@ def _fused(structure: GroupStructure, settings: dict[str, Any]) -> FusedConv2d:
     _only(settings, (*_CONV_SETTINGS, "bias", "activation", "backend"))
     if settings["activation"] not in ACTIVATIONS:
         raise DSPFormatError(f"activation is {settings['activation']!r}; expected {', '.join(ACTIVATIONS)}")
-    spec = ConvSpec(
-        structure, *(settings[name] for name in _CONV_SETTINGS), activation=settings["activation"]
-    )
+    spec = ConvSpec(structure, *(settings[name] for name in (*_CONV_SETTINGS, "activation")))
     weights = [torch.empty(len(g.out_index), len(g.in_index), *spec.kernel_size) for g in structure.groups]
     bias = torch.empty(structure.out_channels) if settings["bias"] else None
     return FusedConv2d(spec, weights, bias, settings["backend"])

@@ -45,7 +45,15 @@ _TORCH = (
 _FUNCTIONAL = (
     *("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "celu", "conv2d", "dropout"),
     *("dropout2d", "elu", "feature_dropout", "gelu", "glu", "group_norm", "hardsigmoid", "hardswish"),
-    *("hardtanh", "instance_norm", "interpolate", "layer_norm", "leaky_relu", "linear", "local_response_norm"),
+    *(
+        "hardtanh",
+        "instance_norm",
+        "interpolate",
+        "layer_norm",
+        "leaky_relu",
+        "linear",
+        "local_response_norm",
+    ),
     *("log_softmax", "logsigmoid", "lp_pool2d", "max_pool2d", "mish", "normalize", "pad", "pixel_shuffle"),
     *("pixel_unshuffle", "prelu", "relu", "relu6", "relu_", "selu", "sigmoid", "silu", "softmax"),
     *("softplus", "softsign", "tanh", "conv_transpose2d", "threshold"),

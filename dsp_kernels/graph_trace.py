@@ -16,7 +16,16 @@ __all__ = ["TRAINING", "traced_calls"]
 # The one attribute of the network itself that a call may read: whether it is in training mode.
 TRAINING = "training"
 _CHECKS = {"_assert"}  # torch._assert and timm's: they compute nothing
-_UNUSED = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem, getattr)
+_UNUSED = (
+    operator.eq,
+    operator.ne,
+    operator.lt,
+    operator.le,
+    operator.gt,
+    operator.ge,
+    operator.getitem,
+    getattr,
+)
 
 
 class _Tracer(fx.Tracer):
@@ -57,7 +66,9 @@ def traced_calls(model: nn.Module) -> tuple[fx.Graph, str]:
     )
     if not same:
         return graph, "eval"
-    flagged = [(n, o) for n, o in zip(nodes, others, strict=True) if _flags((n.args, n.kwargs), (o.args, o.kwargs))]
+    flagged = [
+        (n, o) for n, o in zip(nodes, others, strict=True) if _flags((n.args, n.kwargs), (o.args, o.kwargs))
+    ]
     if flagged:
         first = next(node for node in graph.nodes if node.op != "placeholder")
         with graph.inserting_before(first):
@@ -73,8 +84,8 @@ def _trace(model: nn.Module) -> fx.Graph:
         graph = _Tracer().trace(model)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
         raise DSPFormatError(
-            f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written to a "
-            f"file: {error}"
+            f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written to "
+            f"a file: {error}"
         ) from error
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         raise DSPFormatError(f"{type(model).__name__}.forward() takes several inputs; a file can hold one")
@@ -94,8 +105,10 @@ def _same(left: Any, right: Any, pairs: dict[fx.Node, fx.Node]) -> bool:
             and all(_same(a, b, pairs) for a, b in zip(left, right, strict=True))
         )
     if isinstance(left, dict):
-        return isinstance(right, dict) and left.keys() == right.keys() and all(
-            _same(value, right[key], pairs) for key, value in left.items()
+        return (
+            isinstance(right, dict)
+            and left.keys() == right.keys()
+            and all(_same(value, right[key], pairs) for key, value in left.items())
         )
     if isinstance(left, slice):
         return isinstance(right, slice) and all(

@@ -122,7 +122,7 @@ def _example_shapes(model: nn.Module, example_input: Tensor | None) -> tuple[lis
     if example_input is not None:
         return [(1, *example_input.shape[1:])], True
     known = getattr(model, "example_shape", None)
-    if is_example_shape(known):
+    if known is not None and is_example_shape(known):
         return [tuple(known)], bool(getattr(model, "example_given", False))
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | PackedConv2d | FusedConv2d))
     first = next(convolutions, None)

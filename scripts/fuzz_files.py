@@ -31,7 +31,20 @@ from dsp_kernels.errors import DSPError, DSPFormatError
 _SECONDS = 10  # for one file; a good one takes less than 0.1
 _MEMORY = 1 << 30  # beyond what the process holds at the start; the files are smaller than 64 KiB
 _NUMBERS = (-1, 0, 1, 2, 3, 7, 255, 2**16, 2**20, 2**31, 2**40, 2**63, 10**18, 10**30, 0.5, -1e300, True)
-_WORDS = ("", "os.system", "__class__", "eval", "relu", "x" * 1000, "../../x", "a.b", "\x00", "if", "F64", "same")
+_WORDS = (
+    "",
+    "os.system",
+    "__class__",
+    "eval",
+    "relu",
+    "x" * 1000,
+    "../../x",
+    "a.b",
+    "\x00",
+    "if",
+    "F64",
+    "same",
+)
 
 Header = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -88,7 +101,9 @@ def mutated(header: Header, tensors: Tensors, rng: random.Random) -> bytes:
             data[rng.randrange(len(data))] = rng.randrange(256)
     if kind == "header bytes":
         for _ in range(rng.randint(1, 4)):
-            data[rng.randrange(8 + length)] = rng.choice((rng.randrange(256), ord(rng.choice("0123456789[]{},:\"-"))))
+            data[rng.randrange(8 + length)] = rng.choice(
+                (rng.randrange(256), ord(rng.choice('0123456789[]{},:"-')))
+            )
     if kind == "length":
         if rng.random() < 0.5:
             del data[rng.randrange(len(data)) :]
@@ -135,7 +150,9 @@ def _mutate_json(root: Any, rng: random.Random) -> None:
     else:
         other, from_key = rng.choice(places)
         # A branch that was cut off may still be chosen; its value is a value like any other.
-        source = other.get(from_key) if isinstance(other, dict) else (other[from_key : from_key + 1] or [0])[0]
+        source = (
+            other.get(from_key) if isinstance(other, dict) else (other[from_key : from_key + 1] or [0])[0]
+        )
         parent[key] = copy.deepcopy(source)
 
 
@@ -146,7 +163,9 @@ def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
     if action == "shape":
         tensors[name] = torch.zeros([rng.choice((0, 1, 3, 6, 8)) for _ in range(rng.randint(0, 5))])
     elif action == "dtype":
-        tensors[name] = tensor.to(rng.choice((torch.float16, torch.float64, torch.int32, torch.bool, torch.int64)))
+        tensors[name] = tensor.to(
+            rng.choice((torch.float16, torch.float64, torch.int32, torch.bool, torch.int64))
+        )
     elif action == "rename":
         tensors[rng.choice([word for word in _WORDS if word])] = tensor
     elif action != "drop":
@@ -156,7 +175,7 @@ def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
 
 
 def outcome(path: Path) -> str:
-    """"refused", "loaded" or, for a network that loads and then refuses its own example, "does not run"."""
+    """ "refused", "loaded" or, for a network that loads and then refuses its own example, "does not run"."""
     try:
         model = dsp_kernels.load(path)
     except DSPFormatError:

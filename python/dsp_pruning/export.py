@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsp_kernels import FusedConv2d, PackedConv2d, swap
+from dsp_kernels import FusedConv2d, swap
 from dsp_kernels.activations import activate
 from dsp_kernels.errors import DSPError, DSPShapeError
 
@@ -43,7 +43,9 @@ def export_onnx(
     Raises DSPError if onnx and onnxscript are missing or torch cannot export the network.
     """
     if opset < _LEAST_OPSET or dtype not in (torch.float32, torch.float16):
-        raise DSPError(f"opset is {opset}, dtype {dtype}; expected at least {_LEAST_OPSET}, float32 or float16")
+        raise DSPError(
+            f"opset is {opset}, dtype {dtype}; expected at least {_LEAST_OPSET}, float32 or float16"
+        )
     try:
         import onnxscript  # noqa: F401  # torch needs it to write ONNX
     except ImportError as error:
@@ -94,7 +96,7 @@ def plain_form(model: nn.Module) -> nn.Module:
         return _PlainConv(plain).eval()
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, FusedConv2d | PackedConv2d):
+            if isinstance(child, FusedConv2d):
                 setattr(parent, name, _PlainConv(child))
     return plain.eval()
 
@@ -117,7 +119,9 @@ class _PlainConv(nn.Module):
         groups = [structure.groups[number] for number in live]
         if not live:  # every output is its bias; one channel of zeros gives it its size
             dtype = torch.float32 if fused.bias is None else fused.bias.dtype
-            self.weights.append(torch.zeros(structure.out_channels, 1, *spec.kernel_size, dtype=dtype, device=device))
+            self.weights.append(
+                torch.zeros(structure.out_channels, 1, *spec.kernel_size, dtype=dtype, device=device)
+            )
         read = [channel for group in groups for channel in group.in_index] or [0]
         written = [channel for group in groups for channel in group.out_index]
         if not live:
@@ -189,7 +193,9 @@ def _write(write: Callable[[Path], None], model: nn.Module, path: str | Path) ->
     except OSError:
         raise
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
-        raise DSPError(f"{type(model).__name__} cannot be exported to {target}: {str(error)[:400]}") from error
+        raise DSPError(
+            f"{type(model).__name__} cannot be exported to {target}: {str(error)[:400]}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return target

@@ -72,7 +72,8 @@ def read_calls(path: str | Path) -> tuple[tuple[str, str], list[Call], str, dict
     outputs = [value.debugName() for value in graph.outputs()]
     if len(inputs) != 2 or len(outputs) != 1:
         raise DSPFormatError(
-            f"{path}: its network takes {len(inputs) - 1} inputs and gives {len(outputs)} outputs; expected one each"
+            f"{path}: its network takes {len(inputs) - 1} inputs and gives {len(outputs)} outputs; "
+            "expected one each"
         )
     return (inputs[0], inputs[1]), list(_calls(graph, path)), outputs[0], state
 
@@ -97,11 +98,13 @@ def _refuse_code_at_load(path: str | Path) -> None:
             entries = archive.infolist()
             bound = _MOST_EXPANSION * Path(path).stat().st_size + 2**20
             if sum(entry.file_size for entry in entries) > bound:
-                raise DSPFormatError(f"{path} would grow beyond {bound} bytes; it is no archive that torch wrote")
+                raise DSPFormatError(
+                    f"{path} would grow beyond {bound} bytes; it is no archive that torch wrote"
+                )
             for entry in entries:
                 if entry.filename.endswith(".py") and b"__setstate__" in archive.read(entry):
                     raise DSPFormatError(
-                        f"{path}: {entry.filename} would run code when it is loaded; a traced network has none"
+                        f"{path}: {entry.filename} would run code when it is loaded; traced networks have none"
                     )
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         raise DSPFormatError(f"{path} is not a readable TorchScript archive: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,8 @@ def verify_released(path: str | Path, network: nn.Module, image_hw: tuple[int, i
     bound = network_tolerance(x.dtype, 9 * 512, 100) * scale
     if not difference <= bound:
         raise DSPVerificationError(
-            f"{path}: the archive and the imported network differ by {difference:.3g}; expected at most {bound:.3g}"
+            f"{path}: the archive and the imported network differ by {difference:.3g}; expected at most "
+            f"{bound:.3g}"
         )
     return difference
 
@@ -77,7 +79,7 @@ def _cifar_architecture(network: nn.Module) -> dict[str, object] | None:
     first, last = modules.get("conv_1_3x3"), modules.get("classifier")
     if not isinstance(first, nn.Conv2d) or not isinstance(last, nn.Linear) or not blocks:
         return None
-    arguments = {
+    arguments: dict[str, Any] = {
         "depth": 6 * len(blocks) + 2,
         "num_classes": last.out_features,
         "in_channels": first.in_channels,

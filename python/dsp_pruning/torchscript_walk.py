@@ -46,7 +46,7 @@ class _Gathered:
 
 @dataclass(frozen=True)
 class _Branch:
-    """settings: stride, padding, dilation. norm: weight, bias, running_mean, running_var and eps, momentum."""
+    """settings: stride, padding, dilation; norm: weight, bias, mean, variance."""
 
     source: _Image
     index: tuple[int, ...]
@@ -88,7 +88,9 @@ class Walk:
         handler = _HANDLERS.get(call.kind.removesuffix("_"))
         if handler is None:
             raise DSPFormatError(f"{call.kind} is not known here")
-        operands = [call.value] if call.kind == "prim::Constant" else [self.values[name] for name in call.inputs]
+        operands = (
+            [call.value] if call.kind == "prim::Constant" else [self.values[name] for name in call.inputs]
+        )
         if call.kind == "prim::GetAttr":
             operands.append(call.value)
         result = handler(self, operands)
@@ -166,18 +168,27 @@ class Walk:
     ) -> _Image:
         """One packed convolution, one norm and maybe a ReLU for branches of one source and one form."""
         first, path = branches[0], _joined_path([branch.weight.path for branch in branches])
-        forms = {(id(b.source.node), b.settings, b.norm_settings, b.relu, b.norm is None, b.bias is None) for b in branches}
+        forms = {
+            (id(b.source.node), b.settings, b.norm_settings, b.relu, b.norm is None, b.bias is None)
+            for b in branches
+        }
         kernels = {tuple(branch.weight.tensor.shape[2:]) for branch in branches}
         if len(forms) > 1 or len(kernels) > 1:
-            raise DSPFormatError(f"the branches of {path!r} read different tensors or have different settings")
+            raise DSPFormatError(
+                f"the branches of {path!r} read different tensors or have different settings"
+            )
         in_channels = first.source.channels
         if in_channels is None:
             in_channels = 1 + max((channel for branch in branches for channel in branch.index), default=0)
         try:
             structure = GroupStructure.build(
-                in_channels, out_channels, [(b.index, tuple(p)) for b, p in zip(branches, places, strict=True)]
+                in_channels,
+                out_channels,
+                [(b.index, tuple(p)) for b, p in zip(branches, places, strict=True)],
             )
-            conv = PackedConv2d(structure, kernels.pop(), *first.settings, bias=first.bias is not None)
+            stride, padding, dilation = first.settings
+            biased = first.bias is not None
+            conv = PackedConv2d(structure, kernels.pop(), stride, padding, dilation, bias=biased)
         except DSPError as error:
             raise DSPFormatError(f"the branches of {path!r} do not fit together: {error}") from error
         with torch.no_grad():
@@ -210,7 +221,9 @@ def _joined_path(paths: Sequence[str]) -> str:
     """``stage_1.0.conv_a`` for the branches ``stage_1.0.layers_a.{g}.0.weight``."""
     parts = [path.split(".") for path in paths]
     common = [column[0] for column in zip(*parts, strict=False) if len(set(column)) == 1]
-    common = common[: next((n for n, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), None)]
+    common = common[
+        : next((n for n, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), None)
+    ]
     if common and common[-1] == "weight":
         common.pop()
     while len(common) > 1 and common[-1].isdecimal():
@@ -242,7 +255,11 @@ def _attribute(walk: Walk, operands: list[Any]) -> Any:
 
 def _index(value: Any, what: str) -> tuple[int, ...]:
     tensor = value.tensor if isinstance(value, State) else value
-    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.numel() != max(tensor.shape, default=0):
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.is_floating_point()
+        or tensor.numel() != max(tensor.shape, default=0)
+    ):
         raise DSPFormatError(f"{what} is no list of channels")
     return tuple(tensor.flatten().tolist())
 
@@ -263,9 +280,12 @@ def _convolution(walk: Walk, operands: list[Any]) -> Any:
     settings = (tuple(stride), tuple(padding) if not isinstance(padding, str) else padding, tuple(dilation))
     if isinstance(value, _Gathered) and groups == 1 and not isinstance(padding, str):
         if weight.tensor.shape[1] != len(value.index):
-            raise DSPFormatError(f"{weight.path} reads {weight.tensor.shape[1]} of {len(value.index)} channels")
+            raise DSPFormatError(
+                f"{weight.path} reads {weight.tensor.shape[1]} of {len(value.index)} channels"
+            )
         return _Branch(value.source, value.index, weight, bias, settings)
-    out_channels, in_channels, *kernel = weight.tensor.shape
+    out_channels, in_channels, height, width = weight.tensor.shape
+    kernel = (height, width)
     conv = nn.Conv2d(in_channels * groups, out_channels, kernel, *settings, groups, bias is not None)
     _copy(conv.weight, weight)
     if conv.bias is not None:
@@ -393,7 +413,9 @@ _HANDLERS: dict[str, Callable[[Walk, list[Any]], Any]] = {
     "aten::add": _add,
     "aten::max_pool2d": _max_pool,
     "aten::adaptive_avg_pool2d": lambda walk, o: walk.call(F.adaptive_avg_pool2d, o[0], tuple(o[1])),
-    "aten::avg_pool2d": lambda walk, o: walk.call(F.avg_pool2d, *(tuple(v) if isinstance(v, list) else v for v in o)),
+    "aten::avg_pool2d": lambda walk, o: walk.call(
+        F.avg_pool2d, *(tuple(v) if isinstance(v, list) else v for v in o)
+    ),
     "aten::mean": _mean,
     "aten::flatten": lambda walk, o: walk.call(torch.flatten, *o),
     "aten::view": _reshape,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,8 @@ def test_what_cannot_be_traced_is_saved_by_name_or_not_at_all(tmp_path: Path) ->
     dsp_kernels.register_architecture("tests.untraceable", Untraceable)
     model = packed()
     model.__class__ = Untraceable
+    model.architecture = {"name": "nobody's", "args": {}}
     with pytest.raises(DSPFormatError, match=r"Untraceable cannot be traced by torch\.fx"):
-        model.architecture = {"name": "nobody's", "args": {}}
         dsp_kernels.save(model, tmp_path / "a")
     assert not list(tmp_path.iterdir())
     model.architecture = {"name": "tests.untraceable", "args": {"classes": 5}}
@@ -211,7 +210,10 @@ HOSTILE = {
         _tensor("norm.weight", torch.zeros(5)),
         "'norm.weight' has shape \\[5\\]; expected \\[6\\]",
     ),
-    "integers for floats": (_tensor("norm.weight", torch.zeros(6, dtype=torch.int64)), "has dtype torch.int64"),
+    "integers for floats": (
+        _tensor("norm.weight", torch.zeros(6, dtype=torch.int64)),
+        "has dtype torch.int64",
+    ),
     "two float dtypes": (_tensor("norm.weight", torch.zeros(6).double()), "several floating dtypes"),
 }
 
@@ -226,7 +228,10 @@ def test_refuses_hostile_files(named: Path, name: str) -> None:
 
 def test_a_later_version_may_stay_readable(saved: Path) -> None:
     """A later version that only adds parts says so, and its files are read."""
-    rewrite(saved, lambda header, tensors: header.update(version=9, readable_from=2, licence="of the later version"))
+    rewrite(
+        saved,
+        lambda header, tensors: header.update(version=9, readable_from=2, licence="of the later version"),
+    )
     assert torch.equal(dsp_kernels.load(saved)(images()), packed()(images()))
 
 

@@ -229,10 +229,7 @@ def _squares(count: int) -> list[dict[str, Any]]:
     size = {"method": "size", "args": [X, 2]}
     return [
         size,
-        *(
-            {"function": "operator.mul", "args": [{"node": n}, {"node": n}]}
-            for n in range(1, count + 1)
-        ),
+        *({"function": "operator.mul", "args": [{"node": n}, {"node": n}]} for n in range(1, count + 1)),
     ]
 
 
@@ -244,7 +241,10 @@ def _deep(depth: int) -> Any:
 
 
 HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
-    "function of no table": (_call("function", "torch.cat", function="os.system"), "'os.system', which is not"),
+    "function of no table": (
+        _call("function", "torch.cat", function="os.system"),
+        "'os.system', which is not",
+    ),
     "builtin": (_call("function", "torch.cat", function="eval"), "not known"),
     "module as function": (_call("module", "gate", module="shift"), "not known"),
     "container called": (_call("module", "gate", module="stem"), "not known"),
@@ -259,7 +259,10 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
         "is no path",
     ),
     "dunder path": (lambda h: h["modules"].update({"__class__": {"class": "Module"}}), "has already"),
-    "path of the network itself": (lambda h: h["modules"].update({"graph": {"class": "Module"}}), "has already"),
+    "path of the network itself": (
+        lambda h: h["modules"].update({"graph": {"class": "Module"}}),
+        "has already",
+    ),
     "path taken twice": (lambda h: h["tensors"].update({"gate": "parameter"}), "not in the file"),
     "path inside a layer": (
         lambda h: h["modules"].update({"gate.inner": {"class": "Module"}}),
@@ -271,7 +274,10 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "deep argument": (_call("function", "torch.cat", args=[_deep(40)]), "nested more than"),
     "long text": (_first({"method": "to", "args": [X, "a" * 500]}), "text of 500 characters"),
     "huge number": (_first({"function": "torch.add", "args": [X, 2**80]}), "more than 63 bits"),
-    "unknown form": (_first({"function": "torch.relu", "args": [{"lambda": "x"}]}), "no argument has that form"),
+    "unknown form": (
+        _first({"function": "torch.relu", "args": [{"lambda": "x"}]}),
+        "no argument has that form",
+    ),
     "no output": (lambda h: h["calls"].pop(), "one input and an output"),
     "two inputs": (_first({"input": 0}), "one input and an output"),
     "output in the middle": (_first({"output": X}), "expected a name|not known"),
@@ -284,15 +290,23 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "foreign setting": (_module("gate", hook="x"), "expected"),
     "huge features": (_module("classifier", in_features=HUGE), "no Linear has that"),
     "large features": (_module("classifier", in_features=10**9), "has shape"),
-    "huge width": (_module("packed", structure={"in_channels": 8, "out_channels": HUGE, "groups": []}), "of this size"),
+    "huge width": (
+        _module("packed", structure={"in_channels": 8, "out_channels": HUGE, "groups": []}),
+        "of this size",
+    ),
     "index out of range": (
-        _module("packed", structure={"in_channels": 8, "out_channels": 8, "groups": [[[8], [0]], [[1], [1]]]}),
+        _module(
+            "packed", structure={"in_channels": 8, "out_channels": 8, "groups": [[[8], [0]], [[1], [1]]]}
+        ),
         "holds 8, but",
     ),
     "huge kernel": (_module("gate", kernel_size=[10**6, 10**6]), "has shape"),
     "huge padding": (_module("gate", padding=[10**6, 10**6]), "alive at one time"),
     "huge packed padding": (_module("packed", padding=[50_000, 50_000]), "alive at one time"),
-    "padding for nobody": (_first({"function": "torch.nn.functional.pad", "args": [X, [10**5] * 4]}), "alive"),
+    "padding for nobody": (
+        _first({"function": "torch.nn.functional.pad", "args": [X, [10**5] * 4]}),
+        "alive",
+    ),
     "huge resize": (
         _first({"function": "torch.nn.functional.interpolate", "args": [X, [10**6, 10**6]]}),
         "alive at one time",
@@ -341,7 +355,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Header, dict[str
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_refuses_hostile_graphs(template: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str) -> None:
+def test_refuses_hostile_graphs(
+    template: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str
+) -> None:
     change, message = HOSTILE[name]
     header, tensors = copy.deepcopy(template[0]), template[1]
     change(header)

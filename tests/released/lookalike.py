@@ -94,7 +94,9 @@ class Block(nn.Module):
 class LookAlike(nn.Module):
     """Stem, stages of blocks, classifier; with a pooled stem as for large images where ``pooled``."""
 
-    def __init__(self, stages: Sequence[Sequence[Block]], width: int, out: int, classes: int, pooled: bool) -> None:
+    def __init__(
+        self, stages: Sequence[Sequence[Block]], width: int, out: int, classes: int, pooled: bool
+    ) -> None:
         super().__init__()
         stride = 2 if pooled else 1
         self.conv_1_3x3 = nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)
@@ -125,7 +127,7 @@ def random_network(
     without: Sequence[tuple[int, int]] = (),
     pooled: bool = False,
 ) -> LookAlike:
-    """Random branches, weights and statistics; blocks (stage, number) in ``without`` are pruned away whole."""
+    """Random branches, weights and statistics; blocks (stage, number) ``without`` are pruned away whole."""
     generator = torch.Generator().manual_seed(branches)
 
     def some(bound: int) -> Tensor:

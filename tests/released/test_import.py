@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dsp_kernels
+from dsp_cli.main import main
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError, DSPVerificationError
 from dsp_pruning import PruneWrapper, pack, read_released
@@ -32,7 +33,9 @@ CASES: dict[str, Callable[[], lookalike.LookAlike]] = {
     "2 branches": lambda: lookalike.random_network(2),
     "5 branches": lambda: lookalike.random_network(5, widths=(20, 24, 28), classes=100),
     "9 branches": lambda: lookalike.random_network(9, widths=(30, 40)),
-    "bottlenecks": lambda: lookalike.random_network(2, layers=3, widths=(16, 24, 32, 40), classes=1000, pooled=True),
+    "bottlenecks": lambda: lookalike.random_network(
+        2, layers=3, widths=(16, 24, 32, 40), classes=1000, pooled=True
+    ),
     "deeper": lambda: lookalike.random_network(3, widths=(16, 32, 64), blocks=7),
     "a block pruned away": lambda: lookalike.random_network(2, widths=(16, 32, 64), without=[(0, 1), (1, 0)]),
     "all blocks pruned away": lambda: lookalike.random_network(
@@ -83,7 +86,9 @@ def released_form(arrays: Mapping[str, np.ndarray]) -> lookalike.LookAlike:
     for block in meta["blocks"]:
         name, counts = block["name"], (block["groups_a"], block["groups_b"])
         planes = 16 * 2 ** (int(name[6]) - 1)
-        prefixes = [[f"{name}.conv_{letter}.{g}" for g in range(n)] for letter, n in zip("ab", counts, strict=True)]
+        prefixes = [
+            [f"{name}.conv_{letter}.{g}" for g in range(n)] for letter, n in zip("ab", counts, strict=True)
+        ]
         indices = [[tensor(f"{prefix}.in_index") for prefix in layer] for layer in prefixes]
         filters = [[len(arrays[f"{prefix}.weight"]) for prefix in layer] for layer in prefixes]
         last = [tensor(f"{prefix}.out_index") for prefix in prefixes[1]]
@@ -113,7 +118,9 @@ def test_the_six_networks_from_archives_of_their_form(shared: Path, tmp_path: Pa
     for key, tensor in imported.state_dict().items():
         assert torch.equal(tensor, state[key]), key
     structures = {path: m.structure for path, m in expected.named_modules() if isinstance(m, PackedConv2d)}
-    assert structures == {path: m.structure for path, m in imported.named_modules() if isinstance(m, PackedConv2d)}
+    assert structures == {
+        path: m.structure for path, m in imported.named_modules() if isinstance(m, PackedConv2d)
+    }
     with torch.no_grad():
         assert torch.equal(imported(images(32)), expected(images(32)))
     assert verify_released(tmp_path / "net.pt", imported, (32, 32)) <= 1e-4
@@ -174,8 +181,8 @@ def test_refuses_archives_of_other_networks(tmp_path: Path, name: str) -> None:
 
 def test_refuses_branches_that_write_one_channel_twice(tmp_path: Path) -> None:
     network = lookalike.random_network(2)
-    network.stage_1[0].residual.index[1] = network.stage_1[0].residual.index[0][:1].repeat(
-        len(network.stage_1[0].residual.index[1])
+    network.stage_1[0].residual.index[1] = (
+        network.stage_1[0].residual.index[0][:1].repeat(len(network.stage_1[0].residual.index[1]))
     )
     lookalike.save_traced(network, tmp_path / "net.pt")
     with pytest.raises(DSPFormatError, match=r"branches of 'stage_1\.0\.conv_b' do not fit together"):
@@ -199,7 +206,9 @@ class _Starts(nn.Module):
         return self.conv(x)
 
 
-def test_refuses_archives_that_run_code_when_loaded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_refuses_archives_that_run_code_when_loaded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     torch.jit.script(_Starts()).save(str(tmp_path / "net.pt"))
     with pytest.raises(DSPFormatError, match="would run code when it is loaded"):
         load_released(tmp_path / "net.pt")
@@ -248,3 +257,16 @@ def test_a_published_training_checkpoint_is_packed(tmp_path: Path) -> None:
     torch.save([{"weight": torch.zeros(1)}, 91.5], tmp_path / "ckpt.pt")
     with pytest.raises(DSPFormatError):
         load_released(tmp_path / "ckpt.pt")
+
+
+def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = lookalike.random_network(2)
+    lookalike.save_traced(network, tmp_path / "net.pt")
+    out = tmp_path / "net.safetensors"
+    assert main(["import", str(tmp_path / "net.pt"), str(out), "--verify", "--image-size", "16"]) == 0
+    assert "8 packed layers of 16 branches" in capsys.readouterr().out
+    loaded = dsp_kernels.load(out)
+    assert loaded.example_shape == (1, 3, 16, 16)
+    torch.testing.assert_close(loaded(images()), network(images()), rtol=1e-5, atol=1e-5)
+    assert main(["import", str(out), str(tmp_path / "again")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
