@@ -1,4 +1,4 @@
-"""A network as plain JSON and back: the calls of its torch.fx graph, its modules and its loose tensors.
+"""A network from the plain JSON of ``graph_encode``: its calls, its modules and its loose tensors.
 
 The calls are in the order in which they run, and a call can only read the results of earlier ones; there is
 no recursion and no control flow. What may be called stands in ``graph_ops``.
@@ -16,22 +16,15 @@ import torch
 from torch import fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError
-from dsp_kernels.graph_modules import Budget, build_module, encode_module, is_known
-from dsp_kernels.graph_ops import ATTRIBUTES, METHODS, SCALAR_FUNCTIONS, function_name, functions
-from dsp_kernels.graph_trace import TRAINING, traced_calls
+from dsp_kernels.graph_encode import CONTAINERS, DTYPES
+from dsp_kernels.graph_modules import Budget, build_module
+from dsp_kernels.graph_ops import ATTRIBUTES, METHODS, SCALAR_FUNCTIONS, functions
+from dsp_kernels.graph_trace import TRAINING
 
-__all__ = ["LoadedNetwork", "build_network", "encode_network"]
+__all__ = ["LoadedNetwork", "build_network"]
 
-_OPS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 _MOST_CALLS, _MOST_MODULES, _DEEPEST = 50_000, 20_000, 6
-_CONTAINERS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (nn.Module, nn.Sequential, nn.ModuleList)
-}
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool)
-}
 
 
 class LoadedNetwork(fx.GraphModule):
@@ -82,53 +75,6 @@ class LoadedNetwork(fx.GraphModule):
         return made
 
 
-def encode_network(model: nn.Module) -> dict[str, Any]:
-    """{"calls", "modules", "tensors", "modes"} of plain JSON values.
-
-    Raises DSPFormatError, naming it, for whatever a file cannot hold.
-    """
-    graph, modes = traced_calls(model)
-    numbers: dict[fx.Node, int] = {}
-    calls: list[dict[str, Any]] = []
-    for node in graph.nodes:
-        numbers[node] = len(calls)
-        calls.append(_encode_call(node, numbers))
-    modules: dict[str, Any] = {}
-    tensors: dict[str, str] = {}
-    whole = "."  # path of the module that was saved as one, last; its parts follow it
-    for path, module in model.named_modules():
-        if path.startswith(whole):
-            continue
-        if path and is_known(module):
-            modules[path], whole = encode_module(module, path), f"{path}."
-            continue
-        if path:
-            kind = next((k for k in _CONTAINERS.values() if type(module) is k), nn.Module)
-            modules[path] = {"class": kind.__name__}
-        prefix = f"{path}." if path else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                tensors[f"{prefix}{name}"] = "parameter"
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                tensors[f"{prefix}{name}"] = "buffer"
-    for call in calls:
-        if call.get("tensor", TRAINING) not in (TRAINING, *tensors):
-            raise DSPFormatError(f"the network reads {call['tensor']!r}, which is not in its state_dict")
-        if "module" in call and not is_known(model.get_submodule(call["module"])):
-            encode_module(model.get_submodule(call["module"]), call["module"])
-    _refuse_shared(model)
-    return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes}
-
-
-def _refuse_shared(model: nn.Module) -> None:
-    seen: dict[int, str] = {}
-    for path, tensor in model.named_parameters(remove_duplicate=False):
-        other = seen.setdefault(id(tensor), path)
-        if other != path:
-            raise DSPFormatError(f"{path!r} and {other!r} are the same tensor; a file cannot hold one twice")
-
-
 def build_network(
     described: Mapping[str, Any],
     meta: Mapping[str, Any],
@@ -152,7 +98,7 @@ def build_network(
     callable_paths = set()
     for path, settings in modules.items():
         parent, name = _place(root, path), path.rpartition(".")[2]
-        container = _CONTAINERS.get(settings["class"]) if _is_container(settings) else None
+        container = CONTAINERS.get(settings["class"]) if _is_container(settings) else None
         if container is not None:
             parent.add_module(name, container())
             continue
@@ -195,7 +141,7 @@ def _place(root: nn.Module, path: Any) -> nn.Module:
     parent = root
     for part in parts[:-1]:
         child = parent._modules.get(part)
-        if child is None or type(child) not in _CONTAINERS.values():
+        if child is None or type(child) not in CONTAINERS.values():
             raise DSPFormatError(f"{path!r} lies inside of something that the description does not hold")
         parent = child
     _free(parent, parts[-1], path)
@@ -209,47 +155,6 @@ def _is_container(settings: Any) -> bool:
 def _free(parent: nn.Module, name: str, path: str) -> None:
     if hasattr(parent, name) or hasattr(LoadedNetwork, name) or name == "meta":
         raise DSPFormatError(f"{path!r} takes a name that a module has already")
-
-
-def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any]:
-    if node.op == "placeholder":
-        return {"input": 0}
-    if node.op == "output":
-        return {"output": _encode(node.args[0], numbers, node)}
-    kind, target = _OPS[node.op], node.target
-    name = function_name(target) if node.op == "call_function" else str(target)
-    if name is None or (kind == "method" and name not in METHODS):
-        label = getattr(target, "__module__", None)
-        raise DSPFormatError(
-            f"node {node.name!r} calls {f'{label}.' if label else ''}{getattr(target, '__name__', target)}, "
-            "which a file cannot hold"
-        )
-    call: dict[str, Any] = {kind: name}
-    if node.args:
-        call["args"] = [_encode(value, numbers, node) for value in node.args]
-    if node.kwargs:
-        call["kwargs"] = {key: _encode(value, numbers, node) for key, value in node.kwargs.items()}
-    return call
-
-
-def _encode(value: Any, numbers: Mapping[fx.Node, int], node: fx.Node) -> Any:
-    if isinstance(value, fx.Node):
-        return {"node": numbers[value]}
-    if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
-        return {"dtype": str(value).removeprefix("torch.")}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, slice):
-        return {"slice": [_encode(part, numbers, node) for part in (value.start, value.stop, value.step)]}
-    if value is Ellipsis:
-        return {"ellipsis": True}
-    if isinstance(value, list):
-        return [_encode(item, numbers, node) for item in value]
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(item, numbers, node) for item in value]}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _encode(item, numbers, node) for key, item in value.items()}}
-    raise DSPFormatError(f"node {node.name!r} has the argument {value!r}, which a file cannot hold")
 
 
 def _build_call(
@@ -331,8 +236,8 @@ def _decode(value: Any, nodes: list[fx.Node], depth: int = 0) -> Any:
         if not 0 <= content < len(nodes):
             raise DSPFormatError(f"call {len(nodes)} reads call {content}; it can only read earlier ones")
         return nodes[content]
-    if form == "dtype" and isinstance(content, str) and content in _DTYPES:
-        return _DTYPES[content]
+    if form == "dtype" and isinstance(content, str) and content in DTYPES:
+        return DTYPES[content]
     if form == "ellipsis":
         return ...
     if form == "dict" and isinstance(content, dict):

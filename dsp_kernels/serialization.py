@@ -22,7 +22,8 @@ from dsp_kernels.file_header import FORMAT_VERSION, KEY, check_tensors, new_head
 from dsp_kernels.file_version_1 import build_changed, encode_changes
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.graph_check import check_network, is_example_shape
-from dsp_kernels.graph_file import LoadedNetwork, build_network, encode_network
+from dsp_kernels.graph_encode import encode_network
+from dsp_kernels.graph_file import LoadedNetwork, build_network
 from dsp_kernels.graph_modules import Budget
 from dsp_kernels.packed import PackedConv2d
 

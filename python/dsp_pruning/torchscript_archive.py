@@ -104,7 +104,7 @@ def _refuse_code_at_load(path: str | Path) -> None:
             for entry in entries:
                 if entry.filename.endswith(".py") and b"__setstate__" in archive.read(entry):
                     raise DSPFormatError(
-                        f"{path}: {entry.filename} would run code when it is loaded; traced networks have none"
+                        f"{path}: {entry.filename} would run code when it is loaded; traces have none"
                     )
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         raise DSPFormatError(f"{path} is not a readable TorchScript archive: {error}") from error

@@ -16,6 +16,7 @@ from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing import pack
 from dsp_pruning.recipes.finetune import load_pruned
 from dsp_pruning.torchscript_archive import is_torchscript, read_calls
+from dsp_pruning.torchscript_ops import HANDLERS
 from dsp_pruning.torchscript_walk import Walk
 
 __all__ = ["load_released", "verify_released"]
@@ -39,7 +40,7 @@ def load_released(path: str | Path) -> nn.Module:
         channels = next(model.parameters()).shape[1]
         return pack(model, torch.zeros(1, channels, 32, 32)).eval()
     (own, x), calls, output, state = read_calls(path)
-    walk = Walk(own, x, state)
+    walk = Walk(own, x, state, HANDLERS)
     try:
         for call in calls:
             walk.step(call)
