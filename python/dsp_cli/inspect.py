@@ -43,7 +43,9 @@ def inspect(
         for row in rows
     ]
     size = f"{example.shape[2]} x {example.shape[3]}"
-    console.print(table(f"{file}, images of {size}", columns, cells))
+    shown = table(f"{file}, images of {size}", columns, cells)
+    shown.columns[0].overflow = "fold"  # long names are told apart by their ends
+    console.print(shown)
     if not known:
         console.print(f"the file does not say how large its images are; {size} is one size that fits")
     kept = sum(row.macs for row in rows) / max(sum(row.dense_macs for row in rows), 1)

@@ -127,17 +127,24 @@ def draw_structures(model: nn.Module, path: str | Path, title: str = "") -> Path
     columns = math.ceil(math.sqrt(1.5 * len(layers)))
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     colours = ListedColormap([_EMPTY, *_COLOURS])
     for axis, (name, structure) in zip(axes, layers, strict=False):
+        # A matrix much wider than high would be a line if its kernels were squares.
+        ratio = structure.in_channels / structure.out_channels
         axis.imshow(
-            _group_matrix(structure).numpy(), cmap=colours, vmin=0, vmax=len(_COLOURS), interpolation="none"
+            _group_matrix(structure).numpy(),
+            cmap=colours,
+            vmin=0,
+            vmax=len(_COLOURS),
+            interpolation="none",
+            aspect="equal" if 0.4 <= ratio <= 2.5 else "auto",
         )
-        axis.set_title(short_name(name), fontsize=7, pad=3)
+        axis.set_title(short_name(name), fontsize=6, pad=3)
         axis.set_xlabel(f"{structure.in_channels} channels", fontsize=5, labelpad=1)
         axis.set_ylabel(f"{structure.out_channels} filters", fontsize=5, labelpad=1)
         axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
-    for axis in list(axes)[len(layers) :]:
+    for axis in axes[len(layers) :]:
         axis.set_axis_off()
     figure.suptitle(title or f"{type(model).__name__}: groups in colour, pruned kernels grey", fontsize=10)
     return save_figure(figure, path)
@@ -166,7 +173,7 @@ def _group_matrix(structure: GroupStructure) -> Tensor:
     return matrix
 
 
-def short_name(name: str, most: int = 24) -> str:
+def short_name(name: str, most: int = 22) -> str:
     """The end of a long dotted name, which tells layers apart."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
 

@@ -20,6 +20,8 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError
 from dsp_pruning import read_released
 from dsp_pruning.export import export_onnx, export_pt2, plain_form
+from dsp_pruning.overview import draw_overview
+from dsp_pruning.report import LayerRow, draw_structures
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -192,8 +194,8 @@ def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.Captur
     dsp_kernels.save(network, tmp_path / "known", images(1, 32))
     dsp_kernels.save(nets.make("residual"), tmp_path / "graph", images(1, 8))
     dsp_kernels.save(nets.make("residual"), tmp_path / "unsized")
-    shown = {}
-    for name in ("known", "graph", "unsized"):
+    shown_names, shown = ("known", "graph", "unsized"), {}
+    for name in shown_names:
         pictures = ["--picture", tmp_path / f"{name}.png", "--overview", tmp_path / f"{name}.pdf"]
         assert main([str(argument) for argument in ("inspect", tmp_path / name, *pictures)]) == 0
         shown[name] = capsys.readouterr().out
@@ -205,3 +207,27 @@ def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.Captur
     assert "images of 8 x 8" in shown["graph"]
     assert "names no dense" in shown["graph"]
     assert "does not say how large" in shown["unsized"]
+
+
+def test_pictures_of_many_layers(tmp_path: Path) -> None:
+    """A row for each of 130 layers: no label lies on another; empty places of the page stay empty."""
+    rows = [
+        LayerRow(f"features.denseblock{n}.denselayer.conv", 2, 3, 8, 4, 8, 10 + n, 200) for n in range(130)
+    ]
+    draw_overview(rows, tmp_path / "overview.png")
+    image = pytest.importorskip("matplotlib.image")
+    pixels = image.imread(tmp_path / "overview.png")[..., :3]
+    assert pixels.shape[0] >= 130 * 0.15 * 200  # pixels per inch
+    blue = (abs(pixels - np.array([0, 0x72, 0xB2]) / 255) < 0.01).all(2)
+    # Down the left end of the bars: as many runs of blue as layers.
+    first = int(np.argmax(blue.sum(0) > 130))
+    column = blue[:, first + 3].astype(int)
+    legend = 1
+    assert 130 <= (np.diff(column) == 1).sum() <= 130 + legend
+    structure = GroupStructure.build(4, 4, [([0, 1, 2, 3], [0, 1, 2, 3])])
+    model = nn.Sequential(*(PackedConv2d(structure, 1) for _ in range(5)))  # on a page of 3 x 2
+    page = image.imread(draw_structures(model, tmp_path / "page.png"))[..., :3]
+    last = page[-page.shape[0] * 2 // 5 :, -page.shape[1] // 4 :]
+    assert (last > 0.99).all()
+    with pytest.raises(DSPError, match="nothing to draw"):
+        draw_overview([], tmp_path / "none.png")
