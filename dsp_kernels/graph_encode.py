@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.graph_modules import encode_module, is_known
+from dsp_kernels.graph_modules import Budget, build_module, encode_module, is_known
 from dsp_kernels.graph_ops import METHODS, function_name
 from dsp_kernels.graph_trace import TRAINING, traced_calls
 
@@ -38,14 +38,17 @@ def encode_network(model: nn.Module) -> dict[str, Any]:
     for node in graph.nodes:
         numbers[node] = len(calls)
         calls.append(_encode_call(node, numbers))
+    called = {call["module"] for call in calls if "module" in call}
     modules: dict[str, Any] = {}
     tensors: dict[str, str] = {}
     whole = "."  # path of the module that was saved as one, last; its parts follow it
     for path, module in model.named_modules():
         if path.startswith(whole):
             continue
-        if path and is_known(module):
+        # A module that nothing calls (an auxiliary head) is only its tensors.
+        if path in called and is_known(module):
             modules[path], whole = encode_module(module, path), f"{path}."
+            _refuse_additions(module, path)
             continue
         if path:
             kind = next((k for k in CONTAINERS.values() if type(module) is k), nn.Module)
@@ -64,6 +67,16 @@ def encode_network(model: nn.Module) -> dict[str, Any]:
             encode_module(model.get_submodule(call["module"]), call["module"])
     _refuse_shared(model)
     return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes}
+
+
+def _refuse_additions(module: nn.Module, path: str) -> None:
+    made = build_module(encode_module(module, path), path, Budget(2**62, 2**62))
+    added = sorted(set(module.state_dict()) - set(made.state_dict()))
+    if added:
+        raise DSPFormatError(
+            f"layer {path!r} carries {', '.join(added)}, which no {type(module).__name__} has; a network with "
+            "masks has to be packed before it is saved"
+        )
 
 
 def _refuse_shared(model: nn.Module) -> None:

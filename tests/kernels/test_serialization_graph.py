@@ -130,6 +130,7 @@ class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.head, self.aux = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.aux.register_buffer("mask", torch.rand(2))  # of a head that packing does not see
 
     def forward(self, x: Tensor) -> Any:
         y = self.conv(x).mean((2, 3))
@@ -142,6 +143,7 @@ def test_a_network_with_another_training_graph_is_for_evaluation(tmp_path: Path)
     loaded = copy.deepcopy(dsp_kernels.load(tmp_path / "net"))
     assert torch.equal(loaded(images()), model(images()))
     assert list(loaded.state_dict()) == list(model.state_dict())
+    assert torch.equal(loaded.state_dict()["aux.mask"], model.aux.mask)
     with pytest.raises(DSPError, match="can only be evaluated"):
         loaded.train()
     dsp_kernels.save(loaded, tmp_path / "again")
@@ -163,7 +165,14 @@ class Calls(nn.Module):
         return self.function(self.conv(x))
 
 
+def _masked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    model[0].register_buffer("mask", torch.ones(3, 3, 1, 1))
+    return model
+
+
 REFUSED = {
+    "masks": (_masked, "layer '0' carries mask, which no Conv2d has"),
     "function": (lambda: Calls(torch.special.erf), "special_erf|erf"),
     "method": (lambda: Calls(lambda x: x.cholesky()), "cholesky"),
     "attribute": (lambda: Calls(lambda x: x.grad_fn), "reads an attribute"),
@@ -342,7 +351,7 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
         lambda h: h["tensors"].update({"shift": "parameter", "scale": "buffer", "nothing": "buffer"}),
         "'nothing' is not in the file",
     ),
-    "missing tensor": (lambda h: h["modules"].pop("unused"), "not of this model: \\['unused.bias'"),
+    "missing tensor": (lambda h: h["tensors"].pop("unused.bias"), "not of this model: \\['unused.bias'"),
 }
 
 

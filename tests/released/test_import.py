@@ -158,6 +158,27 @@ class _Other(nn.Module):
         return self.function(self.conv(x))
 
 
+class _InPlace(nn.Module):
+    """The identity is read again after branches were added into it: the reader gets the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 4, 3), nn.Conv2d(2, 2, 1)
+        self.index, self.places = torch.tensor([3, 1]).view(1, 2, 1, 1), torch.tensor([2, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        z = torch.relu(y.index_add_(1, self.places, self.branch(torch.take_along_dim(y, self.index, 1))))
+        return z + y
+
+
+def test_what_is_changed_in_place_is_read_changed(tmp_path: Path) -> None:
+    network = _InPlace().eval()
+    lookalike.save_traced(network, tmp_path / "net.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(load_released(tmp_path / "net.pt")(images()), network(images()))
+
+
 TWICE = torch.tensor([0, 0])
 TWICE_4D = TWICE.view(1, -1, 1, 1)
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
