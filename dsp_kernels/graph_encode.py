@@ -74,8 +74,8 @@ def _refuse_additions(module: nn.Module, path: str) -> None:
     added = sorted(set(module.state_dict()) - set(made.state_dict()))
     if added:
         raise DSPFormatError(
-            f"layer {path!r} carries {', '.join(added)}, which no {type(module).__name__} has; a network with "
-            "masks has to be packed before it is saved"
+            f"layer {path!r} carries {', '.join(added)}, which no {type(module).__name__} has; a network "
+            "with masks has to be packed before it is saved"
         )
 
 

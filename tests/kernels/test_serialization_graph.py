@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.graph_modules import Budget
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -381,3 +382,12 @@ def test_the_template_itself_loads(template: tuple[Header, dict[str, Tensor]], t
     _first(*_squares(3))(header)
     save_file(template[1], tmp_path / "net", metadata={"dsp_kernels": json.dumps(header)})
     assert torch.equal(dsp_kernels.load(tmp_path / "net")(images())["map"], wild()(images())["map"])
+
+
+def test_widths_of_all_layers_share_one_budget() -> None:
+    budget = Budget(widths=20, tensors=3)
+    structure = GroupStructure.dense(6, 4).to_dict()
+    budget.spend(structure, "first")
+    budget.spend(structure, "second")
+    with pytest.raises(DSPFormatError, match="'third': in_channels is 6; expected 1 to 0"):
+        budget.spend(structure, "third")

@@ -136,9 +136,11 @@ def awkward() -> nn.Module:
     mixed = GroupStructure.build(3, 6, [([], [4]), ([2, 0], [5, 0]), ([1], [2])])
     empty = GroupStructure.build(6, 4, [])
     constant = GroupStructure.build(4, 3, [([], [2, 0])])
+    first = PackedConv2d(mixed, 3, padding=1, bias=True)
+    nn.init.uniform_(first.bias, 0.5, 1.0)
     return nets.settled(
         nn.Sequential(
-            PackedConv2d(mixed, 3, padding=1, bias=True),
+            first,
             nn.BatchNorm2d(6),
             nn.ReLU6(),
             PackedConv2d(empty, (1, 3), stride=(2, 1)),
