@@ -152,7 +152,7 @@ def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
         recorder = _ShapeRecorder(graph_module)
         try:
             with torch.no_grad():
-                recorder.run(example_input)
+                recorder.run(example_input.clone())  # a model may write into its input
         except Exception as error:
             raise DSPTraceError(
                 f"{type(model).__name__} does not run on an example input of shape "
@@ -167,12 +167,25 @@ def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
     The graph then says by its edges what the model does by aliasing, and may be rewritten freely.
     """
     position = {node: place for place, node in enumerate(graph.nodes)}
+    owner: dict[fx.Node, fx.Node] = {}  # node -> the node whose memory it hands on
+    names: dict[fx.Node, list[fx.Node]] = {}  # owner -> all nodes that are its memory
     for node in graph.nodes:
-        changed = node.args[0] if node.args else None
-        if isinstance(changed, fx.Node) and works_in_place(node, model):
-            for reader in list(changed.users):
-                if position[reader] > position[node]:
-                    reader.replace_input_with(changed, node)
+        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        writes = first is not None and works_in_place(node, model)
+        owner[node] = owner[first] if first is not None and (writes or _hands_on(node, model)) else node
+        if writes:
+            for alias in names[owner[node]]:
+                for reader in list(alias.users):
+                    if position[reader] > position[node]:
+                        reader.replace_input_with(alias, node)
+        names.setdefault(owner[node], []).append(node)
+
+
+def _hands_on(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node's result is its first argument itself, in eval mode."""
+    return node.op == "call_module" and isinstance(
+        model.get_submodule(str(node.target)), nn.Identity | nn.Dropout | nn.Dropout2d
+    )
 
 
 def works_in_place(node: fx.Node, model: nn.Module) -> bool:

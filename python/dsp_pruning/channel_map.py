@@ -7,9 +7,10 @@ its other dimensions does not matter here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dsp_kernels.trace import TracedNetwork, TracedNode
 
@@ -185,4 +186,8 @@ def _is_reader(node: TracedNode) -> bool:
 
 def _names_features(node: TracedNode) -> bool:
     """view(-1, 512): the number of features is written into the model's own code."""
-    return node.kind == "flatten" and any(isinstance(a, int) and a > 1 for a in node.fx_node.args[1:])
+    if node.kind != "flatten" or node.fx_node.target in (torch.flatten, "flatten"):
+        return False
+    asked: list[Any] = []
+    fx.node.map_aggregate((node.fx_node.args[1:], dict(node.fx_node.kwargs)), asked.append)
+    return any(isinstance(size, int) and size > 1 for size in asked)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPVerificationError
+from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPVerificationError
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
 from dsp_pruning.packing_plan import plan_packing
@@ -39,10 +39,22 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
     same statistics, if pruned filters have norms of weight and bias 0, which is how PruneWrapper leaves
     them. The model is not changed.
 
-    Raises DSPTraceError if torch.fx cannot follow the model, and DSPVerificationError if the copy does not
-    answer as the masked network does.
+    Raises DSPTraceError if torch.fx cannot follow the model, DSPPruningError if weights grew back where a
+    mask is 0, and DSPVerificationError if the copy does not answer as the masked network does.
     """
-    masked = _masked_copy(model)
+    if not isinstance(model, nn.Module):
+        model = getattr(model, "model", model)  # a GroupWrapper or PruneWrapper
+    if not isinstance(model, nn.Module) or not isinstance(example_input, Tensor) or not len(example_input):
+        raise DSPShapeError(
+            f"pack got a {type(model).__name__} and a {type(example_input).__name__}; expected a module and "
+            "an example input of at least one image"
+        )
+    with torch.autocast(example_input.device.type, enabled=False):
+        return _pack(model, example_input)
+
+
+def _pack(model: nn.Module, example_input: Tensor) -> nn.Module:
+    masked = _checked_copy(model)
     packed = copy.deepcopy(masked)
     network = trace(packed, example_input)
     plan = plan_packing(network, _read_in_training(packed, network))
@@ -53,15 +65,24 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
     return packed
 
 
-def _masked_copy(model: nn.Module) -> nn.Module:
-    """A copy whose convolutions are multiplied by their masks and carry neither mask nor group any more."""
-    masked = copy.deepcopy(model)
-    for module in masked.modules():
+def _checked_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model. Raises DSPPruningError if a mask is not [O, C, 1, 1] or its weights are not 0."""
+    for name, module in model.named_modules():
         mask = getattr(module, "mask", None)
-        if isinstance(module, nn.Conv2d) and isinstance(mask, Tensor):
-            with torch.no_grad():
-                module.weight.masked_fill_(mask.eq(0), 0.0)
-    return masked
+        if not isinstance(module, nn.Conv2d) or not isinstance(mask, Tensor):
+            continue
+        expected = (*module.weight.shape[:2], 1, 1)
+        if tuple(mask.shape) != expected:
+            raise DSPPruningError(
+                f"the mask of layer {name!r} has shape {tuple(mask.shape)}; expected {expected}"
+            )
+        grown = int((module.weight.detach() * mask.eq(0)).count_nonzero())
+        if grown:
+            raise DSPPruningError(
+                f"layer {name!r} has {grown} weights that are not 0 where its mask is: the network that was "
+                "trained is not the masked one. Call PruneWrapper.after_step() after every optimizer step"
+            )
+    return copy.deepcopy(model)
 
 
 def _read_in_training(model: nn.Module, network: TracedNetwork) -> dict[str, str]:
@@ -102,7 +123,7 @@ def _verify(masked: nn.Module, packed: nn.Module, example_input: Tensor) -> None
     bound = network_tolerance(example_input.dtype, reduction, len(convolutions))
     with evaluating(masked), evaluating(packed), torch.no_grad():
         for what, x in (("the example input", example_input), ("random images", noise)):
-            expected, got = _tensors(masked(x)), _tensors(packed(x))
+            expected, got = _tensors(masked(x.clone())), _tensors(packed(x.clone()))
             scale, error = _largest(expected), _largest_difference(expected, got)
             if error <= bound * scale:
                 continue

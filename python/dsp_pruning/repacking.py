@@ -101,7 +101,8 @@ def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Module:
             branch.copy_(weight[out[list(group.out_index)][:, None], columns])
         if made.bias is not None and bias is not None:
             made.bias.copy_(bias)
-    return made.train(conv.training)
+    trained = next(conv.parameters()).requires_grad if list(conv.parameters()) else True
+    return made.requires_grad_(trained).train(conv.training)
 
 
 def _narrow(module: nn.Module, name: str, index: tuple[slice | list[int], ...]) -> None:

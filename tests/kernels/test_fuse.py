@@ -308,3 +308,42 @@ def test_plain_modules_are_kept_in_eval_mode() -> None:
     fused = dsp_kernels.fuse(model, example())
     model.eval()
     torch.testing.assert_close(fused(example()), model(example()), rtol=1e-4, atol=1e-5)
+
+
+class _Offset(nn.Module):
+    """A parameter that has, for one image, the shape of what it is added to; pools of unchanged size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8)
+        self.offset = nn.Parameter(torch.randn(1, 4, 1, 1))
+        self.pool = nn.AdaptiveAvgPool2d((None, None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.conv(x) + self.offset)
+
+
+class _Aliased(nn.Module):
+    """An operation in place on another name of a tensor, and one on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.relu, self.conv = nn.Identity(), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5)
+        y = self.conv(x)
+        z = self.relu(self.same(y))
+        return self.conv(z) + y
+
+
+@pytest.mark.parametrize("model", [_Offset(), _Aliased()], ids=["offset", "aliased"])
+def test_one_example_image_stands_for_any(model: nn.Module) -> None:
+    given = example(1)
+    before = given.clone()
+    for executor in EXECUTORS:
+        fused = dsp_kernels.fuse(model.eval(), given, backend=executor.name)
+        assert torch.equal(given, before)
+        for x in (example(5, seed=5), torch.randn(2, 3, 12, 12)):
+            with torch.no_grad():
+                torch.testing.assert_close(fused(x.clone()), model(x.clone()), rtol=1e-4, atol=1e-5)

@@ -214,6 +214,7 @@ def gated(seed: int = 0) -> nn.Module:
     mask[2:5, 0] = 0
     model.stem.register_buffer("mask", mask)
     with torch.no_grad():
+        model.stem.weight.mul_(mask)
         model.norm.weight[[1, 6]] = 0
         model.norm.bias[[1, 6]] = 0
     return model

@@ -102,6 +102,7 @@ def scramble(model: nn.Module, rate: float, seed: int, n_groups: int = 4) -> nn.
                     channels = torch.rand(n_groups, columns, generator=generator) >= rate
                     mask = channels[group] & (torch.rand(rows, 1, generator=generator) >= rate)
                     module.register_buffer("mask", mask[:, :, None, None].double())
+                    module.weight.mul_(module.mask)
                     gone = ~mask.any(1)
                 first = False
             elif isinstance(module, nn.BatchNorm2d):
