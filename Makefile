@@ -1,5 +1,6 @@
 # make demo   install into .venv, then the whole way on real data
 # make test   the same install, then the test suite
+# make bench  every engine that runs here, side by side, with a page of results
 # make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 EXTRAS := cli,vision,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint bench install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -23,6 +24,10 @@ demo: $(INSTALLED)
 # One thread per process: two torch processes that both use two cores slow each other down many times.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# About five minutes; the page is benchmarks/results/default_cpu.html.
+bench: $(INSTALLED)
+	$(BIN)/python -m dsp_benchmarks run --short --rounds 20 --out benchmarks/results/default_cpu.json --report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

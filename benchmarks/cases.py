@@ -11,11 +11,9 @@ from torch import Tensor
 from dsp_kernels.errors import DSPError
 
 from .engines import ENGINES, Runner
-from .floors import floors
 from .gate import allowed_difference, check
 from .memory import peak_memory
 from .networks import REFERENCE, Network
-from .peaks import Peaks
 from .rows import Row
 
 __all__ = ["Case", "build_case", "case_input", "default_cases"]
@@ -64,7 +62,7 @@ def case_input(network: Network, batch: int, seed: int, device: str = "cpu") -> 
 
 
 def build_case(
-    case: Case, network: Network, x: Tensor, peaks: Peaks | None = None, expected: Tensor | None = None
+    case: Case, network: Network, x: Tensor, expected: Tensor | None = None
 ) -> tuple[Row, Runner | None]:
     """The row so far and, only where the engine can run and gives the right answer, its callable.
 
@@ -83,8 +81,7 @@ def build_case(
     except DSPError as error:
         return replace(row, status="unavailable", reason=str(error)), None
     program = network.program(REFERENCE[case.form])
-    found = floors(program, len(x), peaks, engine.dtype) if peaks is not None else None
-    row = replace(row, macs=program.macs, floor=None if found is None else found.network)
+    row = replace(row, macs=program.macs)
     if expected is None:
         with torch.inference_mode():
             expected = reference.to(x.device)(x)

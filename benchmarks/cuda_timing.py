@@ -1,4 +1,4 @@
-"""Times of one call on a GPU, taken apart: device time warm and with a cold L2, and the time to enqueue it."""
+"""Times of one call on a GPU, taken apart: device time with warm and cold L2, and the time to enqueue."""
 
 from __future__ import annotations
 
@@ -56,4 +56,6 @@ def _between_events(
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()
-    return 1e-3 * statistics.median(start.elapsed_time(end) for start, end in pairs), statistics.median(enqueue)
+    return 1e-3 * statistics.median(start.elapsed_time(end) for start, end in pairs), statistics.median(
+        enqueue
+    )

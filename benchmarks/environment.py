@@ -25,7 +25,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": {name: number for name in _PACKAGES if (number := _version(name))},
         "commit": _commit(),
         "platform": platform.platform(),
         "processor": _cpuinfo("model name") or platform.processor(),

@@ -51,7 +51,7 @@ def floors(program: Program, batch: int, peaks: Peaks, dtype: torch.dtype = torc
         return total
 
     steps = list(program.steps)
-    weighty = [[step] for step in steps if isinstance(step, ConvStep | LinearStep)]
+    weighty: list[list[Step]] = [[step] for step in steps if isinstance(step, ConvStep | LinearStep)]
     return Floors(seconds(weighty), seconds(_blocks(steps)), seconds([steps]))
 
 

@@ -13,7 +13,6 @@ from dsp_kernels.errors import DSPBackendError
 
 from .cases import Case, build_case, case_input
 from .networks import NetworkSource, load_network
-from .peaks import Peaks
 from .rows import Row
 from .timing import LocalTimer
 
@@ -30,7 +29,6 @@ class _Work:
     seed: int
     device: str
     threads: int
-    peaks: Peaks | None
 
 
 class IsolatedEngine:
@@ -47,11 +45,10 @@ class IsolatedEngine:
         *,
         seed: int = 0,
         device: str = "cpu",
-        peaks: Peaks | None = None,
     ) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit the threads of this process
         self._pipe, theirs = spawn.Pipe()
-        work = _Work(source, case, batch, seed, device, torch.get_num_threads(), peaks)
+        work = _Work(source, case, batch, seed, device, torch.get_num_threads())
         self._process = spawn.Process(target=_serve, args=(work, theirs), daemon=True)
         self._process.start()
         theirs.close()
@@ -93,7 +90,7 @@ def _serve(work: _Work, pipe: Connection) -> None:
     torch.set_num_threads(work.threads)
     network = load_network(work.source)
     x = case_input(network, work.batch, work.seed, work.device)
-    row, run = build_case(work.case, network, x, work.peaks)
+    row, run = build_case(work.case, network, x)
     pipe.send(row)
     if run is None:
         return

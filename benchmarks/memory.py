@@ -36,7 +36,9 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
     yield found
     if before is None:
         return
-    after = torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else _status("VmHWM")
+    after = (
+        torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else _status("VmHWM")
+    )
     found.bytes = max(0, after - before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +113,7 @@ class Network:
         return self._programs[name]
 
     def macs(self, form: str) -> int:
-        """Useful multiply-adds of one image: those of zeros that the compacted form multiplies do not count."""
+        """Useful multiply-adds of one image: the zeros that the compacted form multiplies do not count."""
         return self.program(form).macs
 
 
@@ -130,14 +131,16 @@ def load_network(source: NetworkSource) -> Network:
         return Network(f"{path.stem}, real weights", packed, dense, source.image_size or 32, released)
     if path.suffix == ".safetensors":
         saved = dsp_kernels.load(path)
-        dense = _seeded(lambda: dense_twin(saved), source.seed)
-        return Network(path.name, saved, dense, source.image_size or 32)
-    dense, image_size = _architecture(name, source)
+        twin = _seeded(lambda: dense_twin(saved), source.seed)
+        return Network(path.name, saved, twin, source.image_size or 32)
+    architecture, image_size = _architecture(name, source)
     if source.structure is None:
         raise DSPFormatError(f"{name} is not pruned: give a structure, for example random:g=2,rate=0.7")
-    packed = apply_structure(dense, _blank(dense, image_size), source.structure, source.seed)
+    blank = torch.zeros(1, input_channels(architecture), image_size, image_size)
+    pruned = apply_structure(architecture, blank, source.structure, source.seed)
     kind = "from our pruner on random weights" if source.structure.startswith("pruner") else "synthetic"
-    return Network(f"{name}, structure {Path(source.structure).name} ({kind})", packed, dense, image_size)
+    label = f"{name}, structure {Path(source.structure).name} ({kind})"
+    return Network(label, pruned, architecture, image_size)
 
 
 def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
@@ -160,12 +163,7 @@ def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
     )
 
 
-def _seeded(build: object, seed: int) -> nn.Module:
-    assert callable(build)
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
-
-
-def _blank(model: nn.Module, image_size: int) -> Tensor:
-    return torch.zeros(1, input_channels(model), image_size, image_size)

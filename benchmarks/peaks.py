@@ -9,7 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ double fma_flops(long turns, float *out) {
 }
 """
 _COPY_BYTES = 256 << 20  # far above any last-level cache
-_KERNEL_SECONDS = 2.5e-6  # of one kernel inside a CUDA graph: assumed (KERNELS.md), no GPU was here to measure
+_KERNEL_SECONDS = (
+    2.5e-6  # of one kernel inside a CUDA graph: assumed (KERNELS.md), no GPU was here to measure
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,14 @@ class Peaks:
     launch: float
     threads: int
     how: dict[str, str]
+
+    def best(self, other: Peaks) -> Peaks:
+        """The higher of each number of two measurements of one machine."""
+        flops = {name: max(value, other.flops.get(name, 0.0)) for name, value in self.flops.items()}
+        how = self.how | {
+            name: other.how[name] for name, value in self.flops.items() if other.flops.get(name, 0.0) > value
+        }
+        return replace(self, flops=flops, bandwidth=max(self.bandwidth, other.bandwidth), how=how)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -115,7 +126,7 @@ def _matmul_peak(dtype: torch.dtype, device: str) -> tuple[float, str]:
         left = torch.ones(size, size, dtype=dtype, device=device)
         right = torch.ones(size, size, dtype=dtype, device=device)
         with torch.inference_mode():
-            seconds = _best(lambda left=left, right=right: left @ right, device, 3)
+            seconds = _best(partial(torch.matmul, left, right), device, 3)
         found.append((2 * size**3 / seconds, f"torch matmul of {size} x {size}"))
     return max(found)
 

@@ -14,6 +14,7 @@ from dsp_kernels.errors import DSPBackendError, DSPVerificationError
 from .cases import Case, build_case, case_input, default_cases
 from .cuda_timing import device_times
 from .engines import ENGINES, Runner
+from .floors import floors
 from .gate import check
 from .isolation import IsolatedEngine
 from .networks import REFERENCE, Network, NetworkSource
@@ -21,14 +22,12 @@ from .peaks import Peaks
 from .rows import Row
 from .timing import LocalTimer, Progress, Timer, TimingRules, measure
 
-__all__ = ["Row", "Told", "choose_cases", "run_cases", "time_runners"]
+__all__ = ["Row", "Told", "choose_cases", "run_cases", "time_runners", "with_floors"]
 
 Told = Callable[[str], None]  # told what is being done now
 
 
-def choose_cases(
-    device: str = "cpu", engines: Sequence[str] = (), forms: Sequence[str] = ()
-) -> list[Case]:
+def choose_cases(device: str = "cpu", engines: Sequence[str] = (), forms: Sequence[str] = ()) -> list[Case]:
     """The default plan, or every given form (default: all but "released") in every given engine.
 
     Raises DSPBackendError for a name that is not known.
@@ -49,7 +48,6 @@ def run_cases(
     rules: TimingRules,
     *,
     device: str = "cpu",
-    peaks: Peaks | None = None,
     isolate: NetworkSource | None = None,
     short: bool = False,
     progress: Progress | None = None,
@@ -75,15 +73,13 @@ def run_cases(
                     reason = f"takes long to build: the short plan builds it for batch {max(batches)} only"
                     built.append(_skipped(case, batch, reason))
                 elif isolate is not None:
-                    engine = IsolatedEngine(
-                        isolate, case, batch, seed=rules.seed, device=device, peaks=peaks
-                    )
+                    engine = IsolatedEngine(isolate, case, batch, seed=rules.seed, device=device)
                     stack.enter_context(closing(engine))
                     built.append(engine.row)
                     if engine.row.status == "ok":
                         timers[case.label] = engine
                 else:
-                    row, run = build_case(case, network, x, peaks, _answer(answers, network, case, x))
+                    row, run = build_case(case, network, x, _answer(answers, network, case, x))
                     built.append(row)
                     if run is not None:
                         runners[case.label] = run
@@ -98,6 +94,18 @@ def run_cases(
                 row = _with_device_times(row, runners[row.engine], x)
             rows.append(row)
     return rows
+
+
+def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row]:
+    """The rows with the floor of the whole network for their form, batch size and precision."""
+    made = []
+    for row in rows:
+        engine = ENGINES.get(row.runner)
+        found = None
+        if engine is not None and row.samples is not None:
+            found = floors(network.program(REFERENCE[row.form]), row.batch, peaks, engine.dtype)
+        made.append(replace(row, floor=None if found is None else found.network))
+    return made
 
 
 def time_runners(
@@ -133,8 +141,8 @@ def _timer(run: Runner, x: Tensor) -> LocalTimer:
     return LocalTimer(lambda: run(x), torch.cuda.synchronize if x.is_cuda else None)
 
 
-def _answer(answers: dict[str, Tensor], network: Network, case: Case, x: Tensor) -> Tensor | None:
-    """What the reference of a case gives, computed once per batch; None where the form does not exist."""
+def _answer(answers: dict[str, Tensor], network: Network, case: Case, x: Tensor) -> Tensor:
+    """What the reference of a case gives, computed once per batch."""
     name = REFERENCE[case.form]
     if name not in answers:
         with torch.inference_mode():

@@ -35,7 +35,8 @@ def apply_structure(dense: nn.Module, example: Tensor, structure: str, seed: int
     example: (1, channels, height, width). structure: ``random:g=2,rate=0.8`` (seeded generator; rate is the
     share of the block convs' multiply-adds that goes), ``pruner:g=2,rate=0.8`` (PruneWrapper on the model's
     own weights with random groups), or an .npz file with ``<conv>.<g>.in_index`` and ``.out_index``.
-    Raises DSPFormatError for another text or a file that does not fit, DSPPruningError for a rate out of reach.
+    Raises DSPFormatError for another text or a file that does not fit, DSPPruningError for a rate that is
+    out of reach.
     """
     model = copy.deepcopy(dense)
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +71,7 @@ def _draw(
     rate: float,
     generator: torch.Generator,
 ) -> None:
-    """Masks with ``n_groups`` sets of channels and filters per layer; together they keep 1 - rate of the MACs.
+    """Masks with ``n_groups`` sets of channels and filters per layer; they keep 1 - rate of all MACs.
 
     pairs: (i, j) where layer j alone reads what layer i writes. There what one does not write or the other
     does not read is gone from both.
@@ -133,7 +134,9 @@ def _split_filters(filters: int, n_groups: int, generator: torch.Generator) -> l
 def _read(model: nn.Module, path: Path) -> None:
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name].astype(np.int64)) for name in file.files if name != "meta"}
+            arrays = {
+                name: torch.from_numpy(file[name].astype(np.int64)) for name in file.files if name != "meta"
+            }
             json.loads(str(file["meta"]))
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not a file of structures: {error}") from error

@@ -1,4 +1,4 @@
-"""How one number is taken: engines in turn, in a new random order every round, each settled before its burst."""
+"""How one number is taken: engines in turn, in a new random order every round, each settled first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine is: a name, the devices and precision it has, whether it can run here, and how it is built."""
+"""What every engine is: name, device and precision, whether it can run here, and how it is built."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ class Engine(Protocol):
     builds it at one batch size only.
     """
 
-    name: str
-    device: str
-    dtype: torch.dtype
-    slow_build: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def slow_build(self) -> bool: ...
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run on this machine; if not, why."""

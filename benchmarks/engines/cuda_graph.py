@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +45,8 @@ class CudaGraph:
         return run
 
 
-def capture(call: Runner | object) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of one call without arguments, and the tensor in which every replay leaves its result."""
-    assert callable(call)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.no_grad():

@@ -28,11 +28,14 @@ class Fused:
     def available(self) -> tuple[bool, str]:
         """Where the executor exists; whether it can run a network shows when that is known."""
         if self.backend != "auto" and self.backend not in EXECUTORS.names():
-            return False, f"this build has no executor {self.backend!r}; it has {', '.join(EXECUTORS.names())}"
+            return (
+                False,
+                f"this build has no executor {self.backend!r}; it has {', '.join(EXECUTORS.names())}",
+            )
         return True, ""
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        """model: a packed model (or any that can be traced). Raises DSPBackendError with the reason if not."""
+        """model: a packed model, or any that can be traced. Raises DSPBackendError with the reason if not."""
         fused = fuse(model.eval(), example, backend=self.backend, dtype=self.dtype)
 
         def run(x: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ def onnx_bytes(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.flo
     float16 gives a strongly typed float16 network: every tensor in it is float16.
     """
     network = copy.deepcopy(model).eval().to("cpu", dtype)
-    file = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        file = Path(folder) / "network.onnx"
         # The TorchScript-based exporter: it needs no onnxscript and writes a graph that all engines read.
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -41,4 +42,4 @@ def onnx_bytes(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.flo
             input_names=[INPUT],
             output_names=[OUTPUT],
         )
-    return file.getvalue()
+        return file.read_bytes()

@@ -49,7 +49,9 @@ class TensorRT:
         """Builds or reads the engine for the example's shape and captures its execution in a CUDA graph."""
         import tensorrt
 
-        plan = build_engine(onnx_bytes(model, example, self.dtype), torch.cuda.get_device_name(example.device))
+        plan = build_engine(
+            onnx_bytes(model, example, self.dtype), torch.cuda.get_device_name(example.device)
+        )
         engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan)
         context = engine.create_execution_context()
         static_input = example.to(self.dtype).contiguous().clone()
