@@ -59,11 +59,11 @@ def run(options: Namespace) -> int:
     if options.profile:
         return _profile(sources[0], options)
     cases = choose_cases(options.device, options.engine or (), options.form or ())
+    networks = [(source, load_network(source)) for source in sources]
     before = measure_peaks(options.device, _dtypes(cases))
     measured: list[tuple[Network, Run]] = []
     with _progress() as (progress, tell):
-        for source in sources:
-            network = load_network(source)
+        for source, network in networks:
             for mode in ("latency", "throughput") if options.mode == "both" else (options.mode,):
                 one = bench_network(network, source, mode, options, cases, progress=progress, tell=tell)
                 measured.append((network, one))

@@ -19,10 +19,11 @@ from .gate import check
 from .isolation import IsolatedEngine
 from .networks import REFERENCE, Network, NetworkSource
 from .peaks import Peaks
+from .results import write_json
 from .rows import Row
 from .timing import LocalTimer, Progress, Timer, TimingRules, measure
 
-__all__ = ["Row", "Told", "choose_cases", "run_cases", "time_runners", "with_floors"]
+__all__ = ["Row", "Told", "choose_cases", "run_cases", "time_runners", "with_floors", "write_json"]
 
 Told = Callable[[str], None]  # told what is being done now
 
