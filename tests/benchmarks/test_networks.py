@@ -88,8 +88,8 @@ def test_a_structure_from_our_pruner_reaches_its_rate() -> None:
 def test_a_structure_from_a_file(shared: Path) -> None:
     path = shared / "structures" / "resnet18_g2_80.npz"
     network = load_network(NetworkSource("resnet18", str(path), 64))
-    # structures/README.md; of 64 x 64 images the stem, which is not pruned, has the same share.
-    assert network.macs("dense") / network.macs("packed") == pytest.approx(3.86, abs=0.03)
+    # structures/README.md says 3.86 at 224 x 224; the classifier weighs more in 64 x 64 images.
+    assert network.macs("dense") / network.macs("packed") == pytest.approx(3.82, abs=0.01)
     assert "resnet18_g2_80.npz (synthetic)" in network.label
 
 
@@ -109,7 +109,7 @@ def test_a_structure_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_impossible_rate_is_refused() -> None:
-    with pytest.raises(DSPPruningError, match="rate 0.1"):
+    with pytest.raises(DSPPruningError, match=r"rate 0\.1"):
         apply_structure(cifar_resnet(8), EXAMPLE, "random:g=2,rate=0.1")
 
 
