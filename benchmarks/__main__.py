@@ -69,7 +69,7 @@ def _run(run: argparse.ArgumentParser) -> None:
     add("--engine", action="append", help=f"of {', '.join(ENGINES)}; default: a plan of all")
     add("--form", action="append", help=f"of {', '.join(FORMS)}")
     add("--mode", choices=("latency", "throughput", "both"), default="latency")
-    add("--rounds", type=int, default=30, help="turns of each engine")
+    add("--rounds", type=int, default=50, help="turns of each engine")
     add("--threads", type=int, help="default: what torch chooses")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")

@@ -15,6 +15,7 @@ from dsp_benchmarks.compare import compare_results, compare_samples
 from dsp_benchmarks.results import Result, read_result, write_result
 from dsp_benchmarks.samples import Samples
 from dsp_benchmarks.statistics import mann_whitney, median_interval, ratio_interval
+from dsp_benchmarks.timing import TimingRules
 
 from dsp_kernels.errors import DSPError
 
@@ -23,7 +24,7 @@ _TRIALS = 100
 
 
 def _drawn(
-    noise: list[list[float]], generator: random.Random, rounds: int = 30, scale: float = 1.0
+    noise: list[list[float]], generator: random.Random, rounds: int = TimingRules().rounds, scale: float = 1.0
 ) -> Samples:
     """Rounds drawn from measured ones: what a round's calls have in common stays together."""
     chosen = [generator.choice(noise) for _ in range(rounds)]
