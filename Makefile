@@ -1,14 +1,16 @@
 # make demo   install into .venv, then the whole way on real data
 # make test   the same install, then the test suite
+# make bench  every engine that runs here, side by side, with a page of results
 # make lint   ruff and mypy
+# make fuzz   damage 20,000 saved files and load them
 # make test-zoo   pack every network of the zoo and write docs/zoo.md (installs timm)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := cli,vision,bench,test,dev
+EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-zoo lint install clean
+.PHONY: demo test test-zoo fuzz lint bench install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -28,6 +30,13 @@ test: $(INSTALLED)
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet timm
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run_zoo.py docs/zoo.md
+
+fuzz: $(INSTALLED)
+	$(BIN)/python scripts/fuzz_files.py --count 20000
+
+# About five minutes; the page is benchmarks/results/default_cpu.html.
+bench: $(INSTALLED)
+	$(BIN)/python -m dsp_benchmarks run --short --rounds 20 --out benchmarks/results/default_cpu.json --report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""``python -m dsp_benchmarks run --net resnet56_g4 --batch 32 --batch 128``."""
+"""``python -m dsp_benchmarks run | compare | report``."""
 
 from __future__ import annotations
 
@@ -7,67 +7,84 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dsp_kernels.errors import DSPError
 
+from . import commands
 from .engines import ENGINES
-from .report import COLUMNS, cells
-from .run import Row, bench_released, write_json
+from .networks import FORMS
 
-HERE = Path(__file__).resolve().parent
+__all__ = ["main"]
+
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. An error of ours is one line."""
+    """Run the command line; returns the exit status. An error of ours is one line and status 2.
+
+    ``run`` gives 1 where an engine was wrong or broke, ``compare`` 1 where something became slower.
+    """
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    path = Path(options.net) if options.net.endswith(".npz") else options.nets / f"{options.net}.npz"
     try:
-        rows = bench_released(
-            path,
-            options.batch or [32],
-            options.engine or tuple(ENGINES),
-            rounds=options.rounds,
-            seed=options.seed,
-            device=options.device,
-        )
-    except DSPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    _print_table(path.stem, rows)
-    target = options.out or HERE / "results" / f"{path.stem}_{options.device.replace(':', '')}.json"
-    print(f"raw samples: {write_json(target, rows, options.device, net=path.stem)}")
-    return 0
+        return options.function(options)
+    except (DSPError, OSError) as error:  # OSError: a file that is not there or may not be written
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dsp_benchmarks")
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="time a released network in every engine, in one process")
-    run.add_argument("--net", required=True, help="name of a released network, or a .npz file")
-    run.add_argument("--nets", type=Path, default=HERE.parent.parent / "shared" / "nets", help="their folder")
-    run.add_argument("--batch", type=int, action="append", help="may be given several times; default 32")
-    run.add_argument("--engine", action="append", help=f"of {', '.join(ENGINES)}; default all")
-    run.add_argument("--rounds", type=int, default=30, help="samples per engine")
-    run.add_argument("--threads", type=int, help="default: what torch chooses")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--device", default="cpu")
-    run.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<net>_<device>.json")
+    commands_ = parser.add_subparsers(dest="command", required=True)
+    _run(commands_.add_parser("run", help="time networks in every engine"))
+    compare = commands_.add_parser("compare", help="has the second result become slower than the first?")
+    compare.add_argument("first", type=Path)
+    compare.add_argument("second", type=Path)
+    compare.add_argument("--alpha", type=float, default=0.01, help="of the U-test")
+    compare.add_argument("--min-change", type=float, default=commands.MIN_CHANGE, help="share, 0.03 is 3 %%")
+    compare.add_argument("--other-machine", action="store_true", help="compare different machines anyway")
+    compare.set_defaults(function=commands.compare)
+    report = commands_.add_parser("report", help="pages, tables and pictures from a result")
+    report.add_argument("result", type=Path, nargs="?", default=commands.DEFAULT_RESULT)
+    report.add_argument("--html", type=Path)
+    report.add_argument("--csv", type=Path)
+    report.add_argument("--markdown", type=Path)
+    report.add_argument("--plots", type=Path, help="folder for the PNG files")
+    report.add_argument(
+        "--readme", type=Path, nargs="?", const=commands.README, help="write the table between its markers"
+    )
+    report.set_defaults(function=commands.report)
     return parser
 
 
-def _print_table(net: str, rows: Sequence[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{net}, {torch.get_num_threads()} threads")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    for line in cells(rows):
-        table.add_row(*line)
-    Console().print(table)
+def _run(run: argparse.ArgumentParser) -> None:
+    add = run.add_argument
+    add("--net", action="append", help="resnet56_g4 ..., cifar_resnet56, resnet50, vgg16, a file; repeatable")
+    add(
+        "--structure", help="of an unpruned network: random:g=2,rate=0.7, pruner:g=2,rate=0.7 or an .npz file"
+    )
+    add("--image-size", type=int)
+    add("--batch", type=int, action="append", help="repeatable; default 1, 8, 32, 128")
+    add("--engine", action="append", help=f"of {', '.join(ENGINES)}; default: a plan of all")
+    add("--form", action="append", help=f"of {', '.join(FORMS)}")
+    add("--mode", choices=("latency", "throughput", "both"), default="latency")
+    add("--rounds", type=int, default=50, help="turns of each engine")
+    add("--threads", type=int, help="default: what torch chooses")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    add("--isolate", action="store_true", help="every engine in a process of its own")
+    add(
+        "--short", action="store_true", help="build slow engines (torch.compile, TensorRT) for one batch size"
+    )
+    add(
+        "--profile",
+        metavar="FORM/ENGINE",
+        help="time per layer of one engine at the first batch size; no timing",
+    )
+    add("--out", type=Path, help="JSON file; default benchmarks/results/<net>_<device>.json")
+    add("--report", action="store_true", help="write .html, .csv, .md and pictures beside the JSON file")
+    run.set_defaults(function=commands.run)
 
 
 if __name__ == "__main__":

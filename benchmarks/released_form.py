@@ -7,9 +7,7 @@ network (``nets/README.md``), it is the baseline that a fused network has to bea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,29 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPFormatError
-
-__all__ = ["ReleasedNetwork", "read_arrays"]
+__all__ = ["ReleasedNetwork"]
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
-
-
-def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """Arrays and ``meta`` of a released network. Raises DSPFormatError for a missing or foreign file."""
-    if not Path(path).is_file():
-        raise DSPFormatError(f"{path}: no such file")
-    try:
-        with np.load(path) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        return arrays, json.loads(str(arrays.pop("meta")))
-    except Exception as error:  # numpy raises zip, pickle, key and value errors for a bad archive
-        raise DSPFormatError(f"{path} is not a released network: {error}") from error
 
 
 class ReleasedNetwork(nn.Module):
     """x: (batch, 3, 32, 32) -> logits: (batch, classes), in eval mode.
 
-    arrays, meta: as in ``read_arrays``.
+    arrays, meta: as ``dsp_pruning.released.read_released_arrays`` gives them.
     """
 
     def __init__(self, arrays: Arrays, meta: Mapping[str, Any]) -> None:

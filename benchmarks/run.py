@@ -2,142 +2,165 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError, DSPVerificationError
-from dsp_pruning import build_released
 
+from .cases import Case, build_case, case_input, default_cases
+from .cuda_timing import device_times
 from .engines import ENGINES, Runner
-from .environment import environment
-from .released_form import ReleasedNetwork, read_arrays
-from .timing import Progress, Samples, measure
+from .floors import floors
+from .gate import check
+from .isolation import IsolatedEngine
+from .networks import REFERENCE, Network, NetworkSource
+from .peaks import Peaks
+from .results import write_json
+from .rows import Row
+from .timing import LocalTimer, Progress, Timer, TimingRules, measure
 
-__all__ = ["TOLERANCE", "Row", "bench_released", "check", "time_runners", "write_json"]
+__all__ = ["Row", "Told", "choose_cases", "run_cases", "time_runners", "with_floors", "write_json"]
 
-# Largest difference of a logit that float32 rounding may make: measured 9e-6 on ResNet-56 g=4, batch 128.
-TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Row:
-    """One engine at one batch size. difference: largest logit difference; None where nothing was compared."""
-
-    engine: str
-    batch: int
-    samples: Samples
-    difference: float | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON with the raw samples; times in seconds."""
-        return {
-            "engine": self.engine,
-            "batch": self.batch,
-            "median": self.samples.median,
-            "p10": self.samples.p10,
-            "p90": self.samples.p90,
-            "n": self.samples.n,
-            "max_logit_difference": self.difference,
-            "seconds": list(self.samples.seconds),
-        }
+Told = Callable[[str], None]  # told what is being done now
 
 
-def check(name: str, run: Runner, x: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> float:
-    """Largest difference between what ``run`` gives for ``x`` and ``expected``, both (batch, classes).
+def choose_cases(device: str = "cpu", engines: Sequence[str] = (), forms: Sequence[str] = ()) -> list[Case]:
+    """The default plan, or every given form (default: all but "released") in every given engine.
 
-    Raises DSPVerificationError where it is above ``tolerance``, not a number, or of another shape.
+    Raises DSPBackendError for a name that is not known.
     """
-    got = run(x)
-    if got.shape != expected.shape:
-        raise DSPVerificationError(
-            f"engine {name!r} gives shape {tuple(got.shape)}, it must be {tuple(expected.shape)}"
-        )
-    difference = float((got.float() - expected.float()).abs().max()) if got.numel() else 0.0
-    if not difference <= tolerance:
-        raise DSPVerificationError(
-            f"engine {name!r} is off by {difference:g}, at most {tolerance:g} is right: it is not timed"
-        )
-    return difference
+    for name, known in [(e, ENGINES) for e in engines] + [(f, REFERENCE) for f in forms]:
+        if name not in known:
+            raise DSPBackendError(f"unknown engine or form {name!r}; known are {', '.join(known)}")
+    if not engines:
+        return [case for case in default_cases(device) if not forms or case.form in forms]
+    chosen = forms or [form for form in REFERENCE if form != "released"]
+    return [Case(form, engine) for form in chosen for engine in engines]
+
+
+def run_cases(
+    network: Network,
+    batches: Sequence[int],
+    cases: Sequence[Case],
+    rules: TimingRules,
+    *,
+    device: str = "cpu",
+    isolate: NetworkSource | None = None,
+    short: bool = False,
+    progress: Progress | None = None,
+    tell: Told | None = None,
+) -> list[Row]:
+    """One row for each case and batch size; a case that cannot run or is wrong is a row with its reason.
+
+    isolate: where the network comes from; each engine then has a process of its own. short: engines that
+    take long to build are built at the largest batch size only. progress: (turns done, of all).
+    """
+    rows: list[Row] = []
+    for done, batch in enumerate(batches):
+        x = case_input(network, batch, rules.seed, device)
+        answers: dict[str, Tensor] = {}
+        built: list[Row] = []
+        with ExitStack() as stack:
+            timers: dict[str, Timer] = {}
+            runners: dict[str, Runner] = {}
+            for case in cases:
+                if tell is not None:
+                    tell(f"batch {batch}: building {case.label}")
+                if short and ENGINES[case.engine].slow_build and batch != max(batches):
+                    reason = f"takes long to build: the short plan builds it for batch {max(batches)} only"
+                    built.append(_skipped(case, batch, reason))
+                elif isolate is not None:
+                    engine = IsolatedEngine(isolate, case, batch, seed=rules.seed, device=device)
+                    stack.enter_context(closing(engine))
+                    built.append(engine.row)
+                    if engine.row.status == "ok":
+                        timers[case.label] = engine
+                else:
+                    row, run = build_case(case, network, x, _answer(answers, network, case, x))
+                    built.append(row)
+                    if run is not None:
+                        runners[case.label] = run
+                        timers[case.label] = _timer(run, x)
+            if tell is not None:
+                tell(f"batch {batch}: timing {len(timers)} engines")
+            steps = None if progress is None else _shifted(progress, done, len(batches))
+            samples = measure(timers, rules, steps) if timers else {}
+        for row in built:
+            row = replace(row, samples=samples.get(row.engine))
+            if x.is_cuda and row.engine in runners:
+                row = _with_device_times(row, runners[row.engine], x)
+            rows.append(row)
+    return rows
+
+
+def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row]:
+    """The rows with the floor of the whole network for their form, batch size and precision."""
+    made = []
+    for row in rows:
+        engine = ENGINES.get(row.runner)
+        found = None
+        if engine is not None and row.samples is not None:
+            found = floors(network.program(REFERENCE[row.form]), row.batch, peaks, engine.dtype)
+        made.append(replace(row, floor=None if found is None else found.network))
+    return made
 
 
 def time_runners(
     runners: Mapping[str, Runner],
     x: Tensor,
     expected: Tensor,
+    allowed: float,
     *,
     unchecked: Sequence[str] = (),
-    rounds: int = 30,
-    seed: int = 0,
+    rules: TimingRules | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Check every runner on ``x``, then time all of them side by side.
+    """Check callables on ``x``, then time all of them side by side.
 
-    x: (batch, channels, height, width); expected: (batch, classes).
+    x: (batch, channels, height, width); expected: (batch, classes); allowed: the largest right difference.
     unchecked: runners that are another network, shown for their speed alone.
     Raises DSPVerificationError before anything is timed.
     """
-    differences = {
-        name: None if name in unchecked else check(name, run, x, expected) for name, run in runners.items()
-    }
-    calls = {name: _call(run, x) for name, run in runners.items()}
-    synchronize = torch.cuda.synchronize if x.is_cuda else None
-    samples = measure(calls, rounds=rounds, seed=seed, synchronize=synchronize, progress=progress)
+    differences: dict[str, float | None] = {}
+    for name, run in runners.items():
+        if name in unchecked:
+            differences[name] = None
+            continue
+        checked = check(name, run, x, expected, allowed)
+        if checked.error:
+            raise DSPVerificationError(checked.error)
+        differences[name] = checked.difference
+    samples = measure({name: _timer(run, x) for name, run in runners.items()}, rules, progress)
     return [Row(name, len(x), samples[name], differences[name]) for name in runners]
 
 
-def bench_released(
-    path: str | Path,
-    batches: Sequence[int],
-    engines: Sequence[str] = tuple(ENGINES),
-    *,
-    rounds: int = 30,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> list[Row]:
-    """Time a released network (.npz) in every engine; all are held against the packed model.
+def _timer(run: Runner, x: Tensor) -> LocalTimer:
+    return LocalTimer(lambda: run(x), torch.cuda.synchronize if x.is_cuda else None)
 
-    Raises DSPBackendError for an engine that cannot run here, DSPFormatError for a bad file.
-    """
-    arrays, meta = read_arrays(path)
-    packed = build_released(arrays, meta).eval().to(device)
-    models: dict[str, nn.Module] = {"released": ReleasedNetwork(arrays, meta).to(device)}
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for batch in batches:
-        x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
+
+def _answer(answers: dict[str, Tensor], network: Network, case: Case, x: Tensor) -> Tensor:
+    """What the reference of a case gives, computed once per batch."""
+    name = REFERENCE[case.form]
+    if name not in answers:
         with torch.inference_mode():
-            expected = packed(x)
-        runners = {name: _prepare(name, models.get(name, packed), x) for name in engines}
-        rows += time_runners(runners, x, expected, rounds=rounds, seed=seed, progress=progress)
-    return rows
+            answers[name] = network.form(name).to(x.device)(x)
+    return answers[name]
 
 
-def write_json(path: Path, rows: Sequence[Row], device: str = "cpu", **about: Any) -> Path:
-    """Write rows, raw samples and the environment, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**about, "environment": environment(device), "rows": [row.as_json() for row in rows]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+def _with_device_times(row: Row, run: Runner, x: Tensor) -> Row:
+    found = device_times(lambda: run(x))
+    return replace(row, enqueue_seconds=found.enqueue, cold_seconds=found.cold)
 
 
-def _prepare(name: str, model: nn.Module, x: Tensor) -> Runner:
-    if name not in ENGINES:
-        raise DSPBackendError(f"unknown engine {name!r}; known are {', '.join(ENGINES)}")
-    can_run, reason = ENGINES[name].available()
-    if not can_run:
-        raise DSPBackendError(f"engine {name!r} cannot run here: {reason}")
-    return ENGINES[name].prepare(model, x)
+def _skipped(case: Case, batch: int, reason: str) -> Row:
+    return Row(
+        case.label, batch, None, None, status="skipped", reason=reason, form=case.form, runner=case.engine
+    )
 
 
-def _call(run: Runner, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: run(x)
+def _shifted(progress: Progress, done: int, parts: int) -> Progress:
+    return lambda step, steps: progress(done * steps + step, parts * steps)

@@ -1,27 +1,39 @@
-"""One file per engine: ``available()`` says whether it can run here, ``prepare()`` makes a callable."""
+"""Ways of running a network, one file each: ``available()`` says whether here, ``prepare()`` builds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import torch
 
-from torch import Tensor, nn
-
-from . import fused, released, torch_eager
+from .base import Engine, Runner
+from .cuda_graph import CudaGraph
+from .fused import fused_engines
+from .onnxruntime import OnnxRuntime
+from .openvino import OpenVINO
+from .tensorrt import TensorRT
+from .torch_compile import TorchCompile
+from .torch_eager import TorchEager
+from .torchscript import TorchScript
 
 __all__ = ["ENGINES", "Engine", "Runner"]
 
-Runner = Callable[[Tensor], Tensor]
+_ALL: tuple[Engine, ...] = (
+    TorchEager("torch"),
+    TorchEager("torch-nhwc", channels_last=True),
+    TorchScript("torchscript"),
+    TorchScript("torchscript-opt", optimize=True),
+    TorchCompile("compile"),
+    TorchCompile("compile-autotune", {"mode": "max-autotune"}),
+    TorchCompile("compile-freezing", freezing=True, device="cpu"),
+    OnnxRuntime("onnxruntime"),
+    OpenVINO("openvino"),
+    OpenVINO("openvino-bf16", torch.bfloat16),
+    CudaGraph("cuda-graph"),
+    CudaGraph("cuda-graph-fp16", torch.float16),
+    OnnxRuntime("onnxruntime-cuda", "cuda"),
+    TensorRT("tensorrt"),
+    TensorRT("tensorrt-fp16", torch.float16),
+    *fused_engines(),
+)
 
-
-class Engine(Protocol):
-    """A way of running a network. Modules of this package have this form."""
-
-    def available(self) -> tuple[bool, str]:
-        """Whether it runs on this machine; if not, why."""
-
-    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        """A callable for inputs like ``example`` that gives what ``model`` gives in eval mode."""
-
-
-ENGINES: dict[str, Engine] = {"released": released, "packed": torch_eager, "fused": fused}
+# name -> engine; the ones of our own stand last. On a GPU torch counts as TF32-free: see run.py.
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in _ALL}

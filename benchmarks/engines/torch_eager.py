@@ -1,24 +1,40 @@
-"""The network as an ordinary PyTorch module, nothing rewritten."""
+"""The network as an ordinary PyTorch module, nothing rewritten, in either memory layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .base import Runner
 
-def available() -> tuple[bool, str]:
-    """Always."""
-    return True, ""
+__all__ = ["TorchEager"]
 
 
-def prepare(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """model: any module, put in eval mode; example: unused, every input runs."""
-    model.eval()
+@dataclass(frozen=True)
+class TorchEager:
+    """Plain PyTorch. channels_last: the layout of weights and input, converted inside the timed call."""
 
-    def run(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return model(x)
+    name: str = "torch"
+    channels_last: bool = False
+    device: str = "any"
+    dtype: torch.dtype = torch.float32
+    slow_build: bool = False
 
-    return run
+    def available(self) -> tuple[bool, str]:
+        """Always."""
+        return True, ""
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
+        """model: any module; example: unused, every input runs."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        # A copy: other engines run the same model in their own layout.
+        network = copy.deepcopy(model).eval().to(memory_format=layout)
+
+        def run(x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return network(x.contiguous(memory_format=layout))
+
+        return run

@@ -1,44 +1,73 @@
-"""``dsp bench``: dense, packed and fused side by side, in one process."""
+"""``dsp bench``: ``python -m dsp_benchmarks run`` of a saved network, in all its forms."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from dsp_benchmarks.engines import fused, torch_eager
-from dsp_benchmarks.report import COLUMNS, cells
-from dsp_benchmarks.run import Row, time_runners, write_json
+from dsp_benchmarks import commands
+from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.floors import program_of
+from dsp_benchmarks.gate import allowed_difference
+from dsp_benchmarks.run import Row, time_runners
+from dsp_benchmarks.timing import TimingRules
 from torch import nn
 
-import dsp_kernels
 from dsp_cli import options as o
-from dsp_cli.show import console, table, threads
-from dsp_cli.twin import dense_twin, input_channels
+from dsp_cli.twin import input_channels
 from dsp_pruning.recipes.run import pick_device
 
 
 def bench(
     file: Annotated[Path, typer.Argument(help="A packed network.")],
     batch: Annotated[list[int] | None, typer.Option("--batch", help="May be given several times.")] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", help="May be given several times; default: a plan of all.")
+    ] = None,
+    form: Annotated[
+        list[str] | None, typer.Option("--form", help="dense, packed, compacted or filters; default: all.")
+    ] = None,
     image_size: o.ImageSize = 32,
     rounds: o.Rounds = 30,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
-    out: Annotated[Path | None, typer.Option("--out", help="Write the raw samples here (.json).")] = None,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Each engine in a process of its own.")] = False,
+    short: Annotated[
+        bool, typer.Option("--short/--full", help="Build slow engines for the largest batch only.")
+    ] = True,
+    report: Annotated[bool, typer.Option("--report", help="Write a page and pictures beside --out.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Raw samples (.json).")] = Path("runs/bench.json"),
 ) -> None:
-    """Time a packed network against its dense original and its fused form.
+    """Time a packed network in every engine against its dense original and other pruned forms.
 
-    The dense row is the same architecture before pruning, with random weights: it is shown for its speed.
+    The dense rows are the same architecture before pruning, with random weights: they are shown for speed.
     """
-    packed = dsp_kernels.load(file)
-    place = pick_device(device)
-    rows = bench_model(packed, dense_twin(packed), batch or [1, 32], image_size, rounds, seed, place)
-    console.print(table(f"{file}, {threads()}", COLUMNS, cells(rows)))
-    if out is not None:
-        console.print(f"raw samples: {write_json(out, rows, str(place), file=str(file))}", soft_wrap=True)
+    status = commands.run(
+        Namespace(
+            net=[str(file)],
+            structure=None,
+            image_size=image_size,
+            batch=batch or [1, 32],
+            engine=engine,
+            form=form,
+            mode="latency",
+            rounds=rounds,
+            threads=None,
+            seed=seed,
+            device=str(pick_device(device)),
+            isolate=isolate,
+            short=short,
+            profile=None,
+            out=out,
+            report=report,
+        )
+    )
+    if status:
+        raise typer.Exit(status)
 
 
 def bench_model(
@@ -50,17 +79,20 @@ def bench_model(
     seed: int,
     device: torch.device,
 ) -> list[Row]:
-    """Time dense, packed and fused on random images; fused must give what packed gives."""
+    """Time dense and packed in plain PyTorch beside fused, on random images; fused must be right."""
     packed, dense = packed.eval().to(device), dense.eval().to(device)
     generator = torch.Generator().manual_seed(seed)
     rows: list[Row] = []
     for batch in batches:
         x = torch.randn(batch, input_channels(packed), image_size, image_size, generator=generator).to(device)
+        best = next(name for name in ENGINES if name.startswith("fused"))
         runners = {
-            "dense": torch_eager.prepare(dense, x),
-            "packed": torch_eager.prepare(packed, x),
-            "fused": fused.prepare(packed, x),
+            "dense": ENGINES["torch"].prepare(dense, x),
+            "packed": ENGINES["torch"].prepare(packed, x),
+            "fused": ENGINES[best].prepare(packed, x),
         }
         expected = runners["packed"](x)
-        rows += time_runners(runners, x, expected, unchecked=("dense",), rounds=rounds, seed=seed)
+        allowed = allowed_difference(program_of(packed, x[:1]), torch.float32, expected)
+        rules = TimingRules(rounds=rounds, seed=seed)
+        rows += time_runners(runners, x, expected, allowed, unchecked=("dense",), rules=rules)
     return rows

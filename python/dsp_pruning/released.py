@@ -15,7 +15,7 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
 
-__all__ = ["build_released", "read_released"]
+__all__ = ["build_released", "read_released", "read_released_arrays"]
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
 # What the batch norm of an absent channel holds: it then passes 0 on as 0.
@@ -24,15 +24,22 @@ _ABSENT = {"weight": 0.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 def read_released(path: str | Path) -> CifarResNet:
     """The network in an ``.npz`` file of such arrays, in eval mode. Raises DSPFormatError for other files."""
+    return build_released(*read_released_arrays(path))
+
+
+def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """Arrays and ``meta`` as ``build_released`` takes them.
+
+    Raises FileNotFoundError where there is no file, DSPFormatError for another kind of file.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-            meta = json.loads(str(arrays.pop("meta")))
+            return arrays, json.loads(str(arrays.pop("meta")))
     except FileNotFoundError:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not an .npz file of a released network: {error}") from error
-    return build_released(arrays, meta)
 
 
 def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> CifarResNet:

@@ -1,26 +1,33 @@
-"""Correct first, timed second: the gate, the engines and the result file."""
+"""Correct first, timed second: the gate, the cases, the engines on a real network."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
+from dsp_benchmarks import cases as case_module
 from dsp_benchmarks.__main__ import main
-from dsp_benchmarks.engines import ENGINES, released
-from dsp_benchmarks.released_form import ReleasedNetwork, read_arrays
-from dsp_benchmarks.report import cells
-from dsp_benchmarks.run import Row, bench_released, check, time_runners
-from dsp_benchmarks.timing import Samples
-from torch import Tensor
+from dsp_benchmarks.cases import Case, build_case, case_input, default_cases
+from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.gate import allowed_difference, check
+from dsp_benchmarks.isolation import IsolatedEngine
+from dsp_benchmarks.networks import Network
+from dsp_benchmarks.profiles import profile_engine
+from dsp_benchmarks.results import read_result
+from dsp_benchmarks.run import choose_cases, run_cases, time_runners
+from dsp_benchmarks.timing import TimingRules
+from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPBackendError, DSPFormatError, DSPShapeError, DSPVerificationError
-from dsp_pruning.data import load_cifar10_subset, normalise
+from dsp_kernels.errors import DSPBackendError, DSPVerificationError
 
 X = torch.linspace(-1, 1, 30).view(3, 10)
+QUICK = TimingRules(rounds=2, warmup=0.0, gap=0.0, burst=0.0)
 
 
 def _wrong(x: Tensor) -> Tensor:
@@ -44,87 +51,200 @@ def test_a_wrong_engine_is_refused_before_anything_is_timed(engine: Callable[[Te
         return x
 
     with pytest.raises(DSPVerificationError, match="engine 'broken'"):
-        time_runners({"right": right, "broken": engine}, X, X, rounds=1)
+        time_runners({"right": right, "broken": engine}, X, X, 1e-4, rules=QUICK)
     assert calls == ["right"]  # checked, never timed
 
 
 def test_a_right_engine_passes_with_its_difference() -> None:
-    assert check("close", lambda x: x + 5e-5, X, X) == pytest.approx(5e-5, rel=1e-2)
+    checked = check("close", lambda x: x + 5e-5, X, X, 1e-4)
+    assert checked.error == ""
+    assert checked.difference == pytest.approx(5e-5, rel=1e-2)
 
 
 def test_another_network_may_be_shown_unchecked() -> None:
-    rows = time_runners({"same": lambda x: x, "other": _wrong}, X, X, unchecked=("other",), rounds=2)
+    rows = time_runners({"same": lambda x: x, "other": _wrong}, X, X, 1e-4, unchecked=("other",), rules=QUICK)
     assert [(row.engine, row.batch, row.difference) for row in rows] == [("same", 3, 0.0), ("other", 3, None)]
 
 
-@pytest.mark.parametrize("name", ["resnet20_g2", "resnet20_g3", "resnet20_g4", "resnet56_g4"])
-def test_the_released_form_gives_the_golden_logits(shared: Path, name: str) -> None:
-    network = ReleasedNetwork(*read_arrays(shared / "nets" / f"{name}.npz"))
-    data = load_cifar10_subset(shared / "data" / "cifar10_subset.npz")
-    x = normalise(data.test.images[:8], data.mean, data.std)
-    with np.load(shared / "golden" / "logits.npz") as golden:
-        expected = torch.from_numpy(golden[name][:8])
-    with torch.inference_mode():
-        assert float((network(x) - expected).abs().max()) <= 2e-5
-    run = ENGINES["released"].prepare(network, x)
-    assert check("released", run, x, expected, 2e-5) <= 2e-5
+@dataclass(frozen=True)
+class _Fake:
+    """The packed network with an error added to its answer; counts its calls."""
+
+    error: float
+    calls: list[int]
+    name: str = "fake"
+    device: str = "any"
+    dtype: torch.dtype = torch.float32
+    slow_build: bool = False
+
+    def available(self) -> tuple[bool, str]:
+        return True, ""
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+        if self.error == float("inf"):
+            raise RuntimeError("the vendor's library broke")
+
+        def run(x: Tensor) -> Tensor:
+            self.calls.append(1)
+            with torch.no_grad():
+                return model(x) + self.error
+
+        return run
 
 
-def test_the_released_engine_runs_only_the_released_form() -> None:
-    with pytest.raises(DSPShapeError, match="runs a ReleasedNetwork, not Identity"):
-        released.prepare(torch.nn.Identity(), X)
-
-
-def test_an_unknown_engine_is_an_error(shared: Path) -> None:
-    with pytest.raises(DSPBackendError, match="unknown engine 'warp'; known are released, packed, fused"):
-        bench_released(shared / "nets" / "resnet20_g4.npz", [1], ["warp"])
-
-
-def test_an_engine_that_cannot_run_says_why(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(released, "available", lambda: (False, "no TorchScript"))
-    with pytest.raises(DSPBackendError, match="'released' cannot run here: no TorchScript"):
-        bench_released(shared / "nets" / "resnet20_g4.npz", [1])
-
-
-def test_a_released_network_runs_in_every_engine(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (0.0, "ok", ""),
+        (0.5, "wrong", "is off by 0.5"),
+        (float("nan"), "wrong", "is off by nan"),
+        (float("inf"), "failed", "RuntimeError: the vendor's library broke"),
+    ],
+    ids=["right", "wrong", "not-a-number", "breaks"],
+)
+def test_only_a_right_engine_is_timed_and_every_other_is_a_row(
+    network: Network, monkeypatch: pytest.MonkeyPatch, error: float, status: str, reason: str
 ) -> None:
-    nets, out = str(shared / "nets"), tmp_path / "result.json"
-    flags = ["--net", "resnet20_g4", "--nets", nets, "--batch", "2", "--rounds", "2", "--out", str(out)]
+    fake = _Fake(error, [])
+    monkeypatch.setitem(ENGINES, "fake", fake)
+    (row,) = run_cases(network, [2], [Case("packed", "fake")], QUICK)
+    assert row.status == status
+    assert reason in row.reason
+    assert (row.samples is not None) == (status == "ok")
+    if status == "wrong":
+        assert len(fake.calls) == 1  # the gate's
+        assert row.difference == pytest.approx(error, nan_ok=True)
+
+
+def test_the_tolerance_follows_the_precision(network: Network) -> None:
+    expected = torch.ones(2, 10)
+    program = network.program("packed")
+    bounds = [allowed_difference(program, t, expected) for t in (torch.float32, torch.bfloat16)]
+    assert bounds[0] < 1e-4 < bounds[1]
+    assert allowed_difference(program, torch.float32, 3 * expected) == pytest.approx(3 * bounds[0])
+
+
+def test_every_default_engine_is_a_row_with_times_or_a_reason(network: Network) -> None:
+    cases = [case for case in default_cases() if not case.engine.startswith("compile")]
+    rows = run_cases(network, [2], cases, QUICK)
+    assert [row.engine for row in rows] == [case.label for case in cases]
+    for row in rows:
+        assert row.status in ("ok", "unavailable"), row
+        assert (row.samples is not None) == (row.status == "ok")
+        assert bool(row.reason) == (row.status != "ok")
+    ran = {row.engine for row in rows if row.status == "ok"}
+    assert {"dense/torch", "packed/torchscript-opt", "compacted/torch-nhwc", "filters/torch-nhwc"} <= ran
+    assert any(name.startswith("packed/fused:") for name in ran)
+    (released,) = [row for row in rows if row.form == "released"]
+    assert "only a network that the authors released" in released.reason
+
+
+def test_a_short_plan_builds_slow_engines_once(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "fake", _Fake(0.0, [], slow_build=True))
+    rows = run_cases(network, [1, 2], [Case("packed", "fake")], QUICK, short=True)
+    assert [(row.batch, row.status) for row in rows] == [(1, "skipped"), (2, "ok")]
+    assert "for batch 2 only" in rows[0].reason
+
+
+def test_the_input_is_the_same_everywhere(network: Network) -> None:
+    assert torch.equal(case_input(network, 3, 7), case_input(network, 3, 7))
+    assert not torch.equal(case_input(network, 3, 7), case_input(network, 3, 8))
+
+
+def test_an_isolated_engine_answers_from_its_own_process() -> None:
+    engine = IsolatedEngine(SMALL, Case("packed", "torch"), 2)
+    try:
+        assert engine.row.status == "ok"
+        assert engine.row.difference == 0.0
+        assert engine.warm_up(0.0) > 0
+        assert len(engine.burst(1, 3, 1)) == 3
+        assert engine._process.pid != torch.multiprocessing.current_process().pid
+    finally:
+        engine.close()
+    assert not engine._process.is_alive()
+    with pytest.raises(DSPBackendError, match="packed/torch gave no answer"):
+        engine._receive()
+
+
+def test_choosing_cases() -> None:
+    assert choose_cases(engines=["torch"], forms=["packed"]) == [Case("packed", "torch")]
+    assert [case.form for case in choose_cases(engines=["torch"])] == [
+        "dense",
+        "packed",
+        "compacted",
+        "filters",
+    ]
+    assert {case.form for case in choose_cases(forms=["filters"])} == {"filters"}
+    with pytest.raises(DSPBackendError, match="unknown engine or form 'warp'; known are torch"):
+        choose_cases(engines=["warp"])
+
+
+def test_an_engine_of_another_device_says_so(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(case_module.ENGINES, "fake", _Fake(0.0, [], device="cuda"))
+    row, run = build_case(Case("packed", "fake"), network, case_input(network, 1, 0))
+    assert run is None
+    assert row.reason == "it runs on cuda only, this run is on cpu"
+
+
+@pytest.mark.parametrize("name", ["torch", "torchscript", "openvino"])
+def test_a_profile_names_parts_that_take_time(network: Network, name: str) -> None:
+    able, reason = ENGINES[name].available()
+    if not able:
+        pytest.skip(reason)
+    parts = profile_engine(name, network.form("packed"), case_input(network, 2, 0))
+    seconds = [part for _, part in parts]
+    assert seconds == sorted(seconds, reverse=True)
+    assert sum(seconds) > 0
+    if name == "torch":
+        assert {"conv_1_3x3", "stage_1.0.conv_a", "classifier"} <= {part for part, _ in parts}
+
+
+def test_a_real_network_through_the_command(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DSP_SHARED", str(shared))
+    out = tmp_path / "result.json"
+    engines = [flag for name in ("torch", "torchscript", "fused:eager") for flag in ("--engine", name)]
+    forms = [flag for name in ("released", "packed") for flag in ("--form", name)]
+    flags = ["--net", "resnet20_g4", "--batch", "2", "--rounds", "2", "--out", str(out), *engines, *forms]
     assert main(["run", *flags]) == 0
-    assert "fused" in capsys.readouterr().out
-    result = json.loads(out.read_text())
-    assert [row["engine"] for row in result["rows"]] == list(ENGINES)
-    assert all(row["max_logit_difference"] <= 1e-4 for row in result["rows"])
-    assert all(len(row["seconds"]) == row["n"] == 2 for row in result["rows"])
-    assert result["environment"]["torch"] == torch.__version__
-    assert result["net"] == "resnet20_g4"
+    assert "packed/fused:eager" in capsys.readouterr().out
+    (run,) = read_result(out).runs
+    assert run.flop_ratio == pytest.approx(2.664, abs=1e-3)
+    assert [row.engine for row in run.rows if row.status == "ok"] == [
+        f"{form}/{engine}"
+        for form in ("released", "packed")
+        for engine in ("torch", "torchscript", "fused:eager")
+    ]
+    assert all(row.difference is not None and row.difference <= 2e-5 for row in run.rows)
+    assert all(row.floor and row.build_seconds for row in run.rows)
+    about = json.loads(out.read_text())["environment"]
+    assert about["torch"] == torch.__version__
+    assert about["commit"]
+
+
+def test_a_wrong_engine_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ENGINES, "fake", _Fake(0.5, []))
+    flags = ["--net", SMALL.name, "--structure", str(SMALL.structure), "--image-size", "16", "--batch", "1"]
+    flags += ["--engine", "fake", "--form", "packed", "--out", str(tmp_path / "a.json"), "--rounds", "1"]
+    assert main(["run", *flags]) == 1
+    assert "error: packed/fake, batch 1: engine 'packed/fake' is off by" in capsys.readouterr().err
 
 
 def test_a_missing_or_foreign_net_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--net", str(tmp_path / "none.npz")]) == 1
-    assert "none.npz: no such file" in capsys.readouterr().err
     (tmp_path / "text.npz").write_text("text")
-    assert main(["run", "--net", str(tmp_path / "text.npz")]) == 1
-    error = capsys.readouterr().err
-    assert "is not a released network" in error
-    assert error.count("\n") == 1
-
-
-def test_arrays_that_are_not_a_network_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", weight=np.zeros(3))
-    with pytest.raises(DSPFormatError, match="is not a released network"):
-        read_arrays(tmp_path / "other.npz")
-
-
-def test_cells_compare_with_the_first_engine_of_the_same_batch() -> None:
-    rows = [
-        Row("a", 1, Samples((0.004,)), 0.0),
-        Row("b", 1, Samples((0.001,)), None),
-        Row("a", 8, Samples((0.01,)), 0.0),
-        Row("b", 8, Samples((0.02,)), 1e-6),
-    ]
-    lines = cells(rows)
-    assert [line[6] for line in lines] == ["1.00", "4.00", "1.00", "0.50"]
-    assert [line[2] for line in lines] == ["4.00", "1.00", "10.00", "20.00"]
-    assert [line[7] for line in lines] == ["0.0e+00", "not compared", "0.0e+00", "1.0e-06"]
+    for name, words in (
+        ("none.npz", "none.npz"),
+        ("text.npz", "not an .npz file of a released network"),
+        ("other.npz", "not an .npz file of a released network"),
+        ("resnet19", "is unknown"),
+        ("resnet18", "is not pruned: give a structure"),
+    ):
+        net = str(tmp_path / name) if name.endswith(".npz") else name
+        assert main(["run", "--net", net, "--engine", "torch", "--rounds", "1"]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1

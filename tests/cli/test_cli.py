@@ -122,18 +122,22 @@ def test_inspect_shows_each_layer_and_draws_it(
     assert [path.name for path in picture.parent.iterdir()] == ["structure.png"]
 
 
-def test_bench_times_dense_packed_and_fused(
+def test_bench_times_a_saved_file_in_the_engines_asked_for(
     packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     out = tmp_path / "bench.json"
-    flags = ["--batch", 1, "--batch", 3, "--rounds", 2, "--image-size", 16, "--out", out]
-    shown = dsp("bench", packed_file, *flags)
+    flags = ["--batch", 1, "--batch", 3, "--rounds", 2, "--image-size", 16, "--out", out, "--report"]
+    chosen = ["--engine", "torch", "--engine", "fused:eager", "--form", "dense", "--form", "packed"]
+    shown = dsp("bench", packed_file, *flags, *chosen)
     assert shown.status == 0
-    rows = json.loads(out.read_text())["rows"]
-    expected = [(engine, batch) for batch in (1, 3) for engine in ("dense", "packed", "fused")]
-    assert [(row["engine"], row["batch"]) for row in rows] == expected
-    assert all(row["max_logit_difference"] <= 1e-4 for row in rows if row["engine"] != "dense")
-    assert "not compared" in shown.out
+    (run,) = json.loads(out.read_text())["runs"]
+    pairs = [f"{form}/{engine}" for form in ("dense", "packed") for engine in ("torch", "fused:eager")]
+    assert [(row["engine"], row["batch"]) for row in run["rows"]] == [(p, b) for b in (1, 3) for p in pairs]
+    assert all(row["max_logit_difference"] <= row["allowed_difference"] for row in run["rows"])
+    assert all(row["status"] == "ok" and row["n"] >= 2 for row in run["rows"])
+    assert run["flop_ratio"] > 1
+    assert out.with_suffix(".html").is_file()
+    assert "packed/fused:eager" in shown.out
 
 
 def test_demo_goes_the_whole_way(dsp: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""One case: a form of a network in an engine, prepared and held against its reference."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPError
+
+from .engines import ENGINES, Runner
+from .gate import allowed_difference, check
+from .memory import peak_memory
+from .networks import REFERENCE, Network
+from .rows import Row
+
+__all__ = ["Case", "build_case", "case_input", "default_cases"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A form of a network (``networks.FORMS``) and the name of an engine."""
+
+    form: str
+    engine: str
+
+    @property
+    def label(self) -> str:
+        """As shown in tables."""
+        return f"{self.form}/{self.engine}"
+
+
+# What is worth comparing: the dense network and the plain dense forms of the pruned one in strong engines,
+# the pruned one as it is shipped and as exporters take it, and ours.
+_STRONG = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
+_GPU = ("cuda-graph", "cuda-graph-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
+_COMPILED = ("compile", "compile-autotune", "compile-freezing")
+
+
+def default_cases(device: str = "cpu") -> list[Case]:
+    """The default plan, strongest dense baselines first and ours last."""
+    fused = [name for name in ENGINES if name.startswith("fused")]
+    plan = {
+        "dense": ("torch", *_STRONG, *_COMPILED, *_GPU),
+        "released": ("torchscript",),
+        "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", "compile-freezing", *_GPU, *fused),
+        "compacted": (*_STRONG, "compile-freezing", *_GPU),
+        "filters": ("torch-nhwc", "onnxruntime", "openvino", *_GPU),
+    }
+    cases = [Case(form, engine) for form, engines in plan.items() for engine in engines]
+    if device == "cpu":  # one row says that the GPU engines cannot run; not one for each form
+        return [case for case in cases if ENGINES[case.engine].device != "cuda" or case.form == "dense"]
+    return [case for case in cases if ENGINES[case.engine].device != "cpu"]
+
+
+def case_input(network: Network, batch: int, seed: int, device: str = "cpu") -> Tensor:
+    """(batch, channels, height, width), standard normal: the same for every engine, in every process."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *network.example.shape[1:], generator=generator).to(device)
+
+
+def build_case(
+    case: Case, network: Network, x: Tensor, expected: Tensor | None = None
+) -> tuple[Row, Runner | None]:
+    """The row so far and, only where the engine can run and gives the right answer, its callable.
+
+    x: (batch, channels, height, width); expected: the reference's answer where it is known already.
+    """
+    row = Row(case.label, len(x), None, None, form=case.form, runner=case.engine)
+    engine = ENGINES[case.engine]
+    able, reason = engine.available()
+    if able and engine.device not in ("any", x.device.type):
+        able, reason = False, f"it runs on {engine.device} only, this run is on {x.device.type}"
+    if not able:
+        return replace(row, status="unavailable", reason=reason), None
+    try:
+        model = network.form(case.form)
+        reference = network.reference(case.form)
+    except DSPError as error:
+        return replace(row, status="unavailable", reason=str(error)), None
+    program = network.program(REFERENCE[case.form])
+    row = replace(row, macs=program.macs)
+    if expected is None:
+        with torch.inference_mode():
+            expected = reference.to(x.device)(x)
+    try:
+        with peak_memory(x.device) as memory:
+            started = time.perf_counter()
+            run = engine.prepare(model.to(x.device), x)
+            build_seconds = time.perf_counter() - started
+            allowed = allowed_difference(program, engine.dtype, expected)
+            checked = check(case.label, run, x, expected, allowed)
+    except DSPError as error:  # ours say what is wrong: an executor that cannot run this network, ...
+        return replace(row, status="unavailable", reason=" ".join(str(error).split())), None
+    except Exception as error:  # an engine may break in any way; the other engines are still measured
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return replace(row, status="failed", reason=text), None
+    row = replace(
+        row,
+        difference=checked.difference,
+        allowed=allowed,
+        build_seconds=build_seconds,
+        peak_bytes=memory.bytes,
+    )
+    if checked.error:
+        return replace(row, status="wrong", reason=checked.error), None
+    return row, run

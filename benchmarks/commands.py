@@ -1,0 +1,232 @@
+"""What the commands of ``python -m dsp_benchmarks`` do with their options."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dsp_kernels.errors import DSPError, DSPFormatError
+
+from . import compare as comparing
+from .cases import Case, case_input
+from .compare import MIN_CHANGE, compare_results
+from .engines import ENGINES
+from .environment import environment
+from .html_page import html_page
+from .networks import Network, NetworkSource, load_network, shared_folder
+from .peaks import measure_peaks
+from .plots import draw_plots
+from .profiles import profile_engine
+from .report import COLUMNS, cells, csv_text, machine, markdown, put_into_readme
+from .results import Result, Run, read_result, write_result, write_text
+from .rows import Row
+from .run import Told, choose_cases, run_cases, with_floors
+from .timing import Progress, TimingRules
+
+__all__ = [
+    "DEFAULT_RESULT",
+    "MIN_CHANGE",
+    "README",
+    "bench_network",
+    "compare",
+    "report",
+    "run",
+    "write_report",
+]
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+DEFAULT_RESULT = HERE / "results" / "default_cpu.json"
+_BATCHES = (1, 8, 32, 128)
+
+
+def run(options: Namespace) -> int:
+    """Time networks; the exit status is 1 where an engine was wrong or broke."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device != "cpu":  # float32 means float32 in every row
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    sources = [
+        NetworkSource(name, options.structure, options.image_size, options.seed)
+        for name in options.net or _default_networks()
+    ]
+    if options.profile:
+        return _profile(sources[0], options)
+    cases = choose_cases(options.device, options.engine or (), options.form or ())
+    networks = [(source, load_network(source)) for source in sources]
+    before = measure_peaks(options.device, _dtypes(cases))
+    measured: list[tuple[Network, Run]] = []
+    with _progress() as (progress, tell):
+        for source, network in networks:
+            for mode in ("latency", "throughput") if options.mode == "both" else (options.mode,):
+                one = bench_network(network, source, mode, options, cases, progress=progress, tell=tell)
+                measured.append((network, one))
+    # Measured again at the end: a machine that was busy once would make floors that engines beat.
+    peaks = before.best(measure_peaks(options.device, _dtypes(cases)))
+    runs = [replace(one, rows=tuple(with_floors(one.rows, net, peaks))) for net, one in measured]
+    result = Result(environment(options.device), peaks.as_json(), tuple(runs))
+    for one in runs:
+        _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(one))
+    print(machine(result))
+    target = options.out or _default_target(sources, options.device)
+    print(f"raw samples: {write_result(target, result)}")
+    if options.report:
+        print(f"page: {write_report(target, result)}")
+    broken = [row for one in runs for row in one.rows if row.status in ("wrong", "failed")]
+    for row in broken:
+        print(f"error: {row.engine}, batch {row.batch}: {row.reason}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def bench_network(
+    network: Network,
+    source: NetworkSource,
+    mode: str,
+    options: Namespace,
+    cases: Sequence[Case],
+    *,
+    progress: Progress | None = None,
+    tell: Told | None = None,
+) -> Run:
+    """One network in one mode ("latency" or "throughput")."""
+    rules = TimingRules.throughput(rounds=min(options.rounds, 10)) if mode == "throughput" else TimingRules()
+    if mode == "latency":
+        rules = rules.with_rounds(options.rounds)
+    rows: list[Row] = run_cases(
+        network,
+        sorted(options.batch or _BATCHES),
+        cases,
+        replace(rules, seed=options.seed),
+        device=options.device,
+        isolate=source if options.isolate else None,
+        short=options.short,
+        progress=progress,
+        tell=tell,
+    )
+    ratio = network.macs("dense") / network.macs("packed")
+    return Run(Path(source.name).stem, network.label, mode, ratio, tuple(rows))
+
+
+def compare(options: Namespace) -> int:
+    """Hold two results against each other; the exit status is 1 where something became slower."""
+    found = compare_results(
+        read_result(options.first),
+        read_result(options.second),
+        alpha=options.alpha,
+        min_change=options.min_change,
+        other_machine=options.other_machine,
+    )
+    _print(f"{options.second} against {options.first}", *comparing.table(found))
+    slower = [one for one in found if one.verdict == "slower"]
+    undecided = sum(one.verdict.startswith("no verdict") for one in found)
+    print(f"{len(slower)} slower, {undecided} without verdict, of {len(found)}")
+    return 1 if slower else 0
+
+
+def report(options: Namespace) -> int:
+    """Write what was asked for from a result; without any flag, everything beside it."""
+    result = read_result(options.result)
+    asked = (options.html, options.csv, options.markdown, options.plots, options.readme)
+    if not any(asked):
+        print(f"page: {write_report(options.result, result)}")
+    if options.html:
+        write_text(options.html, html_page(result, draw_plots(result)))
+    if options.csv:
+        write_text(options.csv, csv_text(result))
+    if options.markdown:
+        write_text(options.markdown, markdown(result))
+    if options.plots:
+        _write_pictures(options.plots, draw_plots(result))
+    if options.readme:
+        try:
+            text = options.readme.read_text(encoding="utf-8")
+        except OSError as error:
+            raise DSPFormatError(f"cannot read {options.readme}: {error}") from error
+        write_text(options.readme, put_into_readme(text, result))
+    return 0
+
+
+def write_report(json_file: Path, result: Result) -> Path:
+    """The .html, .csv and .md files and the pictures beside a JSON file; gives the page's path."""
+    pictures = draw_plots(result)
+    write_text(json_file.with_suffix(".csv"), csv_text(result))
+    write_text(json_file.with_suffix(".md"), markdown(result))
+    _write_pictures(json_file.with_suffix(""), pictures)
+    return write_text(json_file.with_suffix(".html"), html_page(result, pictures))
+
+
+def _write_pictures(folder: Path, pictures: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_bytes(png)
+        temporary.replace(folder / f"{name}.png")
+
+
+def _profile(source: NetworkSource, options: Namespace) -> int:
+    form, _, engine = options.profile.partition("/")
+    (case,) = choose_cases(options.device, [engine], [form])
+    able, reason = ENGINES[case.engine].available()
+    if not able:
+        raise DSPError(f"{case.label} cannot run here: {reason}")
+    network = load_network(source)
+    x = case_input(network, (options.batch or [1])[0], options.seed, options.device)
+    parts = profile_engine(case.engine, network.form(form).to(x.device), x)
+    total = sum(seconds for _, seconds in parts)
+    lines = [(name, f"{1e6 * seconds:.1f}", f"{100 * seconds / total:.1f}") for name, seconds in parts]
+    _print(f"{case.label}, {network.label}, batch {len(x)}", ("part", "microseconds", "%"), lines)
+    return 0
+
+
+def _default_networks() -> list[str]:
+    """The two real networks with four groups. Raises DSPFormatError where they are not there."""
+    if not (shared_folder() / "nets").is_dir():
+        raise DSPFormatError(
+            f"no real networks at {shared_folder()} (DSP_SHARED names their folder); name one with --net, "
+            "for example --net cifar_resnet56 --structure random:g=4,rate=0.65"
+        )
+    return ["resnet20_g4", "resnet56_g4"]
+
+
+def _default_target(sources: Sequence[NetworkSource], device: str) -> Path:
+    names = "_".join(Path(source.name).stem for source in sources)
+    return HERE / "results" / f"{names}_{device.replace(':', '')}.json"
+
+
+def _dtypes(cases: Iterable[Case]) -> tuple[torch.dtype, ...]:
+    usable = [ENGINES[case.engine] for case in cases if ENGINES[case.engine].available()[0]]
+    return tuple(dict.fromkeys([torch.float32, *(engine.dtype for engine in usable)]))
+
+
+def _print(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    # A file or a pipe has no width: whole lines are worth more there than eighty columns.
+    Console(width=None if console.is_terminal else 220).print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Progress, Told]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("starting", total=None)
+        yield (
+            lambda done, total: bars.update(task, completed=done, total=total),
+            lambda text: bars.update(task, description=text),
+        )

@@ -1,0 +1,61 @@
+"""Times of one call on a GPU, taken apart: device time with warm and cold L2, and the time to enqueue."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsp_kernels.errors import DSPBackendError
+
+__all__ = ["DeviceTimes", "device_times"]
+
+_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU now
+
+
+@dataclass(frozen=True)
+class DeviceTimes:
+    """Seconds of one call, each a median. warm, cold: between two events on the device, with the L2 cache as
+    the call before left it, and after it was overwritten. enqueue: until the call returned to Python.
+    """
+
+    warm: float
+    cold: float
+    enqueue: float
+
+
+def device_times(call: Callable[[], object], repeats: int = 50) -> DeviceTimes:
+    """Time ``call`` by events on the current CUDA stream.
+
+    Raises DSPBackendError where torch finds no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise DSPBackendError("device times need a CUDA device, and torch finds none")
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    warm, enqueue = _between_events(call, repeats, lambda: None)
+    cold, _ = _between_events(call, repeats, flush.zero_)
+    return DeviceTimes(warm, cold, enqueue)
+
+
+def _between_events(
+    call: Callable[[], object], repeats: int, before: Callable[[], object]
+) -> tuple[float, float]:
+    pairs, enqueue = [], []
+    for _ in range(repeats):
+        before()
+        # The device is idle when the call is enqueued: otherwise a full queue would count as enqueue time.
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        began = time.perf_counter()
+        call()
+        enqueue.append(time.perf_counter() - began)
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return 1e-3 * statistics.median(start.elapsed_time(end) for start, end in pairs), statistics.median(
+        enqueue
+    )

@@ -1,0 +1,45 @@
+"""A network as ONNX bytes, for the engines that read those."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .base import module_available
+
+__all__ = ["INPUT", "OPSET", "OUTPUT", "can_export", "onnx_bytes"]
+
+INPUT, OUTPUT = "x", "logits"
+OPSET = 20
+
+
+def can_export() -> tuple[bool, str]:
+    """Whether torch's exporter has what it needs."""
+    return module_available("onnx")
+
+
+def onnx_bytes(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32) -> bytes:
+    """model in eval mode with weights, input and output of ``dtype``, for inputs of the example's shape.
+
+    float16 gives a strongly typed float16 network: every tensor in it is float16.
+    """
+    network = copy.deepcopy(model).eval().to("cpu", dtype)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        file = Path(folder) / "network.onnx"
+        # The TorchScript-based exporter: it needs no onnxscript and writes a graph that all engines read.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (example.to("cpu", dtype),),
+            file,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+        )
+        return file.read_bytes()

@@ -1,0 +1,71 @@
+"""OpenVINO on a CPU: the strongest dense engine there, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Runner, module_available
+from .onnx_file import can_export, onnx_bytes
+
+__all__ = ["OpenVINO"]
+
+_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class OpenVINO:
+    """dtype: float32, or bfloat16 where the processor has it. Threads are torch's at the time of building."""
+
+    name: str = "openvino"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    slow_build: bool = False
+
+    def available(self) -> tuple[bool, str]:
+        """Where openvino and onnx are installed and the processor has the precision."""
+        for able, reason in (module_available("openvino"), can_export()):
+            if not able:
+                return False, reason
+        import openvino
+
+        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if self.dtype == torch.bfloat16 and "BF16" not in capabilities:
+            return False, "this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)"
+        return True, ""
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
+        """One latency-tuned infer request for the example's shape."""
+        request = self._compile(model, example).create_infer_request()
+
+        def run(x: Tensor) -> Tensor:
+            # Shared memory on both sides: the next call overwrites the result.
+            return torch.from_numpy(request.infer({0: x.numpy()}, share_inputs=True, share_outputs=True)[0])
+
+        return run
+
+    def profile(self, model: nn.Module, example: Tensor) -> list[tuple[str, float]]:
+        """(node and kind, seconds) of every node that took time in one call."""
+        request = self._compile(model, example, PERF_COUNT=True).create_infer_request()
+        for _ in range(3):
+            request.infer({0: example.numpy()})
+        return [
+            (f"{node.node_name} {node.exec_type}", node.real_time.total_seconds())
+            for node in request.get_profiling_info()
+            if node.real_time.total_seconds() > 0
+        ]
+
+    def _compile(self, model: nn.Module, example: Tensor, **extra: Any) -> Any:
+        import openvino
+
+        core = openvino.Core()
+        settings = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[self.dtype],
+            **extra,
+        }
+        return core.compile_model(core.read_model(onnx_bytes(model, example)), "CPU", settings)

@@ -1,0 +1,1 @@
+"""Single convolutions with pytest-benchmark: ``pytest benchmarks/kernels --benchmark-enable``."""

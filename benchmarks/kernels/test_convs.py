@@ -1,0 +1,88 @@
+"""Every layer shape in every backend; run with
+
+``python -m pytest benchmarks/kernels --benchmark-enable --benchmark-group-by=group --benchmark-autosave``
+and hold two runs against each other with ``pytest-benchmark compare``. Without --benchmark-enable each runs
+once, as a test. ``--batch`` chooses the batch size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsp_kernels.backends import BACKENDS
+from dsp_kernels.reference import gather_grouped_conv2d_reference
+from dsp_kernels.tolerances import op_tolerance
+
+from .shapes import Layer, layers
+
+_LAYERS = layers()
+
+
+@pytest.mark.parametrize("layer", _LAYERS, ids=lambda layer: f"{layer.network}-{layer.name}")
+@pytest.mark.parametrize("backend", BACKENDS.names())
+def test_conv(benchmark: Any, layer: Layer, backend: str, batch: int) -> None:
+    """One convolution with bias and activation; it must be right before it is timed."""
+    benchmark.group = f"{layer.shape}, batch {batch}"
+    chosen = {item.name: item for item in BACKENDS}[backend]
+    able, reason = chosen.can_run(layer.spec, torch.float32, torch.device("cpu"))
+    if not able:
+        pytest.skip(reason)
+    x = layer.example(batch)
+    with torch.inference_mode():
+        run = chosen.prepare(layer.spec, layer.weights, layer.bias)
+        _check(layer, x[:1], run(x[:1], None))
+        benchmark(run, x, None)
+
+
+@pytest.mark.parametrize("layer", _LAYERS, ids=lambda layer: f"{layer.network}-{layer.name}")
+def test_floor_copy(benchmark: Any, layer: Layer, batch: int) -> None:
+    """The speed of light of a memory-bound kernel: input copied and output written once."""
+    benchmark.group = f"{layer.shape}, batch {batch}"
+    x = layer.example(batch)
+    y = torch.zeros(batch, layer.spec.structure.out_channels, *layer.spec.output_hw(layer.input_shape[1:]))
+    target = torch.empty_like(x)
+
+    def copy() -> None:
+        target.copy_(x)
+        y.zero_()
+
+    benchmark(copy)
+    assert torch.equal(target, x)
+
+
+@pytest.mark.parametrize("layer", _LAYERS, ids=lambda layer: f"{layer.network}-{layer.name}")
+def test_dense_channels_last(benchmark: Any, layer: Layer, batch: int) -> None:
+    """An ordinary convolution of the packed layer's widths, zeros in place: the plain alternative."""
+    benchmark.group = f"{layer.shape}, batch {batch}"
+    spec, structure = layer.spec, layer.spec.structure
+    weight = torch.zeros(structure.out_channels, structure.in_channels, *spec.kernel_size)
+    for group, part in zip(structure.groups, layer.weights, strict=True):
+        rows, columns = torch.tensor(group.out_index), torch.tensor(group.in_index, dtype=torch.long)
+        weight[rows[:, None], columns] = part
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    x = layer.example(batch).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        y = benchmark(F.conv2d, x, weight, layer.bias, spec.stride, spec.padding, spec.dilation)
+    assert y.shape == (batch, structure.out_channels, *spec.output_hw(layer.input_shape[1:]))
+
+
+def _check(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> None:
+    spec = layer.spec
+    expected = gather_grouped_conv2d_reference(
+        x,
+        layer.weights,
+        spec.structure,
+        layer.bias,
+        kernel_size=spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        activation=spec.activation,
+    )
+    reduction = spec.structure.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
+    bound = op_tolerance(torch.float32, reduction) * float(expected.abs().max())
+    assert float((y - expected).abs().max()) <= bound

@@ -1,0 +1,169 @@
+"""Networks to measure, by name: the real ones, CIFAR and torchvision architectures, any saved file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.program import Program
+from dsp_pruning import build_released
+from dsp_pruning.models import cifar_resnet
+from dsp_pruning.released import read_released_arrays
+
+from .floors import program_of
+from .forms import compacted, filter_pruned
+from .released_form import ReleasedNetwork
+from .structures import apply_structure
+from .twin import dense_twin, input_channels
+
+__all__ = ["FORMS", "REFERENCE", "Network", "NetworkSource", "load_network", "shared_folder"]
+
+# form -> the form whose answer, in plain PyTorch and float32, it must give.
+REFERENCE = {
+    "dense": "dense",
+    "released": "packed",
+    "packed": "packed",
+    "compacted": "packed",
+    "filters": "filters",
+}
+FORMS = tuple(REFERENCE)
+
+
+def shared_folder() -> Path:
+    """Where the real networks are: $DSP_SHARED, else ``shared`` beside the repository."""
+    return Path(os.environ.get("DSP_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+
+
+@dataclass(frozen=True)
+class NetworkSource:
+    """What to measure, as plain text, so that another process can build the same.
+
+    name: a real network (``resnet56_g4``), an architecture (``cifar_resnet56``, ``resnet50``, ``vgg16``), or
+    a file (.npz of a released network, .safetensors of a saved one). structure: how an architecture is
+    pruned, see ``structures.apply_structure``; images are image_size x image_size (None: as usual for it).
+    """
+
+    name: str
+    structure: str | None = None
+    image_size: int | None = None
+    seed: int = 0
+
+
+class Network:
+    """One network in all its forms, built when first asked for; all are in eval mode on the CPU.
+
+    label: what it is and where its structure comes from.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        packed: nn.Module,
+        dense: nn.Module,
+        image_size: int,
+        released: nn.Module | None = None,
+    ) -> None:
+        self.label = label
+        self.packed = packed.eval()
+        self.dense = dense.eval()
+        self.image_size = image_size
+        self._released = released
+        self._built: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
+        self._programs: dict[str, Program] = {}
+
+    @cached_property
+    def example(self) -> Tensor:
+        """(1, channels, image_size, image_size) of zeros."""
+        return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
+
+    def form(self, name: str) -> nn.Module:
+        """The network in one form. Raises DSPError with the reason where it does not have it."""
+        if name not in REFERENCE:
+            raise DSPFormatError(f"form {name!r} is unknown; known are {', '.join(FORMS)}")
+        if name == "released":
+            if self._released is None:
+                raise DSPError("only a network that the authors released has their form of execution")
+            return self._released
+        if name not in self._built:
+            self._built[name] = (
+                compacted(self.packed)
+                if name == "compacted"
+                else filter_pruned(self.dense, self.example, self.macs("packed"))
+            )
+        return self._built[name]
+
+    def reference(self, form: str) -> nn.Module:
+        """The module whose answer a form must give."""
+        return self.form(REFERENCE[form])
+
+    def program(self, form: str) -> Program:
+        """The steps of the reference of a form, for counting what has to be computed."""
+        name = REFERENCE[form]
+        if name not in self._programs:
+            self._programs[name] = program_of(self.form(name), self.example)
+        return self._programs[name]
+
+    def macs(self, form: str) -> int:
+        """Useful multiply-adds of one image: the zeros that the compacted form multiplies do not count."""
+        return self.program(form).macs
+
+
+def load_network(source: NetworkSource) -> Network:
+    """Build a network. Raises DSPFormatError for an unknown name or a file that is not one."""
+    name = source.name
+    path = Path(name)
+    if path.suffix != ".npz" and re.fullmatch(r"resnet\d+_g\d+", name):
+        path = shared_folder() / "nets" / f"{name}.npz"
+    if path.suffix == ".npz":
+        arrays, meta = read_released_arrays(path)
+        packed = build_released(arrays, meta)
+        dense = _seeded(lambda: cifar_resnet(meta["depth"], meta["num_classes"]), source.seed)
+        released = ReleasedNetwork(arrays, meta)
+        return Network(f"{path.stem}, real weights", packed, dense, source.image_size or 32, released)
+    if path.suffix == ".safetensors":
+        saved = dsp_kernels.load(path)
+        twin = _seeded(lambda: dense_twin(saved), source.seed)
+        return Network(path.name, saved, twin, source.image_size or 32)
+    architecture, image_size = _architecture(name, source)
+    if source.structure is None:
+        raise DSPFormatError(f"{name} is not pruned: give a structure, for example random:g=2,rate=0.7")
+    blank = torch.zeros(1, input_channels(architecture), image_size, image_size)
+    pruned = apply_structure(architecture, blank, source.structure, source.seed)
+    kind = "from our pruner on random weights" if source.structure.startswith("pruner") else "synthetic"
+    label = f"{name}, structure {Path(source.structure).name} ({kind})"
+    return Network(label, pruned, architecture, image_size)
+
+
+def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
+    if match := re.fullmatch(r"cifar_resnet(\d+)", name):
+        return _seeded(lambda: cifar_resnet(int(match[1])), source.seed).eval(), source.image_size or 32
+    if name in ("resnet18", "resnet34", "resnet50", "vgg16"):
+        try:
+            import torchvision
+        except ImportError as error:
+            raise DSPError(f"{name} needs torchvision: pip install 'dsp-kernels[vision]'") from error
+        made = _seeded(lambda: getattr(torchvision.models, name)(weights=None), source.seed)
+        if name == "vgg16":
+            if source.image_size not in (None, 224):
+                raise DSPFormatError(f"vgg16 takes images of 224 x 224 here, not {source.image_size}")
+            made.avgpool = nn.Identity()  # its adaptive pool of 7 x 7 maps to 7 x 7: no one need follow it
+        return made.eval(), source.image_size or 224
+    raise DSPFormatError(
+        f"network {name!r} is unknown; known are the real ones (resnet56_g4 ...), cifar_resnet20 ..., "
+        "resnet18, resnet34, resnet50, vgg16, and files ending in .npz or .safetensors"
+    )
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()

@@ -1,0 +1,161 @@
+"""What this machine can do at most, measured: copy bandwidth and multiply-add rate."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Peaks", "measure_peaks"]
+
+# 12 independent accumulators hide the latency of the multiply-add (4 cycles, 2 per cycle on current cores)
+# and leave registers for the operands, with 16 registers too.
+_SOURCE = """
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef float vec __attribute__((vector_size(BYTES)));
+#define ALL(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
+double fma_flops(long turns, float *out) {
+  vec a = {}, b = {};
+  a += 0.999f; b += 0.001f;
+#define START(i) vec s##i = b + (float)i;
+  ALL(START)
+  for (long t = 0; t < turns; ++t) {
+#define STEP(i) s##i = s##i * a + b; __asm__ volatile("" : KEEP(s##i));
+#define KEEP(x) "+x"(x)
+#if BYTES == 64
+#undef KEEP
+#define KEEP(x) "+v"(x)
+#endif
+#if !defined(__x86_64__)
+#undef STEP
+#define STEP(i) s##i = s##i * a + b;
+#endif
+    ALL(STEP)
+  }
+  vec s = b;
+#define SUM(i) s += s##i;
+  ALL(SUM)
+  for (int i = 0; i < BYTES / 4; ++i) out[i] = s[i];
+  return 12.0 * 2.0 * (BYTES / 4) * turns;
+}
+"""
+_COPY_BYTES = 256 << 20  # far above any last-level cache
+_KERNEL_SECONDS = (
+    2.5e-6  # of one kernel inside a CUDA graph: assumed (KERNELS.md), no GPU was here to measure
+)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """flops: per dtype name, per second (a multiply-add counts two); bandwidth: bytes read plus written per
+    second; launch: seconds that starting one kernel costs; how: where each number comes from.
+    """
+
+    flops: dict[str, float]
+    bandwidth: float
+    launch: float
+    threads: int
+    how: dict[str, str]
+
+    def best(self, other: Peaks) -> Peaks:
+        """The higher of each number of two measurements of one machine."""
+        flops = {name: max(value, other.flops.get(name, 0.0)) for name, value in self.flops.items()}
+        how = self.how | {
+            name: other.how[name] for name, value in self.flops.items() if other.flops.get(name, 0.0) > value
+        }
+        return replace(self, flops=flops, bandwidth=max(self.bandwidth, other.bandwidth), how=how)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def measure_peaks(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Peaks:
+    """Measure for about a second, with torch's number of threads on a CPU."""
+    flops, how = {}, {}
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        flops[name], how[name] = _matmul_peak(dtype, device)
+        if dtype == torch.float32 and device == "cpu" and (found := _fma_peak(torch.get_num_threads())):
+            flops[name], how[name] = max((found, "loop of multiply-adds"), (flops[name], how[name]))
+    bandwidth = _copy_bandwidth(device)
+    how["bandwidth"] = f"torch copy of {_COPY_BYTES >> 20} MiB"
+    launch = 0.0 if device == "cpu" else _KERNEL_SECONDS
+    return Peaks(flops, bandwidth, launch, torch.get_num_threads(), how)
+
+
+def _best(call: Callable[[], object], device: str, times: int = 5) -> float:
+    """Seconds of the fastest of a few calls: a peak is what the machine can do, not what it usually does."""
+    wait = torch.cuda.synchronize if device != "cpu" else _nothing
+    call()
+    wait()
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        wait()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def _copy_bandwidth(device: str) -> float:
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device)
+
+
+def _matmul_peak(dtype: torch.dtype, device: str) -> tuple[float, str]:
+    found = []
+    for size in (1024, 2048) if device == "cpu" else (4096, 8192):
+        left = torch.ones(size, size, dtype=dtype, device=device)
+        right = torch.ones(size, size, dtype=dtype, device=device)
+        with torch.inference_mode():
+            seconds = _best(partial(torch.matmul, left, right), device, 3)
+        found.append((2 * size**3 / seconds, f"torch matmul of {size} x {size}"))
+    return max(found)
+
+
+def _fma_peak(threads: int) -> float | None:
+    """Floating point operations per second of a loop of vector multiply-adds; None without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "peak.c", Path(folder) / "peak.so"
+        source.write_text(_SOURCE, encoding="utf-8")
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        built = subprocess.run([compiler, *flags, str(source), "-o", str(library)], capture_output=True)
+        if built.returncode:
+            return None
+        function = ctypes.CDLL(str(library)).fma_flops
+    function.restype = ctypes.c_double
+    function.argtypes = [ctypes.c_long, ctypes.c_void_p]
+    outs = [(ctypes.c_float * 16)() for _ in range(threads)]
+    turns = 1 << 21  # about 3 ms
+    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter lock
+
+        def run() -> list[float]:
+            return list(pool.map(lambda out: function(turns, ctypes.addressof(out)), outs))
+
+        seconds = _best(run, "cpu", 60)
+        return sum(run()) / seconds
+
+
+def _nothing() -> None:
+    pass

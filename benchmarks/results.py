@@ -1,0 +1,142 @@
+"""Result files: JSON with every raw sample, the machine and the software."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsp_kernels.errors import DSPFormatError
+
+from .environment import environment
+from .rows import Row
+
+__all__ = ["Result", "Run", "read_result", "write_json", "write_result", "write_text"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network. name: as it was asked for; label: what it is; mode: "latency" or "throughput";
+    flop_ratio: multiply-adds of the dense network over those of the pruned one, the ideal speed-up.
+    """
+
+    name: str
+    label: str
+    mode: str
+    flop_ratio: float | None
+    rows: tuple[Row, ...]
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes, ascending."""
+        return sorted({row.batch for row in self.rows})
+
+    def baseline(self, batch: int) -> Row | None:
+        """What speed-ups are against: the fastest dense float32 engine, else the first that was timed."""
+        timed = [row for row in self.rows if row.batch == batch and row.samples is not None]
+        dense = [row for row in timed if row.form == "dense" and not row.runner.endswith(("bf16", "fp16"))]
+        if dense:
+            return min(dense, key=lambda row: row.timed.median)
+        return timed[0] if timed else None
+
+    def speed_up(self, row: Row) -> float | None:
+        """How many times as fast as the baseline of its batch size; None where not both were timed."""
+        base = self.baseline(row.batch)
+        if base is None or row.samples is None:
+            return None
+        return base.timed.median / row.samples.median
+
+    def ideal(self, row: Row) -> float | None:
+        """The speed-up that the FLOPs alone promise for this row's form."""
+        return 1.0 if row.form == "dense" else self.flop_ratio
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one command measured. environment: see there; peaks: ``Peaks.as_json()`` or None."""
+
+    environment: dict[str, Any]
+    peaks: dict[str, Any] | None
+    runs: tuple[Run, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        runs = [
+            {
+                "name": run.name,
+                "label": run.label,
+                "mode": run.mode,
+                "flop_ratio": run.flop_ratio,
+                "rows": [row.as_json() for row in run.rows],
+            }
+            for run in self.runs
+        ]
+        return {"format": _FORMAT, "environment": self.environment, "peaks": self.peaks, "runs": runs}
+
+
+def write_result(path: Path, result: Result) -> Path:
+    """Write it, whole or not at all; samples stand on one line each."""
+    text = json.dumps(result.as_json(), indent=1)
+    return write_text(path, _short_lists(text) + "\n")
+
+
+def read_result(path: str | Path) -> Result:
+    """Read a result file. Raises DSPFormatError where it is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data["format"] != _FORMAT:
+            raise DSPFormatError(f"{path} has format {data['format']!r}; this version reads {_FORMAT}")
+        runs = tuple(
+            Run(
+                run["name"],
+                run["label"],
+                run["mode"],
+                run["flop_ratio"],
+                tuple(Row.from_json(row) for row in run["rows"]),
+            )
+            for run in data["runs"]
+        )
+        return Result(data["environment"], data["peaks"], runs)
+    except FileNotFoundError as error:
+        raise DSPFormatError(f"{path}: no such file") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DSPFormatError):
+            raise
+        raise DSPFormatError(f"{path} is not a result of these benchmarks: {error!r}") from error
+
+
+def write_json(path: Path, rows: Sequence[Row], device: str = "cpu", net: str = "") -> Path:
+    """A result file of one network."""
+    run = Run(net, net, "latency", None, tuple(rows))
+    return write_result(path, Result(environment(device), None, (run,)))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _short_lists(text: str) -> str:
+    """Lists of numbers on one line: thousands of samples would be thousands of lines."""
+    lines: list[str] = []
+    inside: list[str] | None = None
+    for line in text.splitlines():
+        if inside is not None:
+            inside.append(line.strip())
+            if line.strip().startswith("]"):
+                lines.append("".join(inside))
+                inside = None
+        elif line.endswith('"seconds": ['):
+            inside = [line]
+        else:
+            lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""The samples of one engine and what they say: quantiles, spread, and whether they say anything at all."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from .statistics import mann_whitney, quantile
+
+__all__ = ["Samples"]
+
+# A median is no verdict when the middle half of the rounds spreads wider than this, or when the first and the
+# second half of the run differ by more than this and by more than chance: the machine did something else.
+# Quiet rounds of short networks on a shared virtual machine spread over 8 to 12 %, so 20 % is not quiet.
+_MOST_SPREAD, _MOST_DRIFT, _DRIFT_CHANCE, _FEWEST = 0.20, 0.05, 1e-3, 8
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of single calls, in the order in which they were taken.
+
+    per_round: how many neighbouring calls were taken in one round; they are not independent of each other.
+    """
+
+    seconds: tuple[float, ...]
+    per_round: int = 1
+
+    @property
+    def n(self) -> int:
+        """How many samples there are."""
+        return len(self.seconds)
+
+    @property
+    def rounds(self) -> tuple[float, ...]:
+        """The median of each round: independent of each other as far as the machine allows."""
+        step = self.per_round
+        return tuple(statistics.median(self.seconds[i : i + step]) for i in range(0, self.n, step))
+
+    @property
+    def median(self) -> float:
+        """The middle of the samples, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def p10(self) -> float:
+        """A tenth of the samples is not above it."""
+        return quantile(self.seconds, 0.1)
+
+    @property
+    def p90(self) -> float:
+        """Nine tenths of the samples are not above it."""
+        return quantile(self.seconds, 0.9)
+
+    @property
+    def p99(self) -> float:
+        """99 % of the samples are not above it."""
+        return quantile(self.seconds, 0.99)
+
+    @property
+    def variation(self) -> float:
+        """Coefficient of variation: standard deviation over mean."""
+        mean = statistics.fmean(self.seconds)
+        return statistics.pstdev(self.seconds) / mean if mean else 0.0
+
+    @property
+    def unstable(self) -> str:
+        """Why these samples give no verdict; empty where they do."""
+        rounds = self.rounds
+        if len(rounds) < _FEWEST:
+            return f"only {len(rounds)} rounds, {_FEWEST} are needed"
+        middle = statistics.median(rounds)
+        if not middle:
+            return ""
+        spread = (quantile(rounds, 0.75) - quantile(rounds, 0.25)) / middle
+        if spread > _MOST_SPREAD:
+            return f"the middle half spreads over {100 * spread:.0f} %"
+        half = len(rounds) // 2
+        drift = abs(statistics.median(rounds[:half]) - statistics.median(rounds[-half:])) / middle
+        if drift > _MOST_DRIFT and mann_whitney(rounds[:half], rounds[-half:]) < _DRIFT_CHANCE:
+            return f"drifted by {100 * drift:.0f} % during the run"
+        return ""

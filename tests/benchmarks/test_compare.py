@@ -1,0 +1,182 @@
+"""Has it become slower? Rarely a false alarm, rarely a miss, and never across machines unasked."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import made_row
+from dsp_benchmarks.__main__ import main
+from dsp_benchmarks.compare import compare_results, compare_samples
+from dsp_benchmarks.results import Result, read_result, write_result
+from dsp_benchmarks.samples import Samples
+from dsp_benchmarks.statistics import mann_whitney, median_interval, ratio_interval
+from dsp_benchmarks.timing import TimingRules
+
+from dsp_kernels.errors import DSPError
+
+NOISE = Path(__file__).with_name("noise.json")
+_TRIALS = 100
+
+
+def _drawn(
+    noise: list[list[float]], generator: random.Random, rounds: int = TimingRules().rounds, scale: float = 1.0
+) -> Samples:
+    """Rounds drawn from measured ones: what a round's calls have in common stays together."""
+    chosen = [generator.choice(noise) for _ in range(rounds)]
+    return Samples(tuple(scale * value for calls in chosen for value in calls), len(noise[0]))
+
+
+@pytest.fixture(scope="module")
+def noises() -> dict[str, list[list[float]]]:
+    """Rounds of calls over their median, measured on this project's machine: see the file's "about"."""
+    return json.loads(NOISE.read_text())["rounds"]
+
+
+def test_few_false_alarms_on_measured_noise(noises: dict[str, list[list[float]]]) -> None:
+    for name, noise in noises.items():
+        generator = random.Random(1)
+        verdicts = [
+            compare_samples(name, _drawn(noise, generator), _drawn(noise, generator), alpha=0.01).verdict
+            for _ in range(_TRIALS)
+        ]
+        assert sum(verdict in ("slower", "faster") for verdict in verdicts) <= 2, name
+
+
+def test_the_test_alone_keeps_its_level(noises: dict[str, list[list[float]]]) -> None:
+    """Without the least change that is called one, alpha is what bounds the false alarms."""
+    for name, noise in noises.items():
+        generator = random.Random(2)
+        p = [
+            mann_whitney(_drawn(noise, generator).rounds, _drawn(noise, generator).rounds)
+            for _ in range(4 * _TRIALS)
+        ]
+        assert sum(value < 0.01 for value in p) <= 2.5 * 4, name
+        assert 0.4 <= sum(value < 0.5 for value in p) / len(p) <= 0.6, name
+
+
+def test_a_slowdown_of_a_tenth_is_found(noises: dict[str, list[list[float]]]) -> None:
+    for name, noise in noises.items():
+        generator = random.Random(3)
+        verdicts = [
+            compare_samples(name, _drawn(noise, generator), _drawn(noise, generator, scale=1.1)).verdict
+            for _ in range(_TRIALS)
+        ]
+        assert verdicts.count("slower") >= 98, name
+
+
+def test_faster_and_a_change_too_small_to_call() -> None:
+    first = made_row("packed", "a", 1, 1.0).timed
+    assert compare_samples("x", first, made_row("packed", "a", 1, 0.9).timed).verdict == "faster"
+    assert compare_samples("x", first, made_row("packed", "a", 1, 1.02).timed).verdict == "same"
+
+
+def test_unstable_samples_give_no_verdict() -> None:
+    steady, wild = Samples((1.0,) * 20), Samples((1.0, 3.0) * 10)
+    assert compare_samples("x", steady, wild).verdict.startswith("no verdict: the middle half")
+
+
+def test_the_u_test_against_published_numbers() -> None:
+    # Ranks 1 to 5 against 6 to 10: U = 0, z = (12.5 - 0.5) / sqrt(25 * 11 / 12).
+    assert mann_whitney(range(5), range(5, 10)) == pytest.approx(0.01219, abs=1e-5)
+    assert mann_whitney([1.0] * 5, [1.0] * 5) == 1.0
+    assert mann_whitney([1, 2, 3, 4], [1, 2, 3, 4]) == 1.0
+    # Ties: ranks 1.5, 1.5, 4, 4, 4, 6; U = 1, variance 3 * 3 / 12 * (7 - 30 / 30).
+    assert mann_whitney([1, 1, 2], [2, 2, 3]) == pytest.approx(0.1573, abs=1e-4)
+
+
+def test_intervals() -> None:
+    assert median_interval(range(1, 101)) == (41, 60)
+    low, estimate, high = ratio_interval([1.0, 1.01, 0.99] * 5, [1.5, 1.51, 1.49] * 5)
+    assert low < estimate < high
+    assert estimate == pytest.approx(1.5, rel=0.01)
+
+
+def test_intervals_of_the_median_cover_it() -> None:
+    generator = random.Random(0)
+    covered = 0
+    for _ in range(500):
+        low, high = median_interval([generator.expovariate(1) for _ in range(30)])
+        covered += low <= 0.6931 <= high
+    assert 0.93 <= covered / 500 <= 0.99
+
+
+def _slower(result: Result) -> Result:
+    run = result.runs[0]
+    rows = tuple(
+        replace(row, samples=Samples(tuple(1.2 * s for s in row.timed.seconds), 3))
+        if row.engine == "packed/fused:eager"
+        else row
+        for row in run.rows
+    )
+    return replace(result, runs=(replace(run, rows=rows),))
+
+
+@pytest.fixture
+def files(result: Result, tmp_path: Path) -> Callable[[Result], list[str]]:
+    def write(second: Result) -> list[str]:
+        pair = (tmp_path / "a.json", result), (tmp_path / "b.json", second)
+        return [str(write_result(path, one)) for path, one in pair]
+
+    return write
+
+
+def test_the_exit_status_says_whether_anything_is_slower(
+    result: Result, files: Callable[[Result], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *files(result)]) == 0
+    assert "0 slower, 0 without verdict, of 7" in capsys.readouterr().out
+    assert main(["compare", *files(_slower(result))]) == 1
+    out = capsys.readouterr().out
+    assert "2 slower" in out
+    assert "1.200" in out
+    assert main(["compare", *reversed(files(_slower(result)))]) == 0  # faster is no reason to fail
+    assert main(["compare", *files(_slower(result)), "--min-change", "0.3"]) == 0
+
+
+def test_different_machines_are_refused_unless_told(
+    result: Result, files: Callable[[Result], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(result, environment=result.environment | {"processor": "Another", "threads": 8})
+    assert main(["compare", *files(other)]) == 2
+    error = capsys.readouterr().err
+    assert "processor: A processor and Another; threads: 2 and 8" in error
+    assert error.count("\n") == 1
+    assert main(["compare", *files(other), "--other-machine"]) == 0
+
+
+def test_results_without_anything_in_common_are_refused(result: Result) -> None:
+    other = replace(result, runs=(replace(result.runs[0], name="other"),))
+    with pytest.raises(DSPError, match="have no engine"):
+        compare_results(result, other)
+
+
+def test_a_result_is_read_back_as_it_was_written(result: Result, tmp_path: Path) -> None:
+    path = write_result(tmp_path / "new" / "a.json", result)
+    read = read_result(path)
+    assert read.environment == result.environment
+    assert [row.engine for row in read.runs[0].rows] == [row.engine for row in result.runs[0].rows]
+    for row, before in zip(read.runs[0].rows, result.runs[0].rows, strict=True):
+        assert (row.status, row.reason, row.floor) == (before.status, before.reason, before.floor)
+        if before.samples is not None:
+            assert row.timed.seconds == pytest.approx(before.samples.seconds, rel=1e-5)
+            assert row.timed.per_round == 3
+    assert [file.name for file in path.parent.iterdir()] == ["a.json"]
+    assert max(len(line) for line in path.read_text().splitlines()) > 500  # samples on one line
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "runs": [{}]}'])
+def test_a_file_that_is_no_result_is_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    assert main(["compare", str(path), str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert error.count("\n") == 1
+    assert main(["report", str(tmp_path / "none.json")]) == 2

@@ -1,0 +1,235 @@
+"""Every engine: the right answer where it can run, its reason where it cannot, and what TensorRT is given."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dsp_benchmarks.cases import Case, build_case, case_input
+from dsp_benchmarks.engines import ENGINES, base, fused, tensorrt, torch_compile
+from dsp_benchmarks.engines.onnx_file import INPUT, OUTPUT, onnx_bytes
+from dsp_benchmarks.networks import Network
+
+from dsp_kernels.errors import DSPBackendError
+
+_FAST = [name for name, engine in ENGINES.items() if not engine.slow_build and engine.device != "cuda"]
+
+
+@pytest.mark.parametrize("name", _FAST)
+@pytest.mark.parametrize("form", ["dense", "packed", "compacted", "filters"])
+def test_engines_give_the_right_answer_in_every_form(network: Network, form: str, name: str) -> None:
+    row, run = build_case(Case(form, name), network, case_input(network, 3, 0))
+    if row.status == "unavailable":
+        pytest.skip(row.reason)
+    assert row.status == "ok", row.reason
+    assert run is not None
+    assert row.build_seconds is not None
+
+
+def test_compiled_engines_do_not_share_what_they_compiled(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code is kept per code object; two engines on one network must each compile their own."""
+    compiled: list[Any] = []
+
+    def compile_(function: Any, **options: Any) -> Any:
+        compiled.append((function.__code__, options))
+        return function
+
+    monkeypatch.setattr(torch_compile.torch, "compile", compile_)
+    x = case_input(network, 1, 0)
+    for name in ("compile", "compile-autotune", "compile-freezing"):
+        run = ENGINES[name].prepare(network.form("packed"), x)
+        assert torch.allclose(run(x), network.form("packed")(x), atol=1e-5)
+    codes = [id(code) for code, _ in compiled]
+    assert len(set(codes)) == 3
+    assert [options.get("mode") for _, options in compiled] == [None, "max-autotune", None]
+
+
+@pytest.mark.parametrize(
+    ("engine", "package"),
+    [
+        ("onnxruntime", "onnxruntime"),
+        ("onnxruntime", "onnx"),
+        ("openvino", "openvino"),
+        ("openvino-bf16", "onnx"),
+        ("tensorrt", "tensorrt"),
+        ("tensorrt-fp16", "tensorrt"),
+        ("onnxruntime-cuda", "onnxruntime"),
+    ],
+)
+def test_a_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch, engine: str, package: str) -> None:
+    real = importlib.import_module
+
+    def hidden(name: str, *arguments: Any) -> Any:
+        if name == package:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *arguments)
+
+    monkeypatch.setattr(base.importlib, "import_module", hidden)
+    able, reason = ENGINES[engine].available()
+    assert not able
+    assert f"the package {package} cannot be imported" in reason
+
+
+@pytest.mark.parametrize("engine", ["cuda-graph", "cuda-graph-fp16"])
+def test_a_missing_device_is_the_reason(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    able, reason = ENGINES[engine].available()
+    assert not able
+    assert "CUDA" in reason
+
+
+def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    def none() -> str:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    assert ENGINES["compile"].available() == (False, "Inductor finds no C++ compiler (no compiler found)")
+
+
+def test_a_missing_torchscript_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.jit, "optimize_for_inference")
+    assert ENGINES["torchscript-opt"].available() == (False, "this torch has no TorchScript")
+
+
+def test_a_processor_without_bfloat16_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino")
+
+    class Core:
+        def get_property(self, *_: str) -> list[str]:
+            return ["FP32"]
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    assert ENGINES["openvino-bf16"].available()[1].startswith("this processor has no bfloat16")
+    assert ENGINES["openvino"].available() == (True, "")
+
+
+def test_a_missing_executor_is_the_reason() -> None:
+    able, reason = fused.Fused("fused:warp", "warp").available()
+    assert not able
+    assert "no executor 'warp'" in reason
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_what_tensorrt_is_given_gives_the_right_answer(
+    network: Network, form: str, dtype: torch.dtype
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = network.form(form), case_input(network, 2, 0)
+    file = onnx_bytes(model, x, dtype)
+    graph = onnx.load_from_string(file).graph
+    kinds = {tensor.data_type for tensor in graph.initializer} - {onnx.TensorProto.INT64}
+    expected_kind = onnx.TensorProto.FLOAT16 if dtype == torch.float16 else onnx.TensorProto.FLOAT
+    assert kinds == {expected_kind}  # strongly typed: nothing in between
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (got,) = session.run([OUTPUT], {INPUT: x.to(dtype).numpy()})
+    with torch.no_grad():
+        expected = model(x)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert float((torch.from_numpy(got).float() - expected).abs().max() / expected.abs().max()) <= bound
+
+
+class _FakeTensorRT(types.ModuleType):
+    """As much of TensorRT's builder as its documentation describes; records what it is told."""
+
+    def __init__(self, version: str, *, parses: bool = True) -> None:
+        super().__init__("tensorrt")
+        self.__version__ = version
+        self.told: list[Any] = []
+        told = self.told
+        flags = {"STRONGLY_TYPED": 1} if version.startswith("10") else {}
+        self.NetworkDefinitionCreationFlag = types.SimpleNamespace(**flags)
+        self.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
+        self.BuilderFlag = types.SimpleNamespace(TF32="tf32")
+
+        class Logger:
+            ERROR = 1
+
+            def __init__(self, level: int) -> None: ...
+
+        class Cache:
+            def serialize(self) -> bytes:
+                return b"timings"
+
+        class Config:
+            def set_memory_pool_limit(self, pool: str, size: int) -> None: ...
+
+            def clear_flag(self, flag: str) -> None:
+                told.append(("clear", flag))
+
+            def create_timing_cache(self, content: bytes) -> Cache:
+                told.append(("timing cache", content))
+                return Cache()
+
+            def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> None:
+                assert not ignore_mismatch
+
+        class Builder:
+            def __init__(self, logger: Logger) -> None: ...
+
+            def create_network(self, flags: int) -> str:
+                told.append(("network", flags))
+                return "network"
+
+            def create_builder_config(self) -> Config:
+                return Config()
+
+            def build_serialized_network(self, network: str, config: Config) -> bytes:
+                told.append("built")
+                return b"plan"
+
+        class OnnxParser:
+            num_errors = 1
+
+            def __init__(self, network: str, logger: Logger) -> None: ...
+
+            def parse(self, content: bytes) -> bool:
+                told.append(("parsed", content))
+                return parses
+
+            def get_error(self, number: int) -> str:
+                return "unsupported node"
+
+        self.Logger, self.Builder, self.OnnxParser = Logger, Builder, OnnxParser
+
+
+@pytest.mark.parametrize(("version", "flags"), [("10.9.0", 2), ("11.0.0", 0)])
+def test_tensorrt_builds_once_strongly_typed_without_tf32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, flags: int
+) -> None:
+    fake = _FakeTensorRT(version)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setenv("DSP_TENSORRT_CACHE", str(tmp_path))
+    assert tensorrt.build_engine(b"onnx", "H200") == b"plan"
+    assert fake.told == [
+        ("network", flags),
+        ("parsed", b"onnx"),
+        ("clear", "tf32"),
+        ("timing cache", b""),
+        "built",
+    ]
+    fake.told.clear()
+    assert tensorrt.build_engine(b"onnx", "H200") == b"plan"
+    assert fake.told == []  # from the disk
+    tensorrt.build_engine(b"onnx", "another GPU")
+    tensorrt.build_engine(b"other onnx", "H200")
+    assert fake.told.count("built") == 2
+    assert ("timing cache", b"timings") in fake.told
+
+
+def test_tensorrt_that_cannot_parse_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", _FakeTensorRT("10.9.0", parses=False))
+    monkeypatch.setenv("DSP_TENSORRT_CACHE", str(tmp_path))
+    with pytest.raises(DSPBackendError, match="cannot read the network: unsupported node"):
+        tensorrt.build_engine(b"onnx", "H200")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,144 @@
+"""Tables, pictures and the page; the README's table equals the committed result."""
+
+from __future__ import annotations
+
+import csv
+import html
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from dsp_benchmarks.__main__ import main
+from dsp_benchmarks.commands import DEFAULT_RESULT, README
+from dsp_benchmarks.html_page import html_page
+from dsp_benchmarks.plots import draw_plots
+from dsp_benchmarks.report import COLUMNS, README_MARKERS, cells, markdown, put_into_readme, summary
+from dsp_benchmarks.results import Result, read_result, write_result
+
+from dsp_kernels.errors import DSPFormatError
+
+
+def _column(result: Result, name: str) -> dict[tuple[str, str], str]:
+    place = COLUMNS.index(name)
+    return {(line[0], line[1]): line[place] for line in cells(result.runs[0])}
+
+
+def test_speed_ups_are_against_the_fastest_dense_float32_engine(result: Result) -> None:
+    faster, ideal = _column(result, "times faster"), _column(result, "ideal")
+    assert float(faster["dense/openvino", "1"]) == 1
+    assert float(faster["packed/fused:eager", "1"]) == pytest.approx(2, rel=0.01)
+    assert float(faster["packed/fused:eager", "8"]) == pytest.approx(3, rel=0.01)
+    assert float(faster["dense/openvino-bf16", "1"]) == pytest.approx(4, rel=0.01)
+    assert ideal["packed/fused:eager", "1"] == "2.50"
+    assert ideal["dense/torch", "1"] == "1.00"
+
+
+def test_cells_hold_floor_throughput_and_reasons(result: Result) -> None:
+    assert _column(result, "% of floor")["packed/fused:eager", "8"] == "25"
+    assert float(_column(result, "images/s")["packed/fused:eager", "8"]) == pytest.approx(800, rel=0.01)
+    notes = _column(result, "note")
+    assert notes["dense/tensorrt", "1"] == "unavailable: the package x | y is missing"
+    assert notes["packed/compile", "1"] == "skipped: takes long"
+    assert all(len(line) == len(COLUMNS) for line in cells(result.runs[0]))
+
+
+def test_unstable_samples_are_said_to_be(result: Result) -> None:
+    run = result.runs[0]
+    samples = replace(run.rows[0].timed, seconds=(1.0, 3.0) * 30, per_round=1)
+    one = replace(result, runs=(replace(run, rows=(replace(run.rows[0], samples=samples), *run.rows[1:])),))
+    assert "no verdict: the middle half spreads" in _column(one, "note")["dense/torch", "1"]
+    assert "| ~2e+03 (" in summary(one)
+    assert "no verdict" in summary(one)
+    assert "~" not in summary(result)
+
+
+def test_every_file_of_a_report_is_written(result: Result, tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", result)
+    assert main(["report", str(path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert len(rows) == len(result.runs[0].rows)
+    assert rows[0]["engine"] == "dense/torch"
+    text = (tmp_path / "a.md").read_text()
+    assert text == markdown(result)
+    assert "x \\| y" in text  # a pipe would begin a new cell
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "latency.png",
+        "roofline.png",
+        "speed_up.png",
+        "throughput.png",
+    ]
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "a").iterdir())
+
+
+def test_one_file_can_be_asked_for(result: Result, tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", result)
+    flags = ["--html", "p/page.html", "--csv", "p/t.csv", "--markdown", "p/t.md", "--plots", "p/pictures"]
+    paths = [str(tmp_path / flag) if not flag.startswith("--") else flag for flag in flags]
+    assert main(["report", str(path), *paths]) == 0
+    assert sorted(file.name for file in (tmp_path / "p").iterdir()) == [
+        "page.html",
+        "pictures",
+        "t.csv",
+        "t.md",
+    ]
+
+
+def test_a_page_in_a_browser_shows_tables_and_pictures_without_errors(result: Result, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        reason = "no chromium here: apt-get install chromium"
+        if os.environ.get("DSP_REQUIRE_CHROMIUM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    page = html_page(result, draw_plots(result))
+    assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
+    # The check runs inside the page, so that it sees what the browser made of it.
+    probe = (
+        '<script>addEventListener("error",e=>{document.title="error: "+e.message},true);'
+        'addEventListener("load",()=>{const i=[...document.images];'
+        'document.documentElement.dataset.seen=[document.querySelectorAll("table").length,'
+        'i.filter(x=>x.complete&&x.naturalWidth>100).length,document.querySelectorAll("tr.fused").length]})</script>'
+    )
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</head>", f"{probe}</head>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    home = ["--user-data-dir=" + str(tmp_path / "profile")]
+    ran = subprocess.run(
+        [chromium, *flags, *home, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    dom = html.unescape(ran.stdout)
+    assert 'data-seen="2,4,2"' in dom, dom[:400]
+    assert "<title>dsp-kernels benchmarks</title>" in dom
+    assert "CONSOLE" not in ran.stderr, ran.stderr
+
+
+def test_the_readme_gets_the_table_between_its_markers(result: Result, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    start, end = README_MARKERS
+    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    path = str(write_result(tmp_path / "a.json", result))
+    assert main(["report", path, "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{start}\n")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+    assert "| packed/fused:eager | 2 (2.00x) | 10 (3.00x) |" in text.replace("1.99", "2").replace(
+        "9.99", "10"
+    )
+    assert "tensorrt (the package x | y is missing)" in text
+    assert put_into_readme(text, read_result(path)) == text
+    readme.write_text("no markers")
+    assert main(["report", path, "--readme", str(readme)]) == 2
+    with pytest.raises(DSPFormatError, match="no place for results"):
+        put_into_readme("", result)
+
+
+def test_the_readme_equals_the_committed_result() -> None:
+    """``python -m dsp_benchmarks report --readme`` makes it so."""
+    text = README.read_text(encoding="utf-8") if README.is_file() else ""
+    if README_MARKERS[0] in text:
+        assert put_into_readme(text, read_result(DEFAULT_RESULT)) == text
