@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,8 +40,9 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
     same statistics, if pruned filters have norms of weight and bias 0, which is how PruneWrapper leaves
     them. The model is not changed.
 
-    Raises DSPTraceError if torch.fx cannot follow the model, DSPPruningError if weights grew back where a
-    mask is 0, and DSPVerificationError if the copy does not answer as the masked network does.
+    Raises DSPTraceError if torch.fx cannot follow the model, DSPPruningError if a mask does not fit its
+    weight, and DSPVerificationError if the copy does not answer as the masked network does. Warns if weights
+    are not 0 where their mask is.
     """
     if not isinstance(model, nn.Module):
         model = getattr(model, "model", model)  # a GroupWrapper or PruneWrapper
@@ -54,7 +56,7 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
 
 
 def _pack(model: nn.Module, example_input: Tensor) -> nn.Module:
-    masked = _checked_copy(model)
+    masked = _masked_copy(model)
     packed = copy.deepcopy(masked)
     network = trace(packed, example_input)
     plan = plan_packing(network, _read_in_training(packed, network))
@@ -65,9 +67,13 @@ def _pack(model: nn.Module, example_input: Tensor) -> nn.Module:
     return packed
 
 
-def _checked_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model. Raises DSPPruningError if a mask is not [O, C, 1, 1] or its weights are not 0."""
-    for name, module in model.named_modules():
+def _masked_copy(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions are multiplied by their masks; a warning where that changes the network.
+
+    Raises DSPPruningError if a mask is not [O, C, 1, 1].
+    """
+    masked = copy.deepcopy(model)
+    for name, module in masked.named_modules():
         mask = getattr(module, "mask", None)
         if not isinstance(module, nn.Conv2d) or not isinstance(mask, Tensor):
             continue
@@ -76,13 +82,16 @@ def _checked_copy(model: nn.Module) -> nn.Module:
             raise DSPPruningError(
                 f"the mask of layer {name!r} has shape {tuple(mask.shape)}; expected {expected}"
             )
-        grown = int((module.weight.detach() * mask.eq(0)).count_nonzero())
+        with torch.no_grad():
+            grown = int((module.weight * mask.eq(0)).count_nonzero())
+            module.weight.masked_fill_(mask.eq(0), 0.0)
         if grown:
-            raise DSPPruningError(
-                f"layer {name!r} has {grown} weights that are not 0 where its mask is: the network that was "
-                "trained is not the masked one. Call PruneWrapper.after_step() after every optimizer step"
+            warnings.warn(
+                f"layer {name!r} has {grown} weights that are not 0 where its mask is; the packed network is "
+                "the masked one. Call PruneWrapper.after_step() after every optimizer step",
+                stacklevel=4,
             )
-    return copy.deepcopy(model)
+    return masked
 
 
 def _read_in_training(model: nn.Module, network: TracedNetwork) -> dict[str, str]:
