@@ -9,8 +9,8 @@ from .statistics import mann_whitney, median_interval, quantile
 
 __all__ = ["Samples"]
 
-# A median is no verdict when its 95 % interval is wider than this part of it, or when the first and the second
-# half of the run differ by more than this and by more than chance: the machine did something else.
+# A median is no verdict when its 95 % interval is wider than this part of it, or when the first and the
+# second half of the run differ by more than this and by more than chance: the machine did something else.
 _MOST_WIDTH, _MOST_DRIFT, _DRIFT_CHANCE, _FEWEST = 0.15, 0.05, 1e-3, 8
 
 
