@@ -2,19 +2,21 @@
 # make test   the same install, then the test suite
 # make bench  every engine that runs here, side by side, with a page of results
 # make lint   ruff and mypy
+# make fuzz   damage 20,000 saved files and load them
+# make test-zoo   pack every network of the zoo and write docs/zoo.md (installs timm)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := cli,vision,bench,test,dev
+EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test test-zoo fuzz lint bench install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=2.13"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
@@ -24,6 +26,13 @@ demo: $(INSTALLED)
 # One thread per process: two torch processes that both use two cores slow each other down many times.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-zoo: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet timm
+	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run_zoo.py docs/zoo.md
+
+fuzz: $(INSTALLED)
+	$(BIN)/python scripts/fuzz_files.py --count 20000
 
 # About five minutes; the page is benchmarks/results/default_cpu.html.
 bench: $(INSTALLED)

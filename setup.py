@@ -2,10 +2,120 @@
 
 from __future__ import annotations
 
-from setuptools import Extension, find_packages, setup
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-# Native extensions, one entry each. None yet: every operation runs in plain PyTorch.
-NATIVE_EXTENSIONS: list[Extension] = []
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+CPU_SOURCES = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").glob("*.cpp"))
+CPU_HEADERS = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").glob("*.h"))
+
+# Native extensions, one entry each.
+NATIVE_EXTENSIONS: list[Extension] = [
+    Extension("dsp_kernels._C", CPU_SOURCES, depends=CPU_HEADERS, language="c++"),
+]
+
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
+# One file per instruction set; the extension chooses among them when it runs.
+AVX512 = ("f", "dq", "bw", "vl")
+ISA_FLAGS = {
+    "kernel_avx2.cpp": ["-mavx2", "-mfma"],
+    "kernel_avx512.cpp": [*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mprefer-vector-width=512"],
+}
+
+
+def why_not_native() -> str:
+    """Why the CPU extension cannot be built here; empty if it can. DSP_KERNELS_CPU=0 leaves it out."""
+    if os.environ.get("DSP_KERNELS_CPU") == "0":
+        return "DSP_KERNELS_CPU is 0"
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+    if sys.platform == "win32" or not (
+        shutil.which(compiler) or shutil.which("g++") or shutil.which("clang++")
+    ):
+        return f"there is no C++ compiler ({compiler}); install g++ or clang++"
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        return f"there are no Python headers in {headers}; install python3-dev"
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        return "pybind11 is not installed; `pip install pybind11`, or build without --no-build-isolation"
+    return ""
+
+
+class BuildNative(build_ext):
+    """Builds what this machine can build and says so; without a compiler the package is pure Python."""
+
+    def run(self) -> None:
+        reason = why_not_native()
+        if reason:
+            self.extensions = []
+            self.announce_line(f"building without dsp_kernels._C (networks run in plain PyTorch): {reason}")
+        super().run()
+        if not reason:
+            self.announce_line("built dsp_kernels._C, the native CPU kernels")
+
+    def announce_line(self, text: str) -> None:
+        """To stderr, because pip hides the standard output unless it is asked with -v."""
+        print(f"dsp-kernels: {text}", file=sys.stderr)
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        compiler = os.environ.get("CXX") or next(
+            name
+            for name in (*shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1], "g++", "clang++")
+            if shutil.which(name)
+        )
+        include = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+        folder = Path(self.build_temp) / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
+        newest_header = max(Path(header).stat().st_mtime for header in ext.depends)
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+
+        def compile_one(source: str) -> str:
+            target = folder / (Path(source).stem + ".o")
+            newest = max(newest_header, Path(source).stat().st_mtime)
+            if self.force or not target.exists() or target.stat().st_mtime < newest:
+                flags = ISA_FLAGS.get(Path(source).name, []) if platform.machine() in X86_64 else []
+                self.spawn(
+                    [
+                        *shlex.split(compiler),
+                        *COMMON_FLAGS,
+                        *flags,
+                        *extra,
+                        "-fPIC",
+                        *include,
+                        "-c",
+                        source,
+                        "-o",
+                        str(target),
+                    ]
+                )
+            return str(target)
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        temporary = library.with_suffix(".tmp")
+        self.spawn(
+            [*shlex.split(compiler), "-shared", "-pthread", *extra, *link, *objects, "-o", str(temporary)]
+        )
+        temporary.replace(library)
+
+
+X86_64 = ("x86_64", "AMD64")
 
 setup(
     packages=[
@@ -15,4 +125,5 @@ setup(
         *(f"dsp_benchmarks.{name}" for name in find_packages("benchmarks")),
     ],
     ext_modules=NATIVE_EXTENSIONS,
+    cmdclass={"build_ext": BuildNative},
 )

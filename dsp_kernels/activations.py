@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def _hardswish_gradient(x: Tensor) -> Tensor:
 
 # name -> (function, the same in place, derivative at the value before the activation)
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "none": (_identity, _identity, lambda x: x.new_ones(())),
+    "none": (_identity, _identity, torch.ones_like),
     "relu": (F.relu, F.relu_, lambda x: x > 0),
     "relu6": (F.relu6, lambda x: F.relu6(x, inplace=True), lambda x: (x > 0) & (x < 6)),
     "silu": (F.silu, lambda x: F.silu(x, inplace=True), _silu_gradient),

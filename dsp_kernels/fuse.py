@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPShapeError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS, Runner
+from dsp_kernels.native import warn_if_missing
 from dsp_kernels.planner import plan
 from dsp_kernels.program import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import evaluating, trace
+from dsp_kernels.trace_ops import LEAF_TYPES
 
 __all__ = ["FusedNetwork", "fuse"]
 
@@ -31,12 +33,17 @@ def fuse(
     Raises DSPTraceError if the model cannot be traced, DSPBackendError if the backend cannot run it,
     DSPVerificationError if the answers differ by more than rounding.
     """
-    network = trace(model, example_input)
+    if isinstance(model, LEAF_TYPES):
+        model = nn.Sequential(model)  # torch.fx traces what a module calls, not the module itself
     dtype = dtype or example_input.dtype
-    # Folding was done in float64; from here on the Program owns its tensors.
-    program = plan(network).map_tensors(
-        lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
-    )
+    if backend == "auto" and example_input.device.type == "cpu":
+        warn_if_missing()
+    # Modules that stay plain PyTorch are copied in the mode in which they are to run.
+    with evaluating(model):
+        # Folding was done in float64; from here on the Program owns its tensors.
+        program = plan(trace(model, example_input)).map_tensors(
+            lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
+        )
     fused = FusedNetwork(program, tuple(example_input.shape), dtype, example_input.device, backend)
     _verify(fused, model, example_input)
     return fused
@@ -64,7 +71,7 @@ class FusedNetwork(nn.Module):
         self.backend = EXECUTORS.choose(backend, program, dtype, device).name
         self._asked_backend = backend
         self._example_shape = example_shape
-        self._runner: Runner | None = None
+        self._runners: dict[str, Runner] = {}
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,13 +84,18 @@ class FusedNetwork(nn.Module):
             raise DSPShapeError(
                 f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
             )
-        runner = self._runner
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self._runner_for(x)(x.to(self.dtype)).to(x.dtype)
+
+    def _runner_for(self, x: Tensor) -> Runner:
+        # Whoever records operations instead of running them has to see PyTorch's own.
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+        name = "eager" if recorded else self.backend
+        runner = self._runners.get(name)
         if runner is None:
-            runner = self._runner = EXECUTORS.choose(
-                self.backend, self.program, self.dtype, self.device
-            ).prepare(self.program)
-        with torch.no_grad():
-            return runner(x.to(self.dtype)).to(x.dtype)
+            executor = EXECUTORS.choose(name, self.program, self.dtype, self.device)
+            runner = self._runners[name] = executor.prepare(self.program)
+        return runner
 
     def explain(self) -> str:
         """One line per step: what was fused, how it runs, and what stays ordinary PyTorch."""
@@ -107,15 +119,16 @@ class FusedNetwork(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedNetwork:
         # .to(), .cuda(), .half() come here.
-        self.program = self.program.map_tensors(fn)
+        program = self.program.map_tensors(fn)
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        self.dtype, self.device, self._runner = probe.dtype, probe.device, None
-        self.backend = EXECUTORS.choose(self._asked_backend, self.program, self.dtype, self.device).name
+        backend = EXECUTORS.choose(self._asked_backend, program, probe.dtype, probe.device).name
+        self.program, self.backend, self._runners = program, backend, {}
+        self.dtype, self.device = probe.dtype, probe.device
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A runner is made of closures; the copy makes its own.
-        return {**self.__dict__, "_runner": None}
+        return {**self.__dict__, "_runners": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedNetwork:
         program = self.program.map_tensors(torch.clone)
@@ -132,9 +145,11 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
     reductions = [weight[0].numel() for step in convs for weight in step.weights]
     bound = network_tolerance(fused.dtype, max(reductions, default=1), depth)
-    with evaluating(model), torch.no_grad():
+    # Under somebody's autocast the model itself would be the one that rounds.
+    plain = torch.autocast(example_input.device.type, enabled=False)
+    with evaluating(model), torch.no_grad(), plain:
         for what, x in (("the example input", example_input), ("random images", noise)):
-            expected, got = model(x), fused(x)
+            expected, got = model(x.clone()), fused(x.clone())  # a model may write into its input
             scale = expected.abs().max().item() if expected.numel() else 0.0
             error = (expected - got).abs().max().item() if expected.numel() else 0.0
             if not error <= bound * max(scale, torch.finfo(fused.dtype).tiny):

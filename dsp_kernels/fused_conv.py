@@ -20,8 +20,10 @@ class FusedConv2d(nn.Module):
 
     Input (batch, in_channels, height, width), plain or channels_last; output in the same layout.
     weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. They are parameters that take no gradient.
-    The weights are arranged once and again whenever they change. While torch.compile or torch.export
-    looks on, or a gradient is needed, the module calls the torch op instead.
+    The weights are arranged once, and again whenever PyTorch counts a change of them; a write through
+    ``.data`` is not counted: call ``reset_plan()`` after one. While torch.compile or torch.export looks on,
+    or a gradient is needed, the module calls the torch op instead. Under autocast it computes in its
+    weights' own dtype.
     """
 
     def __init__(
@@ -40,27 +42,45 @@ class FusedConv2d(nn.Module):
             for name, index in (("in_index", group.in_index), ("out_index", group.out_index)):
                 tensor = torch.tensor(index, dtype=torch.long, device=device)
                 self.register_buffer(f"{name}_{number}", tensor, persistent=False)
-        self._plan: ConvPlan | None = None
-        self._plan_stamp: tuple[Any, ...] = ()
+        self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (batch, in_channels, height, width); residual: like the output, or None."""
+        constants = [*self.weights, *([] if self.bias is None else [self.bias])]
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._run(x, residual, constants)
+        if constants and x.dtype != constants[0].dtype:
+            x = x.to(constants[0].dtype)  # autocast's doing; this module computes as its weights are
+            residual = None if residual is None else residual.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._run(x, residual, constants)
+
+    def _run(self, x: Tensor, residual: Tensor | None, constants: list[Tensor]) -> Tensor:
         if self._needs_op(x, residual):
             return self._call_op(x, residual)
-        constants = [*self.weights, *([] if self.bias is None else [self.bias])]
         shape = self.spec.check_input(x, constants, residual)
         layout = memory_format_of(x)
         if shape[0] == 0:
             return x.new_empty(shape).contiguous(memory_format=layout)
         stamp = (x.dtype, x.device, *(_stamp(constant) for constant in constants))
-        plan = self._plan
-        if plan is None or stamp != self._plan_stamp:
+        known = self._plan  # one attribute, so that two threads never pair one's plan with the other's stamp
+        if known is None or known[0] != stamp or any(constant.is_inference() for constant in constants):
             backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device)
             weights = [weight.detach() for weight in self.weights]
-            plan = backend.prepare(self.spec, weights, None if self.bias is None else self.bias.detach())
-            self._plan, self._plan_stamp = plan, stamp
+            bias = None if self.bias is None else self.bias.detach()
+            known = self._plan = stamp, backend.prepare(self.spec, weights, bias)
+        plan = known[1]
         with torch.no_grad():
             return plan(x, residual).contiguous(memory_format=layout)
+
+    def reset_plan(self) -> None:
+        """Arrange the weights anew at the next call."""
+        self._plan = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
+        self.reset_plan()
+        super()._apply(fn, recurse)
+        return self
 
     def _needs_op(self, x: Tensor, residual: Tensor | None) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
@@ -84,7 +104,7 @@ class FusedConv2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan is made of closures; a copy makes its own.
-        return {**self.__dict__, "_plan": None, "_plan_stamp": ()}
+        return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
         """Structure and settings, for print()."""

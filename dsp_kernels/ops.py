@@ -59,7 +59,9 @@ def gather_grouped_conv2d(
         activation,
     )
     spec.check_input(x, (), residual)
-    in_index, out_index = index_tensors(structure, x.device)
+    # Under a mode that makes other tensors (fake ones) the index tensors are made by it too, and not kept.
+    indices = index_tensors if type(x) is Tensor else _make_index_tensors
+    in_index, out_index = indices(structure, x.device)
     return gather_grouped_conv2d_tensors(x, weights, in_index, out_index, bias, residual, spec)
 
 
@@ -93,15 +95,14 @@ def index_tensors(
     structure: GroupStructure, device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """in_index and out_index of every group as int64 tensors on a device, made once per structure."""
-    return _index_tensors(structure, device)
+    return _kept_index_tensors(structure, device)
 
 
 # What torch.compiler.assume_constant_result sets, without importing all of dynamo to set it.
 index_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1024)
-def _index_tensors(
+def _make_index_tensors(
     structure: GroupStructure, device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     with torch.inference_mode(False):
@@ -109,6 +110,9 @@ def _index_tensors(
             tuple(torch.tensor(g.in_index, dtype=torch.long, device=device) for g in structure.groups),
             tuple(torch.tensor(g.out_index, dtype=torch.long, device=device) for g in structure.groups),
         )
+
+
+_kept_index_tensors = lru_cache(maxsize=1024)(_make_index_tensors)
 
 
 def _run(

@@ -21,7 +21,12 @@ def save_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights, in_index, out_index, bias, residual, out_channels, *settings, activation = inputs
     ctx.groups = len(weights)
     ctx.out_channels, ctx.settings, ctx.activation = out_channels, settings, activation
-    ctx.save_for_backward(x, bias, residual, output, *weights, *in_index, *out_index)
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    # Only what the derivative needs: the caller may overwrite the rest.
+    before = (None, None, output) if activation in ("relu", "relu6") else (None, None, None)
+    if activation not in _FROM_OUTPUT:
+        before = (bias, residual, None)
+    ctx.save_for_backward(x, *before, *weights, *in_index, *out_index)
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -37,12 +42,14 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             before = op(
                 x, weights, in_index, out_index, bias, residual, ctx.out_channels, *ctx.settings, "none"
             )
-        grad = grad * activation_gradient(before, ctx.activation)
+        slope = activation_gradient(before, ctx.activation)
+        # Not a product where the slope is 0: an infinite gradient stays out.
+        grad = torch.where(slope != 0, grad * slope, 0.0)
 
     needs_x, needs_weights = ctx.needs_input_grad[0], any(weight.requires_grad for weight in weights)
     grad_x = torch.zeros_like(x) if needs_x else None
     grad_weights: list[Tensor | None] = []
-    grad_bias = None if bias is None else torch.zeros_like(bias)
+    grad_bias = grad.new_zeros(ctx.out_channels) if ctx.has_bias else None
     for weight, index, out in zip(weights, in_index, out_index, strict=True):
         group_grad = grad.index_select(1, out)
         if grad_bias is not None:
@@ -68,5 +75,5 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if grad_x is not None:
             grad_x = grad_x.index_add(1, index, group_grad_x)
     nothing = [None] * n
-    grad_residual = None if residual is None else grad
+    grad_residual = grad if ctx.has_residual else None
     return (grad_x, grad_weights, nothing, nothing, grad_bias, grad_residual, *[None] * 6)

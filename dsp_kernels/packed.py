@@ -18,8 +18,9 @@ __all__ = ["PackedConv2d", "pair"]
 
 def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
     """(vertical, horizontal) from one or two integers. Raises DSPShapeError below ``least``."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int) and v >= least for v in values):
+    # A SymInt is an int that torch.compile does not know yet.
+    values = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) and v >= least for v in values):
         raise DSPShapeError(f"{name} is {value!r}; expected one or two integers of at least {least}")
     return values[0], values[1]
 

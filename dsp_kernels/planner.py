@@ -33,7 +33,7 @@ from dsp_kernels.program import (
     ValueRef,
 )
 from dsp_kernels.structure import GroupStructure
-from dsp_kernels.trace import TracedNetwork, TracedNode
+from dsp_kernels.trace import TracedNetwork, TracedNode, works_in_place
 
 __all__ = ["conv_spec_of", "plan", "zero_padding"]
 
@@ -89,6 +89,7 @@ class _Planner:
         self.value_of: dict[str, str] = {}  # node -> the value that holds its result
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.readers = _readers(network)
+        self.settled = 0  # steps before this one stay where they are
         self.handlers: dict[str, Callable[[TracedNode], None]] = {
             "conv": self._conv,
             "packed_conv": self._conv,
@@ -150,7 +151,7 @@ class _Planner:
         if self.readers[name] != 1:
             return None
         value = self.value_of[name]
-        for step in reversed(self.steps):
+        for step in reversed(self.steps[self.settled :]):
             if step.output == value:
                 return (
                     step
@@ -243,6 +244,9 @@ class _Planner:
         target = "reshape" if fx_node.op == "call_method" and fx_node.target == "view" else fx_node.target
         step = TorchStep(node.name, self._inputs(node), fx_node.op, target, args, kwargs, held, why)
         self._emit(node, step)
+        if works_in_place(fx_node, self.network.graph_module):
+            # It writes into what an earlier step may read: that step may not move behind it.
+            self.settled = len(self.steps)
 
 
 def _readers(network: TracedNetwork) -> dict[str, int]:

@@ -1,13 +1,13 @@
-"""save / load of packed models: tensors in safetensors, structures in its JSON header, no pickle.
+"""save / load of packed models: tensors in safetensors, the network in its JSON header, no pickle, no code.
 
-Version 1: a known architecture, and per module what packing changed in it.
+Version 2 holds the network itself (see ``graph_file``); version 1, a known architecture by name, is still
+read (see ``file_version_1``).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,178 +17,143 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsp_kernels.architectures import build_architecture
-from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.file_header import FORMAT_VERSION, KEY, check_tensors, new_header, read_header, tensor_table
+from dsp_kernels.file_version_1 import build_changed, encode_changes
+from dsp_kernels.fused_conv import FusedConv2d
+from dsp_kernels.graph_check import check_network, is_example_shape
+from dsp_kernels.graph_encode import encode_network
+from dsp_kernels.graph_file import LoadedNetwork, build_network
+from dsp_kernels.graph_modules import Budget
 from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.structure import GroupStructure
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
-FORMAT_VERSION = 1
-_KEY = "dsp_kernels"
-_FORMAT = "packed model"
+# A structure may have absent channels, which take no byte; so many are allowed in a file of any size.
+_FREE_WIDTHS = 2**20
+# Tried in turn where no example is given: small images, MNIST, ImageNet, Inception.
+_USUAL_SIZES = (32, 28, 224, 299, 16, 8)
 
 
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write a packed model. It is complete under ``path`` or not there at all.
+def save(model: nn.Module, path: str | Path, example_input: Tensor | None = None) -> None:
+    """Write a packed model with its architecture. It is complete under ``path`` or not there at all.
 
-    The model has to carry ``architecture`` (see ``register_architecture``), as those of dsp_pruning do.
-    Raises DSPFormatError if it has none, or differs from it in more than packing changes.
+    example_input: (batch, channels, height, width) of the size that the network is made for. ``load`` gives
+    its shape back and checks the network with it; without one the first usual size that fits stands in.
+
+    The file holds a graph of known operations and modules (version 2). A model that torch.fx cannot trace
+    is written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
+    Raises DSPFormatError, naming it, for a model with something that a file cannot hold.
     """
-    architecture = getattr(model, "architecture", None)
-    if architecture is None:
-        raise DSPFormatError(
-            f"{type(model).__name__} carries no architecture, so a file could not be loaded again; set "
-            'model.architecture = {"name": ..., "args": {...}} and register_architecture(name, builder)'
-        )
-    changes = _changes(build_architecture(architecture), model)
-    header = {
-        "format": _FORMAT,
-        "version": FORMAT_VERSION,
-        "architecture": architecture,
-        "modules": changes,
-    }
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
     }
+    try:
+        header = _describe(model, tensors, example_input)
+    except DSPFormatError as error:
+        try:
+            header = new_header(1, **encode_changes(model))
+        except DSPFormatError:
+            raise error from None
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+        save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
         os.replace(temporary, target)  # noqa: PTH105  # Path.replace would do the same; this is the habit
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The packed model in a file that ``save`` wrote, in eval mode. Executes nothing from the file.
+    """The packed model in a file that ``save`` wrote, in eval mode. Executes no code from the file.
 
-    Everything is checked before memory is taken: a structure against its architecture, every tensor's
-    shape and dtype against the module that gets it.
+    The network is made of operations and modules out of fixed tables, first without memory: every tensor's
+    shape and dtype is compared with the module that gets it, and the calls are run on the meta device,
+    before a tensor is read.
     Raises DSPFormatError for a file that is truncated, foreign, of another version or contradicts itself.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = _header(file.metadata(), path)
-            model = build_architecture(header["architecture"])
-            _apply_changes(model, header["modules"])
-            _check_tensors(model, file, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            header = read_header(file.metadata(), path)
+            table = tensor_table(file, path)
+            budget = Budget(Path(path).stat().st_size + _FREE_WIDTHS, len(table))
+            if header["version"] == 1:
+                model = build_changed(header, budget)
+            else:
+                model = _network(header, table, budget)
+            check_tensors(model, table, path)
+            if isinstance(model, LoadedNetwork):
+                check_network(model.eval(), model.example_shape)
+            # Copies: what safetensors gives is the file itself in memory, which another process may change.
+            tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
         raise DSPFormatError(f"{path} is not a readable safetensors file: {error}") from error
     model.load_state_dict(tensors, assign=True)
-    for module in model.modules():
-        if isinstance(module, PackedConv2d):
-            module.reset_index("cpu")
+    _make_real(model)
     return model.to(device).eval()
 
 
-def _header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[str, Any]:
-    if not metadata or _KEY not in metadata:
-        raise DSPFormatError(f"{path} is a safetensors file, but not one that dsp_kernels.save wrote")
-    try:
-        header = json.loads(metadata[_KEY])
-    except ValueError as error:
-        raise DSPFormatError(f"{path}: the description of the model is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise DSPFormatError(f"{path}: expected the description of a {_FORMAT}")
-    if header.get("version") != FORMAT_VERSION:
-        raise DSPFormatError(
-            f"{path} has version {header.get('version')!r}; this dsp_kernels reads version {FORMAT_VERSION}"
+def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Tensor | None) -> dict[str, Any]:
+    """A header of version 2, after the network was built from it and run without memory."""
+    parts = encode_network(model)
+    architecture = getattr(model, "architecture", None)
+    table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    shapes, given = _example_shapes(model, example_input)
+    errors: list[DSPFormatError] = []
+    for shape in shapes:
+        header = new_header(
+            2, architecture=architecture, example_shape=list(shape), example_given=given, **parts
         )
-    if not isinstance(header.get("modules"), dict) or "architecture" not in header:
-        raise DSPFormatError(f"{path}: the description has no architecture or no modules")
-    return header
-
-
-def _changes(dense: nn.Module, packed: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module path -> what packing changed there."""
-    changes: dict[str, dict[str, Any]] = {}
-    dense_modules = dict(dense.named_modules())
-    for path, module in packed.named_modules():
-        original = dense_modules.get(path)
-        if isinstance(module, PackedConv2d) and isinstance(original, nn.Conv2d):
-            changes[path] = {
-                "type": "packed_conv",
-                "structure": module.structure.to_dict(),
-                "bias": module.bias is not None,
-            }
-        elif isinstance(module, nn.BatchNorm2d) and isinstance(original, nn.BatchNorm2d):
-            if module.num_features != original.num_features:
-                changes[path] = {"type": "batch_norm", "channels": module.num_features}
-        elif isinstance(module, nn.Linear) and isinstance(original, nn.Linear):
-            if module.in_features != original.in_features:
-                changes[path] = {"type": "linear", "features": module.in_features}
-        elif type(module) is not type(original) and not isinstance(module, nn.ParameterList):
-            raise DSPFormatError(
-                f"layer {path!r} is {type(module).__name__}; the architecture has {type(original).__name__} "
-                "there, and packing changes only convolutions, batch norms and linear layers"
-            )
-    return changes
-
-
-def _apply_changes(model: nn.Module, changes: Mapping[str, Any]) -> None:
-    for path, change in changes.items():
+        header = json.loads(json.dumps(header))  # what a reader gets
+        budget = Budget(2**62, 2**62)
+        network = _network(header, table, budget)
+        check_tensors(network, table, type(model).__name__)
         try:
-            module = model.get_submodule(path)
-            made = _changed(module, change)
-        except (AttributeError, KeyError, TypeError, DSPError) as error:
-            raise DSPFormatError(f"layer {path!r} cannot be made from its description: {error}") from error
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, made)
+            check_network(network.eval(), shape)
+        except DSPFormatError as error:
+            errors.append(error)
+            continue
+        return header
+    raise DSPFormatError(f"{errors[0]}. Pass save(..., example_input=...) with an input of the right size")
 
 
-def _changed(module: nn.Module, change: Mapping[str, Any]) -> nn.Module:
-    """The module after packing, on the meta device. Packing only removes, which bounds every size."""
-    kind = change["type"]
-    if kind == "packed_conv" and isinstance(module, nn.Conv2d) and not isinstance(module.padding, str):
-        structure = GroupStructure.from_dict(change["structure"])
-        _at_most(structure.in_channels, module.in_channels, "in_channels")
-        _at_most(structure.out_channels, module.out_channels, "out_channels")
-        settings = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return PackedConv2d(structure, *settings, bias=bool(change["bias"]), device="meta")
-    if kind == "batch_norm" and isinstance(module, nn.BatchNorm2d):
-        channels = _at_most(change["channels"], module.num_features, "channels")
-        return nn.BatchNorm2d(channels, module.eps, module.momentum, module.affine, device="meta")
-    if kind == "linear" and isinstance(module, nn.Linear):
-        features = _at_most(change["features"], module.in_features, "features")
-        return nn.Linear(features, module.out_features, module.bias is not None, device="meta")
-    raise DSPFormatError(f"a {type(module).__name__} cannot become {kind!r}")
+def _example_shapes(model: nn.Module, example_input: Tensor | None) -> tuple[list[tuple[int, ...]], bool]:
+    if example_input is not None:
+        return [(1, *example_input.shape[1:])], True
+    known = getattr(model, "example_shape", None)
+    if known is not None and is_example_shape(known):
+        return [tuple(known)], bool(getattr(model, "example_given", False))
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | PackedConv2d | FusedConv2d))
+    first = next(convolutions, None)
+    if first is None:
+        raise DSPFormatError("the network has no convolution: pass save(..., example_input=...)")
+    channels = first.spec.structure.in_channels if isinstance(first, FusedConv2d) else first.in_channels
+    return [(1, channels, size, size) for size in _USUAL_SIZES], False
 
 
-def _at_most(value: Any, bound: int, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= bound:
-        raise DSPFormatError(f"{what} is {value!r}; expected 1 to {bound}")
-    return value
+def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwork:
+    shape, modes = header.get("example_shape"), header.get("modes")
+    if not is_example_shape(shape) or shape is None:
+        raise DSPFormatError(f"the example's shape is {str(shape)[:80]}; expected four sizes of an image")
+    if modes not in ("both", "eval"):
+        raise DSPFormatError(f"modes is {str(modes)[:80]}; expected both or eval")
+    meta = {
+        "architecture": header.get("architecture"),
+        "example_shape": tuple(shape),
+        "example_given": header.get("example_given") is True,
+        "modes": modes,
+    }
+    return build_network(header, meta, table, budget)
 
 
-def _check_tensors(model: nn.Module, file: Any, path: str | Path) -> None:
-    """Names, shapes and dtypes of a file's tensors against the model that they are for."""
-    expected = model.state_dict()
-    found = set(file.keys())
-    if found != set(expected):
-        missing, foreign = sorted(set(expected) - found)[:3], sorted(found - set(expected))[:3]
-        raise DSPFormatError(f"{path}: tensors missing: {missing}; not of this model: {foreign}")
-    floats = set()
-    for name, tensor in expected.items():
-        part = file.get_slice(name)
-        if list(part.get_shape()) != list(tensor.shape):
-            raise DSPFormatError(
-                f"{path}: tensor {name!r} has shape {part.get_shape()}; expected {list(tensor.shape)}"
-            )
-        dtype = part.get_dtype()
-        if tensor.is_floating_point():
-            floats.add(dtype)
-        if (dtype in _FLOATS) != tensor.is_floating_point() or (dtype not in _FLOATS and dtype != "I64"):
-            raise DSPFormatError(f"{path}: tensor {name!r} has dtype {dtype}; expected {_kind(tensor)}")
-    if len(floats) > 1:
-        raise DSPFormatError(f"{path}: tensors of several floating dtypes: {', '.join(sorted(floats))}")
-
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"one of {', '.join(_FLOATS)}" if tensor.is_floating_point() else "I64"
+def _make_real(model: nn.Module) -> None:
+    """Give modules that were made on the meta device their index tensors, which no file holds."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedConv2d):
+                child.reset_index("cpu")
+            elif isinstance(child, FusedConv2d):
+                made = FusedConv2d(child.spec, list(child.weights), child.bias, child.backend)
+                setattr(parent, name, made)

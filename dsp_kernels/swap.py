@@ -20,8 +20,10 @@ def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Replace every PackedConv2d in ``model`` by its fused module, and return the model.
 
     A batch norm that directly follows a packed convolution, alone reads it and runs once, is folded in and
-    replaced by an identity. This needs a model that torch.fx can trace; in others the norms stay. A model
-    that is itself a PackedConv2d cannot be replaced in place: the fused module is returned.
+    replaced by an identity. This needs a model that torch.fx can trace; in others the norms stay, and so do
+    norms with hooks or in training mode. What forward() does in eval mode counts: a method that runs the
+    convolution and not its norm sees the norm folded in. A model that is itself a PackedConv2d cannot be
+    replaced in place: the fused module is returned.
 
     backend: "auto" or the name of one. Raises DSPError if the model is in training mode.
     """
@@ -61,16 +63,25 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
         return {}
     called = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     uses = Counter(id(module) for module in called.values())
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     found: dict[nn.Module, nn.BatchNorm2d] = {}
     for node, conv in called.items():
         if not isinstance(conv, PackedConv2d) or len(node.users) != 1:
             continue
-        norm = called.get(next(iter(node.users)))
+        reader = next(iter(node.users))
+        norm, path = called.get(reader), str(reader.target)
         if (
             isinstance(norm, nn.BatchNorm2d)
             and type(norm).forward is nn.BatchNorm2d.forward
             and norm.running_mean is not None
+            and not norm.training
+            and not any(_has_hooks(module) for module in (conv, norm))
+            and not any(name == path or name.startswith(f"{path}.") for name in read)
             and uses[id(conv)] == uses[id(norm)] == 1
         ):
             found[conv] = norm
     return found
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.trace_ops import LEAF_TYPES, classify
 
-__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace"]
+__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace", "works_in_place"]
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,28 @@ class _ShapeRecorder(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.containers: set[str] = set()  # values that are no tensor but hold some
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
+        if _holds_tensors(result):
+            self.containers.add(n.name)
         return result
 
 
-def call_graph(model: nn.Module) -> fx.Graph | None:
-    """The calls of a model in eval mode, without shapes; None if torch.fx cannot follow it."""
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in value.values())
+    if isinstance(value, tuple | list):
+        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in value)
+    return False
+
+
+def call_graph(model: nn.Module, training: bool = False) -> fx.Graph | None:
+    """The calls of a model in eval or training mode, without shapes; None if torch.fx cannot follow it."""
     with evaluating(model):
+        model.train(training)
         try:
             return _symbolic_graph(model)
         except DSPTraceError:
@@ -140,13 +152,13 @@ def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
         recorder = _ShapeRecorder(graph_module)
         try:
             with torch.no_grad():
-                recorder.run(example_input)
+                recorder.run(example_input.clone())  # a model may write into its input
         except Exception as error:
             raise DSPTraceError(
                 f"{type(model).__name__} does not run on an example input of shape "
                 f"{tuple(example_input.shape)} and dtype {example_input.dtype}: {error}"
             ) from error
-    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder.shapes)))
+    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)))
 
 
 def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
@@ -155,15 +167,29 @@ def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
     The graph then says by its edges what the model does by aliasing, and may be rewritten freely.
     """
     position = {node: place for place, node in enumerate(graph.nodes)}
+    owner: dict[fx.Node, fx.Node] = {}  # node -> the node whose memory it hands on
+    names: dict[fx.Node, list[fx.Node]] = {}  # owner -> all nodes that are its memory
     for node in graph.nodes:
-        changed = node.args[0] if node.args else None
-        if isinstance(changed, fx.Node) and _works_in_place(node, model):
-            for reader in list(changed.users):
-                if position[reader] > position[node]:
-                    reader.replace_input_with(changed, node)
+        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        writes = first is not None and works_in_place(node, model)
+        owner[node] = owner[first] if first is not None and (writes or _hands_on(node, model)) else node
+        if writes:
+            for alias in names[owner[node]]:
+                for reader in list(alias.users):
+                    if position[reader] > position[node]:
+                        reader.replace_input_with(alias, node)
+        names.setdefault(owner[node], []).append(node)
 
 
-def _works_in_place(node: fx.Node, model: nn.Module) -> bool:
+def _hands_on(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node's result is its first argument itself, in eval mode."""
+    return node.op == "call_module" and isinstance(
+        model.get_submodule(str(node.target)), nn.Identity | nn.Dropout | nn.Dropout2d
+    )
+
+
+def works_in_place(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node writes into its first argument."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
@@ -180,10 +206,15 @@ def _works_in_place(node: fx.Node, model: nn.Module) -> bool:
     )
 
 
-def _read_nodes(graph_module: fx.GraphModule, shapes: Mapping[str, Any]) -> Iterator[TracedNode]:
+def _read_nodes(
+    graph_module: fx.GraphModule, recorder: _ShapeRecorder, model: nn.Module
+) -> Iterator[TracedNode]:
+    shapes = recorder.shapes
     for fx_node in graph_module.graph.nodes:
         module = graph_module.get_submodule(str(fx_node.target)) if fx_node.op == "call_module" else None
-        kind, attributes = classify(fx_node, module, shapes)
+        kind, attributes = classify(fx_node, module, shapes, model)
+        if kind == "scalar" and fx_node.name in recorder.containers:
+            kind = "opaque"
         yield TracedNode(
             name=fx_node.name,
             kind=kind,

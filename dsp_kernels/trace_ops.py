@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.trace_layout import LAYOUT_KINDS, classify_function, classify_module
 
 __all__ = ["KINDS", "LEAF_TYPES", "classify"]
 
@@ -34,6 +35,7 @@ KINDS = (
     "identity",  # dropout in eval mode, nn.Identity, contiguous()
     "scalar",  # sizes and other numbers
     "output",  # of one tensor
+    *LAYOUT_KINDS,
     "opaque",  # anything else
 )
 
@@ -67,20 +69,29 @@ _IDENTITY_FUNCTIONS = {"contiguous"}
 
 
 def classify(
-    node: fx.Node, module: nn.Module | None, shapes: Mapping[str, tuple[int, ...] | None]
+    node: fx.Node,
+    module: nn.Module | None,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    root: nn.Module | None = None,
 ) -> _Classified:
-    """Kind and attributes of one fx node; ``shapes`` holds the output shape of it and of all before it."""
+    """Kind and attributes of one fx node; ``shapes`` holds the output shape of it and of all before it.
+
+    root: the traced model; without it a function that uses a module's own parameters is opaque.
+    """
     if node.op == "placeholder":
         return "input", {}
     if node.op == "output":
         return ("output", {}) if isinstance(node.args[0], fx.Node) else ("opaque", {})
     if module is not None:
-        return _classify_module(node, module, shapes)
+        known = _classify_module(node, module, shapes)
+        return classify_module(node, module, shapes) if known[0] == "opaque" else known
+    if node.op not in ("call_function", "call_method"):
+        return ("scalar", {}) if shapes[node.name] is None else ("opaque", {})
     if shapes[node.name] is None:
-        return "scalar", {}
-    if node.op in ("call_function", "call_method"):
-        return _classify_function(node, shapes)
-    return "opaque", {}
+        layout = classify_function(node, shapes, root)
+        return layout if layout[0] == "split" else ("scalar", {})
+    known = _classify_function(node, shapes)
+    return classify_function(node, shapes, root) if known[0] == "opaque" else known
 
 
 def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]) -> _Classified:
@@ -105,7 +116,7 @@ def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]
     if _is(module, nn.AvgPool2d):
         return "avg_pool", _pool(module, "ceil_mode", "count_include_pad", "divisor_override")
     if _is(module, nn.AdaptiveAvgPool2d):
-        return _adaptive_average(node, shapes)
+        return _adaptive_average(module.output_size)
     if _is(module, nn.Flatten):
         return _reshape(node, shapes)
     return "opaque", {}
@@ -126,7 +137,7 @@ def _classify_function(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
     if target is F.dropout:
         return ("opaque", {}) if _arguments(node, p=0.5, training=True)["training"] else ("identity", {})
     if target is F.adaptive_avg_pool2d:
-        return _adaptive_average(node, shapes)
+        return _adaptive_average(_arguments(node, output_size=None)["output_size"])
     if target in (F.max_pool2d, torch.max_pool2d):
         read = _arguments(
             node, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
@@ -155,19 +166,21 @@ def _add(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
     both = len(operands) == 2 and all(isinstance(operand, fx.Node) for operand in operands)
     if not both or node.kwargs.get("alpha", 1) != 1 or "out" in node.kwargs:
         return "opaque", {}
+    if any(isinstance(operand, fx.Node) and operand.op == "get_attr" for operand in operands):
+        return "opaque", {}  # a parameter has no batch of its own, whatever the example's is
     left, right = (shapes[operand.name] for operand in operands if isinstance(operand, fx.Node))
     return ("add", {}) if left is not None and left == right else ("opaque", {})
 
 
-def _adaptive_average(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
-    # Whatever was asked for, an output of 1 x 1 is the mean over the map.
-    shape = shapes[node.name]
-    return ("global_avg_pool", {"keepdim": True}) if tuple(shape[-2:]) == (1, 1) else ("opaque", {})
+def _adaptive_average(output_size: Any) -> _Classified:
+    # None keeps the input's size: a mean over the map only if that happens to be one pixel.
+    one = output_size == 1 or (isinstance(output_size, tuple | list) and tuple(output_size) == (1, 1))
+    return ("global_avg_pool", {"keepdim": True}) if one else ("opaque", {})
 
 
 def _mean(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
-    source, read = node.args[0], _arguments(node, dim=None, keepdim=False, dtype=None)
-    shape = shapes[source.name] if isinstance(source, fx.Node) else None
+    read = _arguments(node, dim=None, keepdim=False, dtype=None)
+    shape = shapes[node.all_input_nodes[0].name]
     if shape is None or len(shape) != 4 or read["dtype"] is not None or read["dim"] is None:
         return "opaque", {}
     dims = read["dim"] if isinstance(read["dim"], tuple | list) else (read["dim"],)
@@ -178,11 +191,11 @@ def _mean(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
 
 def _reshape(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
     """A reshape that keeps the batch and flattens the rest; other reshapes move channels and stay opaque."""
-    source = node.args[0]
-    before = shapes[source.name] if isinstance(source, fx.Node) else None
-    after = shapes[node.name]
+    before, after = shapes[node.all_input_nodes[0].name], shapes[node.name]
     if before is None or len(before) != 4 or len(after) != 2 or after[0] != before[0]:
         return "opaque", {}
+    if node.args[1:2] == (-1,) and node.target not in (torch.flatten, "flatten"):
+        return "opaque", {}  # view(-1, n): for images of another size the batch would be another
     return "flatten", {}
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsp_kernels.backends.cpu import CpuBackend
 from dsp_kernels.backends.eager import EagerBackend
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.registry import Registry
@@ -36,4 +37,5 @@ class ConvBackend(Protocol):
 
 
 BACKENDS: Registry[ConvBackend] = Registry("backend")
+BACKENDS.register(CpuBackend())
 BACKENDS.register(EagerBackend())

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsp_kernels.executors.cpu import CpuExecutor
 from dsp_kernels.executors.eager import EagerExecutor
 from dsp_kernels.program import Program
 from dsp_kernels.registry import Registry
@@ -40,4 +41,5 @@ class Executor(Protocol):
 
 
 EXECUTORS: Registry[Executor] = Registry("backend")
+EXECUTORS.register(CpuExecutor())
 EXECUTORS.register(EagerExecutor())

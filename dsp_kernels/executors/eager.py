@@ -50,7 +50,7 @@ class EagerExecutor:
 
     def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
         """A function x -> y; see ``Executor.prepare``."""
-        calls = [(step, self._call(step)) for step in program.steps]
+        calls = [(step, self.call(step)) for step in program.steps]
         dying = program.dying
 
         def run(x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class EagerExecutor:
             self._convolutions.form(step.spec) if isinstance(step, ConvStep) else "" for step in program.steps
         ]
 
-    def _call(self, step: Step) -> Callable[[dict[str, Any]], Any]:
+    def call(self, step: Step) -> Callable[[dict[str, Any]], Any]:
         """The function that computes a step from the values so far."""
         if isinstance(step, ConvStep):
             convolve = self._convolutions.prepare(step.spec, step.weights, step.bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dsp_cli import bench, demo, finetune, inspect, learn_groups, pack, pretrain
+from dsp_cli import bench, demo, export, finetune, import_, inspect, learn_groups, pack, pretrain
 
 __all__ = ["app"]
 
@@ -22,3 +22,5 @@ app.command("finetune")(finetune.finetune)
 app.command("pack")(pack.pack)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
+app.command("import")(import_.import_network)
+app.command("export")(export.export)

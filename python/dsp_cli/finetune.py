@@ -12,7 +12,6 @@ from dsp_pruning import data as datasets
 from dsp_pruning.recipes import finetune as recipe
 from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig
-from dsp_pruning.recipes.run import MODEL
 
 
 def finetune(
@@ -22,7 +21,7 @@ def finetune(
         float, typer.Option("--prune", "-p", help="Share of the grouped layers' FLOPs to remove, 0..1.")
     ] = FinetuneConfig.prune,
     ckpt: o.Checkpoint = None,
-    data: o.Data = o.DataName.cifar10,
+    data: o.Data = o.DataName.digits,
     data_root: o.DataRoot = None,
     download: o.Download = False,
     save_dir: o.SaveDir = None,
@@ -37,7 +36,8 @@ def finetune(
 ) -> None:
     """Prune a group-learned network to a rate and finetune it."""
     folder = o.run_folder(save_dir, layers, data)
-    source = ckpt or folder / f"learn_groups_g{groups}" / MODEL
+    learning = f"learn-groups -l {layers} -g {groups}"
+    source = o.stage_weights(ckpt, folder / f"learn_groups_g{groups}", learning)
     weights, _ = load_weights(source)
     config = FinetuneConfig(
         depth=layers,

@@ -5,25 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 import dsp_kernels
-from dsp_cli import options as o
 from dsp_cli.show import console, table
-from dsp_cli.twin import dense_twin, input_channels
+from dsp_cli.twin import dense_twin, example_of
+from dsp_pruning.overview import draw_overview
 from dsp_pruning.report import draw_structures, layer_rows, network_cost
 
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A packed network.")],
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw every layer's groups here.")] = None,
-    image_size: o.ImageSize = 32,
+    overview: Annotated[
+        Path | None, typer.Option("--overview", help="Draw the multiply-adds kept in every layer here.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Height and width, if not the file's own.")
+    ] = None,
 ) -> None:
     """Show groups, channels, filters and multiply-adds of every packed layer."""
     model = dsp_kernels.load(file)
-    dense = dense_twin(model)
-    example = torch.zeros(1, input_channels(model), image_size, image_size)
+    named = getattr(model, "architecture", None) is not None
+    dense = dense_twin(model) if named else None
+    example, known = example_of(model, image_size)
     rows = layer_rows(model, example, dense)
     columns = ("layer", "groups", "channels read", "filters", "MACs", "MACs kept")
     cells = [
@@ -37,13 +42,27 @@ def inspect(
         )
         for row in rows
     ]
-    console.print(table(f"{file}, images of {image_size} x {image_size}", columns, cells))
-    kept = sum(row.macs for row in rows) / sum(row.dense_macs for row in rows)
+    size = f"{example.shape[2]} x {example.shape[3]}"
+    shown = table(f"{file}, images of {size}", columns, cells)
+    shown.columns[0].overflow = "fold"  # long names are told apart by their ends
+    console.print(shown)
+    if not known:
+        console.print(f"the file does not say how large its images are; {size} is one size that fits")
+    kept = sum(row.macs for row in rows) / max(sum(row.dense_macs for row in rows), 1)
     console.print(f"packed layers: {100 * kept:.2f} % of the multiply-adds kept")
-    cost, whole = network_cost(model, example), network_cost(dense, example)
-    console.print(
-        f"whole network: {cost.macs:,} multiply-adds ({100 * cost.macs / whole.macs:.2f} % kept), "
-        f"{cost.params:,} parameters ({100 * cost.params / whole.params:.2f} % kept)"
-    )
+    cost = network_cost(model, example)
+    if dense is not None:
+        whole = network_cost(dense, example)
+        console.print(
+            f"whole network: {cost.macs:,} multiply-adds ({100 * cost.macs / whole.macs:.2f} % kept), "
+            f"{cost.params:,} parameters ({100 * cost.params / whole.params:.2f} % kept)"
+        )
+    else:
+        console.print(
+            f"whole network: {cost.macs:,} multiply-adds, {cost.params:,} parameters; the file names no "
+            "dense architecture, so what is kept is counted against the widths of the packed layers"
+        )
     if picture is not None:
         console.print(f"picture: {draw_structures(model, picture, title=str(file))}", soft_wrap=True)
+    if overview is not None:
+        console.print(f"overview: {draw_overview(rows, overview, title=str(file))}", soft_wrap=True)

@@ -13,7 +13,6 @@ from dsp_pruning import data as datasets
 from dsp_pruning.recipes import learn_groups as recipe
 from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig
-from dsp_pruning.recipes.run import MODEL
 
 
 class Order(StrEnum):
@@ -31,7 +30,7 @@ def learn_groups(
         float, typer.Option("--regularize", "-r", help="Strength of the regulariser.")
     ] = LearnGroupsConfig.regularize,
     ckpt: o.Checkpoint = None,
-    data: o.Data = o.DataName.cifar10,
+    data: o.Data = o.DataName.digits,
     data_root: o.DataRoot = None,
     download: o.Download = False,
     save_dir: o.SaveDir = None,
@@ -49,7 +48,7 @@ def learn_groups(
 ) -> None:
     """Learn the groups of every layer, from a trained dense network."""
     folder = o.run_folder(save_dir, layers, data)
-    source = ckpt or folder / "pretrain" / MODEL
+    source = o.stage_weights(ckpt, folder / "pretrain", f"pretrain -l {layers}")
     weights, _ = load_weights(source)
     config = LearnGroupsConfig(
         depth=layers,

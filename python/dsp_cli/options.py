@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from dsp_kernels.errors import DSPPruningError
+from dsp_pruning.recipes.run import MODEL
+
 __all__ = [
     "BatchSize",
     "Checkpoint",
@@ -28,6 +31,7 @@ __all__ = [
     "Seed",
     "WeightDecay",
     "run_folder",
+    "stage_weights",
 ]
 
 
@@ -41,7 +45,7 @@ class DataName(StrEnum):
 
 
 Layers = Annotated[
-    int, typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet: 20, 32, 44, 56, 110.")
+    int, typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110.")
 ]
 Groups = Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups of every layer.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=0, help="Passes over the training images.")]
@@ -61,9 +65,25 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option("--ckpt", help="Weights to start from. Default: the previous stage in --save-dir."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint of this run, with the same settings.")
+]
 ImageSize = Annotated[int, typer.Option("--image-size", min=1, help="Height and width of an input image.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples per network.")]
+
+
+def stage_weights(ckpt: Path | None, folder: Path, command: str) -> Path:
+    """The file to start from: ``--ckpt``, or what the stage before left in its folder.
+
+    Raises DSPPruningError, naming that stage's command, where it left nothing.
+    """
+    if ckpt is not None:
+        return ckpt
+    if not (folder / MODEL).is_file():
+        unfinished = folder / "checkpoint.pt"
+        also = f" (unfinished so far: --ckpt {unfinished} would take it)" if unfinished.is_file() else ""
+        raise DSPPruningError(f"no {folder / MODEL}: run `dsp {command}` first, or pass --ckpt{also}")
+    return folder / MODEL
 
 
 def run_folder(save_dir: Path | None, layers: int, data: DataName) -> Path:

@@ -26,7 +26,7 @@ def pack(
     channels = next(model.parameters()).shape[1]
     example = torch.zeros(1, channels, image_size, image_size)
     packed = packing.pack(model, example)
-    dsp_kernels.save(packed, save)
+    dsp_kernels.save(packed, save, example)
     before, after = network_cost(model, example), network_cost(packed, example)
     console.print(
         f"{save}: {100 * (1 - after.macs / before.macs):.2f} % of the multiply-adds and "

@@ -11,7 +11,7 @@ from dsp_pruning.recipes.pretrain import PretrainConfig
 
 def pretrain(
     layers: o.Layers = PretrainConfig.depth,
-    data: o.Data = o.DataName.cifar10,
+    data: o.Data = o.DataName.digits,
     data_root: o.DataRoot = None,
     download: o.Download = False,
     save_dir: o.SaveDir = None,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dsp_kernels.architectures import build_architecture
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.packed import PackedConv2d
 
-__all__ = ["dense_twin", "input_channels"]
+__all__ = ["dense_twin", "example_of", "input_channels"]
+
+_SMALL = 32  # where neither the file nor the user says how large an image is
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
@@ -31,3 +34,17 @@ def input_channels(model: nn.Module) -> int:
         if isinstance(module, nn.Conv2d | PackedConv2d):
             return module.in_channels
     raise DSPFormatError(f"{type(model).__name__} holds no convolution")
+
+
+def example_of(model: nn.Module, image_size: int | None = None) -> tuple[Tensor, bool]:
+    """One image of zeros, (1, channels, height, width), and whether its size is known.
+
+    The size is the user's, else the one in the file, else a usual one that fits.
+    """
+    shape = getattr(model, "example_shape", None)
+    if image_size is not None:
+        shape = (1, shape[1] if shape else input_channels(model), image_size, image_size)
+        return torch.zeros(shape), True
+    if shape is not None:
+        return torch.zeros(1, *shape[1:]), bool(getattr(model, "example_given", False))
+    return torch.zeros(1, input_channels(model), _SMALL, _SMALL), False

@@ -4,5 +4,6 @@ from dsp_pruning.groups import GroupWrapper
 from dsp_pruning.packing import pack
 from dsp_pruning.pruning import PruneWrapper
 from dsp_pruning.released import build_released, read_released
+from dsp_pruning.torchscript_import import load_released
 
-__all__ = ["GroupWrapper", "PruneWrapper", "build_released", "pack", "read_released"]
+__all__ = ["GroupWrapper", "PruneWrapper", "build_released", "load_released", "pack", "read_released"]

@@ -94,6 +94,10 @@ class GroupWrapper:
         self._found_inf: Tensor | None = None
         optimizer.register_step_post_hook(self._note_step)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.optimizer.register_step_post_hook(self._note_step)  # a copied optimizer has no hooks
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         return self.model(*args, **kwargs)
@@ -109,6 +113,21 @@ class GroupWrapper:
             raise DSPPruningError(f"steps is {value!r}; it must be a whole number of at least 0")
         self._steps = value
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model, which holds the logits."""
+        return {
+            "group_optimizer": self._group_optimizer.state_dict(),
+            "steps": self._steps,
+            "skipped_steps": self._skipped,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self._group_optimizer.load_state_dict(state["group_optimizer"])
+        self.steps, self._skipped = state["steps"], state["skipped_steps"]
+        self.generator.set_state(state["generator"])
+
     @torch.no_grad()
     def initialize(self, noise: Mapping[str, Tensor] | None = None) -> None:
         """Before the forward pass: draw Gumbel noise and assign the filters of every layer to groups.
@@ -117,6 +136,13 @@ class GroupWrapper:
 
         Raises DSPPruningError if a layer's noise is missing, DSPShapeError if its shape is wrong.
         """
+        for layer in self._layers:
+            conv = layer.info.conv
+            if conv.weight is not layer.weight or conv.group is not layer.logits:
+                raise DSPPruningError(
+                    f"layer {layer.info.name!r} has another weight or group tensor than when it was wrapped "
+                    "(load_state_dict(assign=True)?); wrap the model again, after loading"
+                )
         shapes = {layer.info.name: layer.logits.shape for layer in self._layers}
         if noise is None:
             drawn = gumbel_noise(list(shapes.values()), self.generator)

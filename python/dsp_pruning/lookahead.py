@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +53,6 @@ def look_ahead(
     they were, whatever happens in between.
     """
     copies = _copy_parameters(model, optimizer, starts)
-    values: dict[str, Tensor] = {
-        name: copies[parameter] for name, parameter in model.named_parameters() if parameter in copies
-    }
-    values.update({name: buffer.detach().clone() for name, buffer in model.named_buffers()})
     device = next(iter(starts)).device
     random = torch.random.fork_rng(
         devices=[] if device.type == "cpu" else [device],
@@ -63,8 +61,8 @@ def look_ahead(
     # No cached casts: within an outer autocast they could be those of other weights.
     autocast = torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
     with torch.enable_grad(), random:
-        with autocast:
-            loss = criterion(torch.func.functional_call(model, values, (x,)), y)
+        with autocast, _substituted(model, copies):
+            loss = criterion(model(x), y)
         scaled = loss if scaler is None else scaler.scale(loss)
         leaves = [value for value in copies.values() if value.requires_grad]
         gradients = torch.autograd.grad(scaled, leaves, allow_unused=True)
@@ -75,6 +73,29 @@ def look_ahead(
     if not overflow:
         _scratch_optimizer(optimizer, copies).step()
     return LookAhead(loss.detach(), {parameter: copies[parameter].detach() for parameter in starts}, overflow)
+
+
+@contextmanager
+def _substituted(model: nn.Module, copies: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """The model runs on the copies and on clones of its buffers.
+
+    Every module is visited once and every tensor has one copy, however many names either goes by.
+    """
+    slots: list[dict[str, Any]] = [
+        slot for module in model.modules() for slot in (module._parameters, module._buffers)
+    ]
+    held = [dict(slot) for slot in slots]
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    try:
+        for slot in slots:
+            for name, tensor in slot.items():
+                if tensor is not None:
+                    slot[name] = copies.get(tensor, buffers.get(tensor, tensor))
+        yield
+    finally:
+        for slot, before in zip(slots, held, strict=True):
+            slot.clear()
+            slot.update(before)
 
 
 def _copy_parameters(

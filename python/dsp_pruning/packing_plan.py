@@ -1,29 +1,23 @@
-"""What packing keeps: which channels of every value stay, and which groups every convolution has then.
-
-Values that are tied channel by channel (through norms, activations, adds, pools) share one *space*; a
-channel leaves a space only if every value in it can spare that channel.
-"""
+"""What packing keeps: which channels of every value stay, and which groups every convolution has then."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.errors import DSPTraceError
-from dsp_kernels.planner import zero_padding
 from dsp_kernels.trace import TracedNetwork, TracedNode
+from dsp_pruning.channel_map import ChannelMap, norm_of
+from dsp_pruning.channel_rules import keeps_constants
 from dsp_pruning.channels import ChannelFlow, channel_flow
+from dsp_pruning.kernel_matrix import groups_of, kernel_sums, matrix_shape
+from dsp_pruning.spaces import Spaces
 
-__all__ = ["LayerPlan", "plan_layers"]
+__all__ = ["Barrier", "LayerPlan", "PackingPlan", "plan_layers", "plan_packing"]
 
-_READERS = ("conv", "packed_conv", "linear")
-_KNOWN = (
-    *("input", "batch_norm", "activation", "add", "max_pool", "avg_pool", "global_avg_pool"),
-    *("flatten", "identity", "scalar", "output", *_READERS),
-)
+_NORMS = ("batch_norm", "functional_norm", "instance_norm")
 # A conv without a mask whose kernels vanish in more patterns than this is unstructured: one group holds it.
 _MOST_PATTERNS = 16
 
@@ -32,154 +26,209 @@ _MOST_PATTERNS = 16
 class LayerPlan:
     """One module with parameters, after packing. Channel numbers are those of the original network.
 
-    in_keep, out_keep: channels of its input and output that stay, ascending. For a linear layer, features.
+    in_channels, out_channels: widths before; for a linear layer, features.
+    in_keep, out_keep: channels of its input and output that stay, ascending.
     structure: the groups of a convolution, numbered within in_keep and out_keep; None for other modules
-        and for grouped or otherwise padded convolutions, which stay as they are.
+        and for convolutions that are grouped already.
+    bias: float64 numbers for out_keep where constants were folded into it, None where it is the module's own.
+    folded: input channels that were replaced by a number in the bias.
     """
 
     path: str
+    in_channels: int
+    out_channels: int
     in_keep: tuple[int, ...]
     out_keep: tuple[int, ...]
     structure: GroupStructure | None
+    bias: tuple[float, ...] | None = field(default=None, repr=False)
+    folded: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Where channels had to stay although nothing needs their values.
+
+    node: name in the traced graph; reason: why; kept: how many channels of it and its inputs could have gone.
+    """
+
+    node: str
+    reason: str
+    kept: int
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """layers: module path -> plan; barriers: in the order in which they run."""
+
+    layers: dict[str, LayerPlan]
+    barriers: tuple[Barrier, ...]
 
 
 def plan_layers(network: TracedNetwork) -> dict[str, LayerPlan]:
-    """Module path -> plan, for every convolution, batch norm and linear layer of a traced network.
+    """Module path -> plan, for every convolution, norm and linear layer whose channels can be followed."""
+    return plan_packing(network).layers
 
-    Raises DSPTraceError, naming the node, for an operation that packing does not know and for a module with
-    parameters that runs more than once.
+
+def plan_packing(network: TracedNetwork, held: dict[str, str] | None = None) -> PackingPlan:
+    """What stays of a traced network, and why what could have gone stays.
+
+    held: node name -> reason, for values whose channels have to stay because something outside this graph
+        reads them.
     """
-    _refuse_unknown(network)
-    flow = channel_flow(network, semantics="eval")
-    spaces = _Spaces(network, flow)
-    plans = {}
-    for node in network.of_kind("batch_norm", *_READERS):
-        in_keep, out_keep = spaces.keep(node.inputs[0]), spaces.keep(node.name)
-        packable = node.kind in ("conv", "packed_conv") and not _stays_whole(node.module)
-        structure = _structure(node, flow, in_keep, out_keep) if packable else None
-        plans[node.path] = LayerPlan(node.path, _numbers(in_keep), _numbers(out_keep), structure)
-    return plans
+    return _Planner(network, held or {}).plan()
 
 
-def _refuse_unknown(network: TracedNetwork) -> None:
-    seen: dict[int, str] = {}
-    for node in network:
-        if node.kind not in _KNOWN:
-            raise DSPTraceError(
-                f"packing does not know how channels pass {node.describe()}; known are convolution, batch "
-                "norm, activations, add, max and average pooling, flatten, linear, dropout and identity"
-            )
-        if node.kind in ("batch_norm", *_READERS):
-            assert node.module is not None
-            if id(node.module) in seen:
-                raise DSPTraceError(
-                    f"{node.describe()} runs the module of node {seen[id(node.module)]!r} a second time; "
-                    "packing needs one module per use"
-                )
-            seen[id(node.module)] = node.name
-
-
-class _Spaces:
-    """Values tied channel by channel, and the channels that each such space keeps."""
-
-    def __init__(self, network: TracedNetwork, flow: ChannelFlow) -> None:
+class _Planner:
+    def __init__(self, network: TracedNetwork, held: dict[str, str]) -> None:
         self.network = network
-        self.root: dict[str, str] = {}
+        self.paths = ChannelMap(network)
+        self.flow: ChannelFlow = channel_flow(network, semantics="eval", paths=self.paths)
+        self.runs: dict[int, list[TracedNode]] = {}
         for node in network:
-            if node.kind != "scalar":
-                tied = [name for name in node.inputs if name in self.root]
-                self.root[node.name] = node.name
-                if node.kind not in _READERS:
-                    for name in tied:
-                        self._tie(node.name, name)
-        self._kept: dict[str, Tensor] = {}
-        for node in network:
-            if node.kind in ("scalar", "output"):
+            followed = node.name in self.paths.readers or node.kind in _NORMS
+            if followed and node.name not in self.paths.barriers:
+                self.runs.setdefault(id(norm_of(node)), []).append(node)
+        self._kernels: dict[str, Tensor] = {}
+        self.fixed = self._fixed()
+        for name, reason in held.items():
+            self.fixed.setdefault(name, (name, reason))
+        blocked = self._blocked()
+        every = {name: torch.ones(self.paths.width[name], dtype=torch.bool) for name in self.fixed}
+        self.free: dict[str, Tensor] = {}
+        must = {}
+        for name, state in self.flow.states.items():
+            needed = (state.read & state.constant.isnan()) | blocked.get(name, torch.zeros_like(state.read))
+            self.free[name] = ~needed
+            must[name] = every.get(name, needed)
+        shared = [[node.name for node in nodes] for nodes in self.runs.values() if len(nodes) > 1]
+        self.spaces = Spaces(network, self.paths, must, shared)
+
+    def plan(self) -> PackingPlan:
+        layers = {}
+        for nodes in self.runs.values():
+            made = self._layer(nodes)
+            layers[made.path] = made
+        found: dict[str, Barrier] = {}
+        for name, (cause, reason) in self.fixed.items():
+            kept = int(self.free[name].sum()) + (found[cause].kept if cause in found else 0)
+            found[cause] = Barrier(cause, reason, kept)
+        place = {node.name: number for number, node in enumerate(self.network)}
+        barriers = sorted((b for b in found.values() if b.reason), key=lambda b: place[b.node])
+        return PackingPlan(layers, tuple(barriers))
+
+    def _fixed(self) -> dict[str, tuple[str, str]]:
+        """Value whose channels have to stay as they are -> node because of which, and why ("" if natural)."""
+        fixed: dict[str, tuple[str, str]] = {}
+        for node in self.network:
+            if node.name in self.paths.barriers or node.name in self.paths.rigid:
+                reason = self.paths.barriers.get(node.name) or self.paths.rigid[node.name]
+                for name in (*sorted(self.paths.size_sources(node)), node.name):
+                    fixed.setdefault(name, (node.name, reason))
+            elif node.kind == "input" or node.kind == "linear":
+                fixed.setdefault(node.name, (node.name, ""))
+            elif node.fx_node.op == "output":
+                for name in self.paths.size_sources(node):
+                    fixed.setdefault(name, (node.name, ""))
+        return {name: why for name, why in fixed.items() if name in self.flow.states}
+
+    def _shared(self, node: TracedNode) -> bool:
+        return len(self.runs[id(norm_of(node))]) > 1
+
+    def _folds(self, node: TracedNode) -> bool:
+        """Whether what a layer makes of constants can go into its bias."""
+        folding = node.kind in ("conv", "packed_conv", "linear") and groups_of(node.module) == 1
+        return folding and not self._shared(node)
+
+    def _blocked(self) -> dict[str, Tensor]:
+        """Value -> channels that hold a number which a reader needs and cannot fold into its bias."""
+        blocked: dict[str, Tensor] = {}
+        for node in self.network:
+            if node.name not in self.paths.readers or groups_of(node.module) > 1:
                 continue
-            root = self._find(node.name)
-            live = flow[node.name].live
-            width = self._width(root)
-            live = live.view(width, -1).any(1)  # after a flatten a channel is several features
-            if self._is_fixed(node):
-                live = torch.ones_like(live)
-            self._kept[root] = self._kept.get(root, torch.zeros(width, dtype=torch.bool)) | live
-        for kept in self._kept.values():
-            if not kept.any():  # every module stays legal: one channel, which nobody needs, remains
-                kept[0] = True
+            if not (self._folds(node) and keeps_constants(node)):
+                source = node.inputs[0]
+                constant = self.flow[source].constant
+                read = self._alive(node).any(0) & ~constant.isnan() & (constant != 0)
+                blocked[source] = blocked.get(source, torch.zeros_like(read)) | read
+        return blocked
 
-    def keep(self, name: str) -> Tensor:
-        """[channels or features] bool of a node's value: what stays."""
-        kept = self._kept[self._find(name)]
-        return kept.repeat_interleave(self._width(name) // len(kept))
+    def _alive(self, node: TracedNode) -> Tensor:
+        """[O, C] bool: kernels to keep. Of a masked conv the mask's rectangles, even where a weight is 0."""
+        if node.name not in self._kernels:
+            self._kernels[node.name] = self._find_alive(node)
+        return self._kernels[node.name]
 
-    def _is_fixed(self, node: TracedNode) -> bool:
-        """Whether the channels of a node's value have to stay as they are."""
-        if node.kind in ("input", "linear") or any(
-            self.network[user].kind == "output" for user in node.users
-        ):
-            return True
-        if any(_stays_whole(toucher.module) for toucher in (node, *(self.network[u] for u in node.users))):
-            return True
-        # view(-1, 512): the number of features is written into the model's own code.
-        return node.kind == "flatten" and any(isinstance(a, int) and a > 1 for a in node.fx_node.args[1:])
+    def _find_alive(self, node: TracedNode) -> Tensor:
+        alive = self.flow.kernels[node.name]
+        own, source = self.flow[node.name], self.flow[node.inputs[0]]
+        mask = getattr(node.module, "mask", None)
+        if mask is not None and groups_of(node.module) == 1 and not self._shared(node):
+            kept = mask.detach().cpu().flatten(1).ne(0).view(alive.shape)
+            alive = kept & (source.constant != 0) & own.live[:, None]
+        if node.kind != "linear" and self._folds(node):  # a constant output becomes a bias
+            alive = alive & own.constant.isnan()[:, None]
+        return alive
 
-    def _width(self, name: str) -> int:
-        shape = self.network[name].shape
-        assert shape is not None
-        return shape[1]
+    def _layer(self, nodes: list[TracedNode]) -> LayerPlan:
+        node = nodes[0]
+        in_keep, out_keep = self.spaces.keep(node.inputs[0]), self.spaces.keep(node.name)
+        structure, bias, folded = None, None, torch.zeros_like(in_keep)
+        if node.kind in ("conv", "packed_conv", "linear") and groups_of(node.module) == 1:
+            kernels = (
+                torch.stack([self._alive(run) for run in nodes]).any(0) if nodes[1:] else self._alive(node)
+            )
+            bias = _own_bias(node)
+            if self._folds(node):
+                own = self.flow[node.name].constant
+                given = self.flow[node.inputs[0]].constant
+                folded = ~in_keep & ~given.isnan() & (given != 0) & kernels.any(0)
+                columns = folded.nonzero().flatten()
+                if len(columns):
+                    bias = bias + (kernel_sums(node, columns) * kernels[:, columns]) @ given[columns]
+                if node.kind != "linear":
+                    bias = torch.where(own.isnan(), bias, own)
+            if node.kind != "linear":
+                structure = _structure(node, kernels, in_keep, out_keep, bias)
+            if torch.equal(bias, _own_bias(node)):
+                bias = None
+        return LayerPlan(
+            path=node.path or node.attributes["path"],
+            in_channels=len(in_keep),
+            out_channels=len(out_keep),
+            in_keep=_numbers(in_keep),
+            out_keep=_numbers(out_keep),
+            structure=structure,
+            bias=None if bias is None else tuple(bias[out_keep].tolist()),
+            folded=_numbers(folded),
+        )
 
-    def _find(self, name: str) -> str:
-        while self.root[name] != name:
-            name = self.root[name]
-        return name
 
-    def _tie(self, name: str, other: str) -> None:
-        """One space for both; its root is the older value, which has channels and not features."""
-        new, old = self._find(name), self._find(other)
-        if new == old:
-            return
-        order = {node.name: place for place, node in enumerate(self.network)}
-        new, old = sorted((new, old), key=order.__getitem__, reverse=True)
-        self.root[new] = old
-
-
-def _stays_whole(module: nn.Module | None) -> bool:
-    """Whether this is a convolution that a PackedConv2d cannot say, so that its channels stay."""
-    return isinstance(module, nn.Conv2d) and (module.groups > 1 or isinstance(zero_padding(module), str))
-
-
-def _structure(node: TracedNode, flow: ChannelFlow, in_keep: Tensor, out_keep: Tensor) -> GroupStructure:
+def _structure(
+    node: TracedNode, kernels: Tensor, in_keep: Tensor, out_keep: Tensor, bias: Tensor
+) -> GroupStructure:
     """The groups of a convolution within the kept channels: filters that read the same channels are one."""
-    kernels = _patterns(node, flow)[out_keep][:, in_keep]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    bias = _kept_bias(node, out_keep)
-    for filter_number, row in enumerate(kernels):
-        channels = _numbers(row)
-        if channels or bias[filter_number]:  # a filter that reads nothing still writes its bias
-            groups.setdefault(channels, []).append(filter_number)
+    kernels, writes = kernels[out_keep][:, in_keep], (bias[out_keep] != 0).tolist()
+    rows = kernels.numpy()
+    members: dict[bytes, list[int]] = {}
+    for filter_number, row in enumerate(rows):
+        if writes[filter_number] or row.any():  # a filter that reads nothing still writes its bias
+            members.setdefault(row.tobytes(), []).append(filter_number)
+    groups = [(_numbers(kernels[numbers[0]]), numbers) for numbers in members.values()]
     masked = hasattr(node.module, "mask") or isinstance(node.module, PackedConv2d)
     if not masked and len(groups) > _MOST_PATTERNS:
-        union = _numbers(kernels.any(0))
-        groups = {union: sorted(number for numbers in groups.values() for number in numbers)}
-    return GroupStructure.build(int(in_keep.sum()), int(out_keep.sum()), list(groups.items()))
+        groups = [(_numbers(kernels.any(0)), sorted(n for numbers in members.values() for n in numbers))]
+    return GroupStructure.build(int(in_keep.sum()), int(out_keep.sum()), groups)
 
 
-def _patterns(node: TracedNode, flow: ChannelFlow) -> Tensor:
-    """[O, C] bool: kernels to keep. Of a masked conv the mask's rectangles, even where a weight is 0."""
-    alive = flow.kernels[node.name]
-    mask = getattr(node.module, "mask", None)
-    if mask is None:
-        return alive
-    kept = mask.detach().cpu().flatten(1).ne(0).view(alive.shape)
-    reads, needed = flow[node.inputs[0]].constant != 0, flow[node.name].live
-    return kept & reads & needed[:, None]
-
-
-def _kept_bias(node: TracedNode, out_keep: Tensor) -> list[bool]:
+def _own_bias(node: TracedNode) -> Tensor:
+    """[O] float64; zeros where the layer has none."""
     bias = getattr(node.module, "bias", None)
     if bias is None:
-        return [False] * int(out_keep.sum())
-    return (bias.detach().cpu()[out_keep] != 0).tolist()
+        return torch.zeros(matrix_shape(node)[0], dtype=torch.float64)
+    own = bias.detach().cpu().double().clone()
+    if isinstance(node.module, PackedConv2d):  # an absent channel holds 0, whatever the bias says
+        own[list(node.module.structure.absent)] = 0
+    return own
 
 
 def _numbers(flags: Tensor) -> tuple[int, ...]:

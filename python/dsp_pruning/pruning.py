@@ -138,8 +138,14 @@ class PruneWrapper:
 
         Besides the masked kernels these are, for a filter that is gone, the conv's bias and the weight and
         bias of its BN: a constant left there would be an input of the next layer.
+
+        Raises DSPPruningError if nothing was pruned yet and the model holds no masks from before.
         """
         masks = [layer.conv.get_buffer("mask") for layer in self.layers]
+        if self.beta is None and self._gone is None and all(bool(mask.all()) for mask in masks):
+            raise DSPPruningError(
+                "after_step() with nothing pruned: call initialize(rate) first, or load masked weights"
+            )
         if self._gone is None or not self._gone.belongs_to(masks):
             self._gone = _Gone(masks, [mask._version for mask in masks], self._places())
         for module, name, gone in self._gone.places:
@@ -177,7 +183,7 @@ class PruneWrapper:
         if missing:
             warnings.warn(
                 f"layers {', '.join(missing)} have no group logits (all are 0): all their filters are in one "
-                "group. Load a group-learned state dict into the model before pruning",
+                "group. Load group-learned weights first: model.load_state_dict(state, strict=False)",
                 stacklevel=3,
             )
         rules = []
@@ -198,8 +204,8 @@ class PruneWrapper:
         before = read_state(self.model, names)
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
-        self.after_step()
         self.beta = beta
+        self.after_step()
         self._undo = Undo(before, read_state(self.model, names))
         return percent_pruned(self.layers, masks)
 

@@ -17,7 +17,15 @@ from dsp_kernels.packed import PackedConv2d
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.trace import evaluating
 
-__all__ = ["LayerRow", "NetworkCost", "draw_structures", "layer_rows", "network_cost"]
+__all__ = [
+    "LayerRow",
+    "NetworkCost",
+    "draw_structures",
+    "layer_rows",
+    "network_cost",
+    "save_figure",
+    "short_name",
+]
 
 # Colour-blind safe (Okabe and Ito 2008), strongest first; a 9th group starts again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -45,7 +53,7 @@ class LayerRow:
     @property
     def kept(self) -> float:
         """Share of the multiply-adds that is left, 0..1."""
-        return self.macs / self.dense_macs
+        return self.macs / max(self.dense_macs, 1)
 
 
 @dataclass(frozen=True)
@@ -119,19 +127,31 @@ def draw_structures(model: nn.Module, path: str | Path, title: str = "") -> Path
     columns = math.ceil(math.sqrt(1.5 * len(layers)))
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     colours = ListedColormap([_EMPTY, *_COLOURS])
     for axis, (name, structure) in zip(axes, layers, strict=False):
+        # A matrix much wider than high would be a line if its kernels were squares.
+        ratio = structure.in_channels / structure.out_channels
         axis.imshow(
-            _group_matrix(structure).numpy(), cmap=colours, vmin=0, vmax=len(_COLOURS), interpolation="none"
+            _group_matrix(structure).numpy(),
+            cmap=colours,
+            vmin=0,
+            vmax=len(_COLOURS),
+            interpolation="none",
+            aspect="equal" if 0.4 <= ratio <= 2.5 else "auto",
         )
-        axis.set_title(name, fontsize=7, pad=3)
+        axis.set_title(short_name(name), fontsize=6, pad=3)
         axis.set_xlabel(f"{structure.in_channels} channels", fontsize=5, labelpad=1)
         axis.set_ylabel(f"{structure.out_channels} filters", fontsize=5, labelpad=1)
         axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
-    for axis in list(axes)[len(layers) :]:
+    for axis in axes[len(layers) :]:
         axis.set_axis_off()
     figure.suptitle(title or f"{type(model).__name__}: groups in colour, pruned kernels grey", fontsize=10)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a matplotlib figure, complete or not at all. Raises DSPError where it cannot be written."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
@@ -151,6 +171,11 @@ def _group_matrix(structure: GroupStructure) -> Tensor:
         rows, columns = torch.tensor(group.out_index), torch.tensor(group.in_index, dtype=torch.long)
         matrix[rows[:, None], columns] = 1 + number % len(_COLOURS)
     return matrix
+
+
+def short_name(name: str, most: int = 22) -> str:
+    """The end of a long dotted name, which tells layers apart."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _learnable(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -203,7 +203,12 @@ BAD: list[tuple[str, Callable[[Path], Sequence[object]], int, str]] = [
     ("pack-needs-files", lambda folder: ["pack"], 2, "--ckpt"),
     ("no-data-root", lambda folder: ["pretrain", "--data", "subset"], 1, "needs --data-root"),
     ("no-data", lambda folder: ["pretrain", "--data", "jpeg", "--data-root", folder], 1, "no such file"),
-    ("no-dense-weights", lambda folder: ["learn-groups", "--save-dir", folder], 1, "model.pt: no such file"),
+    (
+        "no-dense-weights",
+        lambda folder: ["learn-groups", "--save-dir", folder],
+        1,
+        "run `dsp pretrain -l 20` first",
+    ),
     ("no-weights", lambda folder: ["finetune", "--ckpt", folder / "none.pt"], 1, "none.pt: no such file"),
     (
         "foreign-weights",

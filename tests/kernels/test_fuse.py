@@ -231,3 +231,119 @@ def test_large_batches_go_through_in_parts() -> None:
     fused = dsp_kernels.fuse(model, x[:1], backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_is_checked_outside_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = dsp_kernels.fuse(nets.make("residual"), example())
+    with torch.no_grad():
+        torch.testing.assert_close(fused(example()), nets.make("residual")(example()), rtol=1e-4, atol=1e-5)
+
+
+def test_can_be_traced_compiled_and_exported() -> None:
+    """Whoever records operations sees PyTorch's own."""
+    model, x = nets.make("residual"), example(seed=3)
+    fused = dsp_kernels.fuse(model, example())
+    with torch.no_grad():
+        expected = model(x)
+        for recorded in (
+            torch.jit.trace(fused, example(), check_trace=False),
+            torch.compile(fused, fullgraph=True),
+            torch.export.export(fused, (example(),)).module(),
+        ):
+            torch.testing.assert_close(recorded(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_under_another_default_dtype() -> None:
+    fused, x = dsp_kernels.fuse(nets.make("residual"), example()), example()
+    expected = fused(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(fused(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_failed_move_changes_nothing() -> None:
+    fused = dsp_kernels.fuse(nets.make("residual"), example())
+    if fused.backend == "eager":
+        pytest.skip("the eager executor runs every dtype")
+    fused = dsp_kernels.fuse(nets.make("residual"), example(), backend=fused.backend)
+    expected = fused(example())
+    with pytest.raises(DSPBackendError):
+        fused.half()
+    assert torch.equal(fused(example()), expected)
+
+
+def test_a_single_packed_conv_can_be_fused() -> None:
+    conv = dsp_kernels.PackedConv2d(nets.MIXED, 3, padding=1).eval()
+    x = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(dsp_kernels.fuse(conv, x)(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+class _WritesAfterReading(nn.Module):
+    """A convolution reads a tensor that is changed in place before the result is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        read = self.second(hidden)
+        hidden.mul_(2)
+        return self.norm(read) + hidden
+
+
+def test_a_convolution_is_not_moved_behind_a_write() -> None:
+    model = nets.settled(_WritesAfterReading())
+    for executor in EXECUTORS:
+        fused = dsp_kernels.fuse(model, example(), backend=executor.name)
+        torch.testing.assert_close(fused(example(seed=2)), model(example(seed=2)), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_modules_are_kept_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU(0.1, 0.9), nn.Dropout3d(0.9)).train()
+    fused = dsp_kernels.fuse(model, example())
+    model.eval()
+    torch.testing.assert_close(fused(example()), model(example()), rtol=1e-4, atol=1e-5)
+
+
+class _Offset(nn.Module):
+    """A parameter that has, for one image, the shape of what it is added to; pools of unchanged size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8)
+        self.offset = nn.Parameter(torch.randn(1, 4, 1, 1))
+        self.pool = nn.AdaptiveAvgPool2d((None, None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.conv(x) + self.offset)
+
+
+class _Aliased(nn.Module):
+    """An operation in place on another name of a tensor, and one on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.relu, self.conv = nn.Identity(), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5)
+        y = self.conv(x)
+        z = self.relu(self.same(y))
+        return self.conv(z) + y
+
+
+@pytest.mark.parametrize("model", [_Offset(), _Aliased()], ids=["offset", "aliased"])
+def test_one_example_image_stands_for_any(model: nn.Module) -> None:
+    given = example(1)
+    before = given.clone()
+    for executor in EXECUTORS:
+        fused = dsp_kernels.fuse(model.eval(), given, backend=executor.name)
+        assert torch.equal(given, before)
+        for x in (example(5, seed=5), torch.randn(2, 3, 12, 12)):
+            with torch.no_grad():
+                torch.testing.assert_close(fused(x.clone()), model(x.clone()), rtol=1e-4, atol=1e-5)

@@ -253,3 +253,34 @@ def test_backend_asked_for_by_name() -> None:
 def test_errors_are_one_family() -> None:
     assert issubclass(DSPShapeError, DSPError)
     assert issubclass(DSPShapeError, ValueError)
+
+
+def test_the_result_may_be_overwritten_before_backward() -> None:
+    a = Case("", UNEQUAL).tensors()
+    a.x.requires_grad_()
+    y = dsp_kernels.gather_grouped_conv2d(a.x, a.weights, UNEQUAL, a.bias, padding=1)
+    y += 1
+    torch.relu_(y).sum().backward()
+    assert a.x.grad is not None
+
+
+def test_an_infinite_gradient_stays_out_where_relu_is_flat() -> None:
+    a = Case("", UNEQUAL).tensors()
+    a.x.requires_grad_()
+    y = dsp_kernels.gather_grouped_conv2d(a.x, a.weights, UNEQUAL, a.bias, padding=1, activation="relu")
+    y.backward(torch.where(y == 0, torch.inf, 1.0))
+    assert a.x.grad is not None
+    assert a.x.grad.isfinite().all()
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    structure = dsp_kernels.GroupStructure.build(3, 4, [([0, 2], [3, 1])])
+    for _ in range(2):
+        with FakeTensorMode():
+            x, weight = torch.empty(1, 3, 5, 5), torch.empty(2, 2, 3, 3)
+            y = dsp_kernels.gather_grouped_conv2d(x, [weight], structure, padding=1)
+            assert y.shape == (1, 4, 5, 5)
+        x, weight = torch.ones(1, 3, 5, 5), torch.ones(2, 2, 3, 3)
+        assert dsp_kernels.gather_grouped_conv2d(x, [weight], structure, padding=1)[0, 1, 2, 2] == 18

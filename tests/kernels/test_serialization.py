@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.serialization import FORMAT_VERSION
+from dsp_kernels.file_header import FORMAT_VERSION, new_header
+from dsp_kernels.file_version_1 import encode_changes
 
 
 class Dense(nn.Module):
@@ -59,6 +59,16 @@ def images() -> torch.Tensor:
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
     dsp_kernels.save(packed(), path)
+    return path
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Path:
+    """A file of version 1: the architecture by its name."""
+    path = tmp_path / "named.safetensors"
+    model = packed()
+    header = new_header(1, **encode_changes(model))
+    save_file(model.state_dict(), path, metadata={"dsp_kernels": json.dumps(header)})
     return path
 
 
@@ -104,18 +114,33 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monk
     assert len(list(saved.parent.iterdir())) == 1
 
 
-def test_only_known_architectures_are_saved(tmp_path: Path) -> None:
-    with pytest.raises(DSPFormatError, match="Residual carries no architecture"):
-        dsp_kernels.save(nets.make("residual"), tmp_path / "a")
+def test_version_1_is_still_read(named: Path) -> None:
+    model, loaded = packed(), dsp_kernels.load(named)
+    assert isinstance(loaded, Dense)
+    assert torch.equal(loaded(images()), model(images()))
+
+
+class Untraceable(Dense):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_what_cannot_be_traced_is_saved_by_name_or_not_at_all(tmp_path: Path) -> None:
+    dsp_kernels.register_architecture("tests.untraceable", Untraceable)
     model = packed()
+    model.__class__ = Untraceable
     model.architecture = {"name": "nobody's", "args": {}}
-    with pytest.raises(DSPFormatError, match='"nobody\'s" is unknown'):
-        dsp_kernels.save(model, tmp_path / "a")
-    model = packed()
-    model.norm = nn.GroupNorm(2, 6)
-    with pytest.raises(DSPFormatError, match="layer 'norm' is GroupNorm; the architecture has BatchNorm2d"):
+    with pytest.raises(DSPFormatError, match=r"Untraceable cannot be traced by torch\.fx"):
         dsp_kernels.save(model, tmp_path / "a")
     assert not list(tmp_path.iterdir())
+    model.architecture = {"name": "tests.untraceable", "args": {"classes": 5}}
+    dsp_kernels.save(model, tmp_path / "a")
+    loaded = dsp_kernels.load(tmp_path / "a")
+    assert isinstance(loaded, Untraceable)
+    assert torch.equal(loaded(images()), model(images()))
+    model.norm = nn.GroupNorm(2, 6)
+    with pytest.raises(DSPFormatError, match="cannot be traced"):
+        dsp_kernels.save(model, tmp_path / "b")
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
@@ -152,8 +177,9 @@ def _tensor(
 
 CONV = ("modules", "conv", "structure")
 HOSTILE = {
-    "a later version": (_set("version", FORMAT_VERSION + 1), "this dsp_kernels reads version 1"),
+    "a later version": (_set("readable_from", FORMAT_VERSION + 1), "this dsp_kernels reads version 2"),
     "another format": (_set("format", "weights"), "packed model"),
+    "version of text": (_set("version", "2"), "expected whole numbers"),
     "no modules": (_set("modules", None), "no architecture or no modules"),
     "unknown architecture": (_set("architecture", "name", "os.system"), "'os.system' is unknown"),
     "architecture arguments": (_set("architecture", "args", {"classes": 10**9}), "cannot be built"),
@@ -163,13 +189,18 @@ HOSTILE = {
     "negative index": (_set(*CONV, "groups", [[[0, -1], [5, 1]], [[1], [0, 3, 4]]]), "holds -1"),
     "output channel twice": (_set(*CONV, "groups", [[[0, 2], [5, 1]], [[1], [0, 5, 4]]]), "in group 0 and"),
     "index of text": (_set(*CONV, "groups", [["02", [5, 1]], [[1], [0, 3, 4]]]), "expected an integer"),
-    "groups that are no list": (_set(*CONV, "groups", 7), "not a group structure"),
-    "huge width": (_set(*CONV, "out_channels", 10**12), "expected 1 to 8"),
-    "width that is text": (_set(*CONV, "in_channels", "3"), "expected an integer"),
+    "groups that are no list": (_set(*CONV, "groups", 7), "no group structure"),
+    "huge width": (_set(*CONV, "out_channels", 10**12), "in a file of this size"),
+    "wide": (_set(*CONV, "out_channels", 9), "expected 1 to 8"),
+    "width that is text": (_set(*CONV, "in_channels", "3"), "in_channels is '3'"),
     "unknown layer": (_set("modules", "conv9", {"type": "packed_conv"}), "conv9"),
     "unknown kind": (_set("modules", "conv", "type", "exec"), "cannot become 'exec'"),
     "kind of another layer": (_set("modules", "norm", "type", "linear"), "cannot become 'linear'"),
     "change that is no mapping": (_set("modules", "conv", 3), "'conv'"),
+    "more groups than tensors": (
+        _set(*CONV, "groups", [[[0], [c]] for c in range(6)] * 9),
+        "more groups than tensors",
+    ),
     "huge norm": (_set("modules", "norm", "channels", 10**12), "expected 1 to 8"),
     "fractional width": (_set("modules", "classifier", "features", 7.0), "expected 1 to 8"),
     "another group count": (_set(*CONV, "groups", [[[0, 2], [5, 1]]]), "not of this model"),
@@ -179,17 +210,29 @@ HOSTILE = {
         _tensor("norm.weight", torch.zeros(5)),
         "'norm.weight' has shape \\[5\\]; expected \\[6\\]",
     ),
-    "integers for floats": (_tensor("norm.weight", torch.zeros(6, dtype=torch.int64)), "has dtype I64"),
+    "integers for floats": (
+        _tensor("norm.weight", torch.zeros(6, dtype=torch.int64)),
+        "has dtype torch.int64",
+    ),
     "two float dtypes": (_tensor("norm.weight", torch.zeros(6).double()), "several floating dtypes"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_refuses_hostile_files(saved: Path, name: str) -> None:
+def test_refuses_hostile_files(named: Path, name: str) -> None:
     change, message = HOSTILE[name]
-    rewrite(saved, change)
+    rewrite(named, change)
     with pytest.raises(DSPFormatError, match=message):
-        dsp_kernels.load(saved)
+        dsp_kernels.load(named)
+
+
+def test_a_later_version_may_stay_readable(saved: Path) -> None:
+    """A later version that only adds parts says so, and its files are read."""
+    rewrite(
+        saved,
+        lambda header, tensors: header.update(version=9, readable_from=2, licence="of the later version"),
+    )
+    assert torch.equal(dsp_kernels.load(saved)(images()), packed()(images()))
 
 
 def test_refuses_foreign_files(tmp_path: Path, saved: Path) -> None:
@@ -219,23 +262,3 @@ def test_refuses_every_truncation(saved: Path) -> None:
         saved.write_bytes(whole[:size])
         with pytest.raises(DSPFormatError):
             dsp_kernels.load(saved)
-
-
-def test_mutated_files_load_whole_or_not_at_all(saved: Path) -> None:
-    whole = bytearray(saved.read_bytes())
-    generator = random.Random(0)
-    outcomes = {"loaded": 0, "refused": 0}
-    for _ in range(400):
-        mutated = bytearray(whole)
-        # Mostly the header, which has the structure; the rest is numbers.
-        place = generator.randrange(len(mutated) if generator.random() < 0.2 else 1800)
-        mutated[place] = generator.randrange(256)
-        saved.write_bytes(mutated)
-        try:
-            loaded = dsp_kernels.load(saved)
-        except DSPFormatError:
-            outcomes["refused"] += 1
-        else:
-            assert loaded(images()).shape == (2, 5)
-            outcomes["loaded"] += 1
-    assert min(outcomes.values()) > 20  # both happen, so both were tried

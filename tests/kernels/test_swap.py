@@ -160,3 +160,39 @@ def test_refuses() -> None:
         fused.packed(torch.zeros(1, 6, 5, 5))
     with pytest.raises(DSPBackendError, match="'warp' is unknown"):
         dsp_kernels.swap(nets.make("residual"), backend="warp")
+
+
+@pytest.mark.parametrize("why", ["hook on the convolution", "hook on the norm", "norm in training mode"])
+def test_a_norm_that_does_more_is_not_folded(why: str) -> None:
+    model = nets.make("residual")
+    seen: list[int] = []
+    if "hook" in why:
+        module = model.packed if "convolution" in why else model.packed_norm
+        module.register_forward_hook(lambda *_: seen.append(1))
+    else:
+        model.packed_norm.train()
+    dsp_kernels.swap(model)
+    assert isinstance(model.packed_norm, nn.BatchNorm2d)
+    assert isinstance(model.strided_norm, nn.Identity)
+
+
+def test_computes_in_its_weights_dtype_under_autocast() -> None:
+    model = nets.make("residual")
+    expected = model(images().float())
+    dsp_kernels.swap(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(images().float())
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("setting", ["inference mode", "data"])
+def test_weights_whose_changes_are_not_counted(setting: str) -> None:
+    structure = dsp_kernels.GroupStructure.build(3, 4, [([0, 2], [3, 1])])
+    with torch.inference_mode(setting == "inference mode"):
+        fused = dsp_kernels.swap(PackedConv2d(structure, 1).eval())
+        x = torch.randn(1, 3, 4, 4)
+        fused(x)
+        fused.weights[0].data.zero_()
+        if setting == "data":
+            fused.reset_plan()
+        assert fused(x).abs().max() == 0

@@ -13,6 +13,7 @@ from learning_setup import LAYERS, MODES, Setup
 from torch import Tensor, nn
 from toy_net import ToyA
 
+from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import penalty as terms
 from dsp_pruning.groups import GroupWrapper
 
@@ -233,3 +234,41 @@ def test_a_model_may_be_cast_after_wrapping() -> None:
     for _ in range(2):
         setup.step()
     assert all(logits.dtype == torch.bfloat16 and logits.isfinite().all() for logits in setup.logits())
+
+
+def test_goes_on_from_its_own_state_dict() -> None:
+    """Three steps, then three from a checkpoint, are six steps: weights, logits, noise and counts."""
+    whole, begun = Setup(), Setup()
+    for _ in range(6):
+        whole.step()
+    for _ in range(3):
+        begun.step()
+    resumed = Setup(seed=7)
+    resumed.x, resumed.y = begun.x, begun.y
+    resumed.model.load_state_dict(begun.model.state_dict())
+    resumed.optimizer.load_state_dict(begun.optimizer.state_dict())
+    resumed.learner.load_state_dict(copy.deepcopy(begun.learner.state_dict()))
+    for _ in range(3):
+        resumed.step()
+    wanted = whole.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in resumed.model.state_dict().items())
+    assert resumed.learner.stats() == whole.learner.stats()
+
+
+def test_refuses_tensors_that_were_exchanged() -> None:
+    setup = Setup()
+    setup.model.load_state_dict({k: v.clone() for k, v in setup.model.state_dict().items()}, assign=True)
+    with pytest.raises(DSPPruningError, match="another weight or group tensor"):
+        setup.learner.initialize()
+
+
+def test_a_copied_learner_sees_its_own_optimizer() -> None:
+    setup = copy.deepcopy(Setup())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    setup.learner.initialize()
+    setup.optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(setup.learner(setup.x), setup.y)).backward()
+    scaler.step(setup.optimizer)
+    scaler.update()
+    setup.learner.after_step(setup.x, setup.y, scaler=scaler)
+    assert setup.learner.stats()["skipped_steps"] == 0

@@ -238,3 +238,33 @@ class TestMixedPrecision:
             handle.remove()
             assert setup.model.conv1.weight.dtype == torch.float32
         assert dtypes == [torch.bfloat16, torch.float32]
+
+
+class _TwoNames(nn.Module):
+    """Every module runs once, but goes by two names; two convs share one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.third, self.norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.features = nn.Sequential(self.first, self.norm, self.second, self.norm, nn.ReLU(), self.third)
+        self.classifier = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("second_order", MODES)
+def test_a_module_under_two_names_goes_on_training(second_order: str) -> None:
+    setup = Setup(model=_TwoNames(), second_order=second_order, example_input=torch.zeros(1, 3, 16, 16))
+    before = {
+        name: id(tensor) for name, tensor in (*setup.model.named_parameters(), *setup.model.named_buffers())
+    }
+    start = {name: parameter.detach().clone() for name, parameter in setup.model.named_parameters()}
+    for _ in range(3):
+        setup.step()
+        named = (*setup.model.named_parameters(), *setup.model.named_buffers())
+        assert {name: id(tensor) for name, tensor in named} == before
+    for name, parameter in setup.model.named_parameters():
+        assert isinstance(parameter, nn.Parameter)
+        assert not torch.equal(parameter, start[name]), name

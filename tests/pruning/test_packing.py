@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels import PackedConv2d
-from dsp_kernels.errors import DSPTraceError, DSPVerificationError
+from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPVerificationError
 from dsp_kernels.trace import trace
-from dsp_pruning import pack
+from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.packing_plan import plan_layers
 
@@ -42,6 +42,7 @@ def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_g
             filters = torch.rand(rows, 1, generator=generator) >= rate / 2
             mask = channels[group] & filters
             conv.register_buffer("mask", mask[:, :, None, None].double())
+            conv.weight.mul_(conv.mask)
             gone[name] = ~mask.any(1)
         for name, norm in model.named_modules():
             if isinstance(norm, nn.BatchNorm2d):
@@ -293,37 +294,8 @@ def test_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(dsp_kernels.load(tmp_path / "net.safetensors")(images()), packed(images()))
 
 
-class _Concat(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return torch.cat([y, y], 1)
-
-
-class _Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.conv(x))
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(_Concat(), "how channels pass node 'cat'"), (_Twice(), "node 'conv_1'.* a second time")],
-    ids=["unknown operation", "module used twice"],
-)
-def test_refuses_and_names_the_node(model: nn.Module, message: str) -> None:
-    with pytest.raises(DSPTraceError, match=message):
-        pack(model.double(), images())
-
-
 def test_a_wrong_packing_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dsp_pruning.packing as module
+    import dsp_pruning.repacking as module
 
     right = module._convolution
 
@@ -337,3 +309,31 @@ def test_a_wrong_packing_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "_convolution", wrong)
     with pytest.raises(DSPVerificationError, match="differs from the masked one"):
         pack(scramble(cifar_resnet(8), 0.5, 1, clear_norms=True), images())
+
+
+def test_refuses_weights_that_grew_back() -> None:
+    """Packing them away would give another network than the one that was trained."""
+    model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True)
+    with torch.no_grad():
+        model.stage_1[0].conv_a.weight += 0.01
+    with pytest.raises(DSPPruningError, match=r"'stage_1.0.conv_a' has \d+ weights .*after_step"):
+        pack(model, images())
+    del model.stage_1[0].conv_a.mask
+    model.stage_1[0].conv_b.mask = torch.ones(16, 16, 3, 3)
+    with pytest.raises(DSPPruningError, match=r"expected \(16, 16, 1, 1\)"):
+        pack(model, images())
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True).requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in pack(model, images()).parameters())
+
+
+def test_packs_under_autocast_and_from_a_wrapper() -> None:
+    pruner = PruneWrapper(cifar_resnet(8).double(), 2, -1, example_input=images())
+    pruner.initialize(0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = pack(pruner, images())
+    torch.testing.assert_close(packed.eval()(images(3)), pruner.model.eval()(images(3)), rtol=0, atol=1e-10)
+    with pytest.raises(DSPShapeError, match="expected a module"):
+        pack(packed, [images()])

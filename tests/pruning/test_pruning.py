@@ -13,6 +13,8 @@ from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning.masks import candidate_betas
+from dsp_pruning.models import cifar_resnet
+from dsp_pruning.pruning import PruneWrapper
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.73, 0.9])
@@ -149,6 +151,7 @@ def test_a_filter_that_is_gone_leaves_no_constant() -> None:
 
 def test_batch_norm_statistics_are_never_touched() -> None:
     pruner = learned(fresh())
+    pruner.initialize(0.3)
     train(pruner)
     statistics = {n: v for n, v in state_of(pruner.model).items() if "running" in n or "tracked" in n}
     modes = [module.training for module in pruner.model.modules()]
@@ -220,3 +223,14 @@ def test_a_layer_that_runs_twice_keeps_what_either_run_needs() -> None:
     assert pruner.model.norm_first.bias[2] == 0
     assert again.mask[:, 2].flatten().tolist() == [1, 1, 1, 1, 0, 1]
     assert torch.equal(pruner.model.norm.bias, bias)
+
+
+def test_after_step_needs_something_pruned() -> None:
+    pruner = PruneWrapper(cifar_resnet(8), 2, -1)
+    with pytest.raises(DSPPruningError, match=r"call initialize\(rate\) first"):
+        pruner.after_step()
+    pruner.initialize(0.3)
+    masked = pruner.model.state_dict()
+    fresh = PruneWrapper(cifar_resnet(8), 2, -1)
+    fresh.model.load_state_dict(masked)
+    fresh.after_step()  # goes on with the loaded masks

@@ -38,9 +38,8 @@ class LearnGroupsConfig(RunConfig):
 
 
 class _LearnHook(Hook):
-    def __init__(self, learner: GroupWrapper, generator: torch.Generator) -> None:
+    def __init__(self, learner: GroupWrapper) -> None:
         self.learner = learner
-        self.generator = generator
 
     def before_forward(self) -> None:
         self.learner.initialize()
@@ -49,16 +48,10 @@ class _LearnHook(Hook):
         self.learner.after_step(images, labels)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "adam": self.learner._group_optimizer.state_dict(),
-            "steps": self.learner.steps,
-            "noise": self.generator.get_state(),
-        }
+        return self.learner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.learner._group_optimizer.load_state_dict(state["adam"])
-        self.learner.steps = state["steps"]
-        self.generator.set_state(state["noise"])
+        self.learner.load_state_dict(state)
 
     def metrics(self) -> dict[str, float]:
         return self.learner.stats()
@@ -87,7 +80,6 @@ def learn_groups(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    noise = torch.Generator().manual_seed(config.seed)
     learner = GroupWrapper(
         model,
         optimizer,
@@ -98,7 +90,7 @@ def learn_groups(
         temp=config.temperature,
         example_input=data.example().to(device),
         second_order=config.second_order,
-        generator=noise,
+        generator=torch.Generator().manual_seed(config.seed),
     )
     restore_weights(model, weights, source, optional=(".group",))
     trainer = Trainer(
@@ -109,7 +101,7 @@ def learn_groups(
         batch_size=config.batch_size,
         schedule=cosine(config.epochs),
         generator=torch.Generator().manual_seed(config.seed),
-        hook=_LearnHook(learner, noise),
+        hook=_LearnHook(learner),
         directory=directory,
         config=config.settings(data),
     )

@@ -1,0 +1,281 @@
+#include "builder.h"
+
+#include <algorithm>
+#include <limits>
+#include <set>
+
+namespace dsp {
+
+namespace {
+
+int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+std::string text(int h, int w) { return std::to_string(h) + "x" + std::to_string(w); }
+
+} // namespace
+
+Builder::Builder(const Network& network, const PlanKey& key) : network_(network), key_(key) {}
+
+void Builder::build(Plan& plan) {
+    shapes();
+    geometry();
+    lifetimes();
+    plan.arena_floats = memory();
+    emit(plan);
+}
+
+Builder::Summary Builder::summary() {
+    shapes();
+    geometry();
+    lifetimes();
+    Summary summary{std::vector<std::vector<int>>(network_.outputs), memory()};
+    for (const Step& step : network_.steps)
+        if (step.kind == Kind::output) {
+            const Node& node = nodes_[step.inputs[0]];
+            summary.outputs[step.number] = {node.channels, node.h, node.w};
+        }
+    return summary;
+}
+
+int Builder::root(int node) {
+    while (nodes_[node].parent != node) node = nodes_[node].parent = nodes_[nodes_[node].parent].parent;
+    return node;
+}
+
+void Builder::tie(int a, int b) {
+    a = root(a), b = root(b);
+    if (a == b) return;
+    nodes_[b].parent = a;
+    Pads &p = pads_[a], &q = pads_[b];
+    p = {std::max(p.top, q.top), std::max(p.bottom, q.bottom), std::max(p.left, q.left), std::max(p.right, q.right)};
+}
+
+int Builder::add_node(int channels, int h, int w) {
+    if (h < 1 || w < 1 || h > (1 << 20) || w > (1 << 20)) fail("a map of " + text(h, w) + " pixels is not possible");
+    const int number = int(nodes_.size());
+    nodes_.push_back({channels, h, w, number, number});
+    pads_.push_back({});
+    return number;
+}
+
+// Sizes of all values, which values share a class, and what padding each class needs.
+void Builder::shapes() {
+    drafts_.resize(network_.steps.size());
+    // Nodes of the network's values come first and keep their numbers.
+    std::vector<Split> later;
+    for (size_t s = 0; s < network_.steps.size(); ++s) {
+        const Step& step = network_.steps[s];
+        Draft& draft = drafts_[s];
+        if (!step.inputs.empty()) draft.x = step.inputs[0];
+        const Node x = draft.x >= 0 ? nodes_[draft.x] : Node{};
+        switch (step.kind) {
+        case Kind::input: {
+            const Size size = key_.sizes[step.number];
+            add_node(network_.values[step.output].channels, size.h, size.w);
+            break;
+        }
+        case Kind::conv:
+        case Kind::pool: {
+            int size[2];
+            for (int a = 0; a < 2; ++a)
+                size[a] = output_size(a ? x.w : x.h, step.kernel[a], step.stride[a], step.padding[a],
+                                      step.dilation[a], step.ceil_mode);
+            if (size[0] < 1 || size[1] < 1)
+                fail("an input of " + text(x.h, x.w) + " pixels is too small for a kernel of " +
+                     text(step.kernel[0], step.kernel[1]));
+            add_node(network_.values[step.output].channels, size[0], size[1]);
+            break;
+        }
+        case Kind::map: add_node(x.channels, x.h, x.w); break;
+        case Kind::mean: add_node(x.channels, 1, 1); break;
+        case Kind::flatten: {
+            add_node(x.channels, x.h, x.w);
+            nodes_.back().buffer = x.buffer;
+            tie(draft.x, step.output);
+            break;
+        }
+        case Kind::linear: {
+            if (int64_t(x.channels) * x.h * x.w != step.number)
+                fail("a linear layer of " + std::to_string(step.number) + " features got " +
+                     std::to_string(x.channels) + "x" + text(x.h, x.w));
+            add_node(network_.values[step.output].channels, 1, 1);
+            break;
+        }
+        case Kind::output: break;
+        }
+        const size_t others = step.kind == Kind::map || step.kind == Kind::conv ? step.inputs.size() : 0;
+        for (size_t i = step.kind == Kind::map ? 0 : 1; i < others; ++i) {
+            const Node &other = nodes_[step.inputs[i]], &y = nodes_[step.output];
+            if (other.h != y.h || other.w != y.w)
+                fail("a residual of " + text(other.h, other.w) + " pixels cannot be added to " + text(y.h, y.w));
+            tie(step.inputs[i], step.output);
+        }
+    }
+    for (size_t s = 0; s < network_.steps.size(); ++s) {
+        const Step& step = network_.steps[s];
+        if (step.kind == Kind::conv) {
+            std::vector<char> used(nodes_[step.inputs[0]].channels, 0);
+            for (const auto& group : step.groups)
+                for (int c : group.in) used[c] = 1;
+            window(int(s), used, nodes_[step.output].h, nodes_[step.output].w);
+        } else if (step.kind == Kind::pool) {
+            // A pad counts as 0: right for a maximum of numbers that are not negative, and for an average that
+            // divides every window by the same number.
+            const bool zeros = step.average ? !step.ceil_mode && (step.include_pad || step.divisor ||
+                                                                  (step.padding[0] == 0 && step.padding[1] == 0))
+                                            : network_.values[step.inputs[0]].nonnegative;
+            drafts_[s].fast_pool = zeros;
+            if (zeros)
+                window(int(s), std::vector<char>(nodes_[step.inputs[0]].channels, 1), nodes_[step.output].h,
+                       nodes_[step.output].w);
+        }
+    }
+}
+
+// Turns a strided window into one of stride 1 over an input that is sorted by phase.
+void Builder::window(int number, const std::vector<char>& used, int h, int w) {
+    const Step& step = network_.steps[number];
+    Draft& draft = drafts_[number];
+    const Pair stride = step.stride;
+    for (int ky = 0; ky < step.kernel[0]; ++ky)
+        for (int kx = 0; kx < step.kernel[1]; ++kx) {
+            const int y = ky * step.dilation[0] - step.padding[0], x = kx * step.dilation[1] - step.padding[1];
+            const int dy = floor_div(y, stride[0]), dx = floor_div(x, stride[1]);
+            draft.taps.push_back({y - dy * stride[0], x - dx * stride[1], dy, dx});
+        }
+    if (stride[0] > 1 || stride[1] > 1) {
+        const int source = step.inputs[0];
+        for (size_t i = 0; i < splits_.size(); ++i)
+            if (splits_[i].source == source && splits_[i].stride == stride) draft.split = int(i);
+        if (draft.split < 0) {
+            const Node x = nodes_[source];
+            const int node = add_node(0, (x.h + stride[0] - 1) / stride[0], (x.w + stride[1] - 1) / stride[1]);
+            splits_.push_back({node, source, stride, {}, false});
+            draft.split = int(splits_.size()) - 1;
+        }
+        Split& split = splits_[draft.split];
+        for (const Tap& tap : draft.taps)
+            for (size_t c = 0; c < used.size(); ++c)
+                if (used[c]) split.plane.emplace(std::make_tuple(tap.row_phase, tap.column_phase, int(c)), 0);
+        draft.x = split.node;
+    }
+    tie(draft.x, step.output);
+    Pads& pads = pads_[root(draft.x)];
+    const Node& x = nodes_[draft.x];
+    for (const Tap& tap : draft.taps) {
+        pads.top = std::max(pads.top, -tap.dy);
+        pads.left = std::max(pads.left, -tap.dx);
+        pads.bottom = std::max(pads.bottom, h + tap.dy - x.h);
+        pads.right = std::max(pads.right, w + tap.dx - x.w);
+    }
+}
+
+void Builder::geometry() {
+    for (Split& split : splits_) {
+        int number = 0;
+        for (auto& entry : split.plane) entry.second = number++;
+        nodes_[split.node].channels = std::max(number, 1);
+    }
+    std::vector<int64_t> pitch(nodes_.size(), 0);
+    for (size_t n = 0; n < nodes_.size(); ++n) {
+        const int r = root(int(n));
+        pitch[r] = std::max<int64_t>(pitch[r], nodes_[n].w + std::max(pads_[r].left, pads_[r].right));
+    }
+    const int64_t I = key_.interleave;
+    for (size_t n = 0; n < nodes_.size(); ++n) {
+        Node& node = nodes_[n];
+        const Pads& pads = pads_[root(int(n))];
+        Geometry& g = node.geometry;
+        g.channels = node.channels, g.h = node.h, g.w = node.w, g.interleave = int(I);
+        g.pitch = pitch[root(int(n))];
+        // The rows under a plane are the rows over the next.
+        const int64_t gap = std::max(pads.top, pads.bottom) * g.pitch * I;
+        // A last vector that runs over the plane's end must not reach the next plane.
+        g.plane = round_up(g.h * g.pitch * I + std::max<int64_t>(gap, 16), 16);
+        // Planes at a distance of a power of two would all fall into the same few sets of the cache.
+        if (g.plane / 16 % 2 == 0) g.plane += 16;
+        g.lead = round_up((pads.top * g.pitch + pads.left) * I, 16);
+        const int64_t reach = ((g.h - 1 + pads.bottom) * g.pitch + g.w + pads.right) * I + 16;
+        g.size = round_up(g.lead + (g.channels - 1) * g.plane + std::max(g.plane, reach), 16);
+        if (g.size > std::numeric_limits<int32_t>::max()) fail("a map is larger than 8 GB; use a smaller batch or image");
+    }
+}
+
+// First and last operation of every buffer. Operations are numbered as emit() makes them.
+void Builder::lifetimes() {
+    int number = 0;
+    std::vector<int> last_step(nodes_.size(), -1);
+    for (size_t s = 0; s < network_.steps.size(); ++s)
+        for (int input : network_.steps[s].inputs) last_step[nodes_[input].buffer] = int(s);
+    std::set<int> split_done;
+    for (size_t s = 0; s < network_.steps.size(); ++s) {
+        const Step& step = network_.steps[s];
+        const Draft& draft = drafts_[s];
+        if (step.kind == Kind::flatten) continue;
+        if (draft.split >= 0 && split_done.insert(draft.split).second) {
+            nodes_[draft.x].first = number;
+            nodes_[nodes_[splits_[draft.split].source].buffer].last = number;
+            ++number;
+        }
+        if (draft.x >= 0) nodes_[nodes_[draft.x].buffer].last = number;
+        for (size_t i = 1; i < step.inputs.size(); ++i) nodes_[nodes_[step.inputs[i]].buffer].last = number;
+        if (step.output >= 0) {
+            Node& y = nodes_[step.output];
+            y.first = number;
+            // The sum may replace the residual if nothing reads that again and the window does not read it now.
+            const int candidate = step.kind == Kind::conv && step.inputs.size() == 2 ? step.inputs[1]
+                                  : step.kind == Kind::map                           ? step.inputs[0]
+                                                                                     : -1;
+            if (candidate >= 0) {
+                const int buffer = nodes_[candidate].buffer;
+                const bool read_by_window = step.kind == Kind::conv && nodes_[draft.x].buffer == buffer;
+                if (last_step[buffer] == int(s) && !read_by_window) {
+                    y.buffer = buffer;
+                    last_step[buffer] = last_step[step.output];
+                    // Later steps name this value; its readers are the buffer's readers.
+                    for (Node& node : nodes_)
+                        if (node.buffer == step.output) node.buffer = buffer;
+                }
+            }
+            nodes_[y.buffer].last = std::max(nodes_[y.buffer].last, number);
+        }
+        ++number;
+    }
+}
+
+// Where every buffer begins; returns the floats of scratch in all.
+int64_t Builder::memory() {
+    int64_t total = 0;
+    std::vector<int> order;
+    for (size_t n = 0; n < nodes_.size(); ++n)
+        if (nodes_[n].buffer == int(n) && nodes_[n].first >= 0) order.push_back(int(n));
+    std::sort(order.begin(), order.end(), [&](int a, int b) { return nodes_[a].first < nodes_[b].first; });
+    std::vector<int> placed;
+    for (int n : order) {
+        Node& node = nodes_[n];
+        node.last = std::max(node.last, node.first);
+        std::vector<std::pair<int64_t, int64_t>> taken;
+        for (int other : placed)
+            if (nodes_[other].last >= node.first)
+                taken.push_back({nodes_[other].offset, nodes_[other].offset + nodes_[other].geometry.size});
+        std::sort(taken.begin(), taken.end());
+        int64_t offset = 0;
+        for (const auto& range : taken) {
+            if (range.first - offset >= node.geometry.size) break;
+            offset = std::max(offset, range.second);
+        }
+        node.offset = offset;
+        placed.push_back(n);
+        total = std::max(total, offset + node.geometry.size);
+    }
+    return total + 64;
+}
+
+Place Builder::place(int node) const {
+    const Node& buffer = nodes_[nodes_[node].buffer];
+    return {nodes_[node].geometry, buffer.offset + nodes_[node].geometry.lead};
+}
+
+} // namespace dsp

@@ -1,0 +1,84 @@
+// Makes the operations of a Plan.
+#pragma once
+
+#include <map>
+#include <tuple>
+
+#include "ops.h"
+#include "tiling.h"
+
+namespace dsp {
+
+class Builder {
+  public:
+    Builder(const Network& network, const PlanKey& key);
+    void build(Plan& plan);
+    // Without a plan: sizes of the outputs and floats of scratch.
+    struct Summary {
+        std::vector<std::vector<int>> outputs;
+        int64_t arena_floats;
+    };
+    Summary summary();
+
+  private:
+    // A value of the network, or one sorted by phase. Values of one class have one pitch and one padding, so
+    // that a pixel has the same displacement in all of them.
+    struct Node {
+        int channels, h, w;
+        int parent;      // of the class
+        int buffer;      // the node whose memory it uses
+        int first = -1;  // operation that writes the buffer
+        int last = -1;   // operation that reads it last
+        int64_t offset = 0;
+        Geometry geometry{};
+    };
+    struct Pads {
+        int top = 0, bottom = 0, left = 0, right = 0;
+    };
+    struct Split {
+        int node;
+        int source;
+        Pair stride;
+        std::map<std::tuple<int, int, int>, int> plane; // (row phase, column phase, channel) -> plane
+        bool emitted = false;
+    };
+    struct Tap {
+        int row_phase, column_phase, dy, dx;
+    };
+    struct Draft { // what is known of a step before the geometry is
+        int x = -1;
+        int split = -1;
+        std::vector<Tap> taps;
+        bool fast_pool = false;
+    };
+
+    const Network& network_;
+    const PlanKey& key_;
+    std::vector<Node> nodes_;
+    std::vector<Split> splits_;
+    std::vector<Draft> drafts_;
+    std::vector<Pads> pads_;
+
+    int root(int node);
+    void tie(int a, int b);
+    int add_node(int channels, int h, int w);
+    void shapes();
+    void window(int step, const std::vector<char>& used, int h, int w);
+    void geometry();
+    void lifetimes();
+    int64_t memory();
+    void emit(Plan& plan);
+    Place place(int node) const;
+    std::unique_ptr<Op> conv(int step, const Draft& draft);
+    std::unique_ptr<Op> pool(int step, const Draft& draft);
+    std::unique_ptr<Op> linear(int step);
+    std::vector<char> used_channels(int value) const;
+    std::vector<int32_t> displacements(const Draft& draft, const std::vector<int>& channels);
+    int vector_pieces(const ConvOp& op) const;
+    Extent extent(const ConvOp& op, int64_t count) const;
+    void tile_conv(ConvOp& op);
+    void chunk_conv(ConvOp& op);
+    void block_conv(ConvOp& op, const Draft& draft);
+};
+
+} // namespace dsp

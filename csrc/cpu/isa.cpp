@@ -1,0 +1,37 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+namespace dsp {
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+#if defined(__x86_64__)
+    // These ask the operating system too: it must save the wide registers.
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        names.push_back("avx512");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
+#endif
+    names.push_back("base");
+    return names;
+}
+
+const Kernels& kernels_for(const std::string& isa) {
+    const auto names = available_isas();
+    const std::string& wanted = isa.empty() ? names.front() : isa;
+    std::string known;
+    for (const auto& name : names) {
+        known += (known.empty() ? "" : ", ") + name;
+        if (name != wanted) continue;
+#if defined(__x86_64__)
+        if (name == "avx512") return kernels_avx512();
+        if (name == "avx2") return kernels_avx2();
+#endif
+        return kernels_base();
+    }
+    throw std::invalid_argument("instruction set '" + wanted + "' does not run here; this CPU has " + known);
+}
+
+} // namespace dsp

@@ -1,0 +1,93 @@
+// What the executor asks of one instruction set: a table of small functions over vectors of floats.
+//
+// Every buffer is planar, zero-padded and has I images interleaved innermost: [C][H + pads][pitch][I].
+// A "vector" is `lanes` consecutive floats of a plane, named by its displacement from the plane's first pixel.
+#pragma once
+
+#include <cstdint>
+
+namespace dsp {
+
+enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
+
+// y[o][v] = act(bias[o] + sum_j w[j][o] * x[v + off[j]] + add[o][v]) for `filters` planes o and some vectors v.
+struct TileCall {
+    const float* x;           // first pixel of plane 0 of the input
+    const int32_t* off;       // [count] displacement of (channel, tap) j, in floats
+    int64_t count;            // length of the reduction
+    const float* w;           // [count][filters]
+    const float* bias;        // [filters], or null
+    float* y;                 // first pixel of plane 0 of the output
+    const int64_t* y_plane;   // [filters] displacement of each output plane
+    const float* add;         // residual, or y itself to continue a sum, or null
+    const int64_t* add_plane; // [filters] displacement of each plane of `add`
+    const int32_t* vec;       // displacement of each vector
+    const int32_t* mask;      // [vectors][lanes] all ones where a pixel lives, or null: all live
+    Act act;
+};
+
+// y[v] = act(a[v] * scale + shift + b[v]), one plane.
+struct MapCall {
+    const float* a;
+    const float* b; // or null
+    float* y;
+    float scale, shift;
+    const int32_t* vec;
+    const int32_t* mask;
+    int64_t vectors;
+    Act act;
+};
+
+// y[v] = max or scaled sum over taps of x[v + off[tap]], one plane.
+struct PoolCall {
+    const float* x;
+    const int32_t* off;
+    int64_t taps;
+    float* y;
+    const int32_t* vec;
+    const int32_t* mask;
+    int64_t vectors;
+    bool average;
+    float scale;
+};
+
+// y[o * y_plane + i] = act(bias[o] + sum_f x[off[f] + i] * w[f][o]) for i < images and first <= o < last;
+// first is a multiple of 16. The outputs are the vector here, because one image alone fills no vector.
+struct LinearCall {
+    const float* x;
+    const int32_t* off;
+    int64_t count;
+    int images;
+    const float* w; // [count][pitch]
+    int64_t pitch;  // a multiple of 16
+    const float* bias; // [pitch]
+    float* y;
+    int64_t y_plane;
+    int first, last;
+    Act act;
+};
+
+constexpr int max_filters = 8; // rows of the largest microtile
+constexpr int max_vectors = 8; // columns of the widest one
+
+struct Kernels {
+    const char* name;
+    int lanes;
+    int filters;                    // most filters of a tile
+    int vectors[max_filters + 1];   // vectors[k]: most vectors of a tile with k filters
+    void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
+    void (*map)(const MapCall&);
+    void (*pool)(const PoolCall&);
+    void (*linear)(const LinearCall&);
+    // target[n][i] = source[n * stride][i] for n < count, i < images: one row of a split.
+    void (*thin)(const float* source, float* target, int64_t count, int64_t stride, int images);
+    int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers alone; returns how many were done
+};
+
+const Kernels& kernels_base();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+} // namespace dsp

@@ -1,0 +1,299 @@
+// The kernels, written once for any vector length. A file that compiles them for an instruction set defines
+// DSP_LANES (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_NAME and DSP_TABLE first.
+// Everything is in an anonymous namespace and no header with inline functions is included: code compiled for
+// a newer instruction set must not replace code that an older CPU runs.
+#pragma once
+
+#include "kernel.h"
+
+namespace dsp {
+namespace {
+
+constexpr int L = DSP_LANES;
+typedef float V __attribute__((vector_size(L * 4)));
+typedef int32_t M __attribute__((vector_size(L * 4)));
+typedef float VU __attribute__((vector_size(L * 4), aligned(4), may_alias));
+typedef int32_t MU __attribute__((vector_size(L * 4), aligned(4), may_alias));
+
+inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+inline V keep(V v, const int32_t* mask) {
+    return (V)((M)v & *reinterpret_cast<const MU*>(mask));
+}
+// A NaN stays a NaN: the comparison is false and the value itself is taken.
+inline V at_least(V v, float low) { return V{} + low > v ? V{} + low : v; }
+inline V at_most(V v, float high) { return V{} + high < v ? V{} + high : v; }
+
+// exp by 2^n * polynomial (Cephes' expf coefficients); error below 2 ulp on the clamped range.
+inline V exponential(V x) {
+    x = at_most(at_least(x, -87.3f), 88.0f);
+    V shifted = x * 1.44269504f + 12582912.0f; // adding 1.5 * 2^23 rounds to an integer
+    V n = shifted - 12582912.0f;
+    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    M power = ((M)shifted - (M)(V{} + 12582912.0f) + 127) << 23;
+    return p * (V)power;
+}
+
+inline V activate(V v, Act act) {
+    switch (act) {
+    case Act::relu: return at_least(v, 0.0f);
+    case Act::relu6: return at_most(at_least(v, 0.0f), 6.0f);
+    // Below -88 the exponential is clamped: the result is a zero there, and NaN for -inf, as in PyTorch.
+    case Act::silu: return v < -88.0f ? v * 0.0f : v / (1.0f + exponential(-v));
+    case Act::hardswish: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    default: return v;
+    }
+}
+
+// Out of line: the two costly activations would bloat every tile.
+__attribute__((noinline)) void activate_plane(float* y, const int32_t* vec, int vectors, Act act) {
+    for (int p = 0; p < vectors; ++p) store(y + vec[p], activate(load(y + vec[p]), act));
+}
+
+// One term of the sums of a tile: P vectors times K weights.
+template <int K, int P>
+inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
+    V in[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) in[p] = load(x[p] + o);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+        // A scalar times a vector becomes a broadcast load; a broadcast vector would cost a shuffle.
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[k][p] += w[k] * in[p];
+    }
+}
+
+// Bias, residual, activation and the store of a tile.
+template <int K, int P, bool masked>
+inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall& call) {
+    const bool late = call.act == Act::silu || call.act == Act::hardswish;
+    // Bounds that change nothing cost less than branches. A NaN passes both.
+    const float infinite = __builtin_inff();
+    const V low = V{} + (call.act == Act::relu || call.act == Act::relu6 ? 0.0f : -infinite);
+    const V high = V{} + (call.act == Act::relu6 ? 6.0f : infinite);
+    int64_t at[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) at[p] = call.vec[p];
+    float* const base = call.y;
+    const float* const bias = call.bias;
+    const float* const add = call.add;
+    const int64_t* const y_plane = call.y_plane;
+    const int64_t* const add_plane = call.add_plane;
+    const int32_t* const mask = call.mask;
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+        float* y = base + y_plane[k];
+        if (bias) {
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] += bias[k];
+        }
+        if (add) {
+            const float* plane = add + add_plane[k];
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] += load(plane + at[p]);
+        }
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            V v = acc[k][p];
+            v = low > v ? low : v;
+            v = high < v ? high : v;
+            if (masked) v = keep(v, mask + p * L);
+            store(y + at[p], v);
+        }
+        if (late) activate_plane(y, call.vec, P, call.act);
+    }
+}
+
+template <int K, int P>
+void tile(const TileCall& call) {
+    V acc[K][P];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[k][p] = V{};
+    const float* x[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) x[p] = call.x + call.vec[p];
+    const float* w = call.w;
+    const int32_t* off = call.off;
+    const int32_t* const end = off + call.count;
+    // Three terms at a time: the branch predictor can learn the end of a loop that is a third as long.
+    for (; end - off >= 3; off += 3, w += 3 * K) {
+        add_term<K, P>(acc, x, off[0], w);
+        add_term<K, P>(acc, x, off[1], w + K);
+        add_term<K, P>(acc, x, off[2], w + 2 * K);
+    }
+    for (; off != end; ++off, w += K) add_term<K, P>(acc, x, off[0], w);
+    if (call.mask)
+        finish<K, P, true>(acc, call);
+    else
+        finish<K, P, false>(acc, call);
+}
+
+void map(const MapCall& call) {
+    for (int64_t i = 0; i < call.vectors; ++i) {
+        const int64_t d = call.vec[i];
+        V v = load(call.a + d) * call.scale + call.shift;
+        if (call.b) v += load(call.b + d);
+        v = activate(v, call.act);
+        if (call.mask) v = keep(v, call.mask + i * L);
+        store(call.y + d, v);
+    }
+}
+
+void pool(const PoolCall& call) {
+    for (int64_t i = 0; i < call.vectors; ++i) {
+        const float* x = call.x + call.vec[i];
+        V v = load(x + call.off[0]);
+        if (call.average) {
+            for (int64_t t = 1; t < call.taps; ++t) v += load(x + call.off[t]);
+            v *= call.scale;
+        } else {
+            for (int64_t t = 1; t < call.taps; ++t) {
+                V u = load(x + call.off[t]);
+                v = (v > u) | (v != v) ? v : u; // a NaN wins, as in PyTorch
+            }
+        }
+        if (call.mask) v = keep(v, call.mask + i * L);
+        store(call.y + call.vec[i], v);
+    }
+}
+
+template <int K, int P>
+void linear_tile(const LinearCall& call, int image, int first) {
+    V acc[K][P];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[k][p] = load(call.bias + first + p * L);
+    const float* w = call.w + first;
+    for (int64_t f = 0; f < call.count; ++f, w += call.pitch) {
+        const float* x = call.x + call.off[f] + image;
+        V in[P];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) in[p] = load(w + p * L);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] += x[k] * in[p];
+    }
+    for (int k = 0; k < K; ++k)
+        for (int p = 0; p < P; ++p) {
+            const V v = activate(acc[k][p], call.act);
+            for (int l = 0; l < L && first + p * L + l < call.last; ++l)
+                call.y[(first + p * L + l) * call.y_plane + image + k] = v[l];
+        }
+}
+
+template <int I, int S>
+void thin_row(const float* __restrict source, float* __restrict target, int64_t count, int64_t stride) {
+    const int64_t step = S ? S : stride;
+    for (int64_t n = 0; n < count; ++n)
+#pragma GCC unroll 16
+        for (int i = 0; i < I; ++i) target[n * I + i] = source[n * step * I + i];
+}
+
+void thin(const float* source, float* target, int64_t count, int64_t stride, int images) {
+    switch (images) {
+    case 1: return stride == 2 ? thin_row<1, 2>(source, target, count, 2) : thin_row<1, 0>(source, target, count, stride);
+    case 2: return stride == 2 ? thin_row<2, 2>(source, target, count, 2) : thin_row<2, 0>(source, target, count, stride);
+    case 4: return thin_row<4, 0>(source, target, count, stride);
+    case 8: return thin_row<8, 0>(source, target, count, stride);
+    default: return thin_row<16, 0>(source, target, count, stride);
+    }
+}
+
+// What the arithmetic units can do at most: the yardstick of every other kernel.
+int64_t arithmetic(int64_t turns) {
+    constexpr int sums = DSP_WIDE ? 24 : 12;
+    V acc[sums];
+#pragma GCC unroll 24
+    for (int s = 0; s < sums; ++s) acc[s] = V{} + float(s);
+    V a = V{} + 0.999f, b = V{} + 1e-3f;
+    for (int64_t t = 0; t < turns; ++t) {
+#pragma GCC unroll 24
+        for (int s = 0; s < sums; ++s) acc[s] = acc[s] * a + b;
+        asm volatile("" : : : "memory");
+    }
+    V total{};
+#pragma GCC unroll 24
+    for (int s = 0; s < sums; ++s) total += acc[s];
+    volatile float sink = total[0];
+    (void)sink;
+    return turns * sums * L;
+}
+
+template <int K>
+void linear_rows(const LinearCall& call, int image) {
+    int o = call.first;
+    for (; o + 4 * L <= call.pitch && o < call.last; o += 4 * L) linear_tile<K, 4>(call, image, o);
+    for (; o < call.last; o += L) linear_tile<K, 1>(call, image, o);
+}
+
+void linear(const LinearCall& call) {
+    int image = 0;
+    for (; image + 4 <= call.images; image += 4) linear_rows<4>(call, image);
+    for (; image + 2 <= call.images; image += 2) linear_rows<2>(call, image);
+    for (; image < call.images; ++image) linear_rows<1>(call, image);
+}
+
+template <int K, int P>
+void fill(Kernels& table) {
+    table.tile[K][P] = tile<K, P>;
+    if constexpr (P > 1) fill<K, P - 1>(table);
+}
+
+template <int K, int P>
+void row(Kernels& table) {
+    table.vectors[K] = P;
+    fill<K, P>(table);
+}
+
+// Microtiles that fit the registers: filters x vectors sums, the vectors loaded and one broadcast weight.
+Kernels make() {
+    Kernels table{};
+    table.name = DSP_NAME;
+    table.lanes = L;
+    table.map = map;
+    table.pool = pool;
+    table.linear = linear;
+    table.thin = thin;
+    table.arithmetic = arithmetic;
+#if DSP_WIDE
+    table.filters = 8;
+    row<1, 8>(table);
+    row<2, 8>(table);
+    row<3, 8>(table);
+    row<4, 6>(table);
+    row<5, 5>(table);
+    row<6, 4>(table);
+    row<7, 3>(table);
+    row<8, 3>(table);
+#else
+    table.filters = 6;
+    row<1, 6>(table);
+    row<2, 5>(table);
+    row<3, 3>(table);
+    row<4, 3>(table);
+    row<5, 2>(table);
+    row<6, 2>(table);
+#endif
+    return table;
+}
+
+} // namespace
+
+const Kernels& DSP_TABLE() {
+    static const Kernels table = make();
+    return table;
+}
+
+} // namespace dsp

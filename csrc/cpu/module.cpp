@@ -1,0 +1,200 @@
+// The Python side: numpy arrays in, checked, and the work done without the interpreter's lock.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "isa.h"
+#include "session.h"
+#include "workers.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Array = py::array_t<float>; // no conversion: another dtype is refused below
+using dsp::Act;
+using dsp::fail;
+using dsp::Pair;
+
+Act activation(const std::string& name) {
+    if (name == "none") return Act::none;
+    if (name == "relu") return Act::relu;
+    if (name == "relu6") return Act::relu6;
+    if (name == "silu") return Act::silu;
+    if (name == "hardswish") return Act::hardswish;
+    fail("activation '" + name + "' is unknown");
+}
+
+std::vector<float> flat(const Array& array) {
+    const auto dense = py::array_t<float, py::array::c_style | py::array::forcecast>(array);
+    return std::vector<float>(dense.data(), dense.data() + dense.size());
+}
+
+std::vector<float> flat_or_empty(const std::optional<Array>& array) {
+    return array ? flat(*array) : std::vector<float>();
+}
+
+// Built step by step, then sealed; after that it can only run.
+class Native {
+  public:
+    explicit Native(const std::string& isa) : network_(std::make_unique<dsp::Network>(isa)) {}
+
+    int input(int channels) { return open().add_input(channels); }
+
+    int conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+             const std::string& act, const std::vector<std::vector<int>>& in_index,
+             const std::vector<std::vector<int>>& out_index, const std::vector<Array>& weights,
+             const std::optional<Array>& bias) {
+        if (in_index.size() != out_index.size() || in_index.size() != weights.size())
+            fail("in_index, out_index and weights differ in length");
+        std::vector<dsp::GroupIndex> groups;
+        for (size_t g = 0; g < in_index.size(); ++g)
+            groups.push_back({in_index[g], out_index[g], flat(weights[g])});
+        const auto bias_values = flat_or_empty(bias);
+        if (bias && int(bias_values.size()) != out_channels) fail("bias needs one number per output channel");
+        return open().add_conv(x, residual, out_channels, kernel, stride, padding, dilation, activation(act),
+                               std::move(groups), bias ? bias_values.data() : nullptr);
+    }
+
+    int map(int x, int other, const std::optional<Array>& scale, const std::optional<Array>& shift,
+            const std::string& act) {
+        return open().add_map(x, other, flat_or_empty(scale), flat_or_empty(shift), activation(act));
+    }
+
+    int pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+             bool include_pad, int divisor) {
+        return open().add_pool(x, average, kernel, stride, padding, dilation, ceil_mode, include_pad, divisor);
+    }
+
+    int mean(int x) { return open().add_mean(x); }
+    int flatten(int x) { return open().add_flatten(x); }
+
+    int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
+        if (weight.ndim() != 2) fail("a linear weight has two dimensions");
+        const auto bias_values = flat_or_empty(bias);
+        if (bias && py::ssize_t(bias_values.size()) != weight.shape(0)) fail("bias needs one number per output");
+        return open().add_linear(x, int(weight.shape(0)), flat(weight), bias ? bias_values.data() : nullptr,
+                                 int(weight.shape(1)), activation(act));
+    }
+
+    void output(int value) { open().add_output(value); }
+
+    std::vector<std::vector<int>> output_shapes(const std::vector<std::pair<int, int>>& sizes) {
+        if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
+        std::vector<dsp::Size> list;
+        for (const auto& size : sizes) list.push_back({size.first, size.second});
+        return sealed().output_shapes(list);
+    }
+
+    void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
+        const Call call = checked(inputs, outputs, interleave);
+        if (call.images == 0) return;
+        py::gil_scoped_release release;
+        session_->run(call.sizes, call.images, call.sources, call.targets, threads, interleave);
+    }
+
+    std::vector<std::tuple<std::string, int, double>> profile(const std::vector<Array>& inputs,
+                                                              std::vector<Array> outputs, int interleave,
+                                                              int repeats) {
+        const Call call = checked(inputs, outputs, interleave);
+        if (call.images == 0 || interleave == 0 || repeats < 1) fail("profiling needs images, interleave and repeats");
+        std::vector<std::tuple<std::string, int, double>> list;
+        py::gil_scoped_release release;
+        for (const auto& t : session_->profile(call.sizes, call.sources, call.targets, int(call.images), interleave, repeats))
+            list.emplace_back(t.name, t.value, t.seconds);
+        return list;
+    }
+
+    int64_t scratch_bytes() { return sealed().scratch_bytes(); }
+    int plan_count() { return sealed().plan_count(); }
+
+  private:
+    struct Call {
+        int64_t images;
+        std::vector<dsp::Size> sizes;
+        std::vector<dsp::Images> sources, targets;
+    };
+
+    // Every shape is held against the network; nothing behind this point can be out of range.
+    Call checked(const std::vector<Array>& inputs, std::vector<Array>& outputs, int interleave) {
+        dsp::Session& session = sealed();
+        const dsp::Network& network = session.network();
+        if (int(inputs.size()) != network.inputs || int(outputs.size()) != network.outputs || inputs.empty())
+            fail("wrong number of inputs or outputs");
+        if (interleave != 0 && interleave != 1 && interleave != 2 && interleave != 4 && interleave != 8 &&
+            interleave != 16)
+            fail("interleave is 0, 1, 2, 4, 8 or 16");
+        Call call;
+        call.images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
+        int number = 0;
+        for (const auto& step : network.steps) {
+            if (step.kind != dsp::Kind::input) continue;
+            const Array& x = inputs[number++];
+            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != call.images ||
+                x.shape(1) != network.values[step.output].channels)
+                fail("input " + std::to_string(step.number) + " has another shape than its value");
+            const int h = x.ndim() == 4 ? int(x.shape(2)) : 1, w = x.ndim() == 4 ? int(x.shape(3)) : 1;
+            call.sizes.push_back({h, w});
+            call.sources.push_back(images_of(x, const_cast<float*>(x.data())));
+        }
+        if (call.images == 0) return call;
+        const auto shapes = session.output_shapes(call.sizes);
+        for (size_t n = 0; n < outputs.size(); ++n) {
+            Array& y = outputs[n];
+            const auto& s = shapes[n];
+            const bool fits4 = y.ndim() == 4 && y.shape(0) == call.images && y.shape(1) == s[0] &&
+                               y.shape(2) == s[1] && y.shape(3) == s[2];
+            const bool fits2 = y.ndim() == 2 && y.shape(0) == call.images && y.shape(1) == s[0] && s[1] * s[2] == 1;
+            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has another shape than its value");
+            call.targets.push_back(images_of(y, y.mutable_data()));
+        }
+        return call;
+    }
+
+    std::unique_ptr<dsp::Network> network_;
+    std::unique_ptr<dsp::Session> session_;
+
+    dsp::Network& open() {
+        if (!network_) fail("the network has run already and cannot grow");
+        return *network_;
+    }
+    dsp::Session& sealed() { // called with the interpreter's lock held
+        if (!session_) session_ = std::make_unique<dsp::Session>(std::move(network_));
+        return *session_;
+    }
+    static dsp::Images images_of(const Array& array, float* base) {
+        dsp::Images images{base, {0, 0, 0, 0}};
+        for (py::ssize_t d = 0; d < array.ndim(); ++d) {
+            if (array.strides(d) % py::ssize_t(sizeof(float))) fail("strides are no multiples of a float");
+            images.stride[d] = array.strides(d) / py::ssize_t(sizeof(float));
+        }
+        return images;
+    }
+};
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native CPU kernels.";
+    m.def("available_isas", &dsp::available_isas, "Instruction sets that are compiled in and run here, best first.");
+    m.def(
+        "arithmetic", [](const std::string& isa, int64_t turns) { return dsp::kernels_for(isa).arithmetic(turns); },
+        "Runs multiply-adds on registers alone; returns how many.", py::call_guard<py::gil_scoped_release>());
+    m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
+    py::class_<Native>(m, "Network")
+        .def(py::init<const std::string&>(), py::arg("isa") = "")
+        .def("input", &Native::input)
+        .def("conv", &Native::conv)
+        .def("map", &Native::map)
+        .def("pool", &Native::pool)
+        .def("mean", &Native::mean)
+        .def("flatten", &Native::flatten)
+        .def("linear", &Native::linear)
+        .def("output", &Native::output)
+        .def("output_shapes", &Native::output_shapes)
+        .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"), py::arg("interleave") = 0)
+        .def("profile", &Native::profile, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(),
+             py::arg("interleave"), py::arg("repeats"))
+        .def_property_readonly("scratch_bytes", &Native::scratch_bytes)
+        .def_property_readonly("plan_count", &Native::plan_count);
+}

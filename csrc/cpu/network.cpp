@@ -1,0 +1,182 @@
+#include "network.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "isa.h"
+
+namespace dsp {
+
+void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+namespace {
+
+constexpr int64_t most = int64_t(1) << 24; // channels, taps, sizes: nothing real is larger
+
+void require(bool good, const std::string& message) {
+    if (!good) fail(message);
+}
+
+void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation) {
+    for (int a = 0; a < 2; ++a)
+        require(kernel[a] >= 1 && stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1 && kernel[a] < 4096 &&
+                    stride[a] < 4096 && padding[a] < 4096 && dilation[a] < 4096,
+                "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
+}
+
+bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
+
+} // namespace
+
+Network::Network(const std::string& isa) : kernels(kernels_for(isa)) {}
+
+void Network::check(int value) const {
+    require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
+}
+
+int Network::make(Step step, int channels, bool nonnegative) {
+    require(channels >= 1 && channels < most, "a value has " + std::to_string(channels) + " channels");
+    values.push_back({channels, nonnegative});
+    step.output = int(values.size()) - 1;
+    steps.push_back(std::move(step));
+    return steps.back().output;
+}
+
+int Network::add_input(int channels) {
+    Step step(Kind::input);
+    step.number = inputs++;
+    return make(std::move(step), channels, false);
+}
+
+int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                      Act act, std::vector<GroupIndex> groups, const float* bias) {
+    check(x);
+    check_window(kernel, stride, padding, dilation);
+    require(out_channels >= 1 && out_channels < most, "out_channels is " + std::to_string(out_channels));
+    if (residual >= 0) {
+        check(residual);
+        require(values[residual].channels == out_channels, "the residual has another number of channels");
+    }
+    const int64_t taps = int64_t(kernel[0]) * kernel[1];
+    std::vector<char> written(out_channels, 0);
+    for (size_t g = 0; g < groups.size(); ++g) {
+        for (int c : groups[g].in)
+            require(c >= 0 && c < values[x].channels, "in_index " + std::to_string(c) + " is out of range");
+        for (int o : groups[g].out) {
+            require(o >= 0 && o < out_channels, "out_index " + std::to_string(o) + " is out of range");
+            require(!written[o], "output channel " + std::to_string(o) + " is written twice");
+            written[o] = 1;
+        }
+        const int64_t expected = int64_t(groups[g].in.size()) * int64_t(groups[g].out.size()) * taps;
+        require(int64_t(groups[g].weights.size()) == expected, "group " + std::to_string(g) + " has a weight of another size");
+    }
+    Step step(Kind::conv);
+    step.inputs = residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
+    step.act = act;
+    step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
+    for (int o = 0; o < out_channels; ++o)
+        if (!written[o]) step.absent.push_back(o);
+    step.bias.assign(out_channels, 0.0f);
+    if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
+    step.groups = std::move(groups);
+    return make(std::move(step), out_channels, rectifies(act));
+}
+
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& known = packed_[{&step, splits}];
+    if (auto found = known.lock()) return found;
+    auto made = std::make_shared<Packed>();
+    for (size_t g = 0; g < step.groups.size(); ++g) {
+        const GroupIndex& group = step.groups[g];
+        const int64_t count = int64_t(group.in.size()) * step.kernel[0] * step.kernel[1];
+        int first = 0;
+        for (int filters : splits[g]) {
+            FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
+            for (int64_t j = 0; j < count; ++j)
+                for (int k = 0; k < filters; ++k) made->weights.push_back(group.weights[(first + k) * count + j]);
+            for (int k = 0; k < filters; ++k) {
+                tile.channels.push_back(group.out[first + k]);
+                made->bias.push_back(step.bias[tile.channels.back()]);
+            }
+            first += filters;
+            made->tiles.push_back(std::move(tile));
+        }
+    }
+    known = made;
+    return made;
+}
+
+int Network::add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act) {
+    check(x);
+    const int channels = values[x].channels;
+    require(scale.size() == shift.size() && (scale.empty() || int(scale.size()) == channels),
+            "scale and shift need one number per channel");
+    Step step(Kind::map);
+    step.inputs = {x};
+    if (other >= 0) {
+        check(other);
+        require(values[other].channels == channels, "the two operands have different numbers of channels");
+        step.inputs.push_back(other);
+    }
+    step.scale = std::move(scale), step.shift = std::move(shift), step.act = act;
+    return make(std::move(step), channels, rectifies(act));
+}
+
+int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+                      bool include_pad, int divisor) {
+    check(x);
+    check_window(kernel, stride, padding, dilation);
+    require(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], "pool padding is more than half the kernel");
+    require(divisor >= 0, "the divisor is negative");
+    Step step(Kind::pool);
+    step.inputs = {x};
+    step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
+    step.average = average, step.ceil_mode = ceil_mode, step.include_pad = include_pad, step.divisor = divisor;
+    return make(std::move(step), values[x].channels, values[x].nonnegative);
+}
+
+int Network::add_mean(int x) {
+    check(x);
+    Step step(Kind::mean);
+    step.inputs = {x};
+    return make(std::move(step), values[x].channels, values[x].nonnegative);
+}
+
+int Network::add_flatten(int x) {
+    check(x);
+    Step step(Kind::flatten);
+    step.inputs = {x};
+    return make(std::move(step), values[x].channels, values[x].nonnegative);
+}
+
+int Network::add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features,
+                        Act act) {
+    check(x);
+    require(out_features >= 1 && out_features < most && in_features >= 1 &&
+                int64_t(weight.size()) == int64_t(out_features) * in_features,
+            "the linear weight has another size");
+    require(in_features % values[x].channels == 0, "in_features is no multiple of the input's channels");
+    // Stored transposed, [in][out padded to 16]: the outputs are the vector.
+    Step step(Kind::linear);
+    step.inputs = {x};
+    step.act = act;
+    step.number = in_features;
+    const int64_t pitch = (int64_t(out_features) + 15) / 16 * 16;
+    step.weights.assign(pitch * in_features, 0.0f);
+    for (int64_t o = 0; o < out_features; ++o)
+        for (int64_t i = 0; i < in_features; ++i) step.weights[i * pitch + o] = weight[o * in_features + i];
+    step.bias.assign(pitch, 0.0f);
+    if (bias) std::copy(bias, bias + out_features, step.bias.begin());
+    return make(std::move(step), out_features, rectifies(act));
+}
+
+void Network::add_output(int value) {
+    check(value);
+    Step step(Kind::output);
+    step.inputs = {value};
+    step.number = outputs++;
+    steps.push_back(std::move(step));
+}
+
+} // namespace dsp

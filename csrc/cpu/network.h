@@ -1,0 +1,108 @@
+// A run of a Program's steps as the native code holds it: values, steps and packed weights. Sizes come later:
+// a Plan is made per image size (plan.h).
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace dsp {
+
+using Pair = std::array<int, 2>; // vertical, horizontal
+
+struct Size {
+    int h, w;
+    bool operator==(const Size& other) const { return h == other.h && w == other.w; }
+};
+
+// Consecutive filters of one group that one microtile computes.
+struct FilterTile {
+    int group;
+    int filters;
+    int64_t weights; // where its [count][filters] weights begin
+    int64_t bias;    // where its [filters] biases begin
+    std::vector<int> channels; // output channels
+};
+
+struct GroupIndex {
+    std::vector<int> in, out;
+    std::vector<float> weights; // [filters][channels][kh][kw]
+};
+
+// The weights of a convolution in the order in which its microtiles read them.
+struct Packed {
+    std::vector<FilterTile> tiles;
+    std::vector<float> weights, bias;
+};
+using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
+
+enum class Kind { input, conv, map, pool, mean, flatten, linear, output };
+
+struct Step {
+    explicit Step(Kind kind) : kind(kind) {}
+    Kind kind;
+    int output = -1;         // value
+    std::vector<int> inputs; // values
+    Act act = Act::none;
+    // conv and pool
+    Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
+    std::vector<GroupIndex> groups;
+    std::vector<int> absent;
+    std::vector<float> weights, bias; // linear: [in][out padded]; conv: the bias of each output channel
+    // pool
+    bool average = false, ceil_mode = false, include_pad = true;
+    int divisor = 0; // 0: the window's own
+    // map: per channel, or empty
+    std::vector<float> scale, shift;
+    int number = 0; // of an input or output
+};
+
+struct Value {
+    int channels;
+    bool nonnegative = false; // a ReLU made it, so that another ReLU changes nothing
+};
+
+class Network {
+  public:
+    explicit Network(const std::string& isa);
+
+    const Kernels& kernels;
+    std::vector<Value> values;
+    std::vector<Step> steps;
+    int inputs = 0, outputs = 0;
+
+    // Each returns the number of the value it makes and throws std::invalid_argument for what cannot be.
+    int add_input(int channels);
+    // bias: [out_channels] or null.
+    int add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation, Act act,
+                 std::vector<GroupIndex> groups, const float* bias);
+    // act(x * scale + shift + other): any of scale and shift (both or none) and other (-1) may be missing.
+    int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act);
+    int add_pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+                 bool include_pad, int divisor);
+    int add_mean(int x);
+    int add_flatten(int x);
+    // weight: [out][in], where in is channels * height * width of x.
+    int add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features, Act act);
+    void add_output(int value);
+
+    // The weights of a conv step cut into these tiles. Plans that cut alike share one copy.
+    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits) const;
+
+  private:
+    mutable std::mutex mutex_;
+    mutable std::map<std::pair<const Step*, Splits>, std::weak_ptr<const Packed>> packed_;
+
+    int make(Step step, int channels, bool nonnegative);
+    void check(int value) const;
+};
+
+[[noreturn]] void fail(const std::string& message);
+
+} // namespace dsp

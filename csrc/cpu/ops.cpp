@@ -1,0 +1,153 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace dsp {
+
+Range cut(int total, int parts, int part) {
+    return {int(int64_t(total) * part / parts), int(int64_t(total) * (part + 1) / parts)};
+}
+
+void clear_pads(const Place& place, float* base, int first, int last, bool columns) {
+    const Geometry& g = place.geometry;
+    const int64_t row = int64_t(g.w) * g.interleave, pitch = g.pitch * g.interleave;
+    if (first == 0 && last > 0) std::memset(base - g.lead, 0, sizeof(float) * g.lead);
+    for (int c = first; c < last; ++c) {
+        float* plane = base + c * g.plane;
+        if (columns && pitch > row)
+            for (int64_t y = 0; y + 1 < g.h; ++y) std::memset(plane + y * pitch + row, 0, sizeof(float) * (pitch - row));
+        const int64_t end = (g.h - 1) * pitch + row;
+        const int64_t next = c + 1 < g.channels ? g.plane : g.size - g.lead - c * g.plane;
+        std::memset(plane + end, 0, sizeof(float) * (next - end));
+    }
+}
+
+void SplitOp::run(int chunk, const Context& context) const {
+    const Geometry &s = from.geometry, &t = to.geometry;
+    const Range range = cut(int(planes.size()), chunks, chunk);
+    const int I = s.interleave;
+    for (int n = range.first; n < range.last; ++n) {
+        const Plane& plane = planes[n];
+        float* base = to.in(context);
+        clear_pads(to, base, plane.to, plane.to + 1, true);
+        // The last phases have fewer rows and columns.
+        const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
+        const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
+        for (int64_t y = 0; y < t.h; ++y) {
+            float* target = base + t.at(plane.to, y, 0);
+            const int64_t filled = y < rows ? std::min<int64_t>(columns, t.w) : 0;
+            if (filled > 0) {
+                const float* source =
+                    from.in(context) + s.at(plane.channel, y * stride[0] + plane.row_phase, plane.column_phase);
+                kernels->thin(source, target, filled, stride[1], I);
+            }
+            if (filled < t.w) std::memset(target + filled * I, 0, sizeof(float) * (t.w - filled) * I);
+        }
+    }
+}
+
+void MapOp::run(int chunk, const Context& context) const {
+    const Range range = cut(y.geometry.channels, chunks, chunk);
+    clear_pads(y, y.in(context), range.first, range.last, !vectors.covers_pads);
+    for (int c = range.first; c < range.last; ++c) {
+        const bool affine = !step->scale.empty();
+        kernels->map({a.in(context) + c * a.geometry.plane, has_b ? b.in(context) + c * b.geometry.plane : nullptr,
+                      y.in(context) + c * y.geometry.plane, affine ? step->scale[c] : 1.0f,
+                      affine ? step->shift[c] : 0.0f, vectors.at.data(),
+                      vectors.mask.empty() ? nullptr : vectors.mask.data(), int64_t(vectors.at.size()), step->act});
+    }
+}
+
+void FastPoolOp::run(int chunk, const Context& context) const {
+    const Range range = cut(y.geometry.channels, chunks, chunk);
+    clear_pads(y, y.in(context), range.first, range.last, !vectors.covers_pads);
+    for (int c = range.first; c < range.last; ++c)
+        kernels->pool({x.in(context) + c * x.geometry.plane, off.data(), int64_t(off.size()),
+                       y.in(context) + c * y.geometry.plane, vectors.at.data(),
+                       vectors.mask.empty() ? nullptr : vectors.mask.data(), int64_t(vectors.at.size()), average,
+                       scale});
+}
+
+void PoolOp::run(int chunk, const Context& context) const {
+    const Geometry &s = x.geometry, &t = y.geometry;
+    const Range range = cut(t.channels, chunks, chunk);
+    const int I = s.interleave;
+    clear_pads(y, y.in(context), range.first, range.last, true);
+    const int kh = step->kernel[0], kw = step->kernel[1];
+    for (int c = range.first; c < range.last; ++c)
+        for (int oy = 0; oy < t.h; ++oy)
+            for (int ox = 0; ox < t.w; ++ox) {
+                const int top = oy * step->stride[0] - step->padding[0];
+                const int left = ox * step->stride[1] - step->padding[1];
+                float sum[16];
+                std::fill(sum, sum + I, step->average ? 0.0f : -std::numeric_limits<float>::infinity());
+                for (int ky = 0; ky < kh; ++ky) {
+                    const int iy = top + ky * step->dilation[0];
+                    if (iy < 0 || iy >= s.h) continue;
+                    for (int kx = 0; kx < kw; ++kx) {
+                        const int ix = left + kx * step->dilation[1];
+                        if (ix < 0 || ix >= s.w) continue;
+                        const float* pixel = x.in(context) + s.at(c, iy, ix);
+                        for (int i = 0; i < I; ++i) {
+                            if (step->average) sum[i] += pixel[i];
+                            // A NaN wins and stays, as in PyTorch.
+                            else if (!(pixel[i] <= sum[i]) && sum[i] == sum[i]) sum[i] = pixel[i];
+                        }
+                    }
+                }
+                float* out = y.in(context) + t.at(c, oy, ox);
+                float scale = 1.0f;
+                if (step->average) {
+                    // The window's size with the padding it touches, or its real pixels only.
+                    const int bottom = std::min(top + kh, s.h + step->padding[0]);
+                    const int right = std::min(left + kw, s.w + step->padding[1]);
+                    int area = (bottom - top) * (right - left);
+                    if (!step->include_pad)
+                        area = (std::min(bottom, s.h) - std::max(top, 0)) * (std::min(right, s.w) - std::max(left, 0));
+                    scale = 1.0f / float(step->divisor ? step->divisor : area);
+                }
+                for (int i = 0; i < I; ++i) out[i] = sum[i] * scale;
+            }
+}
+
+void MeanOp::run(int chunk, const Context& context) const {
+    const Geometry& s = x.geometry;
+    const Range range = cut(s.channels, chunks, chunk);
+    const int I = s.interleave;
+    const float scale = 1.0f / float(int64_t(s.h) * s.w);
+    clear_pads(y, y.in(context), range.first, range.last, true);
+    for (int c = range.first; c < range.last; ++c) {
+        // Sixteen running sums; I divides 16, so each belongs to one image.
+        float sum[16] = {};
+        for (int64_t r = 0; r < s.h; ++r) {
+            const float* row = x.in(context) + s.at(c, r, 0);
+            const int64_t length = int64_t(s.w) * I;
+            int64_t p = 0;
+            for (; p + 16 <= length; p += 16)
+                for (int l = 0; l < 16; ++l) sum[l] += row[p + l];
+            for (int l = 0; p + l < length; ++l) sum[l] += row[p + l];
+        }
+        float* out = y.in(context) + c * y.geometry.plane;
+        for (int i = 0; i < I; ++i) {
+            float total = 0.0f;
+            for (int l = i; l < 16; l += I) total += sum[l];
+            out[i] = total * scale;
+        }
+    }
+}
+
+void LinearOp::run(int chunk, const Context& context) const {
+    const Geometry& t = y.geometry;
+    // Whole vectors of outputs per chunk.
+    const Range range = cut((t.channels + 63) / 64, chunks, chunk);
+    if (range.first == range.last) return;
+    const int first = range.first * 64, last = std::min(range.last * 64, t.channels);
+    clear_pads(y, y.in(context), first, last, true);
+    kernels->linear({x.in(context), off.data(), int64_t(off.size()), t.interleave, step->weights.data(),
+                     (int64_t(t.channels) + 15) / 16 * 16, step->bias.data(), y.in(context), t.plane, first, last,
+                     step->act});
+}
+
+} // namespace dsp

@@ -1,0 +1,31 @@
+// How the work of a group is divided among microtiles.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernel.h"
+
+namespace dsp {
+
+// What a group's filters are computed over.
+struct Extent {
+    int64_t count; // products per output
+    int vectors;   // in one piece of work
+    int block;     // vectors that all filters pass over before the next
+    bool aligned;  // vector loads never straddle two cache lines
+};
+
+// Estimated cycles of one tile of `filters` over the extent.
+double tile_cost(const Kernels& kernels, int filters, const Extent& extent);
+
+// Sizes of the filter tiles of a group, the largest first, with the least estimated time.
+std::vector<int> split_filters(const Kernels& kernels, int filters, const Extent& extent);
+
+// Vectors of the next pass when `left` remain and at most `most` fit: passes of equal width.
+inline int pass_width(int left, int most) {
+    const int passes = (left + most - 1) / most;
+    return (left + passes - 1) / passes;
+}
+
+} // namespace dsp

@@ -1,0 +1,166 @@
+"""Runs a Program by the native CPU kernels, float32; what they do not know runs in plain PyTorch between.
+
+The Program is cut into runs of native steps. Each run is one native network with the values it needs as
+inputs and the values that are needed later as outputs; one thread takes a few images through all its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.executors.native_builder import NATIVE_STEPS, build
+from dsp_kernels.native import chosen_isa, native, why_missing
+from dsp_kernels.program import (
+    LinearStep,
+    Program,
+    Step,
+    TorchStep,
+)
+
+__all__ = ["CpuExecutor", "Segment", "segments"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring steps that run in one way. inputs: values from outside; outputs: values needed later."""
+
+    native: bool
+    steps: tuple[Step, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class CpuExecutor:
+    """Native for all steps that are not plain PyTorch; see the module's text."""
+
+    name = "cpu"
+
+    def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        """On the CPU in float32, when the extension is built and the Program has a native step."""
+        if device.type != "cpu":
+            return False, f"tensors are on {device}"
+        if dtype != torch.float32:
+            return False, f"dtype {dtype} is not float32"
+        if native() is None:
+            return False, why_missing()
+        if not any(_is_native(step, program) for step in program.steps):
+            return False, "no step of this network is a native one"
+        return True, ""
+
+    def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
+        """A function x -> y; see ``Executor.prepare``."""
+        parts = segments(program)
+        calls = [_native_call(part, program) if part.native else _torch_call(part) for part in parts]
+        needed_after = [
+            {name for later in parts[n + 1 :] for name in later.inputs} for n in range(len(parts))
+        ]
+
+        def run(x: Tensor) -> Tensor:
+            values: dict[str, Any] = {program.input: x}
+            for call, needed in zip(calls, needed_after, strict=True):
+                call(values)
+                for name in values.keys() - needed - {program.output}:
+                    del values[name]
+            result: Tensor = values[program.output]
+            return result.contiguous()
+
+        return run
+
+    def describe(self, program: Program) -> list[str]:
+        """Per step, the instruction set that runs it, or why none does."""
+        isa = chosen_isa()
+        forms = []
+        for step in program.steps:
+            reason = _why_not(step, program)
+            forms.append(f"cpu {isa}" if not reason else "" if isinstance(step, TorchStep) else reason)
+        return forms
+
+
+def segments(program: Program) -> tuple[Segment, ...]:
+    """The Program as runs of native steps and the plain steps between them, in order."""
+    runs: list[tuple[bool, list[Step]]] = []
+    for step in program.steps:
+        kind = _is_native(step, program)
+        if not runs or runs[-1][0] != kind:
+            runs.append((kind, []))
+        runs[-1][1].append(step)
+    parts = []
+    for number, (kind, steps) in enumerate(runs):
+        made = {step.output for step in steps}
+        later = {name for _, rest in runs[number + 1 :] for step in rest for name in step.inputs}
+        inputs = dict.fromkeys(name for step in steps for name in step.inputs if name not in made)
+        outputs = tuple(step.output for step in steps if step.output in later | {program.output})
+        parts.append(Segment(kind, tuple(steps), tuple(inputs), outputs))
+    return tuple(parts)
+
+
+def _is_native(step: Step, program: Program) -> bool:
+    return not _why_not(step, program)
+
+
+def _why_not(step: Step, program: Program) -> str:
+    """Why a step runs in plain PyTorch; empty if it is native."""
+    if not isinstance(step, NATIVE_STEPS):
+        return "plain PyTorch"
+    # A value as (batch, features) or (batch, channels, height, width); others have no planes.
+    shapes = [program.shapes.get(name) for name in (*step.inputs, step.output)]
+    if any(shape is None or len(shape) not in (2, 4) for shape in shapes):
+        return "eager: its tensors are neither images nor feature vectors"
+    if isinstance(step, LinearStep) and len(program.shapes[step.inputs[0]]) != 2:
+        return "eager: a linear layer over the last axis of an image"
+    return ""
+
+
+def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
+    # A native kind of step with tensors of an odd shape runs as the eager executor runs it.
+    from dsp_kernels.executors.eager import EagerExecutor
+
+    step_calls = [(step.output, EagerExecutor().call(step)) for step in part.steps]
+
+    def call(values: dict[str, Any]) -> None:
+        for name, step_call in step_calls:
+            values[name] = step_call(values)
+
+    return call
+
+
+def _native_call(part: Segment, program: Program) -> Callable[[dict[str, Any]], None]:
+    channels = [program.shapes[name][1] for name in part.inputs]
+    network = build(native(), chosen_isa(), part.inputs, channels, part.steps, part.outputs)
+    finish = [_shape_of(name, part, program) for name in part.outputs]
+
+    def call(values: dict[str, Any]) -> None:
+        tensors = [values[name].detach() for name in part.inputs]
+        images = tensors[0].shape[0]
+        try:
+            shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
+        except ValueError as error:
+            raise DSPShapeError(f"this network cannot take this input: {error}") from error
+        results = [torch.empty(images, *shape, dtype=torch.float32, device="cpu") for shape in shapes]
+        if images:
+            network.run(
+                [tensor.numpy() for tensor in tensors],
+                [result.numpy() for result in results],
+                torch.get_num_threads(),
+            )
+        for name, result, reshape in zip(part.outputs, results, finish, strict=True):
+            values[name] = reshape(result)
+
+    return call
+
+
+def _pixels(tensor: Tensor) -> tuple[int, int]:
+    return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else (1, 1)
+
+
+def _shape_of(name: str, part: Segment, program: Program) -> Callable[[Tensor], Tensor]:
+    """The native code makes (batch, channels, height, width); vectors lose the last two."""
+    if len(program.shapes[name]) == 2:
+        return lambda result: result.flatten(1)
+    return lambda result: result

@@ -1,0 +1,135 @@
+"""The calls of a model in both modes as one graph, for files."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.trace import evaluating
+from dsp_kernels.trace_ops import LEAF_TYPES
+
+__all__ = ["TRAINING", "traced_calls"]
+
+# The one attribute of the network itself that a call may read: whether it is in training mode.
+TRAINING = "training"
+_CHECKS = {"_assert"}  # torch._assert and timm's: they compute nothing
+_UNUSED = (
+    operator.eq,
+    operator.ne,
+    operator.lt,
+    operator.le,
+    operator.gt,
+    operator.ge,
+    operator.getitem,
+    getattr,
+)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what is computed from a buffer follows it
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not self._is_state(a):  # fx would hang it on the user's model
+            raise DSPFormatError(f"forward() makes a tensor of its own, of shape {tuple(a.shape)}")
+        return super().create_arg(a)
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        return any(tensor is t for t in (*self.root.parameters(), *self.root.buffers()))
+
+
+def traced_calls(model: nn.Module) -> tuple[fx.Graph, str]:
+    """The graph of a model and the modes it is right for: "both" or, where training differs, "eval".
+
+    Where the modes differ only in flags that follow ``training`` (of functional dropout and norms), these
+    flags are read from the network's own mode. Raises DSPFormatError where torch.fx cannot follow.
+    """
+    with evaluating(model):
+        graph = _trace(model)
+    with evaluating(model):  # gives every module its mode back
+        try:
+            training = _trace(model.train())
+        except DSPError:  # untraceable, or a network of a file that holds eval mode alone
+            training = None
+    nodes = list(graph.nodes)
+    others = list(training.nodes) if training is not None else []
+    pairs = dict(zip(others, nodes, strict=False))
+    same = len(nodes) == len(others) and all(
+        (node.op, node.target) == (other.op, other.target)
+        and _same((node.args, node.kwargs), (other.args, other.kwargs), pairs)
+        for node, other in zip(nodes, others, strict=True)
+    )
+    if not same:
+        return graph, "eval"
+    flagged = [
+        (n, o) for n, o in zip(nodes, others, strict=True) if _flags((n.args, n.kwargs), (o.args, o.kwargs))
+    ]
+    if flagged:
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        with graph.inserting_before(first):
+            flag = graph.create_node("get_attr", TRAINING)
+        for node, other in flagged:
+            node.args = _follow(node.args, other.args, flag)
+            node.kwargs = _follow(node.kwargs, other.kwargs, flag)
+    return graph, "both"
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # fx raises whatever the model's own code raises on proxies
+        raise DSPFormatError(
+            f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written to "
+            f"a file: {error}"
+        ) from error
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+        raise DSPFormatError(f"{type(model).__name__}.forward() takes several inputs; a file can hold one")
+    for node in reversed(list(graph.nodes)):
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if not node.users and (name in _CHECKS or (node.op == "call_function" and node.target in _UNUSED)):
+            graph.erase_node(node)
+    return graph
+
+
+def _same(left: Any, right: Any, pairs: dict[fx.Node, fx.Node]) -> bool:
+    """Whether two arguments are equal, but for False in eval mode where training mode has True."""
+    if isinstance(left, tuple | list):
+        return (
+            type(left) is type(right)
+            and len(left) == len(right)
+            and all(_same(a, b, pairs) for a, b in zip(left, right, strict=True))
+        )
+    if isinstance(left, dict):
+        return (
+            isinstance(right, dict)
+            and left.keys() == right.keys()
+            and all(_same(value, right[key], pairs) for key, value in left.items())
+        )
+    if isinstance(left, slice):
+        return isinstance(right, slice) and all(
+            _same(getattr(left, part), getattr(right, part), pairs) for part in ("start", "stop", "step")
+        )
+    if isinstance(left, fx.Node):
+        return pairs.get(right) is left
+    return (left is False and right is True) or (type(left) is type(right) and left == right)
+
+
+def _flags(left: Any, right: Any) -> bool:
+    if isinstance(left, tuple | list):
+        return any(_flags(a, b) for a, b in zip(left, right, strict=True))
+    if isinstance(left, dict):
+        return any(_flags(value, right[key]) for key, value in left.items())
+    return left is False and right is True
+
+
+def _follow(left: Any, right: Any, flag: fx.Node) -> Any:
+    if isinstance(left, tuple | list):
+        return type(left)(_follow(a, b, flag) for a, b in zip(left, right, strict=True))
+    if isinstance(left, dict):
+        return {key: _follow(value, right[key], flag) for key, value in left.items()}
+    return flag if left is False and right is True else left

@@ -1,0 +1,63 @@
+"""The native extension, if it is built, and what to do if it is not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+from dsp_kernels.errors import DSPBackendError
+
+__all__ = ["chosen_isa", "native", "warn_if_missing", "why_missing"]
+
+_FIX = (
+    "install a C++ compiler and run `pip install --no-build-isolation --force-reinstall --no-deps .` in the "
+    "repository (the build prints what it made)"
+)
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("dsp_kernels._C"), ""
+    except ImportError as error:
+        return None, f"the native extension dsp_kernels._C is not there ({error}); to get it, {_FIX}"
+
+
+def native() -> ModuleType | None:
+    """The extension module, or None."""
+    return _load()[0]
+
+
+def why_missing() -> str:
+    """Why ``native()`` is None and what helps; empty if it is not."""
+    return _load()[1]
+
+
+def chosen_isa() -> str:
+    """The instruction set that DSP_KERNELS_ISA asks for, else the best of this CPU.
+
+    Raises DSPBackendError if this CPU cannot run it.
+    """
+    module = native()
+    assert module is not None
+    available: list[str] = module.available_isas()
+    wanted = os.environ.get("DSP_KERNELS_ISA", "")
+    if wanted and wanted not in available:
+        raise DSPBackendError(
+            f"DSP_KERNELS_ISA is {wanted!r}; this CPU and this build have {', '.join(available)}"
+        )
+    return wanted or available[0]
+
+
+@cache
+def warn_if_missing() -> None:
+    """One warning per process where networks run without the native extension."""
+    if native() is None:
+        warnings.warn(
+            f"networks run in plain PyTorch, several times slower than they could: {why_missing()}",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,301 @@
+"""Operations that move, combine or rescale whole channels; the second half of the table in ``trace_ops``.
+
+No executor folds these: a Program runs them as PyTorch. Packing has to know what they do to channels.
+``rigid`` in the attributes says that the number of channels is written into the model's own code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+__all__ = ["LAYOUT_KINDS", "classify_function", "classify_module"]
+
+LAYOUT_KINDS = (
+    "elementwise",  # attributes: apply, the function of one value; sigmoid(0) is not 0
+    "combine",  # of two tensors that may broadcast over the map: operation ("add", "subtract", "multiply"),
+    # operands
+    "concat",  # along the channels; attributes: operands
+    "split",  # the parts of a tensor along the channels; attributes: sizes, rigid
+    "piece",  # one part of a split, or a slice of channels; attributes: start, stop, rigid
+    "split_channels",  # (N, C, H, W) -> (N, g, C / g, H, W); attributes: groups, rigid
+    "swap_channels",  # (N, a, b, H, W) -> (N, b, a, H, W)
+    "join_channels",  # (N, a, b, H, W) -> (N, a * b, H, W); attributes: rigid
+    "channel_shuffle",  # nn.ChannelShuffle; attributes: groups
+    "conv_transpose",  # nn.ConvTranspose2d
+    "functional_norm",  # F.batch_norm in eval mode with a module's tensors; attributes: module, path
+    "instance_norm",  # nn.InstanceNorm2d
+    "adaptive_pool",  # to more than one place
+    "pad",  # around the map; attributes: mode, value
+    "interpolate",
+    "spatial_mean",  # over one axis of the map
+)
+
+_Shapes = Mapping[str, tuple[int, ...] | None]
+_Classified = tuple[str, dict[str, Any]]
+
+_POINTWISE_MODULES = (
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.GELU, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.Mish),
+    *(nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
+    nn.Threshold,
+)
+_POINTWISE_NAMES = (
+    *("sigmoid", "hardsigmoid", "tanh", "gelu", "elu", "selu", "celu", "leaky_relu", "mish", "hardtanh"),
+    *("softplus", "softsign", "logsigmoid", "relu", "relu6", "silu", "hardswish", "clamp", "clip", "abs"),
+    *("neg", "exp", "sqrt", "square", "pow", "add", "sub", "mul", "div", "clone", "float", "double"),
+)
+_POINTWISE_FUNCTIONS = {
+    getattr(place, name + end)
+    for place in (torch, F)
+    for name in _POINTWISE_NAMES
+    for end in ("", "_")
+    if hasattr(place, name + end)
+} | {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg),
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+}
+_POINTWISE_METHODS = {name + end for name in _POINTWISE_NAMES for end in ("", "_")}
+_COMBINATIONS = {
+    function: name
+    for name, functions in {
+        "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
+        "subtract": (operator.sub, operator.isub, torch.sub, "sub", "sub_"),
+        "multiply": (operator.mul, operator.imul, torch.mul, "mul", "mul_"),
+    }.items()
+    for function in functions
+}
+_RESHAPES = (torch.reshape, "view", "reshape")
+_PADS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
+# In eval mode these return their input; their argument ``training`` has this place.
+_DROPS = {"dropout2d": 2, "alpha_dropout": 2, "feature_alpha_dropout": 2, "stochastic_depth": 3}
+
+
+def classify_module(node: fx.Node, module: nn.Module, shapes: _Shapes) -> _Classified:
+    """Kind and attributes of a call of a module that ``trace_ops`` does not know; opaque if unknown here."""
+    forward, own = type(module).forward, _source_shape(node, shapes)
+    if any(forward is kind.forward for kind in _POINTWISE_MODULES if isinstance(module, kind)):
+        return "elementwise", {"apply": lambda values: module(values.clone())}
+    if own is None or len(own) != 4:
+        return "opaque", {}
+    if forward is nn.PReLU.forward and isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        slope = module.weight.detach()
+        return "elementwise", {"apply": lambda values: F.prelu(values, slope.to(values))}
+    if forward is nn.ConvTranspose2d.forward and isinstance(module, nn.ConvTranspose2d):
+        return ("conv_transpose", {}) if module.groups == 1 and len(node.args) == 1 else ("opaque", {})
+    if isinstance(module, nn.InstanceNorm2d):
+        return "instance_norm", {}
+    if isinstance(module, nn.AdaptiveAvgPool2d) or (
+        isinstance(module, nn.AdaptiveMaxPool2d) and not module.return_indices
+    ):
+        return "adaptive_pool", {}
+    if isinstance(module, nn.Upsample):
+        return "interpolate", {}
+    if isinstance(module, nn.ChannelShuffle):
+        return "channel_shuffle", {"groups": module.groups}
+    if isinstance(module, _PADS):
+        plain = isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d)
+        value = float(module.value) if isinstance(module, nn.ConstantPad2d) else 0.0
+        return "pad", {"mode": "constant" if plain else "other", "value": value}
+    return "opaque", {}
+
+
+def classify_function(node: fx.Node, shapes: _Shapes, root: nn.Module | None) -> _Classified:
+    """The same for a function or method. root: the traced model, where names of parameters lead to."""
+    for rule in (_pointwise, _combination, _concat, _split, _piece, _reshape, _spatial):
+        found = rule(node, shapes)
+        if found is not None:
+            return found
+    return _norm(node, root) or ("opaque", {})
+
+
+def _pointwise(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    target = node.target
+    known = target in (_POINTWISE_METHODS if node.op == "call_method" else _POINTWISE_FUNCTIONS)
+    nodes = [value for value in _flat((node.args, node.kwargs)) if isinstance(value, fx.Node)]
+    others = [value for value in _flat((node.args, node.kwargs)) if not isinstance(value, fx.Node)]
+    plain = all(value is None or isinstance(value, bool | int | float | str) for value in others)
+    if not known or len(nodes) != 1 or not plain or shapes[nodes[0].name] is None or "out" in node.kwargs:
+        return None
+
+    def apply(values: Tensor) -> Tensor:
+        args: Any = fx.node.map_arg(node.args, lambda _: values.clone())
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda _: values.clone())
+        if node.op == "call_method":
+            return getattr(args[0], str(target))(*args[1:], **kwargs)
+        assert callable(target)
+        return target(*args, **kwargs)
+
+    return "elementwise", {"apply": apply}
+
+
+def _combination(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    operation = _COMBINATIONS.get(node.target)
+    operands = node.args[:2]
+    if operation is None or len(operands) != 2 or node.kwargs or len(node.args) > 2:
+        return None
+    names = [operand.name for operand in operands if isinstance(operand, fx.Node)]
+    if len(names) != 2:
+        return None
+    left, right = (shapes[name] for name in names)
+    if left is None or right is None or len(left) != len(right) or len(left) < 2 or left[1] != right[1]:
+        return None
+    return "combine", {"operation": operation, "operands": tuple(names)}
+
+
+def _concat(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    if node.target not in (torch.cat, torch.concat, torch.concatenate):
+        return None
+    parts = node.args[0] if node.args else node.kwargs.get("tensors")
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
+        return None
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    shape = shapes[node.name]
+    if shape is None or len(shape) not in (2, 4) or not isinstance(dim, int) or dim % len(shape) != 1:
+        return None
+    return "concat", {"operands": tuple(part.name for part in parts if isinstance(part, fx.Node))}
+
+
+def _split(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    chunks = node.target in (torch.chunk, "chunk")
+    shape = _source_shape(node, shapes)
+    if not (chunks or node.target in (torch.split, "split")) or shape is None or len(shape) not in (2, 4):
+        return None
+    amount = _argument(node, 1, "chunks" if chunks else "split_size_or_sections", None)
+    amount = node.kwargs.get("split_size", amount)
+    dim = _argument(node, 2, "dim", 0)
+    if not isinstance(dim, int) or dim % len(shape) != 1:
+        return None
+    width = shape[1]
+    if isinstance(amount, list | tuple):
+        if not all(isinstance(size, int) for size in amount):
+            return None
+        return "split", {"sizes": tuple(amount), "rigid": True}
+    if not isinstance(amount, int):
+        return None
+    step = -(-width // amount) if chunks else amount
+    sizes = tuple(min(step, width - start) for start in range(0, width, step))
+    # Equal parts stay equal parts if each loses the same channels.
+    return "split", {"sizes": sizes, "rigid": not chunks or len(sizes) != amount or len(set(sizes)) > 1}
+
+
+def _piece(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    source, which = node.args[0], node.args[1]
+    if isinstance(which, int) and shapes.get(source.name) is None:
+        parts = _split(source, shapes)
+        if parts is None or not -len(parts[1]["sizes"]) <= which < len(parts[1]["sizes"]):
+            return None
+        sizes = parts[1]["sizes"]
+        start = sum(sizes[: which % len(sizes)])
+        return "piece", {"start": start, "stop": start + sizes[which], "rigid": False}
+    shape = shapes.get(source.name)
+    if shape is None or len(shape) not in (2, 4) or not isinstance(which, tuple):
+        return None
+    channels = which[1] if len(which) > 1 else slice(None)
+    bounds = (channels.start, channels.stop) if isinstance(channels, slice) else (object(),)
+    whole = all(part in (slice(None), Ellipsis) for part in (which[0], *which[2:]))
+    if not whole or not isinstance(channels, slice) or channels.step not in (None, 1):
+        return None
+    if not all(bound is None or isinstance(bound, int) for bound in bounds):
+        return None
+    start, stop, _ = channels.indices(shape[1])
+    return "piece", {"start": start, "stop": stop, "rigid": (start, stop) != (0, shape[1])}
+
+
+def _reshape(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    """Channels into groups of channels, groups exchanged, and back: a shuffle of channels."""
+    before, after = _source_shape(node, shapes), shapes[node.name]
+    if before is None or after is None:
+        return None
+    if len(before) == len(after) == 5:
+        dims = tuple(a for a in _flat(node.args[1:]) if isinstance(a, int))
+        swaps = node.target in (torch.transpose, "transpose") and {d % 5 for d in dims} == {1, 2}
+        permutes = node.target in (torch.permute, "permute") and dims == (0, 2, 1, 3, 4)
+        return ("swap_channels", {}) if swaps or permutes else None
+    if node.target not in _RESHAPES or before[0] != after[0] or before[-2:] != after[-2:]:
+        return None
+    asked = list(_flat(node.args[1:]))
+    if len(asked) != len(after):
+        return None
+    if len(before) == 4 and len(after) == 5:
+        return "split_channels", {"groups": after[1], "rigid": _literal(asked[2])}
+    if len(before) == 5 and len(after) == 4 and before[1] * before[2] == after[1]:
+        return "join_channels", {"rigid": _literal(asked[1])}
+    return None
+
+
+def _norm(node: fx.Node, root: nn.Module | None) -> _Classified | None:
+    if node.target not in (F.batch_norm, torch.batch_norm):
+        return None
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    read = dict(zip(names, node.args, strict=False)) | node.kwargs
+    held = read.get("running_mean")
+    training = read.get("training", False)
+    if not isinstance(held, fx.Node) or held.op != "get_attr" or training is not False or root is None:
+        return None
+    path = str(held.target).rpartition(".")[0]
+    module = root.get_submodule(path)
+    wanted = {"running_mean": held, "running_var": read.get("running_var")}
+    wanted |= {name: read.get(name) for name in ("weight", "bias") if read.get(name) is not None}
+    own = all(
+        isinstance(value, fx.Node) and str(value.target) == f"{path}.{name}" for name, value in wanted.items()
+    )
+    if not own or not isinstance(module, nn.BatchNorm2d) or read.get("eps", 1e-5) != module.eps:
+        return None
+    if module.affine and len(wanted) != 4:
+        return None
+    return "functional_norm", {"module": module, "path": path}
+
+
+def _spatial(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    shape, after = _source_shape(node, shapes), shapes[node.name]
+    if shape is None or after is None or len(shape) != 4:
+        return None
+    name = getattr(node.target, "__name__", "")
+    if name in _DROPS and _argument(node, _DROPS[name], "training", True) is False:
+        return "identity", {}
+    if node.target is F.interpolate:
+        return "interpolate", {}
+    if node.target is F.adaptive_avg_pool2d or (name == "adaptive_max_pool2d" and len(after) == 4):
+        return "adaptive_pool", {}
+    if node.target is F.pad:
+        amounts = _argument(node, 1, "pad", ())
+        if not isinstance(amounts, list | tuple) or len(amounts) > 4:
+            return None
+        mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", None)
+        return "pad", {"mode": mode, "value": 0.0 if value is None else float(value)}
+    if node.target in (torch.mean, "mean") and "dtype" not in node.kwargs:
+        dims = _argument(node, 1, "dim", None)
+        dims = dims if isinstance(dims, list | tuple) else (dims,)
+        if len(dims) == 1 and isinstance(dims[0], int) and dims[0] % 4 in (2, 3) and len(after) == 4:
+            return "spatial_mean", {}
+    return None
+
+
+def _source_shape(node: fx.Node, shapes: _Shapes) -> tuple[int, ...] | None:
+    source = node.args[0] if node.args else None
+    return shapes.get(source.name) if isinstance(source, fx.Node) else None
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _literal(value: Any) -> bool:
+    """Whether a size is a number in the model's code, and not -1 or one computed from another size."""
+    return isinstance(value, int) and value > 0
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    """All leaves of nested tuples, lists and dicts."""
+    if isinstance(value, Mapping):
+        return [leaf for part in value.values() for leaf in _flat(part)]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _flat(part)]
+    return [value]

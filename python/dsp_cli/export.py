@@ -1,0 +1,53 @@
+"""``dsp export``: a packed file in a format that other programs run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import dsp_kernels
+from dsp_cli.show import console
+from dsp_cli.twin import example_of
+from dsp_pruning.export import export_onnx, export_pt2
+
+
+class Format(StrEnum):
+    """What ``dsp export`` writes."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+class Precision(StrEnum):
+    """Of the numbers in an ONNX file."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+def export(
+    file: Annotated[Path, typer.Argument(help="A packed network.")],
+    out: Annotated[Path, typer.Argument(help="Where the exported network goes.")],
+    format_: Annotated[Format, typer.Option("--format", help="onnx, or pt2 for torch.export.")] = Format.onnx,
+    precision: Annotated[Precision, typer.Option("--precision", help="Of an ONNX file.")] = Precision.fp32,
+    opset: Annotated[int, typer.Option("--opset", min=18, help="Of an ONNX file.")] = 18,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Height and width, if not the file's own.")
+    ] = None,
+) -> None:
+    """Write a packed network as ONNX of ordinary convolutions or as an exported PyTorch program."""
+    network = dsp_kernels.load(file)
+    example, _ = example_of(network, image_size)
+    if format_ is Format.onnx:
+        dtype = torch.float16 if precision is Precision.fp16 else torch.float32
+        export_onnx(network, out, example, opset=opset, dtype=dtype)
+    else:
+        export_pt2(network, out, example)
+    size = "x".join(map(str, example.shape[1:]))
+    console.print(
+        f"{out}: {out.stat().st_size:,} bytes, for images of {size}, any batch size", soft_wrap=True
+    )

@@ -1,0 +1,45 @@
+"""``dsp import``: a network that the authors published, as a packed file of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import dsp_kernels
+from dsp_cli.show import console
+from dsp_cli.twin import example_of
+from dsp_kernels import PackedConv2d
+from dsp_kernels.errors import DSPFormatError
+from dsp_pruning.torchscript_archive import is_torchscript
+from dsp_pruning.torchscript_import import load_released, verify_released
+
+
+def import_network(
+    file: Annotated[Path, typer.Argument(help="A TorchScript archive or a training checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Where the packed network goes (.safetensors).")],
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", min=1, help="Height and width of its images, if not 32 or 224."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also run the archive, which is code, and compare the answers.")
+    ] = False,
+) -> None:
+    """Turn a published network into a packed one. The archive's code is read, not run."""
+    network = load_released(file)
+    example, _ = example_of(network, image_size)
+    if verify:
+        if not is_torchscript(file):
+            raise DSPFormatError(
+                f"{file} is a checkpoint, which cannot be run; packing has compared it already"
+            )
+        size = (example.shape[2], example.shape[3])
+        difference = verify_released(file, network, size)
+        console.print(f"the archive and the imported network differ by at most {difference:.2g}")
+    dsp_kernels.save(network, out, torch.zeros_like(example))
+    convs = [module for module in network.modules() if isinstance(module, PackedConv2d)]
+    branches = sum(len(conv.structure.groups) for conv in convs)
+    console.print(f"{out}: {len(convs)} packed layers of {branches} branches", soft_wrap=True)

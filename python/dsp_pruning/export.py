@@ -1,0 +1,215 @@
+"""Packed networks in formats that other programs run: ONNX, and PyTorch's exported programs (.pt2)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsp_kernels import FusedConv2d, swap
+from dsp_kernels.activations import activate
+from dsp_kernels.errors import DSPError, DSPShapeError
+
+__all__ = ["export_onnx", "export_pt2", "plain_form"]
+
+_LEAST_OPSET = 18
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_input: Tensor,
+    *,
+    opset: int = _LEAST_OPSET,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a packed network as ONNX, in eval mode, with batch norms folded and any batch size.
+
+    example_input: (batch, channels, height, width) of the size that the network is made for.
+    opset: at least 18. dtype: float32 or float16, of the weights, the input and the output.
+
+    Each packed convolution becomes at most one Gather of the channels that its groups read, one ordinary
+    Conv per group, and a Concat; the file needs nothing of this package. The model is not changed.
+    Raises DSPError if onnx and onnxscript are missing or torch cannot export the network.
+    """
+    if opset < _LEAST_OPSET or dtype not in (torch.float32, torch.float16):
+        raise DSPError(
+            f"opset is {opset}, dtype {dtype}; expected at least {_LEAST_OPSET}, float32 or float16"
+        )
+    try:
+        import onnxscript  # noqa: F401  # torch needs it to write ONNX
+    except ImportError as error:
+        raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
+    plain = plain_form(model).cpu().to(dtype)
+    x = _two_images(example_input).cpu().to(dtype)
+
+    def write(temporary: Path) -> None:
+        program = torch.onnx.export(
+            plain,
+            (x,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(temporary), external_data=False)
+
+    return _write(write, model, path)
+
+
+def export_pt2(model: nn.Module, path: str | Path, example_input: Tensor) -> Path:
+    """Write a packed or swapped network with ``torch.export``, in eval mode, for any batch size.
+
+    A packed network becomes plain PyTorch operations. A swapped one keeps each fused convolution as one
+    ``dsp_kernels::gather_grouped_conv2d`` node, so ``import dsp_kernels`` has to come before
+    ``torch.export.load``. Raises DSPError if torch cannot export the network.
+    """
+    copied = copy.deepcopy(model).eval()
+
+    def write(temporary: Path) -> None:
+        with torch.no_grad():
+            dynamic = ({0: torch.export.Dim("batch")},)
+            program = torch.export.export(copied, (_two_images(example_input),), dynamic_shapes=dynamic)
+        torch.export.save(program, temporary)
+
+    return _write(write, model, path)
+
+
+def plain_form(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose packed convolutions are gathers and ordinary convolutions, norms folded."""
+    plain = swap(copy.deepcopy(model).eval(), backend="eager")
+    if isinstance(plain, FusedConv2d):
+        return _PlainConv(plain).eval()
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FusedConv2d):
+                setattr(parent, name, _PlainConv(child))
+    return plain.eval()
+
+
+class _PlainConv(nn.Module):
+    """A FusedConv2d of plain operations: gather all, convolve group by group, concatenate, put in order."""
+
+    gather: Tensor | None
+    order: Tensor | None
+    constant: Tensor | None
+
+    def __init__(self, fused: FusedConv2d) -> None:
+        super().__init__()
+        spec, structure = fused.spec, fused.spec.structure
+        device = next(iter(fused.parameters()), torch.empty(0)).device
+        self.activation = spec.activation
+        self.settings = (spec.stride, spec.padding, spec.dilation)
+        live = [number for number, group in enumerate(structure.groups) if group.in_index]
+        self.weights = nn.ParameterList(fused.weights[number].detach() for number in live)
+        groups = [structure.groups[number] for number in live]
+        if not live:  # every output is its bias; one channel of zeros gives it its size
+            dtype = torch.float32 if fused.bias is None else fused.bias.dtype
+            self.weights.append(
+                torch.zeros(structure.out_channels, 1, *spec.kernel_size, dtype=dtype, device=device)
+            )
+        read = [channel for group in groups for channel in group.in_index] or [0]
+        written = [channel for group in groups for channel in group.out_index]
+        if not live:
+            written = list(range(structure.out_channels))
+        self.sizes = [weight.shape[1] for weight in self.weights]
+        self.missing = structure.out_channels - len(written)
+        others = sorted(set(range(structure.out_channels)) - set(written))
+        place = {channel: number for number, channel in enumerate([*written, *others])}
+        order = [place[channel] for channel in range(structure.out_channels)]
+        for name, index, size in (("gather", read, structure.in_channels), ("order", order, len(order))):
+            kept = None if index == list(range(size)) else torch.tensor(index, device=device)
+            self.register_buffer(name, kept)
+        constant = None
+        if fused.bias is not None:
+            bias = fused.bias.detach()
+            ends = list(accumulate(weight.shape[0] for weight in self.weights))
+            rows = torch.tensor(written, device=device)
+            parts = torch.tensor_split(bias[rows], ends[:-1])
+            self.biases = nn.ParameterList(part.clone() for part in parts)
+            unread = [c for group in structure.groups if not group.in_index for c in group.out_index]
+            if unread and live:
+                constant = torch.zeros_like(bias)
+                constant[unread] = bias[unread]
+                constant = constant[:, None, None]
+            if not live:
+                live_bias = torch.zeros_like(bias)
+                live_bias[unread] = bias[unread]
+                self.biases = nn.ParameterList([live_bias])
+        else:
+            self.biases = nn.ParameterList()
+        self.register_buffer("constant", constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, in_channels, height, width) -> (batch, out_channels, out_height, out_width)."""
+        if self.gather is not None:
+            x = x.index_select(1, self.gather)
+        parts = x.split(self.sizes, 1) if len(self.sizes) > 1 else (x,)
+        biases = list(self.biases) or [None] * len(self.sizes)
+        outputs = [
+            F.conv2d(part, weight, bias, *self.settings)
+            for part, weight, bias in zip(parts, self.weights, biases, strict=True)
+        ]
+        y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        if self.missing:
+            y = F.pad(y, (0, 0, 0, 0, 0, self.missing))
+        if self.order is not None:
+            y = y.index_select(1, self.order)
+        if self.constant is not None:
+            y = y + self.constant
+        return activate(y, self.activation)
+
+
+def _two_images(example_input: Tensor) -> Tensor:
+    """A batch of two: torch takes a batch of one for a constant."""
+    if example_input.dim() != 4:
+        raise DSPShapeError(
+            f"the example has shape {tuple(example_input.shape)}; expected (batch, channels, height, width)"
+        )
+    return example_input[:1].repeat(2, 1, 1, 1)
+
+
+def _write(write: Callable[[Path], None], model: nn.Module, path: str | Path) -> Path:
+    target = Path(path)
+    temporary = target.with_name(f".{uuid4().hex}.{target.name}")
+    try:
+        with _quiet():
+            write(temporary)
+        os.replace(temporary, target)  # noqa: PTH105  # Path.replace would do the same; this is the habit
+    except OSError:
+        raise
+    except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
+        raise DSPError(
+            f"{type(model).__name__} cannot be exported to {target}: {str(error)[:400]}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters say about their own progress."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,110 @@
+"""The graph of a TorchScript archive as plain records. forward() of the archive is never called.
+
+A TorchScript archive holds code. ``torch.jit.load`` parses and compiles that code and reads the tensors, but
+would run one thing: ``__setstate__`` methods. An archive that has one is refused before it is loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPFormatError
+
+__all__ = ["Call", "State", "is_torchscript", "read_calls"]
+
+_MOST_EXPANSION = 16  # of a compressed part; the archives that torch writes stay below 10
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor of the archive's state and its dotted path."""
+
+    path: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation, for example ``aten::relu``: names of its operands and results.
+
+    value: of a constant, or the name that prim::GetAttr reads.
+    """
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    value: Any = None
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a zip archive with TorchScript code in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def read_calls(path: str | Path) -> tuple[tuple[str, str], list[Call], str, dict[str, Tensor]]:
+    """((name of the network itself, of its input), its calls in order, name of its output, its state_dict).
+
+    Raises DSPFormatError for a damaged archive, one that runs code when it is loaded, and one whose network
+    has several inputs or outputs.
+    """
+    _refuse_code_at_load(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.jit is deprecated
+            module = torch.jit.load(str(path), map_location="cpu")
+            graph = module.inlined_graph
+            state = module.state_dict()
+    except Exception as error:  # torch's readers raise RuntimeErrors of many kinds
+        raise DSPFormatError(f"{path} is not a readable TorchScript archive: {str(error)[:300]}") from error
+    inputs = [value.debugName() for value in graph.inputs()]
+    outputs = [value.debugName() for value in graph.outputs()]
+    if len(inputs) != 2 or len(outputs) != 1:
+        raise DSPFormatError(
+            f"{path}: its network takes {len(inputs) - 1} inputs and gives {len(outputs)} outputs; "
+            "expected one each"
+        )
+    return (inputs[0], inputs[1]), list(_calls(graph, path)), outputs[0], state
+
+
+def _calls(graph: Any, path: str | Path) -> Iterator[Call]:
+    for node in graph.nodes():
+        kind = node.kind()
+        if list(node.blocks()):
+            raise DSPFormatError(f"{path}: {kind} is control flow; expected the archive of a traced network")
+        value = None
+        if kind == "prim::Constant":
+            value = node.output().toIValue()
+        elif kind == "prim::GetAttr":
+            value = node.s("name")
+        inputs = tuple(operand.debugName() for operand in node.inputs())
+        yield Call(kind, inputs, tuple(result.debugName() for result in node.outputs()), value)
+
+
+def _refuse_code_at_load(path: str | Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            bound = _MOST_EXPANSION * Path(path).stat().st_size + 2**20
+            if sum(entry.file_size for entry in entries) > bound:
+                raise DSPFormatError(
+                    f"{path} would grow beyond {bound} bytes; it is no archive that torch wrote"
+                )
+            for entry in entries:
+                if entry.filename.endswith(".py") and b"__setstate__" in archive.read(entry):
+                    raise DSPFormatError(
+                        f"{path}: {entry.filename} would run code when it is loaded; traces have none"
+                    )
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise DSPFormatError(f"{path} is not a readable TorchScript archive: {error}") from error

@@ -1,0 +1,98 @@
+"""The authors' published files as ordinary packed networks: TorchScript archives and training checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsp_kernels.errors import DSPFormatError, DSPVerificationError
+from dsp_kernels.graph_check import check_network
+from dsp_kernels.tolerances import network_tolerance
+from dsp_pruning.models.cifar import cifar_resnet
+from dsp_pruning.packing import pack
+from dsp_pruning.recipes.finetune import load_pruned
+from dsp_pruning.torchscript_archive import is_torchscript, read_calls
+from dsp_pruning.torchscript_ops import HANDLERS
+from dsp_pruning.torchscript_walk import Walk
+
+__all__ = ["load_released", "verify_released"]
+
+
+def load_released(path: str | Path) -> nn.Module:
+    """The packed network in a file that the authors published, in eval mode.
+
+    A TorchScript archive of a traced network in which branches gather channels, convolve and normalise, and
+    are concatenated or added into an identity: of any depth, width and number of branches. Each set of
+    branches becomes one PackedConv2d with one batch norm. The graph is read, never run (see
+    ``torchscript_archive``). Or a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet
+    with ``<conv>.group`` and ``<conv>.mask``, which is packed.
+
+    Raises FileNotFoundError, and DSPFormatError, with what was found, for a file that does not fit.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if not is_torchscript(path):
+        model = load_pruned(path)
+        channels = next(model.parameters()).shape[1]
+        return pack(model, torch.zeros(1, channels, 32, 32)).eval()
+    (own, x), calls, output, state = read_calls(path)
+    walk = Walk(own, x, state, HANDLERS)
+    try:
+        for call in calls:
+            walk.step(call)
+        network = walk.network(output)
+        check_network(copy.deepcopy(network).eval().to("meta"), network.example_shape)
+    except DSPFormatError as error:
+        raise DSPFormatError(f"{path} is not a released network: {error}") from error
+    network.meta["architecture"] = _cifar_architecture(network)
+    return network.to("cpu").eval()
+
+
+def verify_released(path: str | Path, network: nn.Module, image_hw: tuple[int, int]) -> float:
+    """Run the archive, which is code, on random images; the largest difference from ``network``.
+
+    Raises DSPVerificationError if they differ by more than rounding.
+    """
+    archive = torch.jit.load(str(path), map_location="cpu").eval()
+    channels = next(network.parameters()).shape[1]
+    x = torch.randn(2, channels, *image_hw, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = archive(x), network(x)
+    difference, scale = (expected - got).abs().max().item(), expected.abs().max().item()
+    bound = network_tolerance(x.dtype, 9 * 512, 100) * scale
+    if not difference <= bound:
+        raise DSPVerificationError(
+            f"{path}: the archive and the imported network differ by {difference:.3g}; expected at most "
+            f"{bound:.3g}"
+        )
+    return difference
+
+
+def _cifar_architecture(network: nn.Module) -> dict[str, object] | None:
+    """Name and arguments of the CIFAR ResNet that this was before pruning, where it was one."""
+    paths = {path for path, module in network.named_modules() if not list(module.children())}
+    blocks = {path.split(".")[1] for path in paths if path.startswith("stage_1.")}
+    modules = dict(network.named_modules())
+    first, last = modules.get("conv_1_3x3"), modules.get("classifier")
+    if not isinstance(first, nn.Conv2d) or not isinstance(last, nn.Linear) or not blocks:
+        return None
+    arguments: dict[str, Any] = {
+        "depth": 6 * len(blocks) + 2,
+        "num_classes": last.out_features,
+        "in_channels": first.in_channels,
+    }
+    try:
+        with torch.device("meta"):
+            dense = cifar_resnet(**arguments)
+    except (ValueError, TypeError):
+        return None
+    originals = {path: module for path, module in dense.named_modules() if isinstance(module, nn.Conv2d)}
+    for path, module in network.named_modules():
+        width = getattr(module, "out_channels", None)
+        if isinstance(width, int) and (path not in originals or width > originals[path].out_channels):
+            return None
+    return dict(dense.architecture)

@@ -1,0 +1,239 @@
+"""Fuzz dsp_kernels.load with mutated files: ``python scripts/fuzz_files.py --count 20000 --seed 0``.
+
+Every file is loaded in a process with limited memory; one that loads is run on its own example shape. It
+has to load whole or raise DSPFormatError, within a time limit. Prints the counts; exit status 1 for any
+other outcome, with the seed of the file that caused it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import resource
+import signal
+import struct
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels.errors import DSPError, DSPFormatError
+
+_SECONDS = 10  # for one file; a good one takes less than 0.1
+_MEMORY = 1 << 30  # beyond what the process holds at the start; the files are smaller than 64 KiB
+_NUMBERS = (-1, 0, 1, 2, 3, 7, 255, 2**16, 2**20, 2**31, 2**40, 2**63, 10**18, 10**30, 0.5, -1e300, True)
+_WORDS = (
+    "",
+    "os.system",
+    "__class__",
+    "eval",
+    "relu",
+    "x" * 1000,
+    "../../x",
+    "a.b",
+    "\x00",
+    "if",
+    "F64",
+    "same",
+)
+
+Header = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def networks() -> list[tuple[Header, Tensors]]:
+    """Descriptions and tensors of small networks with every kind of module, call and loose tensor."""
+    made = []
+    torch.manual_seed(0)
+    for network in (_Residual(), dsp_kernels.swap(_Residual().eval())):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "net"
+            dsp_kernels.save(network.eval(), path, torch.zeros(1, 3, 8, 8))
+            size = struct.unpack("<Q", path.read_bytes()[:8])[0]
+            header = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["dsp_kernels"]
+            made.append((json.loads(header), {name: t.clone() for name, t in network.state_dict().items()}))
+    return made
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        mixed = dsp_kernels.GroupStructure.build(6, 8, [([0, 5, 2], [1, 7, 4]), ([1], [0]), ([], [5])])
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.packed = dsp_kernels.PackedConv2d(mixed, 3, padding=1, bias=True)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
+        self.register_buffer("shift", torch.rand(8, 1, 1))
+        self.pool = nn.AvgPool2d(2, padding=1)
+        self.classifier = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        batch, _, height, width = x.shape
+        x = self.packed(self.stem(x)) * self.scale + self.shift
+        x = x.view(batch, 2, 8 // 2, height, width).transpose(1, 2).reshape(batch, -1, height, width)
+        left, right = torch.chunk(nn.functional.dropout(x, 0.5, self.training), 2, dim=1)
+        y = torch.cat([self.pool(left), self.pool(right)[:, :, :, ::1], left[:, :, 1:6, 1:6]], 1)
+        y = nn.functional.interpolate(y, size=(height, width)) + 1
+        return {"logits": self.classifier(torch.flatten(y.mean((2, 3), keepdim=True), 1)), "map": y}
+
+
+def mutated(header: Header, tensors: Tensors, rng: random.Random) -> bytes:
+    """One damaged file: its bytes, its JSON, its tensors, or its length."""
+    header, tensors = copy.deepcopy(header), dict(tensors)
+    kind = rng.choice(("bytes", "header bytes", "length", "json", "json", "json", "tensors", "table"))
+    if kind == "json":
+        for _ in range(rng.randint(1, 3)):
+            _mutate_json(header, rng)
+    if kind == "tensors":
+        _mutate_tensors(tensors, rng)
+    data = bytearray(save(tensors, metadata={"dsp_kernels": json.dumps(header)}))
+    length = struct.unpack("<Q", data[:8])[0]
+    if kind == "bytes":
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    if kind == "header bytes":
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(8 + length)] = rng.choice(
+                (rng.randrange(256), ord(rng.choice('0123456789[]{},:"-')))
+            )
+    if kind == "length":
+        if rng.random() < 0.5:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[:8] = struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1)))
+    if kind == "table":  # offsets, shapes and dtypes of the container itself
+        table = json.loads(data[8 : 8 + length])
+        _mutate_json(table, rng)
+        text = json.dumps(table).encode()
+        data = bytearray(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return bytes(data)
+
+
+def _mutate_json(root: Any, rng: random.Random) -> None:
+    """Change, drop, copy or replace one value anywhere in a JSON tree."""
+    places: list[tuple[Any, Any]] = []
+
+    def walk(value: Any) -> None:
+        for key in value if isinstance(value, dict) else range(len(value)):
+            places.append((value, key))
+            if isinstance(value[key], dict | list):
+                walk(value[key])
+
+    walk(root)
+    if not places:
+        return
+    parent, key = rng.choice(places)
+    old = parent[key]
+    action = rng.choice(("number", "number", "word", "drop", "copy", "near", "wrap", "rename"))
+    if action == "number":
+        parent[key] = rng.choice(_NUMBERS)
+    elif action == "near" and isinstance(old, int):
+        parent[key] = old + rng.choice((-2, -1, 1, 2, 100))
+    elif action == "word":
+        parent[key] = rng.choice(_WORDS)
+    elif action == "drop":
+        del parent[key]
+    elif action == "wrap":
+        for _ in range(rng.choice((1, 5, 200))):
+            old = rng.choice(([old], {"tuple": [old]}, {"node": old}))
+        parent[key] = old
+    elif action == "rename" and isinstance(parent, dict):
+        parent[rng.choice(_WORDS)] = parent.pop(key)
+    else:
+        other, from_key = rng.choice(places)
+        # A branch that was cut off may still be chosen; its value is a value like any other.
+        source = (
+            other.get(from_key) if isinstance(other, dict) else (other[from_key : from_key + 1] or [0])[0]
+        )
+        parent[key] = copy.deepcopy(source)
+
+
+def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
+    name = rng.choice(list(tensors))
+    tensor = tensors.pop(name)
+    action = rng.choice(("drop", "shape", "dtype", "rename", "values", "extra"))
+    if action == "shape":
+        tensors[name] = torch.zeros([rng.choice((0, 1, 3, 6, 8)) for _ in range(rng.randint(0, 5))])
+    elif action == "dtype":
+        tensors[name] = tensor.to(
+            rng.choice((torch.float16, torch.float64, torch.int32, torch.bool, torch.int64))
+        )
+    elif action == "rename":
+        tensors[rng.choice([word for word in _WORDS if word])] = tensor
+    elif action != "drop":
+        tensors[name] = tensor if action == "extra" else torch.full_like(tensor, rng.choice((0, 1, 100)))
+        if action == "extra":
+            tensors["extra"] = torch.zeros(3)
+
+
+def outcome(path: Path) -> str:
+    """ "refused", "loaded" or, for a network that loads and then refuses its own example, "does not run"."""
+    try:
+        model = dsp_kernels.load(path)
+    except DSPFormatError:
+        return "refused"
+    with torch.no_grad():
+        try:
+            model(torch.zeros(model.example_shape, dtype=next(model.parameters()).dtype))
+        except (DSPError, RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            return "does not run"
+    return "loaded"
+
+
+def fuzz(count: int, seed: int, progress: Callable[[int, Counter[str]], None] | None = None) -> Counter[str]:
+    """Load ``count`` damaged files. Raises whatever is not a DSPFormatError, with the file's seed."""
+    bases = networks()
+    signal.signal(signal.SIGALRM, _too_slow)
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net"
+        for number in range(seed, seed + count):
+            rng = random.Random(number)
+            path.write_bytes(mutated(*rng.choice(bases), rng))
+            signal.alarm(_SECONDS)
+            try:
+                counts[outcome(path)] += 1
+            except BaseException as error:
+                error.add_note(f"file of seed {number}")
+                raise
+            finally:
+                signal.alarm(0)
+            if progress is not None and (number - seed + 1) % 1000 == 0:
+                progress(number - seed + 1, counts)
+    return counts
+
+
+def _too_slow(number: int, frame: Any) -> None:
+    raise TimeoutError(f"a file took more than {_SECONDS} s")
+
+
+def limit_memory() -> None:
+    """Give this process little more address space than it has now."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + _MEMORY, held + _MEMORY))
+
+
+def main() -> int:
+    """Run it; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    networks()  # so that what torch loads on its first call is there before memory is limited
+    limit_memory()
+    counts = fuzz(arguments.count, arguments.seed, lambda done, so_far: print(done, dict(so_far), flush=True))
+    print(f"{sum(counts.values())} files: {dict(counts)}; no crash, no hang, no other error")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

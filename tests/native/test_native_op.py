@@ -1,0 +1,96 @@
+"""The native kernels against the op's definition, on every instruction set that this CPU has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES, Case, reference
+
+from dsp_kernels.backends.cpu import CpuBackend
+from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.native import chosen_isa, native
+from dsp_kernels.tolerances import op_tolerance
+
+ISAS = ["avx512", "avx2", "base"]
+
+
+def need(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Force an instruction set; skip if this CPU lacks it."""
+    module = native()
+    assert module is not None
+    if isa not in module.available_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    monkeypatch.setenv("DSP_KERNELS_ISA", isa)
+
+
+def test_the_extension_is_built_where_a_compiler_is() -> None:
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("there is no C++ compiler")
+    assert native() is not None
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", [case for case in CASES if case.batch], ids=lambda case: case.name)
+def test_the_op_on_every_instruction_set(
+    case: Case, threads: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need(isa, monkeypatch)
+    a = case.tensors()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = CpuBackend().prepare(case.spec, a.weights, a.bias)(a.x, a.residual)
+    finally:
+        torch.set_num_threads(before)
+    expected = reference(case, a)
+    assert y.shape == expected.shape
+    assert not y.isnan().any()
+    error = (y.double() - expected).abs().max().item()
+    assert error <= op_tolerance(torch.float32, case.reduction) * max(expected.abs().max().item(), 1.0)
+
+
+@pytest.mark.parametrize("interleave", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_interleaving_of_images(isa: str, interleave: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with fewer images than a block holds, and with several blocks."""
+    need(isa, monkeypatch)
+    from dsp_kernels.backends.cpu import add_conv
+
+    case = next(case for case in CASES if case.name == "batch 17")
+    a = case.tensors()
+    network = native().Network(isa)  # type: ignore[union-attr]
+    x = network.input(case.structure.in_channels)
+    network.output(add_conv(network, case.spec, a.weights, a.bias, x, -1))
+    expected = reference(case, a)
+    for threads in (1, 3):
+        y = torch.full(expected.shape, float("nan"))
+        network.run([a.x.numpy()], [y.numpy()], threads, interleave)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_forces_an_instruction_set(isa: str) -> None:
+    """In a process of its own, as a user does it."""
+    module = native()
+    assert module is not None
+    code = "from dsp_kernels.native import chosen_isa; print(chosen_isa())"
+    environment = {**os.environ, "DSP_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    if isa in module.available_isas():
+        assert done.stdout.strip() == isa
+    else:
+        assert "DSPBackendError" in done.stderr
+
+
+def test_an_instruction_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSP_KERNELS_ISA", "sse17")
+    with pytest.raises(DSPBackendError, match="sse17"):
+        chosen_isa()

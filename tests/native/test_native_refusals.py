@@ -1,0 +1,146 @@
+"""Wrong input is an error, never a crash; what cannot be native says why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dsp_kernels import fuse
+from dsp_kernels import native as native_module
+from dsp_kernels.errors import DSPBackendError, DSPShapeError
+from dsp_kernels.native import native
+
+WEIGHT = np.zeros((2, 3, 3, 3), np.float32)
+CONV = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+
+
+def add(network: object, **changes: object) -> int:
+    """A good convolution of 3 to 2 channels, but for the changes."""
+    a = {"x": 0, "residual": -1, "out": 2, **CONV, "act": "relu", "i": [[0, 1, 2]], "o": [[0, 1]]}
+    a |= {"weights": [WEIGHT], "bias": None} | changes
+    made: int = network.conv(*a.values())  # type: ignore[attr-defined]
+    return made
+
+
+def opened() -> object:
+    network = native().Network()  # type: ignore[union-attr]
+    network.input(3)
+    return network
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": 7},
+        {"x": -1},
+        {"residual": 9},
+        {"residual": 0},  # 3 channels, not 2
+        {"out": 0},
+        {"out": 1},
+        {"kernel": (0, 3)},
+        {"stride": (1, 0)},
+        {"padding": (-1, 0)},
+        {"dilation": (1, 0)},
+        {"kernel": (1 << 20, 3)},
+        {"act": "tanh"},
+        {"i": [[0, 1, 3]]},
+        {"i": [[0, -1, 2]]},
+        {"i": [[0, 1]]},
+        {"i": []},
+        {"o": [[0, 0]]},
+        {"o": [[0, 2]]},
+        {"weights": []},
+        {"weights": [WEIGHT[:1]]},
+        {"bias": np.zeros(3, np.float32)},
+    ],
+    ids=str,
+)
+def test_a_convolution_that_cannot_be(change: dict[str, object]) -> None:
+    network = opened()
+    assert add(opened()) == 1
+    with pytest.raises(ValueError, match=r"."):
+        add(network, **change)
+
+
+def f(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ([], [f(1, 2, 5, 5)]),
+        ([f(1, 3, 5, 5), f(1, 3, 5, 5)], [f(1, 2, 5, 5)]),
+        ([f(1, 4, 5, 5)], [f(1, 2, 5, 5)]),
+        ([f(3, 5, 5)], [f(1, 2, 5, 5)]),
+        ([f(1, 3, 5, 5)], [f(1, 2, 5, 4)]),
+        ([f(1, 3, 5, 5)], [f(2, 2, 5, 5)]),
+        ([f(1, 3, 5, 5)], [f(1, 2)]),
+        ([f(1, 3, 5, 5)], []),
+        ([np.zeros((1, 3, 5, 5))], [f(1, 2, 5, 5)]),
+        ([f(1, 3, 5, 5)], [np.zeros((1, 2, 5, 5))]),
+        ([f(1, 3, 0, 5)], [f(1, 2, 0, 5)]),
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_fit(inputs: list[np.ndarray], outputs: list[np.ndarray]) -> None:
+    network = opened()
+    network.output(add(network))  # type: ignore[attr-defined]
+    with pytest.raises((ValueError, TypeError)):
+        network.run(inputs, outputs, 2)  # type: ignore[attr-defined]
+    network.run([f(1, 3, 5, 5)], [f(1, 2, 5, 5)], 2)  # type: ignore[attr-defined]
+
+
+def test_an_output_that_cannot_be_written() -> None:
+    network = opened()
+    network.output(add(network))  # type: ignore[attr-defined]
+    y = f(1, 2, 5, 5)
+    y.flags.writeable = False
+    with pytest.raises(ValueError, match="writ"):
+        network.run([f(1, 3, 5, 5)], [y], 1)  # type: ignore[attr-defined]
+
+
+def test_a_network_that_has_run_cannot_grow() -> None:
+    network = opened()
+    network.output(add(network))  # type: ignore[attr-defined]
+    network.output_shapes([(5, 5)])  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="grow"):
+        add(network)
+
+
+def test_an_image_smaller_than_the_kernel() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 5), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    fused = fuse(model.eval(), torch.randn(1, 3, 9, 9), backend="cpu")
+    with pytest.raises(DSPShapeError, match="too small"):
+        fused(torch.randn(1, 3, 6, 6))
+    with pytest.raises(DSPShapeError, match="too small"):
+        fused(torch.randn(0, 3, 6, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_run_elsewhere(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval().to(dtype)
+    x = torch.randn(1, 3, 9, 9, dtype=dtype)
+    assert fuse(model, x).backend == "eager"
+    with pytest.raises(DSPBackendError, match="float32"):
+        fuse(model, x, backend="cpu")
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything runs in plain PyTorch, with one warning that names the fix."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
+    x = torch.randn(1, 3, 9, 9)
+    monkeypatch.setattr(native_module, "_load", lambda: (None, "it is not there; run the build"))
+    native_module.warn_if_missing.cache_clear()
+    with pytest.warns(RuntimeWarning, match="run the build"):
+        assert fuse(model, x).backend == "eager"
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once per process is enough
+        fuse(model, x)
+    with pytest.raises(DSPBackendError, match="run the build"):
+        fuse(model, x, backend="cpu")
+    native_module.warn_if_missing.cache_clear()

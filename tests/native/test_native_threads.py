@@ -1,0 +1,109 @@
+"""Calls at the same time, numbers of threads, scratch, and what is left running."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from test_native_programs import Net
+from torch import Tensor
+
+from dsp_kernels import fuse
+from dsp_kernels.executors.native_builder import build
+from dsp_kernels.native import chosen_isa, native
+
+
+def network_and_model(seed: int = 1) -> tuple[object, object]:
+    fused = fuse(Net(seed).eval(), torch.randn(1, 3, 20, 20), backend="cpu")
+    program = fused.program
+    return fused, build(native(), chosen_isa(), [program.input], [3], program.steps, [program.output])
+
+
+def test_many_python_threads_get_the_same_bits_as_one() -> None:
+    fused, _ = network_and_model()
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1 + n % 5, 3, 20, 20, generator=generator) for n in range(8)]
+    serial = [fused(x) for x in inputs]  # type: ignore[operator]
+
+    def hammer(number: int) -> bool:
+        torch.set_num_threads(1 + number % 3)
+        return all(
+            torch.equal(fused(inputs[(number + turn) % 8]), serial[(number + turn) % 8])  # type: ignore[operator]
+            for turn in range(125)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(hammer, range(8)))
+
+
+def test_every_number_of_threads_gives_the_same_bits() -> None:
+    _, network = network_and_model()
+    for batch in (1, 7):
+        x = torch.randn(batch, 3, 20, 20, generator=torch.Generator().manual_seed(batch))
+
+        def run(threads: int, x: Tensor = x, batch: int = batch) -> Tensor:
+            y = torch.empty(batch, 11, 1, 1)
+            network.run([x.numpy()], [y.numpy()], threads, 1)  # type: ignore[attr-defined]
+            return y
+
+        assert all(torch.equal(run(threads), run(1)) for threads in (2, 3, 8))
+
+
+def test_one_thread_starts_no_helper_and_torch_decides_how_many() -> None:
+    """In a process of its own, because helpers stay for the next call."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from test_native_threads import network_and_model; from dsp_kernels import _C\n"
+        "torch.set_num_threads(1); fused, _ = network_and_model(); x = torch.randn(9, 3, 20, 20)\n"
+        "fused(x); print(_C.worker_count()); torch.set_num_threads(3); fused(x); print(_C.worker_count())"
+    )
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, here])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, here], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "2"]
+
+
+def test_no_thread_is_left_spinning() -> None:
+    fused, _ = network_and_model()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fused(torch.randn(4, 3, 20, 20))  # type: ignore[operator]
+    finally:
+        torch.set_num_threads(before)
+    begin = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - begin < 0.03
+
+
+def test_scratch_and_plans_are_bounded() -> None:
+    _, network = network_and_model()
+    for size in range(16, 56):
+        x, y = torch.zeros(2, 3, size, size), torch.empty(2, 11, 1, 1)
+        network.run([x.numpy()], [y.numpy()], 2)  # type: ignore[attr-defined]
+    assert network.plan_count <= 16  # type: ignore[attr-defined]
+    assert 0 < network.scratch_bytes < 64 << 20  # type: ignore[attr-defined]
+
+
+def test_a_forked_child_can_call() -> None:
+    fused, _ = network_and_model()
+    x = torch.randn(4, 3, 20, 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = fused(x)  # type: ignore[operator]
+        child = os.fork()
+        if child == 0:  # the parent's helper does not exist here
+            good = torch.equal(fused(x), expected)  # type: ignore[operator]
+            os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,235 @@
+"""ONNX and torch.export: other programs give our answers, without our package where there is no custom op."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_cli.main import main
+from dsp_kernels import GroupStructure, PackedConv2d
+from dsp_kernels.errors import DSPError
+from dsp_pruning import read_released
+from dsp_pruning.export import export_onnx, export_pt2, plain_form
+from dsp_pruning.overview import draw_overview
+from dsp_pruning.report import LayerRow, draw_structures
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+NETS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
+
+
+def images(batch: int, size: int) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def run(path: Path, x: Tensor) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+
+
+def error(path: Path, model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return (run(path, x) - model(x)).abs().max().item()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_onnx_of_the_six_networks(shared: Path, tmp_path: Path, name: str) -> None:
+    network = read_released(shared / "nets" / f"{name}.npz")
+    path = export_onnx(network, tmp_path / "net.onnx", images(1, 32))
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"][:8]
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    x = (torch.from_numpy(data).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    golden = torch.from_numpy(np.load(shared / "golden" / "logits.npz")[name][:8])
+    assert (run(path, x) - golden).abs().max() <= 1e-4
+    assert error(path, network, images(3, 32)) <= 1e-4
+    graph = onnx.load(path).graph
+    kinds = [node.op_type for node in graph.node]
+    convs = [module for module in network.modules() if isinstance(module, PackedConv2d)]
+    others = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+    # Each branch is one ordinary convolution, each layer gathers once and orders once at most.
+    assert kinds.count("Conv") == others + sum(len(conv.structure.groups) for conv in convs)
+    assert kinds.count("Gather") <= 2 * len(convs)
+    assert "BatchNormalization" not in kinds
+    assert {node.domain for node in graph.node} == {""}
+
+
+def resnet50(shared: Path) -> nn.Module:
+    """torchvision's ResNet-50 with a pruned structure and random weights and statistics."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None)
+    arrays = np.load(shared / "structures" / "resnet50_g2_70.npz")
+    layers = sorted({name.rsplit(".", 2)[0] for name in arrays.files if name != "meta"})
+    assert len(layers) == 48
+    for layer in layers:
+        conv = model.get_submodule(layer)
+        groups = [
+            (arrays[f"{layer}.{g}.in_index"].tolist(), arrays[f"{layer}.{g}.out_index"].tolist())
+            for g in range(64)
+            if f"{layer}.{g}.out_index" in arrays.files
+        ]
+        structure = GroupStructure.build(conv.in_channels, conv.out_channels, groups)
+        packed = PackedConv2d(structure, conv.kernel_size, conv.stride, conv.padding)
+        parent, _, name = layer.rpartition(".")
+        setattr(model.get_submodule(parent), name, packed)
+    return nets.settled(model)
+
+
+def test_onnx_of_a_pruned_resnet50(shared: Path, tmp_path: Path) -> None:
+    model = resnet50(shared)
+    dsp_kernels.save(model, tmp_path / "net.safetensors", images(1, 64))
+    loaded = dsp_kernels.load(tmp_path / "net.safetensors")
+    x = images(2, 64)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(loaded(x), expected)
+    path = export_onnx(loaded, tmp_path / "net.onnx", x)
+    assert (run(path, x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "dsp_kernels", "dsp_pruning")))  # cannot be imported
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+assert [i.shape[0] for i in session.get_inputs()] == ["batch"], session.get_inputs()[0].shape
+for batch in (1, 2, 7):
+    x = np.zeros((batch, 3, 8, 8), np.float16 if sys.argv[2] == "fp16" else np.float32)
+    (y,) = session.run(None, {"input": x})
+    assert y.shape == (batch, 5) and y.dtype == x.dtype, (y.shape, y.dtype)
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_onnx_runs_where_our_package_is_not(tmp_path: Path, precision: str) -> None:
+    network = nets.make("residual")
+    dsp_kernels.save(network, tmp_path / "net.safetensors", images(1, 8))
+    path = tmp_path / "net.onnx"
+    arguments = ["export", tmp_path / "net.safetensors", path, "--format", "onnx", "--precision", precision]
+    assert main([str(argument) for argument in arguments]) == 0
+    x = images(4, 8)
+    half = precision == "fp16"
+    got = run(path, x.half() if half else x).float()
+    torch.testing.assert_close(got, network(x).detach(), rtol=0, atol=0.02 if half else 1e-5)
+    command = [sys.executable, "-c", ALONE, str(path), precision]
+    subprocess.run(command, check=True, timeout=60, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+
+
+def awkward() -> nn.Module:
+    """Groups that read nothing, no groups, absent channels that a norm shifts, outputs out of order."""
+    torch.manual_seed(1)
+    mixed = GroupStructure.build(3, 6, [([], [4]), ([2, 0], [5, 0]), ([1], [2])])
+    empty = GroupStructure.build(6, 4, [])
+    constant = GroupStructure.build(4, 3, [([], [2, 0])])
+    first = PackedConv2d(mixed, 3, padding=1, bias=True)
+    nn.init.uniform_(first.bias, 0.5, 1.0)
+    return nets.settled(
+        nn.Sequential(
+            first,
+            nn.BatchNorm2d(6),
+            nn.ReLU6(),
+            PackedConv2d(empty, (1, 3), stride=(2, 1)),
+            nn.BatchNorm2d(4),
+            nn.Hardswish(),
+            PackedConv2d(constant, 1, bias=True),
+        )
+    )
+
+
+def test_awkward_structures_are_plain_operations(tmp_path: Path) -> None:
+    network, x = awkward(), images(3, 8)
+    with torch.no_grad():
+        expected = network(x)
+        torch.testing.assert_close(plain_form(network)(x), expected)
+        torch.testing.assert_close(plain_form(network[0])(x), network[0](x))
+    export_onnx(network, tmp_path / "net.onnx", x)
+    torch.testing.assert_close(run(tmp_path / "net.onnx", x), expected)
+
+
+def test_exported_programs_of_packed_and_swapped_networks(tmp_path: Path) -> None:
+    network = nets.make("residual")
+    dsp_kernels.save(network, tmp_path / "net.safetensors", images(1, 8))
+    arguments = ["export", tmp_path / "net.safetensors", tmp_path / "packed.pt2", "--format", "pt2"]
+    assert main([str(argument) for argument in arguments]) == 0
+    swapped = dsp_kernels.swap(copy.deepcopy(network))
+    export_pt2(swapped, tmp_path / "swapped.pt2", images(1, 8))
+    for name, model in (("packed", network), ("swapped", swapped)):
+        program = torch.export.load(tmp_path / f"{name}.pt2")
+        for batch in (1, 5):
+            x = images(batch, 8)
+            torch.testing.assert_close(program.module()(x), model(x))
+        ops = [
+            str(node.target) for node in program.graph.nodes if "gather_grouped_conv2d" in str(node.target)
+        ]
+        assert len(ops) == (2 if name == "swapped" else 0)
+
+
+def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path) -> None:
+    network = nets.make("residual")
+    with pytest.raises(DSPError, match="opset is 11"):
+        export_onnx(network, tmp_path / "net.onnx", images(1, 8), opset=11)
+    with pytest.raises(DSPError, match="cannot be exported"):
+        export_pt2(network, tmp_path / "net.pt2", torch.zeros(1, 4, 8, 8))
+    with pytest.raises(DSPError, match="the example has shape"):
+        export_onnx(network, tmp_path / "net.onnx", torch.zeros(3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No image size is asked for; a network without an architecture is shown as well."""
+    network = read_released(shared / "nets" / "resnet56_g4.npz")
+    dsp_kernels.save(network, tmp_path / "known", images(1, 32))
+    dsp_kernels.save(nets.make("residual"), tmp_path / "graph", images(1, 8))
+    dsp_kernels.save(nets.make("residual"), tmp_path / "unsized")
+    shown_names, shown = ("known", "graph", "unsized"), {}
+    for name in shown_names:
+        pictures = ["--picture", tmp_path / f"{name}.png", "--overview", tmp_path / f"{name}.pdf"]
+        assert main([str(argument) for argument in ("inspect", tmp_path / name, *pictures)]) == 0
+        shown[name] = capsys.readouterr().out
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (tmp_path / f"{name}.pdf").read_bytes().count(b"/Type /Page ") == 1
+    totals = json.loads((shared / "golden" / "structures.json").read_text())["resnet56_g4"]["totals"]
+    pruned = totals["upstream_pruned_layers_only"]["pruned_macs_pct"]
+    assert f"packed layers: {100 - pruned:.2f} %" in shown["known"]
+    assert "images of 8 x 8" in shown["graph"]
+    assert "names no dense" in shown["graph"]
+    assert "does not say how large" in shown["unsized"]
+
+
+def test_pictures_of_many_layers(tmp_path: Path) -> None:
+    """A row for each of 130 layers: no label lies on another; empty places of the page stay empty."""
+    rows = [
+        LayerRow(f"features.denseblock{n}.denselayer.conv", 2, 3, 8, 4, 8, 10 + n, 200) for n in range(130)
+    ]
+    draw_overview(rows, tmp_path / "overview.png")
+    image = pytest.importorskip("matplotlib.image")
+    pixels = image.imread(tmp_path / "overview.png")[..., :3]
+    assert pixels.shape[0] >= 130 * 0.15 * 200  # pixels per inch
+    blue = (abs(pixels - np.array([0, 0x72, 0xB2]) / 255) < 0.01).all(2)
+    # Down the left end of the bars: as many runs of blue as layers.
+    first = int(np.argmax(blue.sum(0) > 130))
+    column = blue[:, first + 3].astype(int)
+    legend = 1
+    assert 130 <= (np.diff(column) == 1).sum() <= 130 + legend
+    structure = GroupStructure.build(4, 4, [([0, 1, 2, 3], [0, 1, 2, 3])])
+    model = nn.Sequential(*(PackedConv2d(structure, 1) for _ in range(5)))  # on a page of 3 x 2
+    page = image.imread(draw_structures(model, tmp_path / "page.png"))[..., :3]
+    last = page[-page.shape[0] * 2 // 5 :, -page.shape[1] // 4 :]
+    assert (last > 0.99).all()
+    with pytest.raises(DSPError, match="nothing to draw"):
+        draw_overview([], tmp_path / "none.png")

@@ -1,0 +1,178 @@
+"""pack on every operation it follows, under an adversary: exact or kept, never wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsp_pruning import pack
+from dsp_pruning.unpacking import unpack
+
+WIDTH = 12
+
+
+class Net(nn.Module):
+    """stem - norm - relu, then an operation given as a function, then a 1x1 or a padded 3x3 reader."""
+
+    def __init__(self, middle: Callable[[Any, Tensor], Tensor], out: int = WIDTH, kernel: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.norm = nn.BatchNorm2d(WIDTH)
+        self.other = nn.Conv2d(3, WIDTH, 1)
+        self.gate = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.depthwise = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+        self.wide = nn.Conv2d(WIDTH, 2 * WIDTH, 3, padding=1, groups=WIDTH, bias=False)
+        self.grouped = nn.Conv2d(WIDTH, 8, 3, padding=1, groups=4)
+        self.same = nn.Conv2d(WIDTH, WIDTH, 2, padding="same")
+        self.reflect = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="reflect")
+        self.up = nn.ConvTranspose2d(WIDTH, 5, 2, stride=2)
+        self.instance = nn.InstanceNorm2d(WIDTH, affine=True)
+        self.layer = nn.GroupNorm(3, WIDTH)
+        self.prelu = nn.PReLU()
+        self.shuffle = nn.ChannelShuffle(3)
+        self.scale = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
+        self.middle = middle
+        self.reader = nn.Conv2d(out, 6, kernel, padding=kernel // 2)
+        self.classifier = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.middle(self, F.relu(self.norm(self.stem(x))), x) if _takes_image(self.middle) else None
+        y = self.middle(self, F.relu(self.norm(self.stem(x)))) if y is None else y
+        return self.classifier(F.relu(self.reader(y)).mean((2, 3)))
+
+
+def _takes_image(function: Callable[..., Tensor]) -> bool:
+    return function.__code__.co_argcount == 3
+
+
+def shuffle(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.size()
+    x = x.view(batch, 3, channels // 3, height, width)
+    return torch.transpose(x, 1, 2).contiguous().view(batch, channels, height, width)
+
+
+def product_of_halves(m: nn.Module, y: Tensor) -> Tensor:
+    left, right = y.chunk(2, 1)
+    return left * right
+
+
+# name -> operation, width after it, whether it may cost channels: "all" dead ones go, "some", "none"
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
+    "nothing": (lambda m, y: y, WIDTH, "all"),
+    "concat": (lambda m, y, x: torch.cat([y, m.other(x), y], 1), 3 * WIDTH, "all"),
+    "squeeze-excite": (lambda m, y: y * torch.sigmoid(m.gate(y.mean((2, 3), keepdim=True))), WIDTH, "all"),
+    "squeeze-excite, hard": (
+        lambda m, y: F.hardsigmoid(m.gate(F.adaptive_avg_pool2d(y, 1))).mul(y),
+        WIDTH,
+        "all",
+    ),
+    "sigmoid": (lambda m, y: torch.sigmoid(y), WIDTH, "all"),
+    "gelu, tanh, scalars": (lambda m, y: 1 - F.gelu(torch.tanh(y) * 3 + 0.5) / 2, WIDTH, "all"),
+    "prelu": (lambda m, y: m.prelu(y - 1), WIDTH, "all"),
+    "subtract": (lambda m, y: y - y.mean((2, 3), keepdim=True), WIDTH, "all"),
+    "depthwise": (lambda m, y: m.depthwise(y), WIDTH, "some"),
+    "depthwise, two per channel": (lambda m, y: F.relu(m.wide(y)), 2 * WIDTH, "some"),
+    "grouped": (lambda m, y: m.grouped(y), 8, "none"),
+    "same padding": (lambda m, y: m.same(y), WIDTH, "some"),
+    "reflect padding": (lambda m, y: m.reflect(y), WIDTH, "all"),
+    "transposed": (lambda m, y: m.up(y), 5, "some"),
+    "instance norm": (lambda m, y: F.relu(m.instance(y)), WIDTH, "some"),
+    "group norm": (lambda m, y: m.layer(y), WIDTH, "none"),
+    "max pool": (lambda m, y: F.max_pool2d(y - 2, 3, 2, 1, ceil_mode=True), WIDTH, "all"),
+    "average pool": (lambda m, y: F.avg_pool2d(y, 3, 2, 1), WIDTH, "some"),
+    "average pool, honest": (
+        lambda m, y: F.avg_pool2d(y, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+        WIDTH,
+        "all",
+    ),
+    "average pool, ceil": (lambda m, y: F.avg_pool2d(y, 3, 2, ceil_mode=True), WIDTH, "all"),
+    "adaptive pool": (lambda m, y: F.adaptive_avg_pool2d(y, (3, 5)), WIDTH, "all"),
+    "pad": (lambda m, y: F.pad(y, (1, 2, 0, 1)), WIDTH, "some"),
+    "pad, reflected": (lambda m, y: F.pad(y, (1, 1, 2, 2), mode="reflect"), WIDTH, "all"),
+    "interpolate": (
+        lambda m, y: F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=False),
+        WIDTH,
+        "all",
+    ),
+    "chunk": (product_of_halves, WIDTH // 2, "some"),
+    "split by numbers": (lambda m, y: torch.cat(torch.split(y, [4, 8], 1)[::-1], 1), WIDTH, "none"),
+    "slice": (lambda m, y: y[:, 3:], WIDTH - 3, "none"),
+    "shuffle": (lambda m, y: shuffle(y), WIDTH, "some"),
+    "shuffle, module": (lambda m, y: m.shuffle(y), WIDTH, "some"),
+    "residual": (lambda m, y, x: F.relu(y + m.other(x)), WIDTH, "some"),
+    "scale by a parameter": (lambda m, y: y * m.scale, WIDTH, "none"),
+    "softmax": (lambda m, y: y.softmax(1), WIDTH, "none"),
+    "values of a pair": (lambda m, y: torch.max(y, 3, keepdim=True)[0], WIDTH, "none"),
+    "permute": (lambda m, y: y.permute(0, 1, 3, 2).permute(0, 1, 3, 2), WIDTH, "none"),
+    "twice": (lambda m, y: m.gate(F.relu(m.gate(y))), WIDTH, "some"),
+}
+DEAD = (1, 2, 5, 9)
+
+
+def net(name: str, kernel: int, seed: int, constant: float | None = None) -> nn.Module:
+    """Random; four filters of the stem are gone, and their norm leaves 0, 0 and two adversary's constants."""
+    torch.manual_seed(seed)
+    middle, out, _ = OPERATIONS[name]
+    model = Net(middle, out, kernel).double().eval()
+    with torch.no_grad():
+        model.norm.running_mean.uniform_(-0.5, 0.5)
+        model.norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(model.norm.bias, -0.5, 0.5)
+        model.stem.weight[list(DEAD)] = 0
+        model.norm.weight[[1, 2]] = 0
+        model.norm.bias[[1, 2]] = 0
+        model.norm.bias[[5, 9]] = 2.0 if constant is None else constant
+        if constant == 0:
+            model.norm.weight[[5, 9]] = 0
+        model.instance.bias[[1, 2]] = 0
+        model.gate.weight[3:5] = 0
+        model.other.weight[[1, 5]] = 0
+        model.other.bias[1] = 0
+        mask = (torch.rand(6, out) < 0.7)[:, :, None, None].double()
+        model.reader.weight.mul_(mask)
+    model.reader.register_buffer("mask", mask)
+    return model
+
+
+def masked(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.reader.weight.mul_(model.reader.mask)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_exact_under_the_adversary(name: str, kernel: int, seed: int) -> None:
+    model = net(name, kernel, seed)
+    expected, packed = masked(model), pack(model, images(2, 12))
+    for size in (12, 17 if name != "permute" else 12):
+        x = images(3, size, seed)
+        torch.testing.assert_close(packed(x), expected(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(unpack(packed)(x), expected(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_dead_channels_go_where_they_can(name: str) -> None:
+    """With every dead channel at 0 they all go, unless the operation keeps its channels: then it is named."""
+    model = net(name, 1, 0, constant=0.0)
+    packed = pack(model, images(2, 12))
+    stem = packed.stem
+    left = stem.out_channels
+    allowed = {"all": {WIDTH - 4}, "some": set(range(WIDTH + 1)), "none": {WIDTH}}
+    assert left in allowed[OPERATIONS[name][2]], left
+    barriers = [barrier for barrier in packed.packing.barriers if barrier.kept]
+    assert bool(barriers) == (OPERATIONS[name][2] == "none" and name != "grouped"), barriers
+    assert packed.norm.num_features == left
+
+
+def images(batch: int, size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
