@@ -45,7 +45,7 @@ def default_cases(device: str = "cpu") -> list[Case]:
     plan = {
         "dense": ("torch", *_STRONG, *_COMPILED, *_GPU),
         "released": ("torchscript",),
-        "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", "compile-freezing", *_GPU, *fused),
+        "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", *_GPU, *fused),
         "compacted": (*_STRONG, "compile-freezing", *_GPU),
         "filters": ("torch-nhwc", "onnxruntime", "openvino", *_GPU),
     }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from .statistics import mann_whitney, quantile
+from .statistics import mann_whitney, median_interval, quantile
 
 __all__ = ["Samples"]
 
-# A median is no verdict when the middle half of the rounds spreads wider than this, or when the first and the
+# A median is no verdict when its 95 % interval is wider than this part of it, or when the first and the
 # second half of the run differ by more than this and by more than chance: the machine did something else.
-# Quiet rounds of short networks on a shared virtual machine spread over 8 to 12 %, so 20 % is not quiet.
-_MOST_SPREAD, _MOST_DRIFT, _DRIFT_CHANCE, _FEWEST = 0.20, 0.05, 1e-3, 8
+_MOST_WIDTH, _MOST_DRIFT, _DRIFT_CHANCE, _FEWEST = 0.15, 0.05, 1e-3, 8
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,9 @@ class Samples:
         middle = statistics.median(rounds)
         if not middle:
             return ""
-        spread = (quantile(rounds, 0.75) - quantile(rounds, 0.25)) / middle
-        if spread > _MOST_SPREAD:
-            return f"the middle half spreads over {100 * spread:.0f} %"
+        low, high = median_interval(rounds)
+        if high - low > _MOST_WIDTH * middle:
+            return f"the median is known only within {100 * (high - low) / middle:.0f} %"
         half = len(rounds) // 2
         drift = abs(statistics.median(rounds[:half]) - statistics.median(rounds[-half:])) / middle
         if drift > _MOST_DRIFT and mann_whitney(rounds[:half], rounds[-half:]) < _DRIFT_CHANCE:

@@ -37,7 +37,7 @@ def bench(
     device: o.Device = "cpu",
     isolate: Annotated[bool, typer.Option("--isolate", help="Each engine in a process of its own.")] = False,
     short: Annotated[
-        bool, typer.Option("--short/--full", help="Build slow engines for the largest batch only.")
+        bool, typer.Option("--short/--full", help="Build slow engines for one batch size only.")
     ] = True,
     report: Annotated[bool, typer.Option("--report", help="Write a page and pictures beside --out.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Raw samples (.json).")] = Path("runs/bench.json"),

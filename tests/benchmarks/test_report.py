@@ -50,7 +50,7 @@ def test_unstable_samples_are_said_to_be(result: Result) -> None:
     run = result.runs[0]
     samples = replace(run.rows[0].timed, seconds=(1.0, 3.0) * 30, per_round=1)
     one = replace(result, runs=(replace(run, rows=(replace(run.rows[0], samples=samples), *run.rows[1:])),))
-    assert "no verdict: the middle half spreads" in _column(one, "note")["dense/torch", "1"]
+    assert "no verdict: the median is known only" in _column(one, "note")["dense/torch", "1"]
     assert "| ~2e+03 (" in summary(one)
     assert "no verdict" in summary(one)
     assert "~" not in summary(result)

@@ -148,7 +148,7 @@ def test_quantiles(seconds: tuple[float, ...], median: float, p10: float, p90: f
     ("seconds", "why"),
     [
         ((1.0,) * 7, "only 7 rounds"),
-        ((1.0, 1.5) * 6, "spreads over 40 %"),
+        ((1.0, 1.5) * 6, "known only within 40 %"),
         ((1.0,) * 10 + (1.08,) * 10, "drifted by 8 %"),
         ((1.0,) * 19 + (9.0,), ""),
     ],
