@@ -11,6 +11,7 @@ from torch import Tensor
 from dsp_kernels.backends import BACKENDS
 from dsp_kernels.conv_spec import ConvSpec, memory_format_of
 from dsp_kernels.errors import DSPShapeError, DSPStructureError
+from dsp_kernels.native import native
 from dsp_kernels.ops_autograd import backward, save_context
 from dsp_kernels.packed import pair
 from dsp_kernels.schema import NAMESPACE, OP_NAME, SCHEMA
@@ -179,7 +180,9 @@ def _two(values: Sequence[int]) -> tuple[int, int]:
 
 def _register() -> None:
     name = f"{NAMESPACE}::{OP_NAME}"
-    torch.library.define(name, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    # The native extension brings the same schema with it, when it was built where torch is.
+    if native() is None or not hasattr(getattr(torch.ops, NAMESPACE), OP_NAME):
+        torch.library.define(name, SCHEMA)
     torch.library.impl(name, "default", _run)
     torch.library.register_fake(name, _fake)
     torch.library.register_autograd(name, backward, setup_context=save_context)

@@ -13,7 +13,7 @@ from cases import CASES, Case, reference
 
 from dsp_kernels.backends.cpu import CpuBackend
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.native import chosen_isa, native
+from dsp_kernels.native import chosen_isa, native, why_missing
 from dsp_kernels.tolerances import op_tolerance
 
 ISAS = ["avx512", "avx2", "base"]
@@ -31,7 +31,7 @@ def need(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_extension_is_built_where_a_compiler_is() -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("there is no C++ compiler")
-    assert native() is not None
+    assert native() is not None, why_missing()
 
 
 @pytest.mark.parametrize("isa", ISAS)
