@@ -52,10 +52,10 @@ class FusedConv2d(nn.Module):
         layout = memory_format_of(x)
         if shape[0] == 0:
             return x.new_empty(shape).contiguous(memory_format=layout)
-        stamp = (x.dtype, x.device, *(_stamp(constant) for constant in constants))
+        stamp = (x.dtype, x.device, layout, *(_stamp(constant) for constant in constants))
         plan = self._plan
         if plan is None or stamp != self._plan_stamp:
-            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device)
+            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
             weights = [weight.detach() for weight in self.weights]
             plan = backend.prepare(self.spec, weights, None if self.bias is None else self.bias.detach())
             self._plan, self._plan_stamp = plan, stamp
