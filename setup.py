@@ -104,7 +104,7 @@ class BuildNative(build_ext):
             self.announce_line(f"built dsp_kernels._C, the native CPU kernels{op}")
 
     def announce_line(self, text: str) -> None:
-        """To stderr, because pip hides the standard output unless it is asked with -v."""
+        """One line, easy to find in what `pip install -v` prints; without -v pip shows no build's output."""
         print(f"dsp-kernels: {text}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
