@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import sys
@@ -25,6 +28,10 @@ NATIVE_EXTENSIONS: list[Extension] = [
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
+# The file that needs torch's headers. Its flags name the oldest torch that the build shall load on.
+TORCH_SOURCE = "csrc/torch_op.cpp"
+SCHEMA_FILE = "dsp_kernels/schema.py"
+OLDEST_TORCH = (2, 10)
 # One file per instruction set; the extension chooses among them when it runs.
 AVX512 = ("f", "dq", "bw", "vl")
 ISA_FLAGS = {
@@ -52,20 +59,52 @@ def why_not_native() -> str:
     return ""
 
 
+def find_torch() -> tuple[Path | None, str]:
+    """The folder of a torch that the op's schema can be compiled against, or None and the reason."""
+    try:
+        spec = importlib.util.find_spec("torch")
+        version = importlib.metadata.version("torch")
+    except (ImportError, ValueError):
+        spec, version = None, ""
+    if spec is None or not spec.submodule_search_locations:
+        return None, "torch is not importable here; build with --no-build-isolation"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        return None, f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    return Path(spec.submodule_search_locations[0]), ""
+
+
+def torch_flags(torch: Path) -> list[str]:
+    """Compiler flags of the file that registers the op; the schema's text comes from its one place."""
+    schema = runpy.run_path(str(HERE / SCHEMA_FILE))
+    major, minor = OLDEST_TORCH
+    return [
+        f"-DTORCH_TARGET_VERSION={major << 56 | minor << 48:#x}ULL",
+        f'-DDSP_OP_NAME="{schema["OP_NAME"]}"',
+        f'-DDSP_OP_SCHEMA="{schema["SCHEMA"]}"',
+        f"-isystem{torch / 'include'}",
+    ]
+
+
 class BuildNative(build_ext):
     """Builds what this machine can build and says so; without a compiler the package is pure Python."""
 
     def run(self) -> None:
         reason = why_not_native()
+        self.torch, without_torch = find_torch()
         if reason:
             self.extensions = []
             self.announce_line(f"building without dsp_kernels._C (networks run in plain PyTorch): {reason}")
         super().run()
         if not reason:
-            self.announce_line("built dsp_kernels._C, the native CPU kernels")
+            op = (
+                f"; Python registers the torch op, because {without_torch}"
+                if without_torch
+                else " and the torch op"
+            )
+            self.announce_line(f"built dsp_kernels._C, the native CPU kernels{op}")
 
     def announce_line(self, text: str) -> None:
-        """To stderr, because pip hides the standard output unless it is asked with -v."""
+        """One line, easy to find in what `pip install -v` prints; without -v pip shows no build's output."""
         print(f"dsp-kernels: {text}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
@@ -85,8 +124,12 @@ class BuildNative(build_ext):
         def compile_one(source: str) -> str:
             target = folder / (Path(source).stem + ".o")
             newest = max(newest_header, Path(source).stat().st_mtime)
+            flags = ISA_FLAGS.get(Path(source).name, []) if platform.machine() in X86_64 else []
+            if source == TORCH_SOURCE:
+                assert self.torch is not None
+                flags = torch_flags(self.torch)
+                newest = max(newest, Path(SCHEMA_FILE).stat().st_mtime)
             if self.force or not target.exists() or target.stat().st_mtime < newest:
-                flags = ISA_FLAGS.get(Path(source).name, []) if platform.machine() in X86_64 else []
                 self.spawn(
                     [
                         *shlex.split(compiler),
@@ -103,14 +146,17 @@ class BuildNative(build_ext):
                 )
             return str(target)
 
+        sources = [*ext.sources, *([TORCH_SOURCE] if self.torch else [])]
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile_one, ext.sources))
+            objects = list(pool.map(compile_one, sources))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        if self.torch:  # already loaded when the extension is, because the package imports torch first
+            link += [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
         temporary = library.with_suffix(".tmp")
         self.spawn(
-            [*shlex.split(compiler), "-shared", "-pthread", *extra, *link, *objects, "-o", str(temporary)]
+            [*shlex.split(compiler), "-shared", "-pthread", *extra, *objects, *link, "-o", str(temporary)]
         )
         temporary.replace(library)
 

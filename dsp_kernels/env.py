@@ -28,6 +28,7 @@ def describe_environment() -> dict[str, str]:
     """Name -> value of everything that decides what runs and how fast, as text."""
     from dsp_kernels.backends import BACKENDS
     from dsp_kernels.executors import EXECUTORS
+    from dsp_kernels.native import chosen_isa, native, why_missing
 
     found = {
         "python": sys.version.split()[0],
@@ -39,6 +40,7 @@ def describe_environment() -> dict[str, str]:
         "cuda": torch.version.cuda or "none",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "backends": ", ".join(BACKENDS.names()),
+        "native kernels": why_missing() if native() is None else chosen_isa(),
         "executors": ", ".join(EXECUTORS.names()),
     }
     for package in _PACKAGES:

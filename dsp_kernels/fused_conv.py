@@ -62,10 +62,10 @@ class FusedConv2d(nn.Module):
         layout = memory_format_of(x)
         if shape[0] == 0:
             return x.new_empty(shape).contiguous(memory_format=layout)
-        stamp = (x.dtype, x.device, *(_stamp(constant) for constant in constants))
+        stamp = (x.dtype, x.device, layout, *(_stamp(constant) for constant in constants))
         known = self._plan  # one attribute, so that two threads never pair one's plan with the other's stamp
         if known is None or known[0] != stamp or any(constant.is_inference() for constant in constants):
-            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device)
+            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
             weights = [weight.detach() for weight in self.weights]
             bias = None if self.bias is None else self.bias.detach()
             known = self._plan = stamp, backend.prepare(self.spec, weights, bias)

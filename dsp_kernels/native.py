@@ -13,8 +13,8 @@ from dsp_kernels.errors import DSPBackendError
 __all__ = ["chosen_isa", "native", "warn_if_missing", "why_missing"]
 
 _FIX = (
-    "install a C++ compiler and run `pip install --no-build-isolation --force-reinstall --no-deps .` in the "
-    "repository (the build prints what it made)"
+    "install a C++ compiler and run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
+    "the repository (with -v it prints what it made, or why it could not)"
 )
 
 

@@ -8,11 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dsp_kernels.backends import BACKENDS
 from dsp_kernels.conv_spec import ConvSpec, memory_format_of
 from dsp_kernels.errors import DSPShapeError, DSPStructureError
+from dsp_kernels.native import native
 from dsp_kernels.ops_autograd import backward, save_context
 from dsp_kernels.packed import pair
+from dsp_kernels.plan_cache import plan_for
 from dsp_kernels.schema import NAMESPACE, OP_NAME, SCHEMA
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.structure_cache import structure_of
@@ -139,8 +140,7 @@ def _run(
     layout = memory_format_of(x)
     if shape[0] == 0:
         return x.new_empty(shape).contiguous(memory_format=layout)
-    backend = BACKENDS.choose("auto", spec, x.dtype, x.device)
-    y = backend.prepare(spec, weights, bias)(x, residual)
+    y = plan_for(spec, weights, bias, x, layout)(x, residual)
     return y.contiguous(memory_format=layout)
 
 
@@ -183,7 +183,9 @@ def _two(values: Sequence[int]) -> tuple[int, int]:
 
 def _register() -> None:
     name = f"{NAMESPACE}::{OP_NAME}"
-    torch.library.define(name, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    # The native extension brings the same schema with it, when it was built where torch is.
+    if native() is None or not hasattr(getattr(torch.ops, NAMESPACE), OP_NAME):
+        torch.library.define(name, SCHEMA)
     torch.library.impl(name, "default", _run)
     torch.library.register_fake(name, _fake)
     torch.library.register_autograd(name, backward, setup_context=save_context)

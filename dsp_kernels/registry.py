@@ -11,7 +11,10 @@ __all__ = ["CanRun", "Registry"]
 
 
 class CanRun(Protocol):
-    """What a registry holds."""
+    """What a registry holds. It may have ``is_worth(*request)`` too, with an answer like that of ``can_run``.
+
+    "auto" passes over what is not worth it; who asks by name gets it.
+    """
 
     name: str
 
@@ -51,7 +54,7 @@ class Registry(Generic[T]):
         return name
 
     def choose(self, name: str, *request: Any) -> T:
-        """The one of this name, or for "auto" the first that can run the request.
+        """The one of this name, or for "auto" the first that can run the request and is worth it.
 
         Raises DSPBackendError if the name is unknown or the choice cannot run, with its reason.
         """
@@ -60,6 +63,9 @@ class Registry(Generic[T]):
         for item in self._items:
             if name in ("auto", item.name):
                 able, reason = item.can_run(*request)
+                is_worth = getattr(item, "is_worth", None)
+                if able and name == "auto" and is_worth is not None:
+                    able, reason = is_worth(*request)
                 if able:
                     return item
                 reasons.append(f"{item.name}: {reason}")

@@ -1,4 +1,4 @@
-"""The schema of the torch op. It stands here and nowhere else; a native build reads it from this file."""
+"""The schema of the torch op. It stands here and nowhere else; setup.py reads it for the native build."""
 
 from __future__ import annotations
 

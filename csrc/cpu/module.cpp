@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "isa.h"
 #include "session.h"
 #include "workers.h"
@@ -54,6 +57,29 @@ class Native {
         if (bias && int(bias_values.size()) != out_channels) fail("bias needs one number per output channel");
         return open().add_conv(x, residual, out_channels, kernel, stride, padding, dilation, activation(act),
                                std::move(groups), bias ? bias_values.data() : nullptr);
+    }
+
+    // The same convolution as one of another network, with or without a residual.
+    int conv_like(const Native& other, int value, int x, int residual) {
+        const dsp::Step& step = other.conv_step(value);
+        const int out_channels = other.network().values[value].channels;
+        return open().add_conv(x, residual, out_channels, step.kernel, step.stride, step.padding, step.dilation,
+                               step.act, step.groups, step.bias.data());
+    }
+
+    // Whether the convolution that makes a value was built from these very numbers, bit for bit.
+    bool conv_holds(int value, const std::vector<Array>& weights, const std::optional<Array>& bias) const {
+        const dsp::Step& step = conv_step(value);
+        const auto same = [](const Array& array, const std::vector<float>& held) {
+            const auto dense = py::array_t<float, py::array::c_style | py::array::forcecast>(array);
+            return size_t(dense.size()) == held.size() &&
+                   (held.empty() || !std::memcmp(dense.data(), held.data(), held.size() * sizeof(float)));
+        };
+        if (weights.size() != step.groups.size()) return false;
+        for (size_t g = 0; g < weights.size(); ++g)
+            if (!same(weights[g], step.groups[g].weights)) return false;
+        if (bias) return same(*bias, step.bias);
+        return std::all_of(step.bias.begin(), step.bias.end(), [](float b) { return b == 0.0f; });
     }
 
     int map(int x, int other, const std::optional<Array>& scale, const std::optional<Array>& shift,
@@ -154,6 +180,12 @@ class Native {
     std::unique_ptr<dsp::Network> network_;
     std::unique_ptr<dsp::Session> session_;
 
+    const dsp::Network& network() const { return session_ ? session_->network() : *network_; }
+    const dsp::Step& conv_step(int value) const {
+        for (const auto& step : network().steps)
+            if (step.kind == dsp::Kind::conv && step.output == value) return step;
+        fail("value " + std::to_string(value) + " is not made by a convolution");
+    }
     dsp::Network& open() {
         if (!network_) fail("the network has run already and cannot grow");
         return *network_;
@@ -185,6 +217,8 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const std::string&>(), py::arg("isa") = "")
         .def("input", &Native::input)
         .def("conv", &Native::conv)
+        .def("conv_like", &Native::conv_like)
+        .def("conv_holds", &Native::conv_holds)
         .def("map", &Native::map)
         .def("pool", &Native::pool)
         .def("mean", &Native::mean)

@@ -1,7 +1,8 @@
 """Ways to run one gather-grouped convolution; one file per way.
 
-A backend answers ``can_run(spec, dtype, device) -> (bool, reason)`` and turns a spec and its weights into a
-plan once; the plan is a function (x, residual) -> y and is called many times.
+A backend answers ``can_run(spec, dtype, device, layout) -> (bool, reason)``, and may answer ``is_worth`` for
+the same request (registry.py). It turns a spec and its weights into a plan once; the plan is a function
+(x, residual) -> y and is called many times.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ class ConvBackend(Protocol):
 
     name: str
 
-    def can_run(self, spec: ConvSpec, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """Whether it runs this convolution on tensors of this dtype and device; the reason if not."""
+    def can_run(
+        self,
+        spec: ConvSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> tuple[bool, str]:
+        """Whether it runs this convolution on tensors of this dtype, device and layout; the reason if not."""
         ...
 
     def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> ConvPlan:

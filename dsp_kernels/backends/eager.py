@@ -25,7 +25,13 @@ class EagerBackend:
 
     name = "eager"
 
-    def can_run(self, spec: ConvSpec, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    def can_run(
+        self,
+        spec: ConvSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> tuple[bool, str]:
         """Always, for floating dtypes."""
         if not dtype.is_floating_point:
             return False, f"dtype {dtype} is not a floating dtype"

@@ -57,6 +57,9 @@ def test_op_is_its_definition(case: Case, dtype: torch.dtype) -> None:
 )  # the op answers for none
 def test_every_backend_is_the_definition(backend: object, case: Case) -> None:
     a = case.tensors()
+    able, reason = backend.can_run(case.spec, a.x.dtype, a.x.device)  # type: ignore[attr-defined]
+    if not able:  # tests/native fails where the extension could be there and is not
+        pytest.skip(reason)
     y = BACKENDS.choose(backend.name, case.spec, a.x.dtype, a.x.device).prepare(  # type: ignore[attr-defined]
         case.spec, a.weights, a.bias
     )(a.x, a.residual)

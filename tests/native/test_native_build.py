@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dsp_kernels.schema import OP_NAME
+
 ROOT = Path(__file__).resolve().parents[2]
 # Runs setup.py as pip does, with something of the machine taken away first.
 RUN = (
@@ -53,3 +55,31 @@ def test_left_out_by_hand(tmp_path: Path) -> None:
     line, made = build(tmp_path, DSP_KERNELS_CPU="0")
     assert "DSP_KERNELS_CPU" in line
     assert not made
+
+
+def pretended_compiler(tmp_path: Path) -> tuple[str, Path]:
+    """A compiler that makes empty files at once, and the file that lists what it was asked for."""
+    log, script = tmp_path / "asked", tmp_path / "compiler"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n', encoding="utf-8"
+    )
+    script.chmod(0o755)
+    return str(script), log
+
+
+def test_with_torch_the_op_is_registered_natively(tmp_path: Path) -> None:
+    compiler, log = pretended_compiler(tmp_path)
+    line, made = build(tmp_path, CXX=compiler)
+    assert line.endswith("built dsp_kernels._C, the native CPU kernels and the torch op")
+    assert len(made) == 1
+    assert OP_NAME in log.read_text(encoding="utf-8")
+
+
+def test_without_torch_python_registers_the_op(tmp_path: Path) -> None:
+    """As in pip's isolated builds, where torch is missing."""
+    compiler, log = pretended_compiler(tmp_path)
+    line, made = build(tmp_path, "sys.modules['torch'] = None", CXX=compiler)
+    assert "Python registers the torch op, because torch is not importable" in line
+    assert "--no-build-isolation" in line
+    assert len(made) == 1
+    assert "torch_op.cpp" not in log.read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ import torch
 from cases import CASES, Case, reference
 
 from dsp_kernels.backends.cpu import CpuBackend
+from dsp_kernels.env import describe_environment
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.native import chosen_isa, native
+from dsp_kernels.native import chosen_isa, native, why_missing
 from dsp_kernels.tolerances import op_tolerance
 
 ISAS = ["avx512", "avx2", "base"]
@@ -31,7 +32,7 @@ def need(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_extension_is_built_where_a_compiler_is() -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("there is no C++ compiler")
-    assert native() is not None
+    assert native() is not None, why_missing()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -94,3 +95,8 @@ def test_an_instruction_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("DSP_KERNELS_ISA", "sse17")
     with pytest.raises(DSPBackendError, match="sse17"):
         chosen_isa()
+
+
+def test_a_bug_report_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("base", monkeypatch)
+    assert describe_environment()["native kernels"] == "base"

@@ -11,7 +11,7 @@ import torch
 from test_native_programs import Net
 from torch import Tensor
 
-from dsp_kernels import fuse
+from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d, plan_cache
 from dsp_kernels.executors.native_builder import build
 from dsp_kernels.native import chosen_isa, native
 
@@ -25,18 +25,45 @@ def network_and_model(seed: int = 1) -> tuple[object, object]:
 def test_many_python_threads_get_the_same_bits_as_one() -> None:
     fused, _ = network_and_model()
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1 + n % 5, 3, 20, 20, generator=generator) for n in range(8)]
+    inputs = [torch.randn(1 + n % 5, 3, 12, 12, generator=generator) for n in range(8)]
     serial = [fused(x) for x in inputs]  # type: ignore[operator]
 
     def hammer(number: int) -> bool:
         torch.set_num_threads(1 + number % 3)
         return all(
             torch.equal(fused(inputs[(number + turn) % 8]), serial[(number + turn) % 8])  # type: ignore[operator]
-            for turn in range(125)
+            for turn in range(1000)
         )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(hammer, range(8)))
+
+
+def test_the_op_from_many_python_threads() -> None:
+    """The same weights, so that all threads share one kept plan, with and without a residual."""
+    plan_cache.forget()
+    generator = torch.Generator().manual_seed(0)
+    structure = GroupStructure.build(6, 5, [([0, 2], [0, 3]), ([1, 2, 5], [4])])
+    weights = [torch.randn(2, 2, 3, 3, generator=generator), torch.randn(1, 3, 3, 3, generator=generator)]
+    inputs = [torch.randn(1 + n % 3, 6, 7, 7, generator=generator) for n in range(6)]
+
+    def call(number: int) -> Tensor:
+        x = inputs[number % 6]
+        residual = x[:, :5] if number % 2 else None
+        return gather_grouped_conv2d(x, weights, structure, None, residual, padding=1, activation="relu")
+
+    serial = [call(number) for number in range(6)]
+    plan_cache.forget()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(
+            pool.map(
+                lambda first: all(
+                    torch.equal(call(first + turn), serial[(first + turn) % 6]) for turn in range(1000)
+                ),
+                range(8),
+            )
+        )
+    assert plan_cache.kept()[0] == 1
 
 
 def test_every_number_of_threads_gives_the_same_bits() -> None:

@@ -1,0 +1,139 @@
+"""Which layers the automatic choice gives to the native kernels, and plans kept between calls of the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from cases import CASES, Case, reference
+from torch import Tensor
+
+from dsp_kernels import GroupStructure, gather_grouped_conv2d, plan_cache
+from dsp_kernels.backends import BACKENDS
+from dsp_kernels.backends.cpu import products_per_move
+from dsp_kernels.conv_spec import ConvSpec
+from dsp_kernels.fused_conv import FusedConv2d
+
+LAST, PLAIN = torch.channels_last, torch.contiguous_format
+THIN = GroupStructure.build(64, 64, [(range(18), range(16)), (range(20, 41), range(16, 30))])
+WIDE = GroupStructure.dense(64, 64)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads_and_no_plans() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    plan_cache.forget()
+    yield
+    torch.set_num_threads(before)
+    plan_cache.forget()
+
+
+def chosen(spec: ConvSpec, layout: torch.memory_format, name: str = "auto") -> str:
+    return BACKENDS.choose(name, spec, torch.float32, torch.device("cpu"), layout).name
+
+
+def test_thin_channels_last_layers_go_to_eager() -> None:
+    assert chosen(ConvSpec(THIN, (1, 1)), LAST) == "eager"
+    assert chosen(ConvSpec(THIN, (1, 1)), PLAIN) == "cpu"
+    assert chosen(ConvSpec(WIDE, (1, 1)), LAST) == "cpu"
+    assert chosen(ConvSpec(THIN, (3, 3)), LAST) == "cpu"
+
+
+def test_who_asks_by_name_gets_it() -> None:
+    assert chosen(ConvSpec(THIN, (1, 1)), LAST, "cpu") == "cpu"
+
+
+def test_one_thread_is_always_native() -> None:
+    torch.set_num_threads(1)
+    assert chosen(ConvSpec(THIN, (1, 1)), LAST) == "cpu"
+
+
+def test_products_per_moved_channel_and_pixel() -> None:
+    assert products_per_move(ConvSpec(WIDE, (1, 1))) == 64 * 64 / 128
+    assert products_per_move(ConvSpec(THIN, (3, 3), (2, 2))) == 9 * (18 * 16 + 21 * 14) / (39 * 4 + 64)
+
+
+def test_a_module_chooses_again_for_another_layout() -> None:
+    weights = [torch.randn(len(g.out_index), len(g.in_index), 1, 1) for g in THIN.groups]
+    module = FusedConv2d(ConvSpec(THIN, (1, 1)), weights)
+    x = torch.randn(2, 64, 5, 5)
+    plans = []
+    for layout in (PLAIN, LAST):
+        y = module(x.contiguous(memory_format=layout))
+        assert y.is_contiguous(memory_format=layout)
+        plans.append(type(module._plan[1]).__name__)
+    assert plans == ["CpuPlan", "function"]
+
+
+# -- plans of the raw op ---------------------------------------------------------------------------------
+
+
+def test_the_op_keeps_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    prepare = type(BACKENDS.choose("cpu", ConvSpec(WIDE, (1, 1)), torch.float32, torch.device("cpu"))).prepare
+    monkeypatch.setattr(
+        "dsp_kernels.backends.cpu.CpuBackend.prepare", lambda *a: packed.append(1) or prepare(*a)
+    )
+    weights, x = [torch.randn(64, 64, 1, 1)], torch.randn(1, 64, 4, 4)
+    results = [gather_grouped_conv2d(x, weights, WIDE) for _ in range(3)]
+    assert len(packed) == 1
+    assert torch.equal(results[0], results[2])
+
+
+def in_place(weight: Tensor) -> None:
+    weight.add_(1)
+
+
+def behind_the_counter(weight: Tensor) -> None:
+    weight.data.add_(1)
+
+
+def by_numpy(weight: Tensor) -> None:
+    weight.numpy()[0, 0, 0, 0] += 1
+
+
+@pytest.mark.parametrize("change", [in_place, behind_the_counter, by_numpy])
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_changed_numbers_are_packed_again(change: Callable[[Tensor], None], which: str) -> None:
+    case = Case("", THIN, kernel=1, padding=0)
+    a = case.tensors()
+    for _ in range(2):
+        y = gather_grouped_conv2d(a.x, a.weights, THIN, a.bias)
+        torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-5)
+        assert a.bias is not None
+        change(a.weights[1] if which == "weight" else a.bias[:, None, None, None])
+
+
+def test_the_same_memory_in_another_structure() -> None:
+    """A plan is found by the weights' addresses, which say nothing of the channels."""
+    weights, x = [torch.randn(2, 2, 1, 1)], torch.randn(1, 4, 3, 3)
+    for channels in ([0, 1], [2, 3], [0, 1]):
+        structure = GroupStructure.build(4, 4, [(channels, channels)])
+        y = gather_grouped_conv2d(x, weights, structure)
+        expected = torch.nn.functional.conv2d(x[:, channels], weights[0])
+        torch.testing.assert_close(y[:, channels], expected)
+
+
+def test_with_and_without_residual_from_one_plan() -> None:
+    case = next(case for case in CASES if case.residual and case.batch)
+    a = case.tensors()
+    spec = case.spec
+    plan = BACKENDS.choose("cpu", spec, torch.float32, torch.device("cpu")).prepare(spec, a.weights, a.bias)
+    without = plan(a.x, None)
+    for weight in a.weights:  # the plan has its own copy
+        weight.zero_()
+    assert torch.equal(plan(a.x, torch.zeros_like(without)), without)
+
+
+def test_kept_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 64, 2, 2)
+    held = [[torch.randn(64, 64, 1, 1)] for _ in range(6)]
+    monkeypatch.setattr(plan_cache, "_MOST_PLANS", 4)
+    for weights in held:
+        gather_grouped_conv2d(x, weights, WIDE)
+    assert plan_cache.kept() == (4, 4 * 64 * 64 * 4)
+    monkeypatch.setattr(plan_cache, "_MOST_BYTES", 64 * 64 * 4 * 2)
+    gather_grouped_conv2d(x, held[0], WIDE)
+    assert plan_cache.kept() == (2, 2 * 64 * 64 * 4)
