@@ -26,9 +26,9 @@ class TimingRules:
     warmup: how long each runs before the first round.
     gap: idle time before a turn, in which the worker threads of the engine before stop spinning.
     warm_calls: untimed calls at the beginning of a turn; one where a call is longer than 50 ms.
-    burst: how long the timed calls of a turn last, if that takes no more than ``most_calls``. shortest: a call shorter than this is repeated within one sample
-    and the mean taken: below it the clock and the loop would show. most_seconds: after so long, and eight
-    rounds, no further round begins; None for no limit.
+    burst: how long the timed calls of a turn last, if that takes no more than ``most_calls``.
+    shortest: a call shorter than this is repeated within one sample and the mean taken: below it the clock
+    and the loop would show. most_seconds: after so long, and eight rounds, no further round begins.
     """
 
     rounds: int = 50
