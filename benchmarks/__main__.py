@@ -75,7 +75,9 @@ def _run(run: argparse.ArgumentParser) -> None:
     add("--device", default="cpu")
     add("--isolate", action="store_true", help="every engine in a process of its own")
     add(
-        "--short", action="store_true", help="build slow engines (torch.compile, TensorRT) for one batch size"
+        "--short",
+        action="store_true",
+        help="five minutes: slow builds (torch.compile) for one batch size, fewer rounds",
     )
     add(
         "--profile",

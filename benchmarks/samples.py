@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from .statistics import mann_whitney, median_interval, quantile
 
-__all__ = ["Samples"]
+__all__ = ["FEWEST_ROUNDS", "Samples"]
 
 # A median is no verdict when its 95 % interval is wider than this part of it, or when the first and the
 # second half of the run differ by more than this and by more than chance: the machine did something else.
-_MOST_WIDTH, _MOST_DRIFT, _DRIFT_CHANCE, _FEWEST = 0.15, 0.05, 1e-3, 8
+_MOST_WIDTH, _MOST_DRIFT, _DRIFT_CHANCE, FEWEST_ROUNDS = 0.15, 0.05, 1e-3, 8
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Samples:
     def unstable(self) -> str:
         """Why these samples give no verdict; empty where they do."""
         rounds = self.rounds
-        if len(rounds) < _FEWEST:
-            return f"only {len(rounds)} rounds, {_FEWEST} are needed"
+        if len(rounds) < FEWEST_ROUNDS:
+            return f"only {len(rounds)} rounds, {FEWEST_ROUNDS} are needed"
         middle = statistics.median(rounds)
         if not middle:
             return ""

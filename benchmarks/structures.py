@@ -53,6 +53,10 @@ def apply_structure(dense: nn.Module, example: Tensor, structure: str, seed: int
             f"structure {structure!r} is not known; expected random:g=2,rate=0.8, pruner:g=2,rate=0.8 or an "
             ".npz file"
         )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and isinstance(mask := getattr(module, "mask", None), Tensor):
+                module.weight.mul_(mask)  # as a network that was trained pruned has it
     return pack(model, example).eval()
 
 

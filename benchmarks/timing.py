@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .samples import Samples
+from .samples import FEWEST_ROUNDS, Samples
 
 __all__ = ["LocalTimer", "Progress", "Samples", "Timer", "TimingRules", "measure"]
 
 Progress = Callable[[int, int], None]
+
+# A call this long fills the caches and wakes the threads itself; a second warm one would only cost time.
+_LONG_CALL = 0.05
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,10 @@ class TimingRules:
     rounds: how often each engine has its turn; 50 find a slowdown of 10 % in 98 of 100 runs here (tests).
     warmup: how long each runs before the first round.
     gap: idle time before a turn, in which the worker threads of the engine before stop spinning.
-    warm_calls: untimed calls at the beginning of a turn. burst: how long the timed calls of a turn last, if
-    that takes no more than ``most_calls``. shortest: a call shorter than this is repeated within one sample
-    and the mean taken: below it the clock and the loop would show.
+    warm_calls: untimed calls at the beginning of a turn; one where a call is longer than 50 ms.
+    burst: how long the timed calls of a turn last, if that takes no more than ``most_calls``.
+    shortest: a call shorter than this is repeated within one sample and the mean taken: below it the clock
+    and the loop would show. most_seconds: after so long, and eight rounds, no further round begins.
     """
 
     rounds: int = 50
@@ -35,6 +39,7 @@ class TimingRules:
     most_calls: int = 10
     shortest: float = 2e-4
     seed: int = 0
+    most_seconds: float | None = None
 
     @classmethod
     def throughput(cls, rounds: int = 10, window: float = 0.25, seed: int = 0) -> TimingRules:
@@ -96,19 +101,24 @@ def measure(
     down slows all of them down. A turn: idle gap, warm calls, timed calls.
     """
     rules = rules or TimingRules()
-    calls, repeats = {}, {}
+    calls, repeats, warm = {}, {}, {}
     for name, timer in timers.items():
         once = max(timer.warm_up(rules.warmup), 1e-9)
         repeats[name] = max(1, round(rules.shortest / once))
         calls[name] = min(rules.most_calls, max(1, round(rules.burst / (once * repeats[name]))))
+        warm[name] = rules.warm_calls if once < _LONG_CALL else min(1, rules.warm_calls)
     order = list(timers)
     shuffle = random.Random(rules.seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in timers}
+    started = time.perf_counter()
     for done in range(rules.rounds):
         shuffle(order)
         for name in order:
             time.sleep(rules.gap)
-            seconds[name] += timers[name].burst(rules.warm_calls, calls[name], repeats[name])
+            seconds[name] += timers[name].burst(warm[name], calls[name], repeats[name])
         if progress is not None:
             progress(done + 1, rules.rounds)
+        late = rules.most_seconds is not None and time.perf_counter() - started > rules.most_seconds
+        if late and done + 1 >= FEWEST_ROUNDS:
+            break
     return {name: Samples(tuple(values), calls[name]) for name, values in seconds.items()}

@@ -100,6 +100,22 @@ def test_throughput_takes_calls_back_to_back(clock: _Clock) -> None:
     assert next(calls) == warm + 2 * 16
 
 
+def test_a_limit_of_time_ends_the_rounds_after_eight(clock: _Clock) -> None:
+    calls = itertools.count()
+
+    def call() -> None:
+        next(calls)
+        clock.spend(1)
+
+    rules = TimingRules(rounds=50, warmup=0, most_seconds=3)
+    samples = measure({"one": LocalTimer(call)}, rules)
+    assert samples["one"].n == 8
+    assert next(calls) == 2 + 8 * 2  # a long call gets one warm call in each turn
+    assert (
+        measure({"one": LocalTimer(call)}, TimingRules(rounds=50, warmup=0, most_seconds=31))["one"].n == 16
+    )
+
+
 def test_rounds_run_every_engine_once_in_a_seeded_random_order(clock: _Clock) -> None:
     def orders(seed: int) -> list[str]:
         seen: list[str] = []
