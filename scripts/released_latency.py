@@ -1,7 +1,7 @@
 """Time ResNet-56 g=4 as released against fused, in one process: ``python scripts/released_latency.py``.
 
-Released: per branch take_along_dim, conv, BN, ReLU; cat and index_add_; torch.jit.trace, inference_mode. Rounds
-in random order, 2 threads, medians. Needs ../shared.
+Released: per branch take_along_dim, conv, BN, ReLU; cat and index_add_; torch.jit.trace, inference_mode.
+Rounds in random order, 2 threads, medians. Needs ../shared.
 """
 
 from __future__ import annotations
