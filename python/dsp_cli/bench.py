@@ -15,10 +15,10 @@ from dsp_benchmarks.floors import program_of
 from dsp_benchmarks.gate import allowed_difference
 from dsp_benchmarks.run import Row, time_runners
 from dsp_benchmarks.timing import TimingRules
+from dsp_benchmarks.twin import input_channels
 from torch import nn
 
 from dsp_cli import options as o
-from dsp_cli.twin import input_channels
 from dsp_pruning.recipes.run import pick_device
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from dsp_benchmarks.twin import dense_twin
 
 import dsp_kernels
 from dsp_cli.show import console, table
-from dsp_cli.twin import dense_twin, example_of
+from dsp_cli.twin import example_of
 from dsp_pruning.overview import draw_overview
 from dsp_pruning.report import draw_structures, layer_rows, network_cost
 
