@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.executors.cpu import CpuExecutor
+from dsp_kernels.executors.cuda import CudaExecutor
 from dsp_kernels.executors.eager import EagerExecutor
 from dsp_kernels.program import Program
 from dsp_kernels.registry import Registry
@@ -41,5 +42,7 @@ class Executor(Protocol):
 
 
 EXECUTORS: Registry[Executor] = Registry("backend")
+EXECUTORS.register(CudaExecutor())
+EXECUTORS.register(CudaExecutor("triton", kernels="triton"))
 EXECUTORS.register(CpuExecutor())
 EXECUTORS.register(EagerExecutor())
