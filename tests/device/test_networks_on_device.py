@@ -1,0 +1,160 @@
+"""Whole networks on a GPU: the answers, CUDA graphs, streams, devices, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dsp_kernels
+from dsp_kernels.errors import DSPError
+from dsp_kernels.executors import EXECUTORS
+from dsp_kernels.executors.cuda import GpuRunner
+from dsp_kernels.fuse import FusedNetwork
+from dsp_kernels.tolerances import network_tolerance
+from dsp_pruning import read_released
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32() -> Iterator[None]:
+    """cuDNN and cuBLAS may not round float32 to tf32 in what the kernels are held to."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def network(gpu: torch.device) -> FusedNetwork:
+    model = nets.make("residual").to(gpu)
+    return dsp_kernels.fuse(model, torch.randn(1, 3, 8, 8, device=gpu))
+
+
+@pytest.mark.parametrize("backend", [name for name in EXECUTORS.names() if name in ("cuda", "triton")])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_fused_networks(name: str, dtype: torch.dtype, backend: str, gpu: torch.device) -> None:
+    """``fuse`` compares with the model itself, within the derived tolerance; here at more batch sizes."""
+    model = nets.make(name).to(gpu)
+    fused = dsp_kernels.fuse(model, torch.randn(3, 3, 8, 8, device=gpu), backend=backend, dtype=dtype)
+    eager = dsp_kernels.fuse(model, torch.randn(3, 3, 8, 8, device=gpu), backend="eager", dtype=dtype)
+    # Both round: twice the distance of one from the truth.
+    bound = 2 * network_tolerance(dtype, 200, len(fused.program.steps))
+    for batch in (1, 8, 5, 32, 0, 8):
+        x = torch.randn(batch, 3, 8, 8, device=gpu)
+        got, expected = fused(x), eager(x)
+        assert got.shape == expected.shape
+        if batch:
+            assert (got - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)])
+def test_real_networks(
+    name: str, dtype: torch.dtype, gpu: torch.device, shared: Path, record_property: pytest.RecordProperty
+) -> None:
+    data = np.load(shared / "data" / "cifar10_subset.npz")
+    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+    std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+    images = ((torch.from_numpy(data["test_images"]).float() / 255 - mean) / std).to(gpu)
+    labels = torch.from_numpy(data["test_labels"]).to(gpu)
+    golden = np.load(shared / "golden" / "logits.npz")
+    correct = int(golden["correct1017"][list(golden["names"]).index(name)])
+    packed = read_released(shared / "nets" / f"{name}.npz").to(gpu)
+    fused = dsp_kernels.fuse(packed, images[:8], backend="cuda", dtype=dtype)
+    logits = torch.cat([fused(batch) for batch in images.split(256)])
+    right = int((logits.argmax(1) == labels).sum())
+    record_property("correct", right)
+    print(f"{name} {dtype}: {right} of {len(labels)} right, float32 on the CPU {correct}")
+    if dtype == torch.float32:
+        assert (logits.cpu() - torch.from_numpy(golden[f"{name}_all"])).abs().max() <= 1e-4
+    assert abs(right - correct) <= (0 if dtype == torch.float32 else 2 if dtype == torch.float16 else 6)
+
+
+def test_calls_replay_a_graph(network: FusedNetwork, gpu: torch.device) -> None:
+    x = torch.randn(8, 3, 8, 8, device=gpu)
+    first = network(x).clone()
+    runner = network._runners[network.backend]
+    assert isinstance(runner, GpuRunner)
+    assert all(run.is_captured for run in runner._runs._kept.values())
+    other = network(torch.randn(8, 3, 8, 8, device=gpu))
+    assert not torch.equal(other, first)
+    assert torch.equal(network(x), first)
+
+
+def test_streams_and_threads(network: FusedNetwork, gpu: torch.device) -> None:
+    images = [torch.randn(8, 3, 8, 8, device=gpu) for _ in range(4)]
+    expected = [network(x).clone() for x in images]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            answers = [network(images[number]) for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+            wrong.extend(number for answer in answers if not torch.equal(answer, expected[number]))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_inside_somebody_elses_graph(network: FusedNetwork, gpu: torch.device) -> None:
+    x = torch.randn(8, 3, 8, 8, device=gpu)
+    expected = network(x).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = network(x)
+    x.copy_(torch.randn_like(x))
+    other = network(x).clone()
+    graph.replay()
+    assert torch.equal(answer, other)
+    assert not torch.equal(answer, expected)
+
+
+def test_moving_and_copying(network: FusedNetwork, gpu: torch.device) -> None:
+    x = torch.randn(8, 3, 8, 8, device=gpu)
+    expected = network(x).cpu()
+    copied = copy.deepcopy(network)
+    assert torch.equal(copied(x).cpu(), expected)
+    back = copied.to("cpu")
+    assert (back(x.cpu()) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    again = back.to(gpu)
+    assert (again(x).cpu() - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_swapped_layers(gpu: torch.device) -> None:
+    model = nets.make("residual").to(gpu)
+    x = torch.randn(8, 3, 8, 8, device=gpu)
+    expected = model(x)
+    swapped = dsp_kernels.swap(copy.deepcopy(model))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = swapped(x.contiguous(memory_format=layout))
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_bad_input(network: FusedNetwork, gpu: torch.device) -> None:
+    for x in (
+        torch.randn(8, 3, 8, 8),
+        torch.randn(8, 4, 8, 8, device=gpu),
+        torch.zeros(8, 3, 8, 8, device=gpu, dtype=torch.int64),
+        torch.randn(3, 8, 8, device=gpu),
+    ):
+        with pytest.raises(DSPError):
+            network(x)
+    big: Tensor = torch.randn(8, 6, 8, 16, device=gpu)
+    view = big[:, ::2, :, ::2]
+    assert torch.equal(network(view), network(view.contiguous()))
+    assert network(torch.randn(0, 3, 8, 8, device=gpu)).shape[0] == 0
