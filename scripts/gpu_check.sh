@@ -42,7 +42,7 @@ part() { # part NAME SECONDS COMMAND...: run it if it is wanted, keep its log, g
   shift 2
   [ -n "$only" ] && [ "$only" != "$name" ] && return 0
   local began=$SECONDS
-  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
+  timeout "$limit" bash -c '"$@"' part "$@" >"$OUT/$name.log" 2>&1
   local status=$?
   echo "== $name: exit $status, $((SECONDS - began)) s"
   tail -n "${LINES_SHOWN:-12}" "$OUT/$name.log"
@@ -74,6 +74,8 @@ build() {
     "$PYTHON" -m dsp_kernels.env
 }
 
+export PYTHON OUT
+export -f tests sanitize bench build # timeout starts a shell of its own
 if [ "${DSP_DEVICE:-}" = cpu ]; then
   part table 540 tests tests/device/test_convs_on_device.py
 else

@@ -7,11 +7,11 @@ import statistics
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
 from dsp_benchmarks.gpu_layers import layer_times, write_layer_times
 from dsp_benchmarks.networks import NetworkSource, load_network
 from dsp_benchmarks.peaks import measure_peaks
+from tqdm import tqdm
+
 from dsp_kernels.env import describe_environment
 
 

@@ -37,7 +37,7 @@ def batches(case: Case) -> list[Case]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*CASES, *REAL], ids=[*IDS, *(case.name for case in REAL)])
+@pytest.mark.parametrize("case", [*CASES, *REAL], ids=[*IDS, *(case.name.replace(" ", "-") for case in REAL)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_convolution(family: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
     kernels = next(item for item in GPU_KERNELS if item.name == family)
