@@ -79,6 +79,7 @@ export -f tests sanitize bench build # timeout starts a shell of its own
 if [ "${DSP_DEVICE:-}" = cpu ]; then
   part table 540 tests tests/device/test_convs_on_device.py
 else
+  export DSP_REQUIRE_GPU=1
   LINES_SHOWN=24 part build 150 build
   part table 120 tests tests/device/test_convs_on_device.py
   LINES_SHOWN=40 part networks 120 tests tests/device/test_networks_on_device.py

@@ -18,7 +18,8 @@ def device() -> torch.device:
     if os.environ.get("DSP_DEVICE") == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
+        # The script that is there to check a GPU must not pass without one.
+        (pytest.fail if os.environ.get("DSP_REQUIRE_GPU") else pytest.skip)("torch finds no CUDA device")
     return torch.device("cuda", torch.cuda.current_device())
 
 
