@@ -15,9 +15,17 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS
+from dsp_kernels.native import native
 from dsp_kernels.planner import plan
 from dsp_kernels.program import ConvStep, TorchStep
 from dsp_kernels.trace import trace
+
+# tests/native fails where the native one could be there and is not.
+ON_A_CPU = [
+    name
+    for name in EXECUTORS.names()
+    if name not in ("cuda", "triton") and (name != "cpu" or native() is not None)
+]
 
 
 def example(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -218,11 +226,8 @@ def test_refuses_what_cannot_be_traced_or_run() -> None:
 def test_every_executor_gives_the_same_answer() -> None:
     model = nets.make("residual")
     expected = dsp_kernels.fuse(model, example(), backend="eager")(example())
-    for executor in EXECUTORS:
-        program = dsp_kernels.fuse(model, example(), backend="eager").program
-        if not executor.can_run(program, torch.float32, torch.device("cpu"))[0]:
-            continue  # tests/native fails where the extension could be there and is not
-        fused = dsp_kernels.fuse(model, example(), backend=executor.name)
+    for name in ON_A_CPU:
+        fused = dsp_kernels.fuse(model, example(), backend=name)
         torch.testing.assert_close(fused(example()), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -301,8 +306,8 @@ class _WritesAfterReading(nn.Module):
 
 def test_a_convolution_is_not_moved_behind_a_write() -> None:
     model = nets.settled(_WritesAfterReading())
-    for executor in EXECUTORS:
-        fused = dsp_kernels.fuse(model, example(), backend=executor.name)
+    for name in ON_A_CPU:
+        fused = dsp_kernels.fuse(model, example(), backend=name)
         torch.testing.assert_close(fused(example(seed=2)), model(example(seed=2)), rtol=1e-4, atol=1e-5)
 
 
@@ -344,8 +349,8 @@ class _Aliased(nn.Module):
 def test_one_example_image_stands_for_any(model: nn.Module) -> None:
     given = example(1)
     before = given.clone()
-    for executor in EXECUTORS:
-        fused = dsp_kernels.fuse(model.eval(), given, backend=executor.name)
+    for name in ON_A_CPU:
+        fused = dsp_kernels.fuse(model.eval(), given, backend=name)
         assert torch.equal(given, before)
         for x in (example(5, seed=5), torch.randn(2, 3, 12, 12)):
             with torch.no_grad():
