@@ -8,7 +8,8 @@
 
 namespace dsp {
 
-enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
+// The last two do not map 0 to 0 and would dirty the padding, so only masked elementwise steps have them.
+enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4, sigmoid = 5, hardsigmoid = 6 };
 
 // y[o][v] = act(bias[o] + sum_j w[j][o] * x[v + off[j]] + add[o][v]) for `filters` planes o and some vectors v.
 struct TileCall {
@@ -32,6 +33,18 @@ struct MapCall {
     const float* b; // or null
     float* y;
     float scale, shift;
+    const int32_t* vec;
+    const int32_t* mask;
+    int64_t vectors;
+    Act act;
+};
+
+// y[v] = act(a[v] * b[v]), one plane.
+struct ProductCall {
+    const float* a;
+    const float* b; // a plane; or one pixel of `period` images, written often enough to fill a vector from any image
+    float* y;
+    int period; // 0: b is a plane
     const int32_t* vec;
     const int32_t* mask;
     int64_t vectors;
@@ -67,6 +80,15 @@ struct LinearCall {
     Act act;
 };
 
+// target[r][n][i] = source[r][n * stride][i] for r < rows, n < count, i < images: one plane of a split.
+struct ThinCall {
+    const float* source;
+    float* target;
+    int64_t rows, source_pitch, target_pitch; // pitches in floats
+    int64_t count, stride;
+    int images;
+};
+
 constexpr int max_filters = 8; // rows of the largest microtile
 constexpr int max_vectors = 8; // columns of the widest one
 
@@ -77,10 +99,10 @@ struct Kernels {
     int vectors[max_filters + 1];   // vectors[k]: most vectors of a tile with k filters
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     void (*map)(const MapCall&);
+    void (*product)(const ProductCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
-    // target[n][i] = source[n * stride][i] for n < count, i < images: one row of a split.
-    void (*thin)(const float* source, float* target, int64_t count, int64_t stride, int images);
+    void (*thin)(const ThinCall&);
     int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers alone; returns how many were done
 };
 
