@@ -19,9 +19,10 @@ void Builder::emit(Plan& plan) {
             split.emitted = true;
             auto op = std::make_unique<SplitOp>();
             op->from = place(split.source), op->to = place(split.node), op->stride = split.stride, op->kernels = &network_.kernels;
+            op->pairs = split.pairs;
             for (const auto& entry : split.plane)
-                op->planes.push_back({std::get<2>(entry.first), std::get<0>(entry.first), std::get<1>(entry.first),
-                                      entry.second});
+                op->planes.push_back({std::get<2>(entry.first), std::get<3>(entry.first), std::get<0>(entry.first),
+                                      std::get<1>(entry.first), entry.second});
             const int planes = int(op->planes.size());
             by_channel(std::move(op), planes);
         }
@@ -81,15 +82,14 @@ std::vector<char> Builder::used_channels(int value) const {
     return used;
 }
 
-std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vector<int>& channels) {
+std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vector<Source>& sources) {
     const Geometry& g = nodes_[draft.x].geometry;
     std::vector<int32_t> off;
-    for (int c : channels)
+    for (const Source& one : sources)
         for (const Tap& tap : draft.taps) {
-            const int plane =
-                draft.split < 0
-                    ? c
-                    : splits_[draft.split].plane.at(std::make_tuple(tap.row_phase, tap.column_phase, c));
+            const int plane = draft.split < 0 ? one.channel
+                                              : splits_[draft.split].plane.at(std::make_tuple(
+                                                    tap.row_phase, tap.column_phase, one.channel, one.other));
             off.push_back(int32_t(g.at(plane, tap.dy, tap.dx)));
         }
     return off;
@@ -106,7 +106,7 @@ std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
     op->skip_absent = op->in_place && (step.act == Act::none || (step.act == Act::relu &&
                                                                 network_.values[step.inputs[1]].nonnegative));
     op->vectors = cover(op->y.geometry, network_.kernels.lanes);
-    for (const auto& group : step.groups) op->off.push_back(displacements(draft, group.in));
+    for (const auto& group : step.groups) op->off.push_back(displacements(draft, Network::sources(step, group.in)));
     block_conv(*op, draft);
     tile_conv(*op);
     for (const auto& tile : op->packed->tiles) {
@@ -206,7 +206,7 @@ std::unique_ptr<Op> Builder::pool(int number, const Draft& draft) {
     op->kernels = &network_.kernels;
     op->x = place(draft.x), op->y = place(step.output);
     op->vectors = cover(op->y.geometry, network_.kernels.lanes);
-    op->off = displacements(draft, {0});
+    op->off = displacements(draft, {{0, -1}});
     op->average = step.average;
     op->scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
     return op;

@@ -24,11 +24,18 @@ void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, c
                 "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
 }
 
+// Two weights as the kernels read them, by the kernels' own rounding.
+float as_word(float a, float b) {
+    float word;
+    kernels_base().pair(&a, &b, &word, 1, 1, 1);
+    return word;
+}
+
 bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
 
 } // namespace
 
-Network::Network(const std::string& isa) : kernels(kernels_for(isa)) {}
+Network::Network(const std::string& isa, bool bf16) : kernels(kernels_for(isa)), bf16(bf16) {}
 
 void Network::check(int value) const {
     require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
@@ -79,7 +86,18 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     step.bias.assign(out_channels, 0.0f);
     if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
     step.groups = std::move(groups);
+    // With one channel per group, as in a depthwise convolution, a pair would have no second half.
+    step.pairs = bf16 && std::any_of(step.groups.begin(), step.groups.end(),
+                                     [](const GroupIndex& group) { return group.in.size() > 1; });
     return make(std::move(step), out_channels, rectifies(act));
+}
+
+std::vector<Source> Network::sources(const Step& step, const std::vector<int>& channels) {
+    std::vector<Source> list;
+    const size_t width = step.pairs ? 2 : 1;
+    for (size_t i = 0; i < channels.size(); i += width)
+        list.push_back({channels[i], step.pairs && i + 1 < channels.size() ? channels[i + 1] : -1});
+    return list;
 }
 
 std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits) const {
@@ -89,12 +107,17 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
     auto made = std::make_shared<Packed>();
     for (size_t g = 0; g < step.groups.size(); ++g) {
         const GroupIndex& group = step.groups[g];
-        const int64_t count = int64_t(group.in.size()) * step.kernel[0] * step.kernel[1];
+        const int64_t taps = int64_t(step.kernel[0]) * step.kernel[1], count = int64_t(group.in.size()) * taps;
         int first = 0;
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
-            for (int64_t j = 0; j < count; ++j)
-                for (int k = 0; k < filters; ++k) made->weights.push_back(group.weights[(first + k) * count + j]);
+            for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
+                for (int64_t j = c; j < c + taps; ++j)
+                    for (int k = 0; k < filters; ++k) {
+                        const float* filter = group.weights.data() + (first + k) * count;
+                        made->weights.push_back(!step.pairs ? filter[j]
+                                                            : as_word(filter[j], j + taps < count ? filter[j + taps] : 0.0f));
+                    }
             for (int k = 0; k < filters; ++k) {
                 tile.channels.push_back(group.out[first + k]);
                 made->bias.push_back(step.bias[tile.channels.back()]);

@@ -24,12 +24,25 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
     }
 }
 
+// Without a stride both planes have one pitch, and the pads between the rows are zeros already.
+void SplitOp::pair_whole(const Plane& plane, const Context& context) const {
+    const Geometry &s = from.geometry, &t = to.geometry;
+    const float* source = from.in(context);
+    clear_pads(to, to.in(context), plane.to, plane.to + 1, false);
+    kernels->pair(source + plane.channel * s.plane, plane.other < 0 ? nullptr : source + plane.other * s.plane,
+                  to.in(context) + plane.to * t.plane, (s.h - 1) * s.pitch + s.w, 1, s.interleave);
+}
+
 void SplitOp::run(int chunk, const Context& context) const {
     const Geometry &s = from.geometry, &t = to.geometry;
     const Range range = cut(int(planes.size()), chunks, chunk);
     const int I = s.interleave;
     for (int n = range.first; n < range.last; ++n) {
         const Plane& plane = planes[n];
+        if (pairs && stride[0] == 1 && stride[1] == 1) {
+            pair_whole(plane, context);
+            continue;
+        }
         float* base = to.in(context);
         clear_pads(to, base, plane.to, plane.to + 1, true);
         // The last phases have fewer rows and columns.
@@ -41,7 +54,11 @@ void SplitOp::run(int chunk, const Context& context) const {
             if (filled > 0) {
                 const float* source =
                     from.in(context) + s.at(plane.channel, y * stride[0] + plane.row_phase, plane.column_phase);
-                kernels->thin(source, target, filled, stride[1], I);
+                if (pairs)
+                    kernels->pair(source, plane.other < 0 ? nullptr : source + (plane.other - plane.channel) * s.plane,
+                                  target, filled, stride[1], I);
+                else
+                    kernels->thin(source, target, filled, stride[1], I);
             }
             if (filled < t.w) std::memset(target + filled * I, 0, sizeof(float) * (t.w - filled) * I);
         }

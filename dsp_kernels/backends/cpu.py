@@ -154,6 +154,6 @@ def add_conv(
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The tensor's memory, without a copy where it is contiguous."""
-    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.detach().contiguous().numpy()
+    """The tensor's memory, without a copy where it is contiguous and float32."""
+    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.detach().float().contiguous().numpy()
     return array
