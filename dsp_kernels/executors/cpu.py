@@ -47,11 +47,12 @@ class CpuExecutor:
     takes_any_dtype = True
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """On the CPU in float32 or bfloat16, when the extension is built and the Program has a native step."""
+        """On the CPU in float32 or bfloat16, with the extension built and a native step in the Program."""
         if device.type != "cpu":
             return False, f"tensors are on {device}"
         if dtype not in (torch.float32, torch.bfloat16):
-            return False, f"dtype {dtype} is neither float32 nor bfloat16"
+            lacking = "; there are no kernels for AVX512-FP16" if dtype == torch.float16 else ""
+            return False, f"dtype {dtype} is neither float32 nor bfloat16{lacking}"
         if native() is None:
             return False, why_missing()
         if not any(_is_native(step, program) for step in program.steps):
