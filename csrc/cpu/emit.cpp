@@ -154,7 +154,8 @@ int Builder::vector_pieces(const ConvOp& op) const {
 Extent Builder::extent(const ConvOp& op, int64_t count) const {
     const int pieces = vector_pieces(op);
     const int vectors = int(op.vectors.at.size());
-    return {count, (vectors + pieces - 1) / pieces, op.block_vectors, key_.interleave >= network_.kernels.lanes};
+    return {count, (vectors + pieces - 1) / pieces, op.block_vectors, key_.interleave >= network_.kernels.lanes,
+            op.step->pairs ? 6.0 : 4.0};
 }
 
 void Builder::tile_conv(ConvOp& op) {

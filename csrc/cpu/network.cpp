@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "isa.h"
+#include "pairing.h"
 
 namespace dsp {
 
@@ -29,6 +30,27 @@ float as_word(float a, float b) {
     float word;
     kernels_base().pair(&a, &b, &word, 1, 1, 1);
     return word;
+}
+
+// Puts each group's channels, and its weights with them, in the order of pair_channels().
+void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
+    std::vector<std::vector<int>> channels;
+    for (const auto& group : groups) channels.push_back(group.in);
+    const auto order = pair_channels(channels);
+    for (size_t g = 0; g < groups.size(); ++g) {
+        GroupIndex& group = groups[g];
+        if (order[g].size() != group.in.size()) continue; // a channel that is read twice
+        std::map<int, int64_t> position;
+        for (size_t i = 0; i < group.in.size(); ++i) position[group.in[i]] = int64_t(i);
+        const std::vector<float> before = std::move(group.weights);
+        group.in = order[g];
+        group.weights.clear();
+        for (size_t o = 0; o < group.out.size(); ++o)
+            for (int c : group.in) {
+                const float* kernel = before.data() + (int64_t(o * group.in.size()) + position[c]) * taps;
+                group.weights.insert(group.weights.end(), kernel, kernel + taps);
+            }
+    }
 }
 
 bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
@@ -89,6 +111,7 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     // With one channel per group, as in a depthwise convolution, a pair would have no second half.
     step.pairs = bf16 && std::any_of(step.groups.begin(), step.groups.end(),
                                      [](const GroupIndex& group) { return group.in.size() > 1; });
+    if (step.pairs) order_by_pairs(step.groups, taps);
     return make(std::move(step), out_channels, rectifies(act));
 }
 

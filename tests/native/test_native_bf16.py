@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,55 @@ def test_not_a_number_stays_where_it_is(bits: int, isa: str, monkeypatch: pytest
     a.x[0, 6] = 1.0
     a.x[0, 4] = nan  # nobody reads it
     assert not run(case, a, isa).isnan().any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_order_of_channels_changes_nothing(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sets of channels alone decide which make a pair, so the sums are equal bit for bit."""
+    need(isa, monkeypatch)
+    rng = random.Random(0)
+    for seed in range(8):
+        sets = [rng.sample(range(21), rng.randint(1, 21)) for _ in range(1 + seed)]
+        outs = [range(2 * g, 2 * g + 2) for g in range(len(sets))]
+        case = Case(
+            "", GroupStructure.build(21, 2 * len(sets), list(zip(sets, outs, strict=True))), seed=seed
+        )
+        a = case.tensors()
+        shuffles = [rng.sample(range(len(one)), len(one)) for one in sets]
+        other = GroupStructure.build(
+            21,
+            2 * len(sets),
+            [([one[i] for i in s], out) for one, s, out in zip(sets, shuffles, outs, strict=True)],
+        )
+        b = replace(a, weights=[weight[:, s] for weight, s in zip(a.weights, shuffles, strict=True)])
+        y = run(case, a, isa)
+        check(y, case, a)
+        assert torch.equal(run(replace(case, structure=other), b, isa), y)
+
+
+def test_very_many_shared_channels() -> None:
+    """More pairs than are worth counting."""
+    rng = random.Random(0)
+    groups = [(rng.sample(range(300), 150), range(g, g + 1)) for g in range(40)]
+    case = Case("", GroupStructure.build(300, 40, groups), kernel=1, padding=0, hw=(3, 5))
+    a = case.tensors()
+    check(run(case, a, ""), case, a)
+
+
+@pytest.mark.parametrize("channels", [[0, 0, 1], [2, 2]])
+def test_a_channel_that_is_read_twice(channels: list[int]) -> None:
+    """A GroupStructure cannot say this; the extension takes it."""
+    x, weight = torch.randn(1, 3, 4, 4), torch.randn(2, len(channels), 1, 1)
+    network = native().Network("", True)  # type: ignore[union-attr]
+    window = ((1, 1), (1, 1), (0, 0), (1, 1))
+    value = network.conv(
+        network.input(3), -1, 2, *window, "none", [channels], [[0, 1]], [weight.numpy()], None
+    )
+    network.output(value)
+    y = torch.empty(1, 2, 4, 4)
+    network.run([x.numpy()], [y.numpy()], 1)
+    expected = torch.nn.functional.conv2d(rounded(x)[:, channels].double(), rounded(weight).double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def difference(fused: nn.Module, model: nn.Module, x: Tensor) -> float:
