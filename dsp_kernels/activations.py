@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
 
-__all__ = ["ACTIVATIONS", "activate", "activate_", "activation_gradient", "check_activation"]
+__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_", "activation_gradient", "check_activation"]
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -34,6 +34,11 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Calla
     "silu": (F.silu, lambda x: F.silu(x, inplace=True), _silu_gradient),
     "hardswish": (F.hardswish, lambda x: F.hardswish(x, inplace=True), _hardswish_gradient),
 }
+
+
+# Functions that change 0. They are steps of a Program of their own and not activations of the op: padding and
+# absent channels are zeros.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 def check_activation(name: str) -> str:

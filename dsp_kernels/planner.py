@@ -18,16 +18,22 @@ from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.folding import batch_norm_affine, fold_batch_norm
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.plan_layout import BatchedNodes, gate_of, pool_size, selected_channels, splits_into_pieces
 from dsp_kernels.program import (
     ActivationStep,
+    AdaptivePoolStep,
     AddStep,
     AffineStep,
+    ConcatStep,
     ConvStep,
     FlattenStep,
+    GateStep,
     GlobalPoolStep,
     LinearStep,
+    MulStep,
     PoolStep,
     Program,
+    SelectStep,
     Step,
     TorchStep,
     ValueRef,
@@ -89,6 +95,7 @@ class _Planner:
         self.value_of: dict[str, str] = {}  # node -> the value that holds its result
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.readers = _readers(network)
+        self.batched = BatchedNodes(network)
         self.settled = 0  # steps before this one stay where they are
         self.handlers: dict[str, Callable[[TracedNode], None]] = {
             "conv": self._conv,
@@ -105,6 +112,14 @@ class _Planner:
             "flatten": lambda node: self._emit(node, FlattenStep(node.name, self._inputs(node)[:1])),
             "linear": self._linear,
             "identity": self._identity,
+            "elementwise": self._elementwise,
+            "combine": self._combine,
+            "concat": self._concat,
+            "split": self._split,
+            "piece": self._select,
+            "join_channels": self._select,
+            "channel_shuffle": self._select,
+            "adaptive_pool": self._adaptive_pool,
         }
 
     def run(self) -> Program:
@@ -194,10 +209,10 @@ class _Planner:
 
     def _activation(self, node: TracedNode) -> None:
         function = node.attributes["function"]
-        before = self._open(node.inputs[0], (ConvStep, AddStep, AffineStep, LinearStep))
+        before = self._open(node.inputs[0], (ConvStep, AddStep, MulStep, AffineStep, LinearStep))
         if isinstance(before, ConvStep) and before.spec.activation == "none":
             self._replace(before, replace(before, spec=before.spec.with_activation(function)), node)
-        elif isinstance(before, AddStep | AffineStep | LinearStep):
+        elif isinstance(before, AddStep | MulStep | AffineStep | LinearStep):
             self._replace(before, replace(before, activation=function), node)
         else:
             self._emit(node, ActivationStep(node.name, self._inputs(node), function))
@@ -225,6 +240,48 @@ class _Planner:
 
     def _identity(self, node: TracedNode) -> None:
         self.value_of[node.name] = self.value_of[node.inputs[0]]
+
+    def _elementwise(self, node: TracedNode) -> None:
+        gate = gate_of(node)
+        if gate is None:
+            self._torch(node)
+        else:
+            self._emit(node, GateStep(node.name, self._inputs(node)[:1], gate))
+
+    def _combine(self, node: TracedNode) -> None:
+        names = node.attributes["operands"]
+        if node.attributes["operation"] == "multiply" and self.batched.can_multiply(*names):
+            self._emit(node, MulStep(node.name, tuple(self.value_of[name] for name in names)))
+        else:
+            self._torch(node)
+
+    def _concat(self, node: TracedNode) -> None:
+        names = node.attributes["operands"]
+        if self.batched.all_images(names):
+            self._emit(node, ConcatStep(node.name, tuple(self.value_of[name] for name in names)))
+        else:
+            self._torch(node)
+
+    def _split(self, node: TracedNode) -> None:
+        if splits_into_pieces(self.network, node):
+            self._identity(node)  # its pieces say which channels they are
+        else:
+            self._torch(node)
+
+    def _select(self, node: TracedNode) -> None:
+        found = selected_channels(self.network, node)
+        if found is None:
+            self._torch(node)
+        else:
+            source, index = found
+            self._emit(node, SelectStep(node.name, (self.value_of[source],), index))
+
+    def _adaptive_pool(self, node: TracedNode) -> None:
+        size = pool_size(node)
+        if size is None:
+            self._torch(node)
+        else:
+            self._emit(node, AdaptivePoolStep(node.name, self._inputs(node)[:1], size))
 
     def _torch(self, node: TracedNode, why: str = "not an operation of a Program") -> None:
         fx_node = node.fx_node

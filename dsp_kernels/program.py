@@ -18,14 +18,19 @@ from dsp_kernels.conv_spec import ConvSpec
 
 __all__ = [
     "ActivationStep",
+    "AdaptivePoolStep",
     "AddStep",
     "AffineStep",
+    "ConcatStep",
     "ConvStep",
     "FlattenStep",
+    "GateStep",
     "GlobalPoolStep",
     "LinearStep",
+    "MulStep",
     "PoolStep",
     "Program",
+    "SelectStep",
     "Step",
     "TorchStep",
     "ValueRef",
@@ -103,6 +108,41 @@ class ActivationStep(Step):
 
 
 @dataclass(frozen=True, eq=False)
+class GateStep(Step):
+    """A function that changes 0, so that no convolution can end in it. kind: of ``activations.GATES``."""
+
+    kind: str
+
+    def describe(self) -> str:
+        return self.kind
+
+
+@dataclass(frozen=True, eq=False)
+class MulStep(Step):
+    """act(inputs[0] * inputs[1]), of one shape, or one of them (batch, channels, 1, 1)."""
+
+    activation: str = "none"
+
+    def describe(self) -> str:
+        return "multiply" + (f" + {self.activation}" if self.activation != "none" else "")
+
+
+@dataclass(frozen=True, eq=False)
+class ConcatStep(Step):
+    """The inputs one after the other along the channels."""
+
+
+@dataclass(frozen=True, eq=False)
+class SelectStep(Step):
+    """Channel index[c] of the input as channel c: a part of a split, or a shuffle."""
+
+    index: tuple[int, ...]
+
+    def describe(self) -> str:
+        return f"select {len(self.index)} channels"
+
+
+@dataclass(frozen=True, eq=False)
 class PoolStep(Step):
     """Max or average pooling. kind: "max_pool" or "avg_pool"; settings: keyword arguments of the function."""
 
@@ -118,6 +158,16 @@ class GlobalPoolStep(Step):
     """The mean of every map; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
     keepdim: bool
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptivePoolStep(Step):
+    """The mean of each of size[0] x size[1] parts of the map, cut as PyTorch cuts them."""
+
+    size: tuple[int, int]
+
+    def describe(self) -> str:
+        return f"adaptive average pool to {self.size[0]}x{self.size[1]}"
 
 
 @dataclass(frozen=True, eq=False)

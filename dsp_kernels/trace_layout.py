@@ -1,7 +1,7 @@
 """Operations that move, combine or rescale whole channels; the second half of the table in ``trace_ops``.
 
-No executor folds these: a Program runs them as PyTorch. Packing has to know what they do to channels.
-``rigid`` in the attributes says that the number of channels is written into the model's own code.
+``plan_layout`` makes steps of some of these; others run as PyTorch. Packing has to know what they do to
+channels. ``rigid`` in the attributes says that the number of channels is written into the model's own code.
 """
 
 from __future__ import annotations

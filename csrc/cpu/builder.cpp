@@ -60,6 +60,28 @@ int Builder::add_node(int channels, int h, int w) {
     return number;
 }
 
+// A view reads the planes of nodes that have memory, also where it is made of views.
+void Builder::add_view(const Step& step) {
+    const Node first = nodes_[step.inputs[0]];
+    for (int input : step.inputs)
+        if (nodes_[input].h != first.h || nodes_[input].w != first.w)
+            fail("maps of " + text(first.h, first.w) + " and " + text(nodes_[input].h, nodes_[input].w) +
+                 " pixels cannot be put side by side");
+    const int made = add_node(int(step.planes.size()), first.h, first.w);
+    for (const Pair& plane : step.planes) {
+        const int node = step.inputs[plane[0]];
+        nodes_[made].view.push_back(nodes_[node].view.empty() ? Plane{node, plane[1]} : nodes_[node].view[plane[1]]);
+    }
+    for (int input : step.inputs) tie(input, made);
+}
+
+std::set<int> Builder::buffers(int node) const {
+    std::set<int> found;
+    for (const Plane& plane : nodes_[node].view) found.insert(nodes_[plane.node].buffer);
+    if (found.empty()) found.insert(nodes_[node].buffer);
+    return found;
+}
+
 // Sizes of all values, which values share a class, and what padding each class needs.
 void Builder::shapes() {
     drafts_.resize(network_.steps.size());
@@ -90,12 +112,19 @@ void Builder::shapes() {
         }
         case Kind::map: add_node(x.channels, x.h, x.w); break;
         case Kind::mean: add_node(x.channels, 1, 1); break;
-        case Kind::flatten: {
-            add_node(x.channels, x.h, x.w);
-            nodes_.back().buffer = x.buffer;
-            tie(draft.x, step.output);
+        case Kind::product: {
+            const Node other = nodes_[step.inputs[1]];
+            draft.large = x.h * x.w == 1 && other.h * other.w > 1;
+            const Node &large = draft.large ? other : x, &small = draft.large ? x : other;
+            if (small.h * small.w > 1 && (small.h != large.h || small.w != large.w))
+                fail("maps of " + text(x.h, x.w) + " and " + text(other.h, other.w) + " pixels cannot be multiplied");
+            add_node(x.channels, large.h, large.w);
+            tie(step.inputs[draft.large], step.output);
+            if (small.h == large.h && small.w == large.w) tie(step.inputs[!draft.large], step.output);
             break;
         }
+        case Kind::adaptive: add_node(x.channels, step.kernel[0], step.kernel[1]); break;
+        case Kind::view: add_view(step); break;
         case Kind::linear: {
             if (int64_t(x.channels) * x.h * x.w != step.number)
                 fail("a linear layer of " + std::to_string(step.number) + " features got " +
@@ -212,35 +241,41 @@ void Builder::lifetimes() {
     int number = 0;
     std::vector<int> last_step(nodes_.size(), -1);
     for (size_t s = 0; s < network_.steps.size(); ++s)
-        for (int input : network_.steps[s].inputs) last_step[nodes_[input].buffer] = int(s);
+        if (network_.steps[s].kind != Kind::view)
+            for (int input : network_.steps[s].inputs)
+                for (int buffer : buffers(input)) last_step[buffer] = int(s);
+    const auto read = [&](int node, int operation) {
+        for (int buffer : buffers(node)) nodes_[buffer].last = operation;
+    };
     std::set<int> split_done;
     for (size_t s = 0; s < network_.steps.size(); ++s) {
         const Step& step = network_.steps[s];
         const Draft& draft = drafts_[s];
-        if (step.kind == Kind::flatten) continue;
+        if (step.kind == Kind::view) continue;
         if (draft.split >= 0 && split_done.insert(draft.split).second) {
             nodes_[draft.x].first = number;
-            nodes_[nodes_[splits_[draft.split].source].buffer].last = number;
+            read(splits_[draft.split].source, number);
             ++number;
         }
-        if (draft.x >= 0) nodes_[nodes_[draft.x].buffer].last = number;
-        for (size_t i = 1; i < step.inputs.size(); ++i) nodes_[nodes_[step.inputs[i]].buffer].last = number;
+        if (draft.x >= 0) read(draft.x, number);
+        for (size_t i = 1; i < step.inputs.size(); ++i) read(step.inputs[i], number);
         if (step.output >= 0) {
             Node& y = nodes_[step.output];
             y.first = number;
             // The sum may replace the residual if nothing reads that again and the window does not read it now.
             const int candidate = step.kind == Kind::conv && step.inputs.size() == 2 ? step.inputs[1]
                                   : step.kind == Kind::map                           ? step.inputs[0]
-                                                                                     : -1;
-            if (candidate >= 0) {
+                                  : step.kind == Kind::product ? step.inputs[draft.large]
+                                                               : -1;
+            if (candidate >= 0 && nodes_[candidate].view.empty()) {
                 const int buffer = nodes_[candidate].buffer;
-                const bool read_by_window = step.kind == Kind::conv && nodes_[draft.x].buffer == buffer;
-                if (last_step[buffer] == int(s) && !read_by_window) {
+                // A window reads other pixels of it, a view other planes, after they were overwritten.
+                bool read_again = step.kind == Kind::conv && buffers(draft.x).count(buffer);
+                for (int input : step.inputs)
+                    if (!nodes_[input].view.empty()) read_again = read_again || buffers(input).count(buffer);
+                if (last_step[buffer] == int(s) && !read_again) {
                     y.buffer = buffer;
                     last_step[buffer] = last_step[step.output];
-                    // Later steps name this value; its readers are the buffer's readers.
-                    for (Node& node : nodes_)
-                        if (node.buffer == step.output) node.buffer = buffer;
                 }
             }
             nodes_[y.buffer].last = std::max(nodes_[y.buffer].last, number);
@@ -274,12 +309,20 @@ int64_t Builder::memory() {
         placed.push_back(n);
         total = std::max(total, offset + node.geometry.size);
     }
+    // Displacements count from the beginning of the scratch.
+    if (total > std::numeric_limits<int32_t>::max() - 64) fail("the maps need more than 8 GB; use a smaller image");
     return total + 64;
 }
 
 Place Builder::place(int node) const {
-    const Node& buffer = nodes_[nodes_[node].buffer];
-    return {nodes_[node].geometry, buffer.offset + nodes_[node].geometry.lead};
+    const auto first_pixel = [&](int n) { return nodes_[nodes_[n].buffer].offset + nodes_[n].geometry.lead; };
+    const Node& own = nodes_[node];
+    Place place{own.geometry, first_pixel(node), {}};
+    for (int c = 0; c < own.channels; ++c) {
+        const Plane plane = own.view.empty() ? Plane{node, c} : own.view[c];
+        place.planes.push_back(first_pixel(plane.node) + plane.channel * nodes_[plane.node].geometry.plane);
+    }
+    return place;
 }
 
 } // namespace dsp

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <set>
 #include <tuple>
 
 #include "ops.h"
@@ -21,12 +22,16 @@ class Builder {
     Summary summary();
 
   private:
+    struct Plane {
+        int node, channel;
+    };
     // A value of the network, or one sorted by phase. Values of one class have one pitch and one padding, so
     // that a pixel has the same displacement in all of them.
     struct Node {
         int channels, h, w;
         int parent;      // of the class
-        int buffer;      // the node whose memory it uses
+        int buffer;      // the node whose memory it uses; a view's own has none
+        std::vector<Plane> view{}; // of a view: where each channel lies
         int first = -1;  // operation that writes the buffer
         int last = -1;   // operation that reads it last
         int64_t offset = 0;
@@ -51,6 +56,7 @@ class Builder {
         int split = -1;
         std::vector<Tap> taps;
         bool fast_pool = false;
+        int large = 0; // of a product: the input that is no single pixel
     };
 
     const Network& network_;
@@ -63,6 +69,8 @@ class Builder {
     int root(int node);
     void tie(int a, int b);
     int add_node(int channels, int h, int w);
+    void add_view(const Step& step);
+    std::set<int> buffers(int node) const;
     void shapes();
     void window(int step, const std::vector<Source>& sources, int h, int w);
     void geometry();

@@ -9,7 +9,7 @@ namespace dsp {
 void ConvOp::run(int chunk, const Context& context) const {
     const Chunk& part = parts[chunk];
     float* out = y.in(context);
-    const float* residual = has_add ? add.in(context) : nullptr;
+    const float* residual = has_add ? context.arena : nullptr;
     const int32_t* mask = vectors.mask.empty() ? nullptr : vectors.mask.data();
     const int lanes = kernels->lanes;
 
@@ -17,7 +17,7 @@ void ConvOp::run(int chunk, const Context& context) const {
         const int c = step->absent[n];
         if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
         if (residual) {
-            kernels->map({residual + c * add.geometry.plane, nullptr, out + c * y.geometry.plane, 1.0f, 0.0f,
+            kernels->map({residual + add.planes[c], nullptr, out + c * y.geometry.plane, 1.0f, 0.0f,
                           vectors.at.data(), mask, int64_t(vectors.at.size()), step->act});
         } else {
             for (size_t v = 0; v < vectors.at.size(); ++v)
@@ -30,7 +30,7 @@ void ConvOp::run(int chunk, const Context& context) const {
 
     const auto& run_tile = step->pairs ? kernels->pair_tile : kernels->tile;
     TileCall call{};
-    call.x = x.in(context);
+    call.x = context.arena;
     call.y = out;
     for (int block = part.first_vector; block < part.last_vector; block += block_vectors) {
         const int block_end = std::min(block + block_vectors, part.last_vector);

@@ -54,10 +54,9 @@ void StoreOp::run(int chunk, const Context& context) const {
     const Geometry& g = from.geometry;
     const Range range = cut(g.channels, chunks, chunk);
     const int I = g.interleave;
-    const float* base = from.in(context);
     by_blocks(y.stride[1] == 1 && g.channels > 1, range.first, range.last, g.h, [&](int c, int h, int count) {
         for (int i = 0; i < context.count; ++i) {
-            const float* row = base + g.at(c, h, 0) + i;
+            const float* row = from.plane(context, c) + g.at(0, h, 0) + i;
             float* target = y.base + (context.first + i) * y.stride[0] + c * y.stride[1] + h * y.stride[2];
             if (count == 1) {
                 if (y.stride[3] == 1 && I == 1)
@@ -66,7 +65,8 @@ void StoreOp::run(int chunk, const Context& context) const {
                     for (int64_t w = 0; w < g.w; ++w) target[w * y.stride[3]] = row[w * I];
             } else {
                 for (int64_t w = 0; w < g.w; ++w)
-                    for (int k = 0; k < count; ++k) target[w * y.stride[3] + k] = row[k * g.plane + w * I];
+                    for (int k = 0; k < count; ++k)
+                        target[w * y.stride[3] + k] = from.plane(context, c + k)[g.at(0, h, w) + i];
             }
         }
     });

@@ -55,7 +55,23 @@ void Builder::emit(Plan& plan) {
             by_channel(std::move(op), channels);
             break;
         }
-        case Kind::flatten: break;
+        case Kind::product: {
+            auto op = std::make_unique<ProductOp>();
+            op->kernels = &network_.kernels, op->act = step.act;
+            op->a = place(step.inputs[draft.large]), op->b = place(step.inputs[!draft.large]);
+            op->y = place(step.output);
+            op->one_pixel = op->b.geometry.h * op->b.geometry.w == 1;
+            op->vectors = cover(op->y.geometry, network_.kernels.lanes);
+            by_channel(std::move(op), channels);
+            break;
+        }
+        case Kind::adaptive: {
+            auto op = std::make_unique<AdaptiveOp>();
+            op->x = place(step.inputs[0]), op->y = place(step.output);
+            by_channel(std::move(op), channels);
+            break;
+        }
+        case Kind::view: break;
         case Kind::linear: by_channel(linear(int(s)), (channels + 63) / 64); break;
         case Kind::output: {
             auto op = std::make_unique<StoreOp>();
@@ -65,16 +81,22 @@ void Builder::emit(Plan& plan) {
             break;
         }
         }
-        if (step.kind != Kind::flatten) plan.ops.back()->made = step.output;
+        if (step.kind != Kind::view) plan.ops.back()->made = step.output;
     }
 }
 
-// Which channels of a value are read at all: only a convolution can leave some out.
+// Which channels of a value are read at all: only a convolution or a view can leave some out.
 std::vector<char> Builder::used_channels(int value) const {
     std::vector<char> used(nodes_[value].channels, 0);
     for (const Step& step : network_.steps)
         for (size_t i = 0; i < step.inputs.size(); ++i) {
             if (step.inputs[i] != value) continue;
+            if (step.kind == Kind::view) {
+                const auto seen = used_channels(step.output);
+                for (size_t k = 0; k < seen.size(); ++k)
+                    if (seen[k] && step.planes[k][0] == int(i)) used[step.planes[k][1]] = 1;
+                continue;
+            }
             if (step.kind != Kind::conv || i > 0) return std::vector<char>(used.size(), 1);
             for (const auto& group : step.groups)
                 for (int c : group.in) used[c] = 1;
@@ -83,14 +105,14 @@ std::vector<char> Builder::used_channels(int value) const {
 }
 
 std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vector<Source>& sources) {
-    const Geometry& g = nodes_[draft.x].geometry;
+    const Place x = place(draft.x);
     std::vector<int32_t> off;
     for (const Source& one : sources)
         for (const Tap& tap : draft.taps) {
             const int plane = draft.split < 0 ? one.channel
                                               : splits_[draft.split].plane.at(std::make_tuple(
                                                     tap.row_phase, tap.column_phase, one.channel, one.other));
-            off.push_back(int32_t(g.at(plane, tap.dy, tap.dx)));
+            off.push_back(int32_t(x.planes[plane] + x.geometry.at(0, tap.dy, tap.dx)));
         }
     return off;
 }
@@ -112,7 +134,7 @@ std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
     for (const auto& tile : op->packed->tiles) {
         op->tile_begin.push_back(int(op->tile_planes.size()));
         for (int c : tile.channels) op->tile_planes.push_back(c * op->y.geometry.plane);
-        for (int c : tile.channels) op->tile_planes.push_back(c * op->add.geometry.plane);
+        for (int c : tile.channels) op->tile_planes.push_back(op->has_add ? op->add.planes[c] : 0);
     }
     chunk_conv(*op);
     return op;
@@ -208,6 +230,7 @@ std::unique_ptr<Op> Builder::pool(int number, const Draft& draft) {
     op->x = place(draft.x), op->y = place(step.output);
     op->vectors = cover(op->y.geometry, network_.kernels.lanes);
     op->off = displacements(draft, {{0, -1}});
+    for (int32_t& off : op->off) off -= int32_t(op->x.planes[0]);
     op->average = step.average;
     op->scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
     return op;
@@ -221,7 +244,7 @@ std::unique_ptr<Op> Builder::linear(int number) {
     const Geometry& g = op->x.geometry;
     for (int c = 0; c < g.channels; ++c)
         for (int y = 0; y < g.h; ++y)
-            for (int x = 0; x < g.w; ++x) op->off.push_back(int32_t(g.at(c, y, x)));
+            for (int x = 0; x < g.w; ++x) op->off.push_back(int32_t(op->x.planes[c] + g.at(0, y, x)));
     return op;
 }
 

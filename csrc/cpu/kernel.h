@@ -8,7 +8,8 @@
 
 namespace dsp {
 
-enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
+// The last two do not map 0 to 0 and would dirty the padding, so only masked elementwise steps have them.
+enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4, sigmoid = 5, hardsigmoid = 6 };
 
 // y[o][v] = act(bias[o] + sum_j w[j][o] * x[v + off[j]] + add[o][v]) for `filters` planes o and some vectors v.
 struct TileCall {
@@ -32,6 +33,18 @@ struct MapCall {
     const float* b; // or null
     float* y;
     float scale, shift;
+    const int32_t* vec;
+    const int32_t* mask;
+    int64_t vectors;
+    Act act;
+};
+
+// y[v] = act(a[v] * b[v]), one plane.
+struct ProductCall {
+    const float* a;
+    const float* b; // a plane; or one pixel of `period` images, written often enough to fill a vector from any image
+    float* y;
+    int period; // 0: b is a plane
     const int32_t* vec;
     const int32_t* mask;
     int64_t vectors;
@@ -79,6 +92,7 @@ struct Kernels {
     // The same over words of two bfloat16 channels (kernel_bf16.h): x and w are words, all else is float.
     void (*pair_tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     void (*map)(const MapCall&);
+    void (*product)(const ProductCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
     // target[n][i] = source[n * stride][i] for n < count, i < images: one row of a split.

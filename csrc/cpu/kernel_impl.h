@@ -49,6 +49,8 @@ inline V activate(V v, Act act) {
     // Below -88 the exponential is clamped: the result is a zero there, and NaN for -inf, as in PyTorch.
     case Act::silu: return v < -88.0f ? v * 0.0f : v / (1.0f + exponential(-v));
     case Act::hardswish: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    case Act::sigmoid: return 1.0f / (1.0f + exponential(-v));
+    case Act::hardsigmoid: return at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     default: return v;
     }
 }
@@ -144,6 +146,16 @@ void map(const MapCall& call) {
         const int64_t d = call.vec[i];
         V v = load(call.a + d) * call.scale + call.shift;
         if (call.b) v += load(call.b + d);
+        v = activate(v, call.act);
+        if (call.mask) v = keep(v, call.mask + i * L);
+        store(call.y + d, v);
+    }
+}
+
+void product(const ProductCall& call) {
+    for (int64_t i = 0; i < call.vectors; ++i) {
+        const int64_t d = call.vec[i];
+        V v = load(call.a + d) * load(call.b + (call.period ? d % call.period : d));
         v = activate(v, call.act);
         if (call.mask) v = keep(v, call.mask + i * L);
         store(call.y + d, v);
@@ -273,6 +285,7 @@ Kernels make() {
     table.name = DSP_NAME;
     table.lanes = L;
     table.map = map;
+    table.product = product;
     table.pool = pool;
     table.linear = linear;
     table.thin = thin;

@@ -25,6 +25,8 @@ Act activation(const std::string& name) {
     if (name == "relu6") return Act::relu6;
     if (name == "silu") return Act::silu;
     if (name == "hardswish") return Act::hardswish;
+    if (name == "sigmoid") return Act::sigmoid;
+    if (name == "hardsigmoid") return Act::hardsigmoid;
     fail("activation '" + name + "' is unknown");
 }
 
@@ -94,6 +96,10 @@ class Native {
 
     int mean(int x) { return open().add_mean(x); }
     int flatten(int x) { return open().add_flatten(x); }
+    int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
+    int adaptive(int x, Pair size) { return open().add_adaptive(x, size); }
+    int select(int x, const std::vector<int>& channels) { return open().add_select(x, channels); }
+    int concat(const std::vector<int>& parts) { return open().add_concat(parts); }
 
     int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
         if (weight.ndim() != 2) fail("a linear weight has two dimensions");
@@ -228,6 +234,10 @@ PYBIND11_MODULE(_C, m) {
         .def("pool", &Native::pool)
         .def("mean", &Native::mean)
         .def("flatten", &Native::flatten)
+        .def("product", &Native::product)
+        .def("adaptive", &Native::adaptive)
+        .def("select", &Native::select)
+        .def("concat", &Native::concat)
         .def("linear", &Native::linear)
         .def("output", &Native::output)
         .def("output_shapes", &Native::output_shapes)

@@ -55,6 +55,8 @@ void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
 
 bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
 
+bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid; }
+
 } // namespace
 
 Network::Network(const std::string& isa, bool bf16) : kernels(kernels_for(isa)), bf16(bf16) {}
@@ -86,6 +88,7 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
         check(residual);
         require(values[residual].channels == out_channels, "the residual has another number of channels");
     }
+    require(keeps_zero(act), "a convolution cannot end in an activation that changes 0");
     const int64_t taps = int64_t(kernel[0]) * kernel[1];
     std::vector<char> written(out_channels, 0);
     for (size_t g = 0; g < groups.size(); ++g) {
@@ -189,11 +192,58 @@ int Network::add_mean(int x) {
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 
-int Network::add_flatten(int x) {
+int Network::add_product(int x, int other, Act act) {
     check(x);
-    Step step(Kind::flatten);
+    check(other);
+    require(values[x].channels == values[other].channels, "the two factors have different numbers of channels");
+    Step step(Kind::product);
+    step.inputs = {x, other};
+    step.act = act;
+    return make(std::move(step), values[x].channels,
+                rectifies(act) || (act == Act::none && values[x].nonnegative && values[other].nonnegative));
+}
+
+int Network::add_adaptive(int x, Pair size) {
+    check(x);
+    require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096, "an adaptive pool makes 1 to 4095 rows and columns");
+    Step step(Kind::adaptive);
     step.inputs = {x};
+    step.kernel = size;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
+}
+
+int Network::add_view(std::vector<int> parts, std::vector<Pair> planes) {
+    require(!planes.empty() && int64_t(planes.size()) < most, "a view needs a channel");
+    bool nonnegative = true;
+    for (int part : parts) nonnegative = nonnegative && values[part].nonnegative;
+    Step step(Kind::view);
+    step.inputs = std::move(parts);
+    step.planes = std::move(planes);
+    const int channels = int(step.planes.size());
+    return make(std::move(step), channels, nonnegative);
+}
+
+int Network::add_flatten(int x) {
+    return add_concat({x});
+}
+
+int Network::add_select(int x, const std::vector<int>& channels) {
+    check(x);
+    std::vector<Pair> planes;
+    for (int c : channels) {
+        require(c >= 0 && c < values[x].channels, "channel " + std::to_string(c) + " is out of range");
+        planes.push_back({0, c});
+    }
+    return add_view({x}, std::move(planes));
+}
+
+int Network::add_concat(const std::vector<int>& parts) {
+    std::vector<Pair> planes;
+    for (size_t part = 0; part < parts.size(); ++part) {
+        check(parts[part]);
+        for (int c = 0; c < values[parts[part]].channels; ++c) planes.push_back({int(part), c});
+    }
+    return add_view(parts, std::move(planes));
 }
 
 int Network::add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features,

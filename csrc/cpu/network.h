@@ -47,7 +47,7 @@ struct Packed {
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
-enum class Kind { input, conv, map, pool, mean, flatten, linear, output };
+enum class Kind { input, conv, map, product, pool, mean, adaptive, view, linear, output };
 
 struct Step {
     explicit Step(Kind kind) : kind(kind) {}
@@ -64,6 +64,8 @@ struct Step {
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
     int divisor = 0; // 0: the window's own
+    // view: per channel, the input (by its place in `inputs`) and the channel there
+    std::vector<Pair> planes;
     // map: per channel, or empty
     std::vector<float> scale, shift;
     int number = 0; // of an input or output
@@ -94,8 +96,15 @@ class Network {
     int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act);
     int add_pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
                  bool include_pad, int divisor);
+    // act(x * other): of one size, or one of them a single pixel.
+    int add_product(int x, int other, Act act);
     int add_mean(int x);
+    // The mean over each of size[0] x size[1] parts of the map.
+    int add_adaptive(int x, Pair size);
+    // Values that are planes of others and cost nothing: all of x, some of its channels, several one after the other.
     int add_flatten(int x);
+    int add_select(int x, const std::vector<int>& channels);
+    int add_concat(const std::vector<int>& parts);
     // weight: [out][in], where in is channels * height * width of x.
     int add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features, Act act);
     void add_output(int value);
@@ -111,6 +120,7 @@ class Network {
     mutable std::map<std::pair<const Step*, Splits>, std::weak_ptr<const Packed>> packed_;
 
     int make(Step step, int channels, bool nonnegative);
+    int add_view(std::vector<int> parts, std::vector<Pair> planes);
     void check(int value) const;
 };
 

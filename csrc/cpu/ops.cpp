@@ -26,11 +26,10 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
 
 // Without a stride both planes have one pitch, and the pads between the rows are zeros already.
 void SplitOp::pair_whole(const Plane& plane, const Context& context) const {
-    const Geometry &s = from.geometry, &t = to.geometry;
-    const float* source = from.in(context);
+    const Geometry& s = from.geometry;
     clear_pads(to, to.in(context), plane.to, plane.to + 1, false);
-    kernels->pair(source + plane.channel * s.plane, plane.other < 0 ? nullptr : source + plane.other * s.plane,
-                  to.in(context) + plane.to * t.plane, (s.h - 1) * s.pitch + s.w, 1, s.interleave);
+    kernels->pair(from.plane(context, plane.channel), plane.other < 0 ? nullptr : from.plane(context, plane.other),
+                  to.plane(context, plane.to), (s.h - 1) * s.pitch + s.w, 1, s.interleave);
 }
 
 void SplitOp::run(int chunk, const Context& context) const {
@@ -48,15 +47,15 @@ void SplitOp::run(int chunk, const Context& context) const {
         // The last phases have fewer rows and columns.
         const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
         const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
+        const int64_t other = plane.other < 0 ? 0 : from.planes[plane.other] - from.planes[plane.channel];
         for (int64_t y = 0; y < t.h; ++y) {
             float* target = base + t.at(plane.to, y, 0);
             const int64_t filled = y < rows ? std::min<int64_t>(columns, t.w) : 0;
             if (filled > 0) {
                 const float* source =
-                    from.in(context) + s.at(plane.channel, y * stride[0] + plane.row_phase, plane.column_phase);
+                    from.plane(context, plane.channel) + s.at(0, y * stride[0] + plane.row_phase, plane.column_phase);
                 if (pairs)
-                    kernels->pair(source, plane.other < 0 ? nullptr : source + (plane.other - plane.channel) * s.plane,
-                                  target, filled, stride[1], I);
+                    kernels->pair(source, plane.other < 0 ? nullptr : source + other, target, filled, stride[1], I);
                 else
                     kernels->thin(source, target, filled, stride[1], I);
             }
@@ -70,10 +69,27 @@ void MapOp::run(int chunk, const Context& context) const {
     clear_pads(y, y.in(context), range.first, range.last, !vectors.covers_pads);
     for (int c = range.first; c < range.last; ++c) {
         const bool affine = !step->scale.empty();
-        kernels->map({a.in(context) + c * a.geometry.plane, has_b ? b.in(context) + c * b.geometry.plane : nullptr,
+        kernels->map({a.plane(context, c), has_b ? b.plane(context, c) : nullptr,
                       y.in(context) + c * y.geometry.plane, affine ? step->scale[c] : 1.0f,
                       affine ? step->shift[c] : 0.0f, vectors.at.data(),
                       vectors.mask.empty() ? nullptr : vectors.mask.data(), int64_t(vectors.at.size()), step->act});
+    }
+}
+
+void ProductOp::run(int chunk, const Context& context) const {
+    const Range range = cut(y.geometry.channels, chunks, chunk);
+    clear_pads(y, y.in(context), range.first, range.last, !vectors.covers_pads);
+    const int I = y.geometry.interleave;
+    float pattern[32]; // I and the lanes are at most 16 each
+    for (int c = range.first; c < range.last; ++c) {
+        const float* factor = b.plane(context, c);
+        if (one_pixel) {
+            for (int i = 0; i < 32; ++i) pattern[i] = factor[i % I];
+            factor = pattern;
+        }
+        kernels->product({a.plane(context, c), factor, y.in(context) + c * y.geometry.plane, one_pixel ? I : 0,
+                          vectors.at.data(), vectors.mask.empty() ? nullptr : vectors.mask.data(),
+                          int64_t(vectors.at.size()), act});
     }
 }
 
@@ -81,7 +97,7 @@ void FastPoolOp::run(int chunk, const Context& context) const {
     const Range range = cut(y.geometry.channels, chunks, chunk);
     clear_pads(y, y.in(context), range.first, range.last, !vectors.covers_pads);
     for (int c = range.first; c < range.last; ++c)
-        kernels->pool({x.in(context) + c * x.geometry.plane, off.data(), int64_t(off.size()),
+        kernels->pool({x.plane(context, c), off.data(), int64_t(off.size()),
                        y.in(context) + c * y.geometry.plane, vectors.at.data(),
                        vectors.mask.empty() ? nullptr : vectors.mask.data(), int64_t(vectors.at.size()), average,
                        scale});
@@ -106,7 +122,7 @@ void PoolOp::run(int chunk, const Context& context) const {
                     for (int kx = 0; kx < kw; ++kx) {
                         const int ix = left + kx * step->dilation[1];
                         if (ix < 0 || ix >= s.w) continue;
-                        const float* pixel = x.in(context) + s.at(c, iy, ix);
+                        const float* pixel = x.plane(context, c) + s.at(0, iy, ix);
                         for (int i = 0; i < I; ++i) {
                             if (step->average) sum[i] += pixel[i];
                             // A NaN wins and stays, as in PyTorch.
@@ -139,7 +155,7 @@ void MeanOp::run(int chunk, const Context& context) const {
         // Sixteen running sums; I divides 16, so each belongs to one image.
         float sum[16] = {};
         for (int64_t r = 0; r < s.h; ++r) {
-            const float* row = x.in(context) + s.at(c, r, 0);
+            const float* row = x.plane(context, c) + s.at(0, r, 0);
             const int64_t length = int64_t(s.w) * I;
             int64_t p = 0;
             for (; p + 16 <= length; p += 16)
@@ -155,6 +171,27 @@ void MeanOp::run(int chunk, const Context& context) const {
     }
 }
 
+void AdaptiveOp::run(int chunk, const Context& context) const {
+    const Geometry &s = x.geometry, &t = y.geometry;
+    const Range range = cut(t.channels, chunks, chunk);
+    const int I = s.interleave;
+    clear_pads(y, y.in(context), range.first, range.last, true);
+    const auto begin = [](int64_t part, int64_t size, int64_t parts) { return part * size / parts; };
+    const auto end = [](int64_t part, int64_t size, int64_t parts) { return ((part + 1) * size + parts - 1) / parts; };
+    for (int c = range.first; c < range.last; ++c)
+        for (int oy = 0; oy < t.h; ++oy)
+            for (int ox = 0; ox < t.w; ++ox) {
+                const int64_t top = begin(oy, s.h, t.h), bottom = end(oy, s.h, t.h);
+                const int64_t left = begin(ox, s.w, t.w), right = end(ox, s.w, t.w);
+                float sum[16] = {};
+                for (int64_t iy = top; iy < bottom; ++iy)
+                    for (int64_t ix = left; ix < right; ++ix)
+                        for (int i = 0; i < I; ++i) sum[i] += x.plane(context, c)[s.at(0, iy, ix) + i];
+                const float scale = 1.0f / float((bottom - top) * (right - left));
+                for (int i = 0; i < I; ++i) y.in(context)[t.at(c, oy, ox) + i] = sum[i] * scale;
+            }
+}
+
 void LinearOp::run(int chunk, const Context& context) const {
     const Geometry& t = y.geometry;
     // Whole vectors of outputs per chunk.
@@ -162,7 +199,7 @@ void LinearOp::run(int chunk, const Context& context) const {
     if (range.first == range.last) return;
     const int first = range.first * 64, last = std::min(range.last * 64, t.channels);
     clear_pads(y, y.in(context), first, last, true);
-    kernels->linear({x.in(context), off.data(), int64_t(off.size()), t.interleave, step->weights.data(),
+    kernels->linear({context.arena, off.data(), int64_t(off.size()), t.interleave, step->weights.data(),
                      (int64_t(t.channels) + 15) / 16 * 16, step->bias.data(), y.in(context), t.plane, first, last,
                      step->act});
 }

@@ -8,8 +8,10 @@ namespace dsp {
 // A value in the arena.
 struct Place {
     Geometry geometry;
-    int64_t offset = 0; // of its first pixel in the arena
+    int64_t offset = 0; // of its first pixel in the arena; a view has none
+    std::vector<int64_t> planes; // of each channel's first pixel in the arena
     float* in(const Context& context) const { return context.arena + offset; }
+    float* plane(const Context& context, int channel) const { return context.arena + planes[channel]; }
 };
 
 // Everything that is not a pixel, from before plane `first` to before plane `last`, becomes 0.
@@ -94,6 +96,18 @@ class MapOp : public Op {
     const char* name() const override { return "map"; }
 };
 
+// act(a * b); b may be a single pixel.
+class ProductOp : public Op {
+  public:
+    const Kernels* kernels;
+    Act act;
+    Place a, b, y;
+    bool one_pixel = false;
+    Vectors vectors;
+    void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "product"; }
+};
+
 // Pools whose pads may count as zeros: by displacement list on a split input.
 class FastPoolOp : public Op {
   public:
@@ -121,6 +135,14 @@ class MeanOp : public Op {
     Place x, y;
     void run(int chunk, const Context& context) const override;
     const char* name() const override { return "mean"; }
+};
+
+// The mean of each of h x w parts of the map, as PyTorch cuts them: they overlap where sizes do not divide.
+class AdaptiveOp : public Op {
+  public:
+    Place x, y;
+    void run(int chunk, const Context& context) const override;
+    const char* name() const override { return "adaptive"; }
 };
 
 class LinearOp : public Op {

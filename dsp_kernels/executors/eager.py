@@ -10,18 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsp_kernels.activations import activate, activate_
+from dsp_kernels.activations import GATES, activate, activate_
 from dsp_kernels.backends.eager import EagerBackend
 from dsp_kernels.program import (
     ActivationStep,
+    AdaptivePoolStep,
     AddStep,
     AffineStep,
+    ConcatStep,
     ConvStep,
     FlattenStep,
+    GateStep,
     GlobalPoolStep,
     LinearStep,
+    MulStep,
     PoolStep,
     Program,
+    SelectStep,
     Step,
     TorchStep,
 )
@@ -95,6 +100,18 @@ class EagerExecutor:
             return lambda values: activate_(torch.addcmul(shift, values[source], scale), step.activation)
         if isinstance(step, ActivationStep):
             return lambda values: activate(values[source], step.activation)
+        if isinstance(step, GateStep):
+            gate = GATES[step.kind]
+            return lambda values: gate(values[source])
+        if isinstance(step, MulStep):
+            left, right = step.inputs
+            return lambda values: activate_(values[left] * values[right], step.activation)
+        if isinstance(step, ConcatStep):
+            return lambda values: torch.cat([values[name] for name in step.inputs], 1)
+        if isinstance(step, SelectStep):
+            return _select(source, step.index)
+        if isinstance(step, AdaptivePoolStep):
+            return lambda values: F.adaptive_avg_pool2d(values[source], step.size)
         if isinstance(step, PoolStep):
             pool = _POOLS[step.kind]
             return lambda values: pool(values[source], **step.settings)
@@ -105,6 +122,13 @@ class EagerExecutor:
         if isinstance(step, LinearStep):
             return lambda values: activate_(F.linear(values[source], step.weight, step.bias), step.activation)
         raise AssertionError(f"unknown step {step!r}")
+
+
+def _select(source: str, index: tuple[int, ...]) -> Callable[[dict[str, Any]], Tensor]:
+    start = index[0]
+    if index == tuple(range(start, start + len(index))):
+        return lambda values: values[source][:, start : start + len(index)]
+    return lambda values: values[source][:, index]
 
 
 def _images_at_once(program: Program) -> int | None:

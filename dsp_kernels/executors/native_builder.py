@@ -8,13 +8,18 @@ from typing import Any
 from dsp_kernels.backends.cpu import add_conv, as_array
 from dsp_kernels.program import (
     ActivationStep,
+    AdaptivePoolStep,
     AddStep,
     AffineStep,
+    ConcatStep,
     ConvStep,
     FlattenStep,
+    GateStep,
     GlobalPoolStep,
     LinearStep,
+    MulStep,
     PoolStep,
+    SelectStep,
     Step,
 )
 
@@ -24,9 +29,14 @@ NATIVE_STEPS = (
     ConvStep,
     AffineStep,
     AddStep,
+    MulStep,
     ActivationStep,
+    GateStep,
+    ConcatStep,
+    SelectStep,
     PoolStep,
     GlobalPoolStep,
+    AdaptivePoolStep,
     FlattenStep,
     LinearStep,
 )
@@ -65,6 +75,16 @@ def _add(network: Any, step: Step, x: list[int]) -> int:
         made = network.map(x[0], x[1], None, None, step.activation)
     elif isinstance(step, ActivationStep):
         made = network.map(x[0], -1, None, None, step.activation)
+    elif isinstance(step, GateStep):
+        made = network.map(x[0], -1, None, None, step.kind)
+    elif isinstance(step, MulStep):
+        made = network.product(x[0], x[1], step.activation)
+    elif isinstance(step, ConcatStep):
+        made = network.concat(x)
+    elif isinstance(step, SelectStep):
+        made = network.select(x[0], step.index)
+    elif isinstance(step, AdaptivePoolStep):
+        made = network.adaptive(x[0], step.size)
     elif isinstance(step, PoolStep):
         settings = step.settings
         made = network.pool(

@@ -63,10 +63,11 @@ def test_says_what_stays_plain_pytorch() -> None:
     fused = dsp_kernels.fuse(nets.make("branching"), example())
     text = fused.explain()
     assert "padding mode 'reflect'" in text
-    assert "plain PyTorch: cat" in text
+    assert "plain PyTorch: mul" in text
     steps = [step for step in fused.program.steps if isinstance(step, TorchStep)]
     assert f"{len(steps)} of them plain PyTorch" in text
-    assert {"cat", "mul"} <= {getattr(step.target, "__name__", "") for step in steps}
+    assert "mul" in {getattr(step.target, "__name__", "") for step in steps}
+    assert "concat" in text
     assert len(text.splitlines()) == 1 + len(fused.program.steps)
 
 
