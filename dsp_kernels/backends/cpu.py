@@ -32,12 +32,11 @@ class CpuBackend:
         device: torch.device,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> tuple[bool, str]:
-        """On the CPU in float32, when the extension is built. Between bfloat16 tensors nothing would be gained:
-        values are float32 inside, and one layer alone would pay for the conversion at both of its ends.
-        """
+        """On the CPU in float32, when the extension is built."""
         if device.type != "cpu":
             return False, f"tensors are on {device}"
         if dtype != torch.float32:
+            # Values are float32 inside: one layer of bfloat16 tensors would be converted at both of its ends.
             return False, f"dtype {dtype} is not float32; bfloat16 runs in whole networks only (fuse)"
         return (False, why_missing()) if native() is None else (True, "")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CASES, Arguments, Case, reference
 from nets import NAMES, make
+from test_native_layout import MODELS
 from test_native_op import ISAS, need
 from test_native_programs import Mixed, Net
 from torch import Tensor, nn
@@ -186,6 +187,17 @@ def test_networks_with_every_construct(name: str) -> None:
     model = make(name)
     fused = fuse(model, torch.randn(2, 3, 8, 8), backend="cpu", dtype=torch.bfloat16)
     assert fused(torch.randn(3, 3, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("name", MODELS)
+def test_views_and_products(name: str, batch: int) -> None:
+    """Pairs of channels whose planes lie in different values."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    fused = fuse(model, torch.randn(2, 3, 12, 12), backend="cpu", dtype=torch.bfloat16)
+    x = torch.randn(batch, 3, 12, 12)
+    assert difference(fused, model, x) <= network_tolerance(torch.bfloat16, 126, 5)
 
 
 def test_input_and_output_keep_their_dtype() -> None:
