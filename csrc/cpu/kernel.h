@@ -80,6 +80,15 @@ struct LinearCall {
     Act act;
 };
 
+// target[r][n][i] = source[r][n * stride][i] for r < rows, n < count, i < images: one plane of a split.
+struct ThinCall {
+    const float* source;
+    float* target;
+    int64_t rows, source_pitch, target_pitch; // pitches in floats
+    int64_t count, stride;
+    int images;
+};
+
 constexpr int max_filters = 8; // rows of the largest microtile
 constexpr int max_vectors = 8; // columns of the widest one
 
@@ -95,8 +104,7 @@ struct Kernels {
     void (*product)(const ProductCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
-    // target[n][i] = source[n * stride][i] for n < count, i < images: one row of a split.
-    void (*thin)(const float* source, float* target, int64_t count, int64_t stride, int images);
+    void (*thin)(const ThinCall&);
     // target[n][i] = a[n * stride][i] and b[n * stride][i] as one word; b may be null.
     void (*pair)(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images);
     int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers alone; returns how many were done

@@ -112,8 +112,8 @@ void pair(const float* a, const float* b, float* target, int64_t count, int64_t 
     const int64_t piece = 256 / images;
     for (int64_t n = 0; n < count; n += piece) {
         const int64_t some = count - n < piece ? count - n : piece;
-        thin(a + n * stride * images, thinned[0], some, stride, images);
-        if (b) thin(b + n * stride * images, thinned[1], some, stride, images);
+        thin({a + n * stride * images, thinned[0], 1, 0, 0, some, stride, images});
+        if (b) thin({b + n * stride * images, thinned[1], 1, 0, 0, some, stride, images});
         pair_row(thinned[0], b ? thinned[1] : nullptr, target + n * images, some * images);
     }
 }

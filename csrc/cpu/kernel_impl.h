@@ -207,20 +207,24 @@ void linear_tile(const LinearCall& call, int image, int first) {
 }
 
 template <int I, int S>
-void thin_row(const float* __restrict source, float* __restrict target, int64_t count, int64_t stride) {
-    const int64_t step = S ? S : stride;
-    for (int64_t n = 0; n < count; ++n)
+void thin_rows(const ThinCall& call) {
+    const int64_t step = (S ? S : call.stride) * I;
+    for (int64_t r = 0; r < call.rows; ++r) {
+        const float* __restrict source = call.source + r * call.source_pitch;
+        float* __restrict target = call.target + r * call.target_pitch;
+        for (int64_t n = 0; n < call.count; ++n)
 #pragma GCC unroll 16
-        for (int i = 0; i < I; ++i) target[n * I + i] = source[n * step * I + i];
+            for (int i = 0; i < I; ++i) target[n * I + i] = source[n * step + i];
+    }
 }
 
-void thin(const float* source, float* target, int64_t count, int64_t stride, int images) {
-    switch (images) {
-    case 1: return stride == 2 ? thin_row<1, 2>(source, target, count, 2) : thin_row<1, 0>(source, target, count, stride);
-    case 2: return stride == 2 ? thin_row<2, 2>(source, target, count, 2) : thin_row<2, 0>(source, target, count, stride);
-    case 4: return thin_row<4, 0>(source, target, count, stride);
-    case 8: return thin_row<8, 0>(source, target, count, stride);
-    default: return thin_row<16, 0>(source, target, count, stride);
+void thin(const ThinCall& call) {
+    switch (call.images) {
+    case 1: return call.stride == 2 ? thin_rows<1, 2>(call) : thin_rows<1, 0>(call);
+    case 2: return call.stride == 2 ? thin_rows<2, 2>(call) : thin_rows<2, 0>(call);
+    case 4: return thin_rows<4, 0>(call);
+    case 8: return thin_rows<8, 0>(call);
+    default: return thin_rows<16, 0>(call);
     }
 }
 

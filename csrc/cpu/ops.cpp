@@ -17,7 +17,8 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
     for (int c = first; c < last; ++c) {
         float* plane = base + c * g.plane;
         if (columns && pitch > row)
-            for (int64_t y = 0; y + 1 < g.h; ++y) std::memset(plane + y * pitch + row, 0, sizeof(float) * (pitch - row));
+            for (int64_t y = 0; y + 1 < g.h; ++y) // a few floats: a call would cost more
+                for (int64_t i = row; i < pitch; ++i) plane[y * pitch + i] = 0.0f;
         const int64_t end = (g.h - 1) * pitch + row;
         const int64_t next = c + 1 < g.channels ? g.plane : g.size - g.lead - c * g.plane;
         std::memset(plane + end, 0, sizeof(float) * (next - end));
@@ -47,19 +48,23 @@ void SplitOp::run(int chunk, const Context& context) const {
         // The last phases have fewer rows and columns.
         const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
         const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
+        const int64_t filled_rows = std::min<int64_t>(rows, t.h), filled = std::min<int64_t>(columns, t.w);
+        const float* source =
+            from.plane(context, plane.channel) + s.at(0, plane.row_phase, plane.column_phase);
         const int64_t other = plane.other < 0 ? 0 : from.planes[plane.other] - from.planes[plane.channel];
-        for (int64_t y = 0; y < t.h; ++y) {
-            float* target = base + t.at(plane.to, y, 0);
-            const int64_t filled = y < rows ? std::min<int64_t>(columns, t.w) : 0;
-            if (filled > 0) {
-                const float* source =
-                    from.plane(context, plane.channel) + s.at(0, y * stride[0] + plane.row_phase, plane.column_phase);
-                if (pairs)
-                    kernels->pair(source, plane.other < 0 ? nullptr : source + other, target, filled, stride[1], I);
-                else
-                    kernels->thin(source, target, filled, stride[1], I);
+        const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
+        float* const target = base + t.at(plane.to, 0, 0);
+        if (pairs && filled > 0) {
+            for (int64_t y = 0; y < filled_rows; ++y) {
+                const float* row = source + y * source_pitch;
+                kernels->pair(row, plane.other < 0 ? nullptr : row + other, target + y * target_pitch, filled, stride[1], I);
             }
-            if (filled < t.w) std::memset(target + filled * I, 0, sizeof(float) * (t.w - filled) * I);
+        } else if (filled_rows > 0 && filled > 0) {
+            kernels->thin({source, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
+        }
+        for (int64_t y = 0; y < t.h; ++y) {
+            const int64_t done = y < filled_rows ? std::max<int64_t>(filled, 0) : 0;
+            if (done < t.w) std::memset(base + t.at(plane.to, y, done), 0, sizeof(float) * (t.w - done) * I);
         }
     }
 }
