@@ -9,6 +9,7 @@ import platform
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +35,12 @@ SCHEMA_FILE = "dsp_kernels/schema.py"
 OLDEST_TORCH = (2, 10)
 # One file per instruction set; the extension chooses among them when it runs.
 AVX512 = ("f", "dq", "bw", "vl")
+AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mprefer-vector-width=512"]
+BF16_FLAG = "-mavx512bf16"  # gcc 10, clang 9; without it that file compiles to nothing
 ISA_FLAGS = {
     "kernel_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernel_avx512.cpp": [*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mprefer-vector-width=512"],
+    "kernel_avx512.cpp": AVX512_FLAGS,
+    "kernel_avx512_bf16.cpp": [*AVX512_FLAGS, BF16_FLAG],
 }
 
 
@@ -107,6 +111,11 @@ class BuildNative(build_ext):
         """One line, easy to find in what `pip install -v` prints; without -v pip shows no build's output."""
         print(f"dsp-kernels: {text}", file=sys.stderr)
 
+    def knows(self, compiler: list[str], flag: str) -> bool:
+        """Whether the compiler takes a flag."""
+        command = [*compiler, flag, "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
@@ -120,11 +129,15 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         newest_header = max(Path(header).stat().st_mtime for header in ext.depends)
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        x86 = platform.machine() in X86_64
+        bf16 = x86 and self.knows(shlex.split(compiler), BF16_FLAG)
+        defines = ["-DDSP_HAS_AVX512_BF16"] if bf16 else []
 
         def compile_one(source: str) -> str:
             target = folder / (Path(source).stem + ".o")
             newest = max(newest_header, Path(source).stat().st_mtime)
-            flags = ISA_FLAGS.get(Path(source).name, []) if platform.machine() in X86_64 else []
+            flags = ISA_FLAGS.get(Path(source).name, []) if x86 else []
+            flags = [*defines, *(flag for flag in flags if bf16 or flag != BF16_FLAG)]
             if source == TORCH_SOURCE:
                 assert self.torch is not None
                 flags = torch_flags(self.torch)

@@ -85,7 +85,7 @@ class FusedNetwork(nn.Module):
                 f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
             )
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self._runner_for(x)(x.to(self.dtype)).to(x.dtype)
+            return self._runner_for(x)(x).to(x.dtype)
 
     def _runner_for(self, x: Tensor) -> Runner:
         # Whoever records operations instead of running them has to see PyTorch's own.
@@ -94,7 +94,10 @@ class FusedNetwork(nn.Module):
         runner = self._runners.get(name)
         if runner is None:
             executor = EXECUTORS.choose(name, self.program, self.dtype, self.device)
-            runner = self._runners[name] = executor.prepare(self.program)
+            runner = executor.prepare(self.program)
+            if not executor.takes_any_dtype:
+                runner = _converting(runner, self.dtype)
+            self._runners[name] = runner
         return runner
 
     def explain(self) -> str:
@@ -135,6 +138,10 @@ class FusedNetwork(nn.Module):
         made = FusedNetwork(program, self._example_shape, self.dtype, self.device, self._asked_backend)
         memo[id(self)] = made
         return made
+
+
+def _converting(runner: Runner, dtype: torch.dtype) -> Runner:
+    return lambda x: runner(x.to(dtype))
 
 
 def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> None:

@@ -46,5 +46,6 @@ class Fused:
 
 
 def fused_engines() -> tuple[Fused, ...]:
-    """One engine for each executor, in their order of preference."""
-    return tuple(Fused(f"fused:{name}", name) for name in EXECUTORS.names())
+    """One engine for each executor, in their order of preference, and the native one in bfloat16."""
+    each = (Fused(f"fused:{name}", name) for name in EXECUTORS.names())
+    return (*each, Fused("fused:cpu-bf16", "cpu", device="cpu", dtype=torch.bfloat16))

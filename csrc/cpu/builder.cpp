@@ -145,10 +145,10 @@ void Builder::shapes() {
     for (size_t s = 0; s < network_.steps.size(); ++s) {
         const Step& step = network_.steps[s];
         if (step.kind == Kind::conv) {
-            std::vector<char> used(nodes_[step.inputs[0]].channels, 0);
+            std::vector<Source> sources;
             for (const auto& group : step.groups)
-                for (int c : group.in) used[c] = 1;
-            window(int(s), used, nodes_[step.output].h, nodes_[step.output].w);
+                for (const Source& source : Network::sources(step, group.in)) sources.push_back(source);
+            window(int(s), sources, nodes_[step.output].h, nodes_[step.output].w);
         } else if (step.kind == Kind::pool) {
             // A pad counts as 0: right for a maximum of numbers that are not negative, and for an average that
             // divides every window by the same number.
@@ -156,15 +156,16 @@ void Builder::shapes() {
                                                                   (step.padding[0] == 0 && step.padding[1] == 0))
                                             : network_.values[step.inputs[0]].nonnegative;
             drafts_[s].fast_pool = zeros;
-            if (zeros)
-                window(int(s), std::vector<char>(nodes_[step.inputs[0]].channels, 1), nodes_[step.output].h,
-                       nodes_[step.output].w);
+            std::vector<Source> sources;
+            for (int c = 0; c < nodes_[step.inputs[0]].channels; ++c) sources.push_back({c, -1});
+            if (zeros) window(int(s), sources, nodes_[step.output].h, nodes_[step.output].w);
         }
     }
 }
 
-// Turns a strided window into one of stride 1 over an input that is sorted by phase.
-void Builder::window(int number, const std::vector<char>& used, int h, int w) {
+// Turns a strided window into one of stride 1 over an input that is sorted by phase, and by pairs of channels where
+// the step computes with those.
+void Builder::window(int number, const std::vector<Source>& sources, int h, int w) {
     const Step& step = network_.steps[number];
     Draft& draft = drafts_[number];
     const Pair stride = step.stride;
@@ -174,20 +175,23 @@ void Builder::window(int number, const std::vector<char>& used, int h, int w) {
             const int dy = floor_div(y, stride[0]), dx = floor_div(x, stride[1]);
             draft.taps.push_back({y - dy * stride[0], x - dx * stride[1], dy, dx});
         }
-    if (stride[0] > 1 || stride[1] > 1) {
+    const bool strided = stride[0] > 1 || stride[1] > 1;
+    if (strided || step.pairs) {
         const int source = step.inputs[0];
         for (size_t i = 0; i < splits_.size(); ++i)
-            if (splits_[i].source == source && splits_[i].stride == stride) draft.split = int(i);
+            if (splits_[i].source == source && splits_[i].stride == stride && splits_[i].pairs == step.pairs)
+                draft.split = int(i);
         if (draft.split < 0) {
             const Node x = nodes_[source];
             const int node = add_node(0, (x.h + stride[0] - 1) / stride[0], (x.w + stride[1] - 1) / stride[1]);
-            splits_.push_back({node, source, stride, {}, false});
+            splits_.push_back({node, source, stride, step.pairs, {}, false});
+            if (!strided) tie(source, node); // so that whole planes are paired at once
             draft.split = int(splits_.size()) - 1;
         }
         Split& split = splits_[draft.split];
         for (const Tap& tap : draft.taps)
-            for (size_t c = 0; c < used.size(); ++c)
-                if (used[c]) split.plane.emplace(std::make_tuple(tap.row_phase, tap.column_phase, int(c)), 0);
+            for (const Source& one : sources)
+                split.plane.emplace(std::make_tuple(tap.row_phase, tap.column_phase, one.channel, one.other), 0);
         draft.x = split.node;
     }
     tie(draft.x, step.output);

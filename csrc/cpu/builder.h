@@ -44,7 +44,8 @@ class Builder {
         int node;
         int source;
         Pair stride;
-        std::map<std::tuple<int, int, int>, int> plane; // (row phase, column phase, channel) -> plane
+        bool pairs; // planes of words, two channels each
+        std::map<std::tuple<int, int, int, int>, int> plane; // (row phase, column phase, channel, other) -> plane
         bool emitted = false;
     };
     struct Tap {
@@ -71,7 +72,7 @@ class Builder {
     void add_view(const Step& step);
     std::set<int> buffers(int node) const;
     void shapes();
-    void window(int step, const std::vector<char>& used, int h, int w);
+    void window(int step, const std::vector<Source>& sources, int h, int w);
     void geometry();
     void lifetimes();
     int64_t memory();
@@ -81,7 +82,7 @@ class Builder {
     std::unique_ptr<Op> pool(int step, const Draft& draft);
     std::unique_ptr<Op> linear(int step);
     std::vector<char> used_channels(int value) const;
-    std::vector<int32_t> displacements(const Draft& draft, const std::vector<int>& channels);
+    std::vector<int32_t> displacements(const Draft& draft, const std::vector<Source>& sources);
     int vector_pieces(const ConvOp& op) const;
     Extent extent(const ConvOp& op, int64_t count) const;
     void tile_conv(ConvOp& op);

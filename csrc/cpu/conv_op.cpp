@@ -28,6 +28,7 @@ void ConvOp::run(int chunk, const Context& context) const {
         for (int t = part.first_tile; t < part.last_tile; ++t)
             for (int c : packed->tiles[t].channels) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
 
+    const auto& run_tile = step->pairs ? kernels->pair_tile : kernels->tile;
     TileCall call{};
     call.x = context.arena;
     call.y = out;
@@ -58,7 +59,7 @@ void ConvOp::run(int chunk, const Context& context) const {
                         const int P = pass_width(block_end - v, most);
                         call.vec = vectors.at.data() + v;
                         call.mask = mask ? mask + int64_t(v) * lanes : nullptr;
-                        kernels->tile[K][P](call);
+                        run_tile[K][P](call);
                         v += P;
                     }
                 }

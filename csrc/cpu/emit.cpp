@@ -19,9 +19,10 @@ void Builder::emit(Plan& plan) {
             split.emitted = true;
             auto op = std::make_unique<SplitOp>();
             op->from = place(split.source), op->to = place(split.node), op->stride = split.stride, op->kernels = &network_.kernels;
+            op->pairs = split.pairs;
             for (const auto& entry : split.plane)
-                op->planes.push_back({std::get<2>(entry.first), std::get<0>(entry.first), std::get<1>(entry.first),
-                                      entry.second});
+                op->planes.push_back({std::get<2>(entry.first), std::get<3>(entry.first), std::get<0>(entry.first),
+                                      std::get<1>(entry.first), entry.second});
             const int planes = int(op->planes.size());
             by_channel(std::move(op), planes);
         }
@@ -103,15 +104,14 @@ std::vector<char> Builder::used_channels(int value) const {
     return used;
 }
 
-std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vector<int>& channels) {
+std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vector<Source>& sources) {
     const Place x = place(draft.x);
     std::vector<int32_t> off;
-    for (int c : channels)
+    for (const Source& one : sources)
         for (const Tap& tap : draft.taps) {
-            const int plane =
-                draft.split < 0
-                    ? c
-                    : splits_[draft.split].plane.at(std::make_tuple(tap.row_phase, tap.column_phase, c));
+            const int plane = draft.split < 0 ? one.channel
+                                              : splits_[draft.split].plane.at(std::make_tuple(
+                                                    tap.row_phase, tap.column_phase, one.channel, one.other));
             off.push_back(int32_t(x.planes[plane] + x.geometry.at(0, tap.dy, tap.dx)));
         }
     return off;
@@ -128,7 +128,7 @@ std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
     op->skip_absent = op->in_place && (step.act == Act::none || (step.act == Act::relu &&
                                                                 network_.values[step.inputs[1]].nonnegative));
     op->vectors = cover(op->y.geometry, network_.kernels.lanes);
-    for (const auto& group : step.groups) op->off.push_back(displacements(draft, group.in));
+    for (const auto& group : step.groups) op->off.push_back(displacements(draft, Network::sources(step, group.in)));
     block_conv(*op, draft);
     tile_conv(*op);
     for (const auto& tile : op->packed->tiles) {
@@ -176,7 +176,8 @@ int Builder::vector_pieces(const ConvOp& op) const {
 Extent Builder::extent(const ConvOp& op, int64_t count) const {
     const int pieces = vector_pieces(op);
     const int vectors = int(op.vectors.at.size());
-    return {count, (vectors + pieces - 1) / pieces, op.block_vectors, key_.interleave >= network_.kernels.lanes};
+    return {count, (vectors + pieces - 1) / pieces, op.block_vectors, key_.interleave >= network_.kernels.lanes,
+            op.step->pairs ? 6.0 : 4.0};
 }
 
 void Builder::tile_conv(ConvOp& op) {
@@ -228,7 +229,7 @@ std::unique_ptr<Op> Builder::pool(int number, const Draft& draft) {
     op->kernels = &network_.kernels;
     op->x = place(draft.x), op->y = place(step.output);
     op->vectors = cover(op->y.geometry, network_.kernels.lanes);
-    op->off = displacements(draft, {0});
+    op->off = displacements(draft, {{0, -1}});
     for (int32_t& off : op->off) off -= int32_t(op->x.planes[0]);
     op->average = step.average;
     op->scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);

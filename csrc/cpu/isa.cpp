@@ -10,8 +10,12 @@ std::vector<std::string> available_isas() {
     // These ask the operating system too: it must save the wide registers.
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#if defined(DSP_HAS_AVX512_BF16)
+        if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
+#endif
         names.push_back("avx512");
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
 #endif
     names.push_back("base");
@@ -26,6 +30,9 @@ const Kernels& kernels_for(const std::string& isa) {
         known += (known.empty() ? "" : ", ") + name;
         if (name != wanted) continue;
 #if defined(__x86_64__)
+#if defined(DSP_HAS_AVX512_BF16)
+        if (name == "avx512_bf16") return kernels_avx512_bf16();
+#endif
         if (name == "avx512") return kernels_avx512();
         if (name == "avx2") return kernels_avx2();
 #endif

@@ -98,18 +98,24 @@ struct Kernels {
     int filters;                    // most filters of a tile
     int vectors[max_filters + 1];   // vectors[k]: most vectors of a tile with k filters
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
+    // The same over words of two bfloat16 channels (kernel_bf16.h): x and w are words, all else is float.
+    void (*pair_tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     void (*map)(const MapCall&);
     void (*product)(const ProductCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
     void (*thin)(const ThinCall&);
+    // target[n][i] = a[n * stride][i] and b[n * stride][i] as one word; b may be null.
+    void (*pair)(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images);
     int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers alone; returns how many were done
+    int64_t (*pair_arithmetic)(int64_t turns);
 };
 
 const Kernels& kernels_base();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16(); // where the compiler knows it
 #endif
 
 } // namespace dsp

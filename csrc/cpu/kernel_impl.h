@@ -1,5 +1,6 @@
 // The kernels, written once for any vector length. A file that compiles them for an instruction set defines
-// DSP_LANES (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_NAME and DSP_TABLE first.
+// DSP_LANES (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_BF16 (1 with bfloat16 products),
+// DSP_NAME and DSP_TABLE first.
 // Everything is in an anonymous namespace and no header with inline functions is included: code compiled for
 // a newer instruction set must not replace code that an older CPU runs.
 #pragma once
@@ -261,9 +262,18 @@ void linear(const LinearCall& call) {
     for (; image < call.images; ++image) linear_rows<1>(call, image);
 }
 
+} // namespace
+} // namespace dsp
+
+#include "kernel_bf16.h"
+
+namespace dsp {
+namespace {
+
 template <int K, int P>
 void fill(Kernels& table) {
     table.tile[K][P] = tile<K, P>;
+    table.pair_tile[K][P] = pair_tile<K, P>;
     if constexpr (P > 1) fill<K, P - 1>(table);
 }
 
@@ -284,6 +294,8 @@ Kernels make() {
     table.linear = linear;
     table.thin = thin;
     table.arithmetic = arithmetic;
+    table.pair = pair;
+    table.pair_arithmetic = pair_arithmetic;
 #if DSP_WIDE
     table.filters = 8;
     row<1, 8>(table);

@@ -42,7 +42,7 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 // Built step by step, then sealed; after that it can only run.
 class Native {
   public:
-    explicit Native(const std::string& isa) : network_(std::make_unique<dsp::Network>(isa)) {}
+    Native(const std::string& isa, bool bf16) : network_(std::make_unique<dsp::Network>(isa, bf16)) {}
 
     int input(int channels) { return open().add_input(channels); }
 
@@ -216,11 +216,16 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels.";
     m.def("available_isas", &dsp::available_isas, "Instruction sets that are compiled in and run here, best first.");
     m.def(
-        "arithmetic", [](const std::string& isa, int64_t turns) { return dsp::kernels_for(isa).arithmetic(turns); },
-        "Runs multiply-adds on registers alone; returns how many.", py::call_guard<py::gil_scoped_release>());
+        "arithmetic",
+        [](const std::string& isa, int64_t turns, bool bf16) {
+            const dsp::Kernels& kernels = dsp::kernels_for(isa);
+            return bf16 ? kernels.pair_arithmetic(turns) : kernels.arithmetic(turns);
+        },
+        "Runs multiply-adds on registers alone; returns how many.", py::arg("isa"), py::arg("turns"),
+        py::arg("bf16") = false, py::call_guard<py::gil_scoped_release>());
     m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
-        .def(py::init<const std::string&>(), py::arg("isa") = "")
+        .def(py::init<const std::string&, bool>(), py::arg("isa") = "", py::arg("bf16") = false)
         .def("input", &Native::input)
         .def("conv", &Native::conv)
         .def("conv_like", &Native::conv_like)

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "isa.h"
+#include "pairing.h"
 
 namespace dsp {
 
@@ -24,13 +25,41 @@ void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, c
                 "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
 }
 
+// Two weights as the kernels read them, by the kernels' own rounding.
+float as_word(float a, float b) {
+    float word;
+    kernels_base().pair(&a, &b, &word, 1, 1, 1);
+    return word;
+}
+
+// Puts each group's channels, and its weights with them, in the order of pair_channels().
+void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
+    std::vector<std::vector<int>> channels;
+    for (const auto& group : groups) channels.push_back(group.in);
+    const auto order = pair_channels(channels);
+    for (size_t g = 0; g < groups.size(); ++g) {
+        GroupIndex& group = groups[g];
+        if (order[g].size() != group.in.size()) continue; // a channel that is read twice
+        std::map<int, int64_t> position;
+        for (size_t i = 0; i < group.in.size(); ++i) position[group.in[i]] = int64_t(i);
+        const std::vector<float> before = std::move(group.weights);
+        group.in = order[g];
+        group.weights.clear();
+        for (size_t o = 0; o < group.out.size(); ++o)
+            for (int c : group.in) {
+                const float* kernel = before.data() + (int64_t(o * group.in.size()) + position[c]) * taps;
+                group.weights.insert(group.weights.end(), kernel, kernel + taps);
+            }
+    }
+}
+
 bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
 
 bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid; }
 
 } // namespace
 
-Network::Network(const std::string& isa) : kernels(kernels_for(isa)) {}
+Network::Network(const std::string& isa, bool bf16) : kernels(kernels_for(isa)), bf16(bf16) {}
 
 void Network::check(int value) const {
     require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
@@ -82,7 +111,19 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     step.bias.assign(out_channels, 0.0f);
     if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
     step.groups = std::move(groups);
+    // With one channel per group, as in a depthwise convolution, a pair would have no second half.
+    step.pairs = bf16 && std::any_of(step.groups.begin(), step.groups.end(),
+                                     [](const GroupIndex& group) { return group.in.size() > 1; });
+    if (step.pairs) order_by_pairs(step.groups, taps);
     return make(std::move(step), out_channels, rectifies(act));
+}
+
+std::vector<Source> Network::sources(const Step& step, const std::vector<int>& channels) {
+    std::vector<Source> list;
+    const size_t width = step.pairs ? 2 : 1;
+    for (size_t i = 0; i < channels.size(); i += width)
+        list.push_back({channels[i], step.pairs && i + 1 < channels.size() ? channels[i + 1] : -1});
+    return list;
 }
 
 std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits) const {
@@ -92,12 +133,17 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
     auto made = std::make_shared<Packed>();
     for (size_t g = 0; g < step.groups.size(); ++g) {
         const GroupIndex& group = step.groups[g];
-        const int64_t count = int64_t(group.in.size()) * step.kernel[0] * step.kernel[1];
+        const int64_t taps = int64_t(step.kernel[0]) * step.kernel[1], count = int64_t(group.in.size()) * taps;
         int first = 0;
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
-            for (int64_t j = 0; j < count; ++j)
-                for (int k = 0; k < filters; ++k) made->weights.push_back(group.weights[(first + k) * count + j]);
+            for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
+                for (int64_t j = c; j < c + taps; ++j)
+                    for (int k = 0; k < filters; ++k) {
+                        const float* filter = group.weights.data() + (first + k) * count;
+                        made->weights.push_back(!step.pairs ? filter[j]
+                                                            : as_word(filter[j], j + taps < count ? filter[j + taps] : 0.0f));
+                    }
             for (int k = 0; k < filters; ++k) {
                 tile.channels.push_back(group.out[first + k]);
                 made->bias.push_back(step.bias[tile.channels.back()]);

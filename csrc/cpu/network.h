@@ -30,6 +30,11 @@ struct FilterTile {
     std::vector<int> channels; // output channels
 };
 
+// A channel, or two channels whose pixels stand in one word (kernel_bf16.h); other is -1 without a partner.
+struct Source {
+    int channel, other;
+};
+
 struct GroupIndex {
     std::vector<int> in, out;
     std::vector<float> weights; // [filters][channels][kh][kw]
@@ -54,6 +59,7 @@ struct Step {
     Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
     std::vector<GroupIndex> groups;
     std::vector<int> absent;
+    bool pairs = false; // computed in bfloat16, two channels at a time
     std::vector<float> weights, bias; // linear: [in][out padded]; conv: the bias of each output channel
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
@@ -72,9 +78,11 @@ struct Value {
 
 class Network {
   public:
-    explicit Network(const std::string& isa);
+    // bf16: convolutions round what they read and their weights to bfloat16. Sums and values stay float.
+    explicit Network(const std::string& isa, bool bf16 = false);
 
     const Kernels& kernels;
+    const bool bf16;
     std::vector<Value> values;
     std::vector<Step> steps;
     int inputs = 0, outputs = 0;
@@ -100,6 +108,9 @@ class Network {
     // weight: [out][in], where in is channels * height * width of x.
     int add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features, Act act);
     void add_output(int value);
+
+    // What the planes are that a group reads, in order.
+    static std::vector<Source> sources(const Step& step, const std::vector<int>& channels);
 
     // The weights of a conv step cut into these tiles. Plans that cut alike share one copy.
     std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits) const;

@@ -25,22 +25,43 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
     }
 }
 
+// Without a stride both planes have one pitch, and the pads between the rows are zeros already.
+void SplitOp::pair_whole(const Plane& plane, const Context& context) const {
+    const Geometry& s = from.geometry;
+    clear_pads(to, to.in(context), plane.to, plane.to + 1, false);
+    kernels->pair(from.plane(context, plane.channel), plane.other < 0 ? nullptr : from.plane(context, plane.other),
+                  to.plane(context, plane.to), (s.h - 1) * s.pitch + s.w, 1, s.interleave);
+}
+
 void SplitOp::run(int chunk, const Context& context) const {
     const Geometry &s = from.geometry, &t = to.geometry;
     const Range range = cut(int(planes.size()), chunks, chunk);
     const int I = s.interleave;
     for (int n = range.first; n < range.last; ++n) {
         const Plane& plane = planes[n];
+        if (pairs && stride[0] == 1 && stride[1] == 1) {
+            pair_whole(plane, context);
+            continue;
+        }
         float* base = to.in(context);
         clear_pads(to, base, plane.to, plane.to + 1, true);
         // The last phases have fewer rows and columns.
         const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
         const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
         const int64_t filled_rows = std::min<int64_t>(rows, t.h), filled = std::min<int64_t>(columns, t.w);
-        if (filled_rows > 0 && filled > 0)
-            kernels->thin({from.plane(context, plane.channel) + s.at(0, plane.row_phase, plane.column_phase),
-                           base + t.at(plane.to, 0, 0), filled_rows, stride[0] * s.pitch * I, t.pitch * I, filled,
-                           stride[1], I});
+        const float* source =
+            from.plane(context, plane.channel) + s.at(0, plane.row_phase, plane.column_phase);
+        const int64_t other = plane.other < 0 ? 0 : from.planes[plane.other] - from.planes[plane.channel];
+        const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
+        float* const target = base + t.at(plane.to, 0, 0);
+        if (pairs && filled > 0) {
+            for (int64_t y = 0; y < filled_rows; ++y) {
+                const float* row = source + y * source_pitch;
+                kernels->pair(row, plane.other < 0 ? nullptr : row + other, target + y * target_pitch, filled, stride[1], I);
+            }
+        } else if (filled_rows > 0 && filled > 0) {
+            kernels->thin({source, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
+        }
         for (int64_t y = 0; y < t.h; ++y) {
             const int64_t done = y < filled_rows ? std::max<int64_t>(filled, 0) : 0;
             if (done < t.w) std::memset(base + t.at(plane.to, y, done), 0, sizeof(float) * (t.w - done) * I);

@@ -42,18 +42,23 @@ class StoreOp : public Op {
     const char* name() const override { return "store"; }
 };
 
-// Rows and columns sorted by their phase under a stride: plane (phase, c) holds x[c, phase + stride * i].
+// Rows and columns sorted by their phase under a stride: plane (phase, c) holds x[c, phase + stride * i]. In pairs, a
+// plane holds words of two channels, rounded to bfloat16.
 class SplitOp : public Op {
   public:
     struct Plane {
-        int channel, row_phase, column_phase, to;
+        int channel, other, row_phase, column_phase, to;
     };
     const Kernels* kernels;
     Place from, to;
     Pair stride;
+    bool pairs = false;
     std::vector<Plane> planes;
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "split"; }
+    const char* name() const override { return pairs ? "pair" : "split"; }
+
+  private:
+    void pair_whole(const Plane& plane, const Context& context) const;
 };
 
 class ConvOp : public Op {

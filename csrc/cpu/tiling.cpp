@@ -7,7 +7,7 @@ namespace dsp {
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     // Two multiply-adds or two loads per cycle; three of four vector loads straddle two cache lines when
-    // fewer images than lanes are interleaved. A sum must be ready, after 4 cycles, before its next term.
+    // fewer images than lanes are interleaved. A sum must be ready before its next term.
     const double load = extent.aligned ? 1.0 : 1.75;
     double total = 0.0;
     for (int begin = 0; begin < extent.vectors; begin += extent.block)
@@ -16,7 +16,7 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
             const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
             // The lesser of the two is not quite hidden. Without this share tiles of 3 filters x 8 vectors tied
             // with 6 x 4, which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
-            const double per_term = std::max({arithmetic, loads, 4.0}) + 0.5 * std::min(arithmetic, loads);
+            const double per_term = std::max({arithmetic, loads, extent.ready}) + 0.5 * std::min(arithmetic, loads);
             // An output costs a load, a store and a few instructions; a pass a call and a mispredicted loop end.
             total += extent.count * per_term + 1.5 * filters * width + 25.0;
             left -= width;

@@ -14,6 +14,7 @@ struct Extent {
     int vectors;   // in one piece of work
     int block;     // vectors that all filters pass over before the next
     bool aligned;  // vector loads never straddle two cache lines
+    double ready;  // cycles until a sum can take its next term
 };
 
 // Estimated cycles of one tile of `filters` over the extent.

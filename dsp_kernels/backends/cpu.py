@@ -36,7 +36,8 @@ class CpuBackend:
         if device.type != "cpu":
             return False, f"tensors are on {device}"
         if dtype != torch.float32:
-            return False, f"dtype {dtype} is not float32"
+            # Values are float32 inside: one layer of bfloat16 tensors would be converted at both of its ends.
+            return False, f"dtype {dtype} is not float32; bfloat16 runs in whole networks only (fuse)"
         return (False, why_missing()) if native() is None else (True, "")
 
     def is_worth(
@@ -154,6 +155,6 @@ def add_conv(
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The tensor's memory, without a copy where it is contiguous."""
-    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.detach().contiguous().numpy()
+    """The tensor's memory, without a copy where it is contiguous and float32."""
+    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.detach().float().contiguous().numpy()
     return array

@@ -27,6 +27,7 @@ class Executor(Protocol):
     """One way to run a Program."""
 
     name: str
+    takes_any_dtype: bool  # whether x may be of another floating dtype than the Program's
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """Whether it runs this Program on tensors of this dtype and device; the reason if not."""

@@ -1,4 +1,7 @@
-"""Runs a Program by the native CPU kernels, float32; what they do not know runs in plain PyTorch between.
+"""Runs a Program by the native CPU kernels; what they do not know runs in plain PyTorch between.
+
+In bfloat16 a convolution rounds what it reads and multiplies bfloat16 numbers; its sum, bias, residual and
+activation and all other steps are float32. Input and output need not be bfloat16.
 
 The Program is cut into runs of native steps. Each run is one native network with the values it needs as
 inputs and the values that are needed later as outputs; one thread takes a few images through all its steps.
@@ -17,6 +20,7 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.executors.native_builder import NATIVE_STEPS, build
 from dsp_kernels.native import chosen_isa, native, why_missing
 from dsp_kernels.program import (
+    ConvStep,
     LinearStep,
     Program,
     Step,
@@ -40,13 +44,15 @@ class CpuExecutor:
     """Native for all steps that are not plain PyTorch; see the module's text."""
 
     name = "cpu"
+    takes_any_dtype = True
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """On the CPU in float32, when the extension is built and the Program has a native step."""
+        """On the CPU in float32 or bfloat16, with the extension built and a native step in the Program."""
         if device.type != "cpu":
             return False, f"tensors are on {device}"
-        if dtype != torch.float32:
-            return False, f"dtype {dtype} is not float32"
+        if dtype not in (torch.float32, torch.bfloat16):
+            lacking = "; there are no kernels for AVX512-FP16" if dtype == torch.float16 else ""
+            return False, f"dtype {dtype} is neither float32 nor bfloat16{lacking}"
         if native() is None:
             return False, why_missing()
         if not any(_is_native(step, program) for step in program.steps):
@@ -56,13 +62,15 @@ class CpuExecutor:
     def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
         """A function x -> y; see ``Executor.prepare``."""
         parts = segments(program)
-        calls = [_native_call(part, program) if part.native else _torch_call(part) for part in parts]
+        dtype = _dtype(program)
+        calls = [_native_call(part, program, dtype) if part.native else _torch_call(part) for part in parts]
+        plain_input = any(program.input in part.inputs for part in parts if not part.native)
         needed_after = [
             {name for later in parts[n + 1 :] for name in later.inputs} for n in range(len(parts))
         ]
 
         def run(x: Tensor) -> Tensor:
-            values: dict[str, Any] = {program.input: x}
+            values: dict[str, Any] = {program.input: x.to(dtype) if plain_input else x}
             for call, needed in zip(calls, needed_after, strict=True):
                 call(values)
                 for name in values.keys() - needed - {program.output}:
@@ -75,11 +83,29 @@ class CpuExecutor:
     def describe(self, program: Program) -> list[str]:
         """Per step, the instruction set that runs it, or why none does."""
         isa = chosen_isa()
+        bf16 = _dtype(program) == torch.bfloat16
         forms = []
         for step in program.steps:
             reason = _why_not(step, program)
-            forms.append(f"cpu {isa}" if not reason else "" if isinstance(step, TorchStep) else reason)
+            form = f"cpu {isa}{_products(isa) if bf16 and isinstance(step, ConvStep) else ''}"
+            forms.append(form if not reason else "" if isinstance(step, TorchStep) else reason)
         return forms
+
+
+def _products(isa: str) -> str:
+    return ", bfloat16" if "bf16" in isa else ", bfloat16 by float32 arithmetic"
+
+
+def _dtype(program: Program) -> torch.dtype:
+    """Of the Program's numbers."""
+    held: list[torch.dtype] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        held.append(tensor.dtype)
+        return tensor
+
+    program.map_tensors(note)
+    return torch.bfloat16 if torch.bfloat16 in held else torch.float32
 
 
 def segments(program: Program) -> tuple[Segment, ...]:
@@ -130,13 +156,16 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
     return call
 
 
-def _native_call(part: Segment, program: Program) -> Callable[[dict[str, Any]], None]:
+def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
     channels = [program.shapes[name][1] for name in part.inputs]
-    network = build(native(), chosen_isa(), part.inputs, channels, part.steps, part.outputs)
+    bf16 = dtype == torch.bfloat16
+    network = build(native(), chosen_isa(), part.inputs, channels, part.steps, part.outputs, bf16)
     finish = [_shape_of(name, part, program) for name in part.outputs]
+    # What plain PyTorch reads has its dtype; the network's own answer stays as exact as it is.
+    dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]
 
     def call(values: dict[str, Any]) -> None:
-        tensors = [values[name].detach() for name in part.inputs]
+        tensors = [values[name].detach().float() for name in part.inputs]
         images = tensors[0].shape[0]
         try:
             shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
@@ -149,8 +178,8 @@ def _native_call(part: Segment, program: Program) -> Callable[[dict[str, Any]], 
                 [result.numpy() for result in results],
                 torch.get_num_threads(),
             )
-        for name, result, reshape in zip(part.outputs, results, finish, strict=True):
-            values[name] = reshape(result)
+        for name, result, reshape, kind in zip(part.outputs, results, finish, dtypes, strict=True):
+            values[name] = reshape(result).to(kind)
 
     return call
 

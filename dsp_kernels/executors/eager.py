@@ -43,6 +43,7 @@ class EagerExecutor:
     """Every step is one or a few PyTorch calls; values are freed after their last reader."""
 
     name = "eager"
+    takes_any_dtype = False
 
     def __init__(self) -> None:
         self._convolutions = EagerBackend()

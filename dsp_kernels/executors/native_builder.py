@@ -49,9 +49,13 @@ def build(
     channels: Sequence[int],
     steps: Sequence[Step],
     outputs: Sequence[str],
+    bf16: bool = False,
 ) -> Any:
-    """module: the extension. inputs, outputs: values that come from and go to PyTorch. A native Network."""
-    network = module.Network(isa)
+    """module: the extension. inputs, outputs: values that come from and go to PyTorch. A native Network.
+
+    bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case.
+    """
+    network = module.Network(isa, bf16)
     value = {name: network.input(width) for name, width in zip(inputs, channels, strict=True)}
     for step in steps:
         value[step.output] = _add(network, step, [value[name] for name in step.inputs])

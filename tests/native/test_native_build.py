@@ -92,3 +92,13 @@ def test_without_torch_python_registers_the_op(tmp_path: Path) -> None:
     assert "--no-build-isolation" in line
     assert len(made) == 1
     assert "torch_op.cpp" not in log.read_text(encoding="utf-8")
+
+
+def test_a_compiler_that_does_not_know_bfloat16(tmp_path: Path) -> None:
+    """The pretended one fails when it is asked; the other instruction sets are built all the same."""
+    compiler, log = pretended_compiler(tmp_path)
+    _, made = build(tmp_path, CXX=compiler)
+    assert len(made) == 1
+    asked = [line for line in log.read_text(encoding="utf-8").splitlines() if "-fsyntax-only" not in line]
+    assert any("kernel_avx512_bf16.cpp" in line for line in asked)
+    assert not any("bf16 " in line or "AVX512_BF16" in line for line in asked)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import dsp_kernels
 from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.native import native
+from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning import build_released, read_released
 
 NETS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
@@ -52,6 +54,20 @@ def test_packed_and_fused_answers(shared: Path, images: Tensor, labels: Tensor, 
             assert (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() <= 1e-4
             assert (logits.argmax(1) == labels).sum() == correct
     assert "plain PyTorch:" not in fused.explain()
+
+
+@pytest.mark.skipif(native() is None, reason="bfloat16 by the native kernels")
+@pytest.mark.parametrize("name", NETS)
+def test_bfloat16_answers(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
+    """As many right answers as in float32, but for two of the 1,017 images."""
+    golden = np.load(shared / "golden" / "logits.npz")
+    correct = int(golden["correct1017"][list(golden["names"]).index(name)])
+    packed = read_released(shared / "nets" / f"{name}.npz")
+    fused = dsp_kernels.fuse(packed, images[:1], backend="cpu", dtype=torch.bfloat16)
+    logits = torch.cat([fused(batch) for batch in images.split(339)])
+    assert abs(int((logits.argmax(1) == labels).sum()) - correct) <= 2
+    error = (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() / logits.abs().max()
+    assert error <= network_tolerance(torch.bfloat16, 576, int(name[6:8]))
 
 
 @pytest.mark.parametrize("name", ["resnet20_g4", "resnet56_g2"])

@@ -1,0 +1,146 @@
+// Convolutions in bfloat16, a part of kernel_impl.h. A word of 32 bits holds one pixel of two channels, the first
+// in the lower half; a vector holds `lanes` words. Two products are added to a float sum at a time: by one
+// instruction where the CPU has it (DSP_BF16), else as two float products, which round in another order.
+// The instruction takes denormal numbers as 0.
+#pragma once
+
+#if DSP_BF16
+#include <immintrin.h> // its functions are always inlined and leave no symbols
+#endif
+
+namespace dsp {
+namespace {
+
+typedef uint32_t W __attribute__((vector_size(L * 4)));
+typedef uint32_t Word __attribute__((may_alias));
+
+constexpr uint32_t upper_half = 0xffff0000u;
+
+// The nearest bfloat16, ties to even, in the upper half of each word. A NaN stays a NaN.
+inline W round_upper(V v) {
+    const W bits = (W)v;
+    const W rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return (v == v ? rounded : bits | 0x400000u) & upper_half;
+}
+
+inline V pack_pair(V a, V b) {
+#if DSP_BF16
+    // All of a, then all of b, as 16-bit numbers; then brought together pixel by pixel.
+    typedef int16_t H __attribute__((vector_size(64)));
+    constexpr H order{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    return (V)_mm512_permutexvar_epi16((__m512i)order, both);
+#else
+    return (V)(round_upper(a) >> 16 | round_upper(b));
+#endif
+}
+
+// One word of each channel for every pixel of a tile: P vectors times K weights, two products each.
+template <int K, int P>
+inline __attribute__((always_inline)) void add_pairs(V (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
+    V in[P];
+#if DSP_BF16
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) in[p] = load(x[p] + o);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+        const __m512bh weight = (__m512bh)_mm512_set1_ps(w[k]);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+            acc[k][p] = (V)_mm512_dpbf16_ps((__m512)acc[k][p], (__m512bh)in[p], weight);
+    }
+#else
+    // All lower halves, then all upper ones: so no more registers are needed than in float.
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            const W words = (W)load(x[p] + o);
+            in[p] = half ? (V)(words & upper_half) : (V)(words << 16);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+            const W words = W{} + reinterpret_cast<const Word*>(w)[k];
+            const V weight = half ? (V)(words & upper_half) : (V)(words << 16);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] += weight * in[p];
+        }
+    }
+#endif
+}
+
+template <int K, int P>
+void pair_tile(const TileCall& call) {
+    V acc[K][P];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[k][p] = V{};
+    const float* x[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) x[p] = call.x + call.vec[p];
+    const float* w = call.w;
+    const int32_t* off = call.off;
+    const int32_t* const end = off + call.count;
+    for (; end - off >= 3; off += 3, w += 3 * K) { // by threes: see tile()
+        add_pairs<K, P>(acc, x, off[0], w);
+        add_pairs<K, P>(acc, x, off[1], w + K);
+        add_pairs<K, P>(acc, x, off[2], w + 2 * K);
+    }
+    for (; off != end; ++off, w += K) add_pairs<K, P>(acc, x, off[0], w);
+    if (call.mask)
+        finish<K, P, true>(acc, call);
+    else
+        finish<K, P, false>(acc, call);
+}
+
+// One row of words from two rows of floats; b may be null.
+void pair_row(const float* a, const float* b, float* target, int64_t count) {
+    int64_t n = 0;
+    for (; n + L <= count; n += L) store(target + n, pack_pair(load(a + n), b ? load(b + n) : V{}));
+    if (n == count) return;
+    float rest[3][L] = {};
+    for (int64_t i = n; i < count; ++i) rest[0][i - n] = a[i], rest[1][i - n] = b ? b[i] : 0.0f;
+    store(rest[2], pack_pair(load(rest[0]), load(rest[1])));
+    for (int64_t i = n; i < count; ++i) target[i] = rest[2][i - n];
+}
+
+void pair(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images) {
+    if (stride == 1) return pair_row(a, b, target, count * images);
+    float thinned[2][256]; // images divides its length
+    const int64_t piece = 256 / images;
+    for (int64_t n = 0; n < count; n += piece) {
+        const int64_t some = count - n < piece ? count - n : piece;
+        thin({a + n * stride * images, thinned[0], 1, 0, 0, some, stride, images});
+        if (b) thin({b + n * stride * images, thinned[1], 1, 0, 0, some, stride, images});
+        pair_row(thinned[0], b ? thinned[1] : nullptr, target + n * images, some * images);
+    }
+}
+
+// As arithmetic(), in bfloat16.
+int64_t pair_arithmetic(int64_t turns) {
+    constexpr int K = DSP_WIDE ? 8 : 4, P = 3;
+    alignas(64) float words[P * L], weights[K];
+    for (int i = 0; i < P * L; ++i) words[i] = 0.0f;
+    for (int k = 0; k < K; ++k) weights[k] = 0.0f;
+    const float* x[P];
+    for (int p = 0; p < P; ++p) x[p] = words + p * L;
+    V acc[K][P];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[k][p] = V{};
+    for (int64_t t = 0; t < turns; ++t) add_pairs<K, P>(acc, x, 0, weights);
+    V total{};
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) total += acc[k][p];
+    volatile float sink = total[0];
+    (void)sink;
+    return turns * K * P * L * 2;
+}
+
+} // namespace
+} // namespace dsp
