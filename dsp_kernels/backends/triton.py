@@ -183,23 +183,22 @@ class TritonConv:
         return self._packed[packing]
 
     def _check(self, x: Tensor, out: Tensor, residual: Tensor | None) -> tuple[int, ...]:
-        views = [self.layout.as_nchw(t) for t in (x, out) if t.dim() == 4]
-        if len(views) < 2:
+        views: dict[str, Tensor] = {}
+        for name, tensor in (("x", x), ("out", out), ("residual", residual)):
+            if tensor is None:
+                continue
+            if tensor.dim() != 4 or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise DSPShapeError(
+                    f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; expected 4 "
+                    f"dimensions, contiguous as {self.layout.name}, at a multiple of 16 bytes"
+                )
+            views[name] = self.layout.as_nchw(tensor)
+        shape = self.spec.check_input(views["x"], self._flat, views.get("residual"))
+        if tuple(views["out"].shape) != shape or out.dtype != x.dtype or out.device != x.device:
             raise DSPShapeError(
-                f"x and out have shapes {tuple(x.shape)} and {tuple(out.shape)}; expected 4-D"
-            )
-        resid = None if residual is None or residual.dim() != 4 else self.layout.as_nchw(residual)
-        if (residual is None) != (resid is None):
-            raise DSPShapeError(f"residual has shape {tuple(residual.shape)}; expected {tuple(out.shape)}")  # type: ignore[union-attr]
-        shape = self.spec.check_input(views[0], self._flat, resid)
-        if tuple(views[1].shape) != shape or out.dtype != x.dtype or out.device != x.device:
-            raise DSPShapeError(
-                f"out is {tuple(views[1].shape)}, {out.dtype} on {out.device} (batch, channels, height, "
+                f"out is {tuple(views['out'].shape)}, {out.dtype} on {out.device} (batch, channels, height, "
                 f"width); expected {shape}, {x.dtype} on {x.device}"
             )
-        for name, tensor in (("x", x), ("out", out), ("residual", residual)):
-            if tensor is not None and not (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
-                raise DSPShapeError(f"{name} has to be contiguous as {self.layout.name} and 16-byte aligned")
         if self.layout is GpuLayout.CHWN and shape[0] % BATCH_MULTIPLE:
             raise DSPShapeError(f"CHWN needs a batch that is a multiple of {BATCH_MULTIPLE}; got {shape[0]}")
         return shape

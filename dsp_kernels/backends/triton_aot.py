@@ -49,6 +49,7 @@ def compile_config(config: TritonConfig, dtype: torch.dtype, capability: int, **
         "HAS_RESIDUAL": True,
         "ACTIVATION": 1,
         "PRECISION": "ieee",
+        "EXACT": False,
         **config.constants(),
         **flags,
     }

@@ -50,7 +50,7 @@ class ConfigCache:
         return self._configs.get(signature)
 
     def put(self, signature: str, config: TritonConfig) -> None:
-        """Keep one. What other processes wrote meanwhile stays; a folder that cannot be written is no error."""
+        """Keep one beside what other processes wrote. A folder that cannot be written is no error."""
         configs = _read(self.file)
         configs.pop(signature, None)
         configs[signature] = config

@@ -1,7 +1,7 @@
 """Which tiles the Triton kernel is compiled for, and the rule that chooses among them.
 
-The rule follows from floors and resource use, not from measurements: no GPU has timed it yet (docs/gpu-notes.md).
-``tune`` (triton_tune.py) measures instead.
+The rule follows from floors and resource use, not from measurements: no GPU has timed it yet
+(docs/gpu-notes.md). ``tune`` (triton_tune.py) measures instead.
 """
 
 from __future__ import annotations
@@ -104,12 +104,14 @@ def candidates(
     """What ``tune`` measures, the rule's own choice first; at most 12."""
     packing = choose_packing(spec, dtype, layout, wide)
     first = choose(spec, dtype, layout, wide, packing, batch, output_hw)
-    found = [first]
     small = not wide or dtype == torch.float32
-    for filters in (first.filters, first.filters // 2, first.filters * 2):
-        for cols in (first.cols, 192 - first.cols):
-            if 16 <= filters <= (32 if small else 128) and cols <= (64 if small else 128):
-                found.append(_make(layout, dtype, wide, _is_pointwise(spec), cols, filters, first.bk, batch))
+    found = [first]
+    found += [
+        _make(layout, dtype, wide, _is_pointwise(spec), cols, filters, first.bk, batch)
+        for filters in (first.filters, first.filters // 2, first.filters * 2)
+        for cols in (first.cols, 192 - first.cols)
+        if 16 <= filters <= (32 if small else 128) and cols <= (64 if small else 128)
+    ]
     found.append(replace(first, stages=2))
     found.append(replace(first, stages=first.stages - 1))
     if layout is GpuLayout.CHWN:

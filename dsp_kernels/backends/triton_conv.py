@@ -1,11 +1,13 @@
-"""The Triton kernel: gather, all groups, bias, residual, activation and scatter of one convolution in one launch.
+"""The Triton kernel: gather, all groups, bias, residual, activation and scatter in one launch.
 
-The convolution is a matrix product per group: columns (output pixels x images) times K (taps x channels) times
-filters. What a program reads is ``x[column base + offset of k]`` in both layouts; only which of the two runs
-along memory differs, so one kernel serves both. triton_tables.py makes the tables that it reads.
+The convolution is a matrix product per group: columns (output pixels x images) times K (taps x channels)
+times filters. What a program reads is ``x[column base + offset of k]`` in both layouts; only which of the two
+runs along memory differs, so one kernel serves both. triton_tables.py makes the tables that it reads.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -24,28 +26,28 @@ INTEGER_ARGUMENTS = (
 
 
 def conv_kernel_function(
-    x_ptr,
-    out_ptr,
-    residual_ptr,
-    w_ptr,
-    bias_ptr,
-    k_ptr,
-    tile_ptr,
-    filter_ptr,
-    n_tiles,
-    col_tiles,
-    block,
-    batch,
-    in_channels,
-    out_channels,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
+    x_ptr: Any,
+    out_ptr: Any,
+    residual_ptr: Any,
+    w_ptr: Any,
+    bias_ptr: Any,
+    k_ptr: Any,
+    tile_ptr: Any,
+    filter_ptr: Any,
+    n_tiles: Any,
+    col_tiles: Any,
+    block: Any,
+    batch: Any,
+    in_channels: Any,
+    out_channels: Any,
+    in_h: Any,
+    in_w: Any,
+    out_h: Any,
+    out_w: Any,
+    stride_h: Any,
+    stride_w: Any,
+    pad_h: Any,
+    pad_w: Any,
     CHWN: tl.constexpr,
     COLS: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -60,7 +62,7 @@ def conv_kernel_function(
     PRECISION: tl.constexpr,
     CACHE: tl.constexpr,
     EXACT: tl.constexpr,
-):
+) -> None:
     """One program computes COLS columns of FILTERS filters of one group.
 
     x, out, residual: (C, H, W, N) if CHWN, else (N, H, W, C), contiguous.

@@ -1,4 +1,4 @@
-"""The Triton kernel in Triton's interpreter against the definition in float64, with NaN in what it has to write."""
+"""The Triton kernel in Triton's interpreter against the definition in float64, written over NaN."""
 
 from __future__ import annotations
 
