@@ -16,7 +16,13 @@ from triton.compiler import ASTSource
 from dsp_kernels.backends.triton_config import TritonConfig
 from dsp_kernels.backends.triton_conv import INTEGER_ARGUMENTS, conv_kernel_function
 
-__all__ = ["Compiled", "compile_config"]
+__all__ = ["Compiled", "compile_config", "faults"]
+
+# Per thread. 168 let a multiprocessor (65536) run three programs of 4 warps; NHWC has to hold addresses too.
+MOST_REGISTERS_WIDE, MOST_REGISTERS = 168, 255
+# Bytes; two programs fit into the 163 KiB of compute capability 8.0.
+MOST_SHARED = 80 << 10
+_ASYNC_16_BYTES = r"cp\.async\.c[ga]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?:0x10|16)\b"
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -93,3 +99,31 @@ def _inspect(cubin: bytes) -> tuple[dict[str, str], str]:
 
 def _run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def faults(made: Compiled, config: TritonConfig, dtype: torch.dtype, capability: int) -> list[str]:
+    """What is wrong with a compiled configuration, in words; nothing for a good one."""
+    found = []
+    if made.spill:
+        found.append(f"{made.spill} bytes of registers are spilled")
+    most = MOST_REGISTERS_WIDE if config.chwn else MOST_REGISTERS
+    if made.registers > most:
+        found.append(f"{made.registers} registers; at most {most} are wanted")
+    if made.shared > MOST_SHARED:
+        found.append(
+            f"{made.shared} bytes of shared memory; at most {MOST_SHARED} leave room for two programs"
+        )
+    if dtype != torch.float32:
+        tensor_core = r"wgmma\.mma_async" if capability >= 90 else r"mma\.sync"
+        if not made.count(tensor_core) or ("HGMMA" if capability >= 90 else "HMMA") not in made.sass:
+            found.append(f"no {tensor_core} instructions")
+        if config.chwn:
+            if not made.count(_ASYNC_16_BYTES):
+                found.append("no asynchronous 16-byte reads")
+            if re.search(r"LDG\.E\.U16", made.sass):
+                found.append("activations are read 2 bytes at a time")
+    if config.chwn:
+        stores, wide = made.count(r"st\.global"), made.count(r"st\.global[.\w]*\.v4\.b32")
+        if stores != wide:
+            found.append(f"only {wide} of {stores} stores are of 16 bytes")
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 
@@ -64,19 +65,14 @@ def choose_packing(spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wide: 
     """
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     sizes = [(len(g.out_index), len(g.in_index) * taps) for g in all_groups(spec.structure)]
-    deepest = max((depth for _, depth in sizes), default=0)
-    small = not wide or dtype == torch.float32
 
     def moved(filters: int, bk: int) -> int:
         return sum(_up(o, filters) // filters * _up(depth, bk) * (128 + filters) for o, depth in sizes)
 
-    widths = (16, 32) if small else (16, 32, 64, 128)
-    depths = (16, 32) if small else (16, 32, 64)
-    filters = min(widths, key=lambda width: (moved(width, 16), width))
+    _, widths, depths = _sizes(wide, dtype)
+    filters = min(widths, key=lambda width: (moved(width, 1), width))
     # Long steps cost fewer barriers: the longest that pads at most a tenth more than the shortest.
-    fitting = [bk for bk in depths if moved(filters, bk) <= 1.1 * moved(filters, depths[0])]
-    bk = max(fitting) if deepest > 16 else 16
-    return filters, bk
+    return filters, max(bk for bk in depths if moved(filters, bk) <= 1.1 * moved(filters, depths[0]))
 
 
 def choose(
@@ -92,9 +88,10 @@ def choose(
     filters, bk = packing
     positions = batch * output_hw[0] * output_hw[1]
     n_tiles = sum(-(-len(group.out_index) // filters) for group in all_groups(spec.structure))
-    cols = 64
-    if wide and dtype != torch.float32 and positions * n_tiles >= 128 * _FEW_PROGRAMS:
-        cols = 128
+    all_cols = _sizes(wide, dtype)[0]
+    cols = all_cols[0]
+    if positions * n_tiles >= 128 * _FEW_PROGRAMS:
+        cols = all_cols[-1]
     return _make(layout, dtype, wide, _is_pointwise(spec), cols, filters, bk, batch)
 
 
@@ -104,16 +101,15 @@ def candidates(
     """What ``tune`` measures, the rule's own choice first; at most 12."""
     packing = choose_packing(spec, dtype, layout, wide)
     first = choose(spec, dtype, layout, wide, packing, batch, output_hw)
-    small = not wide or dtype == torch.float32
+    all_cols, widths, _ = _sizes(wide, dtype)
     found = [first]
     found += [
         _make(layout, dtype, wide, _is_pointwise(spec), cols, filters, first.bk, batch)
         for filters in (first.filters, first.filters // 2, first.filters * 2)
-        for cols in (first.cols, 192 - first.cols)
-        if 16 <= filters <= (32 if small else 128) and cols <= (64 if small else 128)
+        for cols in all_cols
+        if filters in widths
     ]
-    found.append(replace(first, stages=2))
-    found.append(replace(first, stages=first.stages - 1))
+    found += [replace(first, stages=stages) for stages in (2, 5)]
     if layout is GpuLayout.CHWN:
         found.append(replace(first, cache="" if first.cache else ".ca"))
         found += [replace(first, images=n) for n in (16, 64) if batch % n == 0 and n <= first.cols]
@@ -127,22 +123,19 @@ def shipped() -> Iterator[tuple[str, TritonConfig, torch.dtype, dict[str, object
         flags: dict[str, object] = {"WIDE_IN": False, "WIDE_OUT": False}
         if layout is GpuLayout.NHWC:
             flags = {"WIDE_IN": wide, "WIDE_OUT": wide}
-        for pointwise in (False, True):
-            for cols, filters, bk in _sizes(wide):
-                config = _make(layout, torch.float16, wide, pointwise, cols, filters, bk, 256)
+        for dtype in (torch.float16, torch.float32):
+            for pointwise in (False, True) if dtype == torch.float16 else (False,):
                 name = f"{kind} {'1x1' if pointwise else 'k x k'}"
-                yield name, config, torch.float16, {**flags, "POINTWISE": pointwise}
-        for filters in (16, 32):
-            for bk in (16, 32):
-                config = _make(layout, torch.float32, wide, False, 64, filters, bk, 256)
-                yield f"{kind} k x k", config, torch.float32, flags
+                for cols, filters, bk in product(*_sizes(wide, dtype)):
+                    config = _make(layout, dtype, wide, pointwise, cols, filters, bk, 256)
+                    yield name, config, dtype, {**flags, "POINTWISE": pointwise}
 
 
-def _sizes(wide: bool) -> Iterator[tuple[int, int, int]]:
-    for cols in (64, 128) if wide else (64,):
-        for filters in (16, 32, 64, 128) if wide else (16, 32):
-            for bk in (16, 32, 64) if wide else (16, 32):
-                yield cols, filters, bk
+def _sizes(wide: bool, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Columns, filters and depths of tiles that the rule chooses among."""
+    if dtype == torch.float32:
+        return (64,), (16, 32), (16,)
+    return ((64, 128), (16, 32, 64, 128), (32, 64)) if wide else ((64,), (16, 32), (32,))
 
 
 def _make(
@@ -157,9 +150,9 @@ def _make(
 ) -> TritonConfig:
     chwn = layout is GpuLayout.CHWN
     warps = 8 if cols * filters >= 128 * 128 else 4
-    # Numbers under way: a table row is read one step before the activations it points to, so that n stages
-    # hold n - 1 steps of activations.
-    stages = 4 if wide and bk < 64 else 3
+    # Three stages are one step of the table and one of activations ahead; four make no difference. Many
+    # small programs on a multiprocessor keep more under way than few deep ones, and leave more of L1.
+    stages = 3
     most = cols if pointwise else 32
     images = min(most, batch & -batch) if chwn else 1
     return TritonConfig(

@@ -7,8 +7,6 @@ runs along memory differs, so one kernel serves both. triton_tables.py makes the
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -25,29 +23,29 @@ INTEGER_ARGUMENTS = (
 )
 
 
-def conv_kernel_function(
-    x_ptr: Any,
-    out_ptr: Any,
-    residual_ptr: Any,
-    w_ptr: Any,
-    bias_ptr: Any,
-    k_ptr: Any,
-    tile_ptr: Any,
-    filter_ptr: Any,
-    n_tiles: Any,
-    col_tiles: Any,
-    block: Any,
-    batch: Any,
-    in_channels: Any,
-    out_channels: Any,
-    in_h: Any,
-    in_w: Any,
-    out_h: Any,
-    out_w: Any,
-    stride_h: Any,
-    stride_w: Any,
-    pad_h: Any,
-    pad_w: Any,
+def conv_kernel_function(  # type: ignore[no-untyped-def]  # triton reads annotations its own way
+    x_ptr,
+    out_ptr,
+    residual_ptr,
+    w_ptr,
+    bias_ptr,
+    k_ptr,
+    tile_ptr,
+    filter_ptr,
+    n_tiles,
+    col_tiles,
+    block,
+    batch,
+    in_channels,
+    out_channels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
     CHWN: tl.constexpr,
     COLS: tl.constexpr,
     IMAGES: tl.constexpr,
