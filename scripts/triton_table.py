@@ -1,6 +1,6 @@
 """Compile every shipped configuration of the Triton kernel without a GPU, check it, and print a table.
 
-    python scripts/triton_table.py [--out docs/gpu-notes.md] [--only TEXT] [--capability 80 90] [--processes 2]
+    python scripts/triton_table.py [--out docs/gpu-notes.md] [--only TEXT] [--capability 80 90]
 
 The exit status is 1 if a configuration has a fault (spilled registers, narrow accesses, no tensor cores).
 --out replaces the table between the two marks in a Markdown file.

@@ -110,9 +110,7 @@ def faults(made: Compiled, config: TritonConfig, dtype: torch.dtype, capability:
     if made.registers > most:
         found.append(f"{made.registers} registers; at most {most} are wanted")
     if made.shared > MOST_SHARED:
-        found.append(
-            f"{made.shared} bytes of shared memory; at most {MOST_SHARED} leave room for two programs"
-        )
+        found.append(f"{made.shared} bytes of shared memory; {MOST_SHARED} leave room for two programs")
     if dtype != torch.float32:
         tensor_core = r"wgmma\.mma_async" if capability >= 90 else r"mma\.sync"
         if not made.count(tensor_core) or ("HGMMA" if capability >= 90 else "HMMA") not in made.sass:
