@@ -3,13 +3,15 @@
     python scripts/triton_table.py [--out docs/gpu-notes.md] [--only TEXT] [--capability 80 90]
 
 The exit status is 1 if a configuration has a fault (spilled registers, narrow accesses, no tensor cores).
---out replaces the table between the two marks in a Markdown file.
+--out replaces the table between the two marks in a Markdown file. With TRITON_CACHE_DIR set, a run that was
+stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -73,7 +75,7 @@ def main() -> int:
     ]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = cache
+        triton.knobs.cache.dir = os.environ.get("TRITON_CACHE_DIR", cache)
         with multiprocessing.get_context("fork").Pool(options.processes) as pool:
             results = list(tqdm(pool.imap(measure, jobs), total=len(jobs), disable=not sys.stderr.isatty()))
     text = table([cells for cells, _ in results])

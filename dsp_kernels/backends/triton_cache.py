@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ class ConfigCache:
             temporary.write_text(json.dumps(plain, indent=1))
             temporary.replace(self.file)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def _read(file: Path) -> dict[str, TritonConfig]:
