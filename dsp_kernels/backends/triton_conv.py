@@ -149,9 +149,11 @@ def conv_kernel_function(  # type: ignore[no-untyped-def]  # triton reads annota
         if CHWN:
             inside = tl.max_constancy(inside, [8, 1])
         if WIDE_IN:
-            offset = tl.max_contiguous(tl.multiple_of(offset, 8), 8)
             inside = tl.max_constancy(inside, [1, 8])
-        a = tl.load(x_ptr + (x_col[:, None] + offset[None, :]), mask=inside, other=0.0, cache_modifier=CACHE)
+        read = x_col[:, None] + offset[None, :]
+        if WIDE_IN:
+            read = tl.max_contiguous(tl.multiple_of(read, [1, 8]), [1, 8])
+        a = tl.load(x_ptr + read, mask=inside, other=0.0, cache_modifier=CACHE)
         b = tl.load(w_ptrs)
         if EXACT:
             a = a.to(tl.float32)
@@ -170,9 +172,10 @@ def conv_kernel_function(  # type: ignore[no-untyped-def]  # triton reads annota
     if CHWN:
         live = tl.max_constancy(live, [8, 1])
     if WIDE_OUT:
-        out_filter = tl.max_contiguous(tl.multiple_of(out_filter, 8), 8)
         live = tl.max_constancy(live, [1, 8])
     where = out_col[:, None] + out_filter[None, :]
+    if WIDE_OUT:
+        where = tl.max_contiguous(tl.multiple_of(where, [1, 8]), [1, 8])
     if HAS_RESIDUAL:
         acc += tl.load(residual_ptr + where, mask=live, other=0.0).to(tl.float32)
     # Comparisons that are false for NaN keep it, as torch does.
