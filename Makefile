@@ -2,6 +2,8 @@
 # make test   the same install, then the test suite
 # make bench  every engine that runs here, side by side, with a page of results
 # make lint   ruff and mypy
+# make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
+# make test-triton36   the same with Triton 3.6
 # make fuzz   damage 20,000 saved files and load them
 # make test-zoo   pack every network of the zoo and write docs/zoo.md (installs timm)
 PYTHON ?= python3
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-zoo fuzz lint bench install clean
+.PHONY: demo test test-triton test-triton36 test-zoo fuzz lint bench install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -28,6 +30,13 @@ demo: $(INSTALLED)
 # One thread per process: two torch processes that both use two cores slow each other down many times.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-triton: $(INSTALLED)
+	$(BIN)/python scripts/triton_table.py
+
+test-triton36: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton36 "triton==3.6.*"
+	PYTHONPATH=build/triton36 $(BIN)/python scripts/triton_table.py
 
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet timm

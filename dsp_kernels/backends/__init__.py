@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dsp_kernels.backends.cpu import CpuBackend
 from dsp_kernels.backends.eager import EagerBackend
+from dsp_kernels.backends.gpu import GpuBackend
+from dsp_kernels.backends.gpu_layout import GPU_KERNELS
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.registry import Registry
 
@@ -44,5 +46,7 @@ class ConvBackend(Protocol):
 
 
 BACKENDS: Registry[ConvBackend] = Registry("backend")
+for _name in GPU_KERNELS.names():
+    BACKENDS.register(GpuBackend(_name))
 BACKENDS.register(CpuBackend())
 BACKENDS.register(EagerBackend())

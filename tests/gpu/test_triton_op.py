@@ -1,0 +1,250 @@
+"""The Triton kernel in Triton's interpreter against the definition in float64, written over NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, ONE_TO_ONE, UNEQUAL, WIDE, Arguments, Case, reference
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dsp_kernels import GroupStructure
+from dsp_kernels.backends import BACKENDS
+from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuLayout
+from dsp_kernels.backends.triton import TritonConv
+from dsp_kernels.backends.triton_config import TritonConfig
+from dsp_kernels.backends.triton_tables import reads_runs, writes_runs
+from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.tolerances import op_tolerance
+
+CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+# Channels in aligned runs of 8, so that NHWC takes its 16-byte form on both sides.
+RUNS = GroupStructure.build(
+    32,
+    24,
+    [([*range(8, 16), *range(24, 32)], range(16, 24)), (range(8), range(8))],
+)
+EXTRA = (
+    Case("runs of 8 channels", RUNS, hw=(5, 4), residual=True),
+    Case("runs of 8 channels, 1x1", RUNS, kernel=1, padding=0, hw=(3, 4)),
+    Case("more channels than lie together", GroupStructure.dense(72, 8), hw=(3, 3)),
+    Case("more filters than a tile", GroupStructure.build(3, 40, [([2, 0], range(1, 40))]), hw=(3, 2)),
+    Case("padding 2", UNEQUAL, padding=2, hw=(3, 4)),
+    Case(
+        "dilation and stride", WIDE, dilation=(1, 3), stride=2, padding=(0, 3), hw=(5, 6), activation="relu"
+    ),
+)
+TABLE = [case for case in (*CASES, *EXTRA) if case.batch]
+# What differs in 16 bits is how numbers are read, multiplied and rounded, not which; a part of the table.
+SOME = [
+    case
+    for case in TABLE
+    if case in EXTRA or case.structure in (ONE_TO_ONE, WIDE) or "residual" in case.name or "no " in case.name
+]
+
+
+def within_nan(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(a copy of the values, the NaN before and behind it in memory)."""
+    memory = torch.full((values.numel() + 128,), torch.nan, dtype=values.dtype)
+    inside = memory[64:-64].view(values.shape)
+    inside.copy_(values)
+    return inside, torch.stack([memory[:64], memory[-64:]])
+
+
+def run(
+    case: Case,
+    a: Arguments,
+    layout: GpuLayout,
+    *,
+    in_place: bool = False,
+    config: TritonConfig | None = None,
+) -> Tensor:
+    """The answer as (batch, channels, height, width), written over NaN or over the residual itself."""
+    conv = TritonConv(case.spec, a.weights, a.bias, layout, config)
+    x, _ = within_nan(layout.from_nchw(a.x))
+    residual = None if a.residual is None else layout.from_nchw(a.residual)
+    shape = layout.shape((case.batch, case.structure.out_channels, *case.spec.output_hw(case.hw)))
+    out, around = within_nan(torch.full(shape, torch.nan, dtype=a.x.dtype))
+    if in_place:
+        assert residual is not None
+        out.copy_(residual)
+        residual = out
+    conv(x, out, residual)
+    assert around.isnan().all(), "written outside the output"
+    return layout.as_nchw(out)
+
+
+def check(
+    case: Case,
+    layout: GpuLayout,
+    dtype: torch.dtype = SINGLE,
+    *,
+    in_place: bool = False,
+    config: TritonConfig | None = None,
+) -> None:
+    if layout is CHWN and case.batch % 8:
+        case = replace(case, batch=8)
+    a = case.tensors(dtype)
+    y, expected = run(case, a, layout, in_place=in_place, config=config), reference(case, a)
+    assert y.shape == expected.shape
+    assert not y.isnan().any()
+    error = (y.double() - expected).abs().max().item()
+    assert error <= op_tolerance(dtype, case.reduction) * max(expected.abs().max().item(), 1.0)
+
+
+@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_float32(case: Case, layout: GpuLayout) -> None:
+    check(case, layout, SINGLE)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+def test_16_bits(case: Case, layout: GpuLayout, dtype: torch.dtype) -> None:
+    check(case, layout, dtype)
+
+
+RESIDUAL = Case("residual in place", UNEQUAL, residual=True, activation="relu", hw=(5, 4))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
+def test_out_is_the_residual(layout: GpuLayout, dtype: torch.dtype) -> None:
+    check(RESIDUAL, layout, dtype, in_place=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch"), [(CHWN, 16), (CHWN, 24), (CHWN, 40), (NHWC, 1), (NHWC, 3), (NHWC, 8)]
+)
+def test_batches(layout: GpuLayout, batch: int) -> None:
+    check(replace(RESIDUAL, batch=batch), layout, HALF)
+
+
+@pytest.mark.parametrize("cols", [64, 128])
+@pytest.mark.parametrize("images", [8, 16, 32])
+def test_any_split_of_a_tile_into_pixels_and_images(images: int, cols: int) -> None:
+    config = TritonConfig(True, cols, images, 16, 16, 4, 3)
+    check(replace(RESIDUAL, batch=32), CHWN, config=config)
+
+
+@pytest.mark.parametrize(("filters", "bk"), [(16, 32), (32, 16), (64, 64)])
+def test_any_tile(filters: int, bk: int) -> None:
+    case = Case("", WIDE, hw=(3, 4))
+    check(case, CHWN, config=TritonConfig(True, 64, 8, filters, bk, 4, 3))
+    check(case, NHWC, config=TritonConfig(False, 64, 1, filters, bk, 4, 3))
+
+
+@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
+def test_64_bit_offsets(layout: GpuLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsp_kernels.backends.triton._INT32", 1)
+    check(RESIDUAL, layout)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_columns_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the input is larger than L2; the last block is a smaller one."""
+    monkeypatch.setattr("dsp_kernels.backends.triton.columns_in_l2", lambda *_: block)
+    case = Case(
+        "", GroupStructure.build(4, 40, [([1, 3], range(20)), ([0], range(20, 40))]), hw=(7, 5), kernel=1
+    )
+    check(case, CHWN)
+
+
+@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
+def test_channels_that_no_group_reads_do_no_harm(layout: GpuLayout) -> None:
+    case = Case("", GroupStructure.build(5, 3, [([3, 1], [2, 0])]), batch=8, hw=(4, 4))
+    a = case.tensors()
+    expected = reference(case, a)
+    a.x[:, [0, 2, 4]] = torch.nan
+    torch.testing.assert_close(run(case, a, layout).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_is_kept_by_every_activation() -> None:
+    for activation in ("none", "relu", "relu6", "silu", "hardswish"):
+        case = Case("", ONE_TO_ONE, kernel=1, padding=0, hw=(2, 2), activation=activation)
+        a = case.tensors()
+        a.x[0, 0, 1, 0] = torch.nan
+        assert torch.equal(run(case, a, NHWC).isnan(), a.x.isnan())
+
+
+def test_tf32_only_where_torch_was_told() -> None:
+    from dsp_kernels.backends.triton import _precision
+
+    flag = torch.backends.cuda.matmul
+    before = flag.fp32_precision
+    try:
+        flag.fp32_precision = "ieee"
+        assert _precision(SINGLE) == "ieee"
+        flag.fp32_precision = "tf32"
+        assert [_precision(dtype) for dtype in (SINGLE, HALF, BRAIN)] == ["tf32", "ieee", "ieee"]
+    finally:
+        flag.fp32_precision = before
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    case = Case("", UNEQUAL, batch=8, hw=(4, 4))
+    a = case.tensors()
+    conv = TritonConv(case.spec, a.weights, a.bias, CHWN)
+    x, out = CHWN.from_nchw(a.x), torch.empty(9, 4, 4, 8)
+    for bad in (
+        (a.x, out, None),
+        (x.transpose(1, 2), out, None),
+        (x, out[:8], None),
+        (x, out.half(), None),
+        (x.half(), out.half(), None),
+        (x[..., :6].contiguous(), torch.empty(9, 4, 4, 6), None),
+        (x, out, torch.empty(9, 4, 4)),
+        (x, torch.empty(9 * 128 + 1)[1:].view(9, 4, 4, 8), None),
+    ):
+        with pytest.raises(DSPShapeError):
+            conv(*bad)
+    conv(x[..., :0].contiguous(), out[..., :0].contiguous())
+
+
+# -- the backend on ordinary tensors ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_backend_keeps_the_memory_format(batch: int, channels_last: bool) -> None:
+    case = Case("", UNEQUAL, batch=batch, hw=(3, 4), residual=True, channels_last=channels_last)
+    a = case.tensors()
+    backend = BACKENDS.choose("triton", case.spec, SINGLE, a.x.device)
+    y = backend.prepare(case.spec, a.weights, a.bias)(a.x, a.residual)
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-5)
+
+
+def test_interpreted_kernels_are_never_chosen_by_themselves() -> None:
+    spec, device = RESIDUAL.spec, torch.device("cpu")
+    assert BACKENDS.choose("auto", spec, SINGLE, device).name not in GPU_KERNELS.names()
+    assert GPU_KERNELS.choose("triton", spec, SINGLE, device, CHWN).name == "triton"
+
+
+def test_reasons() -> None:
+    triton = GPU_KERNELS.choose("triton", RESIDUAL.spec, SINGLE, torch.device("cpu"), CHWN)
+    for spec, dtype, device, word in (
+        (RESIDUAL.spec, torch.float64, "cpu", "float64"),
+        (RESIDUAL.spec, SINGLE, "meta", "meta"),
+        (replace(RESIDUAL, dilation=200).spec, SINGLE, "cpu", "400"),
+        (Case("", GroupStructure.dense(70000, 1)).spec, SINGLE, "cpu", "70000"),
+    ):
+        able, reason = triton.can_run(spec, dtype, torch.device(device), CHWN)
+        assert not able
+        assert word in reason
+
+
+def test_runs_of_8_channels() -> None:
+    assert reads_runs(Case("", RUNS).spec)
+    assert writes_runs(Case("", RUNS).spec)  # the absent channels 8 to 15 are a run too
+    for channels in (range(4, 12), [*range(7), 8], range(12), [1, 0, *range(2, 8)]):
+        structure = GroupStructure.build(32, 32, [(channels, channels)])
+        assert not reads_runs(Case("", structure).spec)
+        assert not writes_runs(Case("", structure).spec)
+    assert not reads_runs(Case("", GroupStructure.build(12, 8, [(range(8), range(8))])).spec)

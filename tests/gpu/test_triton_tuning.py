@@ -1,0 +1,169 @@
+"""Choosing tile sizes: the rule, what tuning measures, and the file that it keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import UNEQUAL, WIDE, Case, reference
+
+pytest.importorskip("triton")
+
+from dsp_kernels import GroupStructure
+from dsp_kernels.backends.gpu_layout import GpuLayout
+from dsp_kernels.backends.triton import TritonConv
+from dsp_kernels.backends.triton_cache import ConfigCache, cache_file
+from dsp_kernels.backends.triton_config import TritonConfig, candidates, choose, choose_packing, shipped
+from dsp_kernels.backends.triton_tune import kept_config, signature, tune
+from dsp_kernels.errors import DSPBackendError
+
+CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
+CASE = Case("", UNEQUAL, batch=8, hw=(3, 4), residual=True)
+CONFIG = TritonConfig(True, 64, 8, 16, 32, 4, 3, ".ca")
+
+
+def prepared() -> tuple[TritonConv, torch.Tensor, torch.Tensor, torch.Tensor]:
+    a = CASE.tensors()
+    assert a.residual is not None
+    conv = TritonConv(CASE.spec, a.weights, a.bias, CHWN)
+    return conv, CHWN.from_nchw(a.x), torch.full((9, 3, 4, 8), torch.nan), CHWN.from_nchw(a.residual)
+
+
+def by_images(launch: Callable[[], None]) -> float:
+    """A timer that runs what it is given and prefers the candidate that came last."""
+    launch()
+    by_images.calls += 1  # type: ignore[attr-defined]
+    return 1.0 / by_images.calls  # type: ignore[attr-defined]
+
+
+def test_tuning_measures_few_keeps_the_best_and_leaves_out_alone(tmp_path: Path) -> None:
+    conv, x, out, residual = prepared()
+    cache = ConfigCache(tmp_path / "sub" / "file.json")
+    by_images.calls = 0  # type: ignore[attr-defined]
+    best = tune(conv, x, out, residual, timer=by_images, cache=cache)
+    tried = candidates(CASE.spec, x.dtype, CHWN, True, 8, (3, 4))
+    assert by_images.calls == len(tried) <= 12  # type: ignore[attr-defined]
+    assert best == tried[-1]
+    assert out.isnan().all()
+    again = ConfigCache(cache.file)
+    assert kept_config(conv, x, out, residual, again) == best
+    assert kept_config(conv, x, out, None, again) is None  # another signature
+    conv(x, out, residual)  # by the remembered one
+    expected = reference(CASE, CASE.tensors())
+    torch.testing.assert_close(CHWN.as_nchw(out).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tuning_needs_a_gpu_or_a_timer() -> None:
+    conv, x, out, residual = prepared()
+    with pytest.raises(DSPBackendError, match="on a GPU"):
+        tune(conv, x, out, residual)
+
+
+def test_no_tuning_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DSP_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr("dsp_kernels.backends.triton_tune.tune", lambda *_, **__: pytest.fail("tuned"))
+    conv, x, out, residual = prepared()
+    assert kept_config(conv, x, out, residual) is None
+    conv(x, out, residual)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_configuration_that_is_no_candidate_is_not_used(tmp_path: Path) -> None:
+    conv, x, out, residual = prepared()
+    cache = ConfigCache(tmp_path / "file.json")
+    cache.put(signature(conv, x, residual), TritonConfig(True, 1 << 20, 8, 16, 32, 4, 3))
+    assert kept_config(conv, x, out, residual, cache) is None
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {**CONFIG.to_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100000,
+        '{"version": 2, "configs": {}}',
+        '{"version": 1}',
+        '{"version": 1, "configs": [1]}',
+        *(
+            json.dumps({"version": 1, "configs": {"key": bad}})
+            for bad in (None, [], {}, entry(cols="64"), entry(cols=64.0), entry(chwn=1), entry(more=1))
+        ),
+        json.dumps({"version": 1, "configs": {"key": entry()}}) + " " * (5 << 20),
+        b"\xff\xfe\x00",
+    ],
+    ids=lambda text: str(text[:40]),
+)
+def test_damaged_files_count_as_empty(text: str | bytes, tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert ConfigCache(file).get("key") is None
+    cache = ConfigCache(file)
+    cache.put("key", CONFIG)
+    assert ConfigCache(file).get("key") == CONFIG
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_two_writers_keep_both(tmp_path: Path) -> None:
+    first, second = (ConfigCache(tmp_path / "file.json") for _ in range(2))
+    assert first.get("a") is second.get("b") is None
+    first.put("a", CONFIG)
+    second.put("b", CONFIG)
+    assert ConfigCache(tmp_path / "file.json").get("a") == CONFIG
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = ConfigCache(tmp_path / "file" / "inside.json")
+    cache.put("key", CONFIG)
+    assert cache.get("key") == CONFIG
+
+
+def test_the_files_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSP_KERNELS_CACHE", "/somewhere")
+    assert cache_file("NVIDIA H200/../x", "3.9.0") == Path("/somewhere/triton-3.9.0-NVIDIA-H200-..-x.json")
+    monkeypatch.delenv("DSP_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_file("a", "1").parent == Path("/cache/dsp-kernels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "structure",
+    [UNEQUAL, WIDE, GroupStructure.dense(64, 64), GroupStructure.dense(256, 512), GroupStructure(4, 5)],
+    ids=str,
+)
+def test_the_rule_chooses_only_what_is_compiled_and_checked(
+    structure: GroupStructure, dtype: torch.dtype
+) -> None:
+    checked = {
+        (config.chwn, kind, config.cols, config.filters, config.bk, config.warps, config.stages)
+        for _, config, kind, _ in shipped()
+    }
+    for kernel in (1, 3):
+        spec = Case("", structure, kernel=kernel).spec
+        for layout, wide in ((CHWN, True), (NHWC, True), (NHWC, False)):
+            packing = choose_packing(spec, dtype, layout, wide)
+            for batch in (8, 256):
+                c = choose(spec, dtype, layout, wide, packing, batch, (28, 28))
+                assert (c.chwn, dtype, c.cols, c.filters, c.bk, c.warps, c.stages) in checked
+                assert batch % c.images == 0
+                assert (c.filters, c.bk) == packing
+                allowed = candidates(spec, dtype, layout, wide, batch, (28, 28))
+                assert allowed[0] == c
+                assert len(allowed) <= 12
+
+
+def test_wide_groups_get_wide_tiles() -> None:
+    def filters(o: int) -> int:
+        spec = Case("", GroupStructure.build(64, 256, [(range(40), range(o))])).spec
+        return choose_packing(spec, torch.float16, CHWN, True)[0]
+
+    assert [filters(o) for o in (5, 256)] == [16, 128]
