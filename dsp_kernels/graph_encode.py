@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.graph_modules import Budget, build_module, encode_module, is_known
@@ -27,12 +27,13 @@ DTYPES = {
 _OPS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 
 
-def encode_network(model: nn.Module) -> dict[str, Any]:
+def encode_network(model: nn.Module, example_input: Tensor | None = None) -> dict[str, Any]:
     """{"calls", "modules", "tensors", "modes"} of plain JSON values.
 
+    example_input: (batch, channels, height, width); a model that torch.fx cannot follow needs one.
     Raises DSPFormatError, naming it, for whatever a file cannot hold.
     """
-    graph, modes = traced_calls(model)
+    graph, modes, added = traced_calls(model, example_input)
     numbers: dict[fx.Node, int] = {}
     calls: list[dict[str, Any]] = []
     for node in graph.nodes:
@@ -63,8 +64,11 @@ def encode_network(model: nn.Module) -> dict[str, Any]:
     for call in calls:
         if call.get("tensor", TRAINING) not in (TRAINING, *tensors):
             raise DSPFormatError(f"the network reads {call['tensor']!r}, which is not in its state_dict")
-        if "module" in call and not is_known(model.get_submodule(call["module"])):
-            encode_module(model.get_submodule(call["module"]), call["module"])
+        path = call.get("module", "")
+        if path in added:
+            modules[path] = encode_module(added[path], path)
+        elif path and not is_known(model.get_submodule(path)):
+            encode_module(model.get_submodule(path), path)
     _refuse_shared(model)
     return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes}
 

@@ -41,8 +41,9 @@ def save(model: nn.Module, path: str | Path, example_input: Tensor | None = None
     example_input: (batch, channels, height, width) of the size that the network is made for. ``load`` gives
     its shape back and checks the network with it; without one the first usual size that fits stands in.
 
-    The file holds a graph of known operations and modules (version 2). A model that torch.fx cannot trace
-    is written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
+    The file holds a graph of known operations and modules (version 2). Where torch.fx cannot follow a model,
+    torch.export may, with an example; the file then runs in eval mode only. A model that neither follows is
+    written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
     Raises DSPFormatError, naming it, for a model with something that a file cannot hold.
     """
     tensors = {
@@ -85,7 +86,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
                 model = _network(header, table, budget)
             check_tensors(model, table, path)
             if isinstance(model, LoadedNetwork):
-                check_network(model.eval(), model.example_shape)
+                check_network(model.eval(), model.example_shape, _floating(table))
             # Copies: what safetensors gives is the file itself in memory, which another process may change.
             tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
@@ -97,7 +98,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
 
 def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Tensor | None) -> dict[str, Any]:
     """A header of version 2, after the network was built from it and run without memory."""
-    parts = encode_network(model)
+    parts = encode_network(model, example_input)
     architecture = getattr(model, "architecture", None)
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     shapes, given = _example_shapes(model, example_input)
@@ -111,7 +112,7 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Tenso
         network = _network(header, table, budget)
         check_tensors(network, table, type(model).__name__)
         try:
-            check_network(network.eval(), shape)
+            check_network(network.eval(), shape, _floating(table))
         except DSPFormatError as error:
             errors.append(error)
             continue
@@ -131,6 +132,11 @@ def _example_shapes(model: nn.Module, example_input: Tensor | None) -> tuple[lis
         raise DSPFormatError("the network has no convolution: pass save(..., example_input=...)")
     channels = first.spec.structure.in_channels if isinstance(first, FusedConv2d) else first.in_channels
     return [(1, channels, size, size) for size in _USUAL_SIZES], False
+
+
+def _floating(table: Any) -> torch.dtype:
+    """The floating dtype of a file's tensors, of which there is one; float32 where it has none."""
+    return next((dtype for _, dtype in table.values() if dtype.is_floating_point), torch.float32)
 
 
 def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwork:
