@@ -28,7 +28,7 @@ _OPS = {"call_module": "module", "call_function": "function", "call_method": "me
 
 
 def encode_network(model: nn.Module, example_input: Tensor | None = None) -> dict[str, Any]:
-    """{"calls", "modules", "tensors", "modes"} of plain JSON values.
+    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values.
 
     example_input: (batch, channels, height, width); a model that torch.fx cannot follow needs one.
     Raises DSPFormatError, naming it, for whatever a file cannot hold.
@@ -43,7 +43,7 @@ def encode_network(model: nn.Module, example_input: Tensor | None = None) -> dic
     modules: dict[str, Any] = {}
     tensors: dict[str, str] = {}
     whole = "."  # path of the module that was saved as one, last; its parts follow it
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         if path.startswith(whole):
             continue
         # A module that nothing calls (an auxiliary head) is only its tensors.
@@ -69,8 +69,7 @@ def encode_network(model: nn.Module, example_input: Tensor | None = None) -> dic
             modules[path] = encode_module(added[path], path)
         elif path and not is_known(model.get_submodule(path)):
             encode_module(model.get_submodule(path), path)
-    _refuse_shared(model)
-    return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes}
+    return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes, "tied": _tied(model)}
 
 
 def _refuse_additions(module: nn.Module, path: str) -> None:
@@ -83,12 +82,15 @@ def _refuse_additions(module: nn.Module, path: str) -> None:
         )
 
 
-def _refuse_shared(model: nn.Module) -> None:
-    seen: dict[int, str] = {}
-    for path, tensor in model.named_parameters(remove_duplicate=False):
-        other = seen.setdefault(id(tensor), path)
-        if other != path:
-            raise DSPFormatError(f"{path!r} and {other!r} are the same tensor; a file cannot hold one twice")
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Name of a tensor in the state dict -> the first name of the same tensor, where it has several."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        name = first.setdefault(id(tensor), path)
+        if name != path:
+            tied[path] = name
+    return tied
 
 
 def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
             else:
                 model = _network(header, table, budget)
             check_tensors(model, table, path)
+            _check_ties(model, header.get("tied", {}))
             if isinstance(model, LoadedNetwork):
                 check_network(model.eval(), model.example_shape, _floating(table))
             # Copies: what safetensors gives is the file itself in memory, which another process may change.
@@ -92,6 +93,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     except (SafetensorError, OSError, RecursionError) as error:
         raise DSPFormatError(f"{path} is not a readable safetensors file: {error}") from error
     model.load_state_dict(tensors, assign=True)
+    _tie(model, header.get("tied", {}))
     _make_real(model)
     return model.to(device).eval()
 
@@ -152,6 +154,28 @@ def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwor
         "modes": modes,
     }
     return build_network(header, meta, table, budget)
+
+
+def _check_ties(model: nn.Module, tied: Any) -> None:
+    """Raises DSPFormatError for names that cannot be one tensor."""
+    state = model.state_dict(keep_vars=True)
+    pairs = tied.items() if isinstance(tied, dict) else [(tied, None)]
+    for name, first in pairs:
+        if not isinstance(first, str) or name not in state or first not in state or first in tied:
+            raise DSPFormatError(
+                f"{str(name)[:80]!r} is said to be {str(first)[:80]!r}; expected two tensors"
+            )
+        a, b = state[name], state[first]
+        if type(a) is not type(b) or a.shape != b.shape:
+            raise DSPFormatError(f"{name!r} and {first!r} cannot be the same tensor: {a.shape}, {b.shape}")
+
+
+def _tie(model: nn.Module, tied: dict[str, str]) -> None:
+    """Let names be the same parameter or buffer again; a file holds it once under each name."""
+    state = model.state_dict(keep_vars=True)
+    for name, first in tied.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, state[first])
 
 
 def _make_real(model: nn.Module) -> None:
