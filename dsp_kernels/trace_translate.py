@@ -39,6 +39,8 @@ def _computing(graph: fx.Graph) -> list[fx.Node]:
 def _alike(left: Any, right: Any, names: dict[fx.Node, fx.Node]) -> bool:
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(_alike(a, b, names) for a, b in zip(left, right, strict=True))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_alike(left[key], right[key], names) for key in left)
     numbers = [
         isinstance(value, int) or (isinstance(value, fx.Node) and bool(value.meta.get("number")))
         for value in (left, right)
@@ -66,10 +68,15 @@ class Translation:
 
     def refuse_mutations(self) -> None:
         """Raises DSPTraceError where forward() writes into buffers of the model."""
-        changed = sorted(self.program.graph_signature.buffers_to_mutate.values())
+        changed = set(self.program.graph_signature.buffers_to_mutate.values())
+        for node in self._inlined(self.program.graph_module):
+            name = getattr(node.target, "_opname", "")
+            if node.args and isinstance(node.args[0], fx.Node) and name.endswith("_") and name != "detach_":
+                changed.add(self._held(self._source(node.args[0])))
+        changed.discard("")
         if changed:
             raise DSPTraceError(
-                f"{type(self.model).__name__}.forward() writes into {', '.join(changed)} in eval mode; "
+                f"{type(self.model).__name__}.forward() writes into {', '.join(sorted(changed))} in eval mode; "
                 "expected a forward() that changes nothing"
             )
 
@@ -171,7 +178,7 @@ class Translation:
 
     def _kept(self, parts: list[fx.Node]) -> list[fx.Node]:
         inside = set(parts)
-        return [node for node in parts if not node.users or any(user not in inside for user in node.users)]
+        return [node for node in parts if any(user not in inside for user in node.users)]
 
     def _call(self, node: fx.Node) -> None:
         if self._source(node) is not node:
