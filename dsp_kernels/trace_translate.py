@@ -76,8 +76,8 @@ class Translation:
         changed.discard("")
         if changed:
             raise DSPTraceError(
-                f"{type(self.model).__name__}.forward() writes into {', '.join(sorted(changed))} in eval mode; "
-                "expected a forward() that changes nothing"
+                f"{type(self.model).__name__}.forward() writes into {', '.join(sorted(changed))} in eval "
+                "mode; expected a forward() that changes nothing"
             )
 
     def run(self) -> fx.Graph:
