@@ -35,10 +35,13 @@ def is_example_shape(shape: Any) -> bool:
     return shape[0] * shape[1] * shape[2] * shape[3] <= _LARGEST_INPUT
 
 
-def check_network(network: fx.GraphModule, example_shape: tuple[int, ...]) -> None:
-    """Raises DSPFormatError where the network, on the meta device, cannot run on inputs of this shape."""
-    floats = [tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()]
-    x = torch.empty(example_shape, device="meta", dtype=floats[0] if floats else torch.float32)
+def check_network(network: fx.GraphModule, example_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raises DSPFormatError where the network, on the meta device, cannot run on inputs of this shape.
+
+    dtype: of the tensors in its file; modules on the meta device are made in another one and get this one.
+    """
+    network.to(dtype)
+    x = torch.empty(example_shape, device="meta", dtype=dtype)
     checker = _Checker(network, _allowed(x))
     try:
         with torch.no_grad():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.graph_modules import Budget, build_module, encode_module, is_known
@@ -27,12 +27,13 @@ DTYPES = {
 _OPS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 
 
-def encode_network(model: nn.Module) -> dict[str, Any]:
-    """{"calls", "modules", "tensors", "modes"} of plain JSON values.
+def encode_network(model: nn.Module, example_input: Tensor | None = None) -> dict[str, Any]:
+    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values.
 
+    example_input: (batch, channels, height, width); a model that torch.fx cannot follow needs one.
     Raises DSPFormatError, naming it, for whatever a file cannot hold.
     """
-    graph, modes = traced_calls(model)
+    graph, modes, added = traced_calls(model, example_input)
     numbers: dict[fx.Node, int] = {}
     calls: list[dict[str, Any]] = []
     for node in graph.nodes:
@@ -42,7 +43,7 @@ def encode_network(model: nn.Module) -> dict[str, Any]:
     modules: dict[str, Any] = {}
     tensors: dict[str, str] = {}
     whole = "."  # path of the module that was saved as one, last; its parts follow it
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         if path.startswith(whole):
             continue
         # A module that nothing calls (an auxiliary head) is only its tensors.
@@ -63,10 +64,12 @@ def encode_network(model: nn.Module) -> dict[str, Any]:
     for call in calls:
         if call.get("tensor", TRAINING) not in (TRAINING, *tensors):
             raise DSPFormatError(f"the network reads {call['tensor']!r}, which is not in its state_dict")
-        if "module" in call and not is_known(model.get_submodule(call["module"])):
-            encode_module(model.get_submodule(call["module"]), call["module"])
-    _refuse_shared(model)
-    return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes}
+        path = call.get("module", "")
+        if path in added:
+            modules[path] = encode_module(added[path], path)
+        elif path and not is_known(model.get_submodule(path)):
+            encode_module(model.get_submodule(path), path)
+    return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes, "tied": _tied(model)}
 
 
 def _refuse_additions(module: nn.Module, path: str) -> None:
@@ -79,12 +82,15 @@ def _refuse_additions(module: nn.Module, path: str) -> None:
         )
 
 
-def _refuse_shared(model: nn.Module) -> None:
-    seen: dict[int, str] = {}
-    for path, tensor in model.named_parameters(remove_duplicate=False):
-        other = seen.setdefault(id(tensor), path)
-        if other != path:
-            raise DSPFormatError(f"{path!r} and {other!r} are the same tensor; a file cannot hold one twice")
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Name of a tensor in the state dict -> the first name of the same tensor, where it has several."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        name = first.setdefault(id(tensor), path)
+        if name != path:
+            tied[path] = name
+    return tied
 
 
 def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _only(settings: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
-        return len(value) <= 8 and all(_is_plain(item) and not isinstance(item, list) for item in value)
+        return len(value) <= 64 and all(_is_plain(item) and not isinstance(item, list) for item in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < _LARGEST
     return value is None or isinstance(value, bool | float | str)

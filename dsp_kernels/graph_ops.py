@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsp_kernels.size_check import SizeCheck
+
 __all__ = [
     "ATTRIBUTES",
     "METHODS",
@@ -129,6 +131,7 @@ MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.PixelShuffle: ("upscale_factor",),
     nn.PixelUnshuffle: ("downscale_factor",),
     nn.ChannelShuffle: ("groups",),
+    SizeCheck: ("conditions",),
 }
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPError, DSPFormatError
-from dsp_kernels.trace import evaluating
+from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
+from dsp_kernels.trace import evaluating, trace
 from dsp_kernels.trace_ops import LEAF_TYPES
+from dsp_kernels.trace_ways import SIZE_CHECK
 
 __all__ = ["TRAINING", "traced_calls"]
 
@@ -43,14 +44,23 @@ class _Tracer(fx.Tracer):
         return any(tensor is t for t in (*self.root.parameters(), *self.root.buffers()))
 
 
-def traced_calls(model: nn.Module) -> tuple[fx.Graph, str]:
-    """The graph of a model and the modes it is right for: "both" or, where training differs, "eval".
+def traced_calls(
+    model: nn.Module, example_input: Tensor | None = None
+) -> tuple[fx.Graph, str, dict[str, nn.Module]]:
+    """The graph of a model, the modes it is right for, and modules that it calls beyond the model's own.
+
+    The modes are "both" or, where training differs, "eval". Where torch.fx cannot follow the model, the graph
+    is that of ``trace`` for images such as the example, with its check of sizes.
 
     Where the modes differ only in flags that follow ``training`` (of functional dropout and norms), these
     flags are read from the network's own mode. Raises DSPFormatError where torch.fx cannot follow.
     """
     with evaluating(model):
-        graph = _trace(model)
+        try:
+            graph = _trace(model)
+        except DSPFormatError as error:
+            return _exported(model, example_input, error)
+        _refuse_inputs(graph, model)
     with evaluating(model):  # gives every module its mode back
         try:
             training = _trace(model.train())
@@ -65,7 +75,7 @@ def traced_calls(model: nn.Module) -> tuple[fx.Graph, str]:
         for node, other in zip(nodes, others, strict=True)
     )
     if not same:
-        return graph, "eval"
+        return graph, "eval", {}
     flagged = [
         (n, o) for n, o in zip(nodes, others, strict=True) if _flags((n.args, n.kwargs), (o.args, o.kwargs))
     ]
@@ -76,7 +86,26 @@ def traced_calls(model: nn.Module) -> tuple[fx.Graph, str]:
         for node, other in flagged:
             node.args = _follow(node.args, other.args, flag)
             node.kwargs = _follow(node.kwargs, other.kwargs, flag)
-    return graph, "both"
+    return graph, "both", {}
+
+
+def _exported(
+    model: nn.Module, example_input: Tensor | None, first: DSPFormatError
+) -> tuple[fx.Graph, str, dict[str, nn.Module]]:
+    if example_input is None:
+        raise DSPFormatError(f"{first}. Pass save(..., example_input=...): torch.export may follow it then")
+    try:
+        network = trace(model, example_input)
+    except DSPTraceError as error:
+        raise DSPFormatError(str(error)) from error
+    graph = network.graph_module.graph
+    _refuse_inputs(graph, model)
+    _drop_checks(graph)
+    held = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    own = [str(n.target) for n in graph.nodes if n.op == "get_attr" and str(n.target) not in held]
+    if own:
+        raise DSPFormatError(f"forward() makes a tensor of its own: {own[0]}")
+    return graph, "eval", {} if network.size_check is None else {SIZE_CHECK: network.size_check}
 
 
 def _trace(model: nn.Module) -> fx.Graph:
@@ -87,13 +116,20 @@ def _trace(model: nn.Module) -> fx.Graph:
             f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written to "
             f"a file: {error}"
         ) from error
+    _drop_checks(graph)
+    return graph
+
+
+def _refuse_inputs(graph: fx.Graph, model: nn.Module) -> None:
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         raise DSPFormatError(f"{type(model).__name__}.forward() takes several inputs; a file can hold one")
+
+
+def _drop_checks(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if not node.users and (name in _CHECKS or (node.op == "call_function" and node.target in _UNUSED)):
             graph.erase_node(node)
-    return graph
 
 
 def _same(left: Any, right: Any, pairs: dict[fx.Node, fx.Node]) -> bool:

@@ -41,8 +41,9 @@ def save(model: nn.Module, path: str | Path, example_input: Tensor | None = None
     example_input: (batch, channels, height, width) of the size that the network is made for. ``load`` gives
     its shape back and checks the network with it; without one the first usual size that fits stands in.
 
-    The file holds a graph of known operations and modules (version 2). A model that torch.fx cannot trace
-    is written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
+    The file holds a graph of known operations and modules (version 2). Where torch.fx cannot follow a model,
+    torch.export may, with an example; the file then runs in eval mode only. A model that neither follows is
+    written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
     Raises DSPFormatError, naming it, for a model with something that a file cannot hold.
     """
     tensors = {
@@ -84,20 +85,22 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
             else:
                 model = _network(header, table, budget)
             check_tensors(model, table, path)
+            _check_ties(model, header.get("tied", {}))
             if isinstance(model, LoadedNetwork):
-                check_network(model.eval(), model.example_shape)
+                check_network(model.eval(), model.example_shape, _floating(table))
             # Copies: what safetensors gives is the file itself in memory, which another process may change.
             tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
         raise DSPFormatError(f"{path} is not a readable safetensors file: {error}") from error
     model.load_state_dict(tensors, assign=True)
+    _tie(model, header.get("tied", {}))
     _make_real(model)
     return model.to(device).eval()
 
 
 def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Tensor | None) -> dict[str, Any]:
     """A header of version 2, after the network was built from it and run without memory."""
-    parts = encode_network(model)
+    parts = encode_network(model, example_input)
     architecture = getattr(model, "architecture", None)
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     shapes, given = _example_shapes(model, example_input)
@@ -111,7 +114,7 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Tenso
         network = _network(header, table, budget)
         check_tensors(network, table, type(model).__name__)
         try:
-            check_network(network.eval(), shape)
+            check_network(network.eval(), shape, _floating(table))
         except DSPFormatError as error:
             errors.append(error)
             continue
@@ -133,6 +136,11 @@ def _example_shapes(model: nn.Module, example_input: Tensor | None) -> tuple[lis
     return [(1, channels, size, size) for size in _USUAL_SIZES], False
 
 
+def _floating(table: Any) -> torch.dtype:
+    """The floating dtype of a file's tensors, of which there is one; float32 where it has none."""
+    return next((dtype for _, dtype in table.values() if dtype.is_floating_point), torch.float32)
+
+
 def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwork:
     shape, modes = header.get("example_shape"), header.get("modes")
     if not is_example_shape(shape) or shape is None:
@@ -146,6 +154,28 @@ def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwor
         "modes": modes,
     }
     return build_network(header, meta, table, budget)
+
+
+def _check_ties(model: nn.Module, tied: Any) -> None:
+    """Raises DSPFormatError for names that cannot be one tensor."""
+    state = model.state_dict(keep_vars=True)
+    pairs = tied.items() if isinstance(tied, dict) else [(tied, None)]
+    for name, first in pairs:
+        if not isinstance(first, str) or name not in state or first not in state or first in tied:
+            raise DSPFormatError(
+                f"{str(name)[:80]!r} is said to be {str(first)[:80]!r}; expected two tensors"
+            )
+        a, b = state[name], state[first]
+        if type(a) is not type(b) or a.shape != b.shape:
+            raise DSPFormatError(f"{name!r} and {first!r} cannot be the same tensor: {a.shape}, {b.shape}")
+
+
+def _tie(model: nn.Module, tied: dict[str, str]) -> None:
+    """Let names be the same parameter or buffer again; a file holds it once under each name."""
+    state = model.state_dict(keep_vars=True)
+    for name, first in tied.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, state[first])
 
 
 def _make_real(model: nn.Module) -> None:

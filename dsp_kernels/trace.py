@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPTraceError
+from dsp_kernels.size_check import SizeCheck
+from dsp_kernels.trace_export import export_calls, place_in_user_code
 from dsp_kernels.trace_ops import LEAF_TYPES, classify
+from dsp_kernels.trace_ways import exported_network
 
-__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace", "works_in_place"]
+__all__ = [
+    "TracedNetwork",
+    "TracedNode",
+    "call_graph",
+    "evaluating",
+    "trace",
+    "works_in_place",
+]
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,21 @@ class TracedNetwork:
     """The nodes of a network in the order in which they run.
 
     graph_module: the fx graph module; it shares its submodules with the traced model.
+    size_check: which images the graph is right for, where it is not right for all that the model takes.
+    two_ways: whether it computes what the model does with one image and what it does with several.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, nodes: tuple[TracedNode, ...]) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        nodes: tuple[TracedNode, ...],
+        size_check: SizeCheck | None = None,
+        two_ways: bool = False,
+    ) -> None:
         self.graph_module = graph_module
         self.nodes = nodes
+        self.size_check = size_check
+        self.two_ways = two_ways
         self._by_name = {node.name: node for node in nodes}
 
     def __getitem__(self, name: str) -> TracedNode:
@@ -93,6 +113,11 @@ class _Tracer(fx.Tracer):
         return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
 
 
+def is_leaf(module: nn.Module, path: str) -> bool:
+    """Whether a call of this module is one node of a graph."""
+    return _Tracer().is_leaf_module(module, path)
+
+
 class _ShapeRecorder(fx.Interpreter):
     """Runs the graph once and keeps the shape of every tensor, freeing values as they are used up."""
 
@@ -117,12 +142,23 @@ def _holds_tensors(value: Any) -> bool:
     return False
 
 
-def call_graph(model: nn.Module, training: bool = False) -> fx.Graph | None:
-    """The calls of a model in eval or training mode, without shapes; None if torch.fx cannot follow it."""
+def call_graph(
+    model: nn.Module, training: bool = False, example_input: Tensor | None = None
+) -> fx.Graph | None:
+    """The calls of a model in eval or training mode, without shapes; None if nothing can follow it.
+
+    example_input: (batch, channels, height, width), for models that torch.fx cannot follow.
+    """
     with evaluating(model):
         model.train(training)
         try:
             return _symbolic_graph(model)
+        except DSPTraceError:
+            pass
+        try:
+            if example_input is None:
+                return None
+            return export_calls(model, example_input, is_leaf, mutates=True).graph
         except DSPTraceError:
             return None
 
@@ -131,34 +167,43 @@ def _symbolic_graph(model: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(model)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
+        place = place_in_user_code(error)
         raise DSPTraceError(
-            f"{type(model).__name__} cannot be traced by torch.fx: {error}. "
-            "Control flow that depends on tensor values has to move out of forward()."
+            f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {error}"
         ) from error
 
 
-def trace(model: nn.Module, example_input: Tensor) -> TracedNetwork:
-    """Trace ``model`` in eval mode.
+def trace(model: nn.Module, example_input: Tensor, every_path: bool = False) -> TracedNetwork:
+    """Trace ``model`` in eval mode, by torch.fx or, where its code is too much for that, by torch.export.
 
     example_input: (batch, channels, height, width), on the model's device.
+    every_path: where forward() goes another way for a batch of one image, trace both ways as one network
+        that gives both answers; otherwise such a model is refused.
 
     The model is left as it was: modes, buffers and parameters do not change.
-    Raises DSPTraceError if torch.fx cannot follow the model or the model cannot run on the example.
+    Raises DSPTraceError if neither can follow the model, naming the line of its code, or if the model cannot
+    run on the example.
     """
     with evaluating(model):
-        graph = _symbolic_graph(model)
-        _read_results_of_inplace(graph, model)
-        graph_module = fx.GraphModule(model, graph)
+        check = None
+        try:
+            graph_module = fx.GraphModule(model, _symbolic_graph(model))
+            two_ways = False
+        except DSPTraceError as error:
+            graph_module, check, two_ways = exported_network(model, example_input, every_path, is_leaf, error)
+        _read_results_of_inplace(graph_module.graph, graph_module)
+        graph_module.recompile()
         recorder = _ShapeRecorder(graph_module)
         try:
             with torch.no_grad():
-                recorder.run(example_input.clone())  # a model may write into its input
+                # a model may write into its input
+                recorder.run(example_input[:1].clone() if two_ways else example_input.clone())
         except Exception as error:
             raise DSPTraceError(
                 f"{type(model).__name__} does not run on an example input of shape "
                 f"{tuple(example_input.shape)} and dtype {example_input.dtype}: {error}"
             ) from error
-    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)))
+    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check, two_ways)
 
 
 def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:

@@ -29,7 +29,8 @@ LAYOUT_KINDS = (
     "channel_shuffle",  # nn.ChannelShuffle; attributes: groups
     "conv_transpose",  # nn.ConvTranspose2d
     "functional_norm",  # F.batch_norm in eval mode with a module's tensors; attributes: module, path
-    "instance_norm",  # nn.InstanceNorm2d
+    "instance_norm",  # nn.InstanceNorm2d, or nn.GroupNorm with one channel per group
+    "norm_over_channels",  # group, layer and local response norms: channels depend on each other
     "adaptive_pool",  # to more than one place
     "pad",  # around the map; attributes: mode, value
     "interpolate",
@@ -70,6 +71,7 @@ _COMBINATIONS = {
     for function in functions
 }
 _RESHAPES = (torch.reshape, "view", "reshape")
+_NORMS_OVER_CHANNELS = (F.group_norm, F.layer_norm, F.local_response_norm, torch.group_norm, torch.layer_norm)
 _PADS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 # In eval mode these return their input; their argument ``training`` has this place.
 _DROPS = {"dropout2d": 2, "alpha_dropout": 2, "feature_alpha_dropout": 2, "stochastic_depth": 3}
@@ -80,6 +82,10 @@ def classify_module(node: fx.Node, module: nn.Module, shapes: _Shapes) -> _Class
     forward, own = type(module).forward, _source_shape(node, shapes)
     if any(forward is kind.forward for kind in _POINTWISE_MODULES if isinstance(module, kind)):
         return "elementwise", {"apply": lambda values: module(values.clone())}
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm):
+        single = isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
+        plain = forward is nn.GroupNorm.forward and own is not None and len(own) == 4
+        return ("instance_norm", {}) if single and plain else ("norm_over_channels", {})
     if own is None or len(own) != 4:
         return "opaque", {}
     if forward is nn.PReLU.forward and isinstance(module, nn.PReLU) and module.num_parameters == 1:
@@ -110,6 +116,8 @@ def classify_function(node: fx.Node, shapes: _Shapes, root: nn.Module | None) ->
         found = rule(node, shapes)
         if found is not None:
             return found
+    if node.target in _NORMS_OVER_CHANNELS:
+        return "norm_over_channels", {}
     return _norm(node, root) or ("opaque", {})
 
 

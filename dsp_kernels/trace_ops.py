@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.trace_layout import LAYOUT_KINDS, classify_function, classify_module
 
 __all__ = ["KINDS", "LEAF_TYPES", "classify"]
@@ -33,13 +34,14 @@ KINDS = (
     "flatten",  # (batch, channels, height, width) -> (batch, channels * height * width)
     "linear",  # nn.Linear
     "identity",  # dropout in eval mode, nn.Identity, contiguous()
+    "size_check",  # SizeCheck: the identity, for images of some sizes
     "scalar",  # sizes and other numbers
     "output",  # of one tensor
     *LAYOUT_KINDS,
     "opaque",  # anything else
 )
 
-LEAF_TYPES: tuple[type[nn.Module], ...] = (PackedConv2d, FusedConv2d)
+LEAF_TYPES: tuple[type[nn.Module], ...] = (PackedConv2d, FusedConv2d, SizeCheck)
 
 _Attributes = dict[str, Any]
 _Classified = tuple[str, _Attributes]
@@ -99,6 +101,8 @@ def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]
         return "packed_conv", {}
     if isinstance(module, FusedConv2d):
         return "fused_conv", {}
+    if isinstance(module, SizeCheck):
+        return "size_check", {}
     # A subclass with its own forward is its own operation.
     if _is(module, nn.Conv2d):
         return "conv", {}

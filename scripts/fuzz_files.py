@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.size_check import SizeCheck
 
 _SECONDS = 10  # for one file; a good one takes less than 0.1
 _MEMORY = 1 << 30  # beyond what the process holds at the start; the files are smaller than 64 KiB
@@ -70,14 +71,16 @@ class _Residual(nn.Module):
         mixed = dsp_kernels.GroupStructure.build(6, 8, [([0, 5, 2], [1, 7, 4]), ([1], [0]), ([], [5])])
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
         self.packed = dsp_kernels.PackedConv2d(mixed, 3, padding=1, bias=True)
+        self.sizes = SizeCheck(("height % 2 == 0", "width >= 4", "(2 + width * 3) // 2 < 4096"))
         self.scale = nn.Parameter(torch.rand(8, 1, 1))
+        self.same_scale = self.scale
         self.register_buffer("shift", torch.rand(8, 1, 1))
         self.pool = nn.AvgPool2d(2, padding=1)
         self.classifier = nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Any:
         batch, _, height, width = x.shape
-        x = self.packed(self.stem(x)) * self.scale + self.shift
+        x = self.packed(self.stem(self.sizes(x))) * self.scale * self.same_scale + self.shift
         x = x.view(batch, 2, 8 // 2, height, width).transpose(1, 2).reshape(batch, -1, height, width)
         left, right = torch.chunk(nn.functional.dropout(x, 0.5, self.training), 2, dim=1)
         y = torch.cat([self.pool(left), self.pool(right)[:, :, :, ::1], left[:, :, 1:6, 1:6]], 1)

@@ -20,12 +20,16 @@ def pack(
     ckpt: Annotated[Path, typer.Option("--ckpt", help="A network that dsp finetune wrote.")],
     save: Annotated[Path, typer.Option("--save", help="Where the packed network goes (.safetensors).")],
     image_size: o.ImageSize = 32,
+    fixed_size: Annotated[
+        bool,
+        typer.Option("--fixed-size", help="Fold more, for images of this one size; others are refused then."),
+    ] = False,
 ) -> None:
     """Pack a pruned network exactly; the result is checked against it before it is saved."""
     model = load_pruned(ckpt, (image_size, image_size))
     channels = next(model.parameters()).shape[1]
     example = torch.zeros(1, channels, image_size, image_size)
-    packed = packing.pack(model, example)
+    packed = packing.pack(model, example, fixed_size)
     dsp_kernels.save(packed, save, example)
     before, after = network_cost(model, example), network_cost(packed, example)
     console.print(

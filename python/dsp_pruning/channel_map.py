@@ -19,6 +19,7 @@ __all__ = ["ChannelMap", "Wire", "norm_of"]
 # Every channel of the output depends on the same channel of the input and on nothing else.
 _STRAIGHT = (
     *("batch_norm", "functional_norm", "instance_norm", "activation", "elementwise", "identity", "add"),
+    "size_check",
     *("max_pool", "avg_pool", "global_avg_pool", "adaptive_pool", "pad", "interpolate", "spatial_mean"),
     *("combine", "split", "split_channels", "join_channels"),
 )
@@ -80,7 +81,11 @@ class ChannelMap:
             return
         wires = self._straight(node) if node.kind in _STRAIGHT else self._moved(node)
         if wires is None:
-            self.barriers[node.name] = f"packing does not know how channels pass {node.describe()}"
+            self.barriers[node.name] = (
+                f"{node.describe()} normalises over several channels together"
+                if node.kind == "norm_over_channels"
+                else f"packing does not know how channels pass {node.describe()}"
+            )
             return
         self.wires[node.name] = wires
         if node.attributes.get("rigid") or _names_features(node):

@@ -111,16 +111,15 @@ class Rules:
 
     def _normalised(self, node: TracedNode, given: Tensor) -> Tensor:
         norm = norm_of(node)
-        assert isinstance(norm, nn.BatchNorm2d | nn.InstanceNorm2d)
+        assert isinstance(norm, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm)
         if not self.values:
             clearable = norm.weight is not None and not self.runs_often(node) and node.kind == "batch_norm"
             return _unless_zero(given) if clearable else torch.full_like(given, torch.nan)
-        if (
-            norm.running_mean is None or norm.running_var is None
-        ):  # an instance norm: 0 has mean and variance 0
+        statistics = [getattr(norm, name, None) for name in ("running_mean", "running_var")]
+        if any(value is None for value in statistics):  # an instance norm: 0 has mean and variance 0
             normal = _unless_zero(given)
         else:
-            mean, variance = (t.detach().cpu().double() for t in (norm.running_mean, norm.running_var))
+            mean, variance = (t.detach().cpu().double() for t in statistics if t is not None)
             normal = (given - mean) * (variance + norm.eps).rsqrt()
         if norm.weight is None:
             return normal

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPVerificationError
+from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
 from dsp_pruning.packing_plan import plan_packing
@@ -23,10 +24,13 @@ __all__ = ["pack"]
 _ROUNDINGS = 8.0
 
 
-def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
+def pack(model: nn.Module, example_input: Tensor, fixed_size: bool = False) -> nn.Module:
     """A copy of a pruned network in which nothing that the masks removed is left.
 
     example_input: (batch, channels, height, width) of the sizes that the network is made for.
+    fixed_size: whether the copy may be right for images of the example's height and width only. Constants
+    then also go where their readers pad zeros, into a bias for every place (rule 4); other sizes raise
+    DSPShapeError. See ``FixedSizeConv2d``.
 
     Every pruned convolution becomes a PackedConv2d with one group per set of channels that filters read.
     Channels that are zero, or that nobody reads, disappear from everything that holds them: norms, linear
@@ -40,7 +44,10 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
     same statistics, if pruned filters have norms of weight and bias 0, which is how PruneWrapper leaves
     them. The model is not changed.
 
-    Raises DSPTraceError if torch.fx cannot follow the model, DSPPruningError if a mask does not fit its
+    A model that torch.fx cannot follow is followed by torch.export. What its code decides by the size of the
+    image then holds for the copy too: images for which the code decides otherwise raise DSPShapeError.
+
+    Raises DSPTraceError if neither can follow the model, DSPPruningError if a mask does not fit its
     weight, and DSPVerificationError if the copy does not answer as the masked network does. Warns if weights
     are not 0 where their mask is.
     """
@@ -52,19 +59,35 @@ def pack(model: nn.Module, example_input: Tensor) -> nn.Module:
             "an example input of at least one image"
         )
     with torch.autocast(example_input.device.type, enabled=False):
-        return _pack(model, example_input)
+        return _pack(model, example_input, fixed_size)
 
 
-def _pack(model: nn.Module, example_input: Tensor) -> nn.Module:
+def _pack(model: nn.Module, example_input: Tensor, fixed_size: bool) -> nn.Module:
     masked = _masked_copy(model)
     packed = copy.deepcopy(masked)
-    network = trace(packed, example_input)
-    plan = plan_packing(network, _read_in_training(packed, network))
+    network = trace(packed, example_input, every_path=True)
+    plan = plan_packing(network, _read_in_training(packed, network, example_input), fixed_size)
     for path, layer in plan.layers.items():
         replace_module(packed, path, rebuild(packed.get_submodule(path), layer))
     packed.packing = PackingReport(plan.layers, plan.barriers)  # type: ignore[assignment]
+    if network.size_check is not None:
+        packed.register_forward_pre_hook(_SizesFirst(network.size_check))
     _verify(masked, packed, example_input)
+    if network.two_ways:
+        _verify(masked, packed, example_input[:1])
+        _verify(masked, packed, example_input[:1].repeat(2, 1, 1, 1))
     return packed
+
+
+class _SizesFirst:
+    """A hook that refuses images for which the network's code takes another way than it was packed for."""
+
+    def __init__(self, check: SizeCheck) -> None:
+        self.check = check
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for x in args[:1]:
+            self.check(x)
 
 
 def _masked_copy(model: nn.Module) -> nn.Module:
@@ -94,12 +117,12 @@ def _masked_copy(model: nn.Module) -> nn.Module:
     return masked
 
 
-def _read_in_training(model: nn.Module, network: TracedNetwork) -> dict[str, str]:
+def _read_in_training(model: nn.Module, network: TracedNetwork, example_input: Tensor) -> dict[str, str]:
     """Node -> reason, for values that are read by modules which run in training mode only (auxiliary heads).
 
     Such a module is left as it is, so its input has to keep its width.
     """
-    graph = call_graph(model, training=True)
+    graph = call_graph(model, training=True, example_input=example_input)
     held: dict[str, str] = {}
     for node in graph.nodes if graph is not None else ():
         path = str(node.target)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.trace import TracedNetwork, TracedNode
 from dsp_pruning.channel_map import ChannelMap, norm_of
 from dsp_pruning.channel_rules import keeps_constants
 from dsp_pruning.channels import ChannelFlow, channel_flow
-from dsp_pruning.kernel_matrix import groups_of, kernel_sums, matrix_shape
+from dsp_pruning.kernel_matrix import dense_weight, groups_of, kernel_sums, matrix_shape
 from dsp_pruning.spaces import Spaces
 
 __all__ = ["Barrier", "LayerPlan", "PackingPlan", "plan_layers", "plan_packing"]
@@ -32,6 +33,8 @@ class LayerPlan:
         and for convolutions that are grouped already.
     bias: float64 numbers for out_keep where constants were folded into it, None where it is the module's own.
     folded: input channels that were replaced by a number in the bias.
+    position_bias: [out_keep, height, width] float64 where constants were folded into a bias for every place,
+        for inputs of in_size (height, width) only; None elsewhere.
     """
 
     path: str
@@ -42,6 +45,8 @@ class LayerPlan:
     structure: GroupStructure | None
     bias: tuple[float, ...] | None = field(default=None, repr=False)
     folded: tuple[int, ...] = ()
+    position_bias: Tensor | None = field(default=None, repr=False, compare=False)
+    in_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,18 +74,22 @@ def plan_layers(network: TracedNetwork) -> dict[str, LayerPlan]:
     return plan_packing(network).layers
 
 
-def plan_packing(network: TracedNetwork, held: dict[str, str] | None = None) -> PackingPlan:
+def plan_packing(
+    network: TracedNetwork, held: dict[str, str] | None = None, fixed_size: bool = False
+) -> PackingPlan:
     """What stays of a traced network, and why what could have gone stays.
 
     held: node name -> reason, for values whose channels have to stay because something outside this graph
         reads them.
+    fixed_size: whether a constant may go into a bias for every place, where zeros are padded around it.
     """
-    return _Planner(network, held or {}).plan()
+    return _Planner(network, held or {}, fixed_size).plan()
 
 
 class _Planner:
-    def __init__(self, network: TracedNetwork, held: dict[str, str]) -> None:
+    def __init__(self, network: TracedNetwork, held: dict[str, str], fixed_size: bool) -> None:
         self.network = network
+        self.fixed_size = fixed_size
         self.paths = ChannelMap(network)
         self.flow: ChannelFlow = channel_flow(network, semantics="eval", paths=self.paths)
         self.runs: dict[int, list[TracedNode]] = {}
@@ -145,7 +154,7 @@ class _Planner:
         for node in self.network:
             if node.name not in self.paths.readers or groups_of(node.module) > 1:
                 continue
-            if not (self._folds(node) and keeps_constants(node)):
+            if not (self._folds(node) and (self.fixed_size or keeps_constants(node))):
                 source = node.inputs[0]
                 constant = self.flow[source].constant
                 read = self._alive(node).any(0) & ~constant.isnan() & (constant != 0)
@@ -173,6 +182,7 @@ class _Planner:
         node = nodes[0]
         in_keep, out_keep = self.spaces.keep(node.inputs[0]), self.spaces.keep(node.name)
         structure, bias, folded = None, None, torch.zeros_like(in_keep)
+        places, in_size = None, None
         if node.kind in ("conv", "packed_conv", "linear") and groups_of(node.module) == 1:
             kernels = (
                 torch.stack([self._alive(run) for run in nodes]).any(0) if nodes[1:] else self._alive(node)
@@ -183,7 +193,9 @@ class _Planner:
                 given = self.flow[node.inputs[0]].constant
                 folded = ~in_keep & ~given.isnan() & (given != 0) & kernels.any(0)
                 columns = folded.nonzero().flatten()
-                if len(columns):
+                if len(columns) and not keeps_constants(node):
+                    places, in_size = _places(node, kernels, columns, given, self.network)
+                elif len(columns):
                     bias = bias + (kernel_sums(node, columns) * kernels[:, columns]) @ given[columns]
                 if node.kind != "linear":
                     bias = torch.where(own.isnan(), bias, own)
@@ -200,7 +212,29 @@ class _Planner:
             structure=structure,
             bias=None if bias is None else tuple(bias[out_keep].tolist()),
             folded=_numbers(folded),
+            position_bias=None if places is None else places[out_keep],
+            in_size=in_size,
         )
+
+
+def _places(
+    node: TracedNode, kernels: Tensor, columns: Tensor, given: Tensor, network: TracedNetwork
+) -> tuple[Tensor, tuple[int, int]]:
+    """[O, height, width] float64 that columns of numbers give to every place; and the size of the input."""
+    layer, shape = node.module, network[node.inputs[0]].shape
+    assert isinstance(layer, nn.Conv2d | PackedConv2d)
+    assert shape is not None
+    height, width = shape[-2:]
+    weight = dense_weight(layer)[:, columns.to(_device(layer))].detach().double().cpu()
+    weight = weight * kernels[:, columns, None, None]
+    maps = given[columns][None, :, None, None].expand(1, -1, height, width)
+    padding = layer.padding if isinstance(layer.padding, str) else tuple(layer.padding)
+    made = F.conv2d(maps, weight, None, layer.stride, padding, layer.dilation)
+    return made[0], (height, width)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
 
 
 def _structure(

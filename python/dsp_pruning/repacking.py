@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
+from dsp_kernels.fixed_size import FixedSizeConv2d
 from dsp_kernels.planner import zero_padding
+from dsp_kernels.size_check import fixed_size
 from dsp_pruning.kernel_matrix import dense_weight
 from dsp_pruning.packing_plan import LayerPlan
 
-__all__ = ["rebuild", "replace_module"]
+__all__ = ["rebuild", "replace_module", "set_width"]
 
 
 def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
@@ -21,7 +23,8 @@ def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
     if isinstance(module, nn.Linear):
         return _linear(module, plan)
     if isinstance(module, nn.Conv2d | PackedConv2d):
-        return _convolution(module, plan)
+        made = _convolution(module, plan)
+        return made if plan.position_bias is None else _with_places(made, plan)
     rows = list(plan.out_keep)
     if isinstance(module, nn.ConvTranspose2d):
         _narrow(module, "weight", (list(plan.in_keep), rows))
@@ -31,8 +34,24 @@ def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
     if len(rows) != plan.out_channels:
         for name in ("weight", "bias", "running_mean", "running_var"):
             _narrow(module, name, (rows,))
-        module.num_features = len(rows)  # type: ignore[assignment]
+        set_width(module, len(rows))
     return module
+
+
+def set_width(norm: nn.Module, width: int) -> None:
+    """Tell a norm how many channels it has now."""
+    if isinstance(norm, nn.GroupNorm):  # of one channel per group
+        norm.num_groups = norm.num_channels = width
+    else:
+        norm.num_features = width  # type: ignore[assignment]
+
+
+def _with_places(conv: nn.Module, plan: LayerPlan) -> FixedSizeConv2d:
+    assert isinstance(conv, nn.Conv2d | PackedConv2d)
+    assert plan.position_bias is not None
+    assert plan.in_size is not None
+    like = next((p for p in conv.parameters()), plan.position_bias)
+    return FixedSizeConv2d(conv, fixed_size(*plan.in_size), plan.position_bias.to(like)).train(conv.training)
 
 
 def replace_module(root: nn.Module, path: str, made: nn.Module) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
+from dsp_kernels.fixed_size import FixedSizeConv2d
 from dsp_pruning.kernel_matrix import dense_weight
 from dsp_pruning.packing_plan import LayerPlan
 from dsp_pruning.packing_report import PackingReport
-from dsp_pruning.repacking import replace_module
+from dsp_pruning.repacking import replace_module, set_width
 
 __all__ = ["unpack"]
 
@@ -42,6 +43,12 @@ def unpack(packed: nn.Module) -> nn.Module:
 
 def _dense(module: nn.Module, plan: LayerPlan) -> nn.Module:
     rows, columns = plan.out_keep, plan.in_keep
+    if isinstance(module, FixedSizeConv2d):  # a copy already
+        _widen(module, "position_bias", 0, rows, plan.out_channels)
+        dense = _dense(module.conv, plan)
+        assert isinstance(dense, nn.Conv2d)
+        module.conv = dense
+        return module
     if isinstance(module, PackedConv2d):
         return _dense_conv(module, plan)
     if len(rows) == plan.out_channels and len(columns) == plan.in_channels:
@@ -65,7 +72,7 @@ def _dense(module: nn.Module, plan: LayerPlan) -> nn.Module:
     else:
         for name, fill in (("weight", 0.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             _widen(module, name, 0, rows, plan.out_channels, fill)
-        module.num_features = plan.out_channels  # type: ignore[assignment]
+        set_width(module, plan.out_channels)
     return module
 
 

@@ -151,10 +151,34 @@ def test_a_network_with_another_training_graph_is_for_evaluation(tmp_path: Path)
     assert (tmp_path / "again").read_bytes() == (tmp_path / "net").read_bytes()
 
 
-def _shared() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
-    model[1].weight = model[0].weight
-    return model
+class Tied(nn.Module):
+    """One weight in two layers, one norm under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
+        self.convs[1].weight = self.convs[0].weight
+        self.norm = nn.BatchNorm2d(3)
+        self.again = self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.convs[1](self.norm(self.convs[0](x))))
+
+
+def test_what_is_one_tensor_stays_one(tmp_path: Path) -> None:
+    model = nets.settled(Tied())
+    dsp_kernels.save(model, tmp_path / "net", IMAGE)
+    loaded = copy.deepcopy(dsp_kernels.load(tmp_path / "net"))
+    assert torch.equal(loaded(images()), model(images()))
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert loaded.convs[1].weight is loaded.convs[0].weight
+    assert loaded.convs[1].bias is not loaded.convs[0].bias
+    assert loaded.again.running_mean is loaded.norm.running_mean
+    assert loaded.again.weight is loaded.norm.weight
+    for x in (model, loaded):
+        x.train()(images()).square().sum().backward()
+    assert torch.equal(loaded.norm.running_var, model.norm.running_var)
+    torch.testing.assert_close(loaded.convs[0].weight.grad, model.convs[0].weight.grad)
 
 
 class Calls(nn.Module):
@@ -180,7 +204,6 @@ REFUSED = {
     "module": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Bilinear(1, 1, 1)), "Bilinear"),
     "constant": (lambda: Calls(lambda x: x.to(torch.complex64)), "complex64"),
     "control flow": (lambda: Calls(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
-    "tied weights": (_shared, "are the same tensor"),
     "two inputs": (lambda: nn.Bilinear(3, 3, 3), "takes several inputs"),
 }
 
@@ -233,6 +256,14 @@ def _first(*calls: dict[str, Any]) -> Callable[[Header], Any]:
 
 
 X = {"node": 0}
+
+
+def _sizes(condition: Any) -> Callable[[Header], Any]:
+    def change(header: Header) -> None:
+        header["modules"]["sizes"] = {"class": "SizeCheck", "conditions": [condition]}
+        _first({"module": "sizes", "args": [X]})(header)
+
+    return change
 
 
 def _squares(count: int) -> list[dict[str, Any]]:
@@ -352,6 +383,16 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
         lambda h: h["tensors"].update({"shift": "parameter", "scale": "buffer", "nothing": "buffer"}),
         "'nothing' is not in the file",
     ),
+    "code as a condition": (_sizes("__import__('os').system('id') == 0"), "is no condition"),
+    "a power as a condition": (_sizes("height ** 9 == 0"), "is no condition"),
+    "a division by a size": (_sizes("height // width == 0"), "is no condition"),
+    "a deep condition": (_sizes("-" * 150 + "height == 0"), "is no condition"),
+    "a condition that is no text": (_sizes(3), "is no condition"),
+    "a condition of other sizes": (_sizes("height == 9"), "does not run on an input"),
+    "tied to nothing": (lambda h: h.update(tied={"scale": "nothing"}), "expected two tensors"),
+    "tied to another shape": (lambda h: h.update(tied={"scale": "unused.bias"}), "cannot be the same tensor"),
+    "tied in a circle": (lambda h: h.update(tied={"scale": "scale"}), "expected two tensors"),
+    "ties of no form": (lambda h: h.update(tied=[["scale"]]), "expected two tensors"),
     "missing tensor": (lambda h: h["tensors"].pop("unused.bias"), "not of this model: \\['unused.bias'"),
 }
 

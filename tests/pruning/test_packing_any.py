@@ -34,6 +34,8 @@ class Net(nn.Module):
         self.up = nn.ConvTranspose2d(WIDTH, 5, 2, stride=2)
         self.instance = nn.InstanceNorm2d(WIDTH, affine=True)
         self.layer = nn.GroupNorm(3, WIDTH)
+        self.single = nn.GroupNorm(WIDTH, WIDTH)
+        self.response = nn.LocalResponseNorm(3)
         self.prelu = nn.PReLU()
         self.shuffle = nn.ChannelShuffle(3)
         self.scale = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
@@ -55,6 +57,12 @@ def shuffle(x: Tensor) -> Tensor:
     batch, channels, height, width = x.size()
     x = x.view(batch, 3, channels // 3, height, width)
     return torch.transpose(x, 1, 2).contiguous().view(batch, channels, height, width)
+
+
+def stochastic_depth(x: Tensor, p: float, mode: str, training: bool) -> Tensor:
+    """torchvision's, where it is installed; it does nothing in eval mode."""
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.ops.stochastic_depth(x, p, mode, training)
 
 
 def product_of_halves(m: nn.Module, y: Tensor) -> Tensor:
@@ -84,6 +92,15 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "transposed": (lambda m, y: m.up(y), 5, "some"),
     "instance norm": (lambda m, y: F.relu(m.instance(y)), WIDTH, "some"),
     "group norm": (lambda m, y: m.layer(y), WIDTH, "none"),
+    "group norm of single channels": (lambda m, y: F.relu(m.single(y)), WIDTH, "some"),
+    "layer norm over channels": (
+        lambda m, y: F.layer_norm(y.permute(0, 2, 3, 1), (WIDTH,)).permute(0, 3, 1, 2),
+        WIDTH,
+        "none",
+    ),
+    "local response norm": (lambda m, y: m.response(y), WIDTH, "none"),
+    "stochastic depth": (lambda m, y: y + stochastic_depth(y, 0.2, "row", m.training), WIDTH, "all"),
+    "dropouts": (lambda m, y: F.dropout2d(F.dropout(y, 0.5, m.training), training=m.training), WIDTH, "all"),
     "max pool": (lambda m, y: F.max_pool2d(y - 2, 3, 2, 1, ceil_mode=True), WIDTH, "all"),
     "average pool": (lambda m, y: F.avg_pool2d(y, 3, 2, 1), WIDTH, "some"),
     "average pool, honest": (
@@ -131,6 +148,8 @@ def net(name: str, kernel: int, seed: int, constant: float | None = None) -> nn.
         if constant == 0:
             model.norm.weight[[5, 9]] = 0
         model.instance.bias[[1, 2]] = 0
+        nn.init.uniform_(model.single.bias, -0.5, 0.5)
+        model.single.bias[[1, 2]] = 0
         model.gate.weight[3:5] = 0
         model.other.weight[[1, 5]] = 0
         model.other.bias[1] = 0
@@ -171,6 +190,12 @@ def test_dead_channels_go_where_they_can(name: str) -> None:
     barriers = [barrier for barrier in packed.packing.barriers if barrier.kept]
     assert bool(barriers) == (OPERATIONS[name][2] == "none" and name != "grouped"), barriers
     assert packed.norm.num_features == left
+
+
+@pytest.mark.parametrize("name", ["group norm", "local response norm"])
+def test_norms_over_channels_say_so(name: str) -> None:
+    packed = pack(net(name, 1, 0, constant=0.0), images(2, 12))
+    assert "normalises over several channels together" in str(packed.packing)
 
 
 def images(batch: int, size: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,121 @@
+"""SizeCheck: lets images pass whose sizes fulfil conditions, and refuses all others.
+
+A condition is a short text of arithmetic over ``batch``, ``height`` and ``width``: ``height % 2 == 0``.
+It is read into a tree of numbers and operators; nothing is evaluated as Python code.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsp_kernels.errors import DSPShapeError
+
+__all__ = ["SizeCheck", "fixed_size", "holds", "parse_condition"]
+
+_NAMES = ("batch", "height", "width")
+_LONGEST, _MOST, _DEEPEST, _LARGEST = 200, 64, 12, 2**31
+_COMPARISONS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+class SizeCheck(nn.Module):
+    """The identity on (batch, channels, height, width) of allowed sizes.
+
+    conditions: texts such as ``"height == 32"``; all have to hold.
+    Raises DSPShapeError for a text that is no condition, and, when called, for an image of another size.
+    """
+
+    def __init__(self, conditions: Sequence[str]) -> None:
+        super().__init__()
+        if not 1 <= len(conditions) <= _MOST:
+            raise DSPShapeError(f"{len(conditions)} conditions on sizes; expected 1 to {_MOST}")
+        self.conditions = tuple(conditions)
+        self._parsed = tuple(parse_condition(condition) for condition in self.conditions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself, any dtype."""
+        self.check((x.shape[0], x.shape[-2], x.shape[-1]))
+        return x
+
+    def check(self, sizes: tuple[int, int, int]) -> None:
+        """sizes: (batch, height, width). Raises DSPShapeError where a condition does not hold."""
+        for text, parsed in zip(self.conditions, self._parsed, strict=True):
+            if not holds(parsed, sizes):
+                raise DSPShapeError(
+                    f"input has (batch, height, width) = {tuple(int(size) for size in sizes)}; this network "
+                    f"is right only for {text} at this place"
+                )
+
+    def extra_repr(self) -> str:
+        """The conditions."""
+        return ", ".join(self.conditions)
+
+
+def fixed_size(height: int, width: int) -> SizeCheck:
+    """The check that lets only images of this size pass."""
+    return SizeCheck((f"height == {height}", f"width == {width}"))
+
+
+def parse_condition(text: str) -> tuple[Any, ...]:
+    """A comparison of two expressions as (compare, left, right). Raises DSPShapeError for any other text."""
+    try:
+        if not isinstance(text, str) or len(text) > _LONGEST or not text.isascii():
+            raise ValueError("expected a short text")
+        tree = ast.parse(text, mode="eval").body
+        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
+            raise ValueError("expected one comparison")
+        compare = _COMPARISONS[type(tree.ops[0])]
+        return compare, _term(tree.left, 0), _term(tree.comparators[0], 0)
+    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError) as error:
+        raise DSPShapeError(f"{str(text)[:80]!r} is no condition on sizes: {error!r}") from error
+
+
+def holds(parsed: tuple[Any, ...], sizes: tuple[int, int, int]) -> bool:
+    """Whether a condition holds for (batch, height, width)."""
+    compare, left, right = parsed
+    return bool(compare(_value(left, sizes), _value(right, sizes)))
+
+
+def _term(tree: ast.AST, depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise ValueError(f"nested more than {_DEEPEST} deep")
+    if isinstance(tree, ast.Constant) and type(tree.value) is int and tree.value < _LARGEST:
+        return tree.value
+    if isinstance(tree, ast.Name) and tree.id in _NAMES:
+        return tree.id
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        return operator.sub, 0, _term(tree.operand, depth + 1)
+    if isinstance(tree, ast.BinOp):
+        left, right = _term(tree.left, depth + 1), _term(tree.right, depth + 1)
+        divides = isinstance(tree.op, ast.FloorDiv | ast.Mod)
+        if divides and not (isinstance(right, int) and right > 0):
+            raise ValueError("expected a positive number to divide by")
+        return _ARITHMETIC[type(tree.op)], left, right
+    raise ValueError(f"{type(tree).__name__} is not known")
+
+
+def _value(term: Any, sizes: tuple[int, int, int]) -> int:
+    if isinstance(term, int):
+        return term
+    if isinstance(term, str):
+        return sizes[_NAMES.index(term)]
+    function, left, right = term
+    return function(_value(left, sizes), _value(right, sizes))

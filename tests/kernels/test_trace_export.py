@@ -1,0 +1,262 @@
+"""Networks that torch.fx cannot follow: packed, fused, saved and exported like those that it can."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels import fuse
+from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError
+from dsp_kernels.trace import trace
+from dsp_pruning import pack, unpack
+from dsp_pruning.export import export_pt2
+
+WIDTH = 8
+
+
+class Parts(nn.Module):
+    """conv - norm - relu - reader, with something around them that torch.fx does not follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.norm = nn.BatchNorm2d(WIDTH)
+        self.branches = nn.ModuleDict({"a": nn.Conv2d(WIDTH, WIDTH, 1), "b": nn.Conv2d(WIDTH, WIDTH, 1)})
+        self.reader = nn.Conv2d(WIDTH, 6, 3, padding=1)
+        self.classifier = nn.Linear(6, 4)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.stem(x)))
+
+    def head(self, y: Tensor) -> Tensor:
+        return self.classifier(F.relu(self.reader(y)).mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.inner(x))
+
+
+class SizeAssert(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2] % 2 == 0, "even heights"
+        return self.head(self.inner(x))
+
+
+class Keywords(Parts):
+    def run(self, name: str, *args: Tensor, **kwargs: Any) -> Tensor:
+        return self.branches[name](*args, **kwargs)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        y = self.inner(x)
+        if x.dim() == 4 and x.shape[0] >= 0:
+            for name in self.branches:
+                y = y + self.run(name, y, **kwargs)
+        return self.head(y)
+
+
+class OtherEntry(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm.forward(self.stem.forward(x)))
+        if y.shape[1] > 2 and y.shape[-1] > 3:
+            y = F.max_pool2d(y, 2)
+        return self.head(y)
+
+
+class Blocks(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[3] < 4:
+            return self.head(F.interpolate(self.inner(x), scale_factor=2.0))
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            y = self.inner(x)
+        left, right = y[:, :, :, :].chunk(2, 1)
+        return self.head(torch.cat([left, right], 1))
+
+
+class Nested(Parts):
+    """Answers in a dict; images of other shapes are brought to one size, by an ``if``."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.inner(x)
+        if y.shape[2] != y.shape[3]:
+            y = y.flatten(2).mean(2)[:, :, None, None]
+        return {"logits": self.head(y), "maps": [y]}
+
+
+class Alone(Parts):
+    """One image goes another way than several."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if x.shape[0] > 1:
+            y = y + self.branches["a"](y)
+        return self.head(y)
+
+
+FOLLOWED = (SizeAssert, Keywords, OtherEntry, Blocks, Nested)
+
+
+def made(kind: type[Parts], seed: int = 0) -> Parts:
+    """float64; filters 1, 2 and 5 of the stem are gone; the norm leaves 0, 0 and a number."""
+    torch.manual_seed(seed)
+    model = kind().double().eval()
+    with torch.no_grad():
+        model.norm.running_mean.uniform_(-0.5, 0.5)
+        model.norm.bias.uniform_(-0.5, 0.5)
+        model.stem.weight[[1, 2, 5]] = 0
+        model.stem.bias[[1, 2]] = 0
+        model.norm.running_mean[[1, 2]] = 0
+        model.norm.bias[[1, 2]] = 0
+        model.norm.bias[5] = 2.0
+        for branch in model.branches.values():
+            branch.weight[[1, 2]] = 0
+            branch.bias[[1, 2]] = 0
+    mask = (torch.rand(6, WIDTH) < 0.7)[:, :, None, None].double()
+    model.reader.register_buffer("mask", mask)
+    model.reader.weight.data.mul_(mask)
+    return model
+
+
+def images(batch: int = 2, height: int = 12, width: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(batch + height)
+    return torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
+
+
+def close(left: Any, right: Any) -> None:
+    torch.testing.assert_close(left, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", FOLLOWED, ids=lambda kind: kind.__name__)
+def test_is_packed_and_saved(kind: type[Parts], tmp_path: Path) -> None:
+    model = made(kind)
+    packed = pack(model, images())
+    # A chunk keeps equal parts, and what is an answer keeps its width.
+    assert packed.stem.out_channels == (WIDTH if kind in (Blocks, Nested) else WIDTH - 2)
+    networks = [packed, copy.deepcopy(packed), unpack(packed)]
+    if kind is OtherEntry:  # conv.forward() leaves no trace of the module, so a file cannot name it
+        networks.append(fuse(packed, images()))
+    else:
+        dsp_kernels.save(packed, tmp_path / "net", images())
+        networks.append(dsp_kernels.load(tmp_path / "net"))
+    if kind in (Keywords, Blocks):
+        networks.append(fuse(networks[-1], images()))
+    for x in (images(1), images(2), images(5)):
+        for network in networks:
+            close(network(x), model(x))
+
+
+def test_gives_the_kinds_that_torch_fx_gives() -> None:
+    kinds = [node.kind for node in trace(made(Parts), images())]
+    exported = trace(made(SizeAssert), images())
+    assert [node.kind for node in exported if node.kind != "size_check"] == kinds
+    assert [node.path for node in exported.of_kind("conv", "batch_norm", "linear")] == [
+        node.path for node in trace(made(Parts), images()).of_kind("conv", "batch_norm", "linear")
+    ]
+
+
+def test_what_the_code_decides_by_size_is_kept(tmp_path: Path) -> None:
+    model = made(SizeAssert)
+    packed = pack(model, images())
+    dsp_kernels.save(packed, tmp_path / "net", images())
+    networks = (packed, dsp_kernels.load(tmp_path / "net"), fuse(packed, images(), backend="eager"))
+    for network in networks:
+        close(network(images(3, 14, 11)), model(images(3, 14, 11)))
+        with pytest.raises(DSPShapeError, match="height % 2"):
+            network(images(2, 13))
+
+
+def test_another_way_for_other_sizes_is_refused(tmp_path: Path) -> None:
+    """Packing looked at one way of the code alone; along the other it would be wrong."""
+    packed = pack(made(Nested), images())
+    for network in (packed, copy.deepcopy(packed)):
+        with pytest.raises(DSPShapeError, match="right only for"):
+            network(images(2, 12, 14))
+
+
+def test_one_image_may_go_another_way(tmp_path: Path) -> None:
+    model = made(Alone)
+    packed = pack(model, images())
+    assert packed.stem.out_channels == WIDTH - 2  # the number in channel 5 is read in both ways
+    for batch in (1, 2, 4):
+        close(packed(images(batch)), model(images(batch)))
+    with pytest.raises(DSPTraceError, match="another way for a batch of one"):
+        fuse(packed, images())
+    with pytest.raises(DSPFormatError, match="another way for a batch of one"):
+        dsp_kernels.save(packed, tmp_path / "net", images())
+
+
+def test_a_packed_network_is_exported(tmp_path: Path) -> None:
+    model = made(Keywords)
+    export_pt2(pack(model, images()), tmp_path / "net.pt2", images())
+    close(torch.export.load(tmp_path / "net.pt2").module()(images(3)), model(images(3)))
+
+
+class ByValue(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if y.mean() > 0:  # decides
+            y = y + 1
+        return self.head(y)
+
+
+class Counts(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] >= 0:
+            self.calls += 1
+        return self.head(self.inner(x))
+
+
+class Autocast(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2] > 0
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.inner(x)
+        return self.head(y.to(x))
+
+
+REFUSED = {
+    ByValue: r"line \d+ of test_trace_export.py: if y.mean\(\) > 0:.*values of a tensor",
+    Counts: "writes into calls in eval mode",
+    Autocast: "turns autocast on by itself",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+def test_what_nothing_can_follow_is_named(kind: type[Parts]) -> None:
+    model = made(kind)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DSPTraceError, match=REFUSED[kind]):
+        trace(model, images())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Auxiliary(Keywords):
+    """A head that runs in training only, in a network that torch.fx cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Conv2d(WIDTH, 3, 1)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        y = self.inner(x)
+        if x.shape[2] > 1 and self.training:
+            return self.head(y), self.aux(y)
+        return self.head(y)
+
+
+def test_a_head_of_training_keeps_its_input() -> None:
+    model = made(Auxiliary)
+    packed = pack(model, images())
+    close(packed(images()), model(images()))
+    assert packed.stem.out_channels == WIDTH
+    assert any("runs in training only" in barrier.reason for barrier in packed.packing.barriers)
+    assert packed.train()(images())[1].shape == (2, 3, 12, 12)
