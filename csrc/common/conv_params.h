@@ -44,20 +44,31 @@ constexpr int kLargestSide = 16383;
 DSP_HD int tap_y(int packed) { return packed >> 16; }
 DSP_HD int tap_x(int packed) { return packed & 0xffff; }
 
-DSP_FN float activate(float v, int kind) {
+// In place; the kind is the same for all, so it is looked at once.
+template <int COUNT>
+DSP_FN void activate(float (&value)[COUNT], int kind) {
     switch (static_cast<Activation>(kind)) {
         case Activation::relu:
-            return v < 0.f ? 0.f : v;
+#pragma unroll
+            for (float& v : value) v = v < 0.f ? 0.f : v;
+            break;
         case Activation::relu6:
-            return v < 0.f ? 0.f : (v > 6.f ? 6.f : v);
+#pragma unroll
+            for (float& v : value) v = v < 0.f ? 0.f : (v > 6.f ? 6.f : v);
+            break;
         case Activation::silu:
-            return v / (1.f + expf(-v));
-        case Activation::hardswish: {
-            const float t = v + 3.f;
-            return v * ((t < 0.f ? 0.f : (t > 6.f ? 6.f : t)) / 6.f);
-        }
+#pragma unroll
+            for (float& v : value) v = v / (1.f + expf(-v));
+            break;
+        case Activation::hardswish:
+#pragma unroll
+            for (float& v : value) {
+                const float t = v + 3.f;
+                v = v * ((t < 0.f ? 0.f : (t > 6.f ? 6.f : t)) / 6.f);
+            }
+            break;
         default:
-            return v;
+            break;
     }
 }
 

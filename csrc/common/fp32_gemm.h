@@ -9,6 +9,7 @@ namespace dsp {
 
 template <bool NHWC>
 struct Fp32Gemm {
+    static constexpr int kBlocks = 4;  // of a multiprocessor at once, as far as registers go
     static constexpr int kThreads = 128, kFilters = 32, kPositions = 64, kRows = 16, kStages = 3;
     static constexpr int kWeightBytes = kRows * kFilters * 4, kRowBytes = kPositions * 4;
     static constexpr int kStageBytes = kWeightBytes + kRows * kRowBytes;
@@ -114,38 +115,47 @@ struct Fp32Gemm {
                 const int row = tile_number * kFilters + thread / 16 * 4 + i;
                 const int channel = m.read(p.rows + row);
                 if (channel < 0) continue;
+                float(&value)[4] = corners[thread].at[i];
                 const float bias = m.read(p.bias + row);
-                const float(&sum)[4] = corners[thread].at[i];
-                if (NHWC) {
 #pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        if (position + j < positions)
-                            finish_one(m, p, sum[j] + bias,
-                                       static_cast<int64_t>(position + j) * p.out_channels + channel);
-                } else if (position < positions) {
-                    finish_four(m, p, sum, bias, (static_cast<int64_t>(channel) * positions + position) / 4);
-                }
+                for (float& v : value) v += bias;
+                if (NHWC)
+                    finish_apart(m, p, value, position, positions, channel);
+                else if (position < positions)
+                    finish_four(m, p, value, (static_cast<int64_t>(channel) * positions + position) / 4);
             }
         });
     }
 
+    // Four pixels: their numbers lie `out_channels` apart.
     template <class M>
-    DSP_FN static void finish_one(M& m, const ConvParams& p, float v, int64_t number) {
-        if (p.residual) v += m.read_residual(static_cast<const float*>(p.residual) + number);
-        m.write(static_cast<float*>(p.out) + number, activate(v, p.activation));
+    DSP_FN static void finish_apart(M& m, const ConvParams& p, float (&value)[4], int position, int positions,
+                                    int channel) {
+        const int64_t first = static_cast<int64_t>(position) * p.out_channels + channel;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            if (p.residual && position + j < positions)
+                value[j] += m.read_residual(static_cast<const float*>(p.residual) + first +
+                                            static_cast<int64_t>(j) * p.out_channels);
+        activate(value, p.activation);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            if (position + j < positions)
+                m.write(static_cast<float*>(p.out) + first + static_cast<int64_t>(j) * p.out_channels, value[j]);
     }
 
+    // Four images of one pixel, which lie together.
     template <class M>
-    DSP_FN static void finish_four(M& m, const ConvParams& p, const float (&sum)[4], float bias, int64_t unit) {
-        float v[4] = {sum[0] + bias, sum[1] + bias, sum[2] + bias, sum[3] + bias};
+    DSP_FN static void finish_four(M& m, const ConvParams& p, float (&value)[4], int64_t unit) {
         if (p.residual) {
             const Vec16 more = m.read_residual(static_cast<const Vec16*>(p.residual) + unit);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) v[j] += M::as_float(more.word[j]);
+            for (int j = 0; j < 4; ++j) value[j] += M::as_float(more.word[j]);
         }
+        activate(value, p.activation);
         Vec16 packed;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) packed.word[j] = M::as_word(activate(v[j], p.activation));
+        for (int j = 0; j < 4; ++j) packed.word[j] = M::as_word(value[j]);
         m.write(static_cast<Vec16*>(p.out) + unit, packed);
     }
 };

@@ -10,6 +10,7 @@ namespace dsp {
 
 template <class T, int FILTERS>
 struct HaloConv {
+    static constexpr int kBlocks = 2;  // of a multiprocessor at once, as far as registers go
     static constexpr int kThreads = 256, kWarps = 8, kStages = 2, kChannels = 16;
     static constexpr int kMT = FILTERS / 16, kNT = 16 / kMT;
     static constexpr int kChunks = kWarps * kNT;  // outputs of a block, in chunks of 8 images
@@ -99,7 +100,7 @@ struct HaloConv {
             m.commit();
             const int stage = k % kStages * per_stage;
             m.each_warp([&](int warp) {
-#pragma unroll
+#pragma unroll 1  // all nine taps at once need more registers than two blocks per multiprocessor leave
                 for (int dy = 0; dy < 3; ++dy)
 #pragma unroll
                     for (int dx = 0; dx < 3; ++dx) {

@@ -10,6 +10,7 @@ namespace dsp {
 
 template <class T, int FILTERS>
 struct NhwcGemm {
+    static constexpr int kBlocks = 4;  // of a multiprocessor at once, as far as registers go
     static constexpr int kThreads = 128, kPositions = 64, kOctets = 4, kStages = 2;
     static constexpr int kMT = FILTERS / 16, kNT = 2;
     static constexpr int kWeightBytes = FILTERS * kOctets * 16;
@@ -36,18 +37,21 @@ struct NhwcGemm {
     DSP_FN static Vec16 fetch(M& m, const ConvParams& p, const Column& c, Pair tap) {
         Vec16 packed = {{0, 0, 0, 0}};
         const int dy = tap_y(tap.second), dx = tap_x(tap.second);
-        if (static_cast<unsigned>(c.y + dy) >= static_cast<unsigned>(p.height) ||
-            static_cast<unsigned>(c.x + dx) >= static_cast<unsigned>(p.width))
-            return packed;
-        const uint16_t* pixel = static_cast<const uint16_t*>(p.x) + c.number +
-                                (static_cast<int64_t>(dy) * p.width + dx) * p.in_channels;
-        if (tap.first >= 0) return m.read(reinterpret_cast<const Vec16*>(pixel + tap.first));
-        const int* list = p.gather + (-1 - tap.first) * 8;
+        const bool inside = static_cast<unsigned>(c.y + dy) < static_cast<unsigned>(p.height) &&
+                            static_cast<unsigned>(c.x + dx) < static_cast<unsigned>(p.width);
+        const uint16_t* pixel =
+            static_cast<const uint16_t*>(p.x) +
+            (inside ? c.number + (static_cast<int64_t>(dy) * p.width + dx) * p.in_channels : 0);
+        if (tap.first >= 0) {
+            if (inside) packed = m.read(reinterpret_cast<const Vec16*>(pixel + tap.first));
+        } else {
+            const int* list = p.gather + (-1 - tap.first) * 8;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int channel = m.read(list + i);
-            const uint32_t bits = channel < 0 ? 0 : m.read(pixel + channel);
-            packed.word[i / 2] |= bits << (i % 2 * 16);
+            for (int i = 0; i < 8; ++i) {
+                const int channel = m.read(list + i);
+                const uint32_t bits = inside && channel >= 0 ? m.read(pixel + channel) : 0;
+                packed.word[i / 2] |= bits << (i % 2 * 16);
+            }
         }
         return packed;
     }
@@ -152,14 +156,18 @@ struct NhwcGemm {
             finish_eight<T>(m, p, value, bias, (number + run) / 8);
             return;
         }
+        int channel[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int channel = m.read(p.rows + row + i);
-            if (channel < 0) continue;
-            float v = value[i] + bias[i];
-            if (p.residual) v += T::widen(m.read_residual(static_cast<const uint16_t*>(p.residual) + number + channel));
-            m.write(static_cast<uint16_t*>(p.out) + number + channel, T::narrow(activate(v, p.activation)));
+            channel[i] = m.read(p.rows + row + i);
+            value[i] += bias[i];
+            if (p.residual && channel[i] >= 0)
+                value[i] += T::widen(m.read_residual(static_cast<const uint16_t*>(p.residual) + number + channel[i]));
         }
+        activate(value, p.activation);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (channel[i] >= 0) m.write(static_cast<uint16_t*>(p.out) + number + channel[i], T::narrow(value[i]));
     }
 };
 

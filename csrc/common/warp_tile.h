@@ -104,8 +104,7 @@ DSP_FN void finish_eight(M& m, const ConvParams& p, float (&value)[8], const flo
 #pragma unroll
     for (int i = 0; i < 8; ++i) value[i] += bias[i];
     if (p.residual) add_eight<T>(value, m.read_residual(static_cast<const Vec16*>(p.residual) + unit));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) value[i] = activate(value[i], p.activation);
+    activate(value, p.activation);
     m.write(static_cast<Vec16*>(p.out) + unit, narrow_eight<T>(value));
 }
 

@@ -14,7 +14,7 @@
 namespace dsp {
 
 template <class K>
-__global__ void __launch_bounds__(K::kThreads) conv_kernel(const __grid_constant__ ConvParams p) {
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks) conv_kernel(const __grid_constant__ ConvParams p) {
     extern __shared__ __align__(128) char memory[];
     GpuMachine machine(memory);
     K::run(machine, p, static_cast<int>(blockIdx.x));
