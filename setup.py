@@ -193,9 +193,7 @@ class BuildNative(build_ext):
         if self.torch:  # already loaded when the extension is, because the package imports torch first
             link += [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
         temporary = library.with_suffix(".tmp")
-        self.spawn(
-            [*compiler, "-shared", "-pthread", *extra, *objects, *link, "-o", str(temporary)]
-        )
+        self.spawn([*compiler, "-shared", "-pthread", *extra, *objects, *link, "-o", str(temporary)])
         temporary.replace(library)
 
 

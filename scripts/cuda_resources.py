@@ -88,7 +88,7 @@ def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
         if match := re.search(r"Function : (\w+)", line):
             name = plain_name(match.group(1))
             kernels[arch, name].instructions = dict.fromkeys(patterns, 0)
-        elif "/*0" in line:
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line):
             for what, pattern in patterns.items():
                 kernels[arch, name].instructions[what] += bool(pattern.search(line))
     return sorted(kernels.values(), key=lambda kernel: (kernel.arch, kernel.name))

@@ -19,7 +19,16 @@ LIBRARY = "_C_cuda.so"
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 OLDEST = (8, 0)
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CXX_FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str | None:

@@ -171,7 +171,9 @@ class CudaConv:
             if not tensor.is_contiguous() or tensor.data_ptr() % 16:
                 raise DSPShapeError(f"{what} is not contiguous in {name} from a multiple of 16 bytes on")
         if self.layout == GpuLayout.CHWN and batch % BATCH_MULTIPLE:
-            raise DSPShapeError(f"batch {batch} is no multiple of {BATCH_MULTIPLE}; CHWN needs one, NHWC does not")
+            raise DSPShapeError(
+                f"batch {batch} is no multiple of {BATCH_MULTIPLE}; CHWN needs one, NHWC does not"
+            )
         # The kernels count positions, and in CHWN pieces of 8 images, in 32 bits.
         pieces = x.numel() // BATCH_MULTIPLE if self.layout == GpuLayout.CHWN else 0
         positions = out.numel() // spec.structure.out_channels

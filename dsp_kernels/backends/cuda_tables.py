@@ -136,9 +136,7 @@ def _tile_work(outputs: int, channels: int, kind: KernelKind, filters: int, taps
 
 
 def _work(groups: Sequence[_Group], kind: KernelKind, filters: int, taps: int) -> int:
-    return sum(
-        _tile_work(len(group.out_index), len(group.in_index), kind, filters, taps) for group in groups
-    )
+    return sum(_tile_work(len(group.out_index), len(group.in_index), kind, filters, taps) for group in groups)
 
 
 def _merged(groups: Sequence[_Group], kind: KernelKind, filters: int, taps: int) -> list[_Group]:
@@ -287,7 +285,9 @@ def _fragments(weight: Tensor) -> Tensor:
     the two halves of the filters first, then through those of the rows.
     """
     filters, rows = weight.shape
-    parts = weight.view(filters // 16, 2, 8, rows // 16, 2, 4, 2)  # m, filter half, group, step, row half, quad, i
+    parts = weight.view(
+        filters // 16, 2, 8, rows // 16, 2, 4, 2
+    )  # m, filter half, group, step, row half, quad, i
     return parts.permute(3, 0, 2, 5, 4, 1, 6).reshape(-1)
 
 
@@ -298,7 +298,9 @@ def _filled(channels: Sequence[int], multiple: int) -> list[int]:
 def _is_run(octet: Sequence[int], channels: int) -> bool:
     """Whether eight channels lie in one aligned 16-byte piece of every pixel."""
     first = octet[0]
-    return first >= 0 and channels % 8 == 0 and first % 8 == 0 and list(octet) == list(range(first, first + 8))
+    return (
+        first >= 0 and channels % 8 == 0 and first % 8 == 0 and list(octet) == list(range(first, first + 8))
+    )
 
 
 def _in_runs(group: _Group, in_channels: int, out_channels: int) -> _Group:
