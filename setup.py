@@ -120,7 +120,7 @@ class BuildNative(build_ext):
         self.build_cuda(without_torch)
 
     def build_cuda(self, without_torch: str) -> None:
-        """The library of CUDA kernels, where nvcc and a CUDA torch are; DSP_KERNELS_CUDA=1 raises elsewhere."""
+        """The CUDA kernels, where nvcc and a CUDA torch are; DSP_KERNELS_CUDA=1 raises elsewhere."""
         cuda = runpy.run_path(str(HERE / CUDA_BUILD))
         compiler = find_compiler()
         reason = cuda["why_not_cuda"](os.environ, self.torch, without_torch)

@@ -1,4 +1,4 @@
-"""The library of CUDA kernels, `_C_cuda`, loaded when a GPU kernel is first asked for; or why there is none."""
+"""The library of CUDA kernels, `_C_cuda`, loaded when a kernel is first asked for; or why there is none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LIBRARY = Path(__file__).resolve().parent / "_C_cuda.so"
 # Asynchronous copies and bfloat16 on tensor cores came with it.
 OLDEST_CAPABILITY = (8, 0)
 _FIX = (
-    "with nvcc and a CUDA torch, run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in the "
-    "repository (DSP_KERNELS_CUDA=1 makes it fail where it cannot build them)"
+    "with nvcc and a CUDA torch, run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
+    "the repository (DSP_KERNELS_CUDA=1 makes it fail where it cannot build them)"
 )
 
 

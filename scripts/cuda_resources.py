@@ -1,6 +1,6 @@
-"""What the CUDA kernels take of a multiprocessor, and the instructions that matter, read from the built library.
+"""What the CUDA kernels take of a multiprocessor, and instructions that matter, read from the library.
 
-Usage: python scripts/cuda_resources.py [library]. Needs cuobjdump (CUDA toolkit, or triton's package), no GPU.
+Usage: python scripts/cuda_resources.py [library]. Needs cuobjdump (CUDA toolkit or triton's), no GPU.
 """
 
 from __future__ import annotations

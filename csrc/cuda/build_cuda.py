@@ -1,7 +1,7 @@
-"""Building dsp_kernels/_C_cuda.so: whether it can be done here, for which chips, and the commands. Run by setup.py.
+"""Building dsp_kernels/_C_cuda.so: whether it can be done here, for which chips, and how. Run by setup.py.
 
-The library knows nothing of Python and uses torch through its stable ABI, so one build serves every Python and
-torch 2.10 or newer.
+The library knows nothing of Python and uses torch through its stable ABI, so one build serves
+every Python and torch 2.10 or newer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CXX_FLAGS = [
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str | None:
-    """CUDACXX, then nvcc of CUDA_HOME or CUDA_PATH, then of PATH (a wrapper will do), then of /usr/local/cuda."""
+    """CUDACXX, then nvcc of CUDA_HOME or CUDA_PATH, of PATH (a wrapper will do), of /usr/local/cuda."""
     path = environment.get("PATH", os.defpath)
     homes = [environment.get("CUDA_HOME"), environment.get("CUDA_PATH")]
     wanted = [environment.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]

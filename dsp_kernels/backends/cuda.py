@@ -22,7 +22,7 @@ Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[i
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # csrc/common/conv_params.h: offsets of taps and heights are packed into 16 bits.
 _LARGEST_SIDE = 16383
-# Multiprocessors that a halo kernel should fill: its blocks are several times larger than those of the other one.
+# Multiprocessors that a halo kernel should fill: its blocks are larger than those of the other one.
 _FEW_BLOCKS = 132
 _HALO_CHUNKS = {16: 128, 32: 64, 64: 32}
 

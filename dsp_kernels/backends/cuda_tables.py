@@ -1,8 +1,8 @@
 """Weights and tables of one convolution in the order in which the CUDA kernels read them (csrc/common).
 
-A *tile* is up to ``filters`` filters of one group and the list of what they read. One launch runs all tiles of all
-groups; those with the longest reduction come first. Small groups share a tile where that is less work: the weights
-of channels that a filter does not read are then zero, as in a dense convolution with zeros in place.
+A *tile* is up to ``filters`` filters of one group and the list of what they read. One launch runs all tiles
+of all groups; those with the longest reduction come first. Small groups share a tile where that is less work:
+the weights of channels that a filter does not read are then zero, as in a dense convolution with zeros in place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OUTSIDE = 0x7FFF << 16
 
 @dataclass(frozen=True)
 class KernelKind:
-    """One kernel: its number and filters per tile (csrc/common/launch_plan.h), and its blocks of the reduction.
+    """One kernel: its number and filters per tile (csrc/common/launch_plan.h), and its reduction.
 
     rows: rows of the reduction per block; channels: channels of one tap are filled up to a multiple of it.
     """

@@ -1,4 +1,4 @@
-"""A launch of a CUDA kernel, run on the host by tests/cuda/emulator with the very tables and sizes of the op."""
+"""A launch of a CUDA kernel, run on the host by tests/cuda/emulator with the op's tables and sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_SHARED, LEAST_SHARED = 232448, 101376
 
 @dataclass
 class Counts:
-    """Accesses of shared memory as the hardware takes them (quarter warps for 16 bytes), and their extra turns."""
+    """Accesses of shared memory as the hardware takes them (16 bytes: quarter warps), and extra turns."""
 
     matrices: int = 0
     matrix_conflicts: int = 0

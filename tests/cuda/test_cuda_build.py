@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels get built, for which chips; what the built library holds; what a machine says without."""
+"""Whether the CUDA kernels get built, for which chips; what is in the library; what a machine says without."""
 
 from __future__ import annotations
 

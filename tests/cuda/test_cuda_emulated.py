@@ -111,7 +111,7 @@ MANY_BLOCKS = Case("many blocks", GroupStructure.dense(70, 20), hw=(4, 4), resid
 
 
 @pytest.mark.parametrize("layout", GpuLayout, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda d: str(d)[6:])
 def test_no_stage_is_read_or_overwritten_too_early(
     dtype: torch.dtype, layout: GpuLayout, mode: str, chwn_kernel: str, emulator: Emulator
 ) -> None:
@@ -135,7 +135,7 @@ def test_every_filter_tile_without_bank_conflicts(
         assert counts.matrix_conflicts == 0
         assert counts.load_conflicts == 0
         assert counts.store_conflicts == 0
-        # Two channels' pieces of a halo do not start at one bank where a quarter warp crosses from one to the next.
+        # In a halo a quarter warp may cross from one channel to the next, which starts at another bank.
         assert counts.copy_conflicts <= (counts.copies // 50 if chwn_kernel == "halo" else 0)
     assert seen == ({16, 32, 64} if layout == GpuLayout.CHWN else {16, 32})
 
