@@ -2,7 +2,7 @@
 
 A *tile* is up to ``filters`` filters of one group and the list of what they read. One launch runs all tiles
 of all groups; those with the longest reduction come first. Small groups share a tile where that is less work:
-the weights of channels that a filter does not read are then zero, as in a dense convolution with zeros in place.
+the weights of channels that a filter does not read are then zero, as in a dense convolution.
 """
 
 from __future__ import annotations

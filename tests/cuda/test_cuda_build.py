@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels get built, for which chips; what is in the library; what a machine says without."""
+"""Whether the CUDA kernels are built, for which chips; what the library holds; what is said without."""
 
 from __future__ import annotations
 
