@@ -32,6 +32,8 @@ COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
 # The file that needs torch's headers. Its flags name the oldest torch that the build shall load on.
 TORCH_SOURCE = "csrc/torch_op.cpp"
 SCHEMA_FILE = "dsp_kernels/schema.py"
+# The library of CUDA kernels: dsp_kernels/_C_cuda.so.
+CUDA_BUILD = "csrc/cuda/build_cuda.py"
 OLDEST_TORCH = (2, 10)
 # One file per instruction set; the extension chooses among them when it runs.
 AVX512 = ("f", "dq", "bw", "vl")
@@ -63,6 +65,14 @@ def why_not_native() -> str:
     return ""
 
 
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command: CXX, Python's own, g++ or clang++; None if there is none."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    own = shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1]
+    return next(([name] for name in (*own, "g++", "clang++") if shutil.which(name)), None)
+
+
 def find_torch() -> tuple[Path | None, str]:
     """The folder of a torch that the op's schema can be compiled against, or None and the reason."""
     try:
@@ -77,12 +87,17 @@ def find_torch() -> tuple[Path | None, str]:
     return Path(spec.submodule_search_locations[0]), ""
 
 
+def torch_target() -> str:
+    """The flag that names the oldest torch on which a build through the stable ABI shall load."""
+    major, minor = OLDEST_TORCH
+    return f"-DTORCH_TARGET_VERSION={major << 56 | minor << 48:#x}ULL"
+
+
 def torch_flags(torch: Path) -> list[str]:
     """Compiler flags of the file that registers the op; the schema's text comes from its one place."""
     schema = runpy.run_path(str(HERE / SCHEMA_FILE))
-    major, minor = OLDEST_TORCH
     return [
-        f"-DTORCH_TARGET_VERSION={major << 56 | minor << 48:#x}ULL",
+        torch_target(),
         f'-DDSP_OP_NAME="{schema["OP_NAME"]}"',
         f'-DDSP_OP_SCHEMA="{schema["SCHEMA"]}"',
         f"-isystem{torch / 'include'}",
@@ -106,6 +121,32 @@ class BuildNative(build_ext):
                 else " and the torch op"
             )
             self.announce_line(f"built dsp_kernels._C, the native CPU kernels{op}")
+        self.build_cuda(without_torch)
+
+    def build_cuda(self, without_torch: str) -> None:
+        """The CUDA kernels, where nvcc and a CUDA torch are; DSP_KERNELS_CUDA=1 raises elsewhere."""
+        cuda = runpy.run_path(str(HERE / CUDA_BUILD))
+        compiler = find_compiler()
+        reason = cuda["why_not_cuda"](os.environ, self.torch, without_torch)
+        if not reason and compiler is None:
+            reason = "there is no C++ compiler; install g++ or clang++"
+        required = os.environ.get("DSP_KERNELS_CUDA") == "1"
+        if not reason:
+            target = Path(self.get_ext_fullpath("dsp_kernels._C")).parent / cuda["LIBRARY"]
+            folder = Path(self.build_temp) / "dsp_kernels._C_cuda"
+            arguments = self.torch, torch_target(), compiler, os.environ, folder, target
+            try:
+                cuda["build"](self.spawn, *arguments)
+            except Exception as error:
+                if required:
+                    raise
+                reason = f"the build failed ({error})"
+            else:
+                self.announce_line("built dsp_kernels/_C_cuda.so, the CUDA kernels")
+        if reason and required:
+            raise SystemExit(f"dsp-kernels: DSP_KERNELS_CUDA is 1, but {reason}")
+        if reason:
+            self.announce_line(f"building without dsp_kernels/_C_cuda.so (the CUDA kernels): {reason}")
 
     def announce_line(self, text: str) -> None:
         """One line, easy to find in what `pip install -v` prints; without -v pip shows no build's output."""
@@ -119,11 +160,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        compiler = os.environ.get("CXX") or next(
-            name
-            for name in (*shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1], "g++", "clang++")
-            if shutil.which(name)
-        )
+        compiler = find_compiler()
+        assert compiler is not None
         include = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
         folder = Path(self.build_temp) / ext.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +183,7 @@ class BuildNative(build_ext):
             if self.force or not target.exists() or target.stat().st_mtime < newest:
                 self.spawn(
                     [
-                        *shlex.split(compiler),
+                        *compiler,
                         *COMMON_FLAGS,
                         *flags,
                         *extra,
@@ -168,9 +206,7 @@ class BuildNative(build_ext):
         if self.torch:  # already loaded when the extension is, because the package imports torch first
             link += [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
         temporary = library.with_suffix(".tmp")
-        self.spawn(
-            [*shlex.split(compiler), "-shared", "-pthread", *extra, *objects, *link, "-o", str(temporary)]
-        )
+        self.spawn([*compiler, "-shared", "-pthread", *extra, *objects, *link, "-o", str(temporary)])
         temporary.replace(library)
 
 

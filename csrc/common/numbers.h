@@ -1,0 +1,79 @@
+// The two 16-bit formats: conversion to and from float, one number or eight.
+#pragma once
+
+#include "target.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace dsp {
+
+struct Half {
+    static constexpr bool is_half = true;
+    DSP_FN static float widen(uint16_t bits) {
+#ifdef __CUDACC__
+        return __half2float(__ushort_as_half(bits));
+#else
+        _Float16 value;
+        std::memcpy(&value, &bits, 2);
+        return static_cast<float>(value);
+#endif
+    }
+    DSP_FN static uint16_t narrow(float value) {
+#ifdef __CUDACC__
+        return __half_as_ushort(__float2half_rn(value));
+#else
+        const _Float16 rounded = static_cast<_Float16>(value);
+        uint16_t bits;
+        std::memcpy(&bits, &rounded, 2);
+        return bits;
+#endif
+    }
+};
+
+struct Bfloat {
+    static constexpr bool is_half = false;
+    DSP_FN static float widen(uint16_t bits) {
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+#ifdef __CUDACC__
+        return __uint_as_float(wide);
+#else
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+#endif
+    }
+    DSP_FN static uint16_t narrow(float value) {
+#ifdef __CUDACC__
+        return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
+        uint32_t wide;
+        std::memcpy(&wide, &value, 4);
+        if ((wide & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // the NaN that the GPU gives
+        return static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+#endif
+    }
+};
+
+template <class T>
+DSP_FN void add_eight(float (&value)[8], const Vec16& packed) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        value[2 * i] += T::widen(static_cast<uint16_t>(packed.word[i]));
+        value[2 * i + 1] += T::widen(static_cast<uint16_t>(packed.word[i] >> 16));
+    }
+}
+
+template <class T>
+DSP_FN Vec16 narrow_eight(const float (&value)[8]) {
+    Vec16 packed;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        packed.word[i] = static_cast<uint32_t>(T::narrow(value[2 * i])) |
+                         static_cast<uint32_t>(T::narrow(value[2 * i + 1])) << 16;
+    return packed;
+}
+
+}  // namespace dsp

@@ -1,0 +1,111 @@
+// What the three tensor-core kernels share: one k16 step of a warp's tile, and its sums into shared memory.
+// Fragment layouts of mma.m16n8k16: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+#pragma once
+
+#include "conv_params.h"
+#include "numbers.h"
+
+namespace dsp {
+
+// MT * 16 filters by NT * 8 positions.
+template <class M, int MT, int NT>
+struct Sums {
+    typename M::Acc at[MT][NT];
+};
+
+// A step's weights lie as the fragments: [m tile][lane][8 numbers], so a lane reads 16 bytes.
+template <int MT>
+DSP_HD int fragment_offset(int step, int m, int lane) {
+    return ((step * MT + m) * 32 + lane) * 16;
+}
+
+// at(pair of n tiles, lane): the shared address of that lane's row of eight numbers, for ldmatrix.x4: lanes 0-7 and
+// 8-15 the k halves of the first n tile, 16-23 and 24-31 those of the second.
+template <class T, bool TRANSPOSED, class M, int MT, int NT, class Address>
+DSP_FN void multiply_step(M& m, int warp, Sums<M, MT, NT>& sums, int weights, int step, Address at) {
+    typename M::Quad a[MT];
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+        m.load_fragment(warp, a[i], [&](int lane) { return weights + fragment_offset<MT>(step, i, lane); });
+#pragma unroll
+    for (int j = 0; j < NT / 2; ++j) {
+        typename M::Quad b;
+        m.template load_matrices<TRANSPOSED>(warp, b, [&](int lane) { return at(j, lane); });
+#pragma unroll
+        for (int i = 0; i < MT; ++i) {
+            m.template multiply<T>(sums.at[i][2 * j], a[i], b, 0);
+            m.template multiply<T>(sums.at[i][2 * j + 1], a[i], b, 2);
+        }
+    }
+}
+
+template <class M, int MT, int NT>
+DSP_FN void clear(Sums<M, MT, NT>& sums) {
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int j = 0; j < NT; ++j) M::clear(sums.at[i][j]);
+}
+
+// Sums as float [filter][position], rows of `stride` floats; stride % 32 == 8 keeps the banks apart.
+template <class M, int MT, int NT>
+DSP_FN void store_by_filter(M& m, int warp, Sums<M, MT, NT>& sums, int first_position, int stride) {
+    m.each_lane(warp, [&](int lane) {
+#pragma unroll
+        for (int i = 0; i < MT; ++i)
+#pragma unroll
+            for (int j = 0; j < NT; ++j)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int filter = i * 16 + half * 8 + lane / 4;
+                    const int position = first_position + j * 8 + lane % 4 * 2;
+                    m.store_two(warp * 32 + lane, (filter * stride + position) * 4,
+                                M::get(sums.at[i][j], 2 * half, lane), M::get(sums.at[i][j], 2 * half + 1, lane));
+                }
+    });
+}
+
+// The same as [position][filter]; stride % 16 == 4 keeps the banks apart.
+template <class M, int MT, int NT>
+DSP_FN void store_by_position(M& m, int warp, Sums<M, MT, NT>& sums, int first_position, int stride) {
+    m.each_lane(warp, [&](int lane) {
+#pragma unroll
+        for (int i = 0; i < MT; ++i)
+#pragma unroll
+            for (int j = 0; j < NT; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int filter = i * 16 + e / 2 * 8 + lane / 4;
+                    const int position = first_position + j * 8 + lane % 4 * 2 + e % 2;
+                    m.store_one(warp * 32 + lane, (position * stride + filter) * 4,
+                                M::get(sums.at[i][j], e, lane));
+                }
+    });
+}
+
+// Eight neighbouring sums. Half of a quarter warp reads its upper four first, so that eight lanes with 32 bytes each
+// use every bank once per access.
+template <class M>
+DSP_FN void load_eight(M& m, int thread, int offset, bool swapped, float (&value)[8]) {
+    const int toggle = swapped ? 16 : 0;
+    float first[4], second[4];
+    m.load_four(thread, offset + toggle, first);
+    m.load_four(thread, offset + (16 - toggle), second);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        value[i] = swapped ? second[i] : first[i];
+        value[4 + i] = swapped ? first[i] : second[i];
+    }
+}
+
+// Bias, residual and activation of eight sums that lie together in memory, and their one store.
+template <class T, class M>
+DSP_FN void finish_eight(M& m, const ConvParams& p, float (&value)[8], const float (&bias)[8], int64_t unit) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i] += bias[i];
+    if (p.residual) add_eight<T>(value, m.read_residual(static_cast<const Vec16*>(p.residual) + unit));
+    activate(value, p.activation);
+    m.write(static_cast<Vec16*>(p.out) + unit, narrow_eight<T>(value));
+}
+
+}  // namespace dsp

@@ -1,0 +1,152 @@
+// The machine that a kernel template runs on: one thread of a GPU, sm_80 or newer. Names and arguments are those of
+// the emulation on the host (tests/cuda/emulator/host_machine.h).
+#pragma once
+
+#include "../common/numbers.h"
+
+namespace dsp {
+
+struct GpuMachine {
+    // Registers of this thread; what the emulation keeps for every thread or warp.
+    template <class V>
+    struct PerThread {
+        V value;
+        __device__ __forceinline__ V& operator[](int) { return value; }
+    };
+    template <class V>
+    using PerWarp = PerThread<V>;
+
+    struct Quad {
+        uint32_t word[4];
+    };
+    struct Acc {
+        float value[4];
+    };
+
+    char* shared;
+    uint32_t shared_address;
+
+    __device__ __forceinline__ explicit GpuMachine(char* memory)
+        : shared(memory), shared_address(static_cast<uint32_t>(__cvta_generic_to_shared(memory))) {}
+
+    template <class F>
+    __device__ __forceinline__ void each_thread(F f) {
+        f(static_cast<int>(threadIdx.x));
+    }
+    template <class F>
+    __device__ __forceinline__ void each_warp(F f) {
+        f(static_cast<int>(threadIdx.x) / 32);
+    }
+    template <class F>
+    __device__ __forceinline__ void each_lane(int, F f) {
+        f(static_cast<int>(threadIdx.x) % 32);
+    }
+    __device__ __forceinline__ void sync() { __syncthreads(); }
+
+    // Sixteen bytes of global memory into shared memory, or zeros where not `inside`.
+    __device__ __forceinline__ void copy16(int, int offset, const Vec16* source, bool inside) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address + offset),
+                     "l"(__cvta_generic_to_global(source)), "r"(inside ? 16 : 0)
+                     : "memory");
+    }
+    __device__ __forceinline__ void copy4(int, int offset, const float* source, bool inside) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address + offset),
+                     "l"(__cvta_generic_to_global(source)), "r"(inside ? 4 : 0)
+                     : "memory");
+    }
+    __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+    template <int GROUPS>
+    __device__ __forceinline__ void wait() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+    }
+
+    // Memory that nobody writes while the kernel runs.
+    template <class V>
+    __device__ __forceinline__ V read(const V* source) {
+        return __ldg(source);
+    }
+    __device__ __forceinline__ Pair read(const Pair* source) {
+        const int2 both = __ldg(reinterpret_cast<const int2*>(source));
+        return {both.x, both.y};
+    }
+    __device__ __forceinline__ Vec16 read(const Vec16* source) {
+        const uint4 all = __ldg(reinterpret_cast<const uint4*>(source));
+        return {{all.x, all.y, all.z, all.w}};
+    }
+    // The residual may be the output.
+    template <class V>
+    __device__ __forceinline__ V read_residual(const V* source) {
+        return *source;
+    }
+    __device__ __forceinline__ Vec16 read_residual(const Vec16* source) {
+        const uint4 all = *reinterpret_cast<const uint4*>(source);
+        return {{all.x, all.y, all.z, all.w}};
+    }
+    template <class V>
+    __device__ __forceinline__ void write(V* target, V value) {
+        *target = value;
+    }
+    __device__ __forceinline__ void write(Vec16* target, const Vec16& v) {
+        *reinterpret_cast<uint4*>(target) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+    }
+
+    __device__ __forceinline__ void store_one(int, int offset, float v) {
+        *reinterpret_cast<float*>(shared + offset) = v;
+    }
+    __device__ __forceinline__ void store_two(int, int offset, float a, float b) {
+        *reinterpret_cast<float2*>(shared + offset) = make_float2(a, b);
+    }
+    __device__ __forceinline__ void store16(int, int offset, const Vec16& v) {
+        *reinterpret_cast<uint4*>(shared + offset) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+    }
+    __device__ __forceinline__ void load_four(int, int offset, float (&v)[4]) {
+        const float4 all = *reinterpret_cast<const float4*>(shared + offset);
+        v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
+    }
+    template <class Address>
+    __device__ __forceinline__ void load_fragment(int, Quad& q, Address at) {
+        const uint4 all = *reinterpret_cast<const uint4*>(shared + at(static_cast<int>(threadIdx.x) % 32));
+        q.word[0] = all.x, q.word[1] = all.y, q.word[2] = all.z, q.word[3] = all.w;
+    }
+    template <bool TRANSPOSED, class Address>
+    __device__ __forceinline__ void load_matrices(int, Quad& q, Address at) {
+        const uint32_t row = shared_address + at(static_cast<int>(threadIdx.x) % 32);
+        if (TRANSPOSED)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(q.word[0]), "=r"(q.word[1]), "=r"(q.word[2]), "=r"(q.word[3])
+                         : "r"(row)
+                         : "memory");
+        else
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(q.word[0]), "=r"(q.word[1]), "=r"(q.word[2]), "=r"(q.word[3])
+                         : "r"(row)
+                         : "memory");
+    }
+    // acc += a * b, where b is two words of a quad from `first` on.
+    template <class T>
+    __device__ __forceinline__ void multiply(Acc& acc, const Quad& a, const Quad& b, int first) {
+        float(&d)[4] = acc.value;
+        if (T::is_half)
+            asm volatile(
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                "{%0,%1,%2,%3};"
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[first]),
+                  "r"(b.word[first + 1]));
+        else
+            asm volatile(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                "{%0,%1,%2,%3};"
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[first]),
+                  "r"(b.word[first + 1]));
+    }
+    __device__ __forceinline__ static void clear(Acc& acc) {
+        acc.value[0] = acc.value[1] = acc.value[2] = acc.value[3] = 0.f;
+    }
+    __device__ __forceinline__ static float get(const Acc& acc, int element, int) { return acc.value[element]; }
+    __device__ __forceinline__ static float as_float(uint32_t word) { return __uint_as_float(word); }
+    __device__ __forceinline__ static uint32_t as_word(float value) { return __float_as_uint(value); }
+};
+
+}  // namespace dsp

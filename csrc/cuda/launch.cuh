@@ -1,0 +1,54 @@
+// Launching one kernel template on the current stream's device, with every step checked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "../common/launch_plan.h"
+#include "gpu_machine.cuh"
+
+namespace dsp {
+
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks) conv_kernel(const __grid_constant__ ConvParams p) {
+    extern __shared__ __align__(128) char memory[];
+    GpuMachine machine(memory);
+    K::run(machine, p, static_cast<int>(blockIdx.x));
+}
+
+inline void check_cuda(cudaError_t status, const std::string& what) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // so that the next call does not report it again
+    throw std::runtime_error(what + ": " + cudaGetErrorString(status));
+}
+
+// Bytes of shared memory that one block may have.
+inline int64_t shared_limit(int device) {
+    int bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "asking for the shared memory of a block");
+    return bytes;
+}
+
+// `what`: the kernel and its sizes, for an error's message.
+template <class K>
+void launch(const Launch& plan, int device, cudaStream_t stream, const std::string& what) {
+    if (plan.blocks > std::numeric_limits<int>::max()) throw std::runtime_error(what + ": too many blocks");
+    if (plan.blocks == 0) return;
+    // More than 48 KB has to be asked for, once per kernel and device; it is a setting, not work on a stream.
+    static std::atomic<bool> granted[64];
+    if (plan.shared_bytes > 48 * 1024 && (device >= 64 || !granted[device].load())) {
+        const int most = static_cast<int>(shared_limit(device));
+        check_cuda(cudaFuncSetAttribute(conv_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+                   what + ", asking for " + std::to_string(most) + " bytes of shared memory");
+        if (device < 64) granted[device].store(true);
+    }
+    conv_kernel<K><<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(plan.params);
+    check_cuda(cudaGetLastError(), what);
+}
+
+}  // namespace dsp

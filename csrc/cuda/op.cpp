@@ -1,0 +1,84 @@
+// dsp_kernels::cuda_conv, the launcher as a torch op, registered through LibTorch's stable ABI. Python
+// (dsp_kernels/backends/cuda.py) has checked shapes and made the tables; what is checked again here is what would
+// let a kernel leave its tensors.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runners.h"
+
+// Its declaration stands behind a macro of torch's own build.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string describe(const dsp::Sizes& s) {
+    static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc"};
+    const auto two = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
+    const std::string name = s.kernel >= 0 && s.kernel < 5 ? kNames[s.kernel] : std::to_string(s.kernel);
+    return "CUDA kernel " + name + " of " + std::to_string(s.filters) + " filters, batch " +
+           std::to_string(s.batch) + ", " + std::to_string(s.in_channels) + " channels of " +
+           two(s.height, s.width) + " to " + std::to_string(s.out_channels) + " of " +
+           two(s.out_height, s.out_width) + ", " + std::to_string(s.tile_count) + " tiles";
+}
+
+void check(bool good, const std::string& what, const char* wrong) {
+    if (!good) throw std::runtime_error(what + ": " + wrong);
+}
+
+void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& residual, const Tensor& weights,
+               const Tensor& bias, const Tensor& tables, const std::vector<int64_t>& size_list) {
+    check(size_list.size() == dsp::Sizes::kCount, "dsp_kernels::cuda_conv", "wrong number of sizes");
+    const dsp::Sizes sizes(size_list.data());
+    const std::string what = describe(sizes);
+    const ScalarType type = x.scalar_type();
+    const int device = x.get_device_index();
+    const auto fits = [&](const Tensor& t, ScalarType wanted, int64_t numel) {
+        return t.scalar_type() == wanted && t.get_device_index() == device && t.is_contiguous() &&
+               t.numel() >= numel && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    };
+    const int64_t in = sizes.batch * sizes.in_channels * sizes.height * sizes.width;
+    const int64_t made = sizes.batch * sizes.out_channels * sizes.out_height * sizes.out_width;
+    check(fits(x, type, in) && x.numel() == in, what, "x does not fit, or is not at a multiple of 16 bytes");
+    check(fits(out, type, made) && out.numel() == made, what, "out does not fit, or is not at 16 bytes");
+    check(!residual || (fits(*residual, type, made) && residual->numel() == made), what, "residual does not fit");
+    check(fits(weights, type, 0) && fits(bias, ScalarType::Float, sizes.tile_count * sizes.filters) &&
+              fits(tables, ScalarType::Int, sizes.gather_at),
+          what, "weights, bias or tables do not fit");
+
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const std::string refused = dsp::use_device(device);
+    if (!refused.empty()) throw std::runtime_error(what + ": " + refused);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    const dsp::ConvParams params =
+        dsp::params_of(sizes, x.data_ptr(), out.data_ptr(), residual ? residual->data_ptr() : nullptr,
+                       weights.data_ptr(), static_cast<const float*>(bias.data_ptr()),
+                       static_cast<const int*>(tables.data_ptr()));
+    if (type == ScalarType::Half)
+        dsp::run_half(sizes, params, device, stream, what);
+    else if (type == ScalarType::BFloat16)
+        dsp::run_bfloat(sizes, params, device, stream, what);
+    else if (type == ScalarType::Float)
+        dsp::run_fp32(sizes, params, device, stream, what);
+    else
+        check(false, what, "x is not float16, bfloat16 or float32");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dsp_kernels, m) {
+    m.def(
+        "cuda_conv(Tensor x, Tensor(a!) out, Tensor? residual, Tensor weights, Tensor bias, Tensor tables, "
+        "int[] sizes) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(dsp_kernels, CUDA, m) { m.impl("cuda_conv", TORCH_BOX(&cuda_conv)); }

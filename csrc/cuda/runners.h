@@ -1,0 +1,18 @@
+// The door from the op (op.cpp, without CUDA headers) to the kernels, one source file per number format.
+#pragma once
+
+#include <string>
+
+#include "../common/launch_plan.h"
+
+namespace dsp {
+
+// Launches on `stream` (a cudaStream_t) of the current device, whose number is `device`. Throws std::runtime_error
+// that begins with `what` if CUDA refuses.
+void run_half(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what);
+void run_bfloat(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what);
+void run_fp32(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what);
+// Sets the CUDA runtime's device to that of torch; this library has a runtime of its own. Empty, or why it cannot.
+std::string use_device(int device);
+
+}  // namespace dsp

@@ -1,0 +1,322 @@
+"""Weights and tables of one convolution in the order in which the CUDA kernels read them (csrc/common).
+
+A *tile* is up to ``filters`` filters of one group and the list of what they read. One launch runs all tiles
+of all groups; those with the longest reduction come first. Small groups share a tile where that is less work:
+the weights of channels that a filter does not read are then zero, as in a dense convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.backends.gpu_layout import all_groups
+from dsp_kernels.conv_spec import ConvSpec
+
+__all__ = ["KERNELS", "KernelKind", "Tables", "make_tables"]
+
+# Row of the reduction that fills a block: a tap outside of every image (csrc/common/conv_params.h).
+_OUTSIDE = 0x7FFF << 16
+
+
+@dataclass(frozen=True)
+class KernelKind:
+    """One kernel: its number and filters per tile (csrc/common/launch_plan.h), and its reduction.
+
+    rows: rows of the reduction per block; channels: channels of one tap are filled up to a multiple of it.
+    """
+
+    name: str
+    number: int
+    filters: tuple[int, ...]
+    rows: int
+    channels: int = 1
+    fragments: bool = True  # weights as fragments of mma.m16n8k16, else [row][filter]
+
+    def reduction(self, channels: int, taps: int) -> int:
+        """Rows of the reduction, filled up."""
+        return _round_up(_round_up(channels, self.channels) * taps, self.rows)
+
+
+KERNELS = {
+    kind.name: kind
+    for kind in (
+        KernelKind("chwn", 0, (16, 32, 64), 32),
+        KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16),
+        KernelKind("nhwc", 2, (16, 32), 32, 8),
+        KernelKind("fp32_chwn", 3, (32,), 16, fragments=False),
+        KernelKind("fp32_nhwc", 4, (32,), 16, fragments=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What one launch reads beside x, and how it is found in ``table`` (int32, offsets in numbers).
+
+    weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: tiles, rows, runs, taps, gather.
+    """
+
+    kind: KernelKind
+    filters: int
+    tile_count: int
+    weights: Tensor
+    bias: Tensor
+    table: Tensor
+    rows_at: int
+    runs_at: int
+    taps_at: int
+    gather_at: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Filters that read one set of channels; weight: (filters, channels, taps), float32."""
+
+    in_index: tuple[int, ...]
+    out_index: tuple[int, ...]
+    weight: Tensor
+
+
+def make_tables(
+    kind: KernelKind,
+    spec: ConvSpec,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tables:
+    """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on any device.
+
+    dtype, device: of the tensors that the kernel will get.
+    """
+    groups = _groups_of(spec, weights)
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    filters, groups = min(
+        ((count, _merged(groups, kind, count, taps)) for count in kind.filters),
+        key=lambda choice: _work(choice[1], kind, choice[0], taps),
+    )
+    writer = _Writer(kind, spec, filters)
+    for group in groups:
+        writer.add(group)
+    absent = torch.tensor(spec.structure.absent, dtype=torch.long)
+    values = torch.zeros(spec.structure.out_channels) if bias is None else bias.detach().cpu().float()
+    return writer.finish(values.index_fill(0, absent, 0.0), dtype, device)
+
+
+def _groups_of(spec: ConvSpec, weights: Sequence[Tensor]) -> list[_Group]:
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    groups = all_groups(spec.structure)
+    flat = [
+        weight.detach().cpu().float().reshape(len(group.out_index), len(group.in_index), taps)
+        for group, weight in zip(groups, weights, strict=False)
+    ]
+    # The group of the absent channels has no weights of its own.
+    flat += [torch.zeros(len(group.out_index), 0, taps) for group in groups[len(flat) :]]
+    return [
+        _Group(group.in_index, group.out_index, weight) for group, weight in zip(groups, flat, strict=True)
+    ]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _tile_work(outputs: int, channels: int, kind: KernelKind, filters: int, taps: int) -> int:
+    """Work of a group, in rows of the reduction times filters.
+
+    A row's activations cost as much as 48 filters (an estimate, not measured: their way through shared memory
+    is the same for any number of filters), and a tile's outputs as much as 16 rows.
+    """
+    tiles = -(-outputs // filters)
+    return tiles * (kind.reduction(channels, taps) + 16) * (filters + 48)
+
+
+def _work(groups: Sequence[_Group], kind: KernelKind, filters: int, taps: int) -> int:
+    return sum(_tile_work(len(group.out_index), len(group.in_index), kind, filters, taps) for group in groups)
+
+
+def _merged(groups: Sequence[_Group], kind: KernelKind, filters: int, taps: int) -> list[_Group]:
+    """Neighbouring groups put into one where that is less work."""
+    bins: list[list[_Group]] = []
+    reads: set[int] = set()
+    writes = 0
+    for group in groups:
+        both, outputs = reads | set(group.in_index), writes + len(group.out_index)
+        apart = _tile_work(writes, len(reads), kind, filters, taps) + _tile_work(
+            len(group.out_index), len(group.in_index), kind, filters, taps
+        )
+        if bins and _tile_work(outputs, len(both), kind, filters, taps) <= apart:
+            bins[-1].append(group)
+            reads, writes = both, outputs
+        else:
+            bins.append([group])
+            reads, writes = set(group.in_index), len(group.out_index)
+    return [_join(members) for members in bins]
+
+
+def _join(groups: Sequence[_Group]) -> _Group:
+    if len(groups) == 1:
+        return groups[0]
+    in_index = tuple(sorted({channel for group in groups for channel in group.in_index}))
+    out_index = tuple(channel for group in groups for channel in group.out_index)
+    place = {channel: column for column, channel in enumerate(in_index)}
+    weight = torch.zeros(len(out_index), len(in_index), groups[0].weight.shape[2])
+    row = 0
+    for group in groups:
+        columns = torch.tensor([place[channel] for channel in group.in_index], dtype=torch.long)
+        weight[row : row + len(group.out_index)].index_copy_(1, columns, group.weight)
+        row += len(group.out_index)
+    return _Group(in_index, out_index, weight)
+
+
+class _Writer:
+    """Collects tiles and writes them down, the longest reduction first."""
+
+    def __init__(self, kind: KernelKind, spec: ConvSpec, filters: int) -> None:
+        self.kind, self.spec, self.filters = kind, spec, filters
+        self.taps: list[Tensor] = []  # int32, flat
+        self.entries = 0  # entries of taps so far; a Pair is one entry
+        self.gather: list[int] = []
+        # blocks of the reduction, first entry of taps, output channels (-1: none), packed weights
+        self.tiles: list[tuple[int, int, list[int], Tensor]] = []
+
+    def add(self, group: _Group) -> None:
+        """All tiles of one group."""
+        structure = self.spec.structure
+        if self.kind.name == "nhwc":
+            group = _in_runs(group, structure.in_channels, structure.out_channels)
+        first = self.entries
+        rows = self._write_taps(group.in_index)
+        weight = self._by_row(group.weight, rows)
+        for start in range(0, len(group.out_index), self.filters):
+            outputs = list(group.out_index[start : start + self.filters])
+            padded = torch.zeros(self.filters, rows)
+            padded[: len(outputs)] = weight[start : start + self.filters]
+            outputs += [-1] * (self.filters - len(outputs))
+            packed = _fragments(padded) if self.kind.fragments else padded.t().reshape(-1)
+            self.tiles.append((rows // self.kind.rows, first, outputs, packed))
+
+    def _by_row(self, weight: Tensor, rows: int) -> Tensor:
+        """weight: (filters, channels, taps) -> (filters, rows) in the order of the kernel's reduction."""
+        outputs, channels, taps = weight.shape
+        filled = torch.zeros(outputs, _round_up(channels, self.kind.channels), taps)
+        filled[:, :channels] = weight
+        if self.kind.name == "halo":  # (block of 16 channels, tap, channel)
+            ordered = filled.view(outputs, -1, 16, taps).transpose(2, 3).reshape(outputs, -1)
+        else:  # (tap, channel)
+            ordered = filled.transpose(1, 2).reshape(outputs, -1)
+        result = torch.zeros(outputs, rows)
+        result[:, : ordered.shape[1]] = ordered
+        return result
+
+    def _write_taps(self, channels: Sequence[int]) -> int:
+        """Appends the entries of one group; the rows of its reduction."""
+        (kh, kw), (dy, dx) = self.spec.kernel_size, self.spec.dilation
+        rows = self.kind.reduction(len(channels), kh * kw)
+        if self.kind.name == "halo":
+            entries = torch.tensor(_filled(channels, 16), dtype=torch.int32)
+            self.entries += len(entries)
+            self.taps.append(entries)
+            return rows
+        offsets = torch.tensor([y * dy << 16 | x * dx for y in range(kh) for x in range(kw)])
+        if self.kind.name == "nhwc":
+            firsts, count = torch.tensor(self._octets(channels), dtype=torch.long), rows // 8
+        else:
+            firsts, count = torch.tensor(channels, dtype=torch.long), rows
+        pairs = torch.tensor([[0, _OUTSIDE]]).repeat(count, 1)
+        used = len(firsts) * kh * kw
+        pairs[:used, 0] = firsts.repeat(kh * kw)
+        pairs[:used, 1] = offsets.repeat_interleave(len(firsts))
+        self.entries += count
+        self.taps.append(pairs.to(torch.int32).reshape(-1))
+        return rows
+
+    def _octets(self, channels: Sequence[int]) -> list[int]:
+        """First channel of each aligned run of eight, or -1 - (where its eight channels stand in gather)."""
+        filled, firsts = _filled(channels, 8), []
+        for start in range(0, len(filled), 8):
+            octet = filled[start : start + 8]
+            if _is_run(octet, self.spec.structure.in_channels):
+                firsts.append(octet[0])
+            else:
+                firsts.append(-1 - len(self.gather) // 8)
+                self.gather += octet
+        return firsts
+
+    def finish(self, bias: Tensor, dtype: torch.dtype, device: torch.device) -> Tables:
+        """bias: (out_channels,), float32."""
+        tiles = sorted(self.tiles, key=lambda tile: -tile[0])
+        records, rows, start = [], [], 0
+        for blocks, first, outputs, packed in tiles:
+            unit = packed.numel() * dtype.itemsize // 16
+            records += [start, blocks, first, 0]
+            rows += outputs
+            start += unit
+        runs = [
+            octet[0] if _is_run(octet, self.spec.structure.out_channels) else -1
+            for octet in (rows[i : i + 8] for i in range(0, len(rows), 8))
+        ]
+        # Filters come in multiples of 16, so every part starts at a multiple of 8 bytes.
+        parts = [torch.tensor(part, dtype=torch.int32) for part in (records, rows, runs)]
+        parts += [torch.cat([*self.taps, torch.zeros(0, dtype=torch.int32)])]
+        starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0).tolist()
+        parts.append(torch.tensor(self.gather, dtype=torch.int32))
+        index = torch.tensor(rows, dtype=torch.long)
+        row_bias = torch.where(index >= 0, bias[index.clamp(min=0)], 0.0)
+        return Tables(
+            self.kind,
+            self.filters,
+            len(tiles),
+            torch.cat([packed for *_, packed in tiles]).to(device, dtype),
+            row_bias.to(device),
+            torch.cat(parts).to(device),
+            *starts[1:],
+        )
+
+
+def _fragments(weight: Tensor) -> Tensor:
+    """weight: (filters, rows), multiples of 16 -> flat, as the A operands of mma.m16n8k16.
+
+    Order: step of 16 rows, 16 filters, lane, then the lane's eight numbers: its 32-bit registers go through
+    the two halves of the filters first, then through those of the rows.
+    """
+    filters, rows = weight.shape
+    parts = weight.view(
+        filters // 16, 2, 8, rows // 16, 2, 4, 2
+    )  # m, filter half, group, step, row half, quad, i
+    return parts.permute(3, 0, 2, 5, 4, 1, 6).reshape(-1)
+
+
+def _filled(channels: Sequence[int], multiple: int) -> list[int]:
+    return [*channels, *[-1] * (_round_up(len(channels), multiple) - len(channels))]
+
+
+def _is_run(octet: Sequence[int], channels: int) -> bool:
+    """Whether eight channels lie in one aligned 16-byte piece of every pixel."""
+    first = octet[0]
+    return (
+        first >= 0 and channels % 8 == 0 and first % 8 == 0 and list(octet) == list(range(first, first + 8))
+    )
+
+
+def _in_runs(group: _Group, in_channels: int, out_channels: int) -> _Group:
+    """The same group, its channels and filters reordered so that whole aligned runs come first."""
+    columns, rows = _runs_first(group.in_index, in_channels), _runs_first(group.out_index, out_channels)
+    return _Group(
+        tuple(group.in_index[i] for i in columns),
+        tuple(group.out_index[i] for i in rows),
+        group.weight[rows][:, columns],
+    )
+
+
+def _runs_first(index: Sequence[int], channels: int) -> list[int]:
+    place = {channel: i for i, channel in enumerate(index)}
+    octets = range(0, channels, 8) if channels % 8 == 0 else ()
+    whole = [range(first, first + 8) for first in octets if all(c in place for c in range(first, first + 8))]
+    ordered = [place[channel] for run in whole for channel in run]
+    taken = set(ordered)
+    return ordered + [i for i in range(len(index)) if i not in taken]

@@ -1,0 +1,260 @@
+// A block of threads on the host, for the kernel templates of csrc/common. Threads run one after another between two
+// barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
+// so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. Shared memory
+// starts as NaN. Accesses of a warp are collected per instruction and their bank conflicts counted.
+#pragma once
+
+#include <array>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/common/numbers.h"
+
+namespace dsp {
+
+struct Modes {
+    bool late_copies;
+    bool backwards;
+};
+
+struct Counts {
+    int64_t matrices = 0, matrix_conflicts = 0;  // accesses of a quarter warp, and the extra turns they took
+    int64_t copies = 0, copy_conflicts = 0;
+    int64_t stores = 0, store_conflicts = 0;
+    int64_t loads = 0, load_conflicts = 0;
+};
+
+struct Range {  // memory that the kernel may touch
+    const char* begin;
+    const char* end;
+    bool writable;
+};
+
+struct HostMachine {
+    template <class V>
+    struct PerThread {
+        std::vector<V> values = std::vector<V>(1024);
+        V& operator[](int i) { return values[i]; }
+    };
+    template <class V>
+    struct PerWarp {
+        std::vector<V> values = std::vector<V>(32);
+        V& operator[](int i) { return values[i]; }
+    };
+    struct Quad {
+        uint32_t word[4][32];
+    };
+    struct Acc {
+        float value[4][32];
+    };
+    struct Copy {
+        int offset;
+        std::array<char, 16> bytes;
+        int size;
+    };
+    struct Access {
+        int lane, offset;
+    };
+
+    int threads;
+    Modes modes;
+    Counts& counts;
+    const std::vector<Range>& ranges;
+    std::vector<char> shared;
+    std::vector<std::vector<Copy>> groups;  // of copies on their way; the last is open
+    // kind and instruction of a warp -> its lanes' accesses
+    std::map<std::array<int, 3>, std::vector<Access>> pending;
+    std::vector<int> issued;
+
+    HostMachine(int threads, int shared_bytes, Modes modes, Counts& counts, const std::vector<Range>& ranges)
+        : threads(threads), modes(modes), counts(counts), ranges(ranges), shared(shared_bytes, '\xff'), groups(1),
+          issued(threads) {}
+
+    template <class F>
+    void each_thread(F f) {
+        for (int i = 0; i < threads; ++i) f(modes.backwards ? threads - 1 - i : i);
+        flush();
+    }
+    template <class F>
+    void each_warp(F f) {
+        for (int i = 0; i < threads / 32; ++i) f(modes.backwards ? threads / 32 - 1 - i : i);
+        flush();
+    }
+    template <class F>
+    void each_lane(int, F f) {
+        for (int lane = 0; lane < 32; ++lane) f(lane);
+    }
+    void sync() {}
+
+    void copy16(int thread, int offset, const Vec16* source, bool inside) { copy(thread, offset, source, inside, 16); }
+    void copy4(int thread, int offset, const float* source, bool inside) { copy(thread, offset, source, inside, 4); }
+    void commit() { groups.emplace_back(); }
+    template <int GROUPS>
+    void wait() {
+        const int done = static_cast<int>(groups.size()) - 1 - GROUPS;
+        for (int g = 0; g < done; ++g) {
+            for (const Copy& c : groups[g]) land(c);
+            groups[g].clear();
+        }
+    }
+
+    template <class V>
+    V read(const V* source) {
+        check(source, sizeof(V), false);
+        return *source;
+    }
+    template <class V>
+    V read_residual(const V* source) {
+        return read(source);
+    }
+    template <class V>
+    void write(V* target, const V& value) {
+        check(target, sizeof(V), true);
+        *target = value;
+    }
+
+    void store_one(int thread, int offset, float v) { store(thread, offset, &v, 4); }
+    void store_two(int thread, int offset, float a, float b) {
+        const float both[2] = {a, b};
+        store(thread, offset, both, 8);
+    }
+    void store16(int thread, int offset, const Vec16& v) { store(thread, offset, &v, 16); }
+    void load_four(int thread, int offset, float (&v)[4]) {
+        note(3, thread, offset, 16);
+        std::memcpy(v, at(offset, 16), 16);
+    }
+    template <class Address>
+    void load_fragment(int warp, Quad& q, Address address) {
+        for (int lane = 0; lane < 32; ++lane) {
+            const int offset = address(lane);
+            note(3, warp * 32 + lane, offset, 16);
+            for (int i = 0; i < 4; ++i) std::memcpy(&q.word[i][lane], at(offset + 4 * i, 4), 4);
+        }
+    }
+    // PTX ISA, ldmatrix: matrix i has its rows at the addresses of lanes 8i to 8i + 7; lane l gets the elements
+    // 2 * (l % 4) and the next one of row l / 4, or with .trans of column l / 4.
+    template <bool TRANSPOSED, class Address>
+    void load_matrices(int warp, Quad& q, Address address) {
+        uint16_t matrix[4][8][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int offset = address(lane);
+            note(0, warp * 32 + lane, offset, 16);
+            std::memcpy(matrix[lane / 8][lane % 8], at(offset, 16), 16);
+        }
+        for (int i = 0; i < 4; ++i)
+            for (int lane = 0; lane < 32; ++lane) {
+                uint32_t word = 0;
+                for (int e = 0; e < 2; ++e) {
+                    const int minor = lane % 4 * 2 + e, major = lane / 4;
+                    word |= static_cast<uint32_t>(TRANSPOSED ? matrix[i][minor][major] : matrix[i][major][minor])
+                            << (16 * e);
+                }
+                q.word[i][lane] = word;
+            }
+    }
+    // PTX ISA, fragments of mma.m16n8k16: A has row l / 4 (+ 8 in registers 1 and 3), columns 2 * (l % 4) + {0, 1}
+    // (+ 8 in registers 2 and 3); B has rows 2 * (l % 4) + {0, 1} (+ 8 in register 1), column l / 4; C has row l / 4
+    // (+ 8 in elements 2 and 3), columns 2 * (l % 4) + {0, 1}.
+    template <class T>
+    void multiply(Acc& acc, const Quad& a, const Quad& b, int first) {
+        float left[16][16], right[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            for (int r = 0; r < 4; ++r)
+                for (int e = 0; e < 2; ++e)
+                    left[lane / 4 + r % 2 * 8][lane % 4 * 2 + e + r / 2 * 8] = half_of<T>(a.word[r][lane], e);
+            for (int r = 0; r < 2; ++r)
+                for (int e = 0; e < 2; ++e)
+                    right[lane % 4 * 2 + e + r * 8][lane / 4] = half_of<T>(b.word[first + r][lane], e);
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int e = 0; e < 4; ++e) {
+                const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+                float sum = acc.value[e][lane];
+                for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+                acc.value[e][lane] = sum;
+            }
+    }
+    static void clear(Acc& acc) { std::memset(&acc, 0, sizeof acc); }
+    static float get(const Acc& acc, int element, int lane) { return acc.value[element][lane]; }
+    static float as_float(uint32_t word) {
+        float value;
+        std::memcpy(&value, &word, 4);
+        return value;
+    }
+    static uint32_t as_word(float value) {
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        return word;
+    }
+
+private:
+    template <class T>
+    static float half_of(uint32_t word, int e) {
+        return T::widen(static_cast<uint16_t>(word >> (16 * e)));
+    }
+    char* at(int offset, int size) {
+        if (offset < 0 || offset % size || offset + size > static_cast<int>(shared.size()))
+            throw std::runtime_error("shared memory: " + std::to_string(size) + " bytes at " + std::to_string(offset) +
+                                     " of " + std::to_string(shared.size()));
+        return shared.data() + offset;
+    }
+    void check(const void* address, int size, bool write) {
+        const char* p = static_cast<const char*>(address);
+        if (reinterpret_cast<uintptr_t>(p) % size) throw std::runtime_error("an access is not aligned");
+        for (const Range& r : ranges)
+            if (p >= r.begin && p + size <= r.end && (r.writable || !write)) return;
+        throw std::runtime_error(write ? "a store outside of the output" : "a load outside of every tensor");
+    }
+    void land(const Copy& c) { std::memcpy(at(c.offset, c.size), c.bytes.data(), c.size); }
+    void copy(int thread, int offset, const void* source, bool inside, int size) {
+        note(1, thread, offset, size);
+        Copy c{offset, {}, size};
+        if (inside) {
+            check(source, size, false);
+            std::memcpy(c.bytes.data(), source, size);
+        }
+        if (modes.late_copies) {
+            std::memset(at(offset, size), 0xff, size);  // nobody may read it before it has landed
+            groups.back().push_back(c);
+        } else {
+            land(c);
+        }
+    }
+    void store(int thread, int offset, const void* value, int size) {
+        note(2, thread, offset, size);
+        std::memcpy(at(offset, size), value, size);
+    }
+    // `size` bytes per lane: 16 bytes go in quarter warps, 8 in halves, 4 in whole warps.
+    void note(int kind, int thread, int offset, int size) {
+        const int lanes = 128 / size;
+        pending[{kind, (thread / lanes) * 64 + size, issued[thread]++}].push_back({thread, offset});
+    }
+    void flush() {
+        for (const auto& [key, accesses] : pending) {
+            const int size = key[1] % 64;
+            std::array<std::vector<int>, 32> words;  // distinct words wanted from each bank
+            for (const Access& a : accesses)
+                for (int w = a.offset / 4; w < (a.offset + size) / 4; ++w) {
+                    auto& bank = words[w % 32];
+                    bool known = false;
+                    for (const int other : bank) known |= other == w;
+                    if (!known) bank.push_back(w);
+                }
+            size_t turns = 1;
+            for (const auto& bank : words) turns = bank.size() > turns ? bank.size() : turns;
+            const int64_t extra = static_cast<int64_t>(turns) - 1;
+            switch (key[0]) {
+                case 0: ++counts.matrices, counts.matrix_conflicts += extra; break;
+                case 1: ++counts.copies, counts.copy_conflicts += extra; break;
+                case 2: ++counts.stores, counts.store_conflicts += extra; break;
+                default: ++counts.loads, counts.load_conflicts += extra;
+            }
+        }
+        pending.clear();
+        std::fill(issued.begin(), issued.end(), 0);
+    }
+};
+
+}  // namespace dsp

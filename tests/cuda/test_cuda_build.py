@@ -1,0 +1,137 @@
+"""Whether the CUDA kernels are built, for which chips; what the library holds; what is said without."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsp_kernels.backends.cuda import CudaKernels
+from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuLayout
+from dsp_kernels.conv_spec import ConvSpec
+from dsp_kernels.native_cuda import LIBRARY, why_no_cuda
+from dsp_kernels.structure import GroupStructure
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build_cuda.py"))
+RESOURCES = runpy.run_path(str(ROOT / "scripts" / "cuda_resources.py"))
+SPEC = ConvSpec(GroupStructure.dense(2, 2), (3, 3))
+
+
+@pytest.fixture
+def torch_folder(tmp_path: Path) -> Path:
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    (tmp_path / "torch" / "lib" / "libtorch_cuda.so").touch()
+    return tmp_path / "torch"
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> str:
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n", encoding="utf-8")
+    nvcc.chmod(0o755)
+    return str(tmp_path / "toolkit")
+
+
+def test_built_with_nvcc_and_cuda_torch(torch_folder: Path, toolkit: str) -> None:
+    assert BUILD["why_not_cuda"]({"CUDA_HOME": toolkit, "PATH": "/none"}, torch_folder, "") == ""
+    assert BUILD["why_not_cuda"]({"PATH": f"{toolkit}/bin"}, torch_folder, "") == ""
+
+
+def test_reasons_not_to_build(torch_folder: Path, toolkit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    why, home = BUILD["why_not_cuda"], {"CUDA_HOME": toolkit}
+    assert "DSP_KERNELS_CUDA is 0" in why({**home, "DSP_KERNELS_CUDA": "0"}, torch_folder, "")
+    assert why(home, None, "torch is not importable") == "torch is not importable"
+    assert "TORCH_CUDA_ARCH_LIST" in why({**home, "TORCH_CUDA_ARCH_LIST": "Hopper"}, torch_folder, "")
+    assert "8.0 or newer" in why({**home, "TORCH_CUDA_ARCH_LIST": "7.5"}, torch_folder, "")
+    # Where /usr/local/cuda holds a toolkit, it is found without any setting.
+    monkeypatch.setitem(why.__globals__, "find_nvcc", lambda environment: None)
+    assert "there is no nvcc" in why(home, torch_folder, "")
+    (torch_folder / "lib" / "libtorch_cuda.so").unlink()
+    assert "without CUDA" in why(home, torch_folder, "")
+
+
+def test_arch_list() -> None:
+    assert BUILD["arch_flags"]("7.5;8.0+PTX, 9.0a") == [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90a,code=[sm_90a]",
+    ]
+
+
+def test_required_but_impossible() -> None:
+    """DSP_KERNELS_CUDA=1 makes the build fail, with the reason."""
+    code = (
+        "import sys, runpy\nsys.modules['torch'] = None\nsys.argv = ['setup.py', '-q', 'build_ext']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "DSP_KERNELS_CUDA": "1", "DSP_KERNELS_CPU": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "DSP_KERNELS_CUDA is 1, but torch is not importable" in done.stderr
+
+
+def test_a_build_where_it_can_be_made() -> None:
+    if os.environ.get("DSP_KERNELS_CUDA") == "0":
+        pytest.skip("DSP_KERNELS_CUDA is 0")
+    reason = BUILD["why_not_cuda"](os.environ, Path(torch.__file__).parent, "")
+    if reason:
+        pytest.skip(reason)
+    assert LIBRARY.is_file(), f"{LIBRARY} was not built"
+    assert why_no_cuda() == ""
+
+
+def test_resources() -> None:
+    """No spills, bounded registers, tensor cores, 16-byte copies and stores."""
+    cuobjdump = RESOURCES["find_cuobjdump"]()
+    if not LIBRARY.is_file() or cuobjdump is None:
+        pytest.skip("needs the built library and cuobjdump")
+    kernels = RESOURCES["read_kernels"](LIBRARY, cuobjdump)
+    assert len({kernel.name for kernel in kernels}) == 18
+    # Registers with which as many blocks fit as csrc/common says: kThreads, kBlocks of 65,536 registers.
+    most = {"ChwnGemm": 168, "HaloConv": 128, "NhwcGemm": 128, "Fp32Gemm": 128}
+    for kernel in kernels:
+        family, count = kernel.name.split()[0], kernel.instructions
+        assert kernel.stack == 0, kernel
+        assert count["local"] == 0, kernel
+        assert kernel.registers <= most[family], kernel
+        assert (count["HMMA"] > 0) == (family != "Fp32Gemm"), kernel
+        assert count["LDGSTS.128"] > 0, kernel
+        if "CHWN" in kernel.name or family in ("ChwnGemm", "HaloConv"):
+            assert count["STG.128"] == count["STG"] > 0, kernel
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_there_is_a_reason() -> None:
+    able, reason = CudaKernels().can_run(SPEC, torch.float16, torch.device("cuda"), GpuLayout.CHWN)
+    assert not able
+    assert "not built" in reason or "CUDA" in reason
+    assert "cuda" in GPU_KERNELS.names()
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "device", "text"),
+    [
+        (SPEC, torch.float16, "cpu", "tensors are on cpu"),
+        (SPEC, torch.float64, "cuda", "float64"),
+        (ConvSpec(SPEC.structure, (3, 3), dilation=(9000, 1)), torch.float16, "cuda", "farther than"),
+    ],
+)
+def test_refusals(spec: ConvSpec, dtype: torch.dtype, device: str, text: str) -> None:
+    able, reason = CudaKernels().can_run(spec, dtype, torch.device(device), GpuLayout.NHWC)
+    assert not able
+    assert text in reason
+
+
+def test_importing_loads_no_cuda_library() -> None:
+    code = (
+        "import dsp_kernels, dsp_kernels.backends.cuda\nprint('_C_cuda.so' in open('/proc/self/maps').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,194 @@
+"""The CUDA kernels' own templates and tables, run on the host thread by thread, against the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from cases import CASES, UNEQUAL, WIDE, Case, reference
+from emulation import LEAST_SHARED, MOST_SHARED, Emulator
+
+from dsp_kernels import GroupStructure
+from dsp_kernels.backends import cuda
+from dsp_kernels.backends.cuda import CudaConv
+from dsp_kernels.backends.gpu_layout import GpuLayout
+from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.tolerances import op_tolerance
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The emulation does not care how NCHW lies in memory.
+TABLE = [case for case in CASES if not (case.channels_last or case.sliced)]
+# Shapes on which the kernels' own edges lie: tiles of filters, blocks of the reduction, blocks of positions.
+EDGES = (
+    Case("more filters than a tile", GroupStructure.dense(17, 70), hw=(4, 5)),
+    Case(
+        "a filter more than a tile, an input more than a block",
+        GroupStructure.build(40, 50, [(range(33), range(0, 34, 2)), (range(7, 24), range(1, 50, 2))]),
+        hw=(5, 6),
+        residual=True,
+        activation="relu",
+    ),
+    Case("more than one block of positions", UNEQUAL, hw=(13, 11)),
+    Case("more pixels than a halo tile", WIDE, hw=(19, 18), residual=True, activation="relu"),
+    Case("depthwise, more channels than a tile", GroupStructure.uniform(40, 40, 40), hw=(5, 5)),
+    Case(
+        "aligned runs out of order",
+        GroupStructure.build(
+            24, 24, [([16, 3, *range(8, 16)], [1, *range(16, 24)]), ([0, 2, 9], range(15, 7, -1))]
+        ),
+        residual=True,
+    ),
+)
+MODES = {"early": (False, False), "late": (True, False), "late-backwards": (True, True)}
+
+
+def check(
+    case: Case, dtype: torch.dtype, layout: GpuLayout, emulator: Emulator, in_place: bool = False
+) -> None:
+    arguments = case.tensors(dtype)
+    conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout, emulator)
+    expected = reference(case, arguments)
+    x = layout.from_nchw(arguments.x)
+    residual = None if arguments.residual is None else layout.from_nchw(arguments.residual)
+    out = x.new_full(layout.shape(expected.shape), torch.nan)
+    if in_place and residual is not None:
+        out = residual
+    conv(x, out, residual)
+    y = layout.as_nchw(out).double()
+    assert torch.isfinite(y).all(), "an output was not written"
+    if y.numel():
+        error = (y - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        assert error <= op_tolerance(dtype, case.reduction), f"relative error {error:.2e}"
+
+
+@pytest.fixture(params=("gemm", "halo"))
+def chwn_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both kernels for small inputs too."""
+    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 0 if request.param == "halo" else 10**9)
+    return request.param
+
+
+def in_chwn(case: Case) -> Case:
+    return dataclasses.replace(
+        case, batch=8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", [*TABLE, *EDGES], ids=lambda case: case.name.replace(" ", "-"))
+def test_nhwc(case: Case, dtype: torch.dtype, emulator: Emulator) -> None:
+    check(case, dtype, GpuLayout.NHWC, emulator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", [*TABLE, *EDGES], ids=lambda case: case.name.replace(" ", "-"))
+def test_chwn(case: Case, dtype: torch.dtype, chwn_kernel: str, emulator: Emulator) -> None:
+    case = in_chwn(case)
+    eligible = (
+        dtype != torch.float32
+        and case.spec.kernel_size == (3, 3)
+        and case.spec.stride == case.spec.dilation == (1, 1)
+    )
+    if chwn_kernel == "halo" and not eligible:
+        case = dataclasses.replace(case, batch=16)  # has one kernel; another batch instead
+    emulator.kernels.clear()
+    check(case, dtype, GpuLayout.CHWN, emulator)
+    if eligible and emulator.kernels:
+        assert emulator.kernels == [1 if chwn_kernel == "halo" else 0]
+
+
+@pytest.fixture(params=MODES, ids=str)
+def mode(request: pytest.FixtureRequest, emulator: Emulator) -> Iterator[str]:
+    """When asynchronous copies land, and in which order threads run between two barriers."""
+    emulator.late, emulator.backwards = MODES[request.param]
+    yield request.param
+    emulator.late = emulator.backwards = False
+
+
+MANY_BLOCKS = Case("many blocks", GroupStructure.dense(70, 20), hw=(4, 4), residual=True, activation="relu")
+
+
+@pytest.mark.parametrize("layout", GpuLayout, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+def test_no_stage_is_read_or_overwritten_too_early(
+    dtype: torch.dtype, layout: GpuLayout, mode: str, chwn_kernel: str, emulator: Emulator
+) -> None:
+    case = in_chwn(MANY_BLOCKS) if layout == GpuLayout.CHWN else MANY_BLOCKS
+    check(case, dtype, layout, emulator, in_place=True)
+
+
+@pytest.mark.parametrize("layout", GpuLayout, ids=lambda layout: layout.name)
+def test_every_filter_tile_without_bank_conflicts(
+    layout: GpuLayout, chwn_kernel: str, emulator: Emulator
+) -> None:
+    """16, 32 and 64 filters per tile; ldmatrix, asynchronous copies, fragments and sums."""
+    seen = set()
+    for filters in (9, 30, 64):
+        case = Case("conflicts", GroupStructure.dense(16, filters), hw=(4, 8), batch=16, residual=True)
+        conv = CudaConv(case.spec, case.tensors(torch.float16).weights, None, layout, emulator)
+        seen |= {tables.filters for tables in conv._tables(torch.float16, torch.device("cpu")).values()}
+        check(case, torch.float16, layout, emulator)
+        counts = emulator.counts
+        assert counts.matrices > 0
+        assert counts.matrix_conflicts == 0
+        assert counts.load_conflicts == 0
+        assert counts.store_conflicts == 0
+        # In a halo a quarter warp may cross from one channel to the next, which starts at another bank.
+        assert counts.copy_conflicts <= (counts.copies // 50 if chwn_kernel == "halo" else 0)
+    assert seen == ({16, 32, 64} if layout == GpuLayout.CHWN else {16, 32})
+
+
+def test_halo_tiles_fit_the_smallest_chip(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 0)
+    emulator.shared_limit = LEAST_SHARED
+    try:
+        case = Case("small chip", GroupStructure.dense(20, 12), hw=(17, 16), batch=16)
+        check(case, torch.bfloat16, GpuLayout.CHWN, emulator)
+    finally:
+        emulator.shared_limit = MOST_SHARED
+
+
+def test_other_images_do_not_reach_an_output(emulator: Emulator) -> None:
+    """Rows that only fill up a block are zeros in shared memory, not numbers of x times a weight of zero."""
+    case = Case("infinite", GroupStructure.dense(3, 5), batch=8, hw=(5, 5))
+    arguments = case.tensors(torch.float16)
+    arguments.x[1:] = torch.inf
+    for layout in GpuLayout:
+        conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout, emulator)
+        out = arguments.x.new_empty(layout.shape((8, 5, 5, 5)))
+        conv(layout.from_nchw(arguments.x), out)
+        assert torch.isfinite(layout.as_nchw(out)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x, out: (x[..., :6].contiguous(), out), "expected 7"),
+        (lambda x, out: (x, out[:, :, :, :-1]), "out has shape"),
+        (lambda x, out: (x.half(), out), "x is torch.float16"),
+        (lambda x, out: (x.transpose(1, 2), out), "not contiguous"),
+        (lambda x, out: (x[0], out), "4 dimensions"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    text: str,
+    emulator: Emulator,
+) -> None:
+    case = Case("bad", UNEQUAL, hw=(6, 6))
+    arguments = case.tensors()
+    conv = CudaConv(case.spec, arguments.weights, arguments.bias, GpuLayout.NHWC, emulator)
+    x, out = GpuLayout.NHWC.from_nchw(arguments.x), torch.empty(2, 6, 6, 9)
+    x, out = change(x, out)
+    with pytest.raises(DSPShapeError, match=text):
+        conv(x, out)
+
+
+def test_chwn_needs_batches_of_eight(emulator: Emulator) -> None:
+    case = Case("bad", UNEQUAL, batch=4, hw=(6, 6))
+    arguments = case.tensors()
+    conv = CudaConv(case.spec, arguments.weights, arguments.bias, GpuLayout.CHWN, emulator)
+    with pytest.raises(DSPShapeError, match="multiple of 8"):
+        conv(GpuLayout.CHWN.from_nchw(arguments.x), torch.empty(9, 6, 6, 4))
