@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsp_kernels.activations import ACTIVATIONS
 from dsp_kernels.backends.cuda_tables import KERNELS, Tables, make_tables
-from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, GPU_KERNELS, GpuLayout
+from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, GpuLayout
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
 from dsp_kernels.native_cuda import why_no_cuda, why_not_on
@@ -182,6 +182,3 @@ class CudaConv:
                 f"an input of {batch} images of {channels}x{height}x{width} is too large for the CUDA kernels"
             )
         return batch, channels, height, width
-
-
-GPU_KERNELS.register(CudaKernels())

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dsp_kernels.backends.cuda import CudaKernels
 from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuConv, GpuKernels, GpuLayout, layout_for_batch
 from dsp_kernels.backends.triton import TritonKernels
 from dsp_kernels.conv_spec import ConvSpec, memory_format_of
 
 __all__ = ["GpuBackend"]
 
+# In this order of preference; neither was timed yet.
+GPU_KERNELS.register(CudaKernels())
 GPU_KERNELS.register(TritonKernels())
 
 

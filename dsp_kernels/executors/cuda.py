@@ -32,6 +32,8 @@ MOST_RUNS = 8
 class CudaExecutor:
     """See the module's text. kernels: "auto", or the name of the only kernels to use."""
 
+    takes_any_dtype = True
+
     def __init__(self, name: str = "cuda", kernels: str = "auto") -> None:
         self.name = name
         self.kernels = kernels
@@ -41,12 +43,12 @@ class CudaExecutor:
         if device.type != "cuda":
             return False, f"tensors are on {device}"
         reasons = []
-        for spec in (step.spec for step in program.steps if isinstance(step, ConvStep)):
+        for spec in (step.spec for step in program.steps if isinstance(step, ConvStep) and step.weights):
             kernels, reason = _kernels_for(self.kernels, spec, dtype, device, GpuLayout.NHWC)
             if kernels:
                 return True, ""
             reasons.append(reason)
-        return False, reasons[0] if reasons else "the network has no convolution"
+        return False, reasons[0] if reasons else "the network has no convolution with weights"
 
     def prepare(self, program: Program) -> GpuRunner:
         """A function x -> y; see ``Executor.prepare``."""
@@ -59,8 +61,7 @@ class CudaExecutor:
         for step in program.steps:
             form = "" if isinstance(step, TorchStep) else f"torch {layout.name}"
             if isinstance(step, ConvStep):
-                dtype, device = _kind_of(step, program)
-                name, reason = _kernels_for(self.kernels, step.spec, dtype, device, layout)
+                name, reason = _kernels_for(self.kernels, step.spec, *_kind_of(program), layout)
                 form = f"{name} {layout.name}" if name else f"plain PyTorch: {reason}"
             forms.append(form)
         return forms
@@ -75,6 +76,7 @@ class GpuRunner:
     def __init__(self, program: Program, kernels: str = "auto", most_runs: int = MOST_RUNS) -> None:
         self._program = program
         self._kernels = kernels
+        self._dtype = _kind_of(program)[0]
         self._convs: dict[GpuLayout, list[GpuConv | None]] = {}
         self._runs: LRU[GpuRun] = LRU(most_runs)
         self._plain: Callable[[Tensor], Tensor] | None = None
@@ -85,7 +87,7 @@ class GpuRunner:
     def __call__(self, x: Tensor) -> Tensor:
         """x: (batch, channels, height, width) of the Program's device; the answer is the caller's own."""
         if not len(x):
-            return self._eager(x)
+            return self._eager(x.to(self._dtype))
         with self._lock:
             if is_capturing(x.device):
                 return self._inside_a_graph(x)
@@ -114,8 +116,8 @@ class GpuRunner:
                     f"this network has not run a batch of {len(x)} yet, and its weights cannot be arranged "
                     "while a CUDA graph is captured; call it once before"
                 )
-            self._convs[layout] = _prepare_convs(self._program, self._kernels, x, layout)
-        return GpuRun(self._program, self._convs[layout], x, layout)
+            self._convs[layout] = _prepare_convs(self._program, self._kernels, layout)
+        return GpuRun(self._program, self._convs[layout], x, self._dtype, layout)
 
     def _inside_a_graph(self, x: Tensor) -> Tensor:
         return self._new_run(x, may_prepare=False)(x)
@@ -128,18 +130,25 @@ class GpuRunner:
 class GpuRun:
     """The Program for one input shape, on memory of its own."""
 
-    def __init__(self, program: Program, convs: list[GpuConv | None], x: Tensor, layout: GpuLayout) -> None:
+    def __init__(
+        self,
+        program: Program,
+        convs: list[GpuConv | None],
+        x: Tensor,
+        dtype: torch.dtype,
+        layout: GpuLayout,
+    ) -> None:
         self._program = program
         self._layout = layout
-        shapes = value_shapes(program, x.shape, x.dtype)
-        self.arena: Arena = arena_for(program, shapes, x.itemsize)
+        shapes = value_shapes(program, x.shape, dtype)
+        self.arena: Arena = arena_for(program, shapes, dtype.itemsize)
         self._memory = torch.empty(self.arena.bytes, dtype=torch.uint8, device=x.device)
         self._place = {
-            name: self._view(offset, shapes[name] or (), x.dtype)
-            for name, offset in self.arena.offset.items()
+            name: self._view(offset, shapes[name] or (), dtype) for name, offset in self.arena.offset.items()
         }
         self._calls = [
-            step_call(step, layout, conv, shapes) for step, conv in zip(program.steps, convs, strict=True)
+            step_call(step, layout, conv, shapes, x.device)
+            for step, conv in zip(program.steps, convs, strict=True)
         ]
         self._replay: Callable[[], None] | None = None
         self._answer: Tensor | None = None
@@ -207,24 +216,25 @@ def _kernels_for(
         return "", str(error)
 
 
-def _prepare_convs(program: Program, kernels: str, x: Tensor, layout: GpuLayout) -> list[GpuConv | None]:
+def _prepare_convs(program: Program, kernels: str, layout: GpuLayout) -> list[GpuConv | None]:
     """Per step, the launcher of its convolution; None for other steps."""
+    kind = _kind_of(program)
     convs: list[GpuConv | None] = []
     for step in program.steps:
         if not isinstance(step, ConvStep):
             convs.append(None)
             continue
-        name, _ = _kernels_for(kernels, step.spec, x.dtype, x.device, layout)
+        name, _ = _kernels_for(kernels, step.spec, *kind, layout)
         if name:
-            family = GPU_KERNELS.choose(name, step.spec, x.dtype, x.device, layout)
+            family = GPU_KERNELS.choose(name, step.spec, *kind, layout)
             convs.append(family.prepare(step.spec, step.weights, step.bias, layout))
         else:
             convs.append(EagerGpuConv(step, layout))
     return convs
 
 
-def _kind_of(step: ConvStep, program: Program) -> tuple[torch.dtype, torch.device]:
-    weights = [
-        weight for other in (step, *program.steps) if isinstance(other, ConvStep) for weight in other.weights
-    ]
-    return weights[0].dtype, weights[0].device
+def _kind_of(program: Program) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of the convolutions' weights."""
+    convs = [step for step in program.steps if isinstance(step, ConvStep)]
+    weight = next(weight for step in convs for weight in step.weights)
+    return weight.dtype, weight.device

@@ -11,14 +11,25 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.executors.eager import EagerExecutor
-from dsp_kernels.program import ActivationStep, AddStep, AffineStep, ConvStep, Program, Step
+from dsp_kernels.program import (
+    ActivationStep,
+    AddStep,
+    AffineStep,
+    ConcatStep,
+    ConvStep,
+    MulStep,
+    Program,
+    SelectStep,
+    Step,
+)
 
 __all__ = ["Arena", "arena_for", "value_shapes"]
 
 _ALIGNMENT = 256  # bytes; what cudaMalloc promises, so that no kernel sees a smaller one
 
+_ELEMENTWISE = (AffineStep, AddStep, ActivationStep, MulStep)
 # Steps that write into memory they are given.
-WRITES_IN_PLACE = (ConvStep, AffineStep, AddStep, ActivationStep)
+_WRITERS = (ConvStep, *_ELEMENTWISE, ConcatStep, SelectStep)
 
 
 def value_shapes(
@@ -50,7 +61,7 @@ class Arena:
 
 
 def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], itemsize: int) -> Arena:
-    """Places the input and what the steps of WRITES_IN_PLACE make; values that live at once never overlap.
+    """Places the input and what the steps of _WRITERS make; values that live at once never overlap.
 
     A residual or the operand of an elementwise step that nobody reads later is overwritten in place.
     """
@@ -59,7 +70,7 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
     born = {program.input: -1}
     for position, step in enumerate(program.steps):
         shape = shapes[step.output]
-        if not isinstance(step, WRITES_IN_PLACE) or shape is None or len(shape) != 4:
+        if not isinstance(step, _WRITERS) or shape is None or len(shape) != 4:
             continue
         born[step.output] = position
         for name in _may_be_overwritten(step):
@@ -107,7 +118,7 @@ def _may_be_overwritten(step: Step) -> tuple[str, ...]:
     if isinstance(step, ConvStep):
         x, *residual = step.inputs
         return tuple(name for name in residual if name != x)
-    return step.inputs
+    return step.inputs if isinstance(step, _ELEMENTWISE) else ()
 
 
 def _round_up(size: int) -> int:

@@ -13,17 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dsp_kernels.activations import activate_
+from dsp_kernels.activations import GATES, activate_
 from dsp_kernels.backends.eager import EagerBackend
 from dsp_kernels.backends.gpu_layout import GpuConv, GpuLayout
 from dsp_kernels.executors.eager import EagerExecutor
 from dsp_kernels.program import (
     ActivationStep,
+    AdaptivePoolStep,
     AddStep,
     AffineStep,
+    ConcatStep,
     ConvStep,
+    GateStep,
     GlobalPoolStep,
+    MulStep,
     PoolStep,
+    SelectStep,
     Step,
 )
 
@@ -51,17 +56,25 @@ class EagerGpuConv:
 
 
 def step_call(
-    step: Step, layout: GpuLayout, conv: GpuConv | None, shapes: Mapping[str, tuple[int, ...] | None]
+    step: Step,
+    layout: GpuLayout,
+    conv: GpuConv | None,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    device: torch.device,
 ) -> StepCall:
     """The function for one step. conv: the launcher if the step is a convolution."""
     images = all(len(shapes[name] or ()) == 4 for name in (*step.inputs, step.output))
     if isinstance(step, ConvStep):
         assert conv is not None
         return _conv(step, conv)
-    if images and isinstance(step, (AffineStep, AddStep, ActivationStep)):
+    if images and isinstance(step, (AffineStep, AddStep, ActivationStep, MulStep)):
         return _elementwise(step, layout)
-    if images and isinstance(step, PoolStep):
-        return _pool(step, layout)
+    if images and isinstance(step, (ConcatStep, SelectStep)):
+        return _channels(step, layout, device)
+    if images and isinstance(step, GateStep):
+        return lambda values, out: GATES[step.kind](values[step.inputs[0]])
+    if images and isinstance(step, (PoolStep, AdaptivePoolStep)):
+        return _pool(step)
     if isinstance(step, GlobalPoolStep) and len(shapes[step.inputs[0]] or ()) == 4:
         return _mean(step, layout)
     return _in_nchw(step, layout)
@@ -76,13 +89,15 @@ def _conv(step: ConvStep, conv: GpuConv) -> StepCall:
     return call
 
 
-def _elementwise(step: AffineStep | AddStep | ActivationStep, layout: GpuLayout) -> StepCall:
+def _elementwise(step: AffineStep | AddStep | ActivationStep | MulStep, layout: GpuLayout) -> StepCall:
     per_channel = [-1 if axis == 1 else 1 for axis in layout.value]
 
     def call(values: Values, out: Tensor | None) -> Tensor:
         x = values[step.inputs[0]]
         if isinstance(step, AddStep):
             y = torch.add(x, values[step.inputs[1]], out=out)
+        elif isinstance(step, MulStep):
+            y = torch.mul(x, values[step.inputs[1]], out=out)
         elif isinstance(step, AffineStep):
             y = torch.addcmul(step.shift.view(per_channel), x, step.scale.view(per_channel), out=out)
         else:
@@ -93,13 +108,25 @@ def _elementwise(step: AffineStep | AddStep | ActivationStep, layout: GpuLayout)
     return call
 
 
-def _pool(step: PoolStep, layout: GpuLayout) -> StepCall:
+def _channels(step: ConcatStep | SelectStep, layout: GpuLayout, device: torch.device) -> StepCall:
+    axis = layout.value.index(1)
+    if isinstance(step, ConcatStep):
+        return lambda values, out: torch.cat([values[name] for name in step.inputs], axis, out=out)
+    # On the device from the start: a copy to it cannot be captured.
+    index = torch.tensor(step.index, device=device)
+    return lambda values, out: torch.index_select(values[step.inputs[0]], axis, index, out=out)
+
+
+def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
     # Pooling keeps images and channels apart. So CHWN is, to PyTorch, a channels_last tensor of C images with
     # N channels, and nothing has to be copied.
-    pool = _POOLS[step.kind]
+    def pool(x: Tensor) -> Tensor:
+        if isinstance(step, AdaptivePoolStep):
+            return F.adaptive_avg_pool2d(x, step.size)
+        return _POOLS[step.kind](x, **step.settings)
 
     def call(values: Values, out: Tensor | None) -> Tensor:
-        pooled = pool(values[step.inputs[0]].permute(0, 3, 1, 2), **step.settings)
+        pooled = pool(values[step.inputs[0]].permute(0, 3, 1, 2))
         return pooled.permute(0, 2, 3, 1).contiguous()
 
     return call

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import nets
 import pytest
@@ -79,6 +79,13 @@ class Played:
 
 
 @pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    """As ``FusedNetwork`` calls a runner."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     registry: Registry[Played] = Registry("GPU kernel")
     kernels = registry.register(Played())
@@ -130,6 +137,34 @@ def test_other_image_sizes_and_batches_on_one_runner(played: Played) -> None:
     assert played.prepared == 2 * sum(
         isinstance(step, ConvStep) and step.spec.kernel_size != (1, 1) for step in runner._program.steps
     )
+
+
+def test_the_image_may_be_of_another_dtype() -> None:
+    model, shape = nets.make("residual").double(), (3, 8, 8)
+    runner = GpuRunner(program_of(model, torch.randn(1, *shape).double()))
+    x = torch.randn(8, *shape)
+    assert torch.equal(runner(x), runner(x.double()))
+
+
+def test_networks_that_join_split_and_gate_channels() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
+            self.squeeze = nn.Conv2d(10, 10, 1)
+            self.last = nn.Conv2d(5, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.left(x), self.right(x)], 1)
+            x = x * torch.sigmoid(self.squeeze(nn.functional.adaptive_avg_pool2d(x, 1)))
+            first, second = x.chunk(2, 1)
+            return self.last(first + second).mean((2, 3))
+
+    model = Joined().double().eval()
+    for batch in (2, 8):
+        x = torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+        program = program_of(model, x)
+        assert torch.allclose(GpuRunner(program)(x), model(x), rtol=0, atol=1e-12)
 
 
 def test_answers_stay_when_the_next_call_comes() -> None:
