@@ -102,28 +102,32 @@ def filter_layer_indices(
 class LayerRule:
     """What any beta prunes of one layer, as long as its weights stay as they were.
 
-    alive: [O, C] bool, the kernels that are not zero already; groups: [O]; channels: [G, C] shares;
-    filters: [O] shares, None where filters are not pruned.
+    alive: [O, C] bool, the kernels that are not zero already; groups: [O]; channels: [G, C] shares and
+    filters: [O] shares, each None where they are not pruned.
     """
 
     name: str
     alive: Tensor
     groups: Tensor
-    channels: Tensor
+    channels: Tensor | None
     filters: Tensor | None
 
     @property
     def shares(self) -> tuple[Tensor, ...]:
         """Every set of shares that beta cuts."""
-        return (self.channels,) if self.filters is None else (self.channels, self.filters)
+        return tuple(shares for shares in (self.channels, self.filters) if shares is not None)
 
     def mask(self, beta: float) -> Tensor:
         """[O, C] bool: the kernels that are kept, before the dead ones are looked for."""
-        kept = self.alive & keep(self.channels, beta)[self.groups]
+        kept = self.alive
+        if self.channels is not None:
+            kept = kept & keep(self.channels, beta)[self.groups]
         return kept if self.filters is None else kept & keep(self.filters, beta)[:, None]
 
 
-def layer_rule(layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: bool) -> LayerRule:
+def layer_rule(
+    layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: bool, prunes_channels: bool = True
+) -> LayerRule:
     """weight: [O, C, kh, kw] and mask: [O, C, 1, 1] from before the pruning; the groups are the conv's.
 
     Raises DSPPruningError if a weight or a logit is not finite.
@@ -137,7 +141,8 @@ def layer_rule(layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: b
     # Asked of the weights themselves: a tiny weight's square may be 0.
     alive = ((weight != 0) & (mask != 0)).flatten(2).any(2).cpu()
     filters = filter_shares(energy) if prunes_filters else None
-    return LayerRule(layer.name, alive, groups, channel_shares(energy, groups, len(logits)), filters)
+    channels = channel_shares(energy, groups, len(logits)) if prunes_channels else None
+    return LayerRule(layer.name, alive, groups, channels, filters)
 
 
 def has_logits(layer: LayerInfo) -> bool:

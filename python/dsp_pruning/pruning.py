@@ -47,6 +47,7 @@ class PruneWrapper:
     rank: this process's number, kept for its callers.
     example_input: (batch, channels, height, width); without it 1 x C x 32 x 32 is tried.
     layers: ``(name, conv) -> bool`` chooses the layers (default: see ``select_layers``).
+    prune_channels: False prunes whole filters only, the usual pruning by magnitude.
 
     Calling the wrapper calls its model. Model and wrapper can be copied and pickled at any time. BN's running
     statistics are never touched. Where the model cannot be traced, each layer is pruned by its own mask
@@ -64,10 +65,12 @@ class PruneWrapper:
         *,
         example_input: Tensor | None = None,
         layers: LayerPredicate | None = None,
+        prune_channels: bool = True,
     ) -> None:
         self.model = model
         self.n_groups = n_groups
         self.rank = rank
+        self.prune_channels = prune_channels
         self.beta: float | None = None
         self.layers = select_layers(model, example_input, layers)
         check_groups(self.layers, n_groups)
@@ -190,7 +193,8 @@ class PruneWrapper:
         for layer in self.layers:
             weight = before.get(f"{layer.name}.weight", layer.conv.weight.detach())
             mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
-            rules.append(layer_rule(layer, weight, mask, layer.name in self.filter_layers))
+            prunes_filters = layer.name in self.filter_layers
+            rules.append(layer_rule(layer, weight, mask, prunes_filters, self.prune_channels))
         return rules
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ class FinetuneConfig(RunConfig):
 
     groups: G of every layer, as learned. prune: share of the grouped layers' FLOPs to remove, 0..1.
     fp_every_nth_conv: which grouped layers also lose whole filters; 2 is the last conv of each block.
+    prune_channels: False prunes whole filters only.
     """
 
     epochs: int = 400
@@ -35,6 +36,7 @@ class FinetuneConfig(RunConfig):
     groups: int = 4
     prune: float = 0.5
     fp_every_nth_conv: int = 2
+    prune_channels: bool = True
     cycles: int = 5
 
 
@@ -73,6 +75,7 @@ def finetune(
         config.groups,
         fp_every_nth_conv=config.fp_every_nth_conv,
         example_input=data.example().to(device),
+        prune_channels=config.prune_channels,
     )
     restore_weights(model, weights, source, optional=(".mask",))
     pruned_flops, pruned_params = pruner.initialize(config.prune)

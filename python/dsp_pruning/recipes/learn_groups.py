@@ -25,6 +25,7 @@ class LearnGroupsConfig(RunConfig):
     """The published settings of CIFAR-10: one cosine; regularisation grows linearly over the run.
 
     groups: G of every layer. regularize: the method's lambda. temperature: of the soft assignment.
+    group_lr: learning rate of the logits.
     second_order: ``exact``, ``none`` or ``original``, see GroupWrapper.
     """
 
@@ -34,6 +35,7 @@ class LearnGroupsConfig(RunConfig):
     groups: int = 4
     regularize: float = 2e-3
     temperature: float = 0.5
+    group_lr: float = 1e-3
     second_order: SecondOrder = "exact"
 
 
@@ -88,6 +90,7 @@ def learn_groups(
         max(1, config.epochs * training_steps(data, config.batch_size)),
         n_groups=config.groups,
         temp=config.temperature,
+        group_optimizer_lr=config.group_lr,
         example_input=data.example().to(device),
         second_order=config.second_order,
         generator=torch.Generator().manual_seed(config.seed),

@@ -22,7 +22,7 @@ from dsp_pruning.data import ImageData, Split, evaluation_batches, training_batc
 from dsp_pruning.recipes.checkpoint import load_checkpoint, save_checkpoint, write_text
 from dsp_pruning.recipes.schedules import Schedule
 
-__all__ = ["Hook", "Progress", "Score", "Trainer", "evaluate"]
+__all__ = ["METRICS", "Hook", "Progress", "Score", "Trainer", "evaluate"]
 
 # Called after every step with (steps done, steps in all, what to show).
 Progress = Callable[[int, int, str], None]
