@@ -73,8 +73,8 @@ def keep_multiples(shares: Tensor, beta: float, multiple: int, barred: Tensor) -
     """As ``keep``, but each row keeps a multiple of ``multiple``, and nothing that is barred.
 
     shares, barred: [G, C]; barred is bool. The number that ``keep`` leaves is rounded to the nearest
-    multiple, and to at least one; where fewer are not barred, to the largest multiple among these. A row with less than
-    one multiple to choose from keeps all of it. The largest shares stay.
+    multiple, and to at least one; where fewer are not barred, to the largest multiple among these. A row
+    with less than one multiple to choose from keeps all of it. The largest shares stay.
     """
     usable = (~barred).sum(-1)
     left = (keep(shares, beta) & ~barred).sum(-1)
