@@ -35,7 +35,12 @@ from dsp_pruning.distributed import (
     rank,
     world_size,
 )
-from dsp_pruning.recipes.checkpoint import load_checkpoint, save_checkpoint, write_text
+from dsp_pruning.recipes.checkpoint import (
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    write_text,
+)
 from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.schedules import Schedule
 
@@ -198,6 +203,8 @@ class Trainer:
         """
         if self.directory is None:
             raise DSPTrainingError("a run without a directory has no checkpoint to resume from")
+        if is_main():
+            remove_unfinished(self.directory)
         state = load_checkpoint(self.directory)
         for name, value in self.config.items():
             if state["config"].get(name, value) != value:
