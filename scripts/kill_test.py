@@ -43,8 +43,9 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.worker is not None:
-        print(READY, flush=True)
-        train(given.worker, given.epochs)
+        data = few_digits()
+        print(READY, flush=True)  # from here on there is something to lose
+        train(data, given.worker, given.epochs)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         return compare(Path(folder), given)
@@ -52,7 +53,7 @@ def main() -> int:
 
 def compare(folder: Path, given: argparse.Namespace) -> int:
     """Exit status 0 if the killed run ends as the other does."""
-    train(folder / "alone", given.epochs)
+    train(few_digits(), folder / "alone", given.epochs)
     chance = random.Random(given.seed)
     moments: list[str] = []
     command = [sys.executable, __file__, "--epochs", str(given.epochs), "--worker", str(folder / "killed")]
@@ -80,9 +81,8 @@ def compare(folder: Path, given: argparse.Namespace) -> int:
     return 1 if different or len(moments) < given.kills else 0
 
 
-def train(folder: Path, epochs: int) -> None:
+def train(data: ImageData, folder: Path, epochs: int) -> None:
     """The three trainings, each from its last checkpoint, or not at all if it is done."""
-    data = few_digits()
     common: dict[str, Any] = {"depth": 8, "epochs": epochs, "batch_size": 32, "device": "cpu"}
     runs: dict[str, Any] = {
         "pretrain": lambda weights, **more: pretrain(data, PretrainConfig(**common), **more),

@@ -17,6 +17,9 @@ from dsp_pruning.prunable import LayerRule, Masks, Target, kernel_costs
 __all__ = ["ThresholdSearch", "without_dead"]
 
 
+_GUESSES = 3  # by the rule alone, before the search proper
+
+
 class ThresholdSearch:
     """What each beta would leave of a network whose weights stay as they are. It changes nothing.
 
@@ -42,6 +45,7 @@ class ThresholdSearch:
             cost * next(r for r in rules if r.name == n).alive.numel() for n, cost in self._costs.items()
         )
         self._seen: dict[int, tuple[float, bool]] = {}
+        self._by_rule_seen: dict[int, float] = {}
 
     def masks(self, beta: float) -> tuple[Masks, bool]:
         """The masks at beta without kernels that carry nothing, to the fixpoint; whether a path is left."""
@@ -84,7 +88,7 @@ class ThresholdSearch:
         Raises DSPPruningError for a rate that cannot be reached, with the range that can.
         """
         # Both only grow with beta: what is pruned, and whether the network has been cut in two.
-        found = first_reaching(lambda index: self._outcome(index)[0] >= rate, len(self.betas))
+        found = self._first_pruning(rate)
         if rate < 1 and found < len(self.betas) and self._outcome(found)[1]:
             return self.betas[found]
         span = self.reachable()
@@ -93,6 +97,38 @@ class ThresholdSearch:
             f"pruning rate {rate} is out of reach for the {len(self.rules)} chosen layers with these "
             f"weights, groups and filter layers; within reach: {reach}"
         )
+
+    def _first_pruning(self, rate: float) -> int:
+        """The first candidate that prunes at least ``rate``, their number if none does.
+
+        Following channels through the network costs far more than the rule of each layer, and what it adds
+        changes slowly with beta. So the rule alone, corrected by what was seen, says where to look.
+        """
+        low, high, added = -1, len(self.betas), 0.0  # low falls short, high reaches the rate
+        for _ in range(_GUESSES):
+            if high - low == 1:
+                break
+            guess = min(max(self._first_by_rule(rate - added), low + 1), high - 1)
+            share = self._outcome(guess)[0]
+            added = share - self._by_rule(guess)
+            low, high = (low, guess) if share >= rate else (guess, high)
+        step = 1
+        while high - low > 1:  # from where the guesses ended, in growing steps, then by halves
+            middle = (low + high) // 2
+            probe = max(high - step, middle) if high < len(self.betas) else min(low + step, middle)
+            low, high = (low, probe) if self._outcome(probe)[0] >= rate else (probe, high)
+            step *= 4
+        return high
+
+    def _first_by_rule(self, share: float) -> int:
+        return first_reaching(lambda index: self._by_rule(index) >= share, len(self.betas) - 1)
+
+    def _by_rule(self, index: int) -> float:
+        """Share pruned at this candidate before dead kernels are looked for."""
+        if index not in self._by_rule_seen:
+            chosen = {rule.name: rule.mask(self.betas[index]) for rule in self.rules}
+            self._by_rule_seen[index] = self.pruned(chosen)
+        return self._by_rule_seen[index]
 
     def _outcome(self, index: int) -> tuple[float, bool]:
         """Share pruned at this candidate, and whether the output still depends on the input."""
