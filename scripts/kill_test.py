@@ -26,7 +26,7 @@ from dsp_pruning.recipes.finetune import FinetuneConfig, finetune
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
 from dsp_pruning.recipes.run import MODEL, SUMMARY
-from dsp_pruning.recipes.training import METRICS
+from dsp_pruning.recipes.training import METRICS, Progress
 
 STAGES = ("pretrain", "learn", "finetune")
 READY = "ready"
@@ -36,52 +36,58 @@ def main() -> int:
     """The parent: start, kill, start again, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=20, help="of each stage")
+    parser.add_argument("--epochs", type=int, default=6, help="of each stage")
     parser.add_argument("--longest", type=float, default=1.2, help="seconds of work before a kill, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.worker is not None:
-        data = few_digits()
-        print(READY, flush=True)  # from here on there is something to lose
-        train(data, given.worker, given.epochs)
+        train(few_digits(), given.worker, given.epochs, ready)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         return compare(Path(folder), given)
 
 
 def compare(folder: Path, given: argparse.Namespace) -> int:
-    """Exit status 0 if the killed run ends as the other does."""
+    """Exit status 0 if every run that was killed ends as the one that was not."""
     train(few_digits(), folder / "alone", given.epochs)
     chance = random.Random(given.seed)
     moments: list[str] = []
-    command = [sys.executable, __file__, "--epochs", str(given.epochs), "--worker", str(folder / "killed")]
-    while True:
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert worker.stdout is not None
-        worker.stdout.readline()
-        if len(moments) < given.kills:
-            time.sleep(chance.uniform(0, given.longest))
-            if worker.poll() is None:
-                worker.send_signal(signal.SIGKILL)
-                worker.wait()
-                moments.append(where(folder / "killed"))
-                continue
-        if worker.wait() != 0:
-            print(f"the run did not go on after {len(moments)} kills")
-            return 1
-        break
-    print(f"{len(moments)} kills, each after: {', '.join(moments)}")
-    different = [
-        stage for stage in STAGES if result(folder / "alone" / stage) != result(folder / "killed" / stage)
-    ]
-    left = [str(path.name) for path in (folder / "killed").rglob("*.tmp")]
-    print(f"stages that differ: {', '.join(different) or 'none'}; temporary files left: {len(left)}")
-    return 1 if different or len(moments) < given.kills else 0
+    different: set[str] = set()
+    runs = left = 0
+    while len(moments) < given.kills or not runs:
+        killed = folder / f"killed{runs}"
+        command = [sys.executable, __file__, "--epochs", str(given.epochs), "--worker", str(killed)]
+        while True:
+            worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert worker.stdout is not None
+            worker.stdout.readline()
+            if len(moments) < given.kills:
+                time.sleep(chance.uniform(0, given.longest))
+                if worker.poll() is None:
+                    worker.send_signal(signal.SIGKILL)
+                    worker.wait()
+                    moments.append(where(killed))
+                    continue
+            if worker.wait() != 0:
+                print(f"the run did not go on after {len(moments)} kills")
+                return 1
+            break
+        runs += 1
+        different |= {stage for stage in STAGES if result(folder / "alone" / stage) != result(killed / stage)}
+        left += len(list(killed.rglob("*.tmp")))
+    print(f"{len(moments)} kills in {runs} runs, after: {', '.join(moments)}")
+    print(f"stages that differ: {', '.join(sorted(different)) or 'none'}; temporary files left: {left}")
+    return 1 if different else 0
 
 
-def train(data: ImageData, folder: Path, epochs: int) -> None:
+def ready(done: int, total: int, text: str) -> None:
+    """Tell the parent that training is under way: from here on there is something to lose."""
+    print(READY, flush=True)
+
+
+def train(data: ImageData, folder: Path, epochs: int, progress: Progress | None = None) -> None:
     """The three trainings, each from its last checkpoint, or not at all if it is done."""
     common: dict[str, Any] = {"depth": 8, "epochs": epochs, "batch_size": 32, "device": "cpu"}
     runs: dict[str, Any] = {
@@ -98,7 +104,7 @@ def train(data: ImageData, folder: Path, epochs: int) -> None:
         directory = folder / stage
         if not (directory / SUMMARY).is_file():
             resume = any((directory / name).is_file() for name in (LAST, PREVIOUS))
-            runs[stage](weights, directory=directory, resume=resume)
+            runs[stage](weights, directory=directory, resume=resume, progress=progress)
         weights, _ = load_weights(directory / MODEL)
 
 

@@ -1,7 +1,7 @@
 """Prune torchvision's classification networks to a rate and train three steps; print a table.
 
 ``python scripts/prune_zoo.py [--rate 0.5] [names]``. Weights and group logits are random, four groups for
-each layer (fewer where a layer has fewer filters), every second chosen layer may lose filters, inputs are small.
+each layer (fewer where a layer has fewer filters), every second chosen layer may lose filters, inputs small.
 """
 
 from __future__ import annotations

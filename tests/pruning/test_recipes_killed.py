@@ -75,7 +75,7 @@ def test_two_processes_train_one_network_and_a_killed_one_ends_the_job(tmp_path:
 
 
 def test_a_run_that_is_killed_twice_ends_as_one_left_alone() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "2", "--epochs", "4"]
+    command = [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "2", "--epochs", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stages that differ: none" in done.stdout
