@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError, DSPTrainingError
 
-__all__ = ["SecondOrder", "all_finite", "check_learning_settings", "raise_first_not_finite"]
+__all__ = ["NonFiniteFlag", "SecondOrder", "check_learning_settings", "raise_first_not_finite"]
 
 SecondOrder = Literal["exact", "none", "original"]
 
 
 def check_learning_settings(
-    optimizer: Optimizer,
-    reg: float,
-    total_steps: int,
-    n_groups: int,
-    temp: float,
-    group_optimizer_lr: float,
-    second_order: str,
+    reg: float, total_steps: int, temp: float, group_optimizer_lr: float, second_order: str
 ) -> None:
     """Raise DSPPruningError for the first setting of a GroupWrapper that is impossible."""
-    for name, count in (("total_steps", total_steps), ("n_groups", n_groups)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise DSPPruningError(f"{name} is {count!r}; it must be a whole number of at least 1")
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+        raise DSPPruningError(f"total_steps is {total_steps!r}; it must be a whole number of at least 1")
     if not (math.isfinite(reg) and reg >= 0):
         raise DSPPruningError(f"reg is {reg!r}; it must be a finite number of at least 0")
     for name, number in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
@@ -38,23 +30,51 @@ def check_learning_settings(
     if second_order not in get_args(SecondOrder):
         choices = ", ".join(get_args(SecondOrder))
         raise DSPPruningError(f"second_order is {second_order!r}; it must be one of {choices}")
-    if second_order != "none" and isinstance(optimizer, torch.optim.LBFGS):
-        raise DSPPruningError(
-            "LBFGS needs a closure, so the look-ahead cannot step it; use second_order='none'"
-        )
 
 
-def all_finite(tensors: Iterable[Tensor | None]) -> bool:
-    """Are all values finite? One question to the device, where asking for each tensor would wait for each."""
-    flags = [torch.isfinite(tensor).all() for tensor in tensors if tensor is not None]
-    return not flags or bool(torch.stack(flags).all())
+class NonFiniteFlag:
+    """Remembers that a value was not finite, and can be asked without making the host wait for the device.
+
+    The device writes into memory of the host (pinned for a GPU), which is read as it is: on the CPU that is
+    the state of now, on a GPU that of what has been computed so far, so the answer may come some steps late.
+    """
+
+    def __init__(self) -> None:
+        self._flag: Tensor | None = None
+        self._host: Tensor | None = None
+        self._view: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_flag": None, "_host": None, "_view": None}
+
+    def note(self, bad: Tensor) -> None:
+        """bad: a bool scalar on the device."""
+        if self._flag is None or self._host is None or self._flag.device != bad.device:
+            self._flag = torch.zeros((), device=bad.device)
+            self._host = torch.zeros((), pin_memory=bad.device.type == "cuda")
+            self._view = self._host.numpy()
+        self._flag.add_(bad)
+        self._host.copy_(self._flag, non_blocking=True)
+
+    def seen(self) -> bool:
+        """Has the host seen it yet?"""
+        return self._view is not None and bool(self._view != 0)
+
+    def wait(self) -> bool:
+        """Was any value that was noted so far not finite? Waits for the device."""
+        return self._flag is not None and bool(self._flag.item() != 0)
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self._flag = self._host = self._view = None
 
 
 def raise_first_not_finite(suspects: Iterable[tuple[str, Tensor]], step: int) -> None:
-    """Raise DSPTrainingError with the name of the first tensor that holds a NaN or an infinity."""
-    for name, value in suspects:
-        if not all_finite([value]):
-            raise DSPTrainingError(
-                f"{name} is NaN or infinite at step {step}; the learning rate may be too large, or the "
-                "batch, the noise or the loss of an earlier step was not finite"
-            )
+    """Raise DSPTrainingError, with the name of the first tensor that holds a NaN or an infinity."""
+    name = next(
+        (name for name, value in suspects if not bool(torch.isfinite(value).all())), "the logit gradient"
+    )
+    raise DSPTrainingError(
+        f"{name} is NaN or infinite at step {step}; the learning rate may be too large, or the "
+        "batch, the noise or the loss of an earlier step was not finite"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,26 +10,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError
+from dsp_pruning import distributed
 from dsp_pruning import penalty as terms
-from dsp_pruning.checks import SecondOrder, all_finite, check_learning_settings, raise_first_not_finite
-from dsp_pruning.layers import LayerInfo, LayerPredicate, select_layers
-from dsp_pruning.logits import at_least_float, attach_logits, check_logits, check_noise, gumbel_noise
-from dsp_pruning.lookahead import look_ahead
+from dsp_pruning.buckets import LearnedLayer, make_buckets
+from dsp_pruning.checks import (
+    NonFiniteFlag,
+    SecondOrder,
+    check_learning_settings,
+    raise_first_not_finite,
+)
+from dsp_pruning.layers import LayerInfo, LayerPredicate, survey_layers
+from dsp_pruning.logits import (
+    GroupCount,
+    attach_logits,
+    check_logits,
+    check_noise,
+    groups_of_layers,
+    gumbel_noise,
+)
+from dsp_pruning.lookahead import Batch, check_optimizer, look_ahead
 
 __all__ = ["GroupWrapper", "SecondOrder"]
 
 _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-12
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A layer that learns groups: its logits [G, O], penalty scale, and the optimizer group of its weight."""
-
-    info: LayerInfo
-    weight: Tensor
-    logits: nn.Parameter
-    scale: float
-    param_group: int
 
 
 class GroupWrapper:
@@ -38,33 +40,39 @@ class GroupWrapper:
 
     model: trained by the caller's own loop; calling the wrapper calls it. On it lives only
         ``<conv>.group`` [n_groups, out_channels], the logits; one that is there already is kept.
-    optimizer: of the model's weights; any ``torch.optim`` one that steps without a closure.
+        DistributedDataParallel is looked through.
+    optimizer: of the model's weights; any of ``torch.optim`` in mode "none", and those of
+        ``lookahead.OPTIMIZERS`` in the others.
     criterion: ``(model(x), y) -> scalar loss``.
     reg: strength of the penalty; it grows linearly to this over total_steps.
-    n_groups, temp: groups per layer and temperature of their softmax.
+    n_groups: G of every layer, or a mapping from the layer's name, or ``(name, conv) -> G``.
+    temp: temperature of the softmax over groups.
     group_optimizer_lr: learning rate of the logits' own Adam.
     rank: process number where there are several; only rank 0 may print.
     example_input: (batch, channels, height, width); without it 1 x C x 32 x 32 is tried.
     layers: ``(name, conv) -> bool``, replaces the default choice of ``select_layers``.
+        ``print(learner.layers)`` shows a table of what was chosen, and of the rest with the reason.
     second_order: how the logits see that weights follow them. "exact": look one step ahead and take the
         true mixed derivative. "original": the same with the original's formula. "none": no look-ahead, so
         no second forward and backward pass; the logits follow dR/dp at the present weights.
     generator: draws the initial logits and the Gumbel noise; None makes one from ``torch.initial_seed()``.
+        With several processes all go on from the state of rank 0's.
 
-    The look-ahead knows nothing of gradient clipping or accumulation in the caller's loop.
+    The look-ahead knows nothing of gradient clipping in the caller's loop.
 
-    Raises DSPPruningError for a setting that is out of range, more groups than a layer has filters, or a
-    layer whose weight the optimizer does not hold; DSPShapeError if the model does not run on the example.
+    Raises DSPPruningError for a setting that is out of range, more groups than a layer has filters, an
+    optimizer that the look-ahead cannot step, or a layer whose weight is frozen or unknown to the optimizer;
+    DSPShapeError if the model does not run on the example.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        criterion: Callable[[Tensor, Tensor], Tensor],
+        criterion: Callable[[Any, Any], Tensor],
         reg: float,
         total_steps: int,
-        n_groups: int,
+        n_groups: GroupCount,
         temp: float,
         group_optimizer_lr: float = 1e-3,
         rank: int = 0,
@@ -74,7 +82,9 @@ class GroupWrapper:
         second_order: SecondOrder = "exact",
         generator: torch.Generator | None = None,
     ) -> None:
-        check_learning_settings(optimizer, reg, total_steps, n_groups, temp, group_optimizer_lr, second_order)
+        check_learning_settings(reg, total_steps, temp, group_optimizer_lr, second_order)
+        if second_order != "none":
+            check_optimizer(optimizer)
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
@@ -82,16 +92,28 @@ class GroupWrapper:
         self.second_order: SecondOrder = second_order
         self.rank = rank
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
-        infos = select_layers(model, example_input, layers)
-        self._layers = self._attach(infos)
+        self._network = distributed.unwrap(model)
+        self.layers = survey_layers(self._network, example_input, layers)
+        self._share_generator()
+        self._layers = self._attach(self.layers.chosen)
+        distributed.broadcast_tensors([layer.logits for layer in self._layers])
+        self._buckets = make_buckets(self._layers)
+        # Fused: the one that can be told by a tensor, not by the host, to leave a step out.
         self._group_optimizer = torch.optim.Adam(
-            [layer.logits for layer in self._layers], group_optimizer_lr, _ADAM_BETAS, _ADAM_EPS
+            [layer.logits for layer in self._layers],
+            group_optimizer_lr,
+            _ADAM_BETAS,
+            _ADAM_EPS,
+            fused=True,
+            capturable=True,
         )
-        self._probs: list[Tensor] | None = None
         self._steps = 0
-        self._skipped = 0
+        self._skipped: int | Tensor = 0
+        self._initialized = False
         self._stepped = False
         self._found_inf: Tensor | None = None
+        self._loss: Tensor | None = None
+        self._not_finite = NonFiniteFlag()
         optimizer.register_step_post_hook(self._note_step)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,7 +140,7 @@ class GroupWrapper:
         return {
             "group_optimizer": self._group_optimizer.state_dict(),
             "steps": self._steps,
-            "skipped_steps": self._skipped,
+            "skipped_steps": int(self._skipped),
             "generator": self.generator.get_state(),
         }
 
@@ -127,15 +149,19 @@ class GroupWrapper:
         self._group_optimizer.load_state_dict(state["group_optimizer"])
         self.steps, self._skipped = state["steps"], state["skipped_steps"]
         self.generator.set_state(state["generator"])
+        self._share_generator()
 
     @torch.no_grad()
     def initialize(self, noise: Mapping[str, Tensor] | None = None) -> None:
         """Before the forward pass: draw Gumbel noise and assign the filters of every layer to groups.
 
-        noise: layer name -> Gumbel noise [n_groups, out_channels] for every layer, instead of drawing it.
+        noise: layer name -> Gumbel noise [n_groups, out_channels] for every layer, instead of drawing it;
+            the same on every process.
 
-        Raises DSPPruningError if a layer's noise is missing, DSPShapeError if its shape is wrong.
+        Raises DSPPruningError if a layer's noise is missing, DSPShapeError if its shape is wrong,
+        DSPTrainingError if a step before this one was not finite.
         """
+        self._require_finite()
         for layer in self._layers:
             conv = layer.info.conv
             if conv.weight is not layer.weight or conv.group is not layer.logits:
@@ -143,169 +169,223 @@ class GroupWrapper:
                     f"layer {layer.info.name!r} has another weight or group tensor than when it was wrapped "
                     "(load_state_dict(assign=True)?); wrap the model again, after loading"
                 )
-        shapes = {layer.info.name: layer.logits.shape for layer in self._layers}
         if noise is None:
-            drawn = gumbel_noise(list(shapes.values()), self.generator)
-            noise = dict(zip(shapes, drawn, strict=True))
-        check_noise(noise, shapes)
-        self._probs = []
-        for layer in self._layers:
-            logits = at_least_float(layer.logits)
-            xi = noise[layer.info.name].to(logits)
-            self._probs.append(terms.assignment(logits, xi, self.temp))
-        self._stepped, self._found_inf = False, None
+            device = self._layers[0].logits.device
+            drawn = gumbel_noise([bucket.shape for bucket in self._buckets], self.generator, device)
+        else:
+            check_noise(noise, {layer.info.name: layer.logits.shape for layer in self._layers})
+            drawn = [torch.stack([noise[layer.info.name] for layer in b.layers]) for b in self._buckets]
+        ramp = (self._steps + 1) / self.total_steps
+        for bucket, xi in zip(self._buckets, drawn, strict=True):
+            lr = self.optimizer.param_groups[bucket.param_group]["lr"]
+            bucket.start(xi, self.temp, lr * (self.reg * ramp))
+        self._initialized, self._stepped, self._found_inf = True, False, None
 
     @torch.no_grad()
     def after_step(
-        self, x: Tensor, y: Tensor, amp: bool = False, scaler: torch.amp.GradScaler | None = None
+        self, x: Any, y: Any, amp: bool = False, scaler: torch.amp.GradScaler | None = None
     ) -> None:
         """After ``optimizer.step()``: move the logits, shrink the weights (golden README section 4, 3-9).
 
-        x, y: the batch of this step, on the model's device.
+        x, y: the batch of this step, on the model's device; with gradient accumulation two lists, the
+            micro-batches in their order, each of which counts 1 / len(x).
         amp: the look-ahead's forward pass runs under autocast, in the dtype torch has set for the device.
         scaler: the one of the caller's loop. It scales the look-ahead's loss and is not updated. Where it
             held the real step back (an overflow), or the look-ahead overflows, nothing is done but counting
-            the step: ``stats()["skipped_steps"]``.
+            the step: ``stats()["skipped_steps"]``. An overflow of one process holds back all.
 
-        Raises DSPPruningError without ``initialize()`` before it, DSPTrainingError if the loss, a weight or
-        a logit is no longer finite; logits and weights are then left as they are.
+        Raises DSPPruningError without ``initialize()`` before it; DSPTrainingError if the loss, a weight or a
+        logit is no longer finite. Logits and weights are then left as they are. On a GPU, where the host does
+        not wait for the answer, the error comes some steps later, or from ``stats()``.
         """
-        probs, self._probs = self._probs, None
-        if probs is None:
+        if not self._initialized:
             raise DSPPruningError(
                 f"after_step() of step {self._steps} without initialize() since the last one: call "
                 "initialize() before the forward pass of every step"
             )
+        batches = _batches(x, y)
+        self._initialized = False
+        several = distributed.is_distributed()
         device = self._layers[0].logits.device
-        with torch.autocast(device.type, enabled=False):
-            skip = scaler is not None and self._held_back()
-            dtype = torch.get_autocast_dtype(device.type) if amp else None
-            energies = [terms.kernel_energy(layer.weight) for layer in self._layers]
-            slopes = None if skip else self._slopes(probs, energies, (x, y), dtype, scaler)
-            if slopes is None:
-                self._skipped += 1
-            else:
-                self._move_logits(probs, slopes)
-                self._shrink_weights(energies)
+        if scaler is not None and not self._stepped and not several:
+            self._skipped = self._skipped + 1
+        else:
+            with torch.autocast(device.type, enabled=False):
+                dtype = torch.get_autocast_dtype(device.type) if amp else None
+                energies = [bucket.energy() for bucket in self._buckets]
+                slopes, overflow = self._slopes(energies, batches, dtype, scaler)
+                skip = None if scaler is None else self._held_back(overflow, device)
+                hold = self._hold(slopes, skip)
+                self._move_logits(slopes, hold)
+                self._shrink_weights(energies, hold)
+            if skip is not None:
+                self._skipped = self._skipped + skip
         self._steps += 1
+        self._require_finite(self._steps - 1)
 
     @torch.no_grad()
     def stats(self) -> dict[str, float]:
-        """Where learning stands, as plain numbers.
+        """Where learning stands, as plain numbers; waits for the device.
 
         step, skipped_steps; ramp of the last step; penalty: reg * ramp * sum of scale * R over the layers for
         hard groups; group_share_{g}: share of all filters whose group is g.
+
+        Raises DSPTrainingError if a step so far was not finite.
         """
-        total, counts = 0.0, torch.zeros(self.n_groups, dtype=torch.float64)
-        for layer in self._layers:
-            hard = terms.hard_assignment(at_least_float(layer.logits))
-            energy = terms.kernel_energy(layer.weight)
-            total += layer.scale * float(terms.regulariser(hard.to(energy), energy))
-            counts += hard.sum(dim=1).to(counts)
+        if self._not_finite.wait():
+            self._raise_not_finite(self._steps - 1)
+        total, counts = 0.0, torch.zeros(max(layer.logits.shape[0] for layer in self._layers)).double()
+        for bucket in self._buckets:
+            hard = terms.hard_assignment(bucket.logits())
+            energy = bucket.energy()
+            values = terms.regulariser(hard.to(energy), energy)
+            total += float((bucket.scale.flatten().to(values) * values).sum())
+            counts[: hard.shape[1]] += hard.sum(dim=(0, 2)).to(counts)
         ramp = self._steps / self.total_steps
-        stats = {"step": self._steps, "skipped_steps": self._skipped, "ramp": ramp}
+        stats = {"step": self._steps, "skipped_steps": int(self._skipped), "ramp": ramp}
         stats["penalty"] = self.reg * ramp * total
         shares = (counts / counts.sum()).tolist()
         return stats | {f"group_share_{group}": share for group, share in enumerate(shares)}
 
-    def _attach(self, infos: tuple[LayerInfo, ...]) -> list[_Layer]:
+    def _attach(self, infos: tuple[LayerInfo, ...]) -> list[LearnedLayer]:
         """Put logits on every layer; nothing is attached where one of the layers cannot take part."""
         holders = {
             parameter: index
             for index, group in enumerate(self.optimizer.param_groups)
             for parameter in group["params"]
         }
-        for info in infos:
-            check_logits(info, self.n_groups)
-            if info.conv.weight not in holders:
+        counts = groups_of_layers(infos, self.n_groups)
+        for info, n_groups in zip(infos, counts, strict=True):
+            check_logits(info, n_groups)
+            weight = info.conv.weight
+            if weight not in holders:
                 raise DSPPruningError(
                     f"the optimizer does not hold the weight of layer {info.name!r}, so its learning rate is "
                     "unknown; add the weight to the optimizer or leave the layer out by layers="
                 )
+            if not weight.requires_grad:
+                raise DSPPruningError(
+                    f"the weight of layer {info.name!r} is frozen (requires_grad=False); leave the layer out "
+                    "by layers= or let it train"
+                )
         attached = []
-        for info in infos:
-            kh, _ = info.kernel_size
-            scale = terms.layer_scale(info.in_channels, info.out_channels, kh, info.input_hw, self.n_groups)
-            logits = attach_logits(info, self.n_groups, self.generator)
-            attached.append(_Layer(info, info.conv.weight, logits, scale, holders[info.conv.weight]))
+        for info, n_groups in zip(infos, counts, strict=True):
+            kh, kw = info.kernel_size
+            # For a square kernel this is the published k; 1x7 and 7x1 weigh the same.
+            scale = terms.layer_scale(
+                info.in_channels, info.out_channels, (kh * kw) ** 0.5, info.input_hw, n_groups
+            )
+            logits = attach_logits(info, n_groups, self.generator)
+            attached.append(LearnedLayer(info, info.conv.weight, logits, scale, holders[info.conv.weight]))
         return attached
+
+    def _share_generator(self) -> None:
+        """Every process draws what rank 0 draws."""
+        if distributed.is_distributed():
+            self.generator.set_state(distributed.broadcast_object(self.generator.get_state()))
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = True
         # An optimizer that checks for overflow itself (fused=True) is called all the same and told here.
         self._found_inf = getattr(optimizer, "found_inf", None)
 
-    def _held_back(self) -> bool:
-        """Did the scaler keep the optimizer from stepping since ``initialize()``?"""
-        return not self._stepped or (self._found_inf is not None and bool(self._found_inf))
-
-    def _strength(self, layer: _Layer) -> float:
-        """Lambda of a layer in this step: reg * lr * ramp."""
-        lr = float(self.optimizer.param_groups[layer.param_group]["lr"])
-        return self.reg * lr * (self._steps + 1) / self.total_steps
-
-    def _penalised(self, layer: _Layer, weight: Tensor, prob: Tensor, energy: Tensor) -> Tensor:
-        """W - lambda P(prob, w)."""
-        factor = terms.penalty_factor(prob, energy, layer.scale).to(weight.dtype)
-        return torch.addcmul(weight, weight, factor[..., None, None], value=-self._strength(layer))
+    def _held_back(self, overflow: Tensor | None, device: torch.device) -> Tensor:
+        """Float32 scalar: 1 if the scaler kept back a step, or a look-ahead overflowed, on any process."""
+        skip = torch.full((), float(not self._stepped), device=device)
+        for found in (overflow, self._found_inf):
+            if found is not None:
+                skip = torch.maximum(skip, found.to(skip).reshape(()))
+        distributed.all_reduce_max(skip)
+        return skip
 
     def _slopes(
         self,
-        probs: list[Tensor],
         energies: list[Tensor],
-        batch: tuple[Tensor, Tensor],
+        batches: list[Batch],
         autocast_dtype: torch.dtype | None,
         scaler: torch.amp.GradScaler | None,
-    ) -> list[Tensor] | None:
-        """Gradient [G, O] of each layer's regulariser by its assignment; None after an overflow."""
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Gradient [L, G, O] of each bucket's regulariser by its assignment; did the look-ahead overflow?"""
+        pairs = list(zip(self._buckets, energies, strict=True))
         if self.second_order == "none":
-            slopes = [terms.first_order(prob, energy) for prob, energy in zip(probs, energies, strict=True)]
-            self._require_finite(slopes, None)
-            return slopes
-        second = terms.second_order_exact if self.second_order == "exact" else terms.second_order_original
-        starts = {
-            layer.weight: self._penalised(layer, layer.weight, prob, energy)
-            for layer, prob, energy in zip(self._layers, probs, energies, strict=True)
-        }
-        ahead = look_ahead(self.model, self.optimizer, self.criterion, starts, *batch, autocast_dtype, scaler)
-        if ahead.overflow:
-            self._require_finite([], ahead.loss)
-            return None
+            self._loss = None
+            return [terms.first_order(bucket.assigned(), energy) for bucket, energy in pairs], None
+        starts: dict[Tensor, Tensor] = {}
+        for bucket, energy in pairs:
+            shares = bucket.per_kernel(bucket.shrinkage(bucket.assigned(), energy))
+            weights: list[Tensor] = [layer.weight for layer in bucket.layers]
+            moved = torch._foreach_addcmul(weights, weights, shares, value=-1.0)
+            starts.update(zip(weights, moved, strict=True))
+        ahead = look_ahead(
+            self._network, self.optimizer, self.criterion, starts, batches, autocast_dtype, scaler
+        )
+        self._loss = ahead.loss
         slopes = []
-        for layer, prob, energy in zip(self._layers, probs, energies, strict=True):
-            weight = layer.weight
-            looked = ahead.weights[weight]
-            looked_energy = terms.kernel_energy(looked)
-            direction = self._penalised(layer, looked, prob, looked_energy) - starts[weight]
-            first = terms.first_order(prob, looked_energy)
-            slopes.append(first + second(prob, energy, terms.kernel_product(weight, direction)))
-        self._require_finite(slopes, ahead.loss)
-        return slopes
+        for bucket, energy in pairs:
+            before = [starts[layer.weight] for layer in bucket.layers]
+            after = [ahead.weights[layer.weight] for layer in bucket.layers]
+            slopes.append(bucket.mixed_slope(before, after, energy, self.second_order == "exact"))
+        return slopes, ahead.overflow
 
-    def _move_logits(self, probs: list[Tensor], slopes: list[Tensor]) -> None:
+    def _hold(self, slopes: list[Tensor], skip: Tensor | None) -> Tensor:
+        """Float32 scalar: 1 if logits and weights are to stay, after an overflow or a value not finite."""
+        device = slopes[0].device
+        sums = [slope.sum().to(device) for slope in slopes]
+        sums += [] if self._loss is None else [self._loss.to(device)]
+        bad = ~torch.stack([value.to(sums[0].dtype) for value in sums]).sum().isfinite()
+        if skip is None:
+            hold = bad
+        else:
+            hold = bad | (skip > 0)
+            bad = bad & (skip == 0)
+        self._not_finite.note(bad)
+        return hold.float()
+
+    def _move_logits(self, slopes: list[Tensor], hold: Tensor) -> None:
         """One Adam step of the logits; outside it they have no gradient, so nothing else can move them."""
+        gradients = [
+            terms.logit_gradient(bucket.assigned(), slope, self.temp)
+            for bucket, slope in zip(self._buckets, slopes, strict=True)
+        ]
+        distributed.all_reduce_mean(gradients)
         try:
-            for layer, prob, slope in zip(self._layers, probs, slopes, strict=True):
-                layer.logits.grad = terms.logit_gradient(prob, slope, self.temp).to(layer.logits.dtype)
+            for bucket, gradient in zip(self._buckets, gradients, strict=True):
+                for layer, own in zip(bucket.layers, gradient.to(bucket.layers[0].logits.dtype), strict=True):
+                    layer.logits.grad = own
+            self._group_optimizer.found_inf = hold  # type: ignore[attr-defined]
             self._group_optimizer.step()
         finally:
+            del self._group_optimizer.found_inf  # type: ignore[attr-defined]
             self._group_optimizer.zero_grad(set_to_none=True)
 
-    def _shrink_weights(self, energies: list[Tensor]) -> None:
+    def _shrink_weights(self, energies: list[Tensor], hold: Tensor) -> None:
         """The penalty of the hard groups, applied to the real weights."""
-        for layer, energy in zip(self._layers, energies, strict=True):
-            hard = terms.hard_assignment(layer.logits).to(energy.dtype)
-            weight = layer.weight
-            weight.copy_(self._penalised(layer, weight, hard, energy))
+        for bucket, energy in zip(self._buckets, energies, strict=True):
+            hard = terms.hard_assignment(bucket.logits()).to(energy.dtype)
+            share = torch.where(hold.to(energy.device) > 0, 0.0, bucket.shrinkage(hard, energy))
+            weights: list[Tensor] = [layer.weight for layer in bucket.layers]
+            torch._foreach_addcmul_(weights, weights, bucket.per_kernel(share), value=-1.0)
 
-    def _require_finite(self, slopes: list[Tensor], loss: Tensor | None) -> None:
-        if all_finite([*slopes, loss]):
-            return
-        suspects = [(f"the weight of layer {layer.info.name!r}", layer.weight) for layer in self._layers]
+    def _require_finite(self, step: int | None = None) -> None:
+        if self._not_finite.seen():
+            self._raise_not_finite(self._steps - 1 if step is None else step)
+
+    def _raise_not_finite(self, step: int) -> None:
+        self._not_finite.clear()
+        suspects: list[tuple[str, Tensor]] = []
+        suspects += [(f"the weight of layer {layer.info.name!r}", layer.weight) for layer in self._layers]
         suspects += [(f"the logits of layer {layer.info.name!r}", layer.logits) for layer in self._layers]
-        suspects += [] if loss is None else [("the loss of the look-ahead", loss)]
-        suspects += [
-            (f"the logit gradient of layer {layer.info.name!r}", slope)
-            for layer, slope in zip(self._layers, slopes, strict=False)
-        ]
-        raise_first_not_finite(suspects, self._steps)
+        suspects += [] if self._loss is None else [("the loss of the look-ahead", self._loss)]
+        raise_first_not_finite(suspects, step)
+
+
+def _batches(x: Any, y: Any) -> list[Batch]:
+    if not isinstance(x, list):
+        return [(x, y)]
+    if not isinstance(y, list) or len(x) != len(y) or not x:
+        found = f"a list of {len(y)}" if isinstance(y, list) else f"a {type(y).__name__}"
+        raise DSPPruningError(
+            f"x is a list of {len(x)} micro-batches and y is {found}; both must be lists of the same length "
+            "of at least 1"
+        )
+    return list(zip(x, y, strict=True))

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTraceError
 from dsp_kernels.trace import TracedNetwork, TracedNode, evaluating, trace
 
-__all__ = ["LayerInfo", "LayerPredicate", "default_example_input", "select_layers"]
+__all__ = [
+    "LayerInfo",
+    "LayerPredicate",
+    "LayerSurvey",
+    "default_example_input",
+    "select_layers",
+    "survey_layers",
+]
 
 LayerPredicate = Callable[[str, nn.Conv2d], bool]
 
@@ -45,15 +52,52 @@ class LayerInfo:
         return self.out_channels * self.in_channels * kh * kw * self.output_hw[0] * self.output_hw[1]
 
 
+@dataclass(frozen=True)
+class LayerSurvey:
+    """Which convolutions take part and why the others do not; ``print`` shows it as a table.
+
+    convs: all of them by name, in definition order. excluded: name -> reason.
+    """
+
+    convs: Mapping[str, nn.Conv2d]
+    chosen: tuple[LayerInfo, ...]
+    excluded: Mapping[str, str]
+
+    def __str__(self) -> str:
+        infos = {info.name: info for info in self.chosen}
+        rows = [("layer", "filters", "reads", "kernel", "input", "MACs", "takes part")]
+        for name, conv in self.convs.items():
+            height, width = conv.kernel_size
+            sizes = (str(conv.out_channels), str(conv.in_channels), f"{height}x{width}")
+            info = infos.get(name)
+            if info is None:
+                rows.append((name, *sizes, "", "", f"no: {self.excluded[name]}"))
+            else:
+                rows.append((name, *sizes, f"{info.input_hw[0]}x{info.input_hw[1]}", str(info.macs), "yes"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
 def select_layers(
     model: nn.Module, example_input: Tensor | None = None, layers: LayerPredicate | None = None
 ) -> tuple[LayerInfo, ...]:
-    """The convolutions that take part, in definition order (``model.named_modules()``).
+    """The convolutions that take part: ``survey_layers(...).chosen``, with its arguments and errors."""
+    return survey_layers(model, example_input, layers).chosen
+
+
+def survey_layers(
+    model: nn.Module, example_input: Tensor | None = None, layers: LayerPredicate | None = None
+) -> LayerSurvey:
+    """Look at every convolution and choose, in definition order (``model.named_modules()``).
 
     example_input: (batch, channels, height, width); None tries 1 x C x 32 x 32. It is moved to the model's
         device and dtype and run once in eval mode; the model is left as it was.
     layers: ``(name, conv) -> bool`` replaces the default choice, which is every ``nn.Conv2d`` but the first,
-        1x1 shortcut convs and grouped or depthwise convs.
+        1x1 shortcut convs, grouped or depthwise convs, and convs whose weight is computed
+        (a parametrisation) or belongs to another conv too.
 
     Raises DSPPruningError if no layer is chosen, or a chosen one is grouped or does not run; DSPShapeError
     if the model does not run on the example.
@@ -75,7 +119,8 @@ def select_layers(
             f"{type(model).__name__} has no layer to group or prune: {_listing(excluded)}. "
             "layers=(name, conv) -> bool chooses by hand"
         )
-    return tuple(_info(name, convs[name], *sizes[name]) for name in chosen)
+    infos = tuple(_info(name, convs[name], *sizes[name]) for name in chosen)
+    return LayerSurvey(convs, infos, excluded)
 
 
 def default_example_input(model: nn.Module) -> Tensor:
@@ -132,6 +177,9 @@ def _excluded_by_default(
     """Name -> reason of every conv that the default choice leaves out."""
     first = next(iter(convs))
     shortcuts = _shortcuts(model, convs, example)
+    owners: dict[int, list[str]] = {}
+    for name, conv in convs.items():
+        owners.setdefault(id(conv._parameters.get("weight")), []).append(name)
     excluded: dict[str, str] = {}
     for name, conv in convs.items():
         if name == first:
@@ -142,6 +190,11 @@ def _excluded_by_default(
             excluded[name] = "a 1x1 shortcut"
         elif name not in sizes:
             excluded[name] = "does not run on the example input"
+        elif not isinstance(conv._parameters.get("weight"), nn.Parameter):
+            excluded[name] = "its weight is computed, not a parameter"
+        elif len(owners[id(conv.weight)]) > 1:
+            others = [other for other in owners[id(conv.weight)] if other != name]
+            excluded[name] = f"shares its weight with {others[0]!r}"
     return excluded
 
 

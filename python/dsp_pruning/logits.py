@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,45 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError
 from dsp_pruning.layers import LayerInfo
 
-__all__ = ["at_least_float", "attach_logits", "check_logits", "check_noise", "gumbel_noise"]
+__all__ = [
+    "GroupCount",
+    "at_least_float",
+    "attach_logits",
+    "check_logits",
+    "check_noise",
+    "groups_of_layers",
+    "gumbel_noise",
+]
+
+GroupCount = int | Mapping[str, int] | Callable[[str, nn.Conv2d], int]
 
 # Equal logits make the first hard groups a matter of rounding. This is one Adam step of the logits (lr 1e-3):
 # enough to break every tie, and forgotten after a few steps; the Gumbel noise is a thousand times larger.
 _INITIAL_LOGIT = 1e-3
+
+
+def groups_of_layers(infos: Sequence[LayerInfo], n_groups: GroupCount) -> list[int]:
+    """G of every layer, from one number, a mapping by name or ``(name, conv) -> G``.
+
+    Raises DSPPruningError for a number below 1, or a mapping that lacks a layer or names another one.
+    """
+    names = [info.name for info in infos]
+    if isinstance(n_groups, Mapping):
+        if set(n_groups) != set(names):
+            missing, unknown = sorted(set(names) - set(n_groups)), sorted(set(n_groups) - set(names))
+            raise DSPPruningError(
+                f"n_groups needs one number for every layer: missing {missing}, unknown {unknown}"
+            )
+        counts = [n_groups[name] for name in names]
+    elif callable(n_groups):
+        counts = [n_groups(info.name, info.conv) for info in infos]
+    else:
+        counts = [n_groups] * len(names)
+    for name, count in zip(names, counts, strict=True):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            where = "" if isinstance(n_groups, int | float) else f" for layer {name!r}"
+            raise DSPPruningError(f"n_groups is {count!r}{where}; it must be a whole number of at least 1")
+    return counts
 
 
 def check_logits(info: LayerInfo, n_groups: int) -> None:
@@ -51,15 +85,19 @@ def attach_logits(info: LayerInfo, n_groups: int, generator: torch.Generator) ->
     return logits
 
 
-def gumbel_noise(shapes: Sequence[torch.Size], generator: torch.Generator) -> list[Tensor]:
-    """Gumbel noise of every shape, float64 on the generator's device, from one draw.
+def gumbel_noise(
+    shapes: Sequence[torch.Size], generator: torch.Generator, device: torch.device | None = None
+) -> list[Tensor]:
+    """Gumbel noise of every shape, float64 on ``device`` (None: the generator's), from one draw.
 
     Minus the logarithm of an exponential variable; the same for every device and dtype of the model.
     """
     sizes = [shape.numel() for shape in shapes]
     flat = torch.empty(sum(sizes), dtype=torch.float64, device=generator.device)
     flat.exponential_(generator=generator)
-    flat = -flat.clamp_min(torch.finfo(flat.dtype).tiny).log()
+    flat.clamp_min_(torch.finfo(flat.dtype).tiny).log_().neg_()
+    if device is not None:
+        flat = flat.to(device, non_blocking=True)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 

@@ -2,125 +2,202 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from dsp_pruning.checks import all_finite
+from dsp_kernels.errors import DSPPruningError
+from dsp_pruning import distributed
 
-__all__ = ["LookAhead", "look_ahead"]
+__all__ = ["OPTIMIZERS", "Batch", "LookAhead", "check_optimizer", "look_ahead"]
+
+Batch = tuple[Any, Any]
+
+# These step every parameter by itself, from nothing but its gradient and its own state. So it is enough
+# to step the weights that are asked for. The tests compare each with its real step.
+OPTIMIZERS: tuple[type[Optimizer], ...] = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adamax,
+    optim.RMSprop,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.ASGD,
+    optim.Adafactor,
+)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class LookAhead:
     """Where one more step on the same batch leads.
 
-    loss: scalar, of the forward pass from the start weights.
+    loss: scalar, of the forward pass from the start weights; the mean over micro-batches and processes.
     weights: for every parameter asked for, its value after the step, in its own shape and dtype.
-    overflow: a scaled gradient was not finite; ``weights`` then mean nothing.
+    overflow: float32 scalar, 1 where a scaled gradient was not finite; ``weights`` then mean nothing. None
+        without a scaler.
     """
 
     loss: Tensor
     weights: dict[Tensor, Tensor]
-    overflow: bool
+    overflow: Tensor | None
 
 
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise DSPPruningError for an optimizer that the look-ahead cannot step by itself."""
+    if type(optimizer) not in OPTIMIZERS:
+        names = ", ".join(kind.__name__ for kind in OPTIMIZERS)
+        raise DSPPruningError(
+            f"the look-ahead cannot step {type(optimizer).__name__} on a copy of some weights (it may need a "
+            f"closure, or all parameters at once); it knows {names}. Use second_order='none' with any other"
+        )
+
+
+@torch.no_grad()
 def look_ahead(
     model: nn.Module,
     optimizer: Optimizer,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Callable[[Any, Any], Tensor],
     starts: Mapping[Tensor, Tensor],
-    x: Tensor,
-    y: Tensor,
+    batches: Sequence[Batch],
     autocast_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> LookAhead:
     """Golden README section 4, step 5: one optimizer step on the batch (x, y) from other weights.
 
-    starts: parameter -> the value it starts from; every other parameter starts from its own.
+    starts: parameter -> the value it starts from, without history; every other parameter stands
+        still: it would move too, but what it becomes is not asked for.
+    batches: the micro-batches of one step, each with the weight 1 / len(batches).
     autocast_dtype: runs the forward pass under autocast.
     scaler: its present scale multiplies the loss and is divided out of the gradients; it is not updated.
 
-    The forward pass runs on copies of parameters and buffers, the step in a copy of the optimizer with its
-    state and without its hooks, so weights, gradients, BN statistics, optimizer and random numbers stay as
-    they were, whatever happens in between.
+    With several processes the gradients are averaged over them. The forward pass runs on copies of these
+    parameters, without the running statistics of batch norm and on copies of all other buffers; the step
+    runs in a copy of the optimizer with its state and without its hooks. So weights, gradients, statistics,
+    optimizer and random numbers stay as they were, whatever happens in between. The host waits for nothing.
     """
-    copies = _copy_parameters(model, optimizer, starts)
-    device = next(iter(starts)).device
-    random = torch.random.fork_rng(
-        devices=[] if device.type == "cpu" else [device],
-        device_type="cuda" if device.type == "cpu" else device.type,
-    )
+    copies = {
+        parameter: start.clone(memory_format=torch.preserve_format).requires_grad_(parameter.requires_grad)
+        for parameter, start in starts.items()
+    }
+    leaves = [value for value in copies.values() if value.requires_grad]
+    device = leaves[0].device
     # No cached casts: within an outer autocast they could be those of other weights.
     autocast = torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
-    with torch.enable_grad(), random:
-        with autocast, _substituted(model, copies):
-            loss = criterion(model(x), y)
-        scaled = loss if scaler is None else scaler.scale(loss)
-        leaves = [value for value in copies.values() if value.requires_grad]
-        gradients = torch.autograd.grad(scaled, leaves, allow_unused=True)
-    inverse = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        leaf.grad = gradient if gradient is None or scaler is None else gradient * inverse
-    overflow = scaler is not None and not all_finite(gradients)
-    if not overflow:
-        _scratch_optimizer(optimizer, copies).step()
-    return LookAhead(loss.detach(), {parameter: copies[parameter].detach() for parameter in starts}, overflow)
+    total = torch.zeros((), device=device)
+    sums: list[Tensor | None] = [None] * len(leaves)
+    with torch.enable_grad(), _kept_random_numbers(device), _substituted(model, copies):
+        for x, y in batches:
+            with autocast:
+                loss = criterion(model(x), y)
+            loss = loss if len(batches) == 1 else loss / len(batches)
+            scaled = loss if scaler is None else scaler.scale(loss)
+            sums = _added(sums, torch.autograd.grad(scaled, leaves, allow_unused=True))
+            total = total.to(loss.dtype) + loss.detach()
+    if distributed.is_distributed():
+        # A layer that took part on another process only has no gradient here.
+        sums = [
+            torch.zeros_like(leaf) if value is None else value
+            for leaf, value in zip(leaves, sums, strict=True)
+        ]
+        distributed.all_reduce_mean([*(value for value in sums if value is not None), total])
+    overflow = None if scaler is None else _unscale([g for g in sums if g is not None], scaler, device)
+    for leaf, gradient in zip(leaves, sums, strict=True):
+        leaf.grad = gradient
+    _scratch_optimizer(optimizer, copies).step()
+    return LookAhead(total, copies, overflow)
+
+
+def _added(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        new if old is None else old if new is None else old + new
+        for old, new in zip(sums, gradients, strict=True)
+    ]
+
+
+def _unscale(gradients: list[Tensor], scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
+    """Divide by the scale in place; 1 (float32 scalar) where a gradient was not finite."""
+    found = torch.zeros((), device=device)
+    if gradients and scaler.is_enabled():
+        # get_scale() would wait for the device; scaling a one does not.
+        inverse = scaler.scale(torch.ones((), device=device)).double().reciprocal().float()
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
+    return found
+
+
+@contextmanager
+def _kept_random_numbers(device: torch.device) -> Iterator[None]:
+    """Dropout in here draws what it draws; outside, the sequence goes on as if it had not."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield  # a captured generator's state cannot be read; the graph moves it on at every replay
+        return
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+        yield
 
 
 @contextmanager
 def _substituted(model: nn.Module, copies: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """The model runs on the copies and on clones of its buffers.
+    """The model runs on the copies, and what a forward pass writes to is not the real buffers.
 
-    Every module is visited once and every tensor has one copy, however many names either goes by.
+    Every module is visited once and every tensor has one copy, however many names either goes by. A batch
+    norm in training mode needs no running statistics, so it gets none and writes none.
     """
-    slots: list[dict[str, Any]] = [
-        slot for module in model.modules() for slot in (module._parameters, module._buffers)
-    ]
-    held = [dict(slot) for slot in slots]
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    clones: dict[Tensor, Tensor] = {}
     try:
-        for slot in slots:
-            for name, tensor in slot.items():
-                if tensor is not None:
-                    slot[name] = copies.get(tensor, buffers.get(tensor, tensor))
+        for module in model.modules():
+            slots: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+            parameters, buffers = slots
+            if any(tensor in copies for tensor in parameters.values() if tensor is not None):
+                held.append((parameters, dict(parameters)))
+                for name, tensor in parameters.items():
+                    if tensor is not None:
+                        parameters[name] = copies.get(tensor, tensor)
+            if not buffers:
+                continue
+            held.append((buffers, dict(buffers)))
+            silent = type(module) in _NORMS and module.training
+            for name, tensor in buffers.items():
+                if silent and name in _STATISTICS:
+                    buffers[name] = None
+                elif tensor is not None:
+                    if tensor not in clones:
+                        clones[tensor] = tensor.detach().clone()
+                    buffers[name] = clones[tensor]
         yield
     finally:
-        for slot, before in zip(slots, held, strict=True):
+        for slot, before in held:
             slot.clear()
             slot.update(before)
 
 
-def _copy_parameters(
-    model: nn.Module, optimizer: Optimizer, starts: Mapping[Tensor, Tensor]
-) -> dict[Tensor, Tensor]:
-    """Parameter -> a leaf with its own memory: all that the model trains and all that the optimizer moves."""
-    moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return {
-        parameter: starts.get(parameter, parameter)
-        .detach()
-        .clone(memory_format=torch.preserve_format)
-        .requires_grad_(parameter.requires_grad)
-        for parameter in (*trained, *moved)
-    }
-
-
 def _scratch_optimizer(optimizer: Optimizer, copies: Mapping[Tensor, Tensor]) -> Optimizer:
-    """The same optimizer over the copies, with copies of its state."""
+    """The same optimizer over the copies alone, with copies of their state."""
     scratch = object.__new__(type(optimizer))
     # A learning-rate scheduler puts a step() that counts calls on the instance: leave that one out.
     scratch.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    # deepcopy takes what the memo names instead of copying it: every parameter becomes its copy.
-    memo = {id(parameter): value for parameter, value in copies.items()}
-    scratch.state, scratch.param_groups = copy.deepcopy((optimizer.state, optimizer.param_groups), memo)
+    groups = [
+        group | {"params": [copies[parameter] for parameter in group["params"] if parameter in copies]}
+        for group in optimizer.param_groups
+    ]
+    scratch.param_groups = [group for group in groups if group["params"]]
+    scratch.state = defaultdict(dict)
+    for parameter, value in copies.items():
+        scratch.state[value] = {
+            name: entry.clone() if isinstance(entry, Tensor) else entry
+            for name, entry in optimizer.state.get(parameter, {}).items()
+        }
     scratch._optimizer_step_pre_hooks = OrderedDict()
     scratch._optimizer_step_post_hooks = OrderedDict()
     return scratch

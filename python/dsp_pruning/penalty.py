@@ -52,14 +52,15 @@ def hard_assignment(logits: Tensor) -> Tensor:
 
 
 def layer_scale(
-    in_channels: int, out_channels: int, kernel_height: int, input_hw: tuple[int, int], n_groups: int
+    in_channels: int, out_channels: int, kernel_size: float, input_hw: tuple[int, int], n_groups: int
 ) -> float:
     """Weight of a layer in the penalty: sqrt(input_size) * k * (G / O)^1.5 (golden README section 4, step 3).
 
+    kernel_size: k of a square kernel; the root of height times width of any other.
     input_hw: height and width of one sample's input map; input_size = C * H * W / 16384.
     """
     input_size = in_channels * input_hw[0] * input_hw[1] / _INPUT_UNIT
-    return math.sqrt(input_size) * kernel_height * (n_groups / out_channels) ** 1.5
+    return math.sqrt(input_size) * kernel_size * (n_groups / out_channels) ** 1.5
 
 
 def kernel_energy(weight: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def kernel_product(left: Tensor, right: Tensor) -> Tensor:
 
 def lasso(prob: Tensor, energy: Tensor) -> Tensor:
     """n [G, C]: norm of each input channel within each group."""
-    return (prob.square() @ energy).sqrt()
+    return _product(prob.square(), energy).sqrt()
 
 
 def regulariser(prob: Tensor, energy: Tensor) -> Tensor:
@@ -84,10 +85,12 @@ def regulariser(prob: Tensor, energy: Tensor) -> Tensor:
     return (_group_size(prob) * lasso(prob, energy)).sum(dim=(-2, -1))
 
 
-def penalty_factor(prob: Tensor, energy: Tensor, scale: float = 1.0, eps: float = LASSO_EPS) -> Tensor:
+def penalty_factor(
+    prob: Tensor, energy: Tensor, scale: float | Tensor = 1.0, eps: float = LASSO_EPS
+) -> Tensor:
     """[O, C]: what each kernel is multiplied with to give the penalty, scale * (P^2 diag(s))^T (1 / n)."""
     inverse = 1 / (lasso(prob, energy) + eps)
-    return ((scale * _group_size(prob)) * prob.square()).mT @ inverse
+    return _product(((scale * _group_size(prob)) * prob.square()).mT, inverse)
 
 
 def penalty(prob: Tensor, weight: Tensor, scale: float = 1.0, eps: float = LASSO_EPS) -> Tensor:
@@ -99,7 +102,7 @@ def penalty(prob: Tensor, weight: Tensor, scale: float = 1.0, eps: float = LASSO
 def first_order(prob: Tensor, energy: Tensor, eps: float = LASSO_EPS) -> Tensor:
     """F [G, O] = dR/dp at fixed weights, without the layer scale (golden README section 4, step 6)."""
     norm = lasso(prob, energy)
-    by_norm = _group_size(prob) * prob * ((1 / (norm + eps)) @ energy.mT)
+    by_norm = _group_size(prob) * prob * _product(1 / (norm + eps), energy.mT)
     return by_norm + _size_slope(prob, eps) * norm.sum(dim=-1, keepdim=True)
 
 
@@ -110,10 +113,10 @@ def second_order_exact(prob: Tensor, energy: Tensor, product: Tensor, eps: float
     """
     # Here eps is a floor, not an addend: above it the term is exact, and 1 / sqrt(p) makes an addend visible.
     inverse = 1 / lasso(prob, energy).clamp_min(eps)
-    slope = (prob.square() @ product) * inverse  # derivative of n along v
+    slope = _product(prob.square(), product) * inverse  # derivative of n along v
     root = prob.sqrt()
     by_size = root.sum(dim=-1, keepdim=True) / root.clamp_min(eps) * slope.sum(dim=-1, keepdim=True)
-    by_norm = 2 * (inverse @ product.mT) - (slope * inverse.square()) @ energy.mT
+    by_norm = 2 * _product(inverse, product.mT) - _product(slope * inverse.square(), energy.mT)
     return by_size + _group_size(prob) * prob * by_norm
 
 
@@ -123,9 +126,9 @@ def second_order_original(prob: Tensor, energy: Tensor, product: Tensor, eps: fl
     It is not the derivative: the cross-filter terms are missing. Arguments as in ``second_order_exact``.
     """
     inverse = 1 / (lasso(prob, energy) + eps)
-    along = inverse @ product.mT  # sum over c, k of w v / n, [G, O]
-    own = prob * (inverse @ energy.mT)
-    own_along = prob.square() * (inverse.square() @ product.mT)
+    along = _product(inverse, product.mT)  # sum over c, k of w v / n, [G, O]
+    own = prob * _product(inverse, energy.mT)
+    own_along = prob.square() * _product(inverse.square(), product.mT)
     by_norm = 2 * prob * along - own * own_along
     return _size_slope(prob, eps) * prob.square() * along + _group_size(prob) * by_norm
 
@@ -134,6 +137,11 @@ def logit_gradient(prob: Tensor, slope: Tensor, temperature: float) -> Tensor:
     """[G, O]: a gradient with respect to prob, carried through the softmax to the logits."""
     centred = slope - (prob * slope).sum(dim=-2, keepdim=True)
     return prob * centred / temperature
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product; of one batch dimension in one operation, where ``@`` dispatches six."""
+    return torch.bmm(left, right) if left.dim() == right.dim() == 3 else left @ right
 
 
 def _group_size(prob: Tensor) -> Tensor:

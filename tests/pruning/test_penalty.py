@@ -218,3 +218,49 @@ def test_half_precision_weights_are_squared_in_float32() -> None:
     shrink = terms.penalty(torch.full((1, 2), 1.0), weight)
     assert shrink.dtype == torch.float16
     assert torch.isfinite(shrink).all()
+
+
+@pytest.mark.parametrize(("groups", "filters", "channels", "kernel"), SHAPES)
+def test_gradcheck_of_every_derivative(
+    groups: int, filters: int, channels: int, kernel: tuple[int, int]
+) -> None:
+    """Numerical differences of R and of <dR/dw, v> agree with the closed forms."""
+    prob, weight, direction = problem(groups, filters, channels, kernel)
+    energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, direction)
+
+    class Regulariser(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, prob: Tensor, weight: Tensor) -> Tensor:
+            return true_regulariser(prob, weight)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            first = terms.first_order(prob, energy, eps=0.0)
+            return grad * first, grad * terms.penalty(prob, weight, eps=0.0)
+
+    class Slope(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, prob: Tensor) -> Tensor:
+            return (terms.penalty(prob, weight, eps=0.0) * direction).sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * terms.second_order_exact(prob, energy, product)
+
+    class Softmax(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor) -> Tensor:
+            return (terms.assignment(logits, torch.zeros(()), 0.5) * direction[:, 0, 0, 0]).sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            slope = direction[:, 0, 0, 0].expand(groups, filters)
+            return grad * terms.logit_gradient(terms.assignment(logits, torch.zeros(()), 0.5), slope, 0.5)
+
+    logits = torch.randn(
+        groups, filters, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    ).requires_grad_()
+    inputs = (prob.clone().requires_grad_(), weight.clone().requires_grad_())
+    assert torch.autograd.gradcheck(Regulariser.apply, inputs)
+    assert torch.autograd.gradcheck(Slope.apply, (prob.clone().requires_grad_(),), atol=1e-4, rtol=1e-3)
+    assert torch.autograd.gradcheck(Softmax.apply, (logits,))
