@@ -103,7 +103,8 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, {arguments.clock} time"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds, "
+        f"{arguments.clock} time"
     )
     print("| network | step | median, ms | p10, ms | p90, ms | over plain | operations of its part |")
     print("|---|---|---:|---:|---:|---:|---:|")
