@@ -2,59 +2,79 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from dsp_cli import options as o
-from dsp_cli.show import print_result, progress_bars
-from dsp_pruning import data as datasets
+from dsp_cli.show import console, print_result
 from dsp_pruning.recipes import finetune as recipe
-from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig
 
 
+class TargetName(StrEnum):
+    """What a rate is a share of, see PruneWrapper."""
+
+    macs = "macs"
+    params = "params"
+
+
+@o.run_command(FinetuneConfig)
 def finetune(
-    layers: o.Layers = FinetuneConfig.depth,
+    flags: o.RunFlags,
     groups: o.Groups = FinetuneConfig.groups,
     prune: Annotated[
-        float, typer.Option("--prune", "-p", help="Share of the grouped layers' FLOPs to remove, 0..1.")
+        float, typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1.")
     ] = FinetuneConfig.prune,
+    target: Annotated[
+        TargetName, typer.Option("--target", help="That cost: multiply-adds or parameters.")
+    ] = TargetName.macs,
+    channel_multiple: Annotated[
+        int, typer.Option("--channel-multiple", min=1, help="Groups keep multiples of so many channels.")
+    ] = FinetuneConfig.channel_multiple,
+    fp_every_nth_conv: Annotated[
+        int,
+        typer.Option("--fp-every-nth-conv", help="These also lose filters: 2, bottlenecks 3, -1 none."),
+    ] = FinetuneConfig.fp_every_nth_conv,
+    cycles: Annotated[
+        int, typer.Option("--cycles", min=1, help="Cosine cycles; each starts by pruning a little more.")
+    ] = FinetuneConfig.cycles,
+    one_shot: Annotated[bool, typer.Option("--one-shot", help="Prune all in the first cycle.")] = False,
     ckpt: o.Checkpoint = None,
-    data: o.Data = o.DataName.digits,
-    data_root: o.DataRoot = None,
-    download: o.Download = False,
-    save_dir: o.SaveDir = None,
-    epochs: o.Epochs = FinetuneConfig.epochs,
-    batch_size: o.BatchSize = FinetuneConfig.batch_size,
-    lr: o.LearningRate = FinetuneConfig.lr,
-    momentum: o.Momentum = FinetuneConfig.momentum,
-    wd: o.WeightDecay = FinetuneConfig.weight_decay,
-    seed: o.Seed = 0,
-    device: o.Device = "auto",
-    resume: o.Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the reachable rates and what would be kept; no more.")
+    ] = False,
 ) -> None:
     """Prune a group-learned network to a rate and finetune it."""
-    folder = o.run_folder(save_dir, layers, data)
-    learning = f"learn-groups -l {layers} -g {groups}"
-    source = o.stage_weights(ckpt, folder / f"learn_groups_g{groups}", learning)
-    weights, _ = load_weights(source)
-    config = FinetuneConfig(
-        depth=layers,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=wd,
-        seed=seed,
-        device=device,
+    before = f"learn-groups {flags.network} -g {groups}"
+    weights, source = o.stage_weights(flags, ckpt, f"learn_groups_g{groups}", before)
+    config = flags.config(
+        FinetuneConfig,
         groups=groups,
         prune=prune,
+        target=target.value,
+        channel_multiple=channel_multiple,
+        fp_every_nth_conv=fp_every_nth_conv,
+        cycles=cycles,
+        one_shot=one_shot,
     )
-    images = datasets.load(data.value, data_root, download=download, seed=seed)
-    directory = folder / f"finetune_g{groups}_p{prune:g}"
-    with progress_bars() as bars:
-        result = recipe.finetune(
-            images, weights, config, directory, source=source, resume=resume, progress=bars("finetune")
+    if dry_run:
+        (low, high), report = recipe.preview(flags.images(), weights, config, source=source)
+        console.print(f"rates within reach, of {target.value}: {low:.4f} to {high:.4f}")
+        console.print(
+            f"{prune} is out of reach" if report is None else str(report), soft_wrap=True, markup=False
         )
-    print_result(result)
+        return
+    with o.training("finetune") as progress:
+        result = recipe.finetune(
+            flags.images(),
+            weights,
+            config,
+            flags.folder / f"finetune_g{groups}_p{prune:g}",
+            source=source,
+            resume=flags.resume,
+            progress=progress,
+        )
+    if result.main:
+        print_result(result)

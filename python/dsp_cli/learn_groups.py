@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from dsp_cli import options as o
-from dsp_cli.show import print_result, progress_bars
-from dsp_pruning import data as datasets
+from dsp_cli.show import print_result
 from dsp_pruning.recipes import learn_groups as recipe
-from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig
 
 
@@ -23,56 +21,39 @@ class Order(StrEnum):
     original = "original"
 
 
+@o.run_command(LearnGroupsConfig)
 def learn_groups(
-    layers: o.Layers = LearnGroupsConfig.depth,
+    flags: o.RunFlags,
     groups: o.Groups = LearnGroupsConfig.groups,
     regularize: Annotated[
         float, typer.Option("--regularize", "-r", help="Strength of the regulariser.")
     ] = LearnGroupsConfig.regularize,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of the soft groups.")
+    ] = LearnGroupsConfig.temperature,
     ckpt: o.Checkpoint = None,
-    data: o.Data = o.DataName.digits,
-    data_root: o.DataRoot = None,
-    download: o.Download = False,
-    save_dir: o.SaveDir = None,
-    epochs: o.Epochs = LearnGroupsConfig.epochs,
-    batch_size: o.BatchSize = LearnGroupsConfig.batch_size,
-    lr: o.LearningRate = LearnGroupsConfig.lr,
-    momentum: o.Momentum = LearnGroupsConfig.momentum,
-    wd: o.WeightDecay = LearnGroupsConfig.weight_decay,
     second_order: Annotated[
         Order, typer.Option("--second-order", help="How the logits see that the weights follow them.")
     ] = Order.exact,
-    seed: o.Seed = 0,
-    device: o.Device = "auto",
-    resume: o.Resume = False,
 ) -> None:
     """Learn the groups of every layer, from a trained dense network."""
-    folder = o.run_folder(save_dir, layers, data)
-    source = o.stage_weights(ckpt, folder / "pretrain", f"pretrain -l {layers}")
-    weights, _ = load_weights(source)
-    config = LearnGroupsConfig(
-        depth=layers,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=wd,
-        seed=seed,
-        device=device,
+    weights, source = o.stage_weights(flags, ckpt, "pretrain", f"pretrain {flags.network}")
+    config = flags.config(
+        LearnGroupsConfig,
         groups=groups,
         regularize=regularize,
+        temperature=temperature,
         second_order=second_order.value,
     )
-    images = datasets.load(data.value, data_root, download=download, seed=seed)
-    directory = folder / f"learn_groups_g{groups}"
-    with progress_bars() as bars:
+    with o.training("learn groups") as progress:
         result = recipe.learn_groups(
-            images,
+            flags.images(),
             weights,
             config,
-            directory,
+            flags.folder / f"learn_groups_g{groups}",
             source=source,
-            resume=resume,
-            progress=bars("learn groups"),
+            resume=flags.resume,
+            progress=progress,
         )
-    print_result(result)
+    if result.main:
+        print_result(result)

@@ -20,6 +20,7 @@ __all__ = [
     "group_channel_masks",
     "hard_groups",
     "keep",
+    "keep_multiples",
     "kernel_energy",
 ]
 
@@ -66,6 +67,23 @@ def keep(shares: Tensor, beta: float) -> Tensor:
     order = shares.sort(stable=True, dim=-1).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(shares.shape[-1]).expand_as(order))
     return rank >= count_below(shares, beta)[..., None]
+
+
+def keep_multiples(shares: Tensor, beta: float, multiple: int, barred: Tensor) -> Tensor:
+    """As ``keep``, but each row keeps a multiple of ``multiple``, and nothing that is barred.
+
+    shares, barred: [G, C]; barred is bool. The number that ``keep`` leaves is rounded to the nearest
+    multiple, and to at least one; where fewer are not barred, to the largest multiple among these. A row
+    with less than one multiple to choose from keeps all of it. The largest shares stay.
+    """
+    usable = (~barred).sum(-1)
+    left = (keep(shares, beta) & ~barred).sum(-1)
+    wanted = ((left + multiple // 2) // multiple * multiple).clamp_min(multiple)
+    wanted = torch.minimum(wanted, usable // multiple * multiple)
+    wanted = torch.where(usable < multiple, usable, wanted) * (left > 0)
+    order = shares.masked_fill(barred, -1).sort(stable=True, dim=-1).indices
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(shares.shape[-1]).expand_as(order))
+    return rank >= (shares.shape[-1] - wanted)[..., None]
 
 
 def group_channel_masks(weight: Tensor, groups: Tensor, beta: float) -> Tensor:

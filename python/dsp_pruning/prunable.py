@@ -6,27 +6,40 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning.layers import LayerInfo
-from dsp_pruning.masks import channel_shares, filter_shares, hard_groups, keep, kernel_energy
+from dsp_pruning.masks import (
+    channel_shares,
+    filter_shares,
+    hard_groups,
+    keep,
+    keep_multiples,
+    kernel_energy,
+)
 
 __all__ = [
     "LayerRule",
     "Masks",
+    "Target",
     "check_groups",
+    "check_settings",
     "filter_layer_indices",
     "has_logits",
-    "kept_macs",
+    "kernel_costs",
     "layer_rule",
     "mask_matrix",
     "percent_pruned",
     "register_buffers",
     "summary_row",
 ]
+
+# What a rate is a share of: multiply-adds, or weights.
+Target = Literal["macs", "params"]
 
 Masks = Mapping[str, Tensor]  # layer name -> [O, C] bool, True for a kernel that is kept
 
@@ -41,6 +54,18 @@ def check_groups(layers: Sequence[LayerInfo], n_groups: int) -> None:
                 f"layer {layer.name!r} has {layer.out_channels} filters and cannot have {n_groups} groups; "
                 f"n_groups of at most {layer.out_channels} would do, or leave the layer out with layers="
             )
+
+
+def check_settings(target: str, channel_multiple: int, prune_channels: bool) -> None:
+    """Raises DSPPruningError for a setting of PruneWrapper that is out of range."""
+    if target not in get_args(Target):
+        raise DSPPruningError(f"target is {target!r}; expected one of {', '.join(get_args(Target))}")
+    if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
+        raise DSPPruningError(
+            f"channel_multiple is {channel_multiple!r}; expected a whole number of at least 1"
+        )
+    if channel_multiple > 1 and not prune_channels:
+        raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
 
 
 def register_buffers(layer: LayerInfo, n_groups: int) -> None:
@@ -102,28 +127,46 @@ def filter_layer_indices(
 class LayerRule:
     """What any beta prunes of one layer, as long as its weights stay as they were.
 
-    alive: [O, C] bool, the kernels that are not zero already; groups: [O]; channels: [G, C] shares;
-    filters: [O] shares, None where filters are not pruned.
+    alive: [O, C] bool, the kernels that are not zero already; energy: [O, C], their sums of squares;
+    groups: [O]; channels: [G, C] shares and filters: [O] shares, each None where they are not pruned.
     """
 
     name: str
     alive: Tensor
+    energy: Tensor
     groups: Tensor
-    channels: Tensor
+    channels: Tensor | None
     filters: Tensor | None
 
     @property
     def shares(self) -> tuple[Tensor, ...]:
         """Every set of shares that beta cuts."""
-        return (self.channels,) if self.filters is None else (self.channels, self.filters)
+        return tuple(shares for shares in (self.channels, self.filters) if shares is not None)
 
-    def mask(self, beta: float) -> Tensor:
-        """[O, C] bool: the kernels that are kept, before the dead ones are looked for."""
-        kept = self.alive & keep(self.channels, beta)[self.groups]
+    def mask(self, beta: float, multiple: int = 1, barred: Tensor | None = None) -> Tensor:
+        """[O, C] bool: the kernels that are kept, before the dead ones are looked for.
+
+        multiple: each group keeps a multiple of so many channels, none of them from barred [G, C].
+        """
+        kept = self.alive
+        if self.channels is not None:
+            if multiple == 1 or barred is None:
+                chosen = keep(self.channels, beta)
+            else:
+                chosen = keep_multiples(self.channels, beta, multiple, barred)
+            kept = kept & chosen[self.groups]
         return kept if self.filters is None else kept & keep(self.filters, beta)[:, None]
 
+    def columns(self, mask: Tensor) -> Tensor:
+        """mask: [O, C] bool -> [G, C] bool: the channels that some filter of a group reads."""
+        n_groups = int(self.groups.max()) + 1 if self.channels is None else len(self.channels)
+        read = torch.zeros(n_groups, mask.shape[1], dtype=torch.int64)
+        return read.index_add_(0, self.groups, mask.long()) > 0
 
-def layer_rule(layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: bool) -> LayerRule:
+
+def layer_rule(
+    layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: bool, prunes_channels: bool = True
+) -> LayerRule:
     """weight: [O, C, kh, kw] and mask: [O, C, 1, 1] from before the pruning; the groups are the conv's.
 
     Raises DSPPruningError if a weight or a logit is not finite.
@@ -137,7 +180,8 @@ def layer_rule(layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: b
     # Asked of the weights themselves: a tiny weight's square may be 0.
     alive = ((weight != 0) & (mask != 0)).flatten(2).any(2).cpu()
     filters = filter_shares(energy) if prunes_filters else None
-    return LayerRule(layer.name, alive, groups, channel_shares(energy, groups, len(logits)), filters)
+    channels = channel_shares(energy, groups, len(logits)) if prunes_channels else None
+    return LayerRule(layer.name, alive, energy, groups, channels, filters)
 
 
 def has_logits(layer: LayerInfo) -> bool:
@@ -151,23 +195,32 @@ def mask_matrix(layer: LayerInfo) -> Tensor:
     return layer.conv.get_buffer("mask")[:, :, 0, 0].cpu() != 0
 
 
-def kept_macs(layers: Sequence[LayerInfo], masks: Masks) -> int:
-    """Multiply-adds of one sample in the kernels that are kept."""
-    return sum(_macs_per_kernel(layer) * int(masks[layer.name].sum()) for layer in layers)
+def kernel_costs(layers: Sequence[LayerInfo], target: Target) -> dict[str, int]:
+    """Layer name -> what one 2-D kernel costs: multiply-adds of one sample, or weights."""
+    if target == "macs":
+        return {layer.name: _macs_per_kernel(layer) for layer in layers}
+    return {layer.name: math.prod(layer.kernel_size) for layer in layers}
 
 
 def percent_pruned(layers: Sequence[LayerInfo], masks: Masks) -> tuple[float, float]:
     """Multiply-adds and weights that are pruned, each in percent of these layers'."""
-    macs = sum(layer.macs for layer in layers)
-    params = sum(layer.conv.weight.numel() for layer in layers)
-    kept = sum(math.prod(layer.kernel_size) * int(masks[layer.name].sum()) for layer in layers)
-    return 100 * ((macs - kept_macs(layers, masks)) / macs), 100 * ((params - kept) / params)
+    kernels = {layer.name: layer.out_channels * layer.in_channels for layer in layers}
+    kept = {name: int(masks[name].sum()) for name in kernels}
+    percent = []
+    for target in get_args(Target):
+        costs = kernel_costs(layers, target)
+        whole = sum(cost * kernels[name] for name, cost in costs.items())
+        gone = sum(cost * (kernels[name] - kept[name]) for name, cost in costs.items())
+        percent.append(100 * (gone / whole))
+    return percent[0], percent[1]
 
 
-def summary_row(layer: LayerInfo, prunes_filters: bool, note: str) -> dict[str, int | str | bool]:
-    """One layer's sizes, each with what its mask keeps of it, as plain numbers and text."""
-    mask = mask_matrix(layer)
+def summary_row(
+    layer: LayerInfo, mask: Tensor, prunes_filters: bool, note: str
+) -> dict[str, int | str | bool | list[int]]:
+    """One layer's sizes, each with what mask [O, C] keeps of it, as plain numbers and text."""
     logits = layer.conv.get_buffer("group")
+    groups = hard_groups(logits)[mask.any(1)]
     return {
         "name": layer.name,
         "filters": layer.out_channels,
@@ -175,7 +228,8 @@ def summary_row(layer: LayerInfo, prunes_filters: bool, note: str) -> dict[str, 
         "channels": layer.in_channels,
         "channels_kept": int(mask.any(0).sum()),
         "groups": len(logits),
-        "groups_kept": len(hard_groups(logits)[mask.any(1)].unique()),
+        "groups_kept": len(groups.unique()),
+        "group_channels": [int(mask[mask.any(1)][groups == g].any(0).sum()) for g in groups.unique()],
         "kernels": mask.numel(),
         "kernels_kept": int(mask.sum()),
         "macs": layer.macs,

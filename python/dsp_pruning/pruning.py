@@ -15,20 +15,22 @@ from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.trace import TracedNetwork, trace
 from dsp_pruning.channels import channel_flow
 from dsp_pruning.layers import LayerPredicate, default_example_input, select_layers
-from dsp_pruning.masks import candidate_betas, first_reaching
 from dsp_pruning.prunable import (
     LayerRule,
     Masks,
+    Target,
     check_groups,
+    check_settings,
     filter_layer_indices,
     has_logits,
-    kept_macs,
     layer_rule,
     mask_matrix,
     percent_pruned,
     register_buffers,
     summary_row,
 )
+from dsp_pruning.pruning_report import PruningReport, RoundingCost
+from dsp_pruning.threshold import ThresholdSearch
 from dsp_pruning.undo import Undo, read_state
 
 __all__ = ["PruneWrapper"]
@@ -47,6 +49,10 @@ class PruneWrapper:
     rank: this process's number, kept for its callers.
     example_input: (batch, channels, height, width); without it 1 x C x 32 x 32 is tried.
     layers: ``(name, conv) -> bool`` chooses the layers (default: see ``select_layers``).
+    prune_channels: False prunes whole filters only, the usual pruning by magnitude.
+    target: what a rate is a share of: ``macs``, or ``params``, the weights.
+    channel_multiple: every group keeps a multiple of so many input channels (8 suits tensor cores), of those
+        that are not dead; ``report()`` says what that cost.
 
     Calling the wrapper calls its model. Model and wrapper can be copied and pickled at any time. BN's running
     statistics are never touched. Where the model cannot be traced, each layer is pruned by its own mask
@@ -64,10 +70,17 @@ class PruneWrapper:
         *,
         example_input: Tensor | None = None,
         layers: LayerPredicate | None = None,
+        prune_channels: bool = True,
+        target: Target = "macs",
+        channel_multiple: int = 1,
     ) -> None:
+        check_settings(target, channel_multiple, prune_channels)
         self.model = model
         self.n_groups = n_groups
         self.rank = rank
+        self.prune_channels = prune_channels
+        self.target: Target = target
+        self.channel_multiple = channel_multiple
         self.beta: float | None = None
         self.layers = select_layers(model, example_input, layers)
         check_groups(self.layers, n_groups)
@@ -80,6 +93,7 @@ class PruneWrapper:
         self._untraced = ""
         self._undo: Undo | None = None
         self._gone: _Gone | None = None
+        self._rounding: RoundingCost | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -88,11 +102,13 @@ class PruneWrapper:
         # The graph and the cached places are found again when they are next needed.
         return self.__dict__ | {"_network": None, "_untraced": "", "_gone": None}
 
-    def initialize(self, rate: float) -> tuple[float, float]:
+    def initialize(self, rate: float, cycle: int = 0, cycles: int = 1) -> tuple[float, float]:
         """Prune to a rate and return (FLOPs, params), each percent pruned over the chosen layers.
 
-        rate: fraction of the chosen layers' MACs, 0 <= rate < 1. The smallest beta that reaches it is taken:
-        the result is the nearest that one beta for all layers can give, and never below the rate.
+        rate: fraction of the chosen layers' MACs (or weights, see target), 0 <= rate < 1. The smallest beta
+        that reaches it is taken: the result is the nearest that one beta for all layers can give, and never
+        below the rate.
+        cycle, cycles: in the cyclic schedule, cycle i of n, counted from 0, prunes to rate * (i + 1) / n.
 
         May be called again, for cyclic pruning: it starts from the weights and masks of that moment, and what
         is pruned stays pruned. Only while nothing has changed the weights since the last pruning, that
@@ -100,29 +116,29 @@ class PruneWrapper:
         Raises DSPPruningError for a rate that cannot be reached, with the range that can; the model is then
         left as it was.
         """
-        target = _fraction(rate, "the pruning rate")
-        rules = self._rules()
-        betas = candidate_betas(shares for rule in rules for shares in rule.shares)
-        total = sum(layer.macs for layer in self.layers)
-        seen: dict[int, tuple[float, bool]] = {}
-
-        def outcome(index: int) -> tuple[float, bool]:
-            """Fraction pruned at this beta, and whether the output still depends on the input."""
-            if index not in seen:
-                masks, connected = self._without_dead(rules, betas[index])
-                seen[index] = (total - kept_macs(self.layers, masks)) / total, connected
-            return seen[index]
-
-        # Both only grow with beta: what is pruned, and whether the network has been cut in two.
-        found = first_reaching(lambda index: outcome(index)[0] >= target, len(betas))
-        if target == 1 or found == len(betas) or not outcome(found)[1]:
-            last = first_reaching(lambda index: not outcome(index)[1], len(betas)) - 1
-            reach = f"0 to {math.floor(outcome(last)[0] * 1e6) / 1e6}" if last >= 0 else "none: all is zero"
+        if not (isinstance(cycle, int) and isinstance(cycles, int) and 0 <= cycle < cycles):
             raise DSPPruningError(
-                f"pruning rate {rate} is out of reach for the {len(self.layers)} chosen layers with these "
-                f"weights, groups and filter layers; within reach: {reach}"
+                f"cycle {cycle!r} of {cycles!r}: expected 0 to one below the number of cycles"
             )
-        return self._prune(rules, betas[found])
+        search = self._search()
+        beta = search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles)
+        return self._prune(search, beta)
+
+    def preview(self, rate: float) -> PruningReport:
+        """What ``initialize(rate)`` would keep. Nothing is changed. Raises as it does."""
+        search = self._search()
+        return self._report(search, search.best(_fraction(rate, "the pruning rate")))
+
+    def reachable(self) -> tuple[float, float]:
+        """The smallest and the largest rate within reach from here, 0..1. Nothing is changed.
+
+        The smallest is above 0 where something is pruned or dead already.
+        Raises DSPPruningError where no output depends on the input.
+        """
+        span = self._search().reachable()
+        if span is None:
+            raise DSPPruningError("no rate is within reach: the output does not depend on the input any more")
+        return span
 
     def prune_at(self, beta: float) -> tuple[float, float]:
         """Prune at one threshold and return (FLOPs, params), each percent pruned over the chosen layers.
@@ -130,7 +146,7 @@ class PruneWrapper:
         beta: 0 <= beta <= 1, the share of a group's (and of a filter layer's) sum of squares that may go.
         Starts from the state before the last pruning as long as nothing has changed the weights since.
         """
-        return self._prune(self._rules(), _fraction(beta, "the threshold beta"))
+        return self._prune(self._search(), _fraction(beta, "the threshold beta"))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -155,9 +171,24 @@ class PruneWrapper:
         """What the masks on the model keep: plain numbers and text.
 
         ``layers`` holds one row per layer: filters, channels, groups, kernels and MACs, each with its kept
-        count, whether it prunes filters, and a note where something limits the pruning.
+        count, the channels that each kept group reads, whether it prunes filters, and a note where something
+        limits the pruning.
         """
+        report = self.report()
+        return {
+            "beta": report.beta,
+            "pruned_flops": report.pruned_flops,
+            "pruned_params": report.pruned_params,
+            "note": report.note,
+            "layers": list(report.layers),
+        }
+
+    def report(self) -> PruningReport:
+        """What the masks on the model keep, layer by layer; print it for a table."""
         masks = {layer.name: mask_matrix(layer) for layer in self.layers}
+        return self._describe(masks, self.beta, self._rounding)
+
+    def _describe(self, masks: Masks, beta: float | None, rounding: RoundingCost | None) -> PruningReport:
         flops, params = percent_pruned(self.layers, masks)
         network = self._trace()
         rows = []
@@ -167,14 +198,36 @@ class PruneWrapper:
                 notes.append("pruned by its own mask alone: channel flow does not reach it")
             if not has_logits(layer):
                 notes.append("no group logits: all filters are in group 0")
-            rows.append(summary_row(layer, layer.name in self.filter_layers, "; ".join(notes)))
-        return {
-            "beta": self.beta,
-            "pruned_flops": flops,
-            "pruned_params": params,
-            "note": self._untraced,
-            "layers": rows,
-        }
+            prunes_filters = layer.name in self.filter_layers
+            rows.append(summary_row(layer, masks[layer.name], prunes_filters, "; ".join(notes)))
+        return PruningReport(beta, flops, params, self._untraced, tuple(rows), rounding)
+
+    def _report(self, search: ThresholdSearch, beta: float) -> PruningReport:
+        masks, _ = search.masks(beta)
+        return self._describe(masks, beta, self._rounding_cost(search, beta, masks))
+
+    def _rounding_cost(self, search: ThresholdSearch, beta: float, masks: Masks) -> RoundingCost | None:
+        """Compared with the smallest beta that prunes as much without rounding."""
+        if search.multiple == 1:
+            return None
+        plain = ThresholdSearch(self.layers, search.rules, search.network, search.target)
+        span = plain.reachable()
+        same = plain.best(min(search.pruned(masks), span[1] if span is not None else 0.0))
+        return RoundingCost(
+            search.multiple,
+            beta,
+            same,
+            search.pruned_energy(masks),
+            plain.pruned_energy(plain.masks(same)[0]),
+            sum(
+                int((rule.columns(masks[rule.name]).sum(1) % search.multiple != 0).sum())
+                for rule in search.rules
+            ),
+        )
+
+    def _search(self) -> ThresholdSearch:
+        rules = self._rules()
+        return ThresholdSearch(self.layers, rules, self._trace(), self.target, self.channel_multiple)
 
     def _rules(self) -> list[LayerRule]:
         """The rule of every layer, on the state before the last pruning if that can be undone."""
@@ -184,18 +237,20 @@ class PruneWrapper:
             warnings.warn(
                 f"layers {', '.join(missing)} have no group logits (all are 0): all their filters are in one "
                 "group. Load group-learned weights first: model.load_state_dict(state, strict=False)",
-                stacklevel=3,
+                stacklevel=4,
             )
         rules = []
         for layer in self.layers:
             weight = before.get(f"{layer.name}.weight", layer.conv.weight.detach())
             mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
-            rules.append(layer_rule(layer, weight, mask, layer.name in self.filter_layers))
+            prunes_filters = layer.name in self.filter_layers
+            rules.append(layer_rule(layer, weight, mask, prunes_filters, self.prune_channels))
         return rules
 
     @torch.no_grad()
-    def _prune(self, rules: list[LayerRule], beta: float) -> tuple[float, float]:
-        masks, _ = self._without_dead(rules, beta)
+    def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
+        masks, _ = search.masks(beta)
+        self._rounding = self._rounding_cost(search, beta, masks)
         if self._undo is not None and self._undo.possible(self.model):
             self._undo.undo(self.model)
         names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
@@ -208,22 +263,6 @@ class PruneWrapper:
         self.after_step()
         self._undo = Undo(before, read_state(self.model, names))
         return percent_pruned(self.layers, masks)
-
-    def _without_dead(self, rules: list[LayerRule], beta: float) -> tuple[Masks, bool]:
-        """The masks at beta without kernels that carry nothing, to the fixpoint; whether a path is left.
-
-        A conv that runs more than once keeps what any of its runs needs.
-        """
-        masks = {rule.name: rule.mask(beta) for rule in rules}
-        network = self._trace()
-        if network is None:
-            return masks, True
-        flow = channel_flow(network, masks, "pruning")
-        for name in masks:
-            runs = [flow.kernels[node.name] for node in network.calls(name) if node.name in flow.kernels]
-            if runs:
-                masks[name] = torch.stack(runs).any(0)
-        return masks, flow.connected
 
     def _places(self) -> list[tuple[nn.Module, str, Tensor]]:
         """Module, parameter name and where in that parameter zeros have to stay."""

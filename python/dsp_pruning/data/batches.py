@@ -1,4 +1,4 @@
-"""Batches from memory: seeded shuffling, augmentation of a whole batch at once, normalisation."""
+"""Batches from memory or files: seeded shuffling, augmentation of a whole batch at once, normalisation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dsp_pruning.data.folder import FolderData, FolderSplit
 from dsp_pruning.data.images import ImageData, Split
 
-__all__ = ["augment", "evaluation_batches", "normalise", "training_batches", "training_steps"]
+__all__ = ["TrainingData", "augment", "evaluation_batches", "normalise", "training_batches", "training_steps"]
+
+TrainingData = ImageData | FolderData
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -48,33 +51,52 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool, crop_padd
 
 
 def training_batches(
-    data: ImageData, batch_size: int, generator: torch.Generator
+    data: TrainingData, batch_size: int, generator: torch.Generator, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One shuffled, augmented, normalised pass over the training split.
 
     Yields images float32 (batch, channels, height, width) and labels int64 (batch,).
-    A last batch of one image is left out: batch normalisation in training cannot use it on a 1 x 1 map.
+    rank, world_size: of several processes each takes its part of the very same batches.
+    A last batch with less than two images for a process is left out: batch normalisation in training cannot
+    use one image on a 1 x 1 map.
     """
+    order = torch.randperm(len(data.train), generator=generator)
+    chunks = order.split(batch_size)[: training_steps(data, batch_size, world_size)]
+    mine = slice(rank, None, world_size)
+    if isinstance(data, FolderData):
+        seeds = torch.randint(2**62, (len(order),), generator=generator).split(batch_size)
+        wanted = [(c[mine], s[mine]) for c, s in zip(chunks, seeds, strict=False)]
+        for images, labels in data.read(data.train, wanted):
+            yield normalise(images, data.mean, data.std), labels
+        return
     split = data.train
-    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
-    for chosen in order.split(batch_size):
-        if len(chosen) == 1 and len(split) > 1:
-            continue
+    for chunk in chunks:
+        chosen = chunk.to(split.labels.device)
         images = split.images[chosen]
         if data.flip or data.crop_padding:
             images = augment(images, generator, flip=data.flip, crop_padding=data.crop_padding)
-        yield normalise(images, data.mean, data.std), split.labels[chosen]
+        yield normalise(images[mine], data.mean, data.std), split.labels[chosen[mine]]
 
 
-def training_steps(data: ImageData, batch_size: int) -> int:
+def training_steps(data: TrainingData, batch_size: int, world_size: int = 1) -> int:
     """How many batches one pass of ``training_batches`` yields."""
     whole, rest = divmod(len(data.train), batch_size)
-    return whole + (rest > 1 or len(data.train) == 1)
+    return whole + (rest >= 2 * world_size or len(data.train) == world_size == 1)
 
 
 def evaluation_batches(
-    data: ImageData, split: Split, batch_size: int = 512
+    data: TrainingData,
+    split: Split | FolderSplit,
+    batch_size: int = 512,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass in order, without augmentation; shapes and dtypes as in ``training_batches``."""
-    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-        yield normalise(images, data.mean, data.std), labels
+    """One pass in order, without augmentation; shapes, dtypes and processes as in ``training_batches``."""
+    positions = torch.arange(rank, len(split), world_size)
+    if isinstance(data, FolderData) and isinstance(split, FolderSplit):
+        for images, labels in data.read(split, [(p, None) for p in positions.split(min(batch_size, 128))]):
+            yield normalise(images, data.mean, data.std), labels
+    elif isinstance(split, Split):
+        for chosen in positions.split(batch_size):
+            index = chosen.to(split.labels.device)
+            yield normalise(split.images[index], data.mean, data.std), split.labels[index]

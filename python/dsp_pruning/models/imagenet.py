@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
 
-from dsp_kernels.errors import DSPPruningError
+from torch import Tensor, nn
 
-__all__ = ["torchvision_resnet"]
+from dsp_kernels.errors import DSPError, DSPPruningError
 
-_VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+__all__ = ["VARIANTS", "published_weights", "torchvision_resnet", "variant_of"]
+
+VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+# Blocks of each stage, and whether they are bottlenecks (He et al. 2016, table 1).
+_BLOCKS: dict[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
 
 
 def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn.Module:
@@ -17,8 +28,8 @@ def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn
     The weights are random; load trained ones with ``load_state_dict``.
     Raises DSPPruningError for an unknown variant or a class count below 1.
     """
-    if variant not in _VARIANTS:
-        raise DSPPruningError(f"variant is {variant!r}; expected one of {', '.join(_VARIANTS)}")
+    if variant not in VARIANTS:
+        raise DSPPruningError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
     if not isinstance(num_classes, int) or not 1 <= num_classes <= 1_000_000:
         raise DSPPruningError(f"num_classes is {num_classes!r}; expected 1 to 1,000,000")
     import torchvision  # an extra: the runtime and CIFAR need no torchvision
@@ -29,3 +40,29 @@ def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn
         "args": {"variant": variant, "num_classes": num_classes},
     }
     return model
+
+
+def published_weights(variant: str) -> dict[str, Tensor]:
+    """torchvision's own weights of a variant, for 1,000 classes; downloaded once.
+
+    Raises DSPPruningError for an unknown variant, DSPError where the download fails.
+    """
+    if variant not in VARIANTS:
+        raise DSPPruningError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    import torchvision
+
+    try:
+        return dict(torchvision.models.get_model_weights(variant).DEFAULT.get_state_dict(progress=False))
+    except (OSError, RuntimeError) as error:
+        raise DSPError(f"torchvision's weights of {variant} cannot be fetched: {error}") from error
+
+
+def variant_of(weights: Mapping[str, Tensor]) -> str | None:
+    """Which torchvision ResNet these weights belong to, read from their names; None for another network."""
+    if "fc.weight" not in weights or "layer1.0.conv1.weight" not in weights:
+        return None
+    blocks = tuple(
+        len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    return _BLOCKS.get((blocks, "layer1.0.conv3.weight" in weights))

@@ -18,6 +18,7 @@ __all__ = [
     "PREVIOUS",
     "load_checkpoint",
     "load_weights",
+    "remove_unfinished",
     "restore_weights",
     "save_checkpoint",
     "save_weights",
@@ -72,6 +73,12 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], accuracy: float) 
     on_cpu = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     _write_temporary([on_cpu, float(accuracy)], path).replace(path)
     return path
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete what a killed process had only begun to write in ``directory``."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], float | None]:

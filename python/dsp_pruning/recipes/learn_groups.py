@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsp_pruning.data import ImageData, training_steps
+from dsp_pruning.data import TrainingData, training_steps
+from dsp_pruning.distributed import world_size
 from dsp_pruning.groups import GroupWrapper, SecondOrder
 from dsp_pruning.recipes.checkpoint import restore_weights
+from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, new_model, pick_device
 from dsp_pruning.recipes.schedules import cosine
 from dsp_pruning.recipes.training import Hook, Progress, Trainer
@@ -25,6 +27,7 @@ class LearnGroupsConfig(RunConfig):
     """The published settings of CIFAR-10: one cosine; regularisation grows linearly over the run.
 
     groups: G of every layer. regularize: the method's lambda. temperature: of the soft assignment.
+    group_lr: learning rate of the logits.
     second_order: ``exact``, ``none`` or ``original``, see GroupWrapper.
     """
 
@@ -34,18 +37,21 @@ class LearnGroupsConfig(RunConfig):
     groups: int = 4
     regularize: float = 2e-3
     temperature: float = 0.5
+    group_lr: float = 1e-3
     second_order: SecondOrder = "exact"
 
 
 class _LearnHook(Hook):
-    def __init__(self, learner: GroupWrapper) -> None:
+    def __init__(self, learner: GroupWrapper, precision: Precision) -> None:
         self.learner = learner
+        self.precision = precision
 
     def before_forward(self) -> None:
         self.learner.initialize()
 
     def after_step(self, images: Tensor, labels: Tensor) -> None:
-        self.learner.after_step(images, labels)
+        with self.precision.named():
+            self.learner.after_step(images, labels, self.precision.mixed, self.precision.scaler)
 
     def state_dict(self) -> dict[str, Any]:
         return self.learner.state_dict()
@@ -58,7 +64,7 @@ class _LearnHook(Hook):
 
 
 def learn_groups(
-    data: ImageData,
+    data: TrainingData,
     weights: Mapping[str, Tensor],
     config: LearnGroupsConfig | None = None,
     directory: Path | None = None,
@@ -85,14 +91,16 @@ def learn_groups(
         optimizer,
         nn.CrossEntropyLoss(),
         config.regularize,
-        max(1, config.epochs * training_steps(data, config.batch_size)),
+        max(1, config.epochs * training_steps(data, config.batch_size, world_size())),
         n_groups=config.groups,
         temp=config.temperature,
+        group_optimizer_lr=config.group_lr,
         example_input=data.example().to(device),
         second_order=config.second_order,
         generator=torch.Generator().manual_seed(config.seed),
     )
     restore_weights(model, weights, source, optional=(".group",))
+    precision = Precision(config.precision, device)
     trainer = Trainer(
         model,
         optimizer,
@@ -101,9 +109,10 @@ def learn_groups(
         batch_size=config.batch_size,
         schedule=cosine(config.epochs),
         generator=torch.Generator().manual_seed(config.seed),
-        hook=_LearnHook(learner),
+        hook=_LearnHook(learner, precision),
         directory=directory,
         config=config.settings(data),
+        precision=precision,
     )
     if resume:
         trainer.resume()

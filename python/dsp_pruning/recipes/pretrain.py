@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dsp_pruning.data import ImageData
+from dsp_pruning.data import TrainingData
+from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, new_model, pick_device
 from dsp_pruning.recipes.schedules import multi_step
 from dsp_pruning.recipes.training import Progress, Trainer
@@ -26,7 +27,7 @@ class PretrainConfig(RunConfig):
 
 
 def pretrain(
-    data: ImageData,
+    data: TrainingData,
     config: PretrainConfig | None = None,
     directory: Path | None = None,
     *,
@@ -55,6 +56,7 @@ def pretrain(
         generator=torch.Generator().manual_seed(config.seed),
         directory=directory,
         config=config.settings(data),
+        precision=Precision(config.precision, device),
     )
     if resume:
         trainer.resume()

@@ -15,14 +15,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dsp_kernels.errors import DSPTrainingError
 from dsp_kernels.trace import evaluating
-from dsp_pruning.data import ImageData, Split, evaluation_batches, training_batches, training_steps
-from dsp_pruning.recipes.checkpoint import load_checkpoint, save_checkpoint, write_text
+from dsp_pruning.data import (
+    FolderSplit,
+    Split,
+    TrainingData,
+    evaluation_batches,
+    training_batches,
+    training_steps,
+)
+from dsp_pruning.distributed import (
+    all_reduce_mean,
+    broadcast_tensors,
+    is_distributed,
+    is_main,
+    rank,
+    world_size,
+)
+from dsp_pruning.recipes.checkpoint import (
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    write_text,
+)
+from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.schedules import Schedule
 
-__all__ = ["Hook", "Progress", "Score", "Trainer", "evaluate"]
+__all__ = ["METRICS", "Hook", "Progress", "Score", "Trainer", "evaluate"]
 
 # Called after every step with (steps done, steps in all, what to show).
 Progress = Callable[[int, int, str], None]
@@ -41,6 +63,9 @@ class Score:
 
 class Hook:
     """What a recipe does around every training step. This one does nothing."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Runs before an epoch, counted from 0; a resumed run calls it for the epoch it goes on with."""
 
     def before_forward(self) -> None:
         """Runs before the model sees a batch."""
@@ -61,19 +86,23 @@ class Hook:
 
 
 @torch.inference_mode()
-def evaluate(model: Callable[[Tensor], Tensor], data: ImageData, split: Split) -> Score:
+def evaluate(model: Callable[[Tensor], Tensor], data: TrainingData, split: Split | FolderSplit) -> Score:
     """Score a network on a split.
 
     model: images float32 (batch, channels, height, width) -> logits (batch, classes). A module is scored in
-    eval mode and gets its own mode back.
+    eval mode and gets its own mode back. Of several processes each scores its share of the images, so all
+    have to call it; all get the same score.
     """
     correct, loss = 0, 0.0
     with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
-        for images, labels in evaluation_batches(data, split):
+        for images, labels in evaluation_batches(data, split, rank=rank(), world_size=world_size()):
             logits = model(images).float()
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return Score(correct / len(split), loss / len(split), len(split))
+    sums = torch.tensor([correct, loss], dtype=torch.float64)
+    all_reduce_mean([sums])
+    accuracy, mean_loss = (sums * world_size() / len(split)).tolist()
+    return Score(accuracy, mean_loss, len(split))
 
 
 class Trainer:
@@ -83,15 +112,19 @@ class Trainer:
     data: on the model's device. directory: where checkpoints and metrics go; None keeps nothing.
     config: plain settings, kept in the checkpoint; a resumed run must have the same ones.
     hook: what runs around each step. generator: the CPU generator of shuffling and augmentation.
+    precision: of the forward and backward passes. choose_from: the first epoch, counted from 0, whose weights
+        may be kept as the best.
 
-    On the CPU a run that was stopped and resumed equals one that was not, bit for bit.
+    Where several processes train (torchrun), each takes its part of every batch of ``batch_size`` images, the
+    gradients are averaged, and only process 0 writes files. On the CPU a run that was stopped and
+    resumed equals one that was not, bit for bit.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        data: ImageData,
+        data: TrainingData,
         *,
         epochs: int,
         batch_size: int,
@@ -100,10 +133,13 @@ class Trainer:
         hook: Hook | None = None,
         directory: Path | None = None,
         config: Mapping[str, Any] | None = None,
+        precision: Precision | None = None,
+        choose_from: int = 0,
     ) -> None:
         if epochs < 0 or batch_size < 1:
             raise DSPTrainingError(f"epochs is {epochs} and batch size {batch_size}: need >= 0 and >= 1")
         self.model = model
+        self._forward = model
         self.optimizer = optimizer
         self.data = data
         self.epochs = epochs
@@ -113,6 +149,8 @@ class Trainer:
         self.hook = hook or Hook()
         self.directory = directory
         self.config = dict(config or {})
+        self.precision = precision or Precision()
+        self.choose_from = choose_from
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
@@ -121,7 +159,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.epochs * training_steps(self.data, self.batch_size)
+        return self.epochs * self._steps()
 
     def run(self, progress: Progress | None = None) -> list[dict[str, float]]:
         """Train up to the last epoch and return one row of metrics per epoch.
@@ -131,10 +169,14 @@ class Trainer:
         """
         if self.epoch == 0 and not self.history:
             self._save()
+        if self.epoch < self.epochs:
+            self._forward = self._for_all_processes()
         while self.epoch < self.epochs:
+            self.hook.before_epoch(self.epoch)
             started = time.perf_counter()
             rate = self._set_rates()
             loss, accuracy = self._train_epoch(progress)
+            broadcast_tensors(list(self.model.buffers()))  # each process has its own statistics of batch norm
             score = evaluate(self.model, self.data, self.data.validation)
             self.epoch += 1
             self.history.append(
@@ -149,7 +191,8 @@ class Trainer:
                     "seconds": time.perf_counter() - started,
                 }
             )
-            self._keep_best(score)
+            if self.epoch > self.choose_from:
+                self._keep_best(score)
             self._save()
         return self.history
 
@@ -160,6 +203,8 @@ class Trainer:
         """
         if self.directory is None:
             raise DSPTrainingError("a run without a directory has no checkpoint to resume from")
+        if is_main():
+            remove_unfinished(self.directory)
         state = load_checkpoint(self.directory)
         for name, value in self.config.items():
             if state["config"].get(name, value) != value:
@@ -170,6 +215,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.hook.load_state_dict(state["hook"])
+        if self.precision.scaler is not None:
+            self.precision.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
@@ -182,33 +229,45 @@ class Trainer:
         self.model.load_state_dict(self.best["model"])
         return float(self.best["accuracy"])
 
+    def _steps(self) -> int:
+        return training_steps(self.data, self.batch_size, world_size())
+
+    def _for_all_processes(self) -> nn.Module:
+        if not is_distributed():
+            return self.model
+        device = next(self.model.parameters()).device
+        return DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+
     def _train_epoch(self, progress: Progress | None) -> tuple[float, float]:
-        self.model.train()
-        steps = training_steps(self.data, self.batch_size)
+        self._forward.train()
+        steps = self._steps()
         total_loss, correct, seen = 0.0, 0, 0
         for step, (images, labels) in enumerate(
-            training_batches(self.data, self.batch_size, self.generator), start=1
+            training_batches(self.data, self.batch_size, self.generator, rank(), world_size()), start=1
         ):
             self.hook.before_forward()
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, labels)
+            with self.precision.autocast():
+                logits = self._forward(images)
+                loss = F.cross_entropy(logits, labels)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise DSPTrainingError(
                     f"the loss is {value} at epoch {self.epoch + 1}, step {step} of {steps}: "
                     f"a learning rate below {self.optimizer.param_groups[0]['lr']:g} may help"
                 )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            self.precision.step(loss, self.optimizer)
             self.hook.after_step(images, labels)
+            self.precision.update()
             total_loss += value * len(labels)
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(labels)
             if progress is not None:
                 shown = f"epoch {self.epoch + 1}/{self.epochs}, loss {total_loss / seen:.3f}"
                 progress(self.epoch * steps + step, self.total_steps, shown)
-        return total_loss / seen, correct / seen
+        sums = torch.tensor([total_loss, correct, seen], dtype=torch.float64)
+        all_reduce_mean([sums])
+        total_loss, correct_all, seen_all = sums.tolist()
+        return total_loss / seen_all, correct_all / seen_all
 
     def _set_rates(self) -> float:
         factor = self.schedule(self.epoch)
@@ -229,7 +288,7 @@ class Trainer:
             }
 
     def _save(self) -> None:
-        if self.directory is None:
+        if self.directory is None or not is_main():
             return
         save_checkpoint(
             self.directory,
@@ -239,6 +298,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "hook": self.hook.state_dict(),
+                "scaler": {} if self.precision.scaler is None else self.precision.scaler.state_dict(),
                 "generator": self.generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
                 "history": self.history,
