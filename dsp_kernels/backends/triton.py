@@ -36,6 +36,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INT32 = 1 << 31
 
 
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    # Without importing it: that takes long, and most processes never need it.
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
 class TritonKernels:
     """The GpuKernels entry "triton". See the module's text."""
 
@@ -49,7 +58,7 @@ class TritonKernels:
             return False, f"tensors are on {device}"
         if dtype not in _DTYPES:
             return False, f"dtype {dtype} is not float16, bfloat16 or float32"
-        if importlib.util.find_spec("triton") is None:
+        if not _has_triton():
             return False, "triton is not installed"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             major, minor = torch.cuda.get_device_capability(device)
