@@ -109,9 +109,9 @@ def _layer_floors(model: nn.Module, x: Tensor, peaks: Peaks, dtype: torch.dtype)
 
 def _floor_of(part: str, least: Mapping[str, float]) -> float | None:
     """Engines name a layer by its path, or as the ONNX exporter does: /stage_1/stage_1.0/conv_a/Conv ..."""
-    kind = part.rpartition("/")[2]
     for path, floor in least.items():
-        if part == path or (part.startswith(_onnx_scope(path)) and kind.startswith(("Conv", "Gemm"))):
+        scope = _onnx_scope(path)
+        if part == path or (part.startswith(scope) and part[len(scope) :].startswith(("Conv", "Gemm"))):
             return floor
     return None
 
