@@ -250,13 +250,13 @@ def test_sixteen_bit_rows_of_a_real_network_have_their_accuracy(
     real = load_network(NetworkSource("resnet20_g4"))
     assert real.labelled is not None
     assert len(real.labelled.labels) == 1017
-    real.labelled = Labelled(real.labelled.images[:100], real.labelled.labels[:100])
+    real.labelled = Labelled(real.labelled.images[:60], real.labelled.labels[:60])
     names = ["packed/fused:eager", "packed/openvino-bf16", "packed/torch", "dense/fused:eager"]
     rows = run_cases(real, [2, 64], choose_cases(engines=names), QUICK)
     counted = {(row.engine, row.batch): row.accuracy for row in rows}
     assert counted["packed/fused:eager", 2] == counted["packed/fused:eager", 64]
     with np.load(shared / "golden" / "logits.npz") as golden:
-        found = torch.from_numpy(golden["resnet20_g4"][:100]).argmax(1)
+        found = torch.from_numpy(golden["resnet20_g4"][:60]).argmax(1)
     right = float((found == real.labelled.labels).float().mean())
     assert counted["packed/fused:eager", 64] == pytest.approx(right, abs=1e-6)
     half = counted["packed/openvino-bf16", 64]
