@@ -16,6 +16,7 @@ from dsp_benchmarks.__main__ import main
 from dsp_benchmarks.accuracy import Labelled, accuracy
 from dsp_benchmarks.cases import Case, build_case, case_input, default_cases
 from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.gate import allowed_difference, check
 from dsp_benchmarks.isolation import IsolatedEngine
 from dsp_benchmarks.networks import Network, NetworkSource, load_network
@@ -251,18 +252,27 @@ def test_sixteen_bit_rows_of_a_real_network_have_their_accuracy(
     assert real.labelled is not None
     assert len(real.labelled.labels) == 1017
     real.labelled = Labelled(real.labelled.images[:60], real.labelled.labels[:60])
-    names = ["packed/fused:eager", "packed/openvino-bf16", "packed/torch", "dense/fused:eager"]
+    # In plain PyTorch, so that it runs without the extension too.
+    monkeypatch.setitem(ENGINES, "fused:cpu", Fused("fused:cpu", "eager"))
+    names = [
+        "packed/fused:cpu",
+        "packed/fused:eager",
+        "packed/openvino-bf16",
+        "packed/torch",
+        "dense/fused:cpu",
+    ]
     rows = run_cases(real, [2, 64], choose_cases(engines=names), QUICK)
     counted = {(row.engine, row.batch): row.accuracy for row in rows}
-    assert counted["packed/fused:eager", 2] == counted["packed/fused:eager", 64]
+    assert counted["packed/fused:cpu", 2] == counted["packed/fused:cpu", 64]
     with np.load(shared / "golden" / "logits.npz") as golden:
         found = torch.from_numpy(golden["resnet20_g4"][:60]).argmax(1)
     right = float((found == real.labelled.labels).float().mean())
-    assert counted["packed/fused:eager", 64] == pytest.approx(right, abs=1e-6)
+    assert counted["packed/fused:cpu", 64] == pytest.approx(right, abs=1e-6)
     half = counted["packed/openvino-bf16", 64]
     assert half is None or abs(half - right) <= 0.02  # bfloat16 may turn a close decision or two
     assert counted["packed/torch", 64] is None  # the reference itself
-    assert counted["dense/fused:eager", 64] is None  # random weights
+    assert counted["packed/fused:eager", 64] is None  # slow, and as exact as the native one
+    assert counted["dense/fused:cpu", 64] is None  # random weights
 
 
 def test_the_native_executor_says_whether_it_runs_sixteen_bit(network: Network) -> None:
