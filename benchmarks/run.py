@@ -116,7 +116,9 @@ def run_cases(
             if tell is not None:
                 tell(f"{network.label}, batch {batch}: timing {len(timers)} engines")
             if share is not None:
-                rules = replace(rules, most_seconds=max(0.0, share - (time.perf_counter() - started)))
+                # A build that ran late must not cost the others their timing: nothing at all would be measured.
+                left = max((1 - _BUILDING) * share, share - (time.perf_counter() - started))
+                rules = replace(rules, most_seconds=left)
             steps = None if progress is None else _shifted(progress, done, len(batches))
             samples = measure(timers, rules, steps) if timers else {}
         for case in cases:

@@ -132,6 +132,14 @@ def test_what_does_not_fit_is_a_row_that_says_so(
     assert "8 rounds do not fit" in rows["slow", 8].reason
 
 
+def test_a_build_that_runs_late_does_not_cost_the_others_their_timing(
+    network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock
+) -> None:
+    engines = {"quick": _Sleeper(clock, 0.1, 0.001), "late": _Sleeper(clock, 30.0, 0.001)}
+    rows = {(row.runner, row.batch): row for row in _measure(network, monkeypatch, 30.0, **engines)}
+    assert rows["quick", 1].status == "ok"
+
+
 def test_an_engine_for_any_batch_size_is_built_once(
     network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock
 ) -> None:
