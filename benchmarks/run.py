@@ -116,7 +116,7 @@ def run_cases(
             if tell is not None:
                 tell(f"{network.label}, batch {batch}: timing {len(timers)} engines")
             if share is not None:
-                # A build that ran late must not cost the others their timing: nothing at all would be measured.
+                # A build that ran late must not cost the others their timing: nothing would be measured.
                 left = max((1 - _BUILDING) * share, share - (time.perf_counter() - started))
                 rules = replace(rules, most_seconds=left)
             steps = None if progress is None else _shifted(progress, done, len(batches))
