@@ -1,6 +1,7 @@
 # make demo   install into .venv, then the whole way on real data
 # make test   the same install, then the test suite
 # make bench  every engine that runs here, side by side, with a page of results
+# make bench-cpu-large  ResNet-18 and ResNet-50 against the strongest dense engines
 # make lint   ruff and mypy
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-triton test-triton36 test-zoo fuzz lint bench install clean
+.PHONY: demo test test-triton test-triton36 test-zoo fuzz lint bench bench-cpu-large install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -48,6 +49,12 @@ fuzz: $(INSTALLED)
 # About five minutes; the page is benchmarks/results/default_cpu.html.
 bench: $(INSTALLED)
 	$(BIN)/python -m dsp_benchmarks run --short --rounds 20 --out benchmarks/results/default_cpu.json --report
+
+LARGE := resnet18_g2_70,resnet18_g2_80,resnet18_g2_90,resnet50_g2_70,resnet50_g2_80,resnet50_g2_90
+RIVALS := dense/openvino,dense/onnxruntime,dense/compile-freezing
+bench-cpu-large: $(INSTALLED)
+	$(BIN)/python -m dsp_benchmarks run --networks $(LARGE) --batches 1,8 --engines $(RIVALS),packed/fused:cpu \
+		--rounds 20 --out benchmarks/results/large_cpu.json --report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -58,16 +58,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(name) for name in _names(text)]
+    if not counts or min(counts) < 1:
+        raise ValueError
+    return counts
+
+
 def _run(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
-    add("--net", action="append", help="resnet56_g4 ..., cifar_resnet56, resnet50, vgg16, a file; repeatable")
+    nets = "resnet56_g4, resnet50_g2_80, cifar_resnet56, vgg16, a file, ...; repeatable, or with commas"
+    add("--net", "--networks", action="extend", type=_names, help=nets)
     add(
         "--structure", help="of an unpruned network: random:g=2,rate=0.7, pruner:g=2,rate=0.7 or an .npz file"
     )
     add("--image-size", type=int)
-    add("--batch", type=int, action="append", help="repeatable; default 1, 8, 32, 128")
-    add("--engine", action="append", help=f"of {', '.join(ENGINES)}; default: a plan of all")
-    add("--form", action="append", help=f"of {', '.join(FORMS)}")
+    add("--batch", "--batches", type=_counts, action="extend", help="as --net; default 1,8,32,128")
+    engines = f"of {', '.join(ENGINES)}, or form/engine; as --net; default: a plan of all"
+    add("--engine", "--engines", type=_names, action="extend", help=engines)
+    add("--form", "--forms", type=_names, action="extend", help=f"of {', '.join(FORMS)}; as --net")
     add("--mode", choices=("latency", "throughput", "both"), default="latency")
     add("--rounds", type=int, default=50, help="turns of each engine")
     add("--threads", type=int, help="default: what torch chooses")
@@ -77,7 +90,10 @@ def _run(run: argparse.ArgumentParser) -> None:
     add(
         "--short",
         action="store_true",
-        help="five minutes: slow builds (torch.compile) for one batch size, fewer rounds",
+        help="five minutes: slow builds (torch.compile) for one batch size, fewer rounds of slow engines",
+    )
+    add(
+        "--seconds", type=float, help="for everything; what does not fit is a row that says so (--short: 270)"
     )
     add(
         "--profile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from dsp_kernels.errors import DSPError, DSPFormatError
 
 from . import compare as comparing
+from .budget import Budget
 from .cases import Case, case_input
 from .compare import MIN_CHANGE, compare_results
 from .engines import ENGINES
@@ -23,7 +25,8 @@ from .networks import Network, NetworkSource, load_network, shared_folder
 from .peaks import measure_peaks
 from .plots import draw_plots
 from .profiles import profile_engine
-from .report import COLUMNS, cells, csv_text, machine, markdown, put_into_readme
+from .readme_table import put_into_readme
+from .report import COLUMNS, cells, csv_text, machine, markdown
 from .results import Result, Run, read_result, write_result, write_text
 from .rows import Row
 from .run import Told, choose_cases, run_cases, with_floors
@@ -44,11 +47,14 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 DEFAULT_RESULT = HERE / "results" / "default_cpu.json"
 _BATCHES = (1, 8, 32, 128)
-_SHORT_SECONDS = 15.0  # of timing, for each network and batch size in the five-minute plan
+_SHORT_SECONDS = 270.0  # of the five-minute plan; starting Python and writing the page take the rest
+_SHORT_WARMUP = 0.1  # seconds of each engine in that plan
+_RESERVE = 15.0  # of the time, for measuring the peaks again, and for the page
 
 
 def run(options: Namespace) -> int:
     """Time networks; the exit status is 1 where an engine was wrong or broke."""
+    started = time.perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device != "cpu":  # float32 means float32 in every row
@@ -61,12 +67,19 @@ def run(options: Namespace) -> int:
         return _profile(sources[0], options)
     cases = choose_cases(options.device, options.engine or (), options.form or ())
     networks = [(source, load_network(source)) for source in sources]
+    modes = ("latency", "throughput") if options.mode == "both" else (options.mode,)
     before = measure_peaks(options.device, _dtypes(cases))
+    seconds = options.seconds or (_SHORT_SECONDS if options.short else None)
+    if seconds is not None:
+        seconds = max(0.0, seconds - _RESERVE - (time.perf_counter() - started))
+    budget = Budget(seconds, _weights([net for _, net in networks for _ in modes], cases, options))
     measured: list[tuple[Network, Run]] = []
     with _progress() as (progress, tell):
         for source, network in networks:
-            for mode in ("latency", "throughput") if options.mode == "both" else (options.mode,):
-                one = bench_network(network, source, mode, options, cases, progress=progress, tell=tell)
+            for mode in modes:
+                one = bench_network(
+                    network, source, mode, options, cases, budget=budget, progress=progress, tell=tell
+                )
                 measured.append((network, one))
     # Measured again at the end: a machine that was busy once would make floors that engines beat.
     peaks = before.best(measure_peaks(options.device, _dtypes(cases)))
@@ -92,6 +105,7 @@ def bench_network(
     options: Namespace,
     cases: Sequence[Case],
     *,
+    budget: Budget | None = None,
     progress: Progress | None = None,
     tell: Told | None = None,
 ) -> Run:
@@ -103,10 +117,11 @@ def bench_network(
         network,
         sorted(options.batch or _BATCHES),
         cases,
-        replace(rules, seed=options.seed, most_seconds=_SHORT_SECONDS if options.short else None),
+        replace(rules, seed=options.seed, warmup=_SHORT_WARMUP if options.short else rules.warmup),
         device=options.device,
         isolate=source if options.isolate else None,
         short=options.short,
+        budget=budget,
         progress=progress,
         tell=tell,
     )
@@ -178,10 +193,21 @@ def _profile(source: NetworkSource, options: Namespace) -> int:
         raise DSPError(f"{case.label} cannot run here: {reason}")
     network = load_network(source)
     x = case_input(network, (options.batch or [1])[0], options.seed, options.device)
-    parts = profile_engine(case.engine, network.form(form).to(x.device), x)
-    total = sum(seconds for _, seconds in parts)
-    lines = [(name, f"{1e6 * seconds:.1f}", f"{100 * seconds / total:.1f}") for name, seconds in parts]
-    _print(f"{case.label}, {network.label}, batch {len(x)}", ("part", "microseconds", "%"), lines)
+    peaks = measure_peaks(options.device, _dtypes([case]))
+    parts = profile_engine(case.engine, network.form(form).to(x.device), x, peaks)
+    total = sum(part.seconds for part in parts)
+    lines = [
+        (
+            part.name,
+            f"{1e6 * part.seconds:.1f}",
+            f"{100 * part.seconds / total:.1f}",
+            "" if part.floor is None else f"{1e6 * part.floor:.1f}",
+            "" if part.floor is None or part.seconds <= 0 else f"{100 * part.floor / part.seconds:.0f}",
+        )
+        for part in parts
+    ]
+    columns = ("part", "microseconds", "%", "floor", "% of floor")
+    _print(f"{case.label}, {network.label}, batch {len(x)}: {1e6 * total:.0f} microseconds", columns, lines)
     return 0
 
 
@@ -203,6 +229,24 @@ def _default_target(sources: Sequence[NetworkSource], device: str) -> Path:
 def _dtypes(cases: Iterable[Case]) -> tuple[torch.dtype, ...]:
     usable = [ENGINES[case.engine] for case in cases if ENGINES[case.engine].available()[0]]
     return tuple(dict.fromkeys([torch.float32, *(engine.dtype for engine in usable)]))
+
+
+def _weights(networks: Sequence[Network], cases: Iterable[Case], options: Namespace) -> list[float]:
+    """How long each batch size of each network takes beside the others, guessed from its multiply-adds.
+
+    A part that is the same for all, the timing of the largest as three of those, compiling at one batch size
+    as four, and building all else with the first batch size as two.
+    """
+    batches = sorted(options.batch or _BATCHES)
+    slow = any(ENGINES[case.engine].slow_build and ENGINES[case.engine].available()[0] for case in cases)
+    macs = [network.macs("dense") for network in networks]
+    made = []
+    for count in macs:
+        size = count / max(macs)
+        for place, batch in enumerate(batches):
+            compiles = slow and (not options.short or place == len(batches) // 2)
+            made.append(1 + size * (3 * batch / batches[-1] + 4 * compiles + 2 * (place == 0)))
+    return made
 
 
 def _print(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:

@@ -20,16 +20,20 @@ from dsp_kernels.trace import trace
 
 from .peaks import Peaks
 
-__all__ = ["Floors", "floors", "program_of"]
+__all__ = ["Floors", "floors", "program_of", "step_floors"]
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Seconds for one batch: one kernel per conv, per residual block, for the whole network."""
+    """Seconds for one batch: one kernel per conv, per residual block, for the whole network.
+
+    moved: bytes that the last reads and writes.
+    """
 
     per_conv: float
     per_block: float
     network: float
+    moved: float
 
 
 def program_of(model: nn.Module, example: Tensor) -> Program:
@@ -52,7 +56,23 @@ def floors(program: Program, batch: int, peaks: Peaks, dtype: torch.dtype = torc
 
     steps = list(program.steps)
     weighty: list[list[Step]] = [[step] for step in steps if isinstance(step, ConvStep | LinearStep)]
-    return Floors(seconds(weighty), seconds(_blocks(steps)), seconds([steps]))
+    moved = _bytes(program, steps, batch, dtype)
+    return Floors(seconds(weighty), seconds(_blocks(steps)), seconds([steps]), moved)
+
+
+def step_floors(
+    program: Program, batch: int, peaks: Peaks, dtype: torch.dtype = torch.float32
+) -> list[float]:
+    """The floor of every step of a program as a kernel of its own; dtype must be one of ``peaks.flops``."""
+    peak = peaks.flops[str(dtype).removeprefix("torch.")]
+    return [
+        max(
+            2 * batch * _macs(program, step) / peak,
+            _bytes(program, [step], batch, dtype) / peaks.bandwidth,
+        )
+        + peaks.launch
+        for step in program.steps
+    ]
 
 
 def _blocks(steps: list[Step]) -> list[list[Step]]:

@@ -24,7 +24,7 @@ _CAPTIONS = {
     "latency": "Latency over batch size, of each form the fastest engine and all of ours",
     "throughput": "Throughput over batch size",
     "speed_up": "Speed-up against FLOP ratio",
-    "roofline": "Useful FLOP/s against the measured peak",
+    "roofline": "Roofline: useful FLOP/s against arithmetic intensity, with the measured peak and bandwidth",
 }
 
 

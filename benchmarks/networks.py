@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.program import Program
 from dsp_pruning import build_released
+from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.released import read_released_arrays
 
+from .accuracy import Labelled
 from .floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
@@ -47,8 +49,9 @@ def shared_folder() -> Path:
 class NetworkSource:
     """What to measure, as plain text, so that another process can build the same.
 
-    name: a real network (``resnet56_g4``), an architecture (``cifar_resnet56``, ``resnet50``, ``vgg16``), or
-    a file (.npz of a released network, .safetensors of a saved one). structure: how an architecture is
+    name: a real network (``resnet56_g4``), an architecture with a shared structure (``resnet50_g2_80``), an
+    architecture alone (``cifar_resnet56``, ``resnet50``, ``vgg16``), or a file (.npz of a released network,
+    .safetensors of a saved one). structure: how an architecture is
     pruned, see ``structures.apply_structure``; images are image_size x image_size (None: as usual for it).
     """
 
@@ -61,7 +64,7 @@ class NetworkSource:
 class Network:
     """One network in all its forms, built when first asked for; all are in eval mode on the CPU.
 
-    label: what it is and where its structure comes from.
+    label: what it is and where its structure comes from. labelled: images that it was trained for, or None.
     """
 
     def __init__(
@@ -71,11 +74,13 @@ class Network:
         dense: nn.Module,
         image_size: int,
         released: nn.Module | None = None,
+        labelled: Labelled | None = None,
     ) -> None:
         self.label = label
         self.packed = packed.eval()
         self.dense = dense.eval()
         self.image_size = image_size
+        self.labelled = labelled
         self._released = released
         self._built: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
         self._programs: dict[str, Program] = {}
@@ -128,11 +133,16 @@ def load_network(source: NetworkSource) -> Network:
         packed = build_released(arrays, meta)
         dense = _seeded(lambda: cifar_resnet(meta["depth"], meta["num_classes"]), source.seed)
         released = ReleasedNetwork(arrays, meta)
-        return Network(f"{path.stem}, real weights", packed, dense, source.image_size or 32, released)
+        label, size = f"{path.stem}, real weights", source.image_size or 32
+        return Network(label, packed, dense, size, released, _labelled(meta["num_classes"], size))
     if path.suffix == ".safetensors":
         saved = dsp_kernels.load(path)
         twin = _seeded(lambda: dense_twin(saved), source.seed)
-        return Network(path.name, saved, twin, source.image_size or 32)
+        size = source.image_size or _made_for(saved)
+        return Network(path.name, saved, twin, size)
+    if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
+        structure = str(shared_folder() / "structures" / f"{name}.npz")
+        return load_network(replace(source, name=match[1], structure=structure))
     architecture, image_size = _architecture(name, source)
     if source.structure is None:
         raise DSPFormatError(f"{name} is not pruned: give a structure, for example random:g=2,rate=0.7")
@@ -161,6 +171,21 @@ def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
         f"network {name!r} is unknown; known are the real ones (resnet56_g4 ...), cifar_resnet20 ..., "
         "resnet18, resnet34, resnet50, vgg16, and files ending in .npz or .safetensors"
     )
+
+
+def _labelled(classes: int, image_size: int) -> Labelled | None:
+    """The test images of the CIFAR-10 subset, where it is there and fits."""
+    path = shared_folder() / "data" / "cifar10_subset.npz"
+    if classes != 10 or image_size != 32 or not path.is_file():
+        return None
+    data = load_cifar10_subset(path)
+    return Labelled(normalise(data.test.images, data.mean, data.std), data.test.labels)
+
+
+def _made_for(saved: nn.Module) -> int:
+    """The image size in a file that was saved with an example, else 32."""
+    shape = getattr(saved, "example_shape", None)
+    return int(shape[2]) if shape is not None and len(shape) == 4 else 32
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

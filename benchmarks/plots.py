@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 from dsp_kernels.errors import DSPError
@@ -14,6 +15,7 @@ __all__ = ["draw_plots"]
 
 # Colour-blind safe (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one for each network
 _MOST_LINES = 8
 
 
@@ -36,7 +38,7 @@ def draw_plots(result: Result) -> dict[str, bytes]:
     _speed_up(figure.subplots(), timed)
     pictures["speed_up"] = _png(figure)
     if result.peaks is not None:
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        figure = Figure(figsize=(10, 5), layout="constrained")
         _roofline(figure.subplots(), timed, result.peaks)
         pictures["roofline"] = _png(figure)
     return pictures
@@ -114,26 +116,35 @@ def _speed_up(axis: Any, runs: list[Run]) -> None:
 
 
 def _roofline(axis: Any, runs: list[Run], peaks: dict[str, Any]) -> None:
-    """Useful FLOP/s against the time that the floor allows: 1 on the line is the speed of light."""
-    peak = peaks["flops"].get("float32") or max(peaks["flops"].values())
+    """Useful GFLOP/s against useful FLOP per byte that must move, at the largest batch size."""
     colours: dict[str, str] = {}
-    for run in runs:
+    most = 1.0
+    for run, mark in zip(runs, itertools.cycle(_MARKS), strict=False):
         for name in _shown(run):
             colour = colours.setdefault(name, _COLOURS[len(colours) % len(_COLOURS)])
-            rows = [row for row in run.rows if row.engine == name and row.samples is not None and row.macs]
-            if not rows:
-                continue
-            rates = [2e-9 * (row.macs or 0) * row.batch / row.timed.median for row in rows]
-            label = name if run is runs[0] else None
-            axis.plot([row.batch for row in rows], rates, "o-", color=colour, label=label, alpha=0.8)
-    axis.axhline(1e-9 * peak, color="black", linewidth=1, label="measured float32 peak")
-    axis.set_xscale("log", base=2)
+            for row in run.rows:
+                known = row.engine == name and row.batch == run.batches[-1] and row.samples is not None
+                if known and row.macs and row.moved:
+                    flops = 2.0 * row.macs * row.batch
+                    rate = 1e-9 * flops / row.timed.median
+                    intensity = flops / row.moved
+                    most = max(most, intensity)
+                    label = f"{name}, {run.name}"
+                    axis.plot([intensity], [rate], mark, color=colour, label=label, alpha=0.8)
+    bandwidth = 1e-9 * peaks["bandwidth"]
+    for (name, flops), style in zip(peaks["flops"].items(), ("-", "--", ":"), strict=False):
+        ridge = 1e-9 * flops / bandwidth
+        xs = [min(1.0, ridge / 2), ridge, max(2 * most, 2 * ridge)]
+        ys = [bandwidth * xs[0], 1e-9 * flops, 1e-9 * flops]
+        label = f"measured {name} peak and copy bandwidth"
+        axis.plot(xs, ys, style, color="black", linewidth=1, label=label)
+    axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("batch size")
+    axis.set_xlabel("useful FLOP per byte that has to move (image, weights, logits)")
     axis.set_ylabel("useful GFLOP/s")
-    axis.set_title("Useful work against the machine's peak", fontsize=10)
+    axis.set_title("Roofline, largest batch size", fontsize=10)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _png(figure: Any) -> bytes:

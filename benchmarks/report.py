@@ -1,26 +1,21 @@
-"""Results as text: cells of a table, CSV, Markdown, and the table of the README."""
+"""Results as text: cells of a table, CSV and Markdown."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Sequence
-
-from dsp_kernels.errors import DSPFormatError
 
 from .results import Result, Run
 from .rows import Row
 
 __all__ = [
     "COLUMNS",
-    "README_MARKERS",
     "cells",
     "csv_text",
     "machine",
     "markdown",
-    "put_into_readme",
-    "summary",
+    "table",
 ]
 
 COLUMNS = (
@@ -35,13 +30,14 @@ COLUMNS = (
     "images/s",
     "times faster",
     "ideal",
+    "% of ideal",
     "% of floor",
+    "accuracy %",
     "max difference",
     "build s",
     "peak MiB",
     "note",
 )
-README_MARKERS = ("<!-- results -->", "<!-- /results -->")
 
 
 def cells(run: Run) -> list[tuple[str, ...]]:
@@ -52,7 +48,7 @@ def cells(run: Run) -> list[tuple[str, ...]]:
 def _line(run: Run, row: Row) -> tuple[str, ...]:
     difference = "not compared" if row.difference is None else f"{row.difference:.1e}"
     if row.samples is None:
-        empty = [""] * 10
+        empty = [""] * 12
         return (row.engine, str(row.batch), *empty, difference, "", "", f"{row.status}: {row.reason}")
     samples = row.samples
     times = (samples.median, samples.p10, samples.p90, samples.p99)
@@ -65,7 +61,9 @@ def _line(run: Run, row: Row) -> tuple[str, ...]:
         f"{row.batch / samples.median:.0f}",
         _number(run.speed_up(row), ".2f"),
         _number(run.ideal(row), ".2f"),
-        _number(None if row.of_floor is None else 100 * row.of_floor, ".0f"),
+        _percent(_of_ideal(run, row), ".0f"),
+        _percent(row.of_floor, ".0f"),
+        _percent(row.accuracy, ".2f"),
         difference,
         _number(row.build_seconds, ".1f"),
         _number(None if row.peak_bytes is None else row.peak_bytes / 2**20, ".0f"),
@@ -75,6 +73,16 @@ def _line(run: Run, row: Row) -> tuple[str, ...]:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _percent(share: float | None, form: str) -> str:
+    return _number(None if share is None else 100 * share, form)
+
+
+def _of_ideal(run: Run, row: Row) -> float | None:
+    """The speed-up over the one that the FLOPs alone promise."""
+    faster, ideal = run.speed_up(row), run.ideal(row)
+    return None if faster is None or not ideal else faster / ideal
 
 
 def csv_text(result: Result) -> str:
@@ -90,7 +98,7 @@ def csv_text(result: Result) -> str:
 def markdown(result: Result) -> str:
     """A document with the machine and a whole table for each run."""
     parts = [f"# Benchmarks\n\n{machine(result)}\n"]
-    parts += [f"## {run.label}, {run.mode}\n\n{_table(COLUMNS, cells(run))}" for run in result.runs]
+    parts += [f"## {run.label}, {run.mode}\n\n{table(COLUMNS, cells(run))}" for run in result.runs]
     return "\n".join(parts)
 
 
@@ -110,59 +118,11 @@ def machine(result: Result) -> str:
     return text
 
 
-def summary(result: Result) -> str:
-    """For the README: per network the median of every engine at every batch size, and what did not run."""
-    parts = [machine(result)]
-    for run in result.runs:
-        batches = run.batches
-        engines = list(dict.fromkeys(row.engine for row in run.rows if row.samples is not None))
-        found = {(row.engine, row.batch): row for row in run.rows if row.samples is not None}
-        lines = []
-        for engine in engines:
-            rows = [found.get((engine, batch)) for batch in batches]
-            lines.append((engine, *(_summary_cell(run, row) for row in rows)))
-        ideal = "" if run.flop_ratio is None else f" The FLOPs alone promise {run.flop_ratio:.2f}x."
-        parts.append(
-            f"**{run.label}**: median ms (times as fast as the fastest dense float32 engine).{ideal}\n\n"
-            + _table(("engine", *(f"batch {batch}" for batch in batches)), lines)
-        )
-    unstable = any(
-        row.samples is not None and row.samples.unstable for run in result.runs for row in run.rows
-    )
-    if unstable:
-        parts.append("A number with ~ was unstable (its samples spread or drift too much): no verdict.")
-    reasons = {
-        row.runner or row.engine: row.reason
-        for run in result.runs
-        for row in run.rows
-        if row.status in ("unavailable", "wrong", "failed")
-    }
-    if reasons:
-        parts.append("Not measured: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()) + ".")
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, numbers to the right."""
 
-
-def _summary_cell(run: Run, row: Row | None) -> str:
-    if row is None:
-        return "-"
-    faster = run.speed_up(row)
-    unsure = "~" if row.timed.unstable else ""
-    return f"{unsure}{1e3 * row.timed.median:.3g}" + ("" if faster is None else f" ({faster:.2f}x)")
-
-
-def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     def row(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     rule = "|" + "|".join("---" if not number else "---:" for number in range(len(columns))) + "|"
     return "\n".join([row(columns), rule, *(row(line) for line in lines)]) + "\n"
-
-
-def put_into_readme(readme: str, result: Result) -> str:
-    """The README with ``summary`` between its markers. Raises DSPFormatError where they are missing."""
-    start, end = README_MARKERS
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(readme):
-        raise DSPFormatError(f"the README has no place for results: expected {start} ... {end}")
-    block = f"{start}\n{summary(result)}{end}"
-    return pattern.sub(lambda _: block, readme, count=1)

@@ -20,6 +20,8 @@ class Row:
     difference, allowed: largest output difference from the reference and what rounding may make, absolute;
     difference is None where nothing was compared.
     build_seconds, peak_bytes: of preparing it and its first call. macs: useful multiply-adds of one image.
+    accuracy: share of labelled images that are right; None where that was not counted. moved: bytes that must
+    be read and written at least for this batch.
     floor: seconds that this machine needs at least for this batch; None where the peaks are not known.
     enqueue_seconds, cold_seconds: on a GPU, of starting the work, and with the L2 cache cold.
     """
@@ -39,6 +41,8 @@ class Row:
     floor: float | None = None
     enqueue_seconds: float | None = None
     cold_seconds: float | None = None
+    accuracy: float | None = None
+    moved: float | None = None
 
     @property
     def timed(self) -> Samples:
@@ -71,6 +75,8 @@ class Row:
             "floor": self.floor,
             "enqueue_seconds": self.enqueue_seconds,
             "cold_seconds": self.cold_seconds,
+            "accuracy": self.accuracy,
+            "moved": self.moved,
         }
         if self.samples is not None:
             samples = self.samples
@@ -112,4 +118,6 @@ _PLAIN = (
     "floor",
     "enqueue_seconds",
     "cold_seconds",
+    "accuracy",
+    "moved",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError, DSPVerificationError
 
+from .budget import Budget
 from .cases import Case, build_case, case_input, default_cases
 from .cuda_timing import device_times
 from .engines import ENGINES, Runner
@@ -21,9 +23,12 @@ from .networks import REFERENCE, Network, NetworkSource
 from .peaks import Peaks
 from .results import write_json
 from .rows import Row
+from .samples import FEWEST_ROUNDS
 from .timing import LocalTimer, Progress, Timer, TimingRules, measure
 
 __all__ = ["Row", "Told", "choose_cases", "run_cases", "time_runners", "with_floors", "write_json"]
+
+_BUILDING = 0.6  # of the time for a batch size; after it no build begins
 
 Told = Callable[[str], None]  # told what is being done now
 
@@ -31,15 +36,21 @@ Told = Callable[[str], None]  # told what is being done now
 def choose_cases(device: str = "cpu", engines: Sequence[str] = (), forms: Sequence[str] = ()) -> list[Case]:
     """The default plan, or every given form (default: all but "released") in every given engine.
 
+    engines: names, or ``form/engine`` for one form only.
+
     Raises DSPBackendError for a name that is not known.
     """
-    for name, known in [(e, ENGINES) for e in engines] + [(f, REFERENCE) for f in forms]:
+    names = [(name.rpartition("/")[2], ENGINES) for name in engines] + [(form, REFERENCE) for form in forms]
+    names += [(name.partition("/")[0], REFERENCE) for name in engines if "/" in name]
+    for name, known in names:
         if name not in known:
             raise DSPBackendError(f"unknown engine or form {name!r}; known are {', '.join(known)}")
-    if not engines:
+    named = [Case(*name.split("/")) for name in engines if "/" in name]
+    engines = [name for name in engines if "/" not in name]
+    if not engines and not named:
         return [case for case in default_cases(device) if not forms or case.form in forms]
     chosen = forms or [form for form in REFERENCE if form != "released"]
-    return [Case(form, engine) for form in chosen for engine in engines]
+    return [*named, *(Case(form, engine) for form in chosen for engine in engines)]
 
 
 def run_cases(
@@ -51,51 +62,76 @@ def run_cases(
     device: str = "cpu",
     isolate: NetworkSource | None = None,
     short: bool = False,
+    budget: Budget | None = None,
     progress: Progress | None = None,
     tell: Told | None = None,
 ) -> list[Row]:
     """One row for each case and batch size; a case that cannot run or is wrong is a row with its reason.
 
     isolate: where the network comes from; each engine then has a process of its own. short: engines that
-    take long to build are built at the middle batch size only. progress: (turns done, of all).
+    take long to build are built at the middle batch size only. budget: the next of its parts are these batch
+    sizes; what does not fit is a row that says so. progress: (turns done, of all).
     """
     rows: list[Row] = []
-    built_at = sorted(batches)[len(batches) // 2]
+    kept: dict[str, tuple[Runner, float]] = {}
+    middle = sorted(batches)[len(batches) // 2]
     for done, batch in enumerate(batches):
+        share = None if budget is None else budget.next_part()
+        started = time.perf_counter()
         x = case_input(network, batch, rules.seed, device)
         answers: dict[str, Tensor] = {}
-        built: list[Row] = []
+        built: dict[Case, Row] = {}
         with ExitStack() as stack:
             timers: dict[str, Timer] = {}
             runners: dict[str, Runner] = {}
-            for case in cases:
+            # Ours first and what takes long to build last: the time may not suffice for all.
+            for case in sorted(cases, key=_urgency):
+                able = ENGINES[case.engine].available()[0]
+                slow = ENGINES[case.engine].slow_build and able
                 if tell is not None:
-                    tell(f"batch {batch}: building {case.label}")
-                if short and ENGINES[case.engine].slow_build and batch != built_at:
-                    reason = f"takes long to build: the short plan builds it for batch {built_at} only"
-                    built.append(_skipped(case, batch, reason))
+                    tell(f"{network.label}, batch {batch}: building {case.label}")
+                if slow and short and batch != middle:
+                    built[case] = _skipped(case, batch, f"built for batch {middle} only in the short plan")
+                elif share is not None and able and time.perf_counter() - started > _BUILDING * share:
+                    reason = f"building the others took the time: {share:.0f} s for this batch size"
+                    built[case] = _skipped(case, batch, reason)
                 elif isolate is not None:
                     engine = IsolatedEngine(isolate, case, batch, seed=rules.seed, device=device)
                     stack.enter_context(closing(engine))
-                    built.append(engine.row)
+                    built[case] = engine.row
                     if engine.row.status == "ok":
                         timers[case.label] = engine
                 else:
-                    row, run = build_case(case, network, x, _answer(answers, network, case, x))
-                    built.append(row)
+                    built[case], run = build_case(
+                        case,
+                        network,
+                        x,
+                        _answer(answers, network, case, x),
+                        built=kept,
+                        count_right=batch == max(batches),
+                    )
                     if run is not None:
                         runners[case.label] = run
                         timers[case.label] = _timer(run, x)
             if tell is not None:
-                tell(f"batch {batch}: timing {len(timers)} engines")
+                tell(f"{network.label}, batch {batch}: timing {len(timers)} engines")
+            if share is not None:
+                # A build that ran late must not cost the others their timing: nothing would be measured.
+                left = max((1 - _BUILDING) * share, share - (time.perf_counter() - started))
+                rules = replace(rules, most_seconds=left)
             steps = None if progress is None else _shifted(progress, done, len(batches))
             samples = measure(timers, rules, steps) if timers else {}
-        for row in built:
-            row = replace(row, samples=samples.get(row.engine))
-            if x.is_cuda and row.engine in runners:
-                row = _with_device_times(row, runners[row.engine], x)
+        for case in cases:
+            row = replace(built[case], samples=samples.get(case.label))
+            if row.status == "ok" and not row.samples:
+                row = _skipped(
+                    case, batch, f"{FEWEST_ROUNDS} rounds do not fit into the time for this batch size"
+                )
+            if x.is_cuda and case.label in runners and row.samples:
+                row = _with_device_times(row, runners[case.label], x)
             rows.append(row)
-    return rows
+    right = {row.engine: row.accuracy for row in rows if row.accuracy is not None}
+    return [replace(row, accuracy=right.get(row.engine)) if row.samples else row for row in rows]
 
 
 def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row]:
@@ -106,7 +142,9 @@ def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row
         found = None
         if engine is not None and row.samples is not None:
             found = floors(network.program(REFERENCE[row.form]), row.batch, peaks, engine.dtype)
-        made.append(replace(row, floor=None if found is None else found.network))
+        if found is not None:
+            row = replace(row, floor=found.network, moved=found.moved)
+        made.append(row)
     return made
 
 
@@ -155,6 +193,10 @@ def _answer(answers: dict[str, Tensor], network: Network, case: Case, x: Tensor)
 def _with_device_times(row: Row, run: Runner, x: Tensor) -> Row:
     found = device_times(lambda: run(x))
     return replace(row, enqueue_seconds=found.enqueue, cold_seconds=found.cold)
+
+
+def _urgency(case: Case) -> int:
+    return 2 * ENGINES[case.engine].slow_build - case.engine.startswith("fused")
 
 
 def _skipped(case: Case, batch: int, reason: str) -> Row:

@@ -19,7 +19,8 @@ class Engine(Protocol):
 
     name: as in the table. device: "cpu", "cuda" or "any". dtype: in which it computes; the tolerance of the
     correctness gate comes from it. slow_build: whether building takes so long that the short default plan
-    builds it at one batch size only.
+    builds it at one batch size only. any_batch: whether what was built for one batch size runs any other as
+    fast, so that it is built once.
     """
 
     @property
@@ -33,6 +34,9 @@ class Engine(Protocol):
 
     @property
     def slow_build(self) -> bool: ...
+
+    @property
+    def any_batch(self) -> bool: ...
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run on this machine; if not, why."""

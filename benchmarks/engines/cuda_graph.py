@@ -25,6 +25,7 @@ class CudaGraph:
     channels_last: bool = True
     device: str = "cuda"
     slow_build: bool = False
+    any_batch: bool = False
 
     def available(self) -> tuple[bool, str]:
         """Where torch finds a CUDA device."""

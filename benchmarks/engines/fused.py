@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from dsp_kernels import fuse
 from dsp_kernels.executors import EXECUTORS
+from dsp_kernels.planner import plan
+from dsp_kernels.trace import trace
 
-from .base import Runner
+from .base import Runner, cuda_available
 
 __all__ = ["Fused", "fused_engines"]
 
@@ -24,6 +27,7 @@ class Fused:
     device: str = "any"
     dtype: torch.dtype = torch.float32
     slow_build: bool = False
+    any_batch: bool = True
 
     def available(self) -> tuple[bool, str]:
         """Where the executor exists; whether it can run a network shows when that is known."""
@@ -32,6 +36,10 @@ class Fused:
                 False,
                 f"this build has no executor {self.backend!r}; it has {', '.join(EXECUTORS.names())}",
             )
+        if self.device == "cuda":
+            return cuda_available()
+        if self.dtype != torch.float32:
+            return _runs(self.backend, self.dtype)
         return True, ""
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
@@ -45,7 +53,23 @@ class Fused:
         return run
 
 
+@cache
+def _runs(backend: str, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether an executor takes a network of one convolution in this precision; if not, its reason."""
+    program = plan(trace(nn.Sequential(nn.Conv2d(1, 1, 1)).eval(), torch.zeros(1, 1, 1, 1)))
+    (executor,) = (executor for executor in EXECUTORS if executor.name == backend)
+    return executor.can_run(program.map_tensors(lambda t: t.to(dtype)), dtype, torch.device("cpu"))
+
+
 def fused_engines() -> tuple[Fused, ...]:
-    """One engine for each executor, in their order of preference, and the native one in bfloat16."""
-    each = (Fused(f"fused:{name}", name) for name in EXECUTORS.names())
-    return (*each, Fused("fused:cpu-bf16", "cpu", device="cpu", dtype=torch.bfloat16))
+    """One engine for each executor, in their order of preference; in 16 bit too where that is faster."""
+    made = []
+    for name in EXECUTORS.names():
+        if name in ("cuda", "triton"):
+            made += [
+                Fused(f"fused:{name}", name, device="cuda"),
+                Fused(f"fused:{name}:fp16", name, device="cuda", dtype=torch.float16),
+            ]
+        else:
+            made.append(Fused(f"fused:{name}", name))
+    return (*made, Fused("fused:cpu:bf16", "cpu", device="cpu", dtype=torch.bfloat16))

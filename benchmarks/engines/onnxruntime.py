@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Runner, cuda_available, module_available
-from .onnx_file import INPUT, OUTPUT, can_export, onnx_bytes
+from .onnx_file import BATCH, INPUT, OUTPUT, any_batch_bytes, can_export
 
 __all__ = ["OnnxRuntime"]
 
@@ -21,6 +21,7 @@ class OnnxRuntime:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     slow_build: bool = False
+    any_batch: bool = False
 
     @property
     def _provider(self) -> str:
@@ -45,8 +46,9 @@ class OnnxRuntime:
         settings.intra_op_num_threads = torch.get_num_threads()
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.log_severity_level = 3
+        settings.add_free_dimension_override_by_name(BATCH, len(example))
         session = onnxruntime.InferenceSession(
-            onnx_bytes(model, example), settings, providers=[self._provider]
+            any_batch_bytes(model, example), settings, providers=[self._provider]
         )
         if self.device == "cuda":
             return _on_gpu(session, example)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Runner, module_available
-from .onnx_file import can_export, onnx_bytes
+from .onnx_file import any_batch_bytes, can_export
 
 __all__ = ["OpenVINO"]
 
@@ -24,6 +24,7 @@ class OpenVINO:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     slow_build: bool = False
+    any_batch: bool = False
 
     def available(self) -> tuple[bool, str]:
         """Where openvino and onnx are installed and the processor has the precision."""
@@ -68,4 +69,6 @@ class OpenVINO:
             "INFERENCE_PRECISION_HINT": _PRECISIONS[self.dtype],
             **extra,
         }
-        return core.compile_model(core.read_model(onnx_bytes(model, example)), "CPU", settings)
+        network = core.read_model(any_batch_bytes(model, example))
+        network.reshape(list(example.shape))
+        return core.compile_model(network, "CPU", settings)

@@ -35,6 +35,7 @@ class TensorRT:
     dtype: torch.dtype = torch.float32
     device: str = "cuda"
     slow_build: bool = True
+    any_batch: bool = False
 
     def available(self) -> tuple[bool, str]:
         """Where the tensorrt package, onnx and a CUDA device are there."""

@@ -31,6 +31,7 @@ class TorchCompile:
     device: str = "any"
     dtype: torch.dtype = torch.float32
     slow_build: bool = True
+    any_batch: bool = False
 
     def available(self) -> tuple[bool, str]:
         """Where Inductor can build code: it needs a C++ compiler on a CPU, triton on a GPU."""

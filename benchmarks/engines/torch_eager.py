@@ -22,6 +22,7 @@ class TorchEager:
     device: str = "any"
     dtype: torch.dtype = torch.float32
     slow_build: bool = False
+    any_batch: bool = True
 
     def available(self) -> tuple[bool, str]:
         """Always."""

@@ -26,6 +26,7 @@ class TorchScript:
     device: str = "any"
     dtype: torch.dtype = torch.float32
     slow_build: bool = False
+    any_batch: bool = True
 
     def available(self) -> tuple[bool, str]:
         """Wherever torch still has TorchScript."""

@@ -31,10 +31,17 @@ def bench(
     form: Annotated[
         list[str] | None, typer.Option("--form", help="dense, packed, compacted or filters; default: all.")
     ] = None,
-    image_size: o.ImageSize = 32,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Default: the size in the file.")
+    ] = None,
     rounds: o.Rounds = 30,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
+    mode: Annotated[str, typer.Option("--mode", help="latency, throughput or both.")] = "latency",
+    seconds: Annotated[float | None, typer.Option("--seconds", help="For everything.")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="FORM/ENGINE: its time per layer; nothing else.")
+    ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="Each engine in a process of its own.")] = False,
     short: Annotated[
         bool, typer.Option("--short/--full", help="Build slow engines for one batch size only.")
@@ -54,14 +61,15 @@ def bench(
             batch=batch or [1, 32],
             engine=engine,
             form=form,
-            mode="latency",
+            mode=mode,
             rounds=rounds,
             threads=None,
             seed=seed,
             device=str(pick_device(device)),
             isolate=isolate,
             short=short,
-            profile=None,
+            seconds=seconds,
+            profile=profile,
             out=out,
             report=report,
         )

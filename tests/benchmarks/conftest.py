@@ -44,6 +44,7 @@ def made_row(form: str, runner: str, batch: int, median: float | None, **more: A
     samples = made_samples(median)
     more = {
         "macs": 10**7,
+        "moved": 1e6 + 1e4 * batch,
         "floor": median / 4,
         "build_seconds": 0.5,
         "peak_bytes": 2**20,
@@ -61,6 +62,8 @@ def result() -> Result:
         made_row("dense", "tensorrt", 1, None),
         made_row("packed", "fused:eager", 1, 2e-3),
         made_row("packed", "fused:eager", 8, 10e-3),
+        made_row("packed", "fused:cpu", 1, 1e-3),
+        made_row("packed", "fused:cpu", 8, 5e-3),
         made_row("packed", "compile", 1, None, status="skipped", reason="takes long"),
     ]
     run = Run("resnet56_g4", "resnet56_g4, real weights", "latency", 2.5, tuple(rows))

@@ -129,7 +129,7 @@ def test_the_exit_status_says_whether_anything_is_slower(
     result: Result, files: Callable[[Result], list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", *files(result)]) == 0
-    assert "0 slower, 0 without verdict, of 7" in capsys.readouterr().out
+    assert "0 slower, 0 without verdict, of 9" in capsys.readouterr().out
     assert main(["compare", *files(_slower(result))]) == 1
     out = capsys.readouterr().out
     assert "2 slower" in out

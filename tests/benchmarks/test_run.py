@@ -13,11 +13,14 @@ import torch
 from conftest import SMALL
 from dsp_benchmarks import cases as case_module
 from dsp_benchmarks.__main__ import main
+from dsp_benchmarks.accuracy import Labelled, accuracy
 from dsp_benchmarks.cases import Case, build_case, case_input, default_cases
 from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.gate import allowed_difference, check
 from dsp_benchmarks.isolation import IsolatedEngine
-from dsp_benchmarks.networks import Network
+from dsp_benchmarks.networks import Network, NetworkSource, load_network
+from dsp_benchmarks.peaks import Peaks
 from dsp_benchmarks.profiles import profile_engine
 from dsp_benchmarks.results import read_result
 from dsp_benchmarks.run import choose_cases, run_cases, time_runners
@@ -76,6 +79,7 @@ class _Fake:
     device: str = "any"
     dtype: torch.dtype = torch.float32
     slow_build: bool = False
+    any_batch: bool = False
 
     def available(self) -> tuple[bool, str]:
         return True, ""
@@ -175,6 +179,11 @@ def test_choosing_cases() -> None:
         "filters",
     ]
     assert {case.form for case in choose_cases(forms=["filters"])} == {"filters"}
+    mixed = choose_cases(engines=["dense/openvino", "torch"], forms=["packed"])
+    assert mixed == [Case("dense", "openvino"), Case("packed", "torch")]
+    assert choose_cases(engines=["dense/openvino"]) == [Case("dense", "openvino")]
+    with pytest.raises(DSPBackendError, match="unknown engine or form 'squeezed'; known are dense"):
+        choose_cases(engines=["squeezed/torch"])
     with pytest.raises(DSPBackendError, match="unknown engine or form 'warp'; known are torch"):
         choose_cases(engines=["warp"])
 
@@ -186,17 +195,91 @@ def test_an_engine_of_another_device_says_so(network: Network, monkeypatch: pyte
     assert row.reason == "it runs on cuda only, this run is on cpu"
 
 
+PEAKS = Peaks({"float32": 1e12, "bfloat16": 2e12}, 1e11, 0.0, 1, {})
+
+
 @pytest.mark.parametrize("name", ["torch", "torchscript", "openvino"])
 def test_a_profile_names_parts_that_take_time(network: Network, name: str) -> None:
     able, reason = ENGINES[name].available()
     if not able:
         pytest.skip(reason)
-    parts = profile_engine(name, network.form("packed"), case_input(network, 2, 0))
-    seconds = [part for _, part in parts]
+    parts = profile_engine(name, network.form("packed"), case_input(network, 2, 0), PEAKS)
+    seconds = [part.seconds for part in parts]
     assert seconds == sorted(seconds, reverse=True)
     assert sum(seconds) > 0
     if name == "torch":
-        assert {"conv_1_3x3", "stage_1.0.conv_a", "classifier"} <= {part for part, _ in parts}
+        floors = {part.name: part.floor for part in parts}
+        assert {"conv_1_3x3", "stage_1.0.conv_a", "classifier"} <= set(floors)
+        assert floors["bn_1"] is None
+        conv = network.packed.get_submodule("conv_1_3x3")
+        assert floors["conv_1_3x3"] == max(
+            2 * 2 * conv.weight.numel() * 256 / 1e12, 4 * (2 * (3 + 16) * 256 + conv.weight.numel()) / 1e11
+        )
+    if name == "openvino":  # its names come from the exported graph
+        dense = profile_engine(name, network.form("dense"), case_input(network, 2, 0), PEAKS)
+        convs = [part for part in dense if part.name.startswith("/") and "/Conv" in part.name]
+        assert len(convs) >= 7
+        assert all(part.floor for part in convs)
+
+
+def test_a_profile_of_a_fused_network_has_every_step_and_adds_up(network: Network) -> None:
+    parts = profile_engine("fused:eager", network.form("packed"), case_input(network, 2, 0), PEAKS)
+    steps = network.program("packed").steps
+    assert [part.name.partition(":")[0] for part in parts] == [step.output for step in steps]
+    assert sum(part.seconds for part in parts) > 0
+    assert all((part.floor or 0) > 0 for part in parts)
+
+
+def test_accuracy_counts_labelled_images_in_whole_batches() -> None:
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    images = torch.nn.functional.one_hot(labels, 3).float().view(7, 3, 1, 1)
+    labelled = Labelled(images, torch.tensor([0, 1, 2, 0, 1, 2, 1]))  # the last is another class
+    sizes = set()
+
+    def run(x: Tensor) -> Tensor:
+        sizes.add(len(x))
+        return x.flatten(1)
+
+    assert accuracy(run, labelled, 3) == pytest.approx(6 / 7)
+    assert sizes == {3}
+
+
+def test_sixteen_bit_rows_of_a_real_network_have_their_accuracy(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSP_SHARED", str(shared))
+    real = load_network(NetworkSource("resnet20_g4"))
+    assert real.labelled is not None
+    assert len(real.labelled.labels) == 1017
+    real.labelled = Labelled(real.labelled.images[:60], real.labelled.labels[:60])
+    # In plain PyTorch, so that it runs without the extension too.
+    monkeypatch.setitem(ENGINES, "fused:cpu", Fused("fused:cpu", "eager"))
+    names = [
+        "packed/fused:cpu",
+        "packed/fused:eager",
+        "packed/openvino-bf16",
+        "packed/torch",
+        "dense/fused:cpu",
+    ]
+    rows = run_cases(real, [2, 64], choose_cases(engines=names), QUICK)
+    counted = {(row.engine, row.batch): row.accuracy for row in rows}
+    assert counted["packed/fused:cpu", 2] == counted["packed/fused:cpu", 64]
+    with np.load(shared / "golden" / "logits.npz") as golden:
+        found = torch.from_numpy(golden["resnet20_g4"][:60]).argmax(1)
+    right = float((found == real.labelled.labels).float().mean())
+    assert counted["packed/fused:cpu", 64] == pytest.approx(right, abs=1e-6)
+    half = counted["packed/openvino-bf16", 64]
+    assert half is None or abs(half - right) <= 0.02  # bfloat16 may turn a close decision or two
+    assert counted["packed/torch", 64] is None  # the reference itself
+    assert counted["packed/fused:eager", 64] is None  # slow, and as exact as the native one
+    assert counted["dense/fused:cpu", 64] is None  # random weights
+
+
+def test_the_native_executor_says_whether_it_runs_sixteen_bit(network: Network) -> None:
+    able, reason = ENGINES["fused:cpu:bf16"].available()
+    row, _ = build_case(Case("packed", "fused:cpu:bf16"), network, case_input(network, 1, 0))
+    assert row.status == ("ok" if able else "unavailable"), row.reason
+    assert able or reason == row.reason != ""
 
 
 def test_a_real_network_through_the_command(

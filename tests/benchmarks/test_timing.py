@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 from dsp_benchmarks import cuda_timing, timing
@@ -107,13 +108,20 @@ def test_a_limit_of_time_ends_the_rounds_after_eight(clock: _Clock) -> None:
         next(calls)
         clock.spend(1)
 
-    rules = TimingRules(rounds=50, warmup=0, most_seconds=3)
+    rules = TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=9)
     samples = measure({"one": LocalTimer(call)}, rules)
     assert samples["one"].n == 8
-    assert next(calls) == 2 + 8 * 2  # a long call gets one warm call in each turn
-    assert (
-        measure({"one": LocalTimer(call)}, TimingRules(rounds=50, warmup=0, most_seconds=31))["one"].n == 16
-    )
+    assert next(calls) == 1 + 8  # a long call is warmed up once and has no warm call in its turns
+    assert measure({"one": LocalTimer(call)}, replace(rules, most_seconds=31))["one"].n == 30
+    assert measure({"one": LocalTimer(call)}, replace(rules, most_seconds=8)) == {}
+
+
+def test_a_machine_that_slows_down_ends_the_rounds_early(clock: _Clock) -> None:
+    calls = itertools.count()
+    timer = LocalTimer(lambda: clock.spend(1 if next(calls) < 5 else 2))
+    samples = measure({"one": timer}, TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=21))
+    assert 8 <= samples["one"].n < 20
+    assert clock.now <= 2 * 21
 
 
 def test_rounds_run_every_engine_once_in_a_seeded_random_order(clock: _Clock) -> None:
@@ -126,7 +134,7 @@ def test_rounds_run_every_engine_once_in_a_seeded_random_order(clock: _Clock) ->
 
         timers = {name: LocalTimer(lambda name=name: call(name)) for name in "abcd"}
         measure(timers, TimingRules(rounds=20, warmup=0, warm_calls=0, seed=seed))
-        return seen[8:]  # after the warm-up
+        return seen[4:]  # after the warm-up: one call of each, they are long
 
     seen = orders(3)
     rounds = ["".join(seen[i : i + 4]) for i in range(0, 80, 4)]
