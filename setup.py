@@ -168,7 +168,7 @@ class BuildNative(build_ext):
         newest_header = max(Path(header).stat().st_mtime for header in ext.depends)
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         x86 = platform.machine() in X86_64
-        bf16 = x86 and self.knows(shlex.split(compiler), BF16_FLAG)
+        bf16 = x86 and self.knows(compiler, BF16_FLAG)
         defines = ["-DDSP_HAS_AVX512_BF16"] if bf16 else []
 
         def compile_one(source: str) -> str:
