@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import made_row
+from bench_rows import made_row
 from dsp_benchmarks.__main__ import main
 from dsp_benchmarks.compare import compare_results, compare_samples
 from dsp_benchmarks.results import Result, read_result, write_result

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from bench_rows import SMALL
 from dsp_benchmarks import cases as case_module
 from dsp_benchmarks.__main__ import main
 from dsp_benchmarks.accuracy import Labelled, accuracy

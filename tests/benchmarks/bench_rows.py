@@ -1,0 +1,54 @@
+"""Rows of results that were made up, and the name of a small network."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from dsp_benchmarks.networks import NetworkSource
+from dsp_benchmarks.rows import Row
+from dsp_benchmarks.samples import Samples
+
+ENVIRONMENT: dict[str, Any] = {
+    "time": "2026-01-02T03:04:05+00:00",
+    "torch": "2.15.0",
+    "packages": {"openvino": "2026.4.1"},
+    "commit": "0123456789ab",
+    "processor": "A processor",
+    "cores": 2,
+    "threads": 2,
+    "cpu_capability": "AVX512",
+    "device": "cpu",
+}
+PEAKS: dict[str, Any] = {
+    "flops": {"float32": 4e11},
+    "bandwidth": 3e10,
+    "launch": 0.0,
+    "threads": 2,
+    "how": {},
+}
+
+
+def made_samples(median: float, rounds: int = 20, per_round: int = 3, seed: int = 0) -> Samples:
+    """Quiet samples: 1 % of normal noise."""
+    noise = random.Random(seed)
+    return Samples(tuple(median * noise.gauss(1, 0.01) for _ in range(rounds * per_round)), per_round)
+
+
+def made_row(form: str, runner: str, batch: int, median: float | None, **more: Any) -> Row:
+    if median is None:
+        more = {"status": "unavailable", "reason": "the package x | y is missing"} | more
+        return Row(f"{form}/{runner}", batch, None, None, form=form, runner=runner, **more)
+    samples = made_samples(median)
+    more = {
+        "macs": 10**7,
+        "moved": 1e6 + 1e4 * batch,
+        "floor": median / 4,
+        "build_seconds": 0.5,
+        "peak_bytes": 2**20,
+        "allowed": 1e-4,
+    } | more
+    return Row(f"{form}/{runner}", batch, samples, 1e-6, form=form, runner=runner, **more)
+
+
+SMALL = NetworkSource("cifar_resnet8", "random:g=2,rate=0.6", 16)
