@@ -26,7 +26,8 @@ class TimingRules:
     rounds: how often each engine has its turn; 50 find a slowdown of 10 % in 98 of 100 runs here (tests).
     warmup: how long each runs before the first round.
     gap: idle time before a turn, in which the worker threads of the engine before stop spinning.
-    warm_calls: untimed calls at the beginning of a turn; none where a call is longer than 50 ms.
+    warm_calls, settle: untimed calls at the beginning of a turn, so many at least and for so long: after the
+    gap, a call of 0.3 ms needs about ten to be as fast as in a loop. None where a call is longer than 50 ms.
     burst: how long the timed calls of a turn last, if that takes no more than ``most_calls``.
     shortest: a call shorter than this is repeated within one sample and the mean taken: below it the clock
     and the loop would show. most_seconds: for all engines together, see ``shared_rounds``; an engine that
@@ -37,6 +38,7 @@ class TimingRules:
     warmup: float = 0.3
     gap: float = 0.02
     warm_calls: int = 2
+    settle: float = 0.01
     burst: float = 0.02
     most_calls: int = 10
     shortest: float = 2e-4
@@ -112,8 +114,8 @@ def measure(
         once = max(timer.warm_up(rules.warmup), 1e-9)
         repeats[name] = max(1, round(rules.shortest / once))
         calls[name] = min(rules.most_calls, max(1, round(rules.burst / (once * repeats[name]))))
-        warm[name] = rules.warm_calls if once < _LONG_CALL else 0
-        turn[name] = rules.gap + once * repeats[name] * (warm[name] + calls[name])
+        warm[name] = max(rules.warm_calls, round(rules.settle / once)) if once < _LONG_CALL else 0
+        turn[name] = rules.gap + once * (warm[name] + repeats[name] * calls[name])
     most = math.inf if rules.most_seconds is None else rules.most_seconds
     left = most - (time.perf_counter() - started)
     rounds = shared_rounds(turn, rules.rounds, left)

@@ -24,11 +24,12 @@ struct Arena { // returned also when an exception passes
 } // namespace
 
 std::vector<Share> divide(int64_t images, int threads, int lanes, int64_t image_bytes) {
-    // ResNet-50 (8 MB an image) at batch 8 on 2 threads: 7.3 ms an image together, 8.6 apart. ResNet-56 (0.2 MB)
-    // at batch 8: 2.0 ms together, 1.85 apart.
+    // Large images are interleaved less, for the values of a block to stay near: ResNet-50 80 % (8 MB an image) at
+    // batch 8 on 2 threads takes 66.7 ms together, apart 61.3 at I=1, 60.7 at 2, 66.3 at 4; ResNet-18 80 % 23.5
+    // together, 23.7, 22.3 and 22.4.
     constexpr int64_t cache = 1 << 20;
+    const int widest = image_bytes > cache ? 2 : 16;
     std::vector<Share> shares;
-    if (threads > 1 && image_bytes > cache) return {{0, images, 1, true}};
     int64_t first = 0;
     while (first < images) {
         const int64_t left = images - first;
@@ -39,7 +40,7 @@ std::vector<Share> divide(int64_t images, int threads, int lanes, int64_t image_
         }
         // The widest interleaving that gives every thread a block, up to a vector.
         int I = 1;
-        while (I * 2 <= lanes && I * 2 <= 16 && int64_t(I) * 2 * threads <= left) I *= 2;
+        while (I * 2 <= lanes && I * 2 <= widest && int64_t(I) * 2 * threads <= left) I *= 2;
         const int64_t blocks = left / (int64_t(I) * threads) * threads;
         shares.push_back({first, blocks * I, I, false});
         first += blocks * I;

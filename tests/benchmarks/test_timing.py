@@ -67,11 +67,11 @@ def test_a_burst_holds_as_many_calls_as_fit_and_starts_after_a_gap_and_warm_call
         seen[0] = len(clock.slept)
 
     seen = [0]
-    rules = TimingRules(rounds=3, warmup=0, burst=2**-6, warm_calls=2, gap=0.5)
+    rules = TimingRules(rounds=3, warmup=0, burst=2**-6, warm_calls=2, settle=3 * 2**-8, gap=0.5)
     samples = measure({"one": LocalTimer(call)}, rules)
     assert samples["one"].per_round == 4
     assert samples["one"].seconds == (2**-8,) * 12  # the slow call was a warm one
-    assert next(calls) == 2 + 3 * (2 + 4)
+    assert next(calls) == 2 + 3 * (3 + 4)  # three warm calls fill the time to settle
     assert clock.slept == [0.5] * 3
 
 
@@ -82,7 +82,7 @@ def test_a_call_shorter_than_a_sample_is_repeated(clock: _Clock) -> None:
         next(calls)
         clock.spend(2**-20)
 
-    rules = TimingRules(rounds=3, warmup=0, shortest=2**-10, burst=2**-10, warm_calls=0)
+    rules = TimingRules(rounds=3, warmup=0, shortest=2**-10, burst=2**-10, warm_calls=0, settle=0)
     samples = measure({"short": LocalTimer(short)}, rules)
     assert samples["short"].seconds == (2**-20,) * 3
     assert next(calls) == 2 + 3 * 2**10  # two to warm up
