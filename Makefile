@@ -48,13 +48,13 @@ fuzz: $(INSTALLED)
 
 # About five minutes; the page is benchmarks/results/default_cpu.html.
 bench: $(INSTALLED)
-	$(BIN)/python -m dsp_benchmarks run --short --rounds 20 --out benchmarks/results/default_cpu.json --report
+	$(BIN)/python -m dsp_benchmarks run --short --rounds 14 --out benchmarks/results/default_cpu.json --report
 
 LARGE := resnet18_g2_70,resnet18_g2_80,resnet18_g2_90,resnet50_g2_70,resnet50_g2_80,resnet50_g2_90
-RIVALS := dense/openvino,dense/onnxruntime,dense/compile-freezing
+RIVALS := dense/openvino,dense/onnxruntime
 bench-cpu-large: $(INSTALLED)
 	$(BIN)/python -m dsp_benchmarks run --networks $(LARGE) --batches 1,8 --engines $(RIVALS),packed/fused:cpu \
-		--rounds 20 --out benchmarks/results/large_cpu.json --report
+		--rounds 20 --seconds 240 --out benchmarks/results/large_cpu.json --report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
