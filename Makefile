@@ -1,6 +1,7 @@
 # make demo   install into .venv, then the whole way on real data
 # make test   the same install, then the test suite
 # make bench  every engine that runs here, side by side, with a page of results
+# make bench-readme  the engines of the README's table, and the table
 # make bench-cpu-large  ResNet-18 and ResNet-50 against the strongest dense engines
 # make lint   ruff and mypy
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-triton test-triton36 test-zoo fuzz lint bench bench-cpu-large install clean
+.PHONY: demo test test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -49,6 +50,13 @@ fuzz: $(INSTALLED)
 # About five minutes; the page is benchmarks/results/default_cpu.html.
 bench: $(INSTALLED)
 	$(BIN)/python -m dsp_benchmarks run --short --rounds 14 --out benchmarks/results/default_cpu.json --report
+
+SHOWN := dense/openvino,dense/onnxruntime,dense/openvino-bf16,released/torchscript,packed/torch
+bench-readme: $(INSTALLED)
+	$(BIN)/python -m dsp_benchmarks run --networks resnet20_g4,resnet56_g4 --batches 1,8,32,128 --engines \
+		$(SHOWN),packed/fused:eager,packed/fused:cpu,packed/fused:cpu:bf16 --rounds 20 --seconds 220 \
+		--out benchmarks/results/real_cpu.json
+	$(BIN)/python -m dsp_benchmarks report --readme
 
 LARGE := resnet18_g2_70,resnet18_g2_80,resnet18_g2_90,resnet50_g2_70,resnet50_g2_80,resnet50_g2_90
 RIVALS := dense/openvino,dense/onnxruntime

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--other-machine", action="store_true", help="compare different machines anyway")
     compare.set_defaults(function=commands.compare)
     report = commands_.add_parser("report", help="pages, tables and pictures from a result")
-    report.add_argument("result", type=Path, nargs="?", default=commands.DEFAULT_RESULT)
+    report.add_argument("result", type=Path, nargs="?", help="JSON file; default: the committed one")
     report.add_argument("--html", type=Path)
     report.add_argument("--csv", type=Path)
     report.add_argument("--markdown", type=Path)

@@ -25,8 +25,8 @@ class TimingRules:
 
     rounds: how often each engine has its turn; 50 find a slowdown of 10 % in 98 of 100 runs here (tests).
     warmup: how long each runs before the first round.
-    gap: idle time before a turn, in which the worker threads of the engine before stop spinning: those of ONNX
-    Runtime do so for more than 20 ms, and ResNet-50 read 12.8 ms after such a gap, 10.7 after a longer one.
+    gap: idle time before a turn, in which the worker threads of the engine before stop spinning. Those of
+    ONNX Runtime spin for more than 20 ms: ResNet-50 read 12.8 ms after such a gap, 10.7 after a longer one.
     warm_calls, settle: untimed calls at the beginning of a turn, so many at least and for so long: after the
     gap, a call of 0.3 ms needs about ten to be as fast as in a loop. None where a call is longer than 50 ms.
     burst: how long the timed calls of a turn last, if that takes no more than ``most_calls``.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from dsp_benchmarks.__main__ import main
-from dsp_benchmarks.commands import DEFAULT_RESULT, README
+from dsp_benchmarks.commands import README, README_RESULT
 from dsp_benchmarks.html_page import html_page
 from dsp_benchmarks.plots import draw_plots
 from dsp_benchmarks.readme_table import README_MARKERS, put_into_readme, summary
@@ -150,4 +150,4 @@ def test_the_readme_equals_the_committed_result() -> None:
     """``python -m dsp_benchmarks report --readme`` makes it so."""
     text = README.read_text(encoding="utf-8") if README.is_file() else ""
     if README_MARKERS[0] in text:
-        assert put_into_readme(text, read_result(DEFAULT_RESULT)) == text
+        assert put_into_readme(text, read_result(README_RESULT)) == text
