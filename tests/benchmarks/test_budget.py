@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_a_row_that_says_so(
     network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock
 ) -> None:
     engines = {"quick": _Sleeper(clock, 0.1, 0.001), "slow": _Sleeper(clock, 0.1, 1.0)}
-    rows = {(row.runner, row.batch): row for row in _measure(network, monkeypatch, 20.0, **engines)}
+    rows = {(row.runner, row.batch): row for row in _measure(network, monkeypatch, 24.0, **engines)}
     assert rows["quick", 8].status == "ok"
     assert rows["slow", 8].status == "skipped"
     assert "8 rounds do not fit" in rows["slow", 8].reason
