@@ -12,12 +12,12 @@ from .results import Result
 __all__ = ["html_page"]
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:80em;margin:2em auto;padding:0 1em;color:#222}
+body{font:15px/1.5 system-ui,sans-serif;max-width:110em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1em 0;display:block;overflow-x:auto}
-th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th,td{padding:.25em .5em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
 th:first-child,td:first-child,td:last-child{text-align:left}
 th{position:sticky;top:0;background:#f3f4f6}tr:hover{background:#f8fafc}
-td:last-child{white-space:normal;color:#666;min-width:12em}
+td:last-child{white-space:normal;color:#666;min-width:26em}
 tr.fused td:first-child{font-weight:600}img{max-width:100%;height:auto}
 """
 _CAPTIONS = {
