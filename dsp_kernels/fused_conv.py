@@ -44,8 +44,9 @@ class FusedConv2d(nn.Module):
                 self.register_buffer(f"{name}_{number}", tensor, persistent=False)
         self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (batch, in_channels, height, width); residual: like the output, or None."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
+        """input: (batch, in_channels, height, width); residual: like the output, or None."""
+        x = input
         constants = [*self.weights, *([] if self.bias is None else [self.bias])]
         if not torch.is_autocast_enabled(x.device.type):
             return self._run(x, residual, constants)

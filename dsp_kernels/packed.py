@@ -96,8 +96,9 @@ class PackedConv2d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, in_channels, height, width) -> (batch, out_channels, out_height, out_width)."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
+        """input: (batch, in_channels, height, width) -> (batch, out_channels, out_height, out_width)."""
+        x = input
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise DSPShapeError(
                 f"PackedConv2d got an input of shape {tuple(x.shape)}; "

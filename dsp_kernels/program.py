@@ -254,16 +254,22 @@ class Program:
     shapes: Mapping[str, tuple[int, ...]]
 
     @cached_property
-    def dying(self) -> tuple[tuple[str, ...], ...]:
-        """Per step, the values that nothing reads after it, so that an executor can free them."""
-        last: dict[str, int] = {}
+    def last_use(self) -> Mapping[str, int]:
+        """Per value, the last step that makes or reads it; the output lives beyond all steps."""
+        last = {self.input: -1}
         for position, step in enumerate(self.steps):
             last.update(dict.fromkeys((*step.inputs, step.output), position))
-        last.pop(self.output, None)
-        return tuple(
-            tuple(name for name, end in last.items() if end == position)
-            for position in range(len(self.steps))
-        )
+        last[self.output] = len(self.steps)
+        return last
+
+    @cached_property
+    def dying(self) -> tuple[tuple[str, ...], ...]:
+        """Per step, the values that nothing reads after it, so that an executor can free them."""
+        dead: list[list[str]] = [[] for _ in self.steps]
+        for name, end in self.last_use.items():
+            if 0 <= end < len(dead):
+                dead[end].append(name)
+        return tuple(map(tuple, dead))
 
     @cached_property
     def macs(self) -> int:

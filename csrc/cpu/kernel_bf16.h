@@ -72,27 +72,8 @@ inline __attribute__((always_inline)) void add_pairs(V (&acc)[K][P], const float
 
 template <int K, int P>
 void pair_tile(const TileCall& call) {
-    V acc[K][P];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = V{};
-    const float* x[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) x[p] = call.x + call.vec[p];
-    const float* w = call.w;
-    const int32_t* off = call.off;
-    const int32_t* const end = off + call.count;
-    for (; end - off >= 3; off += 3, w += 3 * K) { // by threes: see tile()
-        add_pairs<K, P>(acc, x, off[0], w);
-        add_pairs<K, P>(acc, x, off[1], w + K);
-        add_pairs<K, P>(acc, x, off[2], w + 2 * K);
-    }
-    for (; off != end; ++off, w += K) add_pairs<K, P>(acc, x, off[0], w);
-    if (call.mask)
-        finish<K, P, true>(acc, call);
-    else
-        finish<K, P, false>(acc, call);
+    sum_tile<K, P>(call, [](V(&acc)[K][P], const float* const(&x)[P], int64_t off, const float* w)
+                             __attribute__((always_inline)) { add_pairs<K, P>(acc, x, off, w); });
 }
 
 // One row of words from two rows of floats; b may be null.

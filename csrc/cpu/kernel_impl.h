@@ -115,8 +115,9 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
     }
 }
 
-template <int K, int P>
-void tile(const TileCall& call) {
+// Adds up a tile; add(acc, x, off, w) is one entry of the offset list, numbers or pairs of them.
+template <int K, int P, typename Add>
+void sum_tile(const TileCall& call, const Add& add) {
     V acc[K][P];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
@@ -130,15 +131,21 @@ void tile(const TileCall& call) {
     const int32_t* const end = off + call.count;
     // Three terms at a time: the branch predictor can learn the end of a loop that is a third as long.
     for (; end - off >= 3; off += 3, w += 3 * K) {
-        add_term<K, P>(acc, x, off[0], w);
-        add_term<K, P>(acc, x, off[1], w + K);
-        add_term<K, P>(acc, x, off[2], w + 2 * K);
+        add(acc, x, off[0], w);
+        add(acc, x, off[1], w + K);
+        add(acc, x, off[2], w + 2 * K);
     }
-    for (; off != end; ++off, w += K) add_term<K, P>(acc, x, off[0], w);
+    for (; off != end; ++off, w += K) add(acc, x, off[0], w);
     if (call.mask)
         finish<K, P, true>(acc, call);
     else
         finish<K, P, false>(acc, call);
+}
+
+template <int K, int P>
+void tile(const TileCall& call) {
+    sum_tile<K, P>(call, [](V(&acc)[K][P], const float* const(&x)[P], int64_t off, const float* w)
+                             __attribute__((always_inline)) { add_term<K, P>(acc, x, off, w); });
 }
 
 void map(const MapCall& call) {

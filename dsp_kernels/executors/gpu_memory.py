@@ -65,7 +65,7 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
 
     A residual or the operand of an elementwise step that nobody reads later is overwritten in place.
     """
-    last_use = _last_use(program)
+    last_use = program.last_use
     owner: dict[str, str] = {}  # value -> the value whose place it takes over
     born = {program.input: -1}
     for position, step in enumerate(program.steps):
@@ -85,7 +85,7 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
     last: dict[str, int] = {}
     for name, place in owner.items():
         first[place] = min(first.get(place, born[name]), born[name])
-        last[place] = max(last.get(place, -1), last_use.get(name, born[name]))
+        last[place] = max(last.get(place, -1), last_use[name])
     size = {place: _round_up(math.prod(shapes[place] or ()) * itemsize) for place in first}
 
     placed: dict[str, int] = {}
@@ -103,14 +103,6 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
         placed[place] = offset
     total = max((placed[place] + size[place] for place in placed), default=0)
     return Arena(total, {name: placed[place] for name, place in owner.items()})
-
-
-def _last_use(program: Program) -> dict[str, int]:
-    last: dict[str, int] = {program.input: -1}
-    for position, step in enumerate(program.steps):
-        last.update(dict.fromkeys((*step.inputs, step.output), position))
-    last[program.output] = len(program.steps)
-    return last
 
 
 def _may_be_overwritten(step: Step) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -37,8 +36,6 @@ __all__ = ["EagerGpuConv", "StepCall", "step_call"]
 Values = dict[str, Any]
 # Computes one step from the values so far; ``out`` is memory in the layout to write the result to, or None.
 StepCall = Callable[[Values, Tensor | None], Any]
-
-_POOLS: dict[str, Callable[..., Tensor]] = {"max_pool": F.max_pool2d, "avg_pool": F.avg_pool2d}
 
 
 class EagerGpuConv:
@@ -120,13 +117,11 @@ def _channels(step: ConcatStep | SelectStep, layout: GpuLayout, device: torch.de
 def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
     # Pooling keeps images and channels apart. So CHWN is, to PyTorch, a channels_last tensor of C images with
     # N channels, and nothing has to be copied.
-    def pool(x: Tensor) -> Tensor:
-        if isinstance(step, AdaptivePoolStep):
-            return F.adaptive_avg_pool2d(x, step.size)
-        return _POOLS[step.kind](x, **step.settings)
+    run = EagerExecutor().call(step)
+    source = step.inputs[0]
 
     def call(values: Values, out: Tensor | None) -> Tensor:
-        pooled = pool(values[step.inputs[0]].permute(0, 3, 1, 2))
+        pooled: Tensor = run({source: values[source].permute(0, 3, 1, 2)})
         return pooled.permute(0, 2, 3, 1).contiguous()
 
     return call

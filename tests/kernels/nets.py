@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -104,6 +105,16 @@ def settled(model: nn.Module, seed: int = 0) -> nn.Module:
                 ):
                     tensor.uniform_(low, high, generator=generator)
     return model.eval()
+
+
+def masked(model: nn.Module) -> nn.Module:
+    """A copy of a network with the masks of its convolutions multiplied in."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and hasattr(module, "mask"):
+                module.weight.mul_(module.mask)
+    return model
 
 
 def make(name: str) -> nn.Module:

@@ -90,7 +90,7 @@ def test_exports_and_compiles() -> None:
     compiled = torch.compile(conv, fullgraph=True)
     torch.testing.assert_close(compiled(x), conv(x))
     batch = torch.export.Dim("batch", min=1)
-    exported = torch.export.export(conv, (x,), dynamic_shapes={"x": {0: batch}})
+    exported = torch.export.export(conv, (x,), dynamic_shapes={"input": {0: batch}})
     torch.testing.assert_close(exported.module()(x[:1]), conv(x[:1]))
 
 

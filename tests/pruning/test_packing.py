@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import masked
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -57,16 +58,6 @@ def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_g
                 if clear_norms and conv_name in gone:
                     for tensor in (norm.weight, norm.bias):
                         tensor[gone[conv_name]] = 0
-    return model
-
-
-def masked(model: nn.Module) -> nn.Module:
-    """The dense network with its masks multiplied in."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d) and hasattr(module, "mask"):
-                module.weight.mul_(module.mask)
     return model
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import masked
 from torch import Tensor, nn
 
+from dsp_kernels import PackedConv2d, fuse, swap
 from dsp_pruning import pack
 from dsp_pruning.unpacking import unpack
 
@@ -159,11 +161,22 @@ def net(name: str, kernel: int, seed: int, constant: float | None = None) -> nn.
     return model
 
 
-def masked(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
+def test_a_convolution_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.reader = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reader(input=torch.relu(self.first(input=x))).mean((2, 3))
+
+    model = Named().double().eval()
     with torch.no_grad():
-        model.reader.weight.mul_(model.reader.mask)
-    return model
+        model.reader.weight[:4, :4] = model.reader.weight[4:, 4:] = 0
+    packed, x = pack(model, images(2, 12)), images(2, 12)
+    assert isinstance(packed.reader, PackedConv2d)
+    for other in (packed, fuse(packed, x), swap(copy.deepcopy(packed))):
+        torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
