@@ -22,8 +22,9 @@ void Builder::build(Plan& plan) {
     shapes();
     geometry();
     lifetimes();
-    plan.arena_floats = memory();
+    scratch_begin_ = round_up(memory(), 16);
     emit(plan);
+    plan.arena_floats = scratch_begin_ + scratch_floats_ + 64;
 }
 
 Builder::Summary Builder::summary() {

@@ -65,6 +65,7 @@ class Builder {
     std::vector<Split> splits_;
     std::vector<Draft> drafts_;
     std::vector<Pads> pads_;
+    int64_t scratch_begin_ = 0, scratch_floats_ = 0; // behind the values: what one operation needs while it runs
 
     int root(int node);
     void tie(int a, int b);
@@ -85,9 +86,10 @@ class Builder {
     std::vector<int32_t> displacements(const Draft& draft, const std::vector<Source>& sources);
     int vector_pieces(const ConvOp& op) const;
     Extent extent(const ConvOp& op, int64_t count) const;
-    void tile_conv(ConvOp& op);
-    void chunk_conv(ConvOp& op);
+    void place_tiles(ConvOp& op) const;
+    void chunk_conv(ConvOp& op, int units, int by_units, const std::vector<double>& costs);
     void block_conv(ConvOp& op, const Draft& draft);
+    bool band_conv(BandConvOp& op, const Draft& draft, double least);
 };
 
 } // namespace dsp

@@ -6,27 +6,32 @@
 
 namespace dsp {
 
+void ConvOp::prepare(const Chunk& part, const Context& context, bool clear_columns) const {
+    float* out = y.in(context);
+    const int32_t* mask = vectors.mask.empty() ? nullptr : vectors.mask.data();
+    for (int n = part.first_absent; n < part.last_absent; ++n) {
+        const int c = step->absent[n];
+        if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
+        if (has_add) {
+            kernels->map({context.arena + add.planes[c], nullptr, out + c * y.geometry.plane, 1.0f, 0.0f,
+                          vectors.at.data(), mask, int64_t(vectors.at.size()), step->act});
+        } else {
+            for (size_t v = 0; v < vectors.at.size(); ++v)
+                std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * kernels->lanes);
+        }
+    }
+    if (part.first_vector == 0 && !in_place)
+        for (int t = part.first_tile; t < part.last_tile; ++t)
+            for (int c : packed->tiles[t].channels) clear_pads(y, out, c, c + 1, clear_columns);
+}
+
 void ConvOp::run(int chunk, const Context& context) const {
     const Chunk& part = parts[chunk];
     float* out = y.in(context);
     const float* residual = has_add ? context.arena : nullptr;
     const int32_t* mask = vectors.mask.empty() ? nullptr : vectors.mask.data();
     const int lanes = kernels->lanes;
-
-    for (int n = part.first_absent; n < part.last_absent; ++n) {
-        const int c = step->absent[n];
-        if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
-        if (residual) {
-            kernels->map({residual + add.planes[c], nullptr, out + c * y.geometry.plane, 1.0f, 0.0f,
-                          vectors.at.data(), mask, int64_t(vectors.at.size()), step->act});
-        } else {
-            for (size_t v = 0; v < vectors.at.size(); ++v)
-                std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * lanes);
-        }
-    }
-    if (part.first_vector == 0 && !in_place)
-        for (int t = part.first_tile; t < part.last_tile; ++t)
-            for (int c : packed->tiles[t].channels) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
+    prepare(part, context, !vectors.covers_pads);
 
     const auto& run_tile = step->pairs ? kernels->pair_tile : kernels->tile;
     TileCall call{};

@@ -272,6 +272,7 @@ void linear(const LinearCall& call) {
 } // namespace
 } // namespace dsp
 
+#include "kernel_bands.h"
 #include "kernel_bf16.h"
 
 namespace dsp {
@@ -322,6 +323,7 @@ Kernels make() {
     row<5, 2>(table);
     row<6, 2>(table);
 #endif
+    make_bands(table);
     return table;
 }
 

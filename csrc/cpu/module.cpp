@@ -42,7 +42,8 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 // Built step by step, then sealed; after that it can only run.
 class Native {
   public:
-    Native(const std::string& isa, bool bf16) : network_(std::make_unique<dsp::Network>(isa, bf16)) {}
+    Native(const std::string& isa, bool bf16, bool winograd)
+        : network_(std::make_unique<dsp::Network>(isa, bf16, winograd)) {}
 
     int input(int channels) { return open().add_input(channels); }
 
@@ -225,7 +226,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bf16") = false, py::call_guard<py::gil_scoped_release>());
     m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
-        .def(py::init<const std::string&, bool>(), py::arg("isa") = "", py::arg("bf16") = false)
+        .def(py::init<const std::string&, bool, bool>(), py::arg("isa") = "", py::arg("bf16") = false,
+             py::arg("winograd") = true)
         .def("input", &Native::input)
         .def("conv", &Native::conv)
         .def("conv_like", &Native::conv_like)

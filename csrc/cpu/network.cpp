@@ -5,6 +5,7 @@
 
 #include "isa.h"
 #include "pairing.h"
+#include "winograd.h"
 
 namespace dsp {
 
@@ -59,7 +60,8 @@ bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid
 
 } // namespace
 
-Network::Network(const std::string& isa, bool bf16) : kernels(kernels_for(isa)), bf16(bf16) {}
+Network::Network(const std::string& isa, bool bf16, bool winograd)
+    : kernels(kernels_for(isa)), bf16(bf16), winograd(winograd) {}
 
 void Network::check(int value) const {
     require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
@@ -126,9 +128,36 @@ std::vector<Source> Network::sources(const Step& step, const std::vector<int>& c
     return list;
 }
 
-std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits) const {
+namespace {
+
+// The weights of one tile as plain sums read them.
+void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
+    for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
+        for (int64_t j = c; j < c + taps; ++j)
+            for (int k = 0; k < filters; ++k) {
+                const float* filter = first + k * count;
+                to.push_back(!step.pairs ? filter[j] : as_word(filter[j], j + taps < count ? filter[j + taps] : 0.0f));
+            }
+}
+
+// [pair of sums][channel, horizontal tap][2][filters], in the order of band_input().
+void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns, int band_rows) {
+    const BandWeights transformed(band_rows);
+    for (int pair = 0; pair < transformed.pairs; ++pair)
+        for (int64_t c = 0; c < count; c += 3 * columns)
+            for (int64_t x = c; x < c + columns; ++x)
+                for (int half = 0; half < 2; ++half)
+                    for (int k = 0; k < filters; ++k) {
+                        const float* tap = first + k * count + x;
+                        to.push_back(transformed(2 * pair + half, tap[0], tap[columns], tap[2 * columns]));
+                    }
+}
+
+} // namespace
+
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, int band_rows) const {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto& known = packed_[{&step, splits}];
+    auto& known = packed_[{&step, splits, band_rows}];
     if (auto found = known.lock()) return found;
     auto made = std::make_shared<Packed>();
     for (size_t g = 0; g < step.groups.size(); ++g) {
@@ -137,13 +166,11 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
         int first = 0;
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
-            for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
-                for (int64_t j = c; j < c + taps; ++j)
-                    for (int k = 0; k < filters; ++k) {
-                        const float* filter = group.weights.data() + (first + k) * count;
-                        made->weights.push_back(!step.pairs ? filter[j]
-                                                            : as_word(filter[j], j + taps < count ? filter[j + taps] : 0.0f));
-                    }
+            const float* weights = group.weights.data() + first * count;
+            if (band_rows)
+                pack_bands(made->weights, weights, filters, count, step.kernel[1], band_rows);
+            else
+                pack_plain(made->weights, step, weights, filters, count, taps);
             for (int k = 0; k < filters; ++k) {
                 tile.channels.push_back(group.out[first + k]);
                 made->bias.push_back(step.bias[tile.channels.back()]);

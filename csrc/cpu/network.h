@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernel.h"
@@ -79,10 +80,11 @@ struct Value {
 class Network {
   public:
     // bf16: convolutions round what they read and their weights to bfloat16. Sums and values stay float.
-    explicit Network(const std::string& isa, bool bf16 = false);
+    // winograd: convolutions may be computed by Winograd's method where that is faster.
+    explicit Network(const std::string& isa, bool bf16 = false, bool winograd = true);
 
     const Kernels& kernels;
-    const bool bf16;
+    const bool bf16, winograd;
     std::vector<Value> values;
     std::vector<Step> steps;
     int inputs = 0, outputs = 0;
@@ -112,12 +114,13 @@ class Network {
     // What the planes are that a group reads, in order.
     static std::vector<Source> sources(const Step& step, const std::vector<int>& channels);
 
-    // The weights of a conv step cut into these tiles. Plans that cut alike share one copy.
-    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits) const;
+    // The weights of a conv step cut into these tiles, transformed for bands of 2 or 4 rows (winograd.h) or as they
+    // are (0). Plans that cut alike share one copy.
+    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits, int band_rows = 0) const;
 
   private:
     mutable std::mutex mutex_;
-    mutable std::map<std::pair<const Step*, Splits>, std::weak_ptr<const Packed>> packed_;
+    mutable std::map<std::tuple<const Step*, Splits, int>, std::weak_ptr<const Packed>> packed_;
 
     int make(Step step, int channels, bool nonnegative);
     int add_view(std::vector<int> parts, std::vector<Pair> planes);

@@ -82,6 +82,28 @@ class ConvOp : public Op {
     std::vector<Chunk> parts;
     void run(int chunk, const Context& context) const override;
     const char* name() const override { return "conv"; }
+
+  protected:
+    // Absent channels of a chunk, and the pads of the planes that it writes.
+    void prepare(const Chunk& part, const Context& context, bool clear_columns) const;
+};
+
+// The same by Winograd's method over bands of rows; a chunk's vectors are bands.
+class BandConvOp : public ConvOp {
+  public:
+    int rows = 0;             // of a band: 2 or 4
+    std::vector<int> used;    // channels of x that are read
+    std::vector<float> zeros; // what a row outside the map holds
+    int bands = 0;
+    int row_vectors = 0, tail = 0;        // of an output row; lanes of its last vector that are pixels
+    int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
+    int64_t transformed_pitch = 0;        // floats from one combination to the next
+    int64_t scratch = 0, scratch_size = 0; // in the arena, one for each chunk
+    void run(int chunk, const Context& context) const override;
+    const char* name() const override { return rows == 2 ? "conv, bands of 2" : "conv, bands of 4"; }
+
+  private:
+    void transform(float* to, int band, int column, int columns, const Context& context) const;
 };
 
 // act(x * scale + shift + other).

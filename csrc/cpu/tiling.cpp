@@ -24,19 +24,54 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     return total;
 }
 
-std::vector<int> split_filters(const Kernels& kernels, int filters, const Extent& extent) {
-    std::vector<double> cost(kernels.filters + 1, 0.0);
-    for (int k = 1; k <= kernels.filters; ++k) cost[k] = tile_cost(kernels, k, extent);
+double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) {
+    const double load = extent.aligned ? 1.0 : 1.75;
+    const int pairs = extent.rows / 2 + 1;
+    double total = 0.0;
+    for (int begin = 0; begin < extent.columns; begin += extent.block)
+        for (int left = std::min(extent.block, extent.columns - begin); left > 0;) {
+            const int width = pass_width(left, kernels.band_vectors[filters]);
+            // Two sums at a time, as above; each pair has a loop of its own, each row an end.
+            const double arithmetic = filters * width, loads = load * width + filters;
+            const double per_term = std::max({arithmetic, loads, 4.0}) + 0.5 * std::min(arithmetic, loads);
+            total += pairs * (extent.count * per_term + 20.0) + 2.0 * extent.rows * filters * width + 25.0;
+            left -= width;
+        }
+    return extent.bands * total;
+}
+
+double transform_cost(const BandExtent& extent) {
+    // Loads, sums and stores of rows + 2 vectors.
+    return double(extent.bands) * (extent.columns + 1) * (extent.rows + 2) * 2.0;
+}
+
+namespace {
+
+// The split with the least total of cost(filters of a tile).
+template <typename Cost>
+std::vector<int> cheapest_split(int most, int filters, const Cost& cost_of) {
+    std::vector<double> cost(most + 1, 0.0);
+    for (int k = 1; k <= most; ++k) cost[k] = cost_of(k);
     // best[n]: least cost of n filters; last[n]: size of one tile of that choice.
     std::vector<double> best(filters + 1, 0.0);
     std::vector<int> last(filters + 1, 0);
     for (int n = 1; n <= filters; ++n)
-        for (int k = 1; k <= std::min(n, kernels.filters); ++k)
+        for (int k = 1; k <= std::min(n, most); ++k)
             if (last[n] == 0 || best[n - k] + cost[k] < best[n]) best[n] = best[n - k] + cost[k], last[n] = k;
     std::vector<int> sizes;
     for (int n = filters; n > 0; n -= last[n]) sizes.push_back(last[n]);
     std::sort(sizes.begin(), sizes.end(), std::greater<int>());
     return sizes;
+}
+
+} // namespace
+
+std::vector<int> split_filters(const Kernels& kernels, int filters, const Extent& extent) {
+    return cheapest_split(kernels.filters, filters, [&](int k) { return tile_cost(kernels, k, extent); });
+}
+
+std::vector<int> split_filters(const Kernels& kernels, int filters, const BandExtent& extent) {
+    return cheapest_split(kernels.filters, filters, [&](int k) { return tile_cost(kernels, k, extent); });
 }
 
 } // namespace dsp

@@ -20,8 +20,25 @@ struct Extent {
 // Estimated cycles of one tile of `filters` over the extent.
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent);
 
+// What a group's filters are computed over by Winograd's method.
+struct BandExtent {
+    int64_t count; // products per sum
+    int rows;      // of a band
+    int bands;
+    int columns;   // vectors in a row
+    int block;     // vectors that all filters pass over before the next
+    bool aligned;
+};
+
+// Estimated cycles of one tile over all bands.
+double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent);
+
+// Estimated cycles of the transforms of one channel.
+double transform_cost(const BandExtent& extent);
+
 // Sizes of the filter tiles of a group, the largest first, with the least estimated time.
 std::vector<int> split_filters(const Kernels& kernels, int filters, const Extent& extent);
+std::vector<int> split_filters(const Kernels& kernels, int filters, const BandExtent& extent);
 
 // Vectors of the next pass when `left` remain and at most `most` fit: passes of equal width.
 inline int pass_width(int left, int most) {

@@ -1,0 +1,88 @@
+// The part of the builder that makes convolutions by Winograd's method over bands of rows, where that is faster.
+#include <algorithm>
+
+#include "builder.h"
+
+namespace dsp {
+
+namespace {
+
+int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+// Vectors that fit a share of a cache when `channels` of them, transformed, take this many floats each.
+int fitting(int64_t bytes, int64_t channels, int64_t floats, int least, int most) {
+    const int64_t fit = bytes / std::max<int64_t>(channels * floats * int64_t(sizeof(float)), 1);
+    // Blocks of equal length.
+    const int blocks = int((most + fit - 1) / std::max<int64_t>(fit, 1));
+    return fit <= least ? std::min(least, most) : (most + blocks - 1) / blocks;
+}
+
+} // namespace
+
+// Makes op a convolution in bands if that takes less than `least` cycles; false if it does not.
+bool Builder::band_conv(BandConvOp& op, const Draft& draft, double least) {
+    const Step& step = *op.step;
+    if (!network_.winograd || step.pairs || draft.split >= 0 || step.kernel[0] != 3 || step.dilation[0] != 1) return false;
+    const Kernels& kernels = network_.kernels;
+    const Geometry& y = op.y.geometry;
+    const int64_t row = int64_t(y.w) * key_.interleave, lanes = kernels.lanes;
+    op.row_vectors = int((row + lanes - 1) / lanes);
+    op.tail = int(row - (op.row_vectors - 1) * lanes);
+
+    std::vector<int> place_of(op.x.geometry.channels, -1);
+    size_t widest = 0;
+    for (const auto& group : step.groups) {
+        widest = std::max(widest, group.in.size());
+        for (int c : group.in) place_of[c] = 0;
+    }
+    for (int c = 0; c < int(place_of.size()); ++c)
+        if (place_of[c] == 0) place_of[c] = int(op.used.size()), op.used.push_back(c);
+    if (op.used.empty()) return false;
+
+    Splits chosen;
+    for (const int rows : {2, 4}) {
+        const int bands = (y.h + rows - 1) / rows;
+        const int block = fitting(16 << 10, int64_t(widest), (rows + 2) * lanes, 6, op.row_vectors);
+        BandExtent extent{0, rows, bands, op.row_vectors, block, key_.interleave >= lanes};
+        double cost = double(op.used.size()) * transform_cost(extent);
+        Splits splits;
+        for (const auto& group : step.groups) {
+            extent.count = int64_t(group.in.size()) * step.kernel[1];
+            splits.push_back(split_filters(kernels, int(group.out.size()), extent));
+            for (int filters : splits.back()) cost += tile_cost(kernels, filters, extent);
+        }
+        if (cost >= least) continue;
+        least = cost, chosen = splits;
+        op.rows = rows, op.bands = bands, op.sum_columns = block;
+    }
+    if (!op.rows) return false;
+
+    // What all filters read of a band stays in the second-level cache.
+    op.block_columns = fitting(128 << 10, int64_t(op.used.size()), (op.rows + 2) * lanes, 8, op.row_vectors);
+    const int64_t reach = int64_t(step.kernel[1] - 1) * step.dilation[1] * key_.interleave;
+    op.transformed_pitch = round_up(round_up(op.block_columns * lanes + reach, lanes), 16);
+    // Rows at a distance of a power of two would all fall into the same few sets of the cache.
+    if (op.transformed_pitch / 16 % 2 == 0) op.transformed_pitch += 16;
+    op.zeros.assign(op.transformed_pitch, 0.0f);
+    const int64_t channel = (op.rows + 2) * op.transformed_pitch;
+    op.off.clear();
+    for (const auto& group : step.groups) {
+        op.off.emplace_back();
+        for (int c : group.in)
+            for (int tap = 0; tap < step.kernel[1]; ++tap)
+                op.off.back().push_back(int32_t(place_of[c] * channel + int64_t(tap) * step.dilation[1] * key_.interleave));
+    }
+    op.packed = network_.packed(step, chosen, op.rows);
+    std::vector<double> costs;
+    for (const auto& tile : op.packed->tiles)
+        costs.push_back(tile_cost(kernels, tile.filters,
+                                  BandExtent{int64_t(op.off[tile.group].size()), op.rows, op.bands, op.row_vectors,
+                                             op.sum_columns, key_.interleave >= lanes}));
+    chunk_conv(op, op.bands, std::min(key_.parts, op.bands), costs);
+    op.scratch_size = int64_t(op.used.size()) * channel;
+    op.scratch = scratch_begin_;
+    scratch_floats_ = std::max(scratch_floats_, op.scratch_size * op.chunks);
+    return true;
+}
+
+} // namespace dsp
