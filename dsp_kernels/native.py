@@ -7,10 +7,11 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from dsp_kernels.errors import DSPBackendError
 
-__all__ = ["chosen_isa", "native", "warn_if_missing", "why_missing"]
+__all__ = ["chosen_isa", "may_use_winograd", "native", "new_network", "warn_if_missing", "why_missing"]
 
 _FIX = (
     "install a C++ compiler and run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
@@ -50,6 +51,24 @@ def chosen_isa() -> str:
             f"DSP_KERNELS_ISA is {wanted!r}; this CPU and this build have {', '.join(available)}"
         )
     return wanted or available[0]
+
+
+def may_use_winograd() -> bool:
+    """Whether convolutions may use Winograd's method, which rounds a little differently than a plain sum.
+
+    DSP_KERNELS_WINOGRAD=0 in the environment turns it off.
+    """
+    return os.environ.get("DSP_KERNELS_WINOGRAD") != "0"
+
+
+def new_network(bf16: bool = False) -> Any:
+    """An empty native network for the chosen instruction set.
+
+    bf16: convolutions multiply bfloat16 numbers.
+    """
+    module = native()
+    assert module is not None
+    return module.Network(chosen_isa(), bf16, may_use_winograd())
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsp_kernels.backends import BACKENDS, ConvPlan
 from dsp_kernels.backends.cpu import CpuPlan
 from dsp_kernels.conv_spec import ConvSpec
-from dsp_kernels.native import chosen_isa
+from dsp_kernels.native import chosen_isa, may_use_winograd
 
 __all__ = ["forget", "kept", "plan_for"]
 
@@ -41,7 +41,8 @@ def plan_for(
     if backend.name != "cpu":
         return backend.prepare(spec, weights, bias)
     constants = [*weights, *([] if bias is None else [bias])]
-    key = (chosen_isa(), bias is None, spec.kernel_size, *(constant.data_ptr() for constant in constants))
+    how = chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size
+    key = (*how, *(constant.data_ptr() for constant in constants))
     with _lock:
         plan = _plans.get(key)
     if plan is None or plan.spec != spec or not plan.holds(weights, bias):

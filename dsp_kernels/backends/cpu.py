@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsp_kernels.conv_spec import ConvSpec, memory_format_of
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.native import chosen_isa, native, why_missing
+from dsp_kernels.native import native, new_network, why_missing
 
 __all__ = ["CpuBackend", "CpuPlan", "add_conv", "as_array", "products_per_move"]
 
@@ -70,11 +70,9 @@ class CpuPlan:
     """(x, residual) -> y for one convolution, with its weights packed. Safe to call from many threads."""
 
     def __init__(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        module = native()
-        assert module is not None
         self.spec = spec
         self.weight_bytes = sum(4 * weight.numel() for weight in weights)
-        self._plain = module.Network(chosen_isa())
+        self._plain = new_network()
         x = self._plain.input(spec.structure.in_channels)
         self._value = add_conv(self._plain, spec, weights, bias, x, -1)
         self._plain.output(self._value)
@@ -104,7 +102,7 @@ class CpuPlan:
         if not with_residual:
             return self._plain
         if self._with_residual is None:
-            made = native().Network(chosen_isa())  # type: ignore[union-attr]
+            made = new_network()
             x = made.input(self.spec.structure.in_channels)
             residual = made.input(self.spec.structure.out_channels)
             made.output(made.conv_like(self._plain, self._value, x, residual))

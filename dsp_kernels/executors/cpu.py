@@ -159,7 +159,7 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
 def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
     channels = [program.shapes[name][1] for name in part.inputs]
     bf16 = dtype == torch.bfloat16
-    network = build(native(), chosen_isa(), part.inputs, channels, part.steps, part.outputs, bf16)
+    network = build(part.inputs, channels, part.steps, part.outputs, bf16)
     finish = [_shape_of(name, part, program) for name in part.outputs]
     # What plain PyTorch reads has its dtype; the network's own answer stays as exact as it is.
     dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsp_kernels.backends.cpu import add_conv, as_array
+from dsp_kernels.native import new_network
 from dsp_kernels.program import (
     ActivationStep,
     AdaptivePoolStep,
@@ -43,19 +44,17 @@ NATIVE_STEPS = (
 
 
 def build(
-    module: Any,
-    isa: str,
     inputs: Sequence[str],
     channels: Sequence[int],
     steps: Sequence[Step],
     outputs: Sequence[str],
     bf16: bool = False,
 ) -> Any:
-    """module: the extension. inputs, outputs: values that come from and go to PyTorch. A native Network.
+    """inputs, outputs: values that come from and go to PyTorch. A native Network.
 
     bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case.
     """
-    network = module.Network(isa, bf16)
+    network = new_network(bf16)
     value = {name: network.input(width) for name, width in zip(inputs, channels, strict=True)}
     for step in steps:
         value[step.output] = _add(network, step, [value[name] for name in step.inputs])

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d, plan_cache
 from dsp_kernels.executors.native_builder import build
-from dsp_kernels.native import chosen_isa, native
 
 
 def network_and_model(seed: int = 1) -> tuple[object, object]:
     fused = fuse(Net(seed).eval(), torch.randn(1, 3, 20, 20), backend="cpu")
     program = fused.program
-    return fused, build(native(), chosen_isa(), [program.input], [3], program.steps, [program.output])
+    return fused, build([program.input], [3], program.steps, [program.output])
 
 
 def test_many_python_threads_get_the_same_bits_as_one() -> None:
