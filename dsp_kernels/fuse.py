@@ -84,8 +84,7 @@ class FusedNetwork(nn.Module):
             raise DSPShapeError(
                 f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
             )
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self._runner_for(x)(x).to(x.dtype)
+        return self._runner_for(x)(x).to(x.dtype)
 
     def _runner_for(self, x: Tensor) -> Runner:
         # Whoever records operations instead of running them has to see PyTorch's own.
@@ -97,6 +96,8 @@ class FusedNetwork(nn.Module):
             runner = executor.prepare(self.program)
             if not executor.takes_any_dtype:
                 runner = _converting(runner, self.dtype)
+            if not executor.is_native(self.program):
+                runner = _alone(runner, self.device.type)
             self._runners[name] = runner
         return runner
 
@@ -138,6 +139,16 @@ class FusedNetwork(nn.Module):
         made = FusedNetwork(program, self._example_shape, self.dtype, self.device, self._asked_backend)
         memo[id(self)] = made
         return made
+
+
+def _alone(runner: Runner, device_type: str) -> Runner:
+    """Without the caller's autograd and autocast."""
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            return runner(x)
+
+    return run
 
 
 def _converting(runner: Runner, dtype: torch.dtype) -> Runner:

@@ -76,8 +76,10 @@ void Builder::block_conv(ConvOp& op, const Draft& draft) {
     const int64_t lines = int64_t(rows.size());
     int64_t widest = 0;
     for (const auto& off : op.off) widest = std::max(widest, int64_t(off.size()) / taps);
-    // Multiples of most widths of a microtile.
-    const int block = taps > 1 && widest * 24 * vector * lines > cache ? 12 : 24;
+    // Multiples of most widths of a microtile. On a Zen 1 CPU with vectors of 8, the 1x1 convolutions of ResNet-50 80 %
+    // on 56x56 reach 56 % of peak with blocks of 12 and 44 % with 24, on 14x14 66 % and 63 %.
+    const bool narrow = taps == 1 && network_.kernels.lanes <= 8;
+    const int block = narrow || (taps > 1 && widest * 24 * vector * lines > cache) ? 12 : 24;
     // No short block at the end: it would fill no microtile.
     const int vectors = int(op.vectors.at.size()), rest = vectors % block;
     const int blocks = (vectors + block - 1) / block;

@@ -37,6 +37,10 @@ class Executor(Protocol):
         """A function x -> y: x (batch, channels, height, width) of the Program's dtype and device."""
         ...
 
+    def is_native(self, program: Program) -> bool:
+        """Whether it runs this Program without any operation of PyTorch's."""
+        ...
+
     def describe(self, program: Program) -> list[str]:
         """Per step, how this executor runs it."""
         ...

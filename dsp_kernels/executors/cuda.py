@@ -54,6 +54,10 @@ class CudaExecutor:
         """A function x -> y; see ``Executor.prepare``."""
         return GpuRunner(program, self.kernels)
 
+    def is_native(self, program: Program) -> bool:
+        """Never: PyTorch operations are at least around it."""
+        return False
+
     def describe(self, program: Program) -> list[str]:
         """Per step, the kernels and the layout for the example's batch."""
         layout = layout_for_batch(program.shapes[program.input][0])

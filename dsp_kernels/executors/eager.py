@@ -77,6 +77,10 @@ class EagerExecutor:
 
         return run_in_parts
 
+    def is_native(self, program: Program) -> bool:
+        """Never: PyTorch operations are at least around it."""
+        return False
+
     def describe(self, program: Program) -> list[str]:
         """Per step, the form in which its convolution runs."""
         return [
