@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <deque>
+#include <memory>
 
 #include "builder.h"
 #include "workers.h"
@@ -122,24 +124,34 @@ void Session::run_apart(const Plan& plan, const Share& share, const std::vector<
 
 void Session::run_together(const Plan& plan, const Share& share, const std::vector<Images>& inputs,
                            const std::vector<Images>& outputs, int threads) const {
-    struct alignas(64) Progress {
-        std::atomic<int> next{0}, done{0};
+    struct Progress { // of one operation
+        std::atomic<int> done{0};
+        std::unique_ptr<std::atomic<bool>[]> taken;
+        explicit Progress(int chunks) : taken(new std::atomic<bool>[chunks]()) {}
     };
     Arena arena(plan, threads);
     const int I = share.interleave;
     for (int64_t first = share.first; first < share.first + share.count; first += I) {
         const Context context{arena.memory, &inputs, &outputs, first,
                               int(std::min<int64_t>(I, share.first + share.count - first))};
-        std::vector<Progress> progress(plan.ops.size());
-        // Chunks are taken one by one, so a helper that wakes up late joins wherever the others are.
+        std::deque<Progress> progress;
+        for (const auto& op : plan.ops) progress.emplace_back(op->chunks);
+        std::atomic<int> joined{0};
+        // Chunks are taken one by one, so a helper that wakes up late joins wherever the others are. Everyone begins
+        // with the same part of each operation: neighbouring chunks are neighbouring rows, which are then in its own
+        // caches from the operation before.
         const std::function<void()> body = [&] {
+            const int rank = joined.fetch_add(1, std::memory_order_relaxed);
             for (size_t n = 0; n < plan.ops.size(); ++n) {
                 const Op& op = *plan.ops[n];
                 Progress& state = progress[n];
                 if (state.done.load(std::memory_order_acquire) == op.chunks) continue;
-                for (;;) {
-                    const int chunk = state.next.fetch_add(1, std::memory_order_relaxed);
-                    if (chunk >= op.chunks) break;
+                const int begin = int(int64_t(op.chunks) * rank / threads);
+                for (int i = 0; i < op.chunks; ++i) {
+                    const int chunk = (begin + i) % op.chunks;
+                    if (state.taken[chunk].load(std::memory_order_relaxed) ||
+                        state.taken[chunk].exchange(true, std::memory_order_relaxed))
+                        continue;
                     op.run(chunk, context);
                     state.done.fetch_add(1, std::memory_order_release);
                 }

@@ -25,7 +25,7 @@ inline void pause_core() {
 
 // How long a helper looks for the next call before it sleeps, and a call for its last helper to leave. Waking
 // a sleeper takes about 30 us here, a tenth of a small network at batch 1; a loop of calls never sleeps so.
-constexpr auto brief = std::chrono::microseconds(50);
+constexpr auto brief = std::chrono::microseconds(200);
 
 struct Job {
     const std::function<void()>* body;

@@ -1,4 +1,4 @@
-// Threads that help a call. A helper looks 50 us for the next call and then sleeps.
+// Threads that help a call. A helper looks 0.2 ms for the next call and then sleeps.
 #pragma once
 
 #include <functional>
