@@ -88,7 +88,8 @@ class Network:
     @cached_property
     def example(self) -> Tensor:
         """(1, channels, image_size, image_size) of zeros."""
-        return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
+        with torch.inference_mode(False):  # as the forms
+            return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
 
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError with the reason where it does not have it."""
@@ -99,11 +100,13 @@ class Network:
                 raise DSPError("only a network that the authors released has their form of execution")
             return self._released
         if name not in self._built:
-            self._built[name] = (
-                compacted(self.packed)
-                if name == "compacted"
-                else filter_pruned(self.dense, self.example, self.macs("packed"))
-            )
+            # Kept for every later caller: in inference mode its weights would be of no use to autograd.
+            with torch.inference_mode(False):
+                self._built[name] = (
+                    compacted(self.packed)
+                    if name == "compacted"
+                    else filter_pruned(self.dense, self.example, self.macs("packed"))
+                )
         return self._built[name]
 
     def reference(self, form: str) -> nn.Module:
@@ -114,7 +117,8 @@ class Network:
         """The steps of the reference of a form, for counting what has to be computed."""
         name = REFERENCE[form]
         if name not in self._programs:
-            self._programs[name] = program_of(self.form(name), self.example)
+            with torch.inference_mode(False):  # as the forms
+                self._programs[name] = program_of(self.form(name), self.example)
         return self._programs[name]
 
     def macs(self, form: str) -> int:

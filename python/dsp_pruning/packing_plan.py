@@ -83,19 +83,20 @@ def plan_packing(
         reads them.
     fixed_size: whether a constant may go into a bias for every place, where zeros are padded around it.
     """
-    return _Planner(network, held or {}, fixed_size).plan()
+    return _Planner(network, held, fixed_size).plan()
 
 
 class _Planner:
-    def __init__(self, network: TracedNetwork, held: dict[str, str], fixed_size: bool) -> None:
+    def __init__(self, network: TracedNetwork, held: dict[str, str] | None, fixed_size: bool) -> None:
         self.network = network
         self.fixed_size = fixed_size
         self.paths = ChannelMap(network)
         self.flow: ChannelFlow = channel_flow(network, semantics="eval", paths=self.paths)
         self.runs: dict[int, list[TracedNode]] = {}
+        held = {**(held or {}), **self._read_elsewhere()}
         for node in network:
             followed = node.name in self.paths.readers or node.kind in _NORMS
-            if followed and node.name not in self.paths.barriers:
+            if followed and node.name not in self.paths.barriers and not self._is_read_elsewhere(node):
                 self.runs.setdefault(id(norm_of(node)), []).append(node)
         self._kernels: dict[str, Tensor] = {}
         self.fixed = self._fixed()
@@ -125,6 +126,25 @@ class _Planner:
         barriers = sorted((b for b in found.values() if b.reason), key=lambda b: place[b.node])
         return PackingPlan(layers, tuple(barriers))
 
+    def _is_read_elsewhere(self, node: TracedNode) -> bool:
+        """Whether code of the model reads the parameters of a module that it also calls."""
+        path = node.path or str(node.attributes.get("path", ""))
+        return any(
+            reader.kind != "functional_norm"
+            for other in self.network
+            if other.fx_node.op == "get_attr" and str(other.fx_node.target).rpartition(".")[0] == path
+            for reader in (self.network[name] for name in other.users)
+        )
+
+    def _read_elsewhere(self) -> dict[str, str]:
+        """The values around such modules, which stay as they are."""
+        held = {}
+        for node in self.network:
+            if (node.name in self.paths.readers or node.kind in _NORMS) and self._is_read_elsewhere(node):
+                reason = f"the model's code also reads the parameters of {node.describe()}"
+                held |= {name: reason for name in (node.inputs[0], node.name)}
+        return held
+
     def _fixed(self) -> dict[str, tuple[str, str]]:
         """Value whose channels have to stay as they are -> node because of which, and why ("" if natural)."""
         fixed: dict[str, tuple[str, str]] = {}
@@ -133,7 +153,7 @@ class _Planner:
                 reason = self.paths.barriers.get(node.name) or self.paths.rigid[node.name]
                 for name in (*sorted(self.paths.size_sources(node)), node.name):
                     fixed.setdefault(name, (node.name, reason))
-            elif node.kind == "input" or node.kind == "linear":
+            elif node.kind == "input":
                 fixed.setdefault(node.name, (node.name, ""))
             elif node.fx_node.op == "output":
                 for name in self.paths.size_sources(node):

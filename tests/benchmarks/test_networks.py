@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_rows import SMALL
 from dsp_benchmarks.floors import floors, program_of
 from dsp_benchmarks.kernels.shapes import layers
 from dsp_benchmarks.networks import Network, NetworkSource, load_network
@@ -52,6 +53,20 @@ def test_filter_pruned_has_the_packed_network_s_flops(network: Network) -> None:
     assert cost == pytest.approx(network.macs("packed"), rel=0.05)
     assert cost == network.macs("filters")
     assert filters(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("form", ["compacted", "filters"])
+def test_a_form_first_asked_for_in_inference_mode_can_be_trained(form: str) -> None:
+    """A form is kept, so whoever asks first must not decide what the others can do with it."""
+    fresh = load_network(SMALL)
+    with torch.inference_mode():
+        made = fresh.form(form)
+        fresh.program(form)
+    loss = made(torch.randn(2, 3, 16, 16)).sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+    assert not any(tensor.is_inference() for tensor in made.state_dict().values())
+    assert not fresh.example.is_inference()
 
 
 @pytest.mark.parametrize(("groups", "rate"), [(1, 0.5), (2, 0.7), (4, 0.6)])
