@@ -58,7 +58,7 @@ def _changes(dense: nn.Module, packed: nn.Module) -> dict[str, dict[str, Any]]:
         elif isinstance(module, nn.Linear) and isinstance(original, nn.Linear):
             if module.out_features != original.out_features:
                 raise DSPFormatError(
-                    f"layer {path!r} has {module.out_features} outputs, the architecture {original.out_features}"
+                    f"layer {path!r} has {module.out_features} outputs; expected {original.out_features}"
                 )
             if module.in_features != original.in_features:
                 changes[path] = {"type": "linear", "features": module.in_features}

@@ -130,9 +130,10 @@ def build_network(
         nodes.append(_build_call(graph, call, nodes, len(nodes) == len(calls) - 1, names))
     inputs = [node for node in nodes if node.op == "placeholder"]
     if not nodes or nodes[-1].op != "output" or len(inputs) != len(meta["example_shapes"]):
+        end = nodes[-1].op if nodes else "nothing"
         raise DSPFormatError(
-            f"the calls have {len(inputs)} inputs and an output at their end, or none; expected "
-            f"{len(meta['example_shapes'])} inputs and an output"
+            f"the calls take {len(inputs)} inputs and end with {end!r}; expected inputs of the "
+            f"{len(meta['example_shapes'])} shapes in the description, and an output"
         )
     if nodes[: len(inputs)] != inputs or [call["input"] for call in calls[: len(inputs)]] != [
         *range(len(inputs))

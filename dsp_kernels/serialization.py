@@ -1,7 +1,7 @@
 """save / load of packed models: tensors in safetensors, the network in its JSON header, no pickle, no code.
 
-Version 2 holds the network itself (see ``graph_file``), version 3 one of several inputs; version 1, a known architecture by name, is still
-read (see ``file_version_1``).
+Version 2 holds the network itself (see ``graph_file``), version 3 one of several inputs; version 1, a known
+architecture by name, is still read (see ``file_version_1``).
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
     rest = [] if count is None else [p for p in names[count:] if p.default is not inspect.Parameter.empty]
-    fixed = {p.name: p.default for p in rest if p.default is None or isinstance(p.default, bool | int | float)}
+    fixed = {
+        p.name: p.default for p in rest if p.default is None or isinstance(p.default, bool | int | float)
+    }
     # A Proxy is never None and has no truth: ``if mask is not None`` would take the wrong way.
     graph = tracer.trace(model, concrete_args=fixed or None)
     wanted = {f"{name}_1" for name in fixed}

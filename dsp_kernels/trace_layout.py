@@ -114,7 +114,17 @@ def classify_module(node: fx.Node, module: nn.Module, shapes: _Shapes) -> _Class
 
 def classify_function(node: fx.Node, shapes: _Shapes, root: nn.Module | None) -> _Classified:
     """The same for a function or method. root: the traced model, where names of parameters lead to."""
-    for rule in (_pointwise, _combination, _concat, _split, _piece, _reshape, _spatial, _over_the_map, _same_channels):
+    for rule in (
+        _pointwise,
+        _combination,
+        _concat,
+        _split,
+        _piece,
+        _reshape,
+        _spatial,
+        _over_the_map,
+        _same_channels,
+    ):
         found = rule(node, shapes)
         if found is not None:
             return found
@@ -286,7 +296,12 @@ def _spatial(node: fx.Node, shapes: _Shapes) -> _Classified | None:
 def _over_the_map(node: fx.Node, shapes: _Shapes) -> _Classified | None:
     """A constant map has itself as its mean and its largest value."""
     shape = _source_shape(node, shapes)
-    if node.target not in _OVER_THE_MAP or shape is None or shapes[node.name] is None or "dtype" in node.kwargs:
+    if (
+        node.target not in _OVER_THE_MAP
+        or shape is None
+        or shapes[node.name] is None
+        or "dtype" in node.kwargs
+    ):
         return None
     dims = _argument(node, 1, "dim", None)
     dims = dims if isinstance(dims, list | tuple) else (dims,)
@@ -297,7 +312,7 @@ def _over_the_map(node: fx.Node, shapes: _Shapes) -> _Classified | None:
 def _same_channels(node: fx.Node, shapes: _Shapes) -> _Classified | None:
     """What only changes the map of each channel, and maps of one place that come and go around a gate."""
     before, after = _source_shape(node, shapes), shapes[node.name]
-    if before is None or after is None or not 2 <= min(len(before), len(after)) or before[:2] != after[:2]:
+    if before is None or after is None or not min(len(before), len(after)) >= 2 or before[:2] != after[:2]:
         return None
     if max(len(before), len(after)) > 4 or "out" in node.kwargs:
         return None
@@ -324,7 +339,9 @@ def _leaves_channels(which: Any, dims: int) -> bool:
     """Whether an index takes all images and channels, and slices, places or new axes of the map."""
     parts = list(which) if isinstance(which, tuple) else [which]
     rests = [place for place, part in enumerate(parts) if part is Ellipsis]
-    if len(rests) > 1 or not all(part is None or isinstance(part, slice | int) for part in parts if part is not ...):
+    if len(rests) > 1 or not all(
+        part is None or isinstance(part, slice | int) for part in parts if part is not ...
+    ):
         return False
     if rests:
         skipped = dims - sum(part is not None for part in parts) + 1

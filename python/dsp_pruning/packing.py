@@ -18,8 +18,8 @@ from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
 from dsp_kernels.trace_inputs import Example, as_inputs
 from dsp_pruning.packing_plan import plan_packing
-from dsp_pruning.plain_copy import plain_copy, unwrapped
 from dsp_pruning.packing_report import PackingReport
+from dsp_pruning.plain_copy import plain_copy, unwrapped
 from dsp_pruning.repacking import rebuild, replace_module
 
 __all__ = ["pack"]
@@ -132,9 +132,7 @@ def _masked_copy(model: nn.Module) -> nn.Module:
     return masked
 
 
-def _read_in_training(
-    model: nn.Module, network: TracedNetwork, inputs: tuple[Tensor, ...]
-) -> dict[str, str]:
+def _read_in_training(model: nn.Module, network: TracedNetwork, inputs: tuple[Tensor, ...]) -> dict[str, str]:
     """Node -> reason, for values that are read by modules which run in training mode only (auxiliary heads).
 
     Such a module is left as it is, so its input has to keep its width.
@@ -181,7 +179,9 @@ def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) ->
                 got = _tensors(packed(*(x.clone() for x in given)))
             except DSPError:
                 raise
-            except Exception as error:  # code of the model's own that no graph shows, and that counts channels
+            except (
+                Exception
+            ) as error:  # code of the model's own that no graph shows, and that counts channels
                 raise DSPVerificationError(
                     f"the packed network does not run on {what}, so it was not packed: "
                     f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -93,10 +93,16 @@ class _Planner:
         self.paths = ChannelMap(network)
         self.flow: ChannelFlow = channel_flow(network, semantics="eval", paths=self.paths)
         self.runs: dict[int, list[TracedNode]] = {}
-        held = {**(held or {}), **self._read_elsewhere()}
+        self.borrowed = self._find_borrowed()
+        held = dict(held or {})
         for node in network:
             followed = node.name in self.paths.readers or node.kind in _NORMS
-            if followed and node.name not in self.paths.barriers and not self._is_read_elsewhere(node):
+            if not followed or node.name in self.paths.barriers:
+                continue
+            if self._is_borrowed(node):
+                reason = f"the model's code also reads the parameters of {node.describe()}"
+                held |= dict.fromkeys((node.inputs[0], node.name), reason)
+            else:
                 self.runs.setdefault(id(norm_of(node)), []).append(node)
         self._kernels: dict[str, Tensor] = {}
         self.fixed = self._fixed()
@@ -126,24 +132,17 @@ class _Planner:
         barriers = sorted((b for b in found.values() if b.reason), key=lambda b: place[b.node])
         return PackingPlan(layers, tuple(barriers))
 
-    def _is_read_elsewhere(self, node: TracedNode) -> bool:
-        """Whether code of the model reads the parameters of a module that it also calls."""
-        path = node.path or str(node.attributes.get("path", ""))
-        return any(
-            reader.kind != "functional_norm"
-            for other in self.network
-            if other.fx_node.op == "get_attr" and str(other.fx_node.target).rpartition(".")[0] == path
-            for reader in (self.network[name] for name in other.users)
-        )
+    def _find_borrowed(self) -> set[str]:
+        """Paths of modules whose parameters code of the model reads by itself; they stay as they are."""
+        return {
+            str(node.fx_node.target).rpartition(".")[0]
+            for node in self.network
+            if node.fx_node.op == "get_attr"
+            and any(self.network[user].kind != "functional_norm" for user in node.users)
+        }
 
-    def _read_elsewhere(self) -> dict[str, str]:
-        """The values around such modules, which stay as they are."""
-        held = {}
-        for node in self.network:
-            if (node.name in self.paths.readers or node.kind in _NORMS) and self._is_read_elsewhere(node):
-                reason = f"the model's code also reads the parameters of {node.describe()}"
-                held |= {name: reason for name in (node.inputs[0], node.name)}
-        return held
+    def _is_borrowed(self, node: TracedNode) -> bool:
+        return (node.path or node.attributes.get("path")) in self.borrowed
 
     def _fixed(self) -> dict[str, tuple[str, str]]:
         """Value whose channels have to stay as they are -> node because of which, and why ("" if natural)."""
@@ -161,7 +160,8 @@ class _Planner:
         return {name: why for name, why in fixed.items() if name in self.flow.states}
 
     def _shared(self, node: TracedNode) -> bool:
-        return len(self.runs[id(norm_of(node))]) > 1
+        """Whether a module is not this node's own: it runs more than once, or code reads its parameters."""
+        return self._is_borrowed(node) or len(self.runs[id(norm_of(node))]) > 1
 
     def _folds(self, node: TracedNode) -> bool:
         """Whether what a layer makes of constants can go into its bias."""

@@ -50,8 +50,12 @@ def _make_plain(module: nn.Module) -> None:
     if isinstance(module, parametrize.ParametrizationList):
         return
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # Not remove_parametrizations: it takes the properties from a class that the original shares.
+        values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value.detach().clone()))
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
