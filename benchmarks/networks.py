@@ -25,7 +25,7 @@ from .floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
 from .structures import apply_structure
-from .twin import dense_twin, input_channels
+from .twin import dense_of_one_width, dense_twin, input_channels
 
 __all__ = ["FORMS", "REFERENCE", "Network", "NetworkSource", "load_network", "shared_folder"]
 
@@ -141,9 +141,14 @@ def load_network(source: NetworkSource) -> Network:
         return Network(label, packed, dense, size, released, _labelled(meta["num_classes"], size))
     if path.suffix == ".safetensors":
         saved = dsp_kernels.load(path)
-        twin = _seeded(lambda: dense_twin(saved), source.seed)
+        if len(getattr(saved, "example_shapes", ())) > 1:
+            raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
         size = source.image_size or _made_for(saved)
-        return Network(path.name, saved, twin, size)
+        if getattr(saved, "architecture", None) is None:
+            twin = _seeded(lambda: dense_of_one_width(saved), source.seed)
+            label = f"{path.name} (it names no architecture: dense has the packed widths)"
+            return Network(label, saved, twin, size)
+        return Network(path.name, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
     if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
         structure = str(shared_folder() / "structures" / f"{name}.npz")
         return load_network(replace(source, name=match[1], structure=structure))

@@ -179,13 +179,11 @@ def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) ->
                 got = _tensors(packed(*(x.clone() for x in given)))
             except DSPError:
                 raise
-            except (
-                Exception
-            ) as error:  # code of the model's own that no graph shows, and that counts channels
+            except Exception as broken:  # code of the model's own that no graph shows
                 raise DSPVerificationError(
                     f"the packed network does not run on {what}, so it was not packed: "
-                    f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                ) from error
+                    f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}"
+                ) from broken
             scale, error = _largest(expected), _largest_difference(expected, got)
             if error <= bound * scale:
                 continue
