@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bench_rows import SMALL
+from dsp_benchmarks.cases import Case, build_case, case_input
 from dsp_benchmarks.floors import floors, program_of
 from dsp_benchmarks.kernels.shapes import layers
 from dsp_benchmarks.networks import Network, NetworkSource, load_network
@@ -17,7 +18,7 @@ from dsp_benchmarks.structures import apply_structure
 from torch import nn
 
 import dsp_kernels
-from dsp_kernels import PackedConv2d
+from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPFormatError, DSPPruningError
 from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet
@@ -134,6 +135,29 @@ def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
     loaded = load_network(NetworkSource(str(path), None, 16))
     assert loaded.macs("packed") == network.macs("packed")
     assert loaded.macs("dense") == network.macs("dense")
+
+
+def test_a_saved_file_without_an_architecture_is_a_network(tmp_path: Path) -> None:
+    """Its original widths are not in the file, so the dense network has the packed ones, and says so."""
+    packed = nn.Sequential(
+        PackedConv2d(
+            GroupStructure.build(3, 6, [([0, 2], [0, 1, 4]), ([1], [2, 3])]), 3, padding=1, bias=True
+        ),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 64, 2),
+    ).eval()
+    dsp_kernels.save(packed, tmp_path / "own.safetensors", torch.zeros(1, 3, 8, 8))
+    network = load_network(NetworkSource(str(tmp_path / "own.safetensors")))
+    assert network.image_size == 8
+    assert "dense has the packed widths" in network.label
+    assert network.macs("dense") == 6 * 3 * 9 * 64 + 6 * 64 * 2
+    assert network.macs("packed") == (3 * 2 + 2) * 9 * 64 + 6 * 64 * 2
+    row, run = build_case(Case("dense", "torch"), network, case_input(network, 2, 0))
+    assert run is not None, row.reason
+    again = load_network(NetworkSource(str(tmp_path / "own.safetensors")))
+    for a, b in zip(again.dense.parameters(), network.dense.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def _net() -> nn.Module:
