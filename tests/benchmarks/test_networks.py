@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dsp_benchmarks.peaks as peaks_module
 import numpy as np
 import pytest
 import torch
@@ -196,6 +197,24 @@ def test_peaks_are_measured_and_the_best_is_kept() -> None:
     faster = Peaks({"float32": 1e15}, 1e14, 0.0, 1, {"float32": "told"})
     assert peaks.best(faster).flops == {"float32": 1e15}
     assert peaks.best(faster).how["float32"] == "told"
+
+
+@pytest.mark.parametrize(("half", "expected"), [(1e9, 1e12), (4e12, 4e12)])
+def test_half_precision_is_never_slower_than_float32(
+    monkeypatch: pytest.MonkeyPatch, half: float, expected: float
+) -> None:
+    """In software it is, and a floor made of that would be one that engines beat."""
+    rates = {torch.float32: 1e12, torch.bfloat16: half}
+    monkeypatch.setattr(peaks_module, "_matmul_peak", lambda dtype, *_: (rates[dtype], "told"))
+    monkeypatch.setattr(peaks_module, "_fma_peak", lambda threads: None)
+    monkeypatch.setattr(peaks_module, "_copy_bandwidth", lambda device: 1e10)
+    peaks = measure_peaks("cpu", (torch.float32, torch.bfloat16))
+    assert peaks.flops == {"float32": 1e12, "bfloat16": expected}
+    assert ("as float32" in peaks.how["bfloat16"]) == (half < 1e12)
+
+
+def test_a_rate_that_is_far_too_low_is_not_measured_for_long() -> None:
+    assert peaks_module._matmul_peak(torch.bfloat16, "cpu", known=1e30) == (0.0, "not measured")
 
 
 def test_single_op_layers_are_one_of_each_shape() -> None:
