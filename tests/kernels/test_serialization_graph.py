@@ -494,3 +494,16 @@ def test_refuses_hostile_inputs(tmp_path: Path, name: str) -> None:
     save_file({}, path, metadata={"dsp_kernels": json.dumps(header)})
     with pytest.raises(DSPFormatError, match=words):
         dsp_kernels.load(path)
+
+
+def test_a_fused_layer_of_other_channels_is_refused(tmp_path: Path) -> None:
+    """Its groups read channels that are there, so that only the width itself tells."""
+    path = tmp_path / "net"
+    dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, IMAGE)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dsp_kernels"])
+    fused = next(m for m in header["modules"].values() if m["class"] == "FusedConv2d")
+    fused["structure"]["in_channels"] += 100
+    save_file(load_file(path), path, metadata={"dsp_kernels": json.dumps(header)})
+    with pytest.raises(DSPFormatError, match="channels reads a value of shape"):
+        dsp_kernels.load(path)
