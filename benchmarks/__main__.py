@@ -63,10 +63,10 @@ def _names(text: str) -> list[str]:
 
 
 def _counts(text: str) -> list[int]:
-    counts = [int(name) for name in _names(text)]
-    if not counts or min(counts) < 1:
-        raise ValueError
-    return counts
+    names = _names(text)
+    if not names or not all(name.isdecimal() and int(name) > 0 for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers above 0, with commas between")
+    return [int(name) for name in names]
 
 
 def _run(run: argparse.ArgumentParser) -> None:

@@ -94,8 +94,9 @@ def build_case(
     program = network.program(REFERENCE[case.form])
     row = replace(row, macs=program.macs)
     if expected is None:
+        reference = reference.to(x.device)
         with torch.inference_mode():
-            expected = reference.to(x.device)(x)
+            expected = reference(x)
     try:
         with peak_memory(x.device) as memory:
             run, build_seconds = (built or {}).get(case.label) or _prepare(engine, model, x)

@@ -25,7 +25,7 @@ from .floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
 from .structures import apply_structure
-from .twin import dense_twin, input_channels
+from .twin import dense_of_one_width, dense_twin, input_channels
 
 __all__ = ["FORMS", "REFERENCE", "Network", "NetworkSource", "load_network", "shared_folder"]
 
@@ -88,7 +88,8 @@ class Network:
     @cached_property
     def example(self) -> Tensor:
         """(1, channels, image_size, image_size) of zeros."""
-        return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
+        with torch.inference_mode(False):  # as the forms
+            return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
 
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError with the reason where it does not have it."""
@@ -99,11 +100,13 @@ class Network:
                 raise DSPError("only a network that the authors released has their form of execution")
             return self._released
         if name not in self._built:
-            self._built[name] = (
-                compacted(self.packed)
-                if name == "compacted"
-                else filter_pruned(self.dense, self.example, self.macs("packed"))
-            )
+            # Kept for every later caller: in inference mode its weights would be of no use to autograd.
+            with torch.inference_mode(False):
+                self._built[name] = (
+                    compacted(self.packed)
+                    if name == "compacted"
+                    else filter_pruned(self.dense, self.example, self.macs("packed"))
+                )
         return self._built[name]
 
     def reference(self, form: str) -> nn.Module:
@@ -114,7 +117,8 @@ class Network:
         """The steps of the reference of a form, for counting what has to be computed."""
         name = REFERENCE[form]
         if name not in self._programs:
-            self._programs[name] = program_of(self.form(name), self.example)
+            with torch.inference_mode(False):  # as the forms
+                self._programs[name] = program_of(self.form(name), self.example)
         return self._programs[name]
 
     def macs(self, form: str) -> int:
@@ -137,9 +141,14 @@ def load_network(source: NetworkSource) -> Network:
         return Network(label, packed, dense, size, released, _labelled(meta["num_classes"], size))
     if path.suffix == ".safetensors":
         saved = dsp_kernels.load(path)
-        twin = _seeded(lambda: dense_twin(saved), source.seed)
+        if len(getattr(saved, "example_shapes", ())) > 1:
+            raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
         size = source.image_size or _made_for(saved)
-        return Network(path.name, saved, twin, size)
+        if getattr(saved, "architecture", None) is None:
+            twin = _seeded(lambda: dense_of_one_width(saved), source.seed)
+            label = f"{path.name} (it names no architecture: dense has the packed widths)"
+            return Network(label, saved, twin, size)
+        return Network(path.name, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
     if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
         structure = str(shared_folder() / "structures" / f"{name}.npz")
         return load_network(replace(source, name=match[1], structure=structure))

@@ -88,12 +88,16 @@ class Peaks:
 
 def measure_peaks(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Peaks:
     """Measure for about a second, with torch's number of threads on a CPU."""
-    flops, how = {}, {}
+    flops: dict[str, float] = {}
+    how: dict[str, str] = {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        flops[name], how[name] = _matmul_peak(dtype, device)
+        flops[name], how[name] = _matmul_peak(dtype, device, flops.get("float32", 0.0))
         if dtype == torch.float32 and device == "cpu" and (found := _fma_peak(torch.get_num_threads())):
             flops[name], how[name] = max((found, "loop of multiply-adds"), (flops[name], how[name]))
+        # 16-bit products in software are slower than float32, and no engine has to compute them so.
+        elif device == "cpu" and flops[name] < flops.get("float32", 0.0):
+            flops[name], how[name] = flops["float32"], "as float32: this processor has no faster arithmetic"
     bandwidth = _copy_bandwidth(device)
     how["bandwidth"] = f"torch copy of {_COPY_BYTES >> 20} MiB"
     launch = 0.0 if device == "cpu" else _KERNEL_SECONDS
@@ -120,12 +124,20 @@ def _copy_bandwidth(device: str) -> float:
     return 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device)
 
 
-def _matmul_peak(dtype: torch.dtype, device: str) -> tuple[float, str]:
-    found = []
+def _matmul_peak(dtype: torch.dtype, device: str, known: float = 0.0) -> tuple[float, str]:
+    """known: a rate that this one is not asked for if it is lower; a slow one could take a minute."""
+    found: list[tuple[float, str]] = []
     for size in (1024, 2048) if device == "cpu" else (4096, 8192):
         left = torch.ones(size, size, dtype=dtype, device=device)
         right = torch.ones(size, size, dtype=dtype, device=device)
         with torch.inference_mode():
+            if (
+                known
+                and device == "cpu"
+                and 2 * 256**3 / _best(partial(torch.matmul, left[:256, :256], right[:256, :256]), device, 1)
+                < known / 8
+            ):
+                return 0.0, "not measured"
             seconds = _best(partial(torch.matmul, left, right), device, 3)
         found.append((2 * size**3 / seconds, f"torch matmul of {size} x {size}"))
     return max(found)

@@ -185,8 +185,9 @@ def _answer(answers: dict[str, Tensor], network: Network, case: Case, x: Tensor)
     """What the reference of a case gives, computed once per batch."""
     name = REFERENCE[case.form]
     if name not in answers:
+        model = network.form(name).to(x.device)
         with torch.inference_mode():
-            answers[name] = network.form(name).to(x.device)(x)
+            answers[name] = model(x)
     return answers[name]
 
 

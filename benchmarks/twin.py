@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from dsp_kernels.architectures import build_architecture
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.packed import PackedConv2d
 
-__all__ = ["dense_twin", "input_channels"]
+__all__ = ["dense_of_one_width", "dense_twin", "input_channels"]
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
@@ -23,6 +25,24 @@ def dense_twin(model: nn.Module) -> nn.Module:
         if callable(reset):
             reset()
     return dense.eval()
+
+
+def dense_of_one_width(model: nn.Module) -> nn.Module:
+    """The network with an ordinary convolution, of random weights, for each packed one of the same width.
+
+    It stands for the dense network where a file does not name its architecture, whose widths it has not got.
+    """
+    dense = copy.deepcopy(model).eval()
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, PackedConv2d):
+            parent, _, child = name.rpartition(".")
+            conv = nn.Conv2d(
+                *(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding),
+                dilation=module.dilation,
+                bias=module.bias is not None,
+            )
+            setattr(dense.get_submodule(parent), child, conv)
+    return dense
 
 
 def input_channels(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ __all__ = [
     "tensor_table",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # version 3: several inputs; a network of one input is still written as version 2
 KEY = "dsp_kernels"
 _FORMAT = "packed model"
 _FLOATS = {

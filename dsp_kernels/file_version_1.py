@@ -56,6 +56,10 @@ def _changes(dense: nn.Module, packed: nn.Module) -> dict[str, dict[str, Any]]:
             if module.num_features != original.num_features:
                 changes[path] = {"type": "batch_norm", "channels": module.num_features}
         elif isinstance(module, nn.Linear) and isinstance(original, nn.Linear):
+            if module.out_features != original.out_features:
+                raise DSPFormatError(
+                    f"layer {path!r} has {module.out_features} outputs; expected {original.out_features}"
+                )
             if module.in_features != original.in_features:
                 changes[path] = {"type": "linear", "features": module.in_features}
         elif type(module) is not type(original) and not isinstance(module, nn.ParameterList):

@@ -6,7 +6,7 @@ is refused before any of its tensors is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.graph_ops import SCALAR_FUNCTIONS
 
-__all__ = ["check_network", "is_example_shape"]
+__all__ = ["check_network", "is_example_shape", "is_input_shape"]
 
 # Numbers alive at one time, for one that the input holds; networks of torchvision and timm stay below 200.
 _MOST_PER_INPUT = 512
@@ -35,27 +35,33 @@ def is_example_shape(shape: Any) -> bool:
     return shape[0] * shape[1] * shape[2] * shape[3] <= _LARGEST_INPUT
 
 
-def check_network(network: fx.GraphModule, example_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raises DSPFormatError where the network, on the meta device, cannot run on inputs of this shape.
+def is_input_shape(shape: Any) -> bool:
+    """The same for a further input, of any number of dimensions: a vector of features, for instance."""
+    if not isinstance(shape, list | tuple) or not 1 <= len(shape) <= 4:
+        return False
+    return is_example_shape([*shape, *[1] * (4 - len(shape))])
+
+
+def check_network(
+    network: fx.GraphModule, example_shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    """Raises DSPFormatError where the network, on the meta device, cannot run on inputs of these shapes.
 
     dtype: of the tensors in its file; modules on the meta device are made in another one and get this one.
     """
     network.to(dtype)
-    x = torch.empty(example_shape, device="meta", dtype=dtype)
-    checker = _Checker(network, _allowed(x))
+    inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in example_shapes]
+    checker = _Checker(network, max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * sum(x.numel() for x in inputs)))
     try:
         with torch.no_grad():
-            checker.run(x)
+            checker.run(*inputs)
     except DSPFormatError:
         raise
     except Exception as error:  # whatever torch says about arguments that do not fit
         raise DSPFormatError(
-            f"the network does not run on an input of shape {tuple(example_shape)}: {str(error)[:300]}"
+            f"the network does not run on an input of shape {' and '.join(map(str, example_shapes))}: "
+            f"{str(error)[:300]}"
         ) from error
-
-
-def _allowed(x: Tensor) -> int:
-    return max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * x.numel())
 
 
 class _Checker(fx.Interpreter):
@@ -82,6 +88,9 @@ class _Checker(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, FusedConv2d):
+            width, shape = module.spec.structure.in_channels, tuple(getattr(args[0], "shape", ()))
+            if len(shape) != 4 or shape[1] != width:
+                raise DSPFormatError(f"layer {target!r} of {width} channels reads a value of shape {shape}")
             return module._call_op(
                 *args, *[None] * (2 - len(args))
             )  # its backends have no meta device, its op has

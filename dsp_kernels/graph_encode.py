@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.graph_modules import Budget, build_module, encode_module, is_known
 from dsp_kernels.graph_ops import METHODS, function_name
 from dsp_kernels.graph_trace import TRAINING, traced_calls
+from dsp_kernels.trace_inputs import Example
 
 __all__ = ["CONTAINERS", "DTYPES", "encode_network"]
 
@@ -27,10 +28,11 @@ DTYPES = {
 _OPS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 
 
-def encode_network(model: nn.Module, example_input: Tensor | None = None) -> dict[str, Any]:
+def encode_network(model: nn.Module, example_input: Example | None = None) -> dict[str, Any]:
     """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values.
 
-    example_input: (batch, channels, height, width); a model that torch.fx cannot follow needs one.
+    example_input: (batch, channels, height, width), or a tuple of all inputs; a model of several inputs, or
+    one that torch.fx cannot follow, needs one.
     Raises DSPFormatError, naming it, for whatever a file cannot hold.
     """
     graph, modes, added = traced_calls(model, example_input)
@@ -95,7 +97,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any]:
     if node.op == "placeholder":
-        return {"input": 0}
+        return {"input": sum(other.op == "placeholder" for other in numbers) - 1}
     if node.op == "output":
         return {"output": _encode(node.args[0], numbers, node)}
     kind, target = _OPS[node.op], node.target
@@ -109,8 +111,10 @@ def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any
     call: dict[str, Any] = {kind: name}
     if node.args:
         call["args"] = [_encode(value, numbers, node) for value in node.args]
-    if node.kwargs:
-        call["kwargs"] = {key: _encode(value, numbers, node) for key, value in node.kwargs.items()}
+    # ``out`` is no argument of a file's calls; functions of torch hand on that there is none.
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "out" or value is not None}
+    if kwargs:
+        call["kwargs"] = {key: _encode(value, numbers, node) for key, value in kwargs.items()}
     return call
 
 

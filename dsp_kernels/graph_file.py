@@ -50,7 +50,12 @@ class LoadedNetwork(fx.GraphModule):
     @property
     def example_shape(self) -> tuple[int, ...]:
         """(batch, channels, height, width) of an input that fits."""
-        return self.meta["example_shape"]
+        return self.meta["example_shapes"][0]
+
+    @property
+    def example_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The same for every input, of which most networks have one."""
+        return self.meta["example_shapes"]
 
     @property
     def example_given(self) -> bool:
@@ -123,8 +128,17 @@ def build_network(
     names = {"module": callable_paths, "tensor": {TRAINING, *tensors}}
     for call in calls:
         nodes.append(_build_call(graph, call, nodes, len(nodes) == len(calls) - 1, names))
-    if not nodes or nodes[-1].op != "output" or sum(node.op == "placeholder" for node in nodes) != 1:
-        raise DSPFormatError("the calls need exactly one input and an output at their end")
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    if not nodes or nodes[-1].op != "output" or len(inputs) != len(meta["example_shapes"]):
+        end = nodes[-1].op if nodes else "nothing"
+        raise DSPFormatError(
+            f"the calls take {len(inputs)} inputs and end with {end!r}; expected inputs of the "
+            f"{len(meta['example_shapes'])} shapes in the description, and an output"
+        )
+    if nodes[: len(inputs)] != inputs or [call["input"] for call in calls[: len(inputs)]] != [
+        *range(len(inputs))
+    ]:
+        raise DSPFormatError("the inputs have to be the first calls, and numbered")
     try:
         return LoadedNetwork(root, graph, meta)
     except Exception as error:  # fx writes forward(); it raises anything for, say, a sum of one number

@@ -42,7 +42,8 @@ _TORCH = (
     *("maximum", "mean", "min", "minimum", "mul", "narrow", "neg", "permute", "pixel_shuffle", "pow"),
     *("relu", "relu_", "reshape", "roll", "rsqrt", "sigmoid", "softmax", "split", "sqrt", "square"),
     *("squeeze", "stack", "sub", "sum", "tanh", "transpose", "true_divide", "unbind", "unsqueeze"),
-    *("var_mean", "max_pool2d", "adaptive_avg_pool1d"),
+    *("var_mean", "max_pool2d", "adaptive_avg_pool1d", "where", "gt", "ge", "lt", "le", "logsumexp", "norm"),
+    *("clone", "conv1d", "std", "var"),
 )
 _FUNCTIONAL = (
     *("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "celu", "conv2d", "dropout"),
@@ -58,7 +59,8 @@ _FUNCTIONAL = (
     ),
     *("log_softmax", "logsigmoid", "lp_pool2d", "max_pool2d", "mish", "normalize", "pad", "pixel_shuffle"),
     *("pixel_unshuffle", "prelu", "relu", "relu6", "relu_", "selu", "sigmoid", "silu", "softmax"),
-    *("softplus", "softsign", "tanh", "conv_transpose2d", "threshold"),
+    *("softplus", "softsign", "tanh", "conv_transpose2d", "threshold", "conv1d", "alpha_dropout"),
+    *("hardshrink", "softshrink", "tanhshrink", "softmin"),
 )
 METHODS = frozenset(
     {
@@ -87,6 +89,7 @@ _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "
 _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: _CONV,
+    nn.Conv1d: _CONV,
     nn.ConvTranspose2d: _TRANSPOSED,
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.BatchNorm2d: _BATCH_NORM,
@@ -99,6 +102,7 @@ MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.AvgPool2d: _AVG_POOL,
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.AdaptiveMaxPool2d: ("output_size", "return_indices"),
+    nn.LPPool2d: ("norm_type", "kernel_size", "stride", "ceil_mode"),
     nn.Identity: (),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Unflatten: ("dim", "unflattened_size"),
@@ -116,6 +120,15 @@ MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.GELU: ("approximate",),
     nn.SiLU: ("inplace",),
     nn.Mish: ("inplace",),
+    nn.Hardshrink: ("lambd",),
+    nn.Softshrink: ("lambd",),
+    nn.Tanhshrink: (),
+    nn.Softsign: (),
+    nn.LogSigmoid: (),
+    nn.Threshold: ("threshold", "value", "inplace"),
+    nn.RReLU: ("lower", "upper", "inplace"),
+    nn.GLU: ("dim",),
+    nn.Softmax2d: (),
     nn.Sigmoid: (),
     nn.Tanh: (),
     nn.Softplus: ("beta", "threshold"),
@@ -128,6 +141,7 @@ MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.ConstantPad2d: ("padding", "value"),
     nn.ReflectionPad2d: ("padding",),
     nn.ReplicationPad2d: ("padding",),
+    nn.CircularPad2d: ("padding",),
     nn.PixelShuffle: ("upscale_factor",),
     nn.PixelUnshuffle: ("downscale_factor",),
     nn.ChannelShuffle: ("groups",),
@@ -158,8 +172,13 @@ def functions(name: str) -> Callable[..., Any] | None:
     return _FUNCTIONS.get(name)
 
 
+# Python's operators that only make sense of tensors here, as the functions that they call.
+_OPERATORS: dict[Any, Callable[..., Any]] = {operator.pow: torch.pow, operator.matmul: torch.matmul}
+
+
 def function_name(target: Any) -> str | None:
     """What a file calls this function, or None if it may not hold it."""
+    target = _OPERATORS.get(target, target)
     for name, function in _FUNCTIONS.items():
         if function is target:
             return name

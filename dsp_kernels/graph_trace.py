@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
 from dsp_kernels.trace import evaluating, trace
+from dsp_kernels.trace_inputs import Example, as_inputs, calls_of
 from dsp_kernels.trace_ops import LEAF_TYPES
 from dsp_kernels.trace_ways import SIZE_CHECK
 
@@ -45,7 +46,7 @@ class _Tracer(fx.Tracer):
 
 
 def traced_calls(
-    model: nn.Module, example_input: Tensor | None = None
+    model: nn.Module, example_input: Example | None = None
 ) -> tuple[fx.Graph, str, dict[str, nn.Module]]:
     """The graph of a model, the modes it is right for, and modules that it calls beyond the model's own.
 
@@ -55,15 +56,19 @@ def traced_calls(
     Where the modes differ only in flags that follow ``training`` (of functional dropout and norms), these
     flags are read from the network's own mode. Raises DSPFormatError where torch.fx cannot follow.
     """
+    inputs = None if example_input is None else as_inputs(example_input)
+    count = 1 if inputs is None else len(inputs)
     with evaluating(model):
         try:
-            graph = _trace(model)
+            graph = _trace(model, count)
         except DSPFormatError as error:
-            return _exported(model, example_input, error)
-        _refuse_inputs(graph, model)
+            if count > 1:
+                raise
+            return _exported(model, None if inputs is None else inputs[0], error)
+        _check_inputs(graph, model, count, inputs is not None)
     with evaluating(model):  # gives every module its mode back
         try:
-            training = _trace(model.train())
+            training = _trace(model.train(), count)
         except DSPError:  # untraceable, or a network of a file that holds eval mode alone
             training = None
     nodes = list(graph.nodes)
@@ -99,7 +104,6 @@ def _exported(
     except DSPTraceError as error:
         raise DSPFormatError(str(error)) from error
     graph = network.graph_module.graph
-    _refuse_inputs(graph, model)
     _drop_checks(graph)
     held = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     own = [str(n.target) for n in graph.nodes if n.op == "get_attr" and str(n.target) not in held]
@@ -108,9 +112,9 @@ def _exported(
     return graph, "eval", {} if network.size_check is None else {SIZE_CHECK: network.size_check}
 
 
-def _trace(model: nn.Module) -> fx.Graph:
+def _trace(model: nn.Module, count: int) -> fx.Graph:
     try:
-        graph = _Tracer().trace(model)
+        graph = calls_of(_Tracer(), model, count)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
         raise DSPFormatError(
             f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written to "
@@ -120,9 +124,13 @@ def _trace(model: nn.Module) -> fx.Graph:
     return graph
 
 
-def _refuse_inputs(graph: fx.Graph, model: nn.Module) -> None:
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        raise DSPFormatError(f"{type(model).__name__}.forward() takes several inputs; a file can hold one")
+def _check_inputs(graph: fx.Graph, model: nn.Module, count: int, given: bool) -> None:
+    taken = sum(node.op == "placeholder" for node in graph.nodes)
+    if taken != count:
+        raise DSPFormatError(
+            f"{type(model).__name__}.forward() takes {taken} inputs{f', the example has {count}' * given}; "
+            "pass save(..., example_input=...) with a tuple of all of them"
+        )
 
 
 def _drop_checks(graph: fx.Graph) -> None:

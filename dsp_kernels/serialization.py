@@ -1,7 +1,7 @@
 """save / load of packed models: tensors in safetensors, the network in its JSON header, no pickle, no code.
 
-Version 2 holds the network itself (see ``graph_file``); version 1, a known architecture by name, is still
-read (see ``file_version_1``).
+Version 2 holds the network itself (see ``graph_file``), version 3 one of several inputs; version 1, a known
+architecture by name, is still read (see ``file_version_1``).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file_header import FORMAT_VERSION, KEY, check_tensors, new_header, read_header, tensor_table
 from dsp_kernels.file_version_1 import build_changed, encode_changes
 from dsp_kernels.fused_conv import FusedConv2d
-from dsp_kernels.graph_check import check_network, is_example_shape
+from dsp_kernels.graph_check import check_network, is_example_shape, is_input_shape
 from dsp_kernels.graph_encode import encode_network
 from dsp_kernels.graph_file import LoadedNetwork, build_network
 from dsp_kernels.graph_modules import Budget
 from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.trace_inputs import Example, as_inputs
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
@@ -35,11 +36,12 @@ _FREE_WIDTHS = 2**20
 _USUAL_SIZES = (32, 28, 224, 299, 16, 8)
 
 
-def save(model: nn.Module, path: str | Path, example_input: Tensor | None = None) -> None:
+def save(model: nn.Module, path: str | Path, example_input: Example | None = None) -> None:
     """Write a packed model with its architecture. It is complete under ``path`` or not there at all.
 
     example_input: (batch, channels, height, width) of the size that the network is made for. ``load`` gives
-    its shape back and checks the network with it; without one the first usual size that fits stands in.
+    its shape back and checks the network with it; without one the first usual size that fits stands in. A
+    tuple of tensors of one floating dtype, the image first, for a network of several inputs (version 3).
 
     The file holds a graph of known operations and modules (version 2). Where torch.fx cannot follow a model,
     torch.export may, with an example; the file then runs in eval mode only. A model that neither follows is
@@ -75,6 +77,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
+    # The network outlives the caller's modes: it has to be trainable.
+    with torch.inference_mode(False):
+        return _load(path).to(device).eval()
+
+
+def _load(path: str | Path) -> nn.Module:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = read_header(file.metadata(), path)
@@ -87,7 +95,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
             check_tensors(model, table, path)
             _check_ties(model, header.get("tied", {}))
             if isinstance(model, LoadedNetwork):
-                check_network(model.eval(), model.example_shape, _floating(table))
+                check_network(model.eval(), model.example_shapes, _floating(table))
             # Copies: what safetensors gives is the file itself in memory, which another process may change.
             tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
@@ -95,26 +103,30 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     model.load_state_dict(tensors, assign=True)
     _tie(model, header.get("tied", {}))
     _make_real(model)
-    return model.to(device).eval()
+    return model
 
 
-def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Tensor | None) -> dict[str, Any]:
-    """A header of version 2, after the network was built from it and run without memory."""
+def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None) -> dict[str, Any]:
+    """A header of version 2 or 3, after the network was built from it and run without memory."""
+    if example_input is None and len(known := getattr(model, "example_shapes", ())) > 1:
+        example_input = tuple(torch.empty(shape, device="meta") for shape in known)
     parts = encode_network(model, example_input)
     architecture = getattr(model, "architecture", None)
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     shapes, given = _example_shapes(model, example_input)
     errors: list[DSPFormatError] = []
-    for shape in shapes:
-        header = new_header(
-            2, architecture=architecture, example_shape=list(shape), example_given=given, **parts
-        )
+    for every in shapes:
+        parts["example_shape"] = list(every[0])
+        if len(every) > 1:
+            parts["further_shapes"] = [list(shape) for shape in every[1:]]
+        version = 2 if len(every) == 1 else 3
+        header = new_header(version, architecture=architecture, example_given=given, **parts)
         header = json.loads(json.dumps(header))  # what a reader gets
         budget = Budget(2**62, 2**62)
         network = _network(header, table, budget)
         check_tensors(network, table, type(model).__name__)
         try:
-            check_network(network.eval(), shape, _floating(table))
+            check_network(network.eval(), every, _floating(table))
         except DSPFormatError as error:
             errors.append(error)
             continue
@@ -122,18 +134,21 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Tenso
     raise DSPFormatError(f"{errors[0]}. Pass save(..., example_input=...) with an input of the right size")
 
 
-def _example_shapes(model: nn.Module, example_input: Tensor | None) -> tuple[list[tuple[int, ...]], bool]:
+def _example_shapes(
+    model: nn.Module, example_input: Example | None
+) -> tuple[list[tuple[tuple[int, ...], ...]], bool]:
+    """What may stand for an example: the shapes of all inputs, for each; and whether it was given."""
     if example_input is not None:
-        return [(1, *example_input.shape[1:])], True
+        return [tuple((1, *x.shape[1:]) for x in as_inputs(example_input))], True
     known = getattr(model, "example_shape", None)
     if known is not None and is_example_shape(known):
-        return [tuple(known)], bool(getattr(model, "example_given", False))
+        return [(tuple(known),)], bool(getattr(model, "example_given", False))
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | PackedConv2d | FusedConv2d))
     first = next(convolutions, None)
     if first is None:
         raise DSPFormatError("the network has no convolution: pass save(..., example_input=...)")
     channels = first.spec.structure.in_channels if isinstance(first, FusedConv2d) else first.in_channels
-    return [(1, channels, size, size) for size in _USUAL_SIZES], False
+    return [((1, channels, size, size),) for size in _USUAL_SIZES], False
 
 
 def _floating(table: Any) -> torch.dtype:
@@ -145,11 +160,14 @@ def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwor
     shape, modes = header.get("example_shape"), header.get("modes")
     if not is_example_shape(shape) or shape is None:
         raise DSPFormatError(f"the example's shape is {str(shape)[:80]}; expected four sizes of an image")
+    further = header.get("further_shapes", []) if header["version"] > 2 else []
+    if not isinstance(further, list) or len(further) > 15 or not all(map(is_input_shape, further)):
+        raise DSPFormatError(f"shapes of further inputs are {str(further)[:80]}; expected up to 15 of sizes")
     if modes not in ("both", "eval"):
         raise DSPFormatError(f"modes is {str(modes)[:80]}; expected both or eval")
     meta = {
         "architecture": header.get("architecture"),
-        "example_shape": tuple(shape),
+        "example_shapes": (tuple(shape), *map(tuple, further)),
         "example_given": header.get("example_given") is True,
         "modes": modes,
     }

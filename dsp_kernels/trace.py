@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.trace_export import export_calls, place_in_user_code
+from dsp_kernels.trace_inputs import Example, as_inputs, calls_of
 from dsp_kernels.trace_ops import LEAF_TYPES, classify
 from dsp_kernels.trace_ways import exported_network
 
@@ -125,8 +126,11 @@ class _ShapeRecorder(fx.Interpreter):
         super().__init__(graph_module)
         self.shapes: dict[str, tuple[int, ...] | None] = {}
         self.containers: set[str] = set()  # values that are no tensor but hold some
+        self.extra_traceback = False
+        self.running = ""
 
     def run_node(self, n: fx.Node) -> Any:
+        self.running = n.name
         result = super().run_node(n)
         self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
         if _holds_tensors(result):
@@ -143,29 +147,30 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def call_graph(
-    model: nn.Module, training: bool = False, example_input: Tensor | None = None
+    model: nn.Module, training: bool = False, example_input: Example | None = None
 ) -> fx.Graph | None:
     """The calls of a model in eval or training mode, without shapes; None if nothing can follow it.
 
-    example_input: (batch, channels, height, width), for models that torch.fx cannot follow.
+    example_input: (batch, channels, height, width), for models that torch.fx cannot follow; or a tuple.
     """
+    inputs = None if example_input is None else as_inputs(example_input)
     with evaluating(model):
         model.train(training)
         try:
-            return _symbolic_graph(model)
+            return _symbolic_graph(model, None if inputs is None else len(inputs))
         except DSPTraceError:
             pass
         try:
-            if example_input is None:
+            if inputs is None or len(inputs) != 1:
                 return None
-            return export_calls(model, example_input, is_leaf, mutates=True).graph
+            return export_calls(model, inputs[0], is_leaf, mutates=True).graph
         except DSPTraceError:
             return None
 
 
-def _symbolic_graph(model: nn.Module) -> fx.Graph:
+def _symbolic_graph(model: nn.Module, count: int | None) -> fx.Graph:
     try:
-        return _Tracer().trace(model)
+        return calls_of(_Tracer(), model, count)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
         place = place_in_user_code(error)
         raise DSPTraceError(
@@ -173,10 +178,11 @@ def _symbolic_graph(model: nn.Module) -> fx.Graph:
         ) from error
 
 
-def trace(model: nn.Module, example_input: Tensor, every_path: bool = False) -> TracedNetwork:
+def trace(model: nn.Module, example_input: Example, every_path: bool = False) -> TracedNetwork:
     """Trace ``model`` in eval mode, by torch.fx or, where its code is too much for that, by torch.export.
 
-    example_input: (batch, channels, height, width), on the model's device.
+    example_input: (batch, channels, height, width), on the model's device; or a tuple of tensors, one for
+        each input of forward(), which torch.fx has to be able to follow then.
     every_path: where forward() goes another way for a batch of one image, trace both ways as one network
         that gives both answers; otherwise such a model is refused.
 
@@ -184,24 +190,28 @@ def trace(model: nn.Module, example_input: Tensor, every_path: bool = False) -> 
     Raises DSPTraceError if neither can follow the model, naming the line of its code, or if the model cannot
     run on the example.
     """
+    inputs = as_inputs(example_input)
     with evaluating(model):
         check = None
         try:
-            graph_module = fx.GraphModule(model, _symbolic_graph(model))
+            graph_module = fx.GraphModule(model, _symbolic_graph(model, len(inputs)))
             two_ways = False
         except DSPTraceError as error:
-            graph_module, check, two_ways = exported_network(model, example_input, every_path, is_leaf, error)
+            if len(inputs) > 1:
+                raise
+            graph_module, check, two_ways = exported_network(model, inputs[0], every_path, is_leaf, error)
         _read_results_of_inplace(graph_module.graph, graph_module)
         graph_module.recompile()
         recorder = _ShapeRecorder(graph_module)
         try:
             with torch.no_grad():
                 # a model may write into its input
-                recorder.run(example_input[:1].clone() if two_ways else example_input.clone())
+                recorder.run(*(x[:1].clone() if two_ways else x.clone() for x in inputs))
         except Exception as error:
             raise DSPTraceError(
                 f"{type(model).__name__} does not run on an example input of shape "
-                f"{tuple(example_input.shape)} and dtype {example_input.dtype}: {error}"
+                f"{' and '.join(f'{tuple(x.shape)} and dtype {x.dtype}' for x in inputs)}, at "
+                f"{recorder.running!r}: {error}"
             ) from error
     return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check, two_ways)
 

@@ -34,7 +34,8 @@ LAYOUT_KINDS = (
     "adaptive_pool",  # to more than one place
     "pad",  # around the map; attributes: mode, value
     "interpolate",
-    "spatial_mean",  # over one axis of the map
+    "spatial_mean",  # mean, maximum or minimum over axes of the map
+    "same_channels",  # batch and channels as they are, the map cut, flattened, repeated; attributes: rigid
 )
 
 _Shapes = Mapping[str, tuple[int, ...] | None]
@@ -71,6 +72,7 @@ _COMBINATIONS = {
     for function in functions
 }
 _RESHAPES = (torch.reshape, "view", "reshape")
+_OVER_THE_MAP = (torch.mean, "mean", torch.amax, "amax", torch.amin, "amin")
 _NORMS_OVER_CHANNELS = (F.group_norm, F.layer_norm, F.local_response_norm, torch.group_norm, torch.layer_norm)
 _PADS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 # In eval mode these return their input; their argument ``training`` has this place.
@@ -112,7 +114,17 @@ def classify_module(node: fx.Node, module: nn.Module, shapes: _Shapes) -> _Class
 
 def classify_function(node: fx.Node, shapes: _Shapes, root: nn.Module | None) -> _Classified:
     """The same for a function or method. root: the traced model, where names of parameters lead to."""
-    for rule in (_pointwise, _combination, _concat, _split, _piece, _reshape, _spatial):
+    for rule in (
+        _pointwise,
+        _combination,
+        _concat,
+        _split,
+        _piece,
+        _reshape,
+        _spatial,
+        _over_the_map,
+        _same_channels,
+    ):
         found = rule(node, shapes)
         if found is not None:
             return found
@@ -278,12 +290,63 @@ def _spatial(node: fx.Node, shapes: _Shapes) -> _Classified | None:
             return None
         mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", None)
         return "pad", {"mode": mode, "value": 0.0 if value is None else float(value)}
-    if node.target in (torch.mean, "mean") and "dtype" not in node.kwargs:
-        dims = _argument(node, 1, "dim", None)
-        dims = dims if isinstance(dims, list | tuple) else (dims,)
-        if len(dims) == 1 and isinstance(dims[0], int) and dims[0] % 4 in (2, 3) and len(after) == 4:
-            return "spatial_mean", {}
     return None
+
+
+def _over_the_map(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    """A constant map has itself as its mean and its largest value."""
+    shape = _source_shape(node, shapes)
+    if (
+        node.target not in _OVER_THE_MAP
+        or shape is None
+        or shapes[node.name] is None
+        or "dtype" in node.kwargs
+    ):
+        return None
+    dims = _argument(node, 1, "dim", None)
+    dims = dims if isinstance(dims, list | tuple) else (dims,)
+    inside = bool(dims) and all(isinstance(dim, int) and dim % len(shape) >= 2 for dim in dims)
+    return ("spatial_mean", {}) if inside else None
+
+
+def _same_channels(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+    """What only changes the map of each channel, and maps of one place that come and go around a gate."""
+    before, after = _source_shape(node, shapes), shapes[node.name]
+    if before is None or after is None or not min(len(before), len(after)) >= 2 or before[:2] != after[:2]:
+        return None
+    if max(len(before), len(after)) > 4 or "out" in node.kwargs:
+        return None
+    asked = list(_flat(node.args[1:]))
+    if node.target in (*_RESHAPES, "expand"):  # rows of memory: what follows equal leading sizes stays inside
+        fits = len(asked) == len(after) and not node.kwargs
+        return ("same_channels", {"rigid": _literal(asked[1])}) if fits else None
+    name = str(getattr(node.target, "__name__", node.target))
+    if name == "flatten":
+        first = _argument(node, 1, "start_dim", 0)
+        inside = isinstance(first, int) and first % len(before) >= 2
+    elif name in ("unsqueeze", "squeeze"):
+        dims = _flat(_argument(node, 1, "dim", None))
+        count = len(before) + (name == "unsqueeze")
+        inside = all(isinstance(dim, int) and dim % count >= 2 for dim in dims)
+    elif node.target is operator.getitem:
+        inside = _leaves_channels(node.args[1], len(before))
+    else:
+        inside = name == "expand_as"
+    return ("same_channels", {"rigid": False}) if inside else None
+
+
+def _leaves_channels(which: Any, dims: int) -> bool:
+    """Whether an index takes all images and channels, and slices, places or new axes of the map."""
+    parts = list(which) if isinstance(which, tuple) else [which]
+    rests = [place for place, part in enumerate(parts) if part is Ellipsis]
+    if len(rests) > 1 or not all(
+        part is None or isinstance(part, slice | int) for part in parts if part is not ...
+    ):
+        return False
+    if rests:
+        skipped = dims - sum(part is not None for part in parts) + 1
+        parts[rests[0] : rests[0] + 1] = [slice(None)] * skipped
+    return len(parts) >= 2 and parts[0] == parts[1] == slice(None)
 
 
 def _source_shape(node: fx.Node, shapes: _Shapes) -> tuple[int, ...] | None:

@@ -73,11 +73,13 @@ class Translation:
             name = getattr(node.target, "_opname", "")
             if node.args and isinstance(node.args[0], fx.Node) and name.endswith("_") and name != "detach_":
                 changed.add(self._held(self._source(node.args[0])))
+                if not node.users and _is_view(self._source(node.args[0])):
+                    changed.add(f"a part of a tensor ({name})")
         changed.discard("")
         if changed:
             raise DSPTraceError(
                 f"{type(self.model).__name__}.forward() writes into {', '.join(sorted(changed))} in eval "
-                "mode; expected a forward() that changes nothing"
+                "mode; expected a forward() that changes no buffer and no part of a tensor in place"
             )
 
     def run(self) -> fx.Graph:
@@ -245,6 +247,12 @@ class Translation:
         if isinstance(value, dict):
             return {key: self._new(part) for key, part in value.items()}
         return value
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node hands on the memory of another, as a slice does."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -55,10 +55,16 @@ def networks() -> list[tuple[Header, Tensors]]:
     """Descriptions and tensors of small networks with every kind of module, call and loose tensor."""
     made = []
     torch.manual_seed(0)
-    for network in (_Residual(), dsp_kernels.swap(_Residual().eval())):
+    image = torch.zeros(1, 3, 8, 8)
+    bases: list[tuple[nn.Module, tuple[Tensor, ...]]] = [
+        (_Residual(), (image,)),
+        (dsp_kernels.swap(_Residual().eval()), (image,)),
+        (_TwoInputs(), (image, torch.zeros(1, 5))),
+    ]
+    for network, example in bases:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "net"
-            dsp_kernels.save(network.eval(), path, torch.zeros(1, 3, 8, 8))
+            dsp_kernels.save(network.eval(), path, example)
             size = struct.unpack("<Q", path.read_bytes()[:8])[0]
             header = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["dsp_kernels"]
             made.append((json.loads(header), {name: t.clone() for name, t in network.state_dict().items()}))
@@ -86,6 +92,16 @@ class _Residual(nn.Module):
         y = torch.cat([self.pool(left), self.pool(right)[:, :, :, ::1], left[:, :, 1:6, 1:6]], 1)
         y = nn.functional.interpolate(y, size=(height, width)) + 1
         return {"logits": self.classifier(torch.flatten(y.mean((2, 3), keepdim=True), 1)), "map": y}
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(3, 4, 3), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        y = self.conv(x) * torch.sigmoid(self.embed(features))[:, :, None, None]
+        return torch.where(y > 0, y**2, y).flatten(2) @ y.flatten(2).transpose(1, 2)
 
 
 def mutated(header: Header, tensors: Tensors, rng: random.Random) -> bytes:
@@ -185,7 +201,8 @@ def outcome(path: Path) -> str:
         return "refused"
     with torch.no_grad():
         try:
-            model(torch.zeros(model.example_shape, dtype=next(model.parameters()).dtype))
+            dtype = next(model.parameters()).dtype
+            model(*(torch.zeros(shape, dtype=dtype) for shape in model.example_shapes))
         except (DSPError, RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             return "does not run"
     return "loaded"

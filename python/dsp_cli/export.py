@@ -47,7 +47,7 @@ def export(
         export_onnx(network, out, example, opset=opset, dtype=dtype)
     else:
         export_pt2(network, out, example)
-    size = "x".join(map(str, example.shape[1:]))
+    size = " and ".join("x".join(map(str, x.shape[1:])) for x in example)
     console.print(
         f"{out}: {out.stat().st_size:,} bytes, for images of {size}, any batch size", soft_wrap=True
     )

@@ -30,7 +30,7 @@ def import_network(
 ) -> None:
     """Turn a published network into a packed one. The archive's code is read, not run."""
     network = load_released(file)
-    example, _ = example_of(network, image_size)
+    (example, *_), _ = example_of(network, image_size)
     if verify:
         if not is_torchscript(file):
             raise DSPFormatError(

@@ -43,7 +43,7 @@ def inspect(
         )
         for row in rows
     ]
-    size = f"{example.shape[2]} x {example.shape[3]}"
+    size = f"{example[0].shape[2]} x {example[0].shape[3]}"
     shown = table(f"{file}, images of {size}", columns, cells)
     shown.columns[0].overflow = "fold"  # long names are told apart by their ends
     console.print(shown)

@@ -21,7 +21,7 @@ _STRAIGHT = (
     *("batch_norm", "functional_norm", "instance_norm", "activation", "elementwise", "identity", "add"),
     "size_check",
     *("max_pool", "avg_pool", "global_avg_pool", "adaptive_pool", "pad", "interpolate", "spatial_mean"),
-    *("combine", "split", "split_channels", "join_channels"),
+    *("combine", "split", "split_channels", "join_channels", "same_channels"),
 )
 _READERS = ("conv", "packed_conv", "conv_transpose")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from dsp_kernels import FusedConv2d, swap
 from dsp_kernels.activations import activate
 from dsp_kernels.errors import DSPError, DSPShapeError
+from dsp_kernels.trace_inputs import Example, as_inputs
 
 __all__ = ["export_onnx", "export_pt2", "plain_form"]
 
@@ -28,14 +30,15 @@ _LEAST_OPSET = 18
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    example_input: Tensor,
+    example_input: Example,
     *,
     opset: int = _LEAST_OPSET,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a packed network as ONNX, in eval mode, with batch norms folded and any batch size.
 
-    example_input: (batch, channels, height, width) of the size that the network is made for.
+    example_input: (batch, channels, height, width) of the size that the network is made for; a tuple for
+    several inputs, which the file calls input, input_1 and so on.
     opset: at least 18. dtype: float32 or float16, of the weights, the input and the output.
 
     Each packed convolution becomes at most one Gather of the channels that its groups read, one ordinary
@@ -51,17 +54,17 @@ def export_onnx(
     except ImportError as error:
         raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
     plain = plain_form(model).cpu().to(dtype)
-    x = _two_images(example_input).cpu().to(dtype)
+    inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
 
     def write(temporary: Path) -> None:
         program = torch.onnx.export(
             plain,
-            (x,),
+            inputs,
             dynamo=True,
             opset_version=opset,
-            input_names=["input"],
+            input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
             output_names=["output"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=_any_batch(inputs),
             external_data=False,
             verbose=False,
         )
@@ -71,7 +74,7 @@ def export_onnx(
     return _write(write, model, path)
 
 
-def export_pt2(model: nn.Module, path: str | Path, example_input: Tensor) -> Path:
+def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Path:
     """Write a packed or swapped network with ``torch.export``, in eval mode, for any batch size.
 
     A packed network becomes plain PyTorch operations. A swapped one keeps each fused convolution as one
@@ -82,8 +85,8 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Tensor) -> Pat
 
     def write(temporary: Path) -> None:
         with torch.no_grad():
-            dynamic = ({0: torch.export.Dim("batch")},)
-            program = torch.export.export(copied, (_two_images(example_input),), dynamic_shapes=dynamic)
+            inputs = _two_images(example_input)
+            program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
         torch.export.save(program, temporary)
 
     return _write(write, model, path)
@@ -174,13 +177,19 @@ class _PlainConv(nn.Module):
         return activate(y, self.activation)
 
 
-def _two_images(example_input: Tensor) -> Tensor:
-    """A batch of two: torch takes a batch of one for a constant."""
-    if example_input.dim() != 4:
+def _two_images(example_input: Example) -> tuple[Tensor, ...]:
+    """Batches of two: torch takes a batch of one for a constant."""
+    inputs = as_inputs(example_input)
+    if inputs[0].dim() != 4:
         raise DSPShapeError(
-            f"the example has shape {tuple(example_input.shape)}; expected (batch, channels, height, width)"
+            f"the example has shape {tuple(inputs[0].shape)}; expected (batch, channels, height, width)"
         )
-    return example_input[:1].repeat(2, 1, 1, 1)
+    return tuple(x[:1].repeat(2, *[1] * (x.dim() - 1)) for x in inputs)
+
+
+def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} for _ in inputs)
 
 
 def _write(write: Callable[[Path], None], model: nn.Module, path: str | Path) -> Path:

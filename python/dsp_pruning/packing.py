@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPVerificationError
+from dsp_kernels import PackedConv2d
+from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVerificationError
 from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
+from dsp_kernels.trace_inputs import Example, as_inputs
 from dsp_pruning.packing_plan import plan_packing
 from dsp_pruning.packing_report import PackingReport
+from dsp_pruning.plain_copy import plain_copy, unwrapped
 from dsp_pruning.repacking import rebuild, replace_module
 
 __all__ = ["pack"]
@@ -24,10 +28,11 @@ __all__ = ["pack"]
 _ROUNDINGS = 8.0
 
 
-def pack(model: nn.Module, example_input: Tensor, fixed_size: bool = False) -> nn.Module:
+def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> nn.Module:
     """A copy of a pruned network in which nothing that the masks removed is left.
 
-    example_input: (batch, channels, height, width) of the sizes that the network is made for.
+    example_input: (batch, channels, height, width) of the sizes that the network is made for; a tuple of
+    tensors for a model of several inputs.
     fixed_size: whether the copy may be right for images of the example's height and width only. Constants
     then also go where their readers pad zeros, into a bias for every place (rule 4); other sizes raise
     DSPShapeError. See ``FixedSizeConv2d``.
@@ -51,31 +56,30 @@ def pack(model: nn.Module, example_input: Tensor, fixed_size: bool = False) -> n
     weight, and DSPVerificationError if the copy does not answer as the masked network does. Warns if weights
     are not 0 where their mask is.
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
-        model = getattr(model, "model", model)  # a GroupWrapper or PruneWrapper
-    if not isinstance(model, nn.Module) or not isinstance(example_input, Tensor) or not len(example_input):
-        raise DSPShapeError(
-            f"pack got a {type(model).__name__} and a {type(example_input).__name__}; expected a module and "
-            "an example input of at least one image"
-        )
-    with torch.autocast(example_input.device.type, enabled=False):
-        return _pack(model, example_input, fixed_size)
+        raise DSPShapeError(f"pack got a {type(model).__name__}; expected a module and an example input")
+    inputs = as_inputs(example_input)
+    _check_packable(model)
+    # What is made here outlives the caller's modes: it has to be trainable.
+    with torch.autocast(inputs[0].device.type, enabled=False), torch.inference_mode(False):
+        return _pack(model, inputs, fixed_size)
 
 
-def _pack(model: nn.Module, example_input: Tensor, fixed_size: bool) -> nn.Module:
+def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.Module:
     masked = _masked_copy(model)
     packed = copy.deepcopy(masked)
-    network = trace(packed, example_input, every_path=True)
-    plan = plan_packing(network, _read_in_training(packed, network, example_input), fixed_size)
+    network = trace(packed, inputs, every_path=True)
+    plan = plan_packing(network, _read_in_training(packed, network, inputs), fixed_size)
     for path, layer in plan.layers.items():
         replace_module(packed, path, rebuild(packed.get_submodule(path), layer))
     packed.packing = PackingReport(plan.layers, plan.barriers)  # type: ignore[assignment]
     if network.size_check is not None:
         packed.register_forward_pre_hook(_SizesFirst(network.size_check))
-    _verify(masked, packed, example_input)
+    _verify(masked, packed, inputs)
     if network.two_ways:
-        _verify(masked, packed, example_input[:1])
-        _verify(masked, packed, example_input[:1].repeat(2, 1, 1, 1))
+        _verify(masked, packed, (inputs[0][:1],))
+        _verify(masked, packed, (inputs[0][:1].repeat(2, 1, 1, 1),))
     return packed
 
 
@@ -90,12 +94,23 @@ class _SizesFirst:
             self.check(x)
 
 
+def _check_packable(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise DSPShapeError(f"{name!r} has no shape yet; run the model once before it is packed")
+    if isinstance(model, nn.Conv2d | PackedConv2d | nn.ConvTranspose2d | nn.Linear):
+        raise DSPPruningError(
+            f"pack got a single {type(model).__name__}, whose channels are all input or output; "
+            "expected a network: nn.Sequential(layer) is one"
+        )
+
+
 def _masked_copy(model: nn.Module) -> nn.Module:
     """A copy whose convolutions are multiplied by their masks; a warning where that changes the network.
 
     Raises DSPPruningError if a mask is not [O, C, 1, 1].
     """
-    masked = copy.deepcopy(model)
+    masked = plain_copy(model)
     for name, module in masked.named_modules():
         mask = getattr(module, "mask", None)
         if not isinstance(module, nn.Conv2d) or not isinstance(mask, Tensor):
@@ -117,12 +132,12 @@ def _masked_copy(model: nn.Module) -> nn.Module:
     return masked
 
 
-def _read_in_training(model: nn.Module, network: TracedNetwork, example_input: Tensor) -> dict[str, str]:
+def _read_in_training(model: nn.Module, network: TracedNetwork, inputs: tuple[Tensor, ...]) -> dict[str, str]:
     """Node -> reason, for values that are read by modules which run in training mode only (auxiliary heads).
 
     Such a module is left as it is, so its input has to keep its width.
     """
-    graph = call_graph(model, training=True, example_input=example_input)
+    graph = call_graph(model, training=True, example_input=inputs)
     held: dict[str, str] = {}
     for node in graph.nodes if graph is not None else ():
         path = str(node.target)
@@ -143,25 +158,39 @@ def _read_in_training(model: nn.Module, network: TracedNetwork, example_input: T
     return held
 
 
-def _verify(masked: nn.Module, packed: nn.Module, example_input: Tensor) -> None:
+def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Compare on the example and on random images: an example of zeros would hide a wrong channel.
 
     A deep network may magnify the rounding of a low precision beyond any bound known beforehand. The packed
     one may then be as far from the exact answer as the masked one is itself, times a few.
     """
-    noise = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0)).to(example_input)
+    generator = torch.Generator().manual_seed(0)
+    noise = tuple(
+        torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in inputs
+    )
     convolutions = [module for module in masked.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     reduction = max((module.weight[0].numel() for module in convolutions), default=1)
-    bound = network_tolerance(example_input.dtype, reduction, len(convolutions))
+    dtype = inputs[0].dtype
+    bound = network_tolerance(dtype, reduction, len(convolutions))
     with evaluating(masked), evaluating(packed), torch.no_grad():
-        for what, x in (("the example input", example_input), ("random images", noise)):
-            expected, got = _tensors(masked(x.clone())), _tensors(packed(x.clone()))
+        for what, given in (("the example input", inputs), ("random images", noise)):
+            expected = _tensors(masked(*(x.clone() for x in given)))
+            try:
+                got = _tensors(packed(*(x.clone() for x in given)))
+            except DSPError:
+                raise
+            except Exception as broken:  # code of the model's own that no graph shows
+                raise DSPVerificationError(
+                    f"the packed network does not run on {what}, so it was not packed: "
+                    f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}"
+                ) from broken
             scale, error = _largest(expected), _largest_difference(expected, got)
             if error <= bound * scale:
                 continue
             allowed = bound * scale
-            if x.dtype != torch.float64:
-                exact = _tensors(copy.deepcopy(masked).double()(x.double()))
+            if dtype != torch.float64:
+                doubles = (x.double() if x.is_floating_point() else x.clone() for x in given)
+                exact = _tensors(copy.deepcopy(masked).double()(*doubles))
                 allowed += _ROUNDINGS * _largest_difference(exact, expected)
                 error = _largest_difference(exact, got)
             if not error <= allowed:

@@ -83,19 +83,26 @@ def plan_packing(
         reads them.
     fixed_size: whether a constant may go into a bias for every place, where zeros are padded around it.
     """
-    return _Planner(network, held or {}, fixed_size).plan()
+    return _Planner(network, held, fixed_size).plan()
 
 
 class _Planner:
-    def __init__(self, network: TracedNetwork, held: dict[str, str], fixed_size: bool) -> None:
+    def __init__(self, network: TracedNetwork, held: dict[str, str] | None, fixed_size: bool) -> None:
         self.network = network
         self.fixed_size = fixed_size
         self.paths = ChannelMap(network)
         self.flow: ChannelFlow = channel_flow(network, semantics="eval", paths=self.paths)
         self.runs: dict[int, list[TracedNode]] = {}
+        self.borrowed = self._find_borrowed()
+        held = dict(held or {})
         for node in network:
             followed = node.name in self.paths.readers or node.kind in _NORMS
-            if followed and node.name not in self.paths.barriers:
+            if not followed or node.name in self.paths.barriers:
+                continue
+            if self._is_borrowed(node):
+                reason = f"the model's code also reads the parameters of {node.describe()}"
+                held |= dict.fromkeys((node.inputs[0], node.name), reason)
+            else:
                 self.runs.setdefault(id(norm_of(node)), []).append(node)
         self._kernels: dict[str, Tensor] = {}
         self.fixed = self._fixed()
@@ -125,6 +132,18 @@ class _Planner:
         barriers = sorted((b for b in found.values() if b.reason), key=lambda b: place[b.node])
         return PackingPlan(layers, tuple(barriers))
 
+    def _find_borrowed(self) -> set[str]:
+        """Paths of modules whose parameters code of the model reads by itself; they stay as they are."""
+        return {
+            str(node.fx_node.target).rpartition(".")[0]
+            for node in self.network
+            if node.fx_node.op == "get_attr"
+            and any(self.network[user].kind != "functional_norm" for user in node.users)
+        }
+
+    def _is_borrowed(self, node: TracedNode) -> bool:
+        return (node.path or node.attributes.get("path")) in self.borrowed
+
     def _fixed(self) -> dict[str, tuple[str, str]]:
         """Value whose channels have to stay as they are -> node because of which, and why ("" if natural)."""
         fixed: dict[str, tuple[str, str]] = {}
@@ -133,7 +152,7 @@ class _Planner:
                 reason = self.paths.barriers.get(node.name) or self.paths.rigid[node.name]
                 for name in (*sorted(self.paths.size_sources(node)), node.name):
                     fixed.setdefault(name, (node.name, reason))
-            elif node.kind == "input" or node.kind == "linear":
+            elif node.kind == "input":
                 fixed.setdefault(node.name, (node.name, ""))
             elif node.fx_node.op == "output":
                 for name in self.paths.size_sources(node):
@@ -141,7 +160,8 @@ class _Planner:
         return {name: why for name, why in fixed.items() if name in self.flow.states}
 
     def _shared(self, node: TracedNode) -> bool:
-        return len(self.runs[id(norm_of(node))]) > 1
+        """Whether a module is not this node's own: it runs more than once, or code reads its parameters."""
+        return self._is_borrowed(node) or len(self.runs[id(norm_of(node))]) > 1
 
     def _folds(self, node: TracedNode) -> bool:
         """Whether what a layer makes of constants can go into its bias."""

@@ -67,6 +67,10 @@ def _linear(linear: nn.Linear, plan: LayerPlan) -> nn.Linear:
     if len(plan.in_keep) != linear.in_features:
         linear.in_features = len(plan.in_keep)
         _narrow(linear, "weight", (slice(None), list(plan.in_keep)))
+    if len(plan.out_keep) != linear.out_features:
+        linear.out_features = len(plan.out_keep)
+        _narrow(linear, "weight", (list(plan.out_keep),))
+        _narrow(linear, "bias", (list(plan.out_keep),))
     if plan.bias is not None:
         linear.bias = nn.Parameter(
             torch.tensor(plan.bias, dtype=torch.float64).to(linear.weight), linear.weight.requires_grad

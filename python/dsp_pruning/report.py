@@ -16,6 +16,7 @@ from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError
 from dsp_kernels.packed import PackedConv2d
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.trace import evaluating
+from dsp_kernels.trace_inputs import Example, as_inputs
 
 __all__ = [
     "LayerRow",
@@ -64,7 +65,7 @@ class NetworkCost:
     params: int
 
 
-def layer_rows(model: nn.Module, example_input: Tensor, dense: nn.Module | None = None) -> list[LayerRow]:
+def layer_rows(model: nn.Module, example_input: Example, dense: nn.Module | None = None) -> list[LayerRow]:
     """One row for every PackedConv2d, in definition order.
 
     example_input: (batch, channels, height, width). dense: the unpruned network; a layer of the same name
@@ -98,8 +99,8 @@ def layer_rows(model: nn.Module, example_input: Tensor, dense: nn.Module | None 
     return rows
 
 
-def network_cost(model: nn.Module, example_input: Tensor) -> NetworkCost:
-    """Cost of a dense or packed network. example_input: (batch, channels, height, width)."""
+def network_cost(model: nn.Module, example_input: Example) -> NetworkCost:
+    """Cost of a dense or packed network. example_input: (batch, channels, height, width), or all inputs."""
     macs = 0
     for module, (height, width) in _output_sizes(model, example_input).items():
         if isinstance(module, PackedConv2d):
@@ -185,20 +186,21 @@ def _learnable(model: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _output_sizes(model: nn.Module, example_input: Tensor) -> dict[nn.Module, tuple[int, int]]:
+def _output_sizes(model: nn.Module, example_input: Example) -> dict[nn.Module, tuple[int, int]]:
     """Height and width of what each conv and linear layer gives; 1 x 1 for a linear one."""
     sizes: dict[nn.Module, tuple[int, int]] = {}
+    inputs = as_inputs(example_input)
 
     def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
         sizes[module] = (output.shape[2], output.shape[3]) if output.ndim == 4 else (1, 1)
 
     with _hooked(model, note), evaluating(model), torch.no_grad():
         try:
-            model(example_input)
+            model(*inputs)
         except (RuntimeError, DSPShapeError) as error:
             raise DSPShapeError(
                 f"{type(model).__name__} does not run on an input of shape "
-                f"{tuple(example_input.shape)}: {error}"
+                f"{' and '.join(str(tuple(x.shape)) for x in inputs)}: {error}"
             ) from error
     return sizes
 

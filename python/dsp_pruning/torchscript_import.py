@@ -45,7 +45,7 @@ def load_released(path: str | Path) -> nn.Module:
         for call in calls:
             walk.step(call)
         network = walk.network(output)
-        check_network(copy.deepcopy(network).eval().to("meta"), network.example_shape, torch.float32)
+        check_network(copy.deepcopy(network).eval().to("meta"), network.example_shapes, torch.float32)
     except DSPFormatError as error:
         raise DSPFormatError(f"{path} is not a released network: {error}") from error
     network.meta["architecture"] = _cifar_architecture(network)

@@ -34,28 +34,34 @@ def unpack(packed: nn.Module) -> nn.Module:
             f"{type(packed).__name__} carries no PackingReport under 'packing', so its original channels are "
             "not known; unpack what pack() returned"
         )
-    dense = copy.deepcopy(packed)
-    del dense.packing
-    for path, plan in report.layers.items():
-        replace_module(dense, path, _dense(dense.get_submodule(path), plan))
+    with torch.inference_mode(False):
+        dense = copy.deepcopy(packed)
+        del dense.packing
+        state = (*dense.parameters(), *dense.buffers())
+        # A layer of which nothing is left has no number that says what its weights would be.
+        dtype = next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
+        for path, plan in report.layers.items():
+            replace_module(dense, path, _dense(dense.get_submodule(path), plan, dtype))
     return dense
 
 
-def _dense(module: nn.Module, plan: LayerPlan) -> nn.Module:
+def _dense(module: nn.Module, plan: LayerPlan, dtype: torch.dtype) -> nn.Module:
     rows, columns = plan.out_keep, plan.in_keep
     if isinstance(module, FixedSizeConv2d):  # a copy already
         _widen(module, "position_bias", 0, rows, plan.out_channels)
-        dense = _dense(module.conv, plan)
+        dense = _dense(module.conv, plan, dtype)
         assert isinstance(dense, nn.Conv2d)
         module.conv = dense
         return module
     if isinstance(module, PackedConv2d):
-        return _dense_conv(module, plan)
+        return _dense_conv(module, plan, dtype)
     if len(rows) == plan.out_channels and len(columns) == plan.in_channels:
         return module
     if isinstance(module, nn.Linear):
         _widen(module, "weight", 1, columns, plan.in_channels)
-        module.in_features = plan.in_channels
+        _widen(module, "weight", 0, rows, plan.out_channels)
+        _widen(module, "bias", 0, rows, plan.out_channels)
+        module.in_features, module.out_features = plan.in_channels, plan.out_channels
     elif isinstance(module, nn.ConvTranspose2d):
         _widen(module, "weight", 0, columns, plan.in_channels)
         _widen(module, "weight", 1, rows, plan.out_channels)
@@ -76,8 +82,9 @@ def _dense(module: nn.Module, plan: LayerPlan) -> nn.Module:
     return module
 
 
-def _dense_conv(packed: PackedConv2d, plan: LayerPlan) -> nn.Conv2d:
-    weight = dense_weight(packed).to(packed.get_buffer("output_place").device)
+def _dense_conv(packed: PackedConv2d, plan: LayerPlan, dtype: torch.dtype) -> nn.Conv2d:
+    own = next((parameter.dtype for parameter in packed.parameters()), dtype)
+    weight = dense_weight(packed).to(packed.get_buffer("output_place").device, own)
     conv = nn.Conv2d(
         *(plan.in_channels, plan.out_channels, packed.kernel_size, packed.stride, packed.padding),
         dilation=packed.dilation,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dsp_benchmarks.peaks as peaks_module
 import numpy as np
 import pytest
 import torch
+from bench_rows import SMALL
+from dsp_benchmarks.cases import Case, build_case, case_input
 from dsp_benchmarks.floors import floors, program_of
 from dsp_benchmarks.kernels.shapes import layers
 from dsp_benchmarks.networks import Network, NetworkSource, load_network
@@ -16,7 +19,7 @@ from dsp_benchmarks.structures import apply_structure
 from torch import nn
 
 import dsp_kernels
-from dsp_kernels import PackedConv2d
+from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPFormatError, DSPPruningError
 from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet
@@ -52,6 +55,20 @@ def test_filter_pruned_has_the_packed_network_s_flops(network: Network) -> None:
     assert cost == pytest.approx(network.macs("packed"), rel=0.05)
     assert cost == network.macs("filters")
     assert filters(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("form", ["compacted", "filters"])
+def test_a_form_first_asked_for_in_inference_mode_can_be_trained(form: str) -> None:
+    """A form is kept, so whoever asks first must not decide what the others can do with it."""
+    fresh = load_network(SMALL)
+    with torch.inference_mode():
+        made = fresh.form(form)
+        fresh.program(form)
+    loss = made(torch.randn(2, 3, 16, 16)).sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+    assert not any(tensor.is_inference() for tensor in made.state_dict().values())
+    assert not fresh.example.is_inference()
 
 
 @pytest.mark.parametrize(("groups", "rate"), [(1, 0.5), (2, 0.7), (4, 0.6)])
@@ -121,6 +138,29 @@ def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
     assert loaded.macs("dense") == network.macs("dense")
 
 
+def test_a_saved_file_without_an_architecture_is_a_network(tmp_path: Path) -> None:
+    """Its original widths are not in the file, so the dense network has the packed ones, and says so."""
+    packed = nn.Sequential(
+        PackedConv2d(
+            GroupStructure.build(3, 6, [([0, 2], [0, 1, 4]), ([1], [2, 3])]), 3, padding=1, bias=True
+        ),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 64, 2),
+    ).eval()
+    dsp_kernels.save(packed, tmp_path / "own.safetensors", torch.zeros(1, 3, 8, 8))
+    network = load_network(NetworkSource(str(tmp_path / "own.safetensors")))
+    assert network.image_size == 8
+    assert "dense has the packed widths" in network.label
+    assert network.macs("dense") == 6 * 3 * 9 * 64 + 6 * 64 * 2
+    assert network.macs("packed") == (3 * 2 + 2) * 9 * 64 + 6 * 64 * 2
+    row, run = build_case(Case("dense", "torch"), network, case_input(network, 2, 0))
+    assert run is not None, row.reason
+    again = load_network(NetworkSource(str(tmp_path / "own.safetensors")))
+    for a, b in zip(again.dense.parameters(), network.dense.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def _net() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 8, 1, bias=False)
@@ -157,6 +197,24 @@ def test_peaks_are_measured_and_the_best_is_kept() -> None:
     faster = Peaks({"float32": 1e15}, 1e14, 0.0, 1, {"float32": "told"})
     assert peaks.best(faster).flops == {"float32": 1e15}
     assert peaks.best(faster).how["float32"] == "told"
+
+
+@pytest.mark.parametrize(("half", "expected"), [(1e9, 1e12), (4e12, 4e12)])
+def test_half_precision_is_never_slower_than_float32(
+    monkeypatch: pytest.MonkeyPatch, half: float, expected: float
+) -> None:
+    """In software it is, and a floor made of that would be one that engines beat."""
+    rates = {torch.float32: 1e12, torch.bfloat16: half}
+    monkeypatch.setattr(peaks_module, "_matmul_peak", lambda dtype, *_: (rates[dtype], "told"))
+    monkeypatch.setattr(peaks_module, "_fma_peak", lambda threads: None)
+    monkeypatch.setattr(peaks_module, "_copy_bandwidth", lambda device: 1e10)
+    peaks = measure_peaks("cpu", (torch.float32, torch.bfloat16))
+    assert peaks.flops == {"float32": 1e12, "bfloat16": expected}
+    assert ("as float32" in peaks.how["bfloat16"]) == (half < 1e12)
+
+
+def test_a_rate_that_is_far_too_low_is_not_measured_for_long() -> None:
+    assert peaks_module._matmul_peak(torch.bfloat16, "cpu", known=1e30) == (0.0, "not measured")
 
 
 def test_single_op_layers_are_one_of_each_shape() -> None:

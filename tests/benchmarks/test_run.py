@@ -331,3 +331,40 @@ def test_a_missing_or_foreign_net_is_one_line(tmp_path: Path, capsys: pytest.Cap
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rounds", "0"], "--rounds is 0; expected more than 0"),
+        (["--threads", "-1"], "--threads is -1; expected more than 0"),
+        (["--seconds", "0"], "--seconds is 0.0; expected more than 0"),
+        (["--image-size", "0"], "--image-size is 0; expected more than 0"),
+        (["--device", "potato"], "--device is 'potato'; expected cpu, cuda or cuda:1"),
+        (["--profile", "dense"], "expected FORM/ENGINE"),
+    ],
+)
+def test_an_impossible_option_is_one_line_at_once(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--net", SMALL.name, "--structure", str(SMALL.structure), *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ["--net", SMALL.name, "--structure", str(SMALL.structure), "--device", "cuda"]
+    assert main(["run", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "--device is 'cuda', but" in error
+    assert error.count("\n") == 1
+
+
+def test_batches_that_are_no_numbers_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--batch", "1,x"])
+    assert "'1,x'; expected whole numbers above 0, with commas between" in capsys.readouterr().err

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_cli.main import main
-from dsp_kernels import PackedConv2d
+from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights
 from dsp_pruning.recipes.training import Trainer
 
@@ -282,3 +283,33 @@ def test_without_typer_the_command_says_what_to_install(
     monkeypatch.setitem(sys.modules, "typer", None)
     assert main(["--help"]) == 1
     assert "needs 'dsp-kernels[cli]'" in capsys.readouterr().err
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3)
+        self.head = PackedConv2d(GroupStructure.build(4, 2, [([0, 2], [0]), ([1], [1])]), 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.a(x) + self.b(y)).mean((2, 3))
+
+
+def test_a_network_of_several_inputs_in_every_command(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
+    file = tmp_path / "two.safetensors"
+    network, given = _TwoInputs().eval(), (torch.randn(1, 3, 8, 8), torch.randn(1, 1, 8, 8))
+    dsp_kernels.save(network, file, given)
+    assert "head" in dsp("inspect", file).out
+    for name in ("two.onnx", "two.pt2"):
+        shown = dsp("export", file, tmp_path / name, "--format", name[4:])
+        assert "images of 3x8x8 and 1x8x8, any batch size" in shown.out, shown.error
+    x, y = torch.randn(3, 3, 8, 8), torch.randn(3, 1, 8, 8)
+    expected = network(x, y).detach()
+    exported = torch.export.load(tmp_path / "two.pt2").module()
+    assert torch.allclose(exported(x, y), expected, atol=1e-6)
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "two.onnx")
+    (answer,) = session.run(None, {"input": x.numpy(), "input_1": y.numpy()})
+    assert torch.allclose(torch.from_numpy(answer), expected, atol=1e-5)
+    refused = dsp("bench", file, "--out", tmp_path / "b.json")
+    assert refused.status
+    assert "takes several inputs" in refused.error

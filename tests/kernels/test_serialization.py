@@ -177,7 +177,7 @@ def _tensor(
 
 CONV = ("modules", "conv", "structure")
 HOSTILE = {
-    "a later version": (_set("readable_from", FORMAT_VERSION + 1), "this dsp_kernels reads version 2"),
+    "a later version": (_set("readable_from", FORMAT_VERSION + 1), "this dsp_kernels reads version 3"),
     "another format": (_set("format", "weights"), "packed model"),
     "version of text": (_set("version", "2"), "expected whole numbers"),
     "no modules": (_set("modules", None), "no architecture or no modules"),

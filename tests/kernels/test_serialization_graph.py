@@ -204,7 +204,7 @@ REFUSED = {
     "module": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Bilinear(1, 1, 1)), "Bilinear"),
     "constant": (lambda: Calls(lambda x: x.to(torch.complex64)), "complex64"),
     "control flow": (lambda: Calls(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
-    "two inputs": (lambda: nn.Bilinear(3, 3, 3), "takes several inputs"),
+    "two inputs": (lambda: nn.Bilinear(3, 3, 3), "takes 2 inputs, the example has 1"),
 }
 
 
@@ -319,8 +319,8 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
         _first({"function": "torch.relu", "args": [{"lambda": "x"}]}),
         "no argument has that form",
     ),
-    "no output": (lambda h: h["calls"].pop(), "one input and an output"),
-    "two inputs": (_first({"input": 0}), "one input and an output"),
+    "no output": (lambda h: h["calls"].pop(), "inputs and end with"),
+    "two inputs": (_first({"input": 0}), "inputs and end with"),
     "output in the middle": (_first({"output": X}), "expected a name|not known"),
     "calls that are no list": (lambda h: h.update(calls={}), "no calls"),
     "too many calls": (lambda h: h.update(calls=[{"input": 0}] * 60_000), "expected at most"),
@@ -432,3 +432,78 @@ def test_widths_of_all_layers_share_one_budget() -> None:
     budget.spend(structure, "second")
     with pytest.raises(DSPFormatError, match="'third': in_channels is 6; expected 1 to 0"):
         budget.spend(structure, "third")
+
+
+class _Rows(nn.Module):
+    """Channel attention along the channels, as ECA-Net has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.along = nn.Conv2d(3, 4, 3), nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        gate = self.along(y.mean((2, 3)).unsqueeze(1)).sigmoid().squeeze(1)
+        return y * gate[:, :, None, None]
+
+
+OPERATIONS: dict[str, Callable[[], nn.Module]] = {
+    "power": lambda: Calls(lambda x: x**2),
+    "matrix product": lambda: Calls(lambda x: x.flatten(2).transpose(1, 2) @ x.flatten(2)),
+    "choice": lambda: Calls(lambda x: torch.where(x > 0, x, x.exp())),
+    "normalise": lambda: Calls(lambda x: nn.functional.normalize(x, dim=1)),  # hands on out=None
+    "one dimension": _Rows,
+    "hard shrink": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink(0.3)),
+    "round the corner": lambda: nn.Sequential(nn.CircularPad2d(1), nn.Conv2d(3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_of_other_networks_are_known(tmp_path: Path, name: str) -> None:
+    model = OPERATIONS[name]().eval()
+    dsp_kernels.save(model, tmp_path / "net", IMAGE)
+    assert torch.equal(dsp_kernels.load(tmp_path / "net")(images()), model(images()))
+
+
+FURTHER: dict[str, tuple[Callable[[Header], Any], str]] = {
+    "no shape of the second": (lambda h: h.pop("further_shapes"), "2 inputs"),
+    "three shapes": (lambda h: h["further_shapes"].append([1, 3]), "2 inputs"),
+    "huge": (lambda h: h.update(further_shapes=[[1, HUGE]]), "further inputs"),
+    "of text": (lambda h: h.update(further_shapes="ab"), "further inputs"),
+    "too many": (lambda h: h.update(further_shapes=[[1, 1]] * 99), "further inputs"),
+    "an older version": (lambda h: h.update(version=2), "2 inputs"),
+    "one input twice": (lambda h: h["calls"][1].update(input=0), "numbered"),
+    "an input late": (lambda h: h["calls"].insert(0, h["calls"].pop(2)), "first calls|earlier"),
+}
+
+
+class _Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(x) + y[:, :, None, None]
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_refuses_hostile_inputs(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "net"
+    dsp_kernels.save(_Two(), path, (IMAGE, torch.zeros(1, 3)))
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dsp_kernels"])
+    assert (header["version"], header["readable_from"]) == (3, 3)
+    change, words = FURTHER[name]
+    change(header)
+    save_file({}, path, metadata={"dsp_kernels": json.dumps(header)})
+    with pytest.raises(DSPFormatError, match=words):
+        dsp_kernels.load(path)
+
+
+def test_a_fused_layer_of_other_channels_is_refused(tmp_path: Path) -> None:
+    """Its groups read channels that are there, so that only the width itself tells."""
+    path = tmp_path / "net"
+    dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, IMAGE)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dsp_kernels"])
+    fused = next(m for m in header["modules"].values() if m["class"] == "FusedConv2d")
+    fused["structure"]["in_channels"] += 100
+    save_file(load_file(path), path, metadata={"dsp_kernels": json.dumps(header)})
+    with pytest.raises(DSPFormatError, match="channels reads a value of shape"):
+        dsp_kernels.load(path)

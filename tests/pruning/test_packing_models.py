@@ -1,0 +1,301 @@
+"""pack on models as people have them: wrapped, reparametrised, of several inputs, with odd code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+import dsp_kernels
+from dsp_kernels import PackedConv2d
+from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPShapeError, DSPTraceError
+from dsp_pruning import pack
+from dsp_pruning.unpacking import unpack
+
+WIDTH = 8
+
+
+class Net(nn.Module):
+    """conv - norm - relu - conv - relu - mean - linear, with room for other code between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, WIDTH, 3, padding=1), nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.norm, self.linear = nn.BatchNorm2d(WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.a(x))))
+
+    def head(self, y: Tensor) -> Tensor:
+        return self.linear(F.relu(self.b(y)).mean((2, 3)))
+
+
+def masked(model: nn.Module, gone: tuple[int, ...] = (1, 2, 5)) -> nn.Module:
+    """Filters of ``a`` that are gone with norm and bias; ``b`` reads two patterns of what is left."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-1, 1)
+                module.running_var.uniform_(0.5, 2)
+        rows, columns = torch.ones(WIDTH, 3, 1, 1), torch.ones(WIDTH, WIDTH, 1, 1)
+        rows[list(gone)] = 0
+        columns[:4, 6] = 0
+        for conv, mask in ((model.a, rows), (model.b, columns)):
+            conv.register_buffer("mask", mask)
+            conv.weight.mul_(mask)
+        for tensor in (model.a.bias, model.norm.weight, model.norm.bias):
+            tensor[list(gone)] = 0
+    return model.double().eval()
+
+
+def images(channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def agree(left: Tensor, right: Tensor) -> bool:
+    return bool((left - right).abs().max() <= 1e-12 * left.abs().max())
+
+
+def test_torch_s_own_pruning_is_packed() -> None:
+    model = Net().eval()
+    prune.ln_structured(model.a, "weight", amount=3, n=2, dim=0)
+    prune.ln_structured(model.b, "weight", amount=2, n=2, dim=1)
+    with torch.no_grad():
+        gone = model.a.weight.flatten(1).norm(dim=1) == 0
+        for tensor in (model.a.bias, model.norm.weight, model.norm.bias):
+            tensor[gone] = 0
+    x = torch.randn(2, 3, 8, 8)
+    model(x)  # its weights are results of autograd now, which deepcopy refuses
+    packed = pack(model, x)
+    assert isinstance(packed.a, PackedConv2d)
+    assert packed.a.out_channels <= WIDTH - 3
+    assert torch.allclose(packed(x), model(x), atol=1e-6)
+    assert prune.is_pruned(model.a)
+
+
+@pytest.mark.parametrize(
+    "reparametrise", [weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
+)
+@pytest.mark.filterwarnings(
+    "ignore:.*weight_norm.*:FutureWarning", "ignore:.*weights that are not 0:UserWarning"
+)
+def test_computed_weights_become_numbers(reparametrise: Callable[[nn.Module], nn.Module]) -> None:
+    model = masked(Net())
+    reparametrise(model.b)
+    model.eval()
+    model(images())
+    packed = pack(model, images())
+    assert isinstance(packed.b, PackedConv2d)
+    assert packed.a.out_channels == WIDTH - 3
+    assert agree(model(images()), packed(images()))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_a_wrapped_model_is_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = masked(Net())
+    packed = pack(wrap(model), images())
+    assert isinstance(packed, Net)
+    assert agree(model(images()), packed(images()))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (nn.Conv2d(3, 4, 3), DSPPruningError, r"a single Conv2d.*nn\.Sequential"),
+        (nn.Sequential(nn.LazyConv2d(4, 3)), DSPShapeError, r"'0\.weight' has no shape yet"),
+        (torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3))), DSPTraceError, "ScriptModule"),
+        (3, DSPShapeError, "pack got a int"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_packed_is_refused(model: nn.Module, error: type[DSPError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        pack(model, torch.randn(1, 3, 8, 8))
+
+
+def test_an_example_that_does_not_fit_is_named_with_the_place() -> None:
+    with pytest.raises(
+        DSPTraceError, match=r"shape \(2, 2, 8, 8\) and dtype torch.float64, at 'a'"
+    ) as caught:
+        pack(masked(Net()), images(2))
+    assert "tlparse" not in str(caught.value)
+
+
+class Borrows(Net):
+    """Code that reads the weight of a layer that it also calls."""
+
+    def head(self, y: Tensor) -> Tensor:
+        return super().head(y) + self.b.weight.square().sum()
+
+
+def test_a_layer_whose_weight_is_read_elsewhere_stays() -> None:
+    model = masked(Borrows())
+    packed = pack(model, images())
+    assert type(packed.b) is nn.Conv2d
+    assert "also reads the parameters of" in str(packed.packing)
+    assert agree(model(images()), packed(images()))
+
+
+class Writes(Net):
+    def head(self, y: Tensor) -> Tensor:
+        z = F.relu(self.b(y))
+        z[:, :4] = y[:, 4:]
+        return self.linear(z.mean((2, 3)))
+
+
+def test_writing_into_a_part_of_a_tensor_is_refused() -> None:
+    with pytest.raises(DSPTraceError, match="writes into a part of a tensor"):
+        pack(masked(Writes()), images())
+
+
+def test_a_packed_network_that_cannot_run_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsp_pruning.packing.rebuild", lambda module, plan: nn.Conv2d(1, 1, 1))
+    with pytest.raises(DSPError, match="does not run on the example input"):
+        pack(masked(Net()), images())
+
+
+class Two(Net):
+    """An image, a vector of features and options that nobody gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, WIDTH)
+
+    def forward(self, x: Tensor, features: Tensor, mask: Tensor | None = None, raw: bool = False) -> Tensor:
+        y = F.relu(self.norm(self.a(x)))
+        if mask is not None:
+            y = y * mask
+        y = y * torch.sigmoid(self.embed(features))[:, :, None, None]
+        return y if raw else self.head(y)
+
+
+def two_inputs() -> tuple[Tensor, Tensor]:
+    return images(), torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def test_several_inputs(tmp_path: Path) -> None:
+    model, given = masked(Two()), two_inputs()
+    packed = pack(model, given)
+    assert packed.a.out_channels == packed.embed.out_features == WIDTH - 3
+    assert agree(model(*given), packed(*given))
+    dense = unpack(packed)
+    assert dense.embed.weight.shape == (WIDTH, 5)
+    assert agree(model(*given), dense(*given))
+
+    dsp_kernels.save(packed, tmp_path / "net", given)
+    loaded = dsp_kernels.load(tmp_path / "net")
+    assert loaded.example_shapes == ((1, 3, 8, 8), (1, 5))
+    assert torch.equal(loaded(*given), packed(*given))
+    dsp_kernels.save(loaded, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "net").read_bytes()
+    with pytest.raises(DSPFormatError, match="takes 2 inputs; pass"):
+        dsp_kernels.save(packed, tmp_path / "other")
+    with pytest.raises(DSPFormatError, match="takes 2 inputs, the example has 1"):
+        dsp_kernels.save(packed, tmp_path / "other", given[0])
+    with pytest.raises(DSPTraceError):
+        dsp_kernels.fuse(packed, given[0])
+
+
+def test_options_keep_their_defaults() -> None:
+    """torch.fx alone would take ``mask is not None`` for true."""
+
+    class Optional(Net):
+        def forward(self, x: Tensor, mask: Tensor | None = None, raw: bool = False) -> Tensor:
+            y = F.relu(self.norm(self.a(x)))
+            y = y if mask is None else y * mask
+            return y if raw else self.head(y)
+
+    model = masked(Optional())
+    packed = pack(model, images())
+    assert packed.a.out_channels == WIDTH - 3
+    assert agree(model(images()), packed(images()))
+    assert agree(model(images()), dsp_kernels.fuse(packed, images(), dtype=torch.float64)(images()))
+
+
+def test_what_was_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
+    model = masked(Net())
+    with torch.inference_mode():
+        packed = pack(model, images())
+        dense = unpack(packed)
+        dsp_kernels.save(packed, tmp_path / "net", images())
+        loaded = dsp_kernels.load(tmp_path / "net")
+    for made in (packed, dense, loaded):
+        made.train()(images()).sum().backward()
+        assert all(parameter.grad is not None for parameter in made.parameters())
+
+
+def test_unpack_keeps_the_precision_of_layers_of_which_nothing_is_left() -> None:
+    model = masked(Net(), gone=tuple(range(WIDTH)))
+    packed = pack(model, images())
+    assert not any(weight.numel() for weight in packed.a.weights)
+    dense = unpack(packed)
+    assert {tensor.dtype for tensor in dense.state_dict().values() if tensor.is_floating_point()} == {
+        torch.float64
+    }
+    assert agree(model(images()), dense(images()))
+
+
+def _classic(m: nn.Module, y: Tensor) -> Tensor:
+    batch, channels, _, _ = y.size()
+    gate = m.gate(F.adaptive_avg_pool2d(y, 1).view(batch, channels)).view(batch, channels, 1, 1)
+    return y * gate.expand_as(y)
+
+
+GATES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "view and expand_as": _classic,
+    "new axes": lambda m, y: y * m.gate(y.mean((2, 3)))[:, :, None, None],
+    "unsqueeze": lambda m, y: y * m.gate(y.flatten(2).mean(2)).unsqueeze(-1).unsqueeze(-1),
+    "largest": lambda m, y: y * m.gate(y.amax((2, 3))).reshape(y.size(0), -1, 1, 1),
+    "squeeze": lambda m, y: y * m.gate(F.adaptive_max_pool2d(y, 1).squeeze(-1).squeeze(-1))[..., None, None],
+}
+
+
+class Gated(Net):
+    def __init__(self, use: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU(), nn.Linear(4, WIDTH), nn.Sigmoid())
+        self.use = use
+
+    def head(self, y: Tensor) -> Tensor:
+        return super().head(self.use(self, y))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_of_linear_layers_shrinks_with_what_it_scales(name: str) -> None:
+    model = masked(Gated(GATES[name]))
+    packed = pack(model, images())
+    assert (packed.gate[0].in_features, packed.gate[2].out_features) == (WIDTH - 3, WIDTH - 3)
+    assert packed.b.in_channels == WIDTH - 3
+    assert not any(barrier.kept for barrier in packed.packing.barriers)
+    other = torch.randn(3, 3, 12, 10, dtype=torch.float64)
+    assert agree(model(other), packed(other))
+    dense = unpack(packed)
+    assert dense.gate[2].weight.shape == (WIDTH, 4)
+    assert agree(model(other), dense(other))
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "crop": lambda y: y[:, :, 1:-1, 1:],
+    "strided": lambda y: y[..., ::2, 1::2],
+    "one place": lambda y: y[:, :, 0, 0][:, :, None, None],
+    "repeated": lambda y: y.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4),
+    "flattened": lambda y: y.flatten(2).view(y.size(0), y.size(1), y.size(2), y.size(3)),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_cuts_the_map_leaves_the_channels(name: str) -> None:
+    class Cut(Net):
+        def head(self, y: Tensor) -> Tensor:
+            return super().head(CUTS[name](y))
+
+    model = masked(Cut())
+    packed = pack(model, images())
+    assert packed.a.out_channels == WIDTH - 3
+    assert agree(model(images()), packed(images()))
