@@ -68,7 +68,7 @@ def new_network(bf16: bool = False) -> Any:
     """
     module = native()
     assert module is not None
-    return module.Network(chosen_isa(), bf16, may_use_winograd())
+    return module.Network(chosen_isa(), bf16, "where faster" if may_use_winograd() else "never")
 
 
 @cache

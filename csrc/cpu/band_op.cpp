@@ -3,6 +3,7 @@
 
 #include "ops.h"
 #include "tiling.h"
+#include "winograd.h"
 
 namespace dsp {
 
@@ -17,12 +18,12 @@ void BandConvOp::transform(float* to, int band, int column, int columns, const C
     call.vectors = (floats + kernels->lanes - 1) / kernels->lanes;
     for (size_t n = 0; n < used.size(); ++n) {
         const float* plane = x.plane(context, used[n]) + first;
-        for (int i = 0; i < rows + 2; ++i) {
-            const int row = band * rows + i - step->padding[0];
+        for (int i = 0; i < band_sums; ++i) {
+            const int row = band * band_rows + i - step->padding[0];
             call.row[i] = row < 0 || row >= g.h ? zeros.data() : plane + row * g.pitch * g.interleave;
         }
-        call.out = to + int64_t(n) * (rows + 2) * transformed_pitch;
-        kernels->band_input[rows / 4](call);
+        call.out = to + int64_t(n) * band_sums * transformed_pitch;
+        kernels->band_input(call);
     }
 }
 
@@ -33,7 +34,6 @@ void BandConvOp::run(int chunk, const Context& context) const {
     const Geometry& g = y.geometry;
     const int64_t row = g.pitch * g.interleave;
     const int lanes = kernels->lanes;
-    const auto& run_tile = kernels->band_tile[rows / 4];
     BandCall call{};
     call.pitch = transformed_pitch;
     call.y_pitch = row;
@@ -42,7 +42,7 @@ void BandConvOp::run(int chunk, const Context& context) const {
         for (int block = 0; block < row_vectors; block += block_columns) {
             const int columns = std::min(block_columns, row_vectors - block);
             transform(transformed, band, block, columns, context);
-            call.rows = std::min(rows, g.h - band * rows);
+            call.rows = std::min(band_rows, g.h - band * band_rows);
             for (int begin = 0; begin < columns; begin += sum_columns) {
                 const int end = std::min(begin + sum_columns, columns);
                 for (int t = part.first_tile; t < part.last_tile; ++t) {
@@ -56,12 +56,12 @@ void BandConvOp::run(int chunk, const Context& context) const {
                     call.add_plane = call.y_plane + K;
                     for (int v = begin; v < end;) {
                         const int P = pass_width(end - v, most);
-                        const int64_t at = band * rows * row + int64_t(block + v) * lanes;
+                        const int64_t at = int64_t(band) * band_rows * row + int64_t(block + v) * lanes;
                         call.x = transformed + int64_t(v) * lanes;
                         call.y = y.in(context) + at;
                         call.add = has_add ? context.arena + at : nullptr;
                         call.tail = block + v + P == row_vectors ? tail : lanes;
-                        run_tile[K][P](call);
+                        kernels->band_tile[K][P](call);
                         v += P;
                     }
                 }

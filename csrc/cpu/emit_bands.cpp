@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "builder.h"
+#include "winograd.h"
 
 namespace dsp {
 
@@ -22,7 +23,7 @@ int fitting(int64_t bytes, int64_t channels, int64_t floats, int least, int most
 // Makes op a convolution in bands if that takes less than `least` cycles; false if it does not.
 bool Builder::band_conv(BandConvOp& op, const Draft& draft, double least) {
     const Step& step = *op.step;
-    if (!network_.winograd || step.pairs || draft.split >= 0 || step.kernel[0] != 3 || step.dilation[0] != 1) return false;
+    if (network_.winograd == Winograd::never || step.pairs || draft.split >= 0 || step.kernel[0] != 3 || step.dilation[0] != 1) return false;
     const Kernels& kernels = network_.kernels;
     const Geometry& y = op.y.geometry;
     const int64_t row = int64_t(y.w) * key_.interleave, lanes = kernels.lanes;
@@ -39,32 +40,26 @@ bool Builder::band_conv(BandConvOp& op, const Draft& draft, double least) {
         if (place_of[c] == 0) place_of[c] = int(op.used.size()), op.used.push_back(c);
     if (op.used.empty()) return false;
 
-    Splits chosen;
-    for (const int rows : {2, 4}) {
-        const int bands = (y.h + rows - 1) / rows;
-        const int block = fitting(16 << 10, int64_t(widest), (rows + 2) * lanes, 6, op.row_vectors);
-        BandExtent extent{0, rows, bands, op.row_vectors, block, key_.interleave >= lanes};
-        double cost = double(op.used.size()) * transform_cost(extent);
-        Splits splits;
-        for (const auto& group : step.groups) {
-            extent.count = int64_t(group.in.size()) * step.kernel[1];
-            splits.push_back(split_filters(kernels, int(group.out.size()), extent));
-            for (int filters : splits.back()) cost += tile_cost(kernels, filters, extent);
-        }
-        if (cost >= least) continue;
-        least = cost, chosen = splits;
-        op.rows = rows, op.bands = bands, op.sum_columns = block;
+    op.bands = (y.h + band_rows - 1) / band_rows;
+    op.sum_columns = fitting(16 << 10, int64_t(widest), band_sums * lanes, 6, op.row_vectors);
+    BandExtent extent{0, op.bands, op.row_vectors, op.sum_columns, key_.interleave >= lanes, op.tail < lanes};
+    double cost = double(op.used.size()) * transform_cost(extent);
+    Splits splits;
+    for (const auto& group : step.groups) {
+        extent.count = int64_t(group.in.size()) * step.kernel[1];
+        splits.push_back(split_filters(kernels, int(group.out.size()), extent));
+        for (int filters : splits.back()) cost += tile_cost(kernels, filters, extent);
     }
-    if (!op.rows) return false;
+    if (cost >= least && network_.winograd != Winograd::always) return false;
 
     // What all filters read of a band stays in the second-level cache.
-    op.block_columns = fitting(128 << 10, int64_t(op.used.size()), (op.rows + 2) * lanes, 8, op.row_vectors);
+    op.block_columns = fitting(128 << 10, int64_t(op.used.size()), band_sums * lanes, 8, op.row_vectors);
     const int64_t reach = int64_t(step.kernel[1] - 1) * step.dilation[1] * key_.interleave;
     op.transformed_pitch = round_up(round_up(op.block_columns * lanes + reach, lanes), 16);
     // Rows at a distance of a power of two would all fall into the same few sets of the cache.
     if (op.transformed_pitch / 16 % 2 == 0) op.transformed_pitch += 16;
     op.zeros.assign(op.transformed_pitch, 0.0f);
-    const int64_t channel = (op.rows + 2) * op.transformed_pitch;
+    const int64_t channel = band_sums * op.transformed_pitch;
     op.off.clear();
     for (const auto& group : step.groups) {
         op.off.emplace_back();
@@ -72,12 +67,12 @@ bool Builder::band_conv(BandConvOp& op, const Draft& draft, double least) {
             for (int tap = 0; tap < step.kernel[1]; ++tap)
                 op.off.back().push_back(int32_t(place_of[c] * channel + int64_t(tap) * step.dilation[1] * key_.interleave));
     }
-    op.packed = network_.packed(step, chosen, op.rows);
+    op.packed = network_.packed(step, splits, true);
     std::vector<double> costs;
-    for (const auto& tile : op.packed->tiles)
-        costs.push_back(tile_cost(kernels, tile.filters,
-                                  BandExtent{int64_t(op.off[tile.group].size()), op.rows, op.bands, op.row_vectors,
-                                             op.sum_columns, key_.interleave >= lanes}));
+    for (const auto& tile : op.packed->tiles) {
+        extent.count = int64_t(op.off[tile.group].size());
+        costs.push_back(tile_cost(kernels, tile.filters, extent));
+    }
     chunk_conv(op, op.bands, std::min(key_.parts, op.bands), costs);
     op.scratch_size = int64_t(op.used.size()) * channel;
     op.scratch = scratch_begin_;

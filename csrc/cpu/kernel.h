@@ -27,11 +27,11 @@ struct TileCall {
     Act act;
 };
 
-// Winograd's method over the rows (winograd.h): a band of output rows comes from rows + 2 sums instead of 3 * rows.
-// The inputs of the sums, of one channel: rows + 2 combinations of as many rows of x.
+// Winograd's method over the rows (winograd.h): a band of four output rows comes from six sums instead of twelve.
+// The inputs of the sums, of one channel: six combinations of as many rows of x.
 struct BandInput {
     const float* row[6]; // of x, at the first column that is read
-    float* out;          // [rows + 2][pitch]
+    float* out;          // [6][pitch]
     int64_t pitch;       // floats from one combination to the next
     int64_t vectors;
 };
@@ -42,7 +42,7 @@ struct BandCall {
     int64_t pitch;            // as in BandInput
     const int32_t* off;       // [count] displacement of (channel, horizontal tap) j
     int64_t count;
-    const float* w;           // [pair of sums][count][2][filters]
+    const float* w;           // [3 pairs of sums][count][2][filters]
     const float* bias;        // [filters]
     float* y;                 // the band's first row in plane 0 of the output, at the first column
     int64_t y_pitch;          // floats from row to row, of the residual too
@@ -127,10 +127,9 @@ struct Kernels {
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     // The same over words of two bfloat16 channels (kernel_bf16.h): x and w are words, all else is float.
     void (*pair_tile[max_filters + 1][max_vectors + 1])(const TileCall&);
-    // Winograd: bands of 2 rows, then of 4.
     int band_vectors[max_filters + 1]; // most vectors of a band's tile with k filters
-    void (*band_input[2])(const BandInput&);
-    void (*band_tile[2][max_filters + 1][max_vectors + 1])(const BandCall&);
+    void (*band_input)(const BandInput&);
+    void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
     void (*product)(const ProductCall&);
     void (*pool)(const PoolCall&);

@@ -7,30 +7,25 @@
 namespace dsp {
 namespace {
 
-// Combinations in the order of the sums: of the points +-1 (two rows) or +-near and +-far (four), then of 0, infinity.
-template <int R>
+constexpr float near_float = float(near_point), far_float = float(far_point);
+
+// Combinations of the six rows of a band in the order of the sums.
 void band_input(const BandInput& call) {
+    constexpr float near = float(square_near), far = float(square_far);
+    const int64_t pitch = call.pitch;
     for (int64_t v = 0; v < call.vectors; ++v) {
-        V d[R + 2];
+        V d[band_sums];
 #pragma GCC unroll 6
-        for (int i = 0; i < R + 2; ++i) d[i] = load(call.row[i] + v * L);
+        for (int i = 0; i < band_sums; ++i) d[i] = load(call.row[i] + v * L);
         float* out = call.out + v * L;
-        const int64_t pitch = call.pitch;
-        if constexpr (R == 2) {
-            store(out, d[2] + d[1]);
-            store(out + pitch, d[2] - d[1]);
-            store(out + 2 * pitch, d[2] - d[0]);
-            store(out + 3 * pitch, d[3] - d[1]);
-        } else {
-            const V near_even = d[4] - square_far * d[2], near_odd = d[3] - square_far * d[1];
-            const V far_even = d[4] - square_near * d[2], far_odd = d[3] - square_near * d[1];
-            store(out, near_even + near_point * near_odd);
-            store(out + pitch, near_even - near_point * near_odd);
-            store(out + 2 * pitch, far_even + far_point * far_odd);
-            store(out + 3 * pitch, far_even - far_point * far_odd);
-            store(out + 4 * pitch, d[4] - (square_near + square_far) * d[2] + d[0]);
-            store(out + 5 * pitch, d[5] - (square_near + square_far) * d[3] + d[1]);
-        }
+        const V near_even = d[4] - far * d[2], near_odd = d[3] - far * d[1];
+        const V far_even = d[4] - near * d[2], far_odd = d[3] - near * d[1];
+        store(out, near_even + near_float * near_odd);
+        store(out + pitch, near_even - near_float * near_odd);
+        store(out + 2 * pitch, far_even + far_float * far_odd);
+        store(out + 3 * pitch, far_even - far_float * far_odd);
+        store(out + 4 * pitch, d[4] - (near + far) * d[2] + d[0]);
+        store(out + 5 * pitch, d[5] - (near + far) * d[3] + d[1]);
     }
 }
 
@@ -67,6 +62,19 @@ inline __attribute__((always_inline)) void add_sums(V (&a)[K][P], V (&b)[K][P], 
 
 __attribute__((noinline)) V activate_late(V v, Act act) { return activate(v, act); }
 
+// The first `count` lanes; fewer than all.
+inline void store_some(float* y, V v, int count) {
+    float rest[L];
+    store(rest, v);
+    int done = 0;
+#pragma GCC unroll 4
+    for (int size = L / 2; size >= 1; size /= 2)
+        if (count & size) {
+            __builtin_memcpy(y + done, rest + done, size * sizeof(float));
+            done += size;
+        }
+}
+
 // Bias, residual, activation and the store of one row of a band.
 template <int K, int P>
 inline __attribute__((always_inline)) void finish_row(V (&acc)[K][P], const BandCall& call, int row) {
@@ -92,72 +100,57 @@ inline __attribute__((always_inline)) void finish_row(V (&acc)[K][P], const Band
             if (p + 1 < P || tail == L) {
                 store(y + p * L, v);
             } else { // what follows are pad columns, or the next row, which another thread may be writing
-                float rest[L];
-                store(rest, v);
-                for (int l = 0; l < tail; ++l) y[p * L + l] = rest[l];
+                store_some(y + p * L, v, tail);
             }
         }
     }
 }
 
-template <int K, int P, int R>
+template <int K, int P>
 void band_tile(const BandCall& call) {
-    V a[K][P], b[K][P];
+    constexpr float near = float(square_near), far = float(square_far);
+    constexpr float near_cube = near * near_float, far_cube = far * far_float;
+    V a[K][P], b[K][P], even[K][P], odd[K][P], inner[K][P]; // the last three wait in memory
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) a[k][p] = b[k][p] = V{};
     add_sums<K, P>(a, b, call, 0);
-    if constexpr (R == 2) {
 #pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
+    for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) {
-                const V sum = a[k][p] + b[k][p];
-                b[k][p] = a[k][p] - b[k][p];
-                a[k][p] = sum;
-            }
-    } else {
-        V even[K][P], odd[K][P]; // wait in memory
+        for (int p = 0; p < P; ++p) {
+            even[k][p] = a[k][p] + b[k][p], odd[k][p] = a[k][p] - b[k][p];
+            a[k][p] = b[k][p] = V{};
+        }
+    add_sums<K, P>(a, b, call, 1);
 #pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
+    for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) {
-                even[k][p] = a[k][p] + b[k][p], odd[k][p] = a[k][p] - b[k][p];
-                a[k][p] = b[k][p] = V{};
-            }
-        add_sums<K, P>(a, b, call, 1);
-        V inner[K][P];
-        constexpr float near_cube = square_near * near_point, far_cube = square_far * far_point;
+        for (int p = 0; p < P; ++p) {
+            const V sum = a[k][p] + b[k][p], difference = a[k][p] - b[k][p];
+            inner[k][p] = near_float * odd[k][p] + far_float * difference;
+            odd[k][p] = near_cube * odd[k][p] + far_cube * difference;
+            a[k][p] = sum;
+        }
+    finish_row<K, P>(inner, call, 1);
 #pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
+    for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) {
-                const V sum = a[k][p] + b[k][p], difference = a[k][p] - b[k][p];
-                inner[k][p] = near_point * odd[k][p] + far_point * difference;
-                odd[k][p] = near_cube * odd[k][p] + far_cube * difference;
-                a[k][p] = sum;
-            }
-        finish_row<K, P>(inner, call, 1);
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) {
-                inner[k][p] = square_near * even[k][p] + square_far * a[k][p];
-                a[k][p] += even[k][p];
-                b[k][p] = odd[k][p];
-            }
-        finish_row<K, P>(inner, call, 2);
-    }
-    add_sums<K, P>(a, b, call, R / 2);
+        for (int p = 0; p < P; ++p) {
+            inner[k][p] = near * even[k][p] + far * a[k][p];
+            a[k][p] += even[k][p];
+            b[k][p] = odd[k][p];
+        }
+    finish_row<K, P>(inner, call, 2);
+    add_sums<K, P>(a, b, call, 2);
     finish_row<K, P>(a, call, 0);
-    finish_row<K, P>(b, call, R - 1);
+    finish_row<K, P>(b, call, 3);
 }
 
 template <int K, int P>
 void fill_bands(Kernels& table) {
-    table.band_tile[0][K][P] = band_tile<K, P, 2>;
-    table.band_tile[1][K][P] = band_tile<K, P, 4>;
+    table.band_tile[K][P] = band_tile<K, P>;
     if constexpr (P > 1) fill_bands<K, P - 1>(table);
 }
 
@@ -169,8 +162,7 @@ void band_row(Kernels& table) {
 
 // Two sums for each filter and vector fit the registers.
 void make_bands(Kernels& table) {
-    table.band_input[0] = band_input<2>;
-    table.band_input[1] = band_input<4>;
+    table.band_input = band_input;
 #if DSP_WIDE
     band_row<1, 8>(table);
     band_row<2, 6>(table);

@@ -30,6 +30,13 @@ Act activation(const std::string& name) {
     fail("activation '" + name + "' is unknown");
 }
 
+dsp::Winograd winograd_of(const std::string& name) {
+    if (name == "never") return dsp::Winograd::never;
+    if (name == "where faster") return dsp::Winograd::where_faster;
+    if (name == "always") return dsp::Winograd::always;
+    fail("winograd is 'never', 'where faster' or 'always', not '" + name + "'");
+}
+
 std::vector<float> flat(const Array& array) {
     const auto dense = py::array_t<float, py::array::c_style | py::array::forcecast>(array);
     return std::vector<float>(dense.data(), dense.data() + dense.size());
@@ -42,8 +49,8 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 // Built step by step, then sealed; after that it can only run.
 class Native {
   public:
-    Native(const std::string& isa, bool bf16, bool winograd)
-        : network_(std::make_unique<dsp::Network>(isa, bf16, winograd)) {}
+    Native(const std::string& isa, bool bf16, const std::string& winograd)
+        : network_(std::make_unique<dsp::Network>(isa, bf16, winograd_of(winograd))) {}
 
     int input(int channels) { return open().add_input(channels); }
 
@@ -226,8 +233,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bf16") = false, py::call_guard<py::gil_scoped_release>());
     m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
-        .def(py::init<const std::string&, bool, bool>(), py::arg("isa") = "", py::arg("bf16") = false,
-             py::arg("winograd") = true)
+        .def(py::init<const std::string&, bool, const std::string&>(), py::arg("isa") = "", py::arg("bf16") = false,
+             py::arg("winograd") = "where faster")
         .def("input", &Native::input)
         .def("conv", &Native::conv)
         .def("conv_like", &Native::conv_like)

@@ -60,7 +60,7 @@ bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid
 
 } // namespace
 
-Network::Network(const std::string& isa, bool bf16, bool winograd)
+Network::Network(const std::string& isa, bool bf16, Winograd winograd)
     : kernels(kernels_for(isa)), bf16(bf16), winograd(winograd) {}
 
 void Network::check(int value) const {
@@ -141,23 +141,22 @@ void pack_plain(std::vector<float>& to, const Step& step, const float* first, in
 }
 
 // [pair of sums][channel, horizontal tap][2][filters], in the order of band_input().
-void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns, int band_rows) {
-    const BandWeights transformed(band_rows);
-    for (int pair = 0; pair < transformed.pairs; ++pair)
+void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
+    for (int pair = 0; pair < band_pairs; ++pair)
         for (int64_t c = 0; c < count; c += 3 * columns)
             for (int64_t x = c; x < c + columns; ++x)
                 for (int half = 0; half < 2; ++half)
                     for (int k = 0; k < filters; ++k) {
                         const float* tap = first + k * count + x;
-                        to.push_back(transformed(2 * pair + half, tap[0], tap[columns], tap[2 * columns]));
+                        to.push_back(band_weight(2 * pair + half, tap[0], tap[columns], tap[2 * columns]));
                     }
 }
 
 } // namespace
 
-std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, int band_rows) const {
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, bool in_bands) const {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto& known = packed_[{&step, splits, band_rows}];
+    auto& known = packed_[{&step, splits, in_bands}];
     if (auto found = known.lock()) return found;
     auto made = std::make_shared<Packed>();
     for (size_t g = 0; g < step.groups.size(); ++g) {
@@ -167,8 +166,8 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
             const float* weights = group.weights.data() + first * count;
-            if (band_rows)
-                pack_bands(made->weights, weights, filters, count, step.kernel[1], band_rows);
+            if (in_bands)
+                pack_bands(made->weights, weights, filters, count, step.kernel[1]);
             else
                 pack_plain(made->weights, step, weights, filters, count, taps);
             for (int k = 0; k < filters; ++k) {

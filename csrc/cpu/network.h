@@ -77,14 +77,17 @@ struct Value {
     bool nonnegative = false; // a ReLU made it, so that another ReLU changes nothing
 };
 
+// Whether convolutions are computed by Winograd's method; always: wherever it is possible.
+enum class Winograd { never, where_faster, always };
+
 class Network {
   public:
     // bf16: convolutions round what they read and their weights to bfloat16. Sums and values stay float.
-    // winograd: convolutions may be computed by Winograd's method where that is faster.
-    explicit Network(const std::string& isa, bool bf16 = false, bool winograd = true);
+    explicit Network(const std::string& isa, bool bf16 = false, Winograd winograd = Winograd::where_faster);
 
     const Kernels& kernels;
-    const bool bf16, winograd;
+    const bool bf16;
+    const Winograd winograd;
     std::vector<Value> values;
     std::vector<Step> steps;
     int inputs = 0, outputs = 0;
@@ -114,13 +117,13 @@ class Network {
     // What the planes are that a group reads, in order.
     static std::vector<Source> sources(const Step& step, const std::vector<int>& channels);
 
-    // The weights of a conv step cut into these tiles, transformed for bands of 2 or 4 rows (winograd.h) or as they
-    // are (0). Plans that cut alike share one copy.
-    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits, int band_rows = 0) const;
+    // The weights of a conv step cut into these tiles, transformed for bands of rows (winograd.h) or as they are. Plans
+    // that cut alike share one copy.
+    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits, bool in_bands = false) const;
 
   private:
     mutable std::mutex mutex_;
-    mutable std::map<std::tuple<const Step*, Splits, int>, std::weak_ptr<const Packed>> packed_;
+    mutable std::map<std::tuple<const Step*, Splits, bool>, std::weak_ptr<const Packed>> packed_;
 
     int make(Step step, int channels, bool nonnegative);
     int add_view(std::vector<int> parts, std::vector<Pair> planes);

@@ -91,7 +91,6 @@ class ConvOp : public Op {
 // The same by Winograd's method over bands of rows; a chunk's vectors are bands.
 class BandConvOp : public ConvOp {
   public:
-    int rows = 0;             // of a band: 2 or 4
     std::vector<int> used;    // channels of x that are read
     std::vector<float> zeros; // what a row outside the map holds
     int bands = 0;
@@ -100,7 +99,7 @@ class BandConvOp : public ConvOp {
     int64_t transformed_pitch = 0;        // floats from one combination to the next
     int64_t scratch = 0, scratch_size = 0; // in the arena, one for each chunk
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return rows == 2 ? "conv, bands of 2" : "conv, bands of 4"; }
+    const char* name() const override { return "conv in bands"; }
 
   private:
     void transform(float* to, int band, int column, int columns, const Context& context) const;

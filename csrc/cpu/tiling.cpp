@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <functional>
 
+#include "winograd.h"
+
 namespace dsp {
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
@@ -26,7 +28,6 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
 
 double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) {
     const double load = extent.aligned ? 1.0 : 1.75;
-    const int pairs = extent.rows / 2 + 1;
     double total = 0.0;
     for (int begin = 0; begin < extent.columns; begin += extent.block)
         for (int left = std::min(extent.block, extent.columns - begin); left > 0;) {
@@ -34,15 +35,16 @@ double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) 
             // Two sums at a time, as above; each pair has a loop of its own, each row an end.
             const double arithmetic = filters * width, loads = load * width + filters;
             const double per_term = std::max({arithmetic, loads, 4.0}) + 0.5 * std::min(arithmetic, loads);
-            total += pairs * (extent.count * per_term + 20.0) + 2.0 * extent.rows * filters * width + 25.0;
+            total += band_pairs * (extent.count * per_term + 40.0) + 3.0 * band_rows * filters * width + 25.0;
+            if (left == width && begin + extent.block >= extent.columns && extent.partial) total += 6.0 * band_rows * filters;
             left -= width;
         }
     return extent.bands * total;
 }
 
 double transform_cost(const BandExtent& extent) {
-    // Loads, sums and stores of rows + 2 vectors.
-    return double(extent.bands) * (extent.columns + 1) * (extent.rows + 2) * 2.0;
+    // Loads, sums and stores of six vectors.
+    return double(extent.bands) * ((extent.columns + 1) * band_sums * 2.0 + 15.0);
 }
 
 namespace {

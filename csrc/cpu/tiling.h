@@ -23,11 +23,11 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent);
 // What a group's filters are computed over by Winograd's method.
 struct BandExtent {
     int64_t count; // products per sum
-    int rows;      // of a band
     int bands;
     int columns;   // vectors in a row
     int block;     // vectors that all filters pass over before the next
     bool aligned;
+    bool partial;  // a row's last vector has lanes that are no pixels
 };
 
 // Estimated cycles of one tile over all bands.

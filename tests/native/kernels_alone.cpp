@@ -41,6 +41,7 @@ struct Case {
     Pair kernel, stride, padding, dilation;
     bool residual;
     Act act;
+    dsp::Winograd winograd;
 };
 
 Case any_case() {
@@ -52,6 +53,7 @@ Case any_case() {
     c.images = between(1, 9), c.interleave = 1 << between(0, 4), c.threads = between(1, 2);
     c.residual = between(0, 1);
     c.act = Act(between(0, 4));
+    c.winograd = between(0, 1) ? dsp::Winograd::always : dsp::Winograd::never;
     return c;
 }
 
@@ -70,7 +72,7 @@ bool agrees(const Case& c, const std::string& isa) {
     for (auto& group : groups) group.weights = numbers(int64_t(group.in.size()) * group.out.size() * taps);
     const auto bias = numbers(c.filters);
 
-    auto network = std::make_unique<dsp::Network>(isa);
+    auto network = std::make_unique<dsp::Network>(isa, false, c.winograd);
     const int x = network->add_input(c.channels);
     const int add = c.residual ? network->add_input(c.filters) : -1;
     const int y = network->add_conv(x, add, c.filters, c.kernel, c.stride, c.padding, c.dilation, c.act, groups, bias.data());

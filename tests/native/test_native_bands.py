@@ -1,0 +1,104 @@
+"""Convolutions by Winograd's method over bands of rows, forced, against the op's definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Arguments, Case, reference
+from test_native_op import ISAS, need
+
+from dsp_kernels import GroupStructure, fuse
+from dsp_kernels.backends.cpu import add_conv
+from dsp_kernels.native import native
+from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.tolerances import op_tolerance
+
+WIDE = GroupStructure.build(13, 21, [(range(0, 13, 2), range(9)), (range(1, 9), range(9, 20)), ([3], [20])])
+# Heights that fill the last band with one to four rows, widths around the lengths of a vector.
+SIZES = [
+    Case(f"{h}x{w}", WIDE, hw=(h, w), batch=3, residual=h % 2 == 1, activation="relu", seed=h)
+    for h, w in ((4, 8), (5, 7), (6, 16), (7, 9), (8, 15), (9, 3), (13, 33), (2, 17), (1, 1))
+]
+SHAPES = [
+    Case("rows of nine taps", WIDE, kernel=(3, 9), padding=(1, 4), hw=(9, 12)),
+    Case("columns only", WIDE, kernel=(3, 1), padding=(1, 0), hw=(6, 5)),
+    Case("dilated columns", WIDE, dilation=(1, 3), padding=(1, 3), hw=(6, 11), activation="silu"),
+    Case("no padding", WIDE, padding=0, hw=(11, 10), residual=True, activation="hardswish"),
+    Case("two rows of padding", WIDE, padding=(2, 1), hw=(5, 6), activation="relu6"),
+]
+TABLE = [case for case in CASES if case.batch] + SIZES + SHAPES
+
+
+def network_of(case: Case, a: Arguments, isa: str) -> Any:
+    network = native().Network(isa, False, "always")  # type: ignore[union-attr]
+    x = network.input(case.structure.in_channels)
+    residual = -1 if a.residual is None else network.input(case.structure.out_channels)
+    network.output(add_conv(network, case.spec, a.weights, a.bias, x, residual))
+    return network
+
+
+def in_bands(case: Case) -> bool:
+    """Whether Winograd's method can compute the case at all."""
+    spec = case.spec
+    reads = any(group.in_index for group in case.structure.groups)
+    return reads and spec.kernel_size[0] == 3 and spec.stride == (1, 1) and spec.dilation[0] == 1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_bands_of_rows(case: Case, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    need(isa, monkeypatch)
+    a = case.tensors()
+    expected = reference(case, a)
+    allowed = op_tolerance(torch.float32, case.reduction) * max(expected.abs().max().item(), 1.0)
+    inputs = [tensor.numpy() for tensor in (a.x, a.residual) if tensor is not None]
+    network = network_of(case, a, isa)
+    for interleave, threads in ((1, 1), (2, 3), (8, 1), (16, 2)):
+        y = torch.full(expected.shape, float("nan"))
+        network.run(inputs, [y.numpy()], threads, interleave)
+        error = (y.double() - expected).abs().max().item()
+        assert error <= allowed, (interleave, threads)
+    names = {name for name, _, _ in network.profile(inputs, [y.numpy()], 1, 1)}
+    assert ("conv in bands" in names) == in_bands(case), names
+
+
+def test_one_image_by_many_threads_is_the_same_to_the_bit() -> None:
+    case = Case("many", WIDE, hw=(30, 23), batch=1, activation="relu")
+    a = case.tensors()
+    network = network_of(case, a, "")
+    first = torch.empty(1, 21, 30, 23)
+    network.run([a.x.numpy()], [first.numpy()], 1, 1)
+    for threads in (2, 3, 8):
+        y = torch.full(first.shape, float("nan"))
+        network.run([a.x.numpy()], [y.numpy()], threads, 1)
+        assert torch.equal(y, first)
+
+
+def test_chosen_where_it_is_faster_and_never_when_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide 3x3 layer saves half its products; a layer of one channel has no sum to save on."""
+    wide, thin = GroupStructure.dense(64, 64), GroupStructure.uniform(16, 16, 16)
+
+    def names(structure: GroupStructure, **how: str) -> set[str]:
+        case = Case("", structure, hw=(16, 16), batch=8)
+        a = case.tensors()
+        network = native().Network("", **how)  # type: ignore[union-attr]
+        x = network.input(structure.in_channels)
+        network.output(add_conv(network, case.spec, a.weights, a.bias, x, -1))
+        y = torch.empty(8, structure.out_channels, 16, 16)
+        return {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 8, 1)}
+
+    assert "conv in bands" in names(wide)
+    assert "conv" in names(thin)
+    assert "conv" in names(wide, winograd="never")
+    with pytest.raises(ValueError, match="winograd"):
+        names(wide, winograd="sometimes")
+
+    layer = PackedConv2d(wide, 3, padding=1).eval()
+    x = torch.randn(8, 64, 16, 16)
+    by_bands = fuse(layer, x, backend="cpu")(x)
+    monkeypatch.setenv("DSP_KERNELS_WINOGRAD", "0")
+    plain = fuse(layer, x, backend="cpu")(x)
+    torch.testing.assert_close(by_bands, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(by_bands, plain)
