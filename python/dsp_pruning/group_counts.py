@@ -10,7 +10,7 @@ from torch import nn
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning.layers import LayerInfo
 
-__all__ = ["GroupCount", "by_pattern", "groups_of_layers"]
+__all__ = ["GroupCount", "by_pattern", "groups_of_layers", "named_counts"]
 
 GroupCount = int | Mapping[str, int] | Callable[[str, nn.Conv2d], int]
 
@@ -43,6 +43,15 @@ def groups_of_layers(infos: Sequence[LayerInfo], n_groups: GroupCount) -> list[i
                 f"n_groups <= {info.out_channels} or leave the layer out by layers="
             )
     return counts
+
+
+def named_counts(
+    infos: Sequence[LayerInfo], n_groups: GroupCount, counts: Sequence[int]
+) -> int | dict[str, int]:
+    """What a wrapper keeps of ``n_groups``: the number, or the number of every layer; both can be pickled."""
+    if isinstance(n_groups, int):
+        return n_groups
+    return {info.name: count for info, count in zip(infos, counts, strict=True)}
 
 
 def by_pattern(groups: int, patterns: Mapping[str, int], names: Sequence[str]) -> GroupCount:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import distributed
 from dsp_pruning import penalty as terms
-from dsp_pruning.buckets import Bucket, BucketStep, attach_layers, make_buckets, stacked
+from dsp_pruning.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.checks import (
     NonFiniteFlag,
     SecondOrder,
@@ -20,7 +20,7 @@ from dsp_pruning.checks import (
     held_back,
     raise_first_not_finite,
 )
-from dsp_pruning.group_counts import GroupCount, groups_of_layers
+from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
 from dsp_pruning.layers import LayerPredicate, survey_layers
 from dsp_pruning.logits import check_noise, gumbel_noise, logit_optimizer, step_logits
 from dsp_pruning.lookahead import Batch, as_batches, check_optimizer, look_ahead
@@ -34,8 +34,7 @@ class GroupWrapper:
     model: trained by the caller's own loop; calling the wrapper calls it. On it lives only
         ``<conv>.group`` [n_groups, out_channels], the logits; one that is there already is kept.
         DistributedDataParallel is looked through.
-    optimizer: of the model's weights; any of ``torch.optim`` in mode "none", and those of
-        ``lookahead.OPTIMIZERS`` in the others.
+    optimizer: of the model's weights; any of ``torch.optim`` in mode "none", else of ``lookahead.OPTIMIZERS``.
     criterion: ``(model(x), y) -> scalar loss``.
     reg: strength of the penalty; it grows linearly to this over total_steps.
     n_groups: G of every layer, or a mapping from the layer's name, or ``(name, conv) -> G``.
@@ -81,7 +80,7 @@ class GroupWrapper:
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
-        self.reg, self.total_steps, self.n_groups, self.temp = float(reg), total_steps, n_groups, float(temp)
+        self.reg, self.total_steps, self.temp = float(reg), total_steps, float(temp)
         self.second_order: SecondOrder = second_order
         self.rank = rank
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
@@ -89,6 +88,7 @@ class GroupWrapper:
         self.layers = survey_layers(self._network, example_input, layers)
         self._share_generator()
         counts = groups_of_layers(self.layers.chosen, n_groups)
+        self.n_groups = named_counts(self.layers.chosen, n_groups, counts)
         self._layers = attach_layers(self.layers.chosen, counts, optimizer, self.generator)
         distributed.broadcast_tensors([layer.logits for layer in self._layers])
         self._buckets = make_buckets(self._layers)
@@ -257,7 +257,7 @@ class GroupWrapper:
         if self.second_order == "none":
             self._loss = None
             return [step.first_slope() for step in steps], None
-        starts = [step.penalised(self._channels_last(step.bucket)) for step in steps]
+        starts = [step.penalised(step.bucket.channels_last(self._reorder)) for step in steps]
         layers = [step.bucket.layers for step in steps]
         each: dict[Tensor, Tensor] = {}
         for members, start in zip(layers, starts, strict=True):
@@ -272,13 +272,6 @@ class GroupWrapper:
             after = stacked([ahead.weights[layer.weight] for layer in members])
             slopes.append(step.mixed_slope(start, after, self.second_order == "exact"))
         return slopes, ahead.overflow
-
-    def _channels_last(self, bucket: Bucket) -> bool:
-        """Whether the look-ahead holds these weights in that order of memory."""
-        weight = bucket.layers[0].weight
-        own = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        # ResNet-20 and -56, batch 128, 2 threads of an AMD EPYC (AVX2): 18 and 14 % less time for the passes.
-        return own or (self._reorder and weight.device.type == "cpu" and weight.dtype == torch.float32)
 
     def _move_logits(self, slopes: list[Tensor], hold: Tensor) -> None:
         gradients = [
