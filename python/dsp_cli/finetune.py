@@ -24,6 +24,7 @@ class TargetName(StrEnum):
 def finetune(
     flags: o.RunFlags,
     groups: o.Groups = FinetuneConfig.groups,
+    layer_groups: o.LayerGroups = None,
     prune: Annotated[
         float, typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1.")
     ] = FinetuneConfig.prune,
@@ -47,11 +48,15 @@ def finetune(
     ] = False,
 ) -> None:
     """Prune a group-learned network to a rate and finetune it."""
+    by_layer = o.layer_groups(layer_groups)
+    named = o.groups_folder(groups, by_layer)
     before = f"learn-groups {flags.network} -g {groups}"
-    weights, source = o.stage_weights(flags, ckpt, f"learn_groups_g{groups}", before)
+    before += "".join(f" --layer-groups '{pattern}={count}'" for pattern, count in by_layer.items())
+    weights, source = o.stage_weights(flags, ckpt, f"learn_groups_{named}", before)
     config = flags.config(
         FinetuneConfig,
         groups=groups,
+        layer_groups=by_layer,
         prune=prune,
         target=target.value,
         channel_multiple=channel_multiple,
@@ -71,7 +76,7 @@ def finetune(
             flags.images(),
             weights,
             config,
-            flags.folder / f"finetune_g{groups}_p{prune:g}",
+            flags.folder / f"finetune_{named}_p{prune:g}",
             source=source,
             resume=flags.resume,
             progress=progress,

@@ -54,7 +54,7 @@ def named_counts(
     return {info.name: count for info, count in zip(infos, counts, strict=True)}
 
 
-def by_pattern(groups: int, patterns: Mapping[str, int], names: Sequence[str]) -> GroupCount:
+def by_pattern(groups: int, patterns: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
     """``groups`` for every layer, but for those whose name fits a pattern the number of the last that fits.
 
     patterns: as of a shell, ``stage_3.*`` -> G. names: of the layers that learn.
@@ -69,4 +69,4 @@ def by_pattern(groups: int, patterns: Mapping[str, int], names: Sequence[str]) -
     counts = dict.fromkeys(names, groups)
     for pattern, count in patterns.items():
         counts |= {name: count for name in names if fnmatchcase(name, pattern)}
-    return counts if patterns else groups
+    return counts

@@ -34,7 +34,7 @@ class GroupWrapper:
     model: trained by the caller's own loop; calling the wrapper calls it. On it lives only
         ``<conv>.group`` [n_groups, out_channels], the logits; one that is there already is kept.
         DistributedDataParallel is looked through.
-    optimizer: of the model's weights; any of ``torch.optim`` in mode "none", else of ``lookahead.OPTIMIZERS``.
+    optimizer: of the model's weights; any in mode "none", else one of ``lookahead.OPTIMIZERS``.
     criterion: ``(model(x), y) -> scalar loss``.
     reg: strength of the penalty; it grows linearly to this over total_steps.
     n_groups: G of every layer, or a mapping from the layer's name, or ``(name, conv) -> G``.
