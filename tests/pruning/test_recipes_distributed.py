@@ -68,7 +68,7 @@ def test_all_ranks_hold_the_same_and_one_prints_and_writes(whole: dict[str, Any]
     assert not [path.name for path in whole["folder"].rglob("*.tmp")]
 
 
-@pytest.mark.parametrize(("stage", "by_torchrun"), zip(STAGES, (True, False), strict=True))
+@pytest.mark.parametrize(("stage", "by_torchrun"), list(zip(STAGES, (True, False), strict=True)))
 def test_a_killed_rank_ends_the_job_and_resuming_loses_nothing(
     whole: dict[str, Any], stage: str, by_torchrun: bool, tmp_path: Path
 ) -> None:
