@@ -9,6 +9,7 @@ import typer
 
 from dsp_cli import options as o
 from dsp_cli.show import console, print_result
+from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.recipes import finetune as recipe
 from dsp_pruning.recipes.finetune import FinetuneConfig
 
@@ -65,11 +66,12 @@ def finetune(
         one_shot=one_shot,
     )
     if dry_run:
-        (low, high), report = recipe.preview(flags.images(), weights, config, source=source)
-        console.print(f"rates within reach, of {target.value}: {low:.4f} to {high:.4f}")
-        console.print(
-            f"{prune} is out of reach" if report is None else str(report), soft_wrap=True, markup=False
-        )
+        with process_group():
+            if is_main():
+                (low, high), report = recipe.preview(flags.images(), weights, config, source=source)
+                console.print(f"rates within reach, of {target.value}: {low:.4f} to {high:.4f}")
+                kept = f"{prune} is out of reach" if report is None else str(report)
+                console.print(kept, soft_wrap=True, markup=False)
         return
     with o.training("finetune") as progress:
         result = recipe.finetune(
