@@ -9,6 +9,7 @@ import typer
 
 from dsp_cli import options as o
 from dsp_cli.show import console, print_result
+from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.recipes import finetune as recipe
 from dsp_pruning.recipes.finetune import FinetuneConfig
 
@@ -24,6 +25,7 @@ class TargetName(StrEnum):
 def finetune(
     flags: o.RunFlags,
     groups: o.Groups = FinetuneConfig.groups,
+    layer_groups: o.LayerGroups = None,
     prune: Annotated[
         float, typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1.")
     ] = FinetuneConfig.prune,
@@ -47,11 +49,15 @@ def finetune(
     ] = False,
 ) -> None:
     """Prune a group-learned network to a rate and finetune it."""
+    by_layer = o.layer_groups(layer_groups)
+    named = o.groups_folder(groups, by_layer)
     before = f"learn-groups {flags.network} -g {groups}"
-    weights, source = o.stage_weights(flags, ckpt, f"learn_groups_g{groups}", before)
+    before += "".join(f" --layer-groups '{pattern}={count}'" for pattern, count in by_layer.items())
+    weights, source = o.stage_weights(flags, ckpt, f"learn_groups_{named}", before)
     config = flags.config(
         FinetuneConfig,
         groups=groups,
+        layer_groups=by_layer,
         prune=prune,
         target=target.value,
         channel_multiple=channel_multiple,
@@ -60,18 +66,19 @@ def finetune(
         one_shot=one_shot,
     )
     if dry_run:
-        (low, high), report = recipe.preview(flags.images(), weights, config, source=source)
-        console.print(f"rates within reach, of {target.value}: {low:.4f} to {high:.4f}")
-        console.print(
-            f"{prune} is out of reach" if report is None else str(report), soft_wrap=True, markup=False
-        )
+        with process_group():
+            if is_main():
+                (low, high), report = recipe.preview(flags.images(), weights, config, source=source)
+                console.print(f"rates within reach, of {target.value}: {low:.4f} to {high:.4f}")
+                kept = f"{prune} is out of reach" if report is None else str(report)
+                console.print(kept, soft_wrap=True, markup=False)
         return
     with o.training("finetune") as progress:
         result = recipe.finetune(
             flags.images(),
             weights,
             config,
-            flags.folder / f"finetune_g{groups}_p{prune:g}",
+            flags.folder / f"finetune_{named}_p{prune:g}",
             source=source,
             resume=flags.resume,
             progress=progress,

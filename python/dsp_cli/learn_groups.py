@@ -25,6 +25,7 @@ class Order(StrEnum):
 def learn_groups(
     flags: o.RunFlags,
     groups: o.Groups = LearnGroupsConfig.groups,
+    layer_groups: o.LayerGroups = None,
     regularize: Annotated[
         float, typer.Option("--regularize", "-r", help="Strength of the regulariser.")
     ] = LearnGroupsConfig.regularize,
@@ -37,10 +38,12 @@ def learn_groups(
     ] = Order.exact,
 ) -> None:
     """Learn the groups of every layer, from a trained dense network."""
+    by_layer = o.layer_groups(layer_groups)
     weights, source = o.stage_weights(flags, ckpt, "pretrain", f"pretrain {flags.network}")
     config = flags.config(
         LearnGroupsConfig,
         groups=groups,
+        layer_groups=by_layer,
         regularize=regularize,
         temperature=temperature,
         second_order=second_order.value,
@@ -50,7 +53,7 @@ def learn_groups(
             flags.images(),
             weights,
             config,
-            flags.folder / f"learn_groups_g{groups}",
+            flags.folder / f"learn_groups_{o.groups_folder(groups, by_layer)}",
             source=source,
             resume=flags.resume,
             progress=progress,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,10 +29,13 @@ __all__ = [
     "Device",
     "Groups",
     "ImageSize",
+    "LayerGroups",
     "Layers",
     "Rounds",
     "RunFlags",
     "Seed",
+    "groups_folder",
+    "layer_groups",
     "run_command",
     "stage_weights",
     "training",
@@ -73,6 +77,14 @@ Layers = Annotated[
     int, typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110.")
 ]
 Groups = Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups of every layer.")]
+LayerGroups = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer-groups",
+        metavar="PATTERN=G",
+        help="Other groups for layers whose name fits, such as 'stage_3.*=8'; may be given again.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights, splits, batch order and noise.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ..., or auto.")]
 Checkpoint = Annotated[
@@ -203,6 +215,23 @@ def run_command(defaults: type[RunConfig]) -> Callable[[Callable[..., None]], Ca
         return with_flags
 
     return decorate
+
+
+def layer_groups(given: Sequence[str] | None) -> dict[str, int]:
+    """Pattern -> G of every ``--layer-groups``. Raises DSPPruningError for one that is not PATTERN=G."""
+    found = {}
+    for text in given or ():
+        pattern, _, count = text.rpartition("=")
+        if not pattern or not count.isdecimal():
+            raise DSPPruningError(f"--layer-groups is {text!r}; expected PATTERN=G such as 'stage_3.*=8'")
+        found[pattern] = int(count)
+    return found
+
+
+def groups_folder(groups: int, by_layer: Mapping[str, int]) -> str:
+    """How the folder of a stage names these groups: ``g4``, ``g4_stage_3.=8``."""
+    kept = {re.sub(r"[^\w.-]", "", pattern): count for pattern, count in by_layer.items()}
+    return f"g{groups}" + "".join(f"_{name}={count}" for name, count in kept.items())
 
 
 @contextmanager

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPPruningError, DSPTrainingError
+from dsp_pruning import distributed
 
-__all__ = ["NonFiniteFlag", "SecondOrder", "check_learning_settings", "raise_first_not_finite"]
+__all__ = [
+    "NonFiniteFlag",
+    "SecondOrder",
+    "check_learning_settings",
+    "held_back",
+    "raise_first_not_finite",
+]
 
 SecondOrder = Literal["exact", "none", "original"]
 
@@ -56,6 +63,17 @@ class NonFiniteFlag:
         self._flag.add_(bad)
         self._host.copy_(self._flag, non_blocking=True)
 
+    def hold(self, values: Sequence[Tensor], skip: Tensor | None) -> Tensor:
+        """Bool scalar: nothing may move, after an overflow or a value that is not finite. Notes the latter.
+
+        skip: float scalar, 1 after an overflow; None without a scaler.
+        """
+        first = values[0]
+        bad = ~torch.stack([value.sum().to(first) for value in values]).sum().isfinite()
+        hold = bad if skip is None else bad | (skip > 0)
+        self.note(bad if skip is None else bad & (skip == 0))
+        return hold
+
     def seen(self) -> bool:
         """Has the host seen it yet?"""
         return self._view is not None and bool(self._view != 0)
@@ -67,6 +85,19 @@ class NonFiniteFlag:
     def clear(self) -> None:
         """Forget what was noted."""
         self._flag = self._host = self._view = None
+
+
+def held_back(stepped: bool, found: Iterable[Tensor | None], device: torch.device) -> Tensor:
+    """Float32 scalar: 1 if the scaler kept back a step, or a look-ahead overflowed, on any process.
+
+    stepped: the optimizer of this process took its step. found: scalars that are 1 after an overflow.
+    """
+    skip = torch.full((), float(not stepped), device=device)
+    for one in found:
+        if one is not None:
+            skip = torch.maximum(skip, one.to(skip).reshape(()))
+    distributed.all_reduce_max(skip)
+    return skip
 
 
 def raise_first_not_finite(suspects: Iterable[tuple[str, Tensor]], step: int) -> None:

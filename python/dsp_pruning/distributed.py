@@ -8,9 +8,11 @@ to call the collective ones (broadcast, mean, maximum, any_rank, barrier), in th
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_GLOO_THREAD = "pt_gloo_runloop"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -71,6 +74,8 @@ def process_group(
 ) -> Iterator[torch.device | None]:
     """Join the processes that torchrun started, and leave them at the end; without torchrun, nothing.
 
+    At the end of the block every process waits for the others, unless an exception ends it.
+
     timeout_seconds: a collective that waits longer than this for another process raises, so that a killed
         process ends the job. A process that dies is mostly noticed at once, by its closed connection.
     backend: "nccl" or "gloo"; None takes nccl where there is a GPU for every process of this machine.
@@ -104,8 +109,34 @@ def process_group(
     )
     try:
         yield _collective_device()
+        barrier()  # nobody leaves while another still trains or writes
     finally:
         dist.destroy_process_group()
+        _wait_for_idle_threads()
+
+
+def _wait_for_idle_threads(seconds: float = 5.0) -> None:
+    """Wait until gloo's threads have let go of the tensors of the last messages; on Linux alone.
+
+    Such a thread needs the interpreter to free a tensor. If it asks while the interpreter shuts down, Python
+    ends the thread, which C++ answers with "terminate called without an active exception" and SIGABRT, in a
+    process that had done all its work. Where DistributedDataParallel was used the threads outlive the group.
+    """
+    waiting, limit = 2, time.monotonic() + seconds
+    while waiting and time.monotonic() < limit:
+        time.sleep(0.005)  # a thread that waits for the interpreter gets it now
+        waiting = waiting - 1 if all(state == "S" for state in _states(_GLOO_THREAD)) else 2
+
+
+def _states(name: str) -> list[str]:
+    """The kernel's one-letter state of every thread of this name, S for one that sleeps."""
+    states = []
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # a thread may end meanwhile
+            before, _, after = path.read_text().rpartition(")")
+            if before.partition("(")[2] == name:
+                states.append(after.split()[0])
+    return states
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

@@ -12,27 +12,20 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import distributed
 from dsp_pruning import penalty as terms
-from dsp_pruning.buckets import LearnedLayer, make_buckets
+from dsp_pruning.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.checks import (
     NonFiniteFlag,
     SecondOrder,
     check_learning_settings,
+    held_back,
     raise_first_not_finite,
 )
-from dsp_pruning.layers import LayerInfo, LayerPredicate, survey_layers
-from dsp_pruning.logits import (
-    GroupCount,
-    attach_logits,
-    check_logits,
-    check_noise,
-    groups_of_layers,
-    gumbel_noise,
-)
-from dsp_pruning.lookahead import Batch, check_optimizer, look_ahead
+from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
+from dsp_pruning.layers import LayerPredicate, survey_layers
+from dsp_pruning.logits import check_noise, gumbel_noise, logit_optimizer, step_logits
+from dsp_pruning.lookahead import Batch, as_batches, check_optimizer, look_ahead
 
 __all__ = ["GroupWrapper", "SecondOrder"]
-
-_ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-12
 
 
 class GroupWrapper:
@@ -41,8 +34,7 @@ class GroupWrapper:
     model: trained by the caller's own loop; calling the wrapper calls it. On it lives only
         ``<conv>.group`` [n_groups, out_channels], the logits; one that is there already is kept.
         DistributedDataParallel is looked through.
-    optimizer: of the model's weights; any of ``torch.optim`` in mode "none", and those of
-        ``lookahead.OPTIMIZERS`` in the others.
+    optimizer: of the model's weights; any in mode "none", else one of ``lookahead.OPTIMIZERS``.
     criterion: ``(model(x), y) -> scalar loss``.
     reg: strength of the penalty; it grows linearly to this over total_steps.
     n_groups: G of every layer, or a mapping from the layer's name, or ``(name, conv) -> G``.
@@ -88,31 +80,26 @@ class GroupWrapper:
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
-        self.reg, self.total_steps, self.n_groups, self.temp = float(reg), total_steps, n_groups, float(temp)
+        self.reg, self.total_steps, self.temp = float(reg), total_steps, float(temp)
         self.second_order: SecondOrder = second_order
         self.rank = rank
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self._network = distributed.unwrap(model)
         self.layers = survey_layers(self._network, example_input, layers)
         self._share_generator()
-        self._layers = self._attach(self.layers.chosen)
+        counts = groups_of_layers(self.layers.chosen, n_groups)
+        self.n_groups = named_counts(self.layers.chosen, n_groups, counts)
+        self._layers = attach_layers(self.layers.chosen, counts, optimizer, self.generator)
         distributed.broadcast_tensors([layer.logits for layer in self._layers])
         self._buckets = make_buckets(self._layers)
-        # Fused: the one that can be told by a tensor, not by the host, to leave a step out.
-        self._group_optimizer = torch.optim.Adam(
-            [layer.logits for layer in self._layers],
-            group_optimizer_lr,
-            _ADAM_BETAS,
-            _ADAM_EPS,
-            fused=True,
-            capturable=True,
-        )
+        self._group_optimizer = logit_optimizer([layer.logits for layer in self._layers], group_optimizer_lr)
         self._steps = 0
         self._skipped: int | Tensor = 0
         self._initialized = False
         self._stepped = False
         self._found_inf: Tensor | None = None
         self._loss: Tensor | None = None
+        self._reorder = True  # until the network turns out not to run on weights in channels_last
         self._not_finite = NonFiniteFlag()
         optimizer.register_step_post_hook(self._note_step)
 
@@ -203,7 +190,7 @@ class GroupWrapper:
                 f"after_step() of step {self._steps} without initialize() since the last one: call "
                 "initialize() before the forward pass of every step"
             )
-        batches = _batches(x, y)
+        batches = as_batches(x, y)
         self._initialized = False
         several = distributed.is_distributed()
         device = self._layers[0].logits.device
@@ -212,12 +199,14 @@ class GroupWrapper:
         else:
             with torch.autocast(device.type, enabled=False):
                 dtype = torch.get_autocast_dtype(device.type) if amp else None
-                energies = [bucket.energy() for bucket in self._buckets]
-                slopes, overflow = self._slopes(energies, batches, dtype, scaler)
-                skip = None if scaler is None else self._held_back(overflow, device)
-                hold = self._hold(slopes, skip)
+                steps = [BucketStep(bucket) for bucket in self._buckets]
+                slopes, overflow = self._slopes(steps, batches, dtype, scaler)
+                found = (overflow, self._found_inf)
+                skip = None if scaler is None else held_back(self._stepped, found, device)
+                hold = self._not_finite.hold([*slopes, *([] if self._loss is None else [self._loss])], skip)
                 self._move_logits(slopes, hold)
-                self._shrink_weights(energies, hold)
+                for step in steps:
+                    step.shrink(hold)
             if skip is not None:
                 self._skipped = self._skipped + skip
         self._steps += 1
@@ -237,7 +226,7 @@ class GroupWrapper:
         total, counts = 0.0, torch.zeros(max(layer.logits.shape[0] for layer in self._layers)).double()
         for bucket in self._buckets:
             hard = terms.hard_assignment(bucket.logits())
-            energy = bucket.energy()
+            energy = terms.kernel_energy(bucket.weight())
             values = terms.regulariser(hard.to(energy), energy)
             total += float((bucket.scale.flatten().to(values) * values).sum())
             counts[: hard.shape[1]] += hard.sum(dim=(0, 2)).to(counts)
@@ -246,38 +235,6 @@ class GroupWrapper:
         stats["penalty"] = self.reg * ramp * total
         shares = (counts / counts.sum()).tolist()
         return stats | {f"group_share_{group}": share for group, share in enumerate(shares)}
-
-    def _attach(self, infos: tuple[LayerInfo, ...]) -> list[LearnedLayer]:
-        """Put logits on every layer; nothing is attached where one of the layers cannot take part."""
-        holders = {
-            parameter: index
-            for index, group in enumerate(self.optimizer.param_groups)
-            for parameter in group["params"]
-        }
-        counts = groups_of_layers(infos, self.n_groups)
-        for info, n_groups in zip(infos, counts, strict=True):
-            check_logits(info, n_groups)
-            weight = info.conv.weight
-            if weight not in holders:
-                raise DSPPruningError(
-                    f"the optimizer does not hold the weight of layer {info.name!r}, so its learning rate is "
-                    "unknown; add the weight to the optimizer or leave the layer out by layers="
-                )
-            if not weight.requires_grad:
-                raise DSPPruningError(
-                    f"the weight of layer {info.name!r} is frozen (requires_grad=False); leave the layer out "
-                    "by layers= or let it train"
-                )
-        attached = []
-        for info, n_groups in zip(infos, counts, strict=True):
-            kh, kw = info.kernel_size
-            # For a square kernel this is the published k; 1x7 and 7x1 weigh the same.
-            scale = terms.layer_scale(
-                info.in_channels, info.out_channels, (kh * kw) ** 0.5, info.input_hw, n_groups
-            )
-            logits = attach_logits(info, n_groups, self.generator)
-            attached.append(LearnedLayer(info, info.conv.weight, logits, scale, holders[info.conv.weight]))
-        return attached
 
     def _share_generator(self) -> None:
         """Every process draws what rank 0 draws."""
@@ -289,82 +246,46 @@ class GroupWrapper:
         # An optimizer that checks for overflow itself (fused=True) is called all the same and told here.
         self._found_inf = getattr(optimizer, "found_inf", None)
 
-    def _held_back(self, overflow: Tensor | None, device: torch.device) -> Tensor:
-        """Float32 scalar: 1 if the scaler kept back a step, or a look-ahead overflowed, on any process."""
-        skip = torch.full((), float(not self._stepped), device=device)
-        for found in (overflow, self._found_inf):
-            if found is not None:
-                skip = torch.maximum(skip, found.to(skip).reshape(()))
-        distributed.all_reduce_max(skip)
-        return skip
-
     def _slopes(
         self,
-        energies: list[Tensor],
+        steps: list[BucketStep],
         batches: list[Batch],
         autocast_dtype: torch.dtype | None,
         scaler: torch.amp.GradScaler | None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Gradient [L, G, O] of each bucket's regulariser by its assignment; did the look-ahead overflow?"""
-        pairs = list(zip(self._buckets, energies, strict=True))
         if self.second_order == "none":
             self._loss = None
-            return [terms.first_order(bucket.assigned(), energy) for bucket, energy in pairs], None
-        starts: dict[Tensor, Tensor] = {}
-        for bucket, energy in pairs:
-            shares = bucket.per_kernel(bucket.shrinkage(bucket.assigned(), energy))
-            weights: list[Tensor] = [layer.weight for layer in bucket.layers]
-            moved = torch._foreach_addcmul(weights, weights, shares, value=-1.0)
-            starts.update(zip(weights, moved, strict=True))
+            return [step.first_slope() for step in steps], None
+        starts = [step.penalised(step.bucket.channels_last(self._reorder)) for step in steps]
+        layers = [step.bucket.layers for step in steps]
+        each: dict[Tensor, Tensor] = {}
+        for members, start in zip(layers, starts, strict=True):
+            each.update(zip((layer.weight for layer in members), start.unbind(), strict=True))
         ahead = look_ahead(
-            self._network, self.optimizer, self.criterion, starts, batches, autocast_dtype, scaler
+            self._network, self.optimizer, self.criterion, each, batches, autocast_dtype, scaler
         )
+        self._reorder = self._reorder and ahead.reordered
         self._loss = ahead.loss
         slopes = []
-        for bucket, energy in pairs:
-            before = [starts[layer.weight] for layer in bucket.layers]
-            after = [ahead.weights[layer.weight] for layer in bucket.layers]
-            slopes.append(bucket.mixed_slope(before, after, energy, self.second_order == "exact"))
+        for step, members, start in zip(steps, layers, starts, strict=True):
+            after = stacked([ahead.weights[layer.weight] for layer in members])
+            slopes.append(step.mixed_slope(start, after, self.second_order == "exact"))
         return slopes, ahead.overflow
 
-    def _hold(self, slopes: list[Tensor], skip: Tensor | None) -> Tensor:
-        """Float32 scalar: 1 if logits and weights are to stay, after an overflow or a value not finite."""
-        device = slopes[0].device
-        sums = [slope.sum().to(device) for slope in slopes]
-        sums += [] if self._loss is None else [self._loss.to(device)]
-        bad = ~torch.stack([value.to(sums[0].dtype) for value in sums]).sum().isfinite()
-        if skip is None:
-            hold = bad
-        else:
-            hold = bad | (skip > 0)
-            bad = bad & (skip == 0)
-        self._not_finite.note(bad)
-        return hold.float()
-
     def _move_logits(self, slopes: list[Tensor], hold: Tensor) -> None:
-        """One Adam step of the logits; outside it they have no gradient, so nothing else can move them."""
         gradients = [
             terms.logit_gradient(bucket.assigned(), slope, self.temp)
             for bucket, slope in zip(self._buckets, slopes, strict=True)
         ]
         distributed.all_reduce_mean(gradients)
-        try:
-            for bucket, gradient in zip(self._buckets, gradients, strict=True):
-                for layer, own in zip(bucket.layers, gradient.to(bucket.layers[0].logits.dtype), strict=True):
-                    layer.logits.grad = own
-            self._group_optimizer.found_inf = hold  # type: ignore[attr-defined]
-            self._group_optimizer.step()
-        finally:
-            del self._group_optimizer.found_inf  # type: ignore[attr-defined]
-            self._group_optimizer.zero_grad(set_to_none=True)
-
-    def _shrink_weights(self, energies: list[Tensor], hold: Tensor) -> None:
-        """The penalty of the hard groups, applied to the real weights."""
-        for bucket, energy in zip(self._buckets, energies, strict=True):
-            hard = terms.hard_assignment(bucket.logits()).to(energy.dtype)
-            share = torch.where(hold.to(energy.device) > 0, 0.0, bucket.shrinkage(hard, energy))
-            weights: list[Tensor] = [layer.weight for layer in bucket.layers]
-            torch._foreach_addcmul_(weights, weights, bucket.per_kernel(share), value=-1.0)
+        logits = [layer.logits for bucket in self._buckets for layer in bucket.layers]
+        each = [
+            own
+            for bucket, gradient in zip(self._buckets, gradients, strict=True)
+            for own in gradient.to(bucket.layers[0].logits.dtype).unbind()
+        ]
+        step_logits(self._group_optimizer, logits, each, hold.float())
 
     def _require_finite(self, step: int | None = None) -> None:
         if self._not_finite.seen():
@@ -377,15 +298,3 @@ class GroupWrapper:
         suspects += [(f"the logits of layer {layer.info.name!r}", layer.logits) for layer in self._layers]
         suspects += [] if self._loss is None else [("the loss of the look-ahead", self._loss)]
         raise_first_not_finite(suspects, step)
-
-
-def _batches(x: Any, y: Any) -> list[Batch]:
-    if not isinstance(x, list):
-        return [(x, y)]
-    if not isinstance(y, list) or len(x) != len(y) or not x:
-        found = f"a list of {len(y)}" if isinstance(y, list) else f"a {type(y).__name__}"
-        raise DSPPruningError(
-            f"x is a list of {len(x)} micro-batches and y is {found}; both must be lists of the same length "
-            "of at least 1"
-        )
-    return list(zip(x, y, strict=True))

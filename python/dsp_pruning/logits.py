@@ -1,8 +1,8 @@
-"""The logits that live on the layers as ``<conv>.group``, and the Gumbel noise that is added to them."""
+"""The logits that live on the layers as ``<conv>.group``: their noise, and the optimizer that moves them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,53 +11,23 @@ from dsp_kernels.errors import DSPPruningError, DSPShapeError
 from dsp_pruning.layers import LayerInfo
 
 __all__ = [
-    "GroupCount",
-    "at_least_float",
     "attach_logits",
     "check_logits",
     "check_noise",
-    "groups_of_layers",
     "gumbel_noise",
+    "logit_optimizer",
+    "step_logits",
 ]
-
-GroupCount = int | Mapping[str, int] | Callable[[str, nn.Conv2d], int]
 
 # Equal logits make the first hard groups a matter of rounding. This is one Adam step of the logits (lr 1e-3):
 # enough to break every tie, and forgotten after a few steps; the Gumbel noise is a thousand times larger.
 _INITIAL_LOGIT = 1e-3
 
-
-def groups_of_layers(infos: Sequence[LayerInfo], n_groups: GroupCount) -> list[int]:
-    """G of every layer, from one number, a mapping by name or ``(name, conv) -> G``.
-
-    Raises DSPPruningError for a number below 1, or a mapping that lacks a layer or names another one.
-    """
-    names = [info.name for info in infos]
-    if isinstance(n_groups, Mapping):
-        if set(n_groups) != set(names):
-            missing, unknown = sorted(set(names) - set(n_groups)), sorted(set(n_groups) - set(names))
-            raise DSPPruningError(
-                f"n_groups needs one number for every layer: missing {missing}, unknown {unknown}"
-            )
-        counts = [n_groups[name] for name in names]
-    elif callable(n_groups):
-        counts = [n_groups(info.name, info.conv) for info in infos]
-    else:
-        counts = [n_groups] * len(names)
-    for name, count in zip(names, counts, strict=True):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            where = "" if isinstance(n_groups, int | float) else f" for layer {name!r}"
-            raise DSPPruningError(f"n_groups is {count!r}{where}; it must be a whole number of at least 1")
-    return counts
+_ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-12
 
 
 def check_logits(info: LayerInfo, n_groups: int) -> None:
-    """Raise DSPPruningError if this layer cannot have ``n_groups`` groups or has other logits already."""
-    if n_groups > info.out_channels:
-        raise DSPPruningError(
-            f"layer {info.name!r} has {info.out_channels} filters, too few for n_groups={n_groups}; take "
-            f"n_groups <= {info.out_channels} or leave the layer out by layers="
-        )
+    """Raise DSPPruningError if this layer has logits for another number of groups already."""
     shape, group = (n_groups, info.out_channels), getattr(info.conv, "group", None)
     if group is not None and (not isinstance(group, Tensor) or tuple(group.shape) != shape):
         found = f"shape {tuple(group.shape)}" if isinstance(group, Tensor) else f"type {type(group).__name__}"
@@ -113,6 +83,24 @@ def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
             )
 
 
-def at_least_float(values: Tensor) -> Tensor:
-    """The values in float32 or better: half precision has no room for tiny probabilities."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def logit_optimizer(logits: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """The logits' own Adam."""
+    # Fused: the one that can be told by a tensor, not by the host, to leave a step out.
+    return torch.optim.Adam(logits, lr, _ADAM_BETAS, _ADAM_EPS, fused=True, capturable=True)
+
+
+def step_logits(
+    optimizer: torch.optim.Adam, logits: Sequence[nn.Parameter], gradients: Sequence[Tensor], hold: Tensor
+) -> None:
+    """One step; outside it the logits have no gradient, so nothing else can move them.
+
+    gradients: one for each of the logits. hold: float32 scalar, 1 to leave the step out.
+    """
+    optimizer.found_inf = hold  # type: ignore[attr-defined]
+    try:
+        for own, gradient in zip(logits, gradients, strict=True):
+            own.grad = gradient
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import distributed
 
-__all__ = ["OPTIMIZERS", "Batch", "LookAhead", "check_optimizer", "look_ahead"]
+__all__ = ["OPTIMIZERS", "Batch", "LookAhead", "as_batches", "check_optimizer", "look_ahead"]
 
 Batch = tuple[Any, Any]
 
@@ -34,6 +34,8 @@ OPTIMIZERS: tuple[type[Optimizer], ...] = (
     optim.ASGD,
     optim.Adafactor,
 )
+# Of these the form that steps lists of tensors gives the same bits as the loop over them; tests compare them.
+_FEW_OPERATIONS = (optim.SGD, optim.Adam, optim.AdamW)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -46,11 +48,13 @@ class LookAhead:
     weights: for every parameter asked for, its value after the step, in its own shape and dtype.
     overflow: float32 scalar, 1 where a scaled gradient was not finite; ``weights`` then mean nothing. None
         without a scaler.
+    reordered: the passes ran in the starts' order of memory, not only in the parameters' own.
     """
 
     loss: Tensor
     weights: dict[Tensor, Tensor]
     overflow: Tensor | None
+    reordered: bool
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -81,16 +85,67 @@ def look_ahead(
     autocast_dtype: runs the forward pass under autocast.
     scaler: its present scale multiplies the loss and is divided out of the gradients; it is not updated.
 
+    The starts may lie in another order of memory than their parameters (channels_last is faster on a CPU). A
+    network that does not run so, because of a ``view`` across channels and pixels, runs in its own order.
+
     With several processes the gradients are averaged over them. The forward pass runs on copies of these
     parameters, without the running statistics of batch norm and on copies of all other buffers; the step
     runs in a copy of the optimizer with its state and without its hooks. So weights, gradients, statistics,
     optimizer and random numbers stay as they were, whatever happens in between. The host waits for nothing.
     """
-    copies = {
-        parameter: start.clone(memory_format=torch.preserve_format).requires_grad_(parameter.requires_grad)
-        for parameter, start in starts.items()
-    }
-    leaves = [value for value in copies.values() if value.requires_grad]
+    reordered = any(start.stride() != parameter.stride() for parameter, start in starts.items())
+    copies = _copies(starts)
+    try:
+        sums, total = _passes(model, criterion, copies, batches, autocast_dtype, scaler)
+    except RuntimeError:
+        if not reordered:
+            raise
+        reordered = False
+        copies = _copies({p: torch.empty_like(p).copy_(start) for p, start in starts.items()})
+        sums, total = _passes(model, criterion, copies, batches, autocast_dtype, scaler)
+    leaves = list(copies.values())
+    if distributed.is_distributed():
+        # A layer that took part on another process only has no gradient here.
+        sums = [
+            torch.zeros_like(leaf) if value is None else value
+            for leaf, value in zip(leaves, sums, strict=True)
+        ]
+        distributed.all_reduce_mean([*(value for value in sums if value is not None), total])
+    overflow = None if scaler is None else _unscale([g for g in sums if g is not None], scaler, total.device)
+    for leaf, gradient in zip(leaves, sums, strict=True):
+        leaf.grad = gradient
+    _scratch_optimizer(optimizer, copies).step()
+    return LookAhead(total, copies, overflow, reordered)
+
+
+def as_batches(x: Any, y: Any) -> list[Batch]:
+    """One batch, or the micro-batches of two lists. Raises DSPPruningError where these do not match."""
+    if not isinstance(x, list):
+        return [(x, y)]
+    if not isinstance(y, list) or len(x) != len(y) or not x:
+        found = f"a list of {len(y)}" if isinstance(y, list) else f"a {type(y).__name__}"
+        raise DSPPruningError(
+            f"x is a list of {len(x)} micro-batches and y is {found}; both must be lists of the same length "
+            "of at least 1"
+        )
+    return list(zip(x, y, strict=True))
+
+
+def _copies(starts: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    clones = torch._foreach_clone(list(starts.values()))
+    return {parameter: clone.requires_grad_() for parameter, clone in zip(starts, clones, strict=True)}
+
+
+def _passes(
+    model: nn.Module,
+    criterion: Callable[[Any, Any], Tensor],
+    copies: Mapping[Tensor, Tensor],
+    batches: Sequence[Batch],
+    autocast_dtype: torch.dtype | None,
+    scaler: torch.amp.GradScaler | None,
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradient of every copy, None for one that took no part, and the loss; each summed over the batches."""
+    leaves = list(copies.values())
     device = leaves[0].device
     # No cached casts: within an outer autocast they could be those of other weights.
     autocast = torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
@@ -104,18 +159,7 @@ def look_ahead(
             scaled = loss if scaler is None else scaler.scale(loss)
             sums = _added(sums, torch.autograd.grad(scaled, leaves, allow_unused=True))
             total = total.to(loss.dtype) + loss.detach()
-    if distributed.is_distributed():
-        # A layer that took part on another process only has no gradient here.
-        sums = [
-            torch.zeros_like(leaf) if value is None else value
-            for leaf, value in zip(leaves, sums, strict=True)
-        ]
-        distributed.all_reduce_mean([*(value for value in sums if value is not None), total])
-    overflow = None if scaler is None else _unscale([g for g in sums if g is not None], scaler, device)
-    for leaf, gradient in zip(leaves, sums, strict=True):
-        leaf.grad = gradient
-    _scratch_optimizer(optimizer, copies).step()
-    return LookAhead(total, copies, overflow)
+    return sums, total
 
 
 def _added(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -191,13 +235,26 @@ def _scratch_optimizer(optimizer: Optimizer, copies: Mapping[Tensor, Tensor]) ->
         group | {"params": [copies[parameter] for parameter in group["params"] if parameter in copies]}
         for group in optimizer.param_groups
     ]
-    scratch.param_groups = [group for group in groups if group["params"]]
+    few = type(optimizer) in _FEW_OPERATIONS
+    scratch.param_groups = [_for_each(group) if few else group for group in groups if group["params"]]
+    entries = [
+        (value, name, entry)
+        for parameter, value in copies.items()
+        for name, entry in optimizer.state.get(parameter, {}).items()
+    ]
+    tensors = [entry for _, _, entry in entries if isinstance(entry, Tensor)]
+    clones = iter(torch._foreach_clone(tensors) if tensors else [])
     scratch.state = defaultdict(dict)
-    for parameter, value in copies.items():
-        scratch.state[value] = {
-            name: entry.clone() if isinstance(entry, Tensor) else entry
-            for name, entry in optimizer.state.get(parameter, {}).items()
-        }
+    for value, name, entry in entries:
+        scratch.state[value][name] = next(clones) if isinstance(entry, Tensor) else entry
     scratch._optimizer_step_pre_hooks = OrderedDict()
     scratch._optimizer_step_post_hooks = OrderedDict()
     return scratch
+
+
+def _for_each(group: dict[str, Any]) -> dict[str, Any]:
+    """The group stepped by a few operations on lists of tensors, if the user left that open."""
+    settings = [setting for name, setting in group.items() if name != "params"]
+    # With rates that are tensors some optimizers know no such way.
+    fixed = group.get("fused") or any(isinstance(setting, Tensor) for setting in settings)
+    return group if fixed or group.get("foreach", False) is not None else group | {"foreach": True}

@@ -8,7 +8,8 @@ Shapes, here and in every function below (leading dimensions, the same on every 
 With P = prob, M = energy:  n = sqrt(P^2 M) [G, C],  S_g = sum_o sqrt(P_go),  s_g = S_g^2,
     R = sum_g s_g sum_c n_gc        (paper, equation 3; golden README section 4, step 3).
 All functions are pure and work in float32 or float64. Every division is guarded by ``eps``, so that an
-all-zero channel contributes 0; the default is that of the golden files.
+all-zero channel contributes 0; the default is that of the golden files. Where several formulas take the same
+assignment, ``Assigned(prob)`` in its place spares each of them its roots and squares.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor
 
 __all__ = [
     "LASSO_EPS",
+    "Assigned",
     "assignment",
+    "at_least_float",
     "first_order",
     "hard_assignment",
     "kernel_energy",
@@ -37,6 +40,20 @@ __all__ = [
 
 LASSO_EPS = 1e-8
 _INPUT_UNIT = 16 * 32 * 32  # input elements of a layer whose scale has sqrt(input_size) = 1
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Assigned:
+    """An assignment and what every formula takes of it.
+
+    prob, square = P^2, root = sqrt(P): [G, O]. total = S, size = s = S^2: [G, 1]; where the assignment is
+    hard, s is the number of filters, squared.
+    """
+
+    def __init__(self, prob: Tensor) -> None:
+        self.prob, self.square, self.root = prob, prob.square(), prob.sqrt()
+        self.total = self.root.sum(dim=-1, keepdim=True)
+        self.size = self.total.square()
 
 
 def assignment(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -70,67 +87,78 @@ def kernel_energy(weight: Tensor) -> Tensor:
 
 def kernel_product(left: Tensor, right: Tensor) -> Tensor:
     """[O, C] of two tensors [O, C, kh, kw]: inner product of each kernel, at least in float32."""
-    # Half precision has no room for squares of small weights, nor for eps.
-    dtype = torch.promote_types(left.dtype, torch.float32)
-    return (left.to(dtype) * right.to(dtype)).sum(dim=(-2, -1))
+    return (at_least_float(left) * at_least_float(right)).sum(dim=(-2, -1))
 
 
-def lasso(prob: Tensor, energy: Tensor) -> Tensor:
+def at_least_float(values: Tensor) -> Tensor:
+    """The values in float32 or better: half precision has no room for small squares, nor for eps."""
+    return values.float() if values.dtype in _HALF else values
+
+
+def lasso(prob: Tensor | Assigned, energy: Tensor) -> Tensor:
     """n [G, C]: norm of each input channel within each group."""
-    return _product(prob.square(), energy).sqrt()
+    return _product(_assigned(prob).square, energy).sqrt()
 
 
-def regulariser(prob: Tensor, energy: Tensor) -> Tensor:
+def regulariser(prob: Tensor | Assigned, energy: Tensor) -> Tensor:
     """R, a scalar (per batch entry), without the layer scale."""
-    return (_group_size(prob) * lasso(prob, energy)).sum(dim=(-2, -1))
+    p = _assigned(prob)
+    return (p.size * lasso(p, energy)).sum(dim=(-2, -1))
 
 
 def penalty_factor(
-    prob: Tensor, energy: Tensor, scale: float | Tensor = 1.0, eps: float = LASSO_EPS
+    prob: Tensor | Assigned, energy: Tensor, scale: float | Tensor = 1.0, eps: float = LASSO_EPS
 ) -> Tensor:
     """[O, C]: what each kernel is multiplied with to give the penalty, scale * (P^2 diag(s))^T (1 / n)."""
-    inverse = 1 / (lasso(prob, energy) + eps)
-    return _product(((scale * _group_size(prob)) * prob.square()).mT, inverse)
+    p = _assigned(prob)
+    inverse = (lasso(p, energy) + eps).reciprocal()
+    return _product(((scale * p.size) * p.square).mT, inverse)
 
 
-def penalty(prob: Tensor, weight: Tensor, scale: float = 1.0, eps: float = LASSO_EPS) -> Tensor:
+def penalty(prob: Tensor | Assigned, weight: Tensor, scale: float = 1.0, eps: float = LASSO_EPS) -> Tensor:
     """P [O, C, kh, kw] = scale * dR/dw, in the weight's dtype."""
     factor = penalty_factor(prob, kernel_energy(weight), scale, eps)
     return weight * factor.to(weight.dtype)[..., None, None]
 
 
-def first_order(prob: Tensor, energy: Tensor, eps: float = LASSO_EPS) -> Tensor:
+def first_order(prob: Tensor | Assigned, energy: Tensor, eps: float = LASSO_EPS) -> Tensor:
     """F [G, O] = dR/dp at fixed weights, without the layer scale (golden README section 4, step 6)."""
-    norm = lasso(prob, energy)
-    by_norm = _group_size(prob) * prob * _product(1 / (norm + eps), energy.mT)
-    return by_norm + _size_slope(prob, eps) * norm.sum(dim=-1, keepdim=True)
+    p = _assigned(prob)
+    norm = lasso(p, energy)
+    by_norm = p.size * p.prob * _product((norm + eps).reciprocal(), energy.mT)
+    return by_norm + _size_slope(p, eps) * norm.sum(dim=-1, keepdim=True)
 
 
-def second_order_exact(prob: Tensor, energy: Tensor, product: Tensor, eps: float = LASSO_EPS) -> Tensor:
+def second_order_exact(
+    prob: Tensor | Assigned, energy: Tensor, product: Tensor, eps: float = LASSO_EPS
+) -> Tensor:
     """E [G, O] = d/dp <dR/dw(p, w), v> at fixed w and v (golden README section 4b).
 
     product: [O, C], ``kernel_product(w, v)`` of the weights and the direction.
     """
+    p = _assigned(prob)
     # Here eps is a floor, not an addend: above it the term is exact, and 1 / sqrt(p) makes an addend visible.
-    inverse = 1 / lasso(prob, energy).clamp_min(eps)
-    slope = _product(prob.square(), product) * inverse  # derivative of n along v
-    root = prob.sqrt()
-    by_size = root.sum(dim=-1, keepdim=True) / root.clamp_min(eps) * slope.sum(dim=-1, keepdim=True)
+    inverse = lasso(p, energy).clamp_min(eps).reciprocal()
+    slope = _product(p.square, product) * inverse  # derivative of n along v
+    by_size = p.total / p.root.clamp_min(eps) * slope.sum(dim=-1, keepdim=True)
     by_norm = 2 * _product(inverse, product.mT) - _product(slope * inverse.square(), energy.mT)
-    return by_size + _group_size(prob) * prob * by_norm
+    return by_size + p.size * p.prob * by_norm
 
 
-def second_order_original(prob: Tensor, energy: Tensor, product: Tensor, eps: float = LASSO_EPS) -> Tensor:
+def second_order_original(
+    prob: Tensor | Assigned, energy: Tensor, product: Tensor, eps: float = LASSO_EPS
+) -> Tensor:
     """Q [G, O]: the mixed term as the original has it (golden README section 4, step 7), for comparison only.
 
     It is not the derivative: the cross-filter terms are missing. Arguments as in ``second_order_exact``.
     """
-    inverse = 1 / (lasso(prob, energy) + eps)
+    p = _assigned(prob)
+    inverse = (lasso(p, energy) + eps).reciprocal()
     along = _product(inverse, product.mT)  # sum over c, k of w v / n, [G, O]
-    own = prob * _product(inverse, energy.mT)
-    own_along = prob.square() * _product(inverse.square(), product.mT)
-    by_norm = 2 * prob * along - own * own_along
-    return _size_slope(prob, eps) * prob.square() * along + _group_size(prob) * by_norm
+    own = p.prob * _product(inverse, energy.mT)
+    own_along = p.square * _product(inverse.square(), product.mT)
+    by_norm = 2 * p.prob * along - own * own_along
+    return _size_slope(p, eps) * p.square * along + p.size * by_norm
 
 
 def logit_gradient(prob: Tensor, slope: Tensor, temperature: float) -> Tensor:
@@ -144,13 +172,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right) if left.dim() == right.dim() == 3 else left @ right
 
 
-def _group_size(prob: Tensor) -> Tensor:
-    """s [G, 1] = (sum_o sqrt(p_go))^2; the number of filters, squared, where the assignment is hard."""
-    return prob.sqrt().sum(dim=-1, keepdim=True).square()
+def _assigned(prob: Tensor | Assigned) -> Assigned:
+    return prob if isinstance(prob, Assigned) else Assigned(prob)
 
 
-def _size_slope(prob: Tensor, eps: float) -> Tensor:
+def _size_slope(p: Assigned, eps: float) -> Tensor:
     """D [G, O] = ds/dp, written so that a probability of 0 gives 0."""
-    root = prob.sqrt()
-    total = root.sum(dim=-1, keepdim=True)
-    return root * total.square() / (prob * total + eps)
+    return p.root * p.size / (p.prob * p.total + eps)

@@ -26,9 +26,10 @@ __all__ = [
     "LayerRule",
     "Masks",
     "Target",
-    "check_groups",
+    "check_buffers",
     "check_settings",
     "filter_layer_indices",
+    "fraction",
     "has_logits",
     "kernel_costs",
     "layer_rule",
@@ -44,18 +45,6 @@ Target = Literal["macs", "params"]
 Masks = Mapping[str, Tensor]  # layer name -> [O, C] bool, True for a kernel that is kept
 
 
-def check_groups(layers: Sequence[LayerInfo], n_groups: int) -> None:
-    """Raises DSPPruningError unless every layer has at least n_groups filters."""
-    if isinstance(n_groups, bool) or not isinstance(n_groups, int) or n_groups < 1:
-        raise DSPPruningError(f"n_groups is {n_groups!r}; expected an integer of at least 1")
-    for layer in layers:
-        if n_groups > layer.out_channels:
-            raise DSPPruningError(
-                f"layer {layer.name!r} has {layer.out_channels} filters and cannot have {n_groups} groups; "
-                f"n_groups of at most {layer.out_channels} would do, or leave the layer out with layers="
-            )
-
-
 def check_settings(target: str, channel_multiple: int, prune_channels: bool) -> None:
     """Raises DSPPruningError for a setting of PruneWrapper that is out of range."""
     if target not in get_args(Target):
@@ -68,11 +57,40 @@ def check_settings(target: str, channel_multiple: int, prune_channels: bool) -> 
         raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
 
 
+def fraction(value: float, what: str) -> float:
+    """The value as a number. Raises DSPPruningError, which calls it ``what``, if it is not within 0..1."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:  # NaN fails here too
+        raise DSPPruningError(f"{what} is {value!r}; expected a fraction from 0 to 1, for example 0.5")
+    return number
+
+
+def check_buffers(layers: Sequence[LayerInfo], counts: Sequence[int]) -> None:
+    """Raises DSPPruningError where a conv has a ``group`` or a ``mask`` of another shape already.
+
+    counts: G of every layer.
+    """
+    for layer, n_groups in zip(layers, counts, strict=True):
+        shapes = {
+            "group": (n_groups, layer.out_channels),
+            "mask": (layer.out_channels, layer.in_channels, 1, 1),
+        }
+        for kind, shape in shapes.items():
+            present = getattr(layer.conv, kind, None)
+            if present is not None and (not isinstance(present, Tensor) or tuple(present.shape) != shape):
+                raise DSPPruningError(
+                    f"layer {layer.name!r} already has a {kind!r} of shape "
+                    f"{tuple(getattr(present, 'shape', ()))}; n_groups={n_groups} needs {shape}"
+                )
+
+
 def register_buffers(layer: LayerInfo, n_groups: int) -> None:
     """Put ``group`` [G, O] and ``mask`` [O, C, 1, 1] on the conv as buffers; what is there already stays.
 
     A ``group`` that was a Parameter while groups were learned becomes a buffer.
-    Raises DSPPruningError if one of another shape is there.
     """
     conv = layer.conv
     # Logits stay float32 or better: half precision would make ties of what was learned.
@@ -81,16 +99,9 @@ def register_buffers(layer: LayerInfo, n_groups: int) -> None:
     mask = conv.weight.new_ones(layer.out_channels, layer.in_channels, 1, 1)
     for kind, fresh in (("group", group), ("mask", mask)):
         present = getattr(conv, kind, None)
-        if present is None:
-            present = fresh
-        elif not isinstance(present, Tensor) or present.shape != fresh.shape:
-            raise DSPPruningError(
-                f"layer {layer.name!r} already has a {kind!r} of shape "
-                f"{tuple(getattr(present, 'shape', ()))}; n_groups={n_groups} needs {tuple(fresh.shape)}"
-            )
         if hasattr(conv, kind):
             delattr(conv, kind)
-        conv.register_buffer(kind, present.detach().clone())
+        conv.register_buffer(kind, (fresh if present is None else present).detach().clone())
 
 
 def filter_layer_indices(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +11,16 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.trace import TracedNetwork, trace
-from dsp_pruning.channels import channel_flow
+from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
 from dsp_pruning.layers import LayerPredicate, default_example_input, select_layers
 from dsp_pruning.prunable import (
     LayerRule,
     Masks,
     Target,
-    check_groups,
+    check_buffers,
     check_settings,
     filter_layer_indices,
+    fraction,
     has_logits,
     layer_rule,
     mask_matrix,
@@ -32,6 +31,7 @@ from dsp_pruning.prunable import (
 from dsp_pruning.pruning_report import PruningReport, RoundingCost
 from dsp_pruning.threshold import ThresholdSearch
 from dsp_pruning.undo import Undo, read_state
+from dsp_pruning.zeros import Zeros, clearable, zeros_of
 
 __all__ = ["PruneWrapper"]
 
@@ -42,7 +42,8 @@ class PruneWrapper:
     model: any ``nn.Module``. Each chosen conv gets two buffers, both in the model's state dict:
         ``group`` [G, O], the group logits (a group-learned checkpoint fills them), and
         ``mask`` [O, C, 1, 1] of 0 and 1. Both are kept where the model has them already.
-    n_groups: G, at most the number of filters of the smallest layer.
+    n_groups: G of every layer, or a mapping from the layer's name, or ``(name, conv) -> G``; at most the
+        layer's filters.
     fp_every_nth_conv: layers whose index i has (i + 1) mod n = 0 also prune whole filters; -1 means none.
     fp_layer_indices: those layers by index, counted over the chosen layers from 0; -1 or [] means none.
         It wins over fp_every_nth_conv; one of the two has to be given.
@@ -63,7 +64,7 @@ class PruneWrapper:
     def __init__(
         self,
         model: nn.Module,
-        n_groups: int,
+        n_groups: GroupCount,
         fp_every_nth_conv: int | None = None,
         fp_layer_indices: Sequence[int] | int | None = None,
         rank: int = 0,
@@ -76,23 +77,24 @@ class PruneWrapper:
     ) -> None:
         check_settings(target, channel_multiple, prune_channels)
         self.model = model
-        self.n_groups = n_groups
         self.rank = rank
         self.prune_channels = prune_channels
         self.target: Target = target
         self.channel_multiple = channel_multiple
         self.beta: float | None = None
         self.layers = select_layers(model, example_input, layers)
-        check_groups(self.layers, n_groups)
+        counts = groups_of_layers(self.layers, n_groups)
+        self.n_groups = named_counts(self.layers, n_groups, counts)
         chosen = filter_layer_indices(fp_every_nth_conv, fp_layer_indices, len(self.layers))
         self.filter_layers = tuple(self.layers[index].name for index in chosen)
-        for layer in self.layers:
-            register_buffers(layer, n_groups)
+        check_buffers(self.layers, counts)
+        for layer, count in zip(self.layers, counts, strict=True):
+            register_buffers(layer, count)
         self._example = default_example_input(model) if example_input is None else example_input.detach()
         self._network: TracedNetwork | None = None
         self._untraced = ""
         self._undo: Undo | None = None
-        self._gone: _Gone | None = None
+        self._zeros: Zeros | None = None
         self._rounding: RoundingCost | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +102,7 @@ class PruneWrapper:
 
     def __getstate__(self) -> dict[str, Any]:
         # The graph and the cached places are found again when they are next needed.
-        return self.__dict__ | {"_network": None, "_untraced": "", "_gone": None}
+        return self.__dict__ | {"_network": None, "_untraced": "", "_zeros": None}
 
     def initialize(self, rate: float, cycle: int = 0, cycles: int = 1) -> tuple[float, float]:
         """Prune to a rate and return (FLOPs, params), each percent pruned over the chosen layers.
@@ -121,13 +123,13 @@ class PruneWrapper:
                 f"cycle {cycle!r} of {cycles!r}: expected 0 to one below the number of cycles"
             )
         search = self._search()
-        beta = search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles)
+        beta = search.best(fraction(rate, "the pruning rate") * (cycle + 1) / cycles)
         return self._prune(search, beta)
 
     def preview(self, rate: float) -> PruningReport:
         """What ``initialize(rate)`` would keep. Nothing is changed. Raises as it does."""
         search = self._search()
-        return self._report(search, search.best(_fraction(rate, "the pruning rate")))
+        return self._report(search, search.best(fraction(rate, "the pruning rate")))
 
     def reachable(self) -> tuple[float, float]:
         """The smallest and the largest rate within reach from here, 0..1. Nothing is changed.
@@ -146,9 +148,8 @@ class PruneWrapper:
         beta: 0 <= beta <= 1, the share of a group's (and of a filter layer's) sum of squares that may go.
         Starts from the state before the last pruning as long as nothing has changed the weights since.
         """
-        return self._prune(self._search(), _fraction(beta, "the threshold beta"))
+        return self._prune(self._search(), fraction(beta, "the threshold beta"))
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Set what is pruned to zero again; to be called after every ``optimizer.step()``.
 
@@ -158,14 +159,13 @@ class PruneWrapper:
         Raises DSPPruningError if nothing was pruned yet and the model holds no masks from before.
         """
         masks = [layer.conv.get_buffer("mask") for layer in self.layers]
-        if self.beta is None and self._gone is None and all(bool(mask.all()) for mask in masks):
+        if self.beta is None and self._zeros is None and all(bool(mask.all()) for mask in masks):
             raise DSPPruningError(
                 "after_step() with nothing pruned: call initialize(rate) first, or load masked weights"
             )
-        if self._gone is None or not self._gone.belongs_to(masks):
-            self._gone = _Gone(masks, [mask._version for mask in masks], self._places())
-        for module, name, gone in self._gone.places:
-            module.get_parameter(name).masked_fill_(gone, 0)
+        if self._zeros is None or not self._zeros.hold_for(masks):
+            self._zeros = zeros_of(self.model, self.layers, self._trace())
+        self._zeros.restore()
 
     def summary(self) -> dict[str, Any]:
         """What the masks on the model keep: plain numbers and text.
@@ -255,7 +255,7 @@ class PruneWrapper:
             self._undo.undo(self.model)
         names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
         names += [f"{layer.name}.bias" for layer in self.layers if layer.conv.bias is not None]
-        names += [f"{path}.{kind}" for path in self._clearable() for kind in ("weight", "bias")]
+        names += [f"{path}.{kind}" for path in clearable(self._trace()) for kind in ("weight", "bias")]
         before = read_state(self.model, names)
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
@@ -263,37 +263,6 @@ class PruneWrapper:
         self.after_step()
         self._undo = Undo(before, read_state(self.model, names))
         return percent_pruned(self.layers, masks)
-
-    def _places(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """Module, parameter name and where in that parameter zeros have to stay."""
-        masks = {layer.name: mask_matrix(layer) for layer in self.layers}
-        places: list[tuple[nn.Module, str, Tensor]] = []
-        for layer in self.layers:
-            kept, device = masks[layer.name].to(layer.conv.weight.device), layer.conv.weight.device
-            places.append((layer.conv, "weight", ~kept[:, :, None, None]))
-            if layer.conv.bias is not None:
-                places.append((layer.conv, "bias", ~kept.any(1).to(device)))
-        network = self._trace()
-        if network is None:
-            return places
-        flow = channel_flow(network, masks, "pruning")
-        for path in self._clearable():
-            norm = self.model.get_submodule(path)
-            unfed = flow[network.calls(path)[0].inputs[0]].zero.to(norm.get_parameter("weight").device)
-            places += [(norm, "weight", unfed), (norm, "bias", unfed)]
-        return places
-
-    def _clearable(self) -> list[str]:
-        """Paths of the BN layers whose weight and bias may be cleared: affine, and run once."""
-        network = self._trace()
-        nodes = () if network is None else network.of_kind("batch_norm")
-        return [
-            node.path
-            for node in nodes
-            if network is not None
-            and len(network.calls(node.path)) == 1
-            and getattr(node.module, "weight", None) is not None
-        ]
 
     def _trace(self) -> TracedNetwork | None:
         if self._network is None and not self._untraced:
@@ -303,29 +272,3 @@ class PruneWrapper:
             except DSPTraceError as error:
                 self._untraced = f"every layer is pruned by its own mask alone: {error}"
         return self._network
-
-
-@dataclass
-class _Gone:
-    """Where zeros have to stay, and for which masks this holds."""
-
-    masks: list[Tensor]
-    versions: list[int]
-    places: list[tuple[nn.Module, str, Tensor]]
-
-    def belongs_to(self, masks: list[Tensor]) -> bool:
-        """Compares identities and versions, not values: no step waits for the device."""
-        return all(
-            mask is known and mask._version == version
-            for mask, known, version in zip(masks, self.masks, self.versions, strict=True)
-        )
-
-
-def _fraction(value: float, what: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number <= 1:  # NaN fails here too
-        raise DSPPruningError(f"{what} is {value!r}; expected a fraction from 0 to 1, for example 0.5")
-    return number

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["finish", "start"]
+__all__ = ["finish", "start", "tail"]
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,3 +46,8 @@ def finish(processes: list[subprocess.Popen[str]], seconds: float = 100.0) -> li
                 process.kill()
                 process.wait()
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def tail(output: str, lines: int = 60) -> str:
+    """The end of what a process printed, to be shown where it failed."""
+    return "\n".join(output.splitlines()[-lines:])

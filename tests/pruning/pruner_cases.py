@@ -14,7 +14,7 @@ from dsp_pruning.pruning import PruneWrapper
 __all__ = ["fresh", "learned", "same", "state_of", "train", "zeros"]
 
 
-def learned(model: nn.Module, n_groups: int = 3, seed: int = 0, **options: Any) -> PruneWrapper:
+def learned(model: nn.Module, n_groups: Any = 3, seed: int = 0, **options: Any) -> PruneWrapper:
     """A wrapper whose model has random weights, BN settings and group logits."""
     generator = torch.Generator().manual_seed(seed)
     pruner = PruneWrapper(model, n_groups, **({"fp_every_nth_conv": 2} | options))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_helpers import HERE, finish, start
+from distributed_helpers import HERE, finish, start, tail
 
 from dsp_pruning.penalty import hard_assignment
 
@@ -28,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, str(HERE / script), "learn", str(folder)]
     subprocess.run(command, check=True, env=environment | {"OMP_NUM_THREADS": "1"}, timeout=100)
     for status, output in finish(pair):
-        assert status == 0, output
+        assert status == 0, tail(output)
     names = ("1-0", "2-0", "2-1")
     return {name: torch.load(Path(folder) / f"{name}.pt", weights_only=True) for name in names}
 
@@ -67,6 +67,6 @@ def test_a_killed_process_ends_the_other_with_an_error(tmp_path: Path) -> None:
         began = time.monotonic()
         survivor, killed = finish(processes, 45.0)
     assert killed[0] == -9
-    assert survivor[0] > 0
-    assert "Error" in survivor[1]
+    assert survivor[0] > 0, tail(survivor[1])
+    assert "Error" in survivor[1], tail(survivor[1])
     assert time.monotonic() - began < 40  # the group's own bound is 20 s

@@ -91,20 +91,42 @@ def test_a_damaged_image_is_named(folder: Path, tmp_path: Path, workers: int) ->
         list(evaluation_batches(data, data.test))
 
 
-def test_a_torchvision_resnet_goes_the_whole_way(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def photographs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real JPEG files of three classes: nine of each to train on and three for ``val``."""
+    root = tmp_path_factory.mktemp("photographs")
+    with np.load(shared / "data" / "cifar10_jpeg.npz") as stored:
+        for source, part, count in (("train", "train", 9), ("test", "val", 3)):
+            content, ends = stored[f"{source}_bytes"], stored[f"{source}_offsets"]
+            labels = stored[f"{source}_labels"]
+            for label, name in ((0, "airplane"), (3, "cat"), (9, "truck")):
+                (root / part / name).mkdir(parents=True)
+                for i in np.flatnonzero(labels == label)[:count]:
+                    path = root / part / name / f"{i}.jpg"
+                    path.write_bytes(content[ends[i] : ends[i + 1]].tobytes())
+    return root
+
+
+def test_a_torchvision_resnet_goes_the_whole_way(photographs: Path, tmp_path: Path) -> None:
+    """Two groups in every layer, but four in those of layer4."""
     pytest.importorskip("torchvision")
-    flags = ["--arch", "resnet18", "--data", "folder", "--data-root", folder, "--image-size", "32"]
+    flags = ["--arch", "resnet18", "--data", "folder", "--data-root", photographs, "--image-size", "32"]
     flags += ["--epochs", "1", "--batch-size", "12", "--device", "cpu", "--save-dir", tmp_path]
+    groups = ["-g", "2", "--layer-groups", "layer4.*=4"]
     commands = [
         ["pretrain", *flags, "--lr", "0.01"],
-        ["learn-groups", *flags, "-g", "2", "--second-order", "none", "--precision", "bfloat16"],
-        ["finetune", *flags, "-g", "2", "-p", "0.4", "--cycles", "1", "--channels-last"],
+        ["learn-groups", *flags, *groups, "--second-order", "none", "--precision", "bfloat16"],
+        ["finetune", *flags, *groups, "-p", "0.4", "--cycles", "1", "--channels-last"],
     ]
     for command in commands:
         assert main([str(part) for part in command]) == 0
-    ckpt, packed = tmp_path / "finetune_g2_p0.4" / "model.pt", tmp_path / "packed.safetensors"
+    ckpt, packed = tmp_path / "finetune_g2_layer4.=4_p0.4" / "model.pt", tmp_path / "packed.safetensors"
     weights, _ = load_weights(ckpt)
     assert weights["fc.weight"].shape == (3, 512)
+    for name, value in weights.items():
+        assert not name.endswith(".group") or len(value) == (4 if name.startswith("layer4") else 2), name
     assert main(["pack", "--ckpt", str(ckpt), "--save", str(packed), "--image-size", "32"]) == 0
     model = dsp_kernels.load(packed)
-    assert sum(isinstance(module, PackedConv2d) for module in model.modules()) >= 16
+    convs = [module for module in model.modules() if isinstance(module, PackedConv2d)]
+    assert len(convs) >= 16
+    assert max(len(conv.structure.groups) for conv in convs) == 4

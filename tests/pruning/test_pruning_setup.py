@@ -121,7 +121,7 @@ def test_which_layers_prune_filters(settings: dict[str, Any], filter_layers: lis
         ({"fp_layer_indices": [0, -1]}, "holds -1; expected 0 to 5"),
         ({"fp_layer_indices": ["a"]}, "fp_layer_indices is"),
         ({"fp_layer_indices": 3}, "fp_layer_indices is 3"),
-        ({"fp_every_nth_conv": 2, "n_groups": 17}, r"'stage_1\.0\.conv_a' has 16 filters.*17 groups"),
+        ({"fp_every_nth_conv": 2, "n_groups": 17}, r"'stage_1\.0\.conv_a' has 16 filters.*n_groups=17"),
         ({"fp_every_nth_conv": 2, "n_groups": 0}, "n_groups is 0"),
         ({"fp_every_nth_conv": 2, "n_groups": 2.0}, r"n_groups is 2\.0"),
         ({"fp_every_nth_conv": 2, "layers": lambda name, conv: False}, "no layer"),
@@ -132,6 +132,47 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
     before = set(model.state_dict())
     with pytest.raises(DSPPruningError, match=message):
         PruneWrapper(model, **({"n_groups": 4} | settings))
+    assert set(model.state_dict()) == before
+
+
+NAMES = [f"stage_{stage}.0.conv_{conv}" for stage in (1, 2, 3) for conv in "ab"]
+
+
+@pytest.mark.parametrize(
+    "n_groups",
+    [
+        dict(zip(NAMES, (1, 2, 3, 4, 5, 64), strict=True)),
+        lambda name, conv: (1, 2, 3, 4, 5, 64)[NAMES.index(name)],
+    ],
+    ids=["mapping", "callable"],
+)
+def test_every_layer_may_have_its_own_number_of_groups(n_groups: Any) -> None:
+    pruner = learned(fresh(), n_groups)
+    assert pruner.initialize(0.5)[0] >= 50
+    rows = pruner.report().layers
+    assert [row["groups"] for row in rows] == [1, 2, 3, 4, 5, 64]
+    for row, layer in zip(rows, pruner.layers, strict=True):
+        # Filters of one group read the same channels, so a layer has at most G different rows.
+        kept = layer.conv.mask[:, :, 0, 0][layer.conv.mask.flatten(1).any(1)]
+        assert len(row["group_channels"]) == row["groups_kept"] >= len(kept.unique(dim=0))
+    train(pickle.loads(pickle.dumps(pruner)))
+    assert pruner.n_groups == dict(zip(NAMES, (1, 2, 3, 4, 5, 64), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "message"),
+    [
+        ({"stage_1.0.conv_a": 2}, r"missing \['stage_1\.0\.conv_b'"),
+        (dict.fromkeys([*NAMES, "fc"], 2), r"unknown \['fc'\]"),
+        (lambda name, conv: conv.out_channels + 1, "has 16 filters, too few for n_groups=17"),
+        (lambda name, conv: "two", "n_groups is 'two' for layer 'stage_1.0.conv_a'"),
+    ],
+)
+def test_numbers_of_groups_that_do_not_fit_are_refused_by_layer(n_groups: Any, message: str) -> None:
+    model = fresh()
+    before = set(model.state_dict())
+    with pytest.raises(DSPPruningError, match=message):
+        PruneWrapper(model, n_groups, 2)
     assert set(model.state_dict()) == before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from dsp_pruning.pruning import PruneWrapper
 from dsp_pruning.pruning_report import PruningReport
 from dsp_pruning.recipes.checkpoint import load_weights, restore_weights
 from dsp_pruning.recipes.precision import Precision
-from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, depth_of, new_model, pick_device
+from dsp_pruning.recipes.run import (
+    RecipeResult,
+    RunConfig,
+    conclude,
+    depth_of,
+    group_counts,
+    new_model,
+    pick_device,
+)
 from dsp_pruning.recipes.schedules import cosine
 from dsp_pruning.recipes.training import Hook, Progress, Trainer, evaluate
 
@@ -30,7 +38,8 @@ __all__ = ["FinetuneConfig", "finetune", "load_pruned", "preview"]
 class FinetuneConfig(RunConfig):
     """The published settings of CIFAR-10: five cosine cycles, a little more pruned at the start of each.
 
-    groups: G of every layer, as learned. prune: share of the grouped layers' cost to remove, 0..1.
+    groups, layer_groups: G of every layer, as learned.
+    prune: share of the grouped layers' cost to remove, 0..1.
     target: that cost, ``macs`` or ``params``. channel_multiple: see PruneWrapper.
     fp_every_nth_conv: which grouped layers also lose whole filters; 2 is the last conv of each basic block,
         3 that of each bottleneck. prune_channels: False prunes whole filters only.
@@ -41,6 +50,7 @@ class FinetuneConfig(RunConfig):
     lr: float = 0.015
     weight_decay: float = 1e-3
     groups: int = 4
+    layer_groups: Mapping[str, int] = field(default_factory=dict)
     prune: float = 0.5
     target: Target = "macs"
     channel_multiple: int = 1
@@ -176,11 +186,12 @@ def _pruner(
     device: torch.device,
 ) -> PruneWrapper:
     model = new_model(config, data, device)
+    example = data.example().to(device)
     pruner = PruneWrapper(
         model,
-        config.groups,
+        group_counts(model, example, config.groups, config.layer_groups),
         fp_every_nth_conv=config.fp_every_nth_conv,
-        example_input=data.example().to(device),
+        example_input=example,
         prune_channels=config.prune_channels,
         target=config.target,
         channel_multiple=config.channel_multiple,
@@ -198,7 +209,7 @@ def load_pruned(path: str | Path, image_hw: tuple[int, int] = (32, 32)) -> nn.Mo
     weights, _ = load_weights(path)
     variant = variant_of(weights)
     depth = 0 if variant else depth_of(weights, path)
-    logits = [value for name, value in weights.items() if name.endswith(".group")]
+    logits = {name: len(value) for name, value in weights.items() if name.endswith(".group")}
     if not logits or not any(name.endswith(".mask") for name in weights):
         raise DSPFormatError(f"{path} holds no group logits and masks: it must be a pruned network")
     if variant is not None:
@@ -207,8 +218,7 @@ def load_pruned(path: str | Path, image_hw: tuple[int, int] = (32, 32)) -> nn.Mo
     else:
         classes, channels = weights["classifier.weight"].shape[0], weights["conv_1_3x3.weight"].shape[1]
         model = cifar_resnet(depth, classes, channels)
-    PruneWrapper(
-        model, len(logits[0]), fp_layer_indices=[], example_input=torch.zeros(1, channels, *image_hw)
-    )
+    n_groups = {name.removesuffix(".group"): count for name, count in logits.items()}
+    PruneWrapper(model, n_groups, fp_layer_indices=[], example_input=torch.zeros(1, channels, *image_hw))
     restore_weights(model, weights, path)
     return model.eval()

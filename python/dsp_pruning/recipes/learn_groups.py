@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dsp_pruning.distributed import world_size
 from dsp_pruning.groups import GroupWrapper, SecondOrder
 from dsp_pruning.recipes.checkpoint import restore_weights
 from dsp_pruning.recipes.precision import Precision
-from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, new_model, pick_device
+from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, group_counts, new_model, pick_device
 from dsp_pruning.recipes.schedules import cosine
 from dsp_pruning.recipes.training import Hook, Progress, Trainer
 
@@ -26,7 +26,9 @@ __all__ = ["LearnGroupsConfig", "learn_groups"]
 class LearnGroupsConfig(RunConfig):
     """The published settings of CIFAR-10: one cosine; regularisation grows linearly over the run.
 
-    groups: G of every layer. regularize: the method's lambda. temperature: of the soft assignment.
+    groups: G of every layer, but for those whose name fits a pattern of layer_groups, as of a shell
+    (``stage_3.*``): these have that pattern's; of several that fit the last counts.
+    regularize: the method's lambda. temperature: of the soft assignment.
     group_lr: learning rate of the logits.
     second_order: ``exact``, ``none`` or ``original``, see GroupWrapper.
     """
@@ -35,6 +37,7 @@ class LearnGroupsConfig(RunConfig):
     lr: float = 0.05
     weight_decay: float = 1e-3
     groups: int = 4
+    layer_groups: Mapping[str, int] = field(default_factory=dict)
     regularize: float = 2e-3
     temperature: float = 0.5
     group_lr: float = 1e-3
@@ -86,16 +89,17 @@ def learn_groups(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    example = data.example().to(device)
     learner = GroupWrapper(
         model,
         optimizer,
         nn.CrossEntropyLoss(),
         config.regularize,
         max(1, config.epochs * training_steps(data, config.batch_size, world_size())),
-        n_groups=config.groups,
+        n_groups=group_counts(model, example, config.groups, config.layer_groups),
         temp=config.temperature,
         group_optimizer_lr=config.group_lr,
-        example_input=data.example().to(device),
+        example_input=example,
         second_order=config.second_order,
         generator=torch.Generator().manual_seed(config.seed),
     )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTrainingError
 from dsp_pruning.data import TrainingData
 from dsp_pruning.distributed import is_main, local_rank
+from dsp_pruning.group_counts import GroupCount, by_pattern
+from dsp_pruning.layers import select_layers
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
 from dsp_pruning.recipes.checkpoint import save_weights, write_text
@@ -26,6 +28,7 @@ __all__ = [
     "RunConfig",
     "conclude",
     "depth_of",
+    "group_counts",
     "new_model",
     "pick_device",
 ]
@@ -112,6 +115,19 @@ def new_model(config: RunConfig, data: TrainingData, device: torch.device) -> nn
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
+
+
+def group_counts(
+    model: nn.Module, example: Tensor, groups: int, layer_groups: Mapping[str, int]
+) -> GroupCount:
+    """G of every layer that learns groups, as the wrappers take it.
+
+    example: (batch, channels, height, width). layer_groups: name pattern -> G; others have ``groups``.
+    Raises DSPPruningError for a pattern that fits no layer.
+    """
+    if not layer_groups:
+        return groups
+    return by_pattern(groups, layer_groups, [layer.name for layer in select_layers(model, example)])
 
 
 def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:

@@ -7,8 +7,6 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dsp_kernels.errors import DSPTrainingError
-from dsp_kernels.trace import evaluating
-from dsp_pruning.data import (
-    FolderSplit,
-    Split,
-    TrainingData,
-    evaluation_batches,
-    training_batches,
-    training_steps,
-)
+from dsp_pruning.data import TrainingData, training_batches, training_steps
 from dsp_pruning.distributed import (
     all_reduce_mean,
     broadcast_tensors,
@@ -41,6 +31,7 @@ from dsp_pruning.recipes.checkpoint import (
     save_checkpoint,
     write_text,
 )
+from dsp_pruning.recipes.evaluation import Score, evaluate
 from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.schedules import Schedule
 
@@ -50,15 +41,6 @@ __all__ = ["METRICS", "Hook", "Progress", "Score", "Trainer", "evaluate"]
 Progress = Callable[[int, int, str], None]
 
 METRICS = "metrics.csv"
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a network reaches on a split. accuracy: 0..1; loss: mean cross-entropy in nats; n: images."""
-
-    accuracy: float
-    loss: float
-    n: int
 
 
 class Hook:
@@ -83,26 +65,6 @@ class Hook:
     def metrics(self) -> dict[str, float]:
         """Columns that the hook adds to the metrics of an epoch."""
         return {}
-
-
-@torch.inference_mode()
-def evaluate(model: Callable[[Tensor], Tensor], data: TrainingData, split: Split | FolderSplit) -> Score:
-    """Score a network on a split.
-
-    model: images float32 (batch, channels, height, width) -> logits (batch, classes). A module is scored in
-    eval mode and gets its own mode back. Of several processes each scores its share of the images, so all
-    have to call it; all get the same score.
-    """
-    correct, loss = 0, 0.0
-    with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
-        for images, labels in evaluation_batches(data, split, rank=rank(), world_size=world_size()):
-            logits = model(images).float()
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    sums = torch.tensor([correct, loss], dtype=torch.float64)
-    all_reduce_mean([sums])
-    accuracy, mean_loss = (sums * world_size() / len(split)).tolist()
-    return Score(accuracy, mean_loss, len(split))
 
 
 class Trainer:

@@ -1,0 +1,78 @@
+"""Where zeros have to stay in a pruned network, and putting them back after a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsp_kernels.trace import TracedNetwork
+from dsp_pruning.channels import channel_flow
+from dsp_pruning.layers import LayerInfo
+from dsp_pruning.prunable import mask_matrix
+
+__all__ = ["Zeros", "clearable", "zeros_of"]
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Places that are zero, as long as these masks hold.
+
+    masks: of every layer, [O, C, 1, 1], and versions: of these tensors. places: module, parameter name, and a
+    bool tensor that broadcasts over that parameter, True where it is zero.
+    """
+
+    masks: list[Tensor]
+    versions: list[int]
+    places: list[tuple[nn.Module, str, Tensor]]
+
+    def hold_for(self, masks: list[Tensor]) -> bool:
+        """Compares identities and versions, not values: no step waits for the device."""
+        return all(
+            mask is known and mask._version == version
+            for mask, known, version in zip(masks, self.masks, self.versions, strict=True)
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the zeros."""
+        for module, name, gone in self.places:
+            module.get_parameter(name).masked_fill_(gone, 0)
+
+
+def zeros_of(model: nn.Module, layers: Sequence[LayerInfo], network: TracedNetwork | None) -> Zeros:
+    """The zeros that the masks on the layers ask for.
+
+    Besides masked kernels these are, for a filter that is gone, the conv's bias and the weight and bias of
+    its BN: a constant left there would be an input of the next layer. Without a traced network no BN is
+    cleared.
+    """
+    matrices = {layer.name: mask_matrix(layer) for layer in layers}
+    places: list[tuple[nn.Module, str, Tensor]] = []
+    for layer in layers:
+        device = layer.conv.weight.device
+        kept = matrices[layer.name].to(device)
+        places.append((layer.conv, "weight", ~kept[:, :, None, None]))
+        if layer.conv.bias is not None:
+            places.append((layer.conv, "bias", ~kept.any(1)))
+    if network is not None:
+        flow = channel_flow(network, matrices, "pruning")
+        for path in clearable(network):
+            norm = model.get_submodule(path)
+            unfed = flow[network.calls(path)[0].inputs[0]].zero.to(norm.get_parameter("weight").device)
+            places += [(norm, "weight", unfed), (norm, "bias", unfed)]
+    masks = [layer.conv.get_buffer("mask") for layer in layers]
+    return Zeros(masks, [mask._version for mask in masks], places)
+
+
+def clearable(network: TracedNetwork | None) -> list[str]:
+    """Paths of the BN layers whose weight and bias may be cleared: affine, and run once."""
+    if network is None:
+        return []
+    return [
+        node.path
+        for node in network.of_kind("batch_norm")
+        if len(network.calls(node.path)) == 1 and getattr(node.module, "weight", None) is not None
+    ]
