@@ -99,7 +99,7 @@ class GroupWrapper:
         self._stepped = False
         self._found_inf: Tensor | None = None
         self._loss: Tensor | None = None
-        self._reorder = True  # until the network turns out not to run on weights in channels_last
+        self._reorder = True  # until the network turns out not to run on images in channels_last
         self._not_finite = NonFiniteFlag()
         optimizer.register_step_post_hook(self._note_step)
 
@@ -257,13 +257,20 @@ class GroupWrapper:
         if self.second_order == "none":
             self._loss = None
             return [step.first_slope() for step in steps], None
-        starts = [step.penalised(step.bucket.channels_last(self._reorder)) for step in steps]
+        starts = [step.penalised() for step in steps]
         layers = [step.bucket.layers for step in steps]
         each: dict[Tensor, Tensor] = {}
         for members, start in zip(layers, starts, strict=True):
             each.update(zip((layer.weight for layer in members), start.unbind(), strict=True))
         ahead = look_ahead(
-            self._network, self.optimizer, self.criterion, each, batches, autocast_dtype, scaler
+            self._network,
+            self.optimizer,
+            self.criterion,
+            each,
+            batches,
+            autocast_dtype,
+            scaler,
+            reorder=self._reorder,
         )
         self._reorder = self._reorder and ahead.reordered
         self._loss = ahead.loss
