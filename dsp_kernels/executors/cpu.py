@@ -1,7 +1,8 @@
 """Runs a Program by the native CPU kernels; what they do not know runs in plain PyTorch between.
 
 In bfloat16 a convolution rounds what it reads and multiplies bfloat16 numbers; its sum, bias, residual and
-activation and all other steps are float32. Input and output need not be bfloat16.
+activation and all other steps are float32. In float16 only the Program's numbers are that; all arithmetic is
+float32. Input and output may have any dtype.
 
 The Program is cut into runs of native steps. Each run is one native network with the values it needs as
 inputs and the values that are needed later as outputs; one thread takes a few images through all its steps.
@@ -30,6 +31,7 @@ from dsp_kernels.program import (
 
 __all__ = ["CpuExecutor", "Segment", "segments"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_SHAPES = 64  # of outputs, remembered per size of image
 
 
@@ -50,12 +52,11 @@ class CpuExecutor:
     takes_any_dtype = True
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """On the CPU in float32 or bfloat16, with the extension built and a native step in the Program."""
+        """On the CPU in float32 or 16 bit, with the extension built and a native step in the Program."""
         if device.type != "cpu":
             return False, f"tensors are on {device}"
-        if dtype not in (torch.float32, torch.bfloat16):
-            lacking = "; there are no kernels for AVX512-FP16" if dtype == torch.float16 else ""
-            return False, f"dtype {dtype} is neither float32 nor bfloat16{lacking}"
+        if dtype not in _DTYPES:
+            return False, f"dtype {dtype} is none of float32, bfloat16 and float16"
         if native() is None:
             return False, why_missing()
         if not any(_is_native(step, program) for step in program.steps):
@@ -93,17 +94,20 @@ class CpuExecutor:
     def describe(self, program: Program) -> list[str]:
         """Per step, the instruction set that runs it, or why none does."""
         isa = chosen_isa()
-        bf16 = _dtype(program) == torch.bfloat16
+        dtype = _dtype(program)
         forms = []
         for step in program.steps:
             reason = _why_not(step, program)
-            form = f"cpu {isa}{_products(isa) if bf16 and isinstance(step, ConvStep) else ''}"
+            form = f"cpu {isa}{_products(isa, dtype) if isinstance(step, ConvStep) else ''}"
             forms.append(form if not reason else "" if isinstance(step, TorchStep) else reason)
         return forms
 
 
-def _products(isa: str) -> str:
-    return ", bfloat16" if "bf16" in isa else ", bfloat16 by float32 arithmetic"
+def _products(isa: str, dtype: torch.dtype) -> str:
+    if dtype == torch.float32:
+        return ""
+    own = dtype == torch.bfloat16 and "bf16" in isa
+    return f", {str(dtype).removeprefix('torch.')}{'' if own else ' by float32 arithmetic'}"
 
 
 def _dtype(program: Program) -> torch.dtype:
@@ -115,7 +119,7 @@ def _dtype(program: Program) -> torch.dtype:
         return tensor
 
     program.map_tensors(note)
-    return torch.bfloat16 if torch.bfloat16 in held else torch.float32
+    return next((dtype for dtype in held if dtype in _DTYPES[1:]), torch.float32)
 
 
 def segments(program: Program) -> tuple[Segment, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d, fuse
 from dsp_kernels.backends.cpu import add_conv
-from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.native import native
 from dsp_kernels.tolerances import network_tolerance, op_tolerance
 
@@ -235,6 +235,15 @@ def test_explain_says_how_products_are_made(monkeypatch: pytest.MonkeyPatch) -> 
     assert "cpu base, bfloat16 by float32 arithmetic" in fused.explain()
 
 
-def test_float16_is_refused_with_the_reason() -> None:
-    with pytest.raises(DSPBackendError, match="AVX512-FP16"):
-        fuse(make("residual"), torch.randn(1, 3, 8, 8), backend="cpu", dtype=torch.float16)
+def test_float16_rounds_the_network_and_computes_in_float32() -> None:
+    torch.manual_seed(0)
+    layer = PackedConv2d(GroupStructure.dense(4, 4), 3, padding=1).eval()
+    x = torch.randn(2, 4, 8, 8)
+    fused = fuse(layer, x, backend="cpu", dtype=torch.float16)
+    assert "float16 by float32 arithmetic" in fused.explain()
+    torch.testing.assert_close(fused(x), copy.deepcopy(layer).half().float()(x), rtol=1e-5, atol=1e-6)
+    assert fused(x.half()).dtype == torch.float16
+    mixed = Mixed().eval()  # plain PyTorch between native runs
+    x = torch.randn(2, 3, 9, 7)
+    half = fuse(mixed, x, backend="cpu", dtype=torch.float16)
+    assert difference(half, mixed, x) <= network_tolerance(torch.float16, 126, 5)

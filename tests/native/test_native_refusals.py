@@ -119,10 +119,9 @@ def test_an_image_smaller_than_the_kernel() -> None:
         fused(torch.randn(0, 3, 6, 6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_other_dtypes_run_elsewhere(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval().to(dtype)
-    x = torch.randn(1, 3, 9, 9, dtype=dtype)
+def test_float64_runs_elsewhere() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval().double()
+    x = torch.randn(1, 3, 9, 9, dtype=torch.float64)
     assert fuse(model, x).backend == "eager"
     with pytest.raises(DSPBackendError, match="float32"):
         fuse(model, x, backend="cpu")
