@@ -2,7 +2,7 @@
 // barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
 // so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. Shared memory
 // starts as NaN. Accesses of a warp are collected per instruction and their bank conflicts counted. With `races`, an
-// access of a word that another warp wrote, or a store to one that another warp read, since the last barrier is an
+// access of a word that another thread wrote, or a store to one that another thread read, since the last barrier is an
 // error; a copy counts as a store by its thread where it is waited for.
 #pragma once
 
@@ -65,7 +65,7 @@ struct HostMachine {
     struct Access {
         int lane, offset;
     };
-    // Of one word: who wrote and who read it since which barrier; -2: several warps.
+    // Of one word: who wrote and who read it since which barrier; -2: several threads.
     struct Use {
         int writer = -1, written = -1, reader = -1, read = -1;
     };
@@ -247,22 +247,20 @@ private:
         std::memcpy(at(c.offset, c.size), c.bytes.data(), c.size);
     }
     void watch_read(int thread, int offset, int size) {
-        const int warp = thread / 32;
         for (int i = offset / 4; modes.races && i < (offset + size) / 4; ++i) {
             Use& use = uses.at(i);
-            if (use.written == barriers && use.writer != warp)
+            if (use.written == barriers && use.writer != thread)
                 throw std::runtime_error("a race: shared memory is read before a barrier after its store");
-            use.reader = use.read == barriers && use.reader != warp ? -2 : warp;
+            use.reader = use.read == barriers && use.reader != thread ? -2 : thread;
             use.read = barriers;
         }
     }
     void watch_write(int thread, int offset, int size) {
-        const int warp = thread / 32;
         for (int i = offset / 4; modes.races && i < (offset + size) / 4; ++i) {
             Use& use = uses.at(i);
-            if ((use.read == barriers && use.reader != warp) || (use.written == barriers && use.writer != warp))
+            if ((use.read == barriers && use.reader != thread) || (use.written == barriers && use.writer != thread))
                 throw std::runtime_error("a race: shared memory is stored to before a barrier after its last use");
-            use.writer = warp;
+            use.writer = thread;
             use.written = barriers;
         }
     }
