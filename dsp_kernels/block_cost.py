@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsp_kernels.backends.cuda_block_tables import BlockGeometry, BlockTables
+from dsp_kernels.backends.cuda_block_tables import STEP_CLOCKS, BlockGeometry, BlockTables
 from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, all_groups
 from dsp_kernels.block_step import BlockStep
 from dsp_kernels.program import ConvStep
@@ -23,10 +23,11 @@ __all__ = ["H200", "BlockPlan", "DeviceModel", "block_floor", "block_seconds", "
 Shapes = Mapping[str, tuple[int, ...] | None]
 _BYTES = 2  # of one number: the kernel takes 16-bit numbers only
 _WARPS = 8  # of a block of threads; csrc/common/block_kernel.h
-_MMA_FLOPS = 2 * 16 * 8 * 16
 # Seconds of a turn, and of a kernel, that nothing of the model explains: the first copy's way from memory, barriers,
 # the last store. An estimate.
 _LATENCY = 1e-6
+# Clocks that a warp needs for one step, however little the others do. An estimate.
+_STEP_LATENCY = 64
 # Clocks of a warp per work item beside its steps (addresses, bias, activation, stores). An estimate.
 _ITEM_CLOCKS = 120
 
@@ -161,9 +162,8 @@ def block_seconds(
 ) -> float | None:
     """Predicted for a block as one kernel in this geometry; None where it does not fit the device."""
     step, filters = tables.step, tables.filters
-    resident = min(
-        1 if filters == 64 else 2, device.shared_per_multiprocessor // (geometry.shared_bytes + 1024)
-    )
+    # Two by registers; a block of threads takes 1024 bytes of shared memory for itself.
+    resident = min(2, device.shared_per_multiprocessor // (geometry.shared_bytes + 1024))
     if geometry.shared_bytes > device.shared_per_block or resident == 0:
         return None
     batch, channels, height, width = shapes[step.output] or (0, 0, 0, 0)
@@ -172,7 +172,7 @@ def block_seconds(
     blocks = math.ceil(height / (output.rows * turns)) * math.ceil(width / output.columns)
     blocks *= math.ceil(chunks / tile_n)
 
-    m_tiles, n_tiles = filters // 16, 4 if filters == 64 else 8
+    m_tiles, n_tiles = filters // 16, 8
     # Rows of the first turn and of every other one.
     rows = [(region.rows, region.rows - region.kept(output.rows)) for region in geometry.regions[:-1]]
     rows.append((output.rows, output.rows))
@@ -184,33 +184,32 @@ def block_seconds(
     sectors = 2 if tile_n == 1 and chunks > 1 else 1
     l2 = 16 * sectors * (pieces[0] * len(tables.channels) + pieces[-1] * channels)
     l2 += 16 * sectors * pieces[-1] * channels * (len(step.inputs) == 2)
-    clocks = 0.0
+    work = path = 0.0
     for tiles, (first, more), columns in zip(tables.tiles, rows[1:], across[1:], strict=True):
-        steps = sum((len(tile.rows) + len(tile.second_rows)) // 16 for tile in tiles)
-        per_step = max(
-            (n_tiles * 256 + m_tiles * 512) / device.shared_per_clock,
-            m_tiles * n_tiles * _MMA_FLOPS * device.clock * device.multiprocessors / device.flops,
-        )
+        steps = [(len(tile.rows) + len(tile.second_rows)) // 16 for tile in tiles]
         for count, times in ((first, 1), (more, turns - 1)):
             groups = math.ceil(count * columns / n_tiles)
-            l2 += times * 512 * m_tiles * steps * math.ceil(groups / _WARPS)
-            # The last round of work items may leave warps without one.
-            items = len(tiles) * groups
-            idle = math.ceil(items / _WARPS) * _WARPS / max(items, 1)
-            clocks += times * (steps * groups * per_step + items * _ITEM_CLOCKS * m_tiles / _WARPS) * idle
+            l2 += times * 512 * m_tiles * sum(steps) * math.ceil(groups / _WARPS)
+            per_group = sum(steps) * STEP_CLOCKS[filters] + len(tiles) * m_tiles * _ITEM_CLOCKS / _WARPS
+            work += times * groups * per_group
+            path += times * _longest(steps, groups) * _STEP_LATENCY
     kept = sum(
         region.slots * region.kept(output.rows) * columns
         for region, columns in zip(geometry.regions[:-1], across, strict=False)
     )
-    clocks += (turns - 1) * 2 * 16 * kept / device.shared_per_clock
-    latency = turns * _LATENCY
+    work += (turns - 1) * 2 * 16 * kept / device.shared_per_clock
+    computing = work / device.clock
     copying = l2 * device.multiprocessors / device.l2_bandwidth
-    computing = clocks / device.clock
-    each = max(copying, computing, (copying + computing + latency) / resident)
-    busy = math.ceil(blocks / device.multiprocessors) * each
-    if blocks <= device.multiprocessors * resident:  # nothing to overlap with
-        busy = max(busy, copying + computing + latency)
-    return max(busy, _moved(step, shapes) / device.bandwidth) + device.launch
+    alone = copying + max(work, path) / device.clock + turns * _LATENCY
+    # Blocks that are resident together overlap: one copies while the other computes.
+    busy = math.ceil(blocks / device.multiprocessors) * max(copying, computing, alone / resident)
+    return max(busy, alone, _moved(step, shapes) / device.bandwidth) + device.launch
+
+
+def _longest(steps: Sequence[int], groups: int) -> float:
+    """At most so many steps has the warp with most, when items (a tile at a group of chunks) go round the warps."""
+    longest = max(steps, default=0)
+    return longest if len(steps) * groups <= _WARPS else sum(steps) * groups / _WARPS + longest
 
 
 def parts(size: int, most: int) -> list[int]:
@@ -229,12 +228,16 @@ def best_geometry(
     chunks = x[0] // BATCH_MULTIPLE
     best: tuple[BlockGeometry, float] | None = None
     for tile_n in (n for n in (1, 2, 4) if n <= max(chunks, 1)):
-        for rows in parts(out[2], 32):
+        for rows in parts(out[2], 16):
             for columns in parts(out[3], 64):
                 made = BlockGeometry.of(step, tables.slots, (x[2], x[3]), (rows, columns), tile_n)
                 if made is None or made.shared_bytes > device.shared_per_block:
                     continue
-                for turns in parts(math.ceil(out[2] / rows), out[2]):
+                below = math.ceil(out[2] / rows)
+                beside = math.ceil(out[3] / columns) * math.ceil(chunks / tile_n)
+                # No turns, all, and as many as leave a block of threads, or two, for every multiprocessor.
+                some = (below * beside // (device.multiprocessors * resident) for resident in (1, 2))
+                for turns in sorted({1, below, *(min(max(count, 1), below) for count in some)}):
                     made = replace(made, turns=turns)
                     seconds = block_seconds(tables, made, shapes, device)
                     if seconds is not None and (best is None or seconds < best[1]):

@@ -11,8 +11,8 @@ namespace dsp {
 template <class T, int FILTERS>
 struct FusedBlock {
     static constexpr int kThreads = 256, kWarps = kThreads / 32;
-    static constexpr int kBlocks = FILTERS == 64 ? 1 : 2;  // of a multiprocessor at once, as far as registers go
-    static constexpr int kMT = FILTERS / 16, kNT = FILTERS == 64 ? 4 : 8;
+    static constexpr int kBlocks = 2;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kMT = FILTERS / 16, kNT = 8;
 
     template <class M>
     DSP_FN static void run(M& m, const BlockParams& p, int block) {

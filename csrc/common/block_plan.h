@@ -92,7 +92,6 @@ void dispatch_block(int64_t filters, BlockLaunch plan, Run&& run) {
     };
     if (filters == 16) return with(FusedBlock<T, 16>{});
     if (filters == 32) return with(FusedBlock<T, 32>{});
-    if (filters == 64) return with(FusedBlock<T, 64>{});
     throw std::runtime_error("there is no block kernel of " + std::to_string(filters) + " filters");
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.activations import ACTIVATIONS
-from dsp_kernels.backends.cuda_tables import KernelKind, _fragments, _Group, _groups_of, _merged, _work
+from dsp_kernels.backends.cuda_tables import _fragments, _Group, _groups_of, _join
 from dsp_kernels.block_step import BlockStep
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.program import ConvStep
@@ -27,8 +27,10 @@ __all__ = ["BlockGeometry", "BlockTables", "Region", "block_tables"]
 # csrc/common/block_params.h
 MOST_CHUNKS, LARGEST_DIVISOR = 4095, 256
 _STEP = 16  # rows of the reduction of one mma
-FILTERS = (16, 32, 64)
-_KIND = KernelKind("block", 0, FILTERS, _STEP)
+# Clocks of a multiprocessor for one step of a tile at eight chunks, by filters of the tile: 16 are bound by shared
+# memory (128 bytes a clock), 32 by mma.sync. Estimates, not measured; a tile's outputs cost as much as two steps.
+STEP_CLOCKS = {16: 20.0, 32: 24.5}
+_FINISH_STEPS = 2
 _PIECE = 16  # bytes of eight images
 
 # A row of the reduction: slot and offset in pixels of the region that it is read from.
@@ -91,14 +93,14 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
     channels = [sorted(first), *read[1:]]
     wanted = [*channels[1:], list(range(specs[-1].structure.out_channels))]
 
-    best: tuple[int, int, list[list[_Group]]] | None = None
-    for filters in FILTERS:
-        merged, work = [], 0
+    best: tuple[float, int, list[list[_Group]]] | None = None
+    for filters in STEP_CLOCKS:
+        merged, work = [], 0.0
         for conv, targets in zip(step.convs, wanted, strict=True):
             taps = conv.spec.kernel_size[0] * conv.spec.kernel_size[1]
-            groups = _merged(_only(_groups_of(conv.spec, conv.weights), set(targets)), _KIND, filters, taps)
+            groups = _merged(_only(_groups_of(conv.spec, conv.weights), set(targets)), filters, taps)
             merged.append(groups)
-            work += _work(groups, _KIND, filters, taps)
+            work += sum(_work(len(each.out_index), len(each.in_index), filters, taps) for each in groups)
         if best is None or work < best[0]:
             best = work, filters, merged
     assert best is not None
@@ -139,6 +141,32 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
         torch.cat(weights).to(device, dtype),
         torch.cat(bias).to(device),
     )
+
+
+def _work(outputs: int, channels: int, filters: int, taps: int) -> float:
+    """Clocks of a group of filters at eight chunks."""
+    return -(-outputs // filters) * (-(-channels * taps // _STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
+
+
+def _merged(groups: Sequence[_Group], filters: int, taps: int) -> list[_Group]:
+    """Two groups put into one, the pair that saves most first, for as long as that is less work."""
+    bins = list(groups)
+    work = [_work(len(each.out_index), len(each.in_index), filters, taps) for each in bins]
+    while True:
+        best, pair = 0.0, None
+        for i in range(len(bins)):
+            for j in range(i + 1, len(bins)):
+                outputs = len(bins[i].out_index) + len(bins[j].out_index)
+                channels = len({*bins[i].in_index, *bins[j].in_index})
+                saved = work[i] + work[j] - _work(outputs, channels, filters, taps)
+                if saved > best:
+                    best, pair = saved, (i, j)
+        if pair is None:
+            return bins
+        i, j = pair
+        joined = _join([bins[i], bins.pop(j)])
+        work.pop(j)
+        bins[i], work[i] = joined, _work(len(joined.out_index), len(joined.in_index), filters, taps)
 
 
 def _only(groups: Sequence[_Group], wanted: set[int]) -> list[_Group]:

@@ -168,7 +168,7 @@ CASES = (
     ),
     BlockCase("more filters than a tile", ((WIDE, 3, 1), (WIDE_BACK, 3, 1)), hw=(4, 5), tile=(4, 5, 1)),
     BlockCase(
-        "filters by 64",
+        "two tiles of 32",
         ((GroupStructure.dense(20, 64), 3, 1), (GroupStructure.dense(64, 20), 3, 1)),
         "input",
         hw=(3, 3),
