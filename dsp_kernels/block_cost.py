@@ -1,6 +1,6 @@
-"""Whether a residual block is to run as one kernel or as one per convolution, by a model of what both cost.
+"""What a residual block costs as one kernel and as one per convolution, by a model.
 
-**Every constant here is an estimate or a number of somebody's data sheet; nothing was measured on a GPU.** The
+**Every constant here is an estimate or a number of a data sheet; nothing was measured on a GPU.** The
 model counts what each multiprocessor has to do (bytes out of L2, bytes through shared memory, multiply-adds
 with their padding, halo pixels computed twice) and what the GPU's memory has to move; the slowest decides.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsp_kernels.backends.cuda_block_tables import STEP_CLOCKS, BlockGeometry, BlockTables
+from dsp_kernels.backends.cuda_block_geometry import BlockGeometry
+from dsp_kernels.backends.cuda_block_tables import STEP, STEP_CLOCKS, BlockTables
 from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, all_groups
 from dsp_kernels.block_step import BlockStep
 from dsp_kernels.program import ConvStep
@@ -23,8 +24,8 @@ __all__ = ["H200", "BlockPlan", "DeviceModel", "block_floor", "block_seconds", "
 Shapes = Mapping[str, tuple[int, ...] | None]
 _BYTES = 2  # of one number: the kernel takes 16-bit numbers only
 _WARPS = 8  # of a block of threads; csrc/common/block_kernel.h
-# Seconds of a turn, and of a kernel, that nothing of the model explains: the first copy's way from memory, barriers,
-# the last store. An estimate.
+# Seconds of a turn, and of a kernel, that nothing of the model explains: the first copy's way from memory,
+# barriers, the last store. An estimate.
 _LATENCY = 1e-6
 # Clocks that a warp needs for one step, however little the others do. An estimate.
 _STEP_LATENCY = 64
@@ -52,8 +53,8 @@ class DeviceModel:
     shared_per_clock: int = 128  # bytes of a multiprocessor, L1 included
 
 
-# bandwidth, peak_flops: measured on an H200 before the project (docs/gpu-notes-blocks.md); multiprocessors, clock and
-# shared memory: data sheet; launch in a CUDA graph, l2_bandwidth and flops of mma.sync: estimates.
+# bandwidth, peak_flops: measured on an H200 before the project (docs/gpu-notes-blocks.md); multiprocessors,
+# clock and shared memory: data sheet; launch in a CUDA graph, l2_bandwidth and flops of mma.sync: estimates.
 H200 = DeviceModel("H200", 132, 232448, 233472, 4.3e12, 5.5e12, 6.0e14, 7.9e14, 1.7e9, 2.5e-6)
 
 
@@ -66,7 +67,7 @@ def device_model(device: torch.device) -> DeviceModel:
         H200,
         name=found.name,
         multiprocessors=found.multi_processor_count,
-        shared_per_block=found.shared_memory_per_block_optin,
+        shared_per_block=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         shared_per_multiprocessor=found.shared_memory_per_multiprocessor,
     )
 
@@ -100,7 +101,8 @@ class BlockPlan:
         )
         return (
             f"{what}: predicted {1e6 * self.seconds:.1f} us ({times}; estimates), tiles of "
-            f"{output.rows}x{output.columns} pixels x {8 * self.geometry.tile_n} images, {self.geometry.turns} turns, "
+            f"{output.rows}x{output.columns} pixels x {8 * self.geometry.tile_n} images, "
+            f"{self.geometry.turns} turns, "
             f"{self.geometry.shared_bytes} bytes of shared memory"
         )
 
@@ -141,7 +143,7 @@ def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
         rows = flops = 0
         for group in all_groups(spec.structure):
             tiles = math.ceil(len(group.out_index) / filters)
-            reduction = 16 * math.ceil(len(group.in_index) * taps / 16)
+            reduction = STEP * math.ceil(len(group.in_index) * taps / STEP)
             rows += tiles * reduction
             flops += 2 * tiles * reduction * filters
         l2 = _BYTES * positions * rows * again + _moved(step, shapes) / 2
@@ -186,7 +188,7 @@ def block_seconds(
     l2 += 16 * sectors * pieces[-1] * channels * (len(step.inputs) == 2)
     work = path = 0.0
     for tiles, (first, more), columns in zip(tables.tiles, rows[1:], across[1:], strict=True):
-        steps = [(len(tile.rows) + len(tile.second_rows)) // 16 for tile in tiles]
+        steps = [(len(tile.rows) + len(tile.second_rows)) // STEP for tile in tiles]
         for count, times in ((first, 1), (more, turns - 1)):
             groups = math.ceil(count * columns / n_tiles)
             l2 += times * 512 * m_tiles * sum(steps) * math.ceil(groups / _WARPS)
@@ -207,7 +209,7 @@ def block_seconds(
 
 
 def _longest(steps: Sequence[int], groups: int) -> float:
-    """At most so many steps has the warp with most, when items (a tile at a group of chunks) go round the warps."""
+    """Steps of the warp with most, at most: items (a tile at a group of chunks) go round the warps."""
     longest = max(steps, default=0)
     return longest if len(steps) * groups <= _WARPS else sum(steps) * groups / _WARPS + longest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -38,7 +38,7 @@ def blocks_wanted() -> bool:
 
 
 def variants(block: BlockStep) -> list[BlockStep]:
-    """What of a block can run as one kernel: all of it, all but the shortcut, all but the first convolution."""
+    """What of a block can run as one kernel: all, all but the shortcut, all but the first convolution."""
     found = [block]
     x = block.inputs[0]
     residual = block.shortcut.output if block.shortcut else block.inputs[-1]
@@ -57,9 +57,10 @@ def plan_blocks(
     dtype: torch.dtype = torch.float16,
     make_tables: MakeTables | None = None,
 ) -> list[BlockPlan]:
-    """A plan per residual block of a Program as ``residual_last`` gives it. shapes: of every value (batch, channels, height, width), batch a multiple of 8.
+    """A plan per residual block of a Program as ``residual_last`` gives it.
 
-    dtype: of the block's tensors; make_tables: keeps tables between calls, for example.
+    shapes: of every value (batch, channels, height, width), batch a multiple of 8. dtype: of the blocks'
+    tensors. make_tables: where they are kept between calls.
     """
     make = make_tables or (lambda step: block_tables(step, dtype, torch.device("cpu")))
     return [_plan(block, shapes, device, make) for block in blocks_of(program)]
@@ -79,8 +80,3 @@ def _plan(block: BlockStep, shapes: Shapes, device: DeviceModel, make: MakeTable
         if seconds < plan.seconds:
             plan = replace(plan, step=step, tables=tables, geometry=found[0], seconds=seconds)
     return plan
-
-
-def fused_steps(plans: Sequence[BlockPlan]) -> list[BlockStep]:
-    """What runs as one kernel."""
-    return [plan.step for plan in plans if plan.step is not None]

@@ -22,10 +22,10 @@ MOST_CONVS = 3
 
 @dataclass(frozen=True, eq=False)
 class BlockStep(Step):
-    """inputs: (x,), or (x, residual) where the residual is neither x nor the shortcut's result.
+    """Inputs: (x,), or (x, residual) where the residual is neither x nor the shortcut's result.
 
-    convs: in order; the last one's residual is added before its activation. shortcut: a convolution of x whose
-    result is that residual, or None.
+    convs: in order; the last one's residual is added before its activation. shortcut: a convolution of x
+    whose result is that residual, or None.
     """
 
     convs: tuple[ConvStep, ...]
@@ -120,7 +120,7 @@ class _Graph:
         self.taken: set[str] = set()
 
     def inner_conv(self, name: str) -> ConvStep | None:
-        """The convolution without a residual that makes a value which is read once; None for another value."""
+        """The convolution without a residual that makes a value which is read once; else None."""
         maker = self.makers.get(name)
         if isinstance(maker, ConvStep) and len(maker.inputs) == 1 and self.readers[name] == 1:
             return None if name in self.taken else maker

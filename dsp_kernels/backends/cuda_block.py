@@ -1,4 +1,4 @@
-"""A whole residual block as one launch of a CUDA kernel, CHWN, float16 or bfloat16 (csrc/common/block_kernel.h)."""
+"""A residual block as one launch of a CUDA kernel (csrc/common/block_kernel.h): CHWN, 16-bit numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.backends.cuda import Launch
-from dsp_kernels.backends.cuda_block_tables import BlockGeometry, BlockTables, block_tables
+from dsp_kernels.backends.cuda_block_geometry import BlockGeometry
+from dsp_kernels.backends.cuda_block_tables import BlockTables
 from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, GpuLayout
-from dsp_kernels.block_cost import BlockPlan
 from dsp_kernels.block_step import BlockStep
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
 from dsp_kernels.native_cuda import why_no_cuda, why_not_on
@@ -57,17 +57,10 @@ class CudaBlock:
         self._launch = launch
         self._table, self._sizes = geometry.table(tables, tables.weights.device)
 
-    @classmethod
-    def planned(cls, step: BlockStep, plan: BlockPlan, launch: Launch = _launch) -> CudaBlock:
-        """The block in the geometry of a plan, on the device and in the dtype of its weights."""
-        constants = [weight for conv in step.members for weight in conv.weights]
-        tables = block_tables(step, constants[0].dtype, constants[0].device)
-        return cls(step, tables, plan.geometry, launch)
-
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """x, out, residual: contiguous in CHWN; out is overwritten whole and may be the residual, not x.
 
-        residual: given exactly where the step has two inputs. Raises DSPShapeError for tensors that do not fit.
+        residual: given exactly where the step has two inputs. Raises DSPShapeError for what does not fit.
         """
         source, last = self.geometry.regions[0], self.geometry.regions[-1]
         first, final = self.step.convs[0].spec.structure, self.step.convs[-1].spec.structure

@@ -1,10 +1,9 @@
-"""Weights, tables and geometry of one residual block in the order in which its CUDA kernel reads them
-(csrc/common/block_params.h).
+"""Weights and tiles of one residual block in the order in which its CUDA kernel reads them.
 
-A *slot* is a channel of a map that has a place in shared memory: of the block's input those that anything reads,
-of an inner map those that the next convolution reads; filters that write no slot are not computed. Which filters
-form a tile and what they read does not depend on sizes (``BlockTables``); where that lies in shared memory does
-(``BlockGeometry``).
+A *slot* is a channel of a map that has a place in shared memory: of the block's input those that anything
+reads, of an inner map those that the next convolution reads; filters that write no slot are not computed.
+Which filters form a tile and what they read does not depend on sizes; where that lies in shared memory does
+(cuda_block_geometry.py). See csrc/common/block_params.h.
 """
 
 from __future__ import annotations
@@ -16,22 +15,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dsp_kernels.activations import ACTIVATIONS
 from dsp_kernels.backends.cuda_tables import _fragments, _Group, _groups_of, _join
 from dsp_kernels.block_step import BlockStep
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.program import ConvStep
 
-__all__ = ["BlockGeometry", "BlockTables", "Region", "block_tables"]
+__all__ = ["STEP", "STEP_CLOCKS", "BlockTables", "Row", "Tile", "block_tables"]
 
-# csrc/common/block_params.h
-MOST_CHUNKS, LARGEST_DIVISOR = 4095, 256
-_STEP = 16  # rows of the reduction of one mma
-# Clocks of a multiprocessor for one step of a tile at eight chunks, by filters of the tile: 16 are bound by shared
-# memory (128 bytes a clock), 32 by mma.sync. Estimates, not measured; a tile's outputs cost as much as two steps.
+STEP = 16  # rows of the reduction of one mma
+# Clocks of a multiprocessor for one step of a tile at eight chunks, by filters of the tile: 16 are bound by
+# shared memory (128 bytes a clock), 32 by mma.sync. Estimates, not measured; a tile's outputs cost as much as
+# two steps.
 STEP_CLOCKS = {16: 20.0, 32: 24.5}
 _FINISH_STEPS = 2
-_PIECE = 16  # bytes of eight images
 
 # A row of the reduction: slot and offset in pixels of the region that it is read from.
 Row = tuple[int, int, int]
@@ -39,9 +35,9 @@ Row = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Tile:
-    """Filters of one tile: what they read of their own region and of the block's input, and what they write.
+    """Filters of one tile: what they read of their own region and of the block's input, what they write.
 
-    rows, second_rows: multiples of 16 in number. targets: slot of the next region or output channel, -1: none.
+    rows, second_rows: multiples of 16 in number. targets: slot of the next region or output channel, or -1.
     """
 
     rows: tuple[Row, ...]
@@ -51,11 +47,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class BlockTables:
-    """What does not depend on sizes. tiles: per convolution, the longest reduction first.
+    """What does not depend on sizes.
 
-    channels: of every slot of the input; slots: per region but the last, how many it has. weights: 1-D, in the
-    tensors' dtype; bias: float32, one per filter of every tile. residual_slots: per output channel the slot of
-    the input that is added to it, or empty.
+    tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: per
+    region but the last, how many it has. residual_slots: per output channel the slot of the input that is
+    added to it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
     """
 
     step: BlockStep
@@ -69,7 +65,7 @@ class BlockTables:
 
     @cached_property
     def static(self) -> tuple[list[int], list[int]]:
-        """Rows' targets, and the slots that are added to them (-1: none), of all tiles one after the other."""
+        """Targets of all rows of all tiles, and the slots that are added to them (-1: none)."""
         targets = [target for tiles in self.tiles for tile in tiles for target in tile.targets]
         last = sum(len(tile.targets) for tile in self.tiles[-1])
         added = [-1] * (len(targets) - last)
@@ -127,7 +123,7 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
             tiles.append(Tile(tile.rows, tile.second_rows, slots))
             weights.append(_fragments(matrix))
         all_tiles.append(tuple(tiles))
-    residual_slots = ()
+    residual_slots: tuple[int, ...] = ()
     if step.adds_input:
         place = {channel: slot for slot, channel in enumerate(channels[0])}
         residual_slots = tuple(place[channel] for channel in wanted[-1])
@@ -145,7 +141,7 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
 
 def _work(outputs: int, channels: int, filters: int, taps: int) -> float:
     """Clocks of a group of filters at eight chunks."""
-    return -(-outputs // filters) * (-(-channels * taps // _STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
+    return -(-outputs // filters) * (-(-channels * taps // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
 
 
 def _merged(groups: Sequence[_Group], filters: int, taps: int) -> list[_Group]:
@@ -189,7 +185,7 @@ def _tile(
     shortcut: ConvStep | None,
     input_channels: Sequence[int],
 ) -> tuple[Tile, Tensor]:
-    """The tile of a group's filters from ``start`` on, its targets still channels; its weights, (filters, rows)."""
+    """The tile of a group's filters from ``start`` on, with channels as targets; weights (filters, rows)."""
     outputs = list(group.out_index[start : start + filters])
     rows, matrix = _reduction(group.in_index, group.weight[start : start + filters], spec, place)
     second_rows: list[Row] = []
@@ -216,26 +212,26 @@ def _reduction(
     slots = [place[in_index[i]] for i in order]
     rows = [(slot, y * dy, x * dx) for y in range(kh) for x in range(kw) for slot in slots]
     matrix = weight[:, torch.tensor(order, dtype=torch.long)].transpose(1, 2).reshape(len(weight), len(rows))
-    missing = -len(rows) % _STEP
+    missing = -len(rows) % STEP
     rows += rows[-1:] * missing
     return rows, torch.nn.functional.pad(matrix, (0, missing))
 
 
 def _spread(slots: Sequence[int]) -> list[int]:
-    """An order in which neighbouring slots differ modulo 8 as long as possible: so they lie in other banks."""
+    """An order in which eight neighbours differ modulo 8 where possible: so they lie in all banks."""
     buckets: dict[int, list[int]] = {}
     for i, slot in enumerate(slots):
         buckets.setdefault(slot % 8, []).append(i)
     order = []
     while buckets:
-        for key in sorted(buckets, key=lambda key: -len(buckets[key])):
-            order.append(buckets[key].pop(0))
+        fullest = sorted(buckets, key=lambda key: -len(buckets[key]))
+        order += [buckets[key].pop(0) for key in fullest]
         buckets = {key: bucket for key, bucket in buckets.items() if bucket}
     return order
 
 
 def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int, ...], Tensor]:
-    """The channels that the shortcut reads for these outputs, and (outputs, channels, taps) of its weights."""
+    """The channels that the shortcut reads for these outputs; its weights (outputs, channels, taps)."""
     groups = [
         (group, [row for row, channel in enumerate(group.out_index) if channel in set(outputs)])
         for group in _groups_of(shortcut.spec, shortcut.weights)
@@ -258,151 +254,3 @@ def _bias_of(conv: ConvStep) -> Tensor:
     # By the definition an absent channel has no bias.
     absent = torch.tensor(structure.absent, dtype=torch.long)
     return conv.bias.detach().cpu().float().index_fill(0, absent, 0.0)
-
-
-@dataclass(frozen=True)
-class Region:
-    """See BlockRegion in csrc/common/block_params.h; sizes in pixels, offset and channel_bytes in bytes."""
-
-    offset: int
-    channel_bytes: int
-    rows: int
-    columns: int
-    height: int
-    width: int
-    step: tuple[int, int]
-    shift: tuple[int, int]
-    slots: int
-
-    def numbers(self) -> list[int]:
-        """In the order of the op's sizes."""
-        return [
-            *(self.offset, self.channel_bytes, self.rows, self.columns, self.height, self.width),
-            *self.step,
-            *self.shift,
-            self.slots,
-        ]
-
-    def kept(self, rows: int) -> int:
-        """Rows that the next turn needs again, after one of ``rows`` rows of output."""
-        return max(0, self.rows - rows * self.step[0])
-
-
-@dataclass(frozen=True)
-class BlockGeometry:
-    """A tile of output pixels and tile_n x 8 images in shared memory.
-
-    regions: the input's, that of each inner map, the output's (which has no place there). turns: tiles that a
-    block does one below the other.
-    """
-
-    tile_n: int
-    turns: int
-    regions: tuple[Region, ...]
-    shared_bytes: int
-
-    @classmethod
-    def of(
-        cls,
-        step: BlockStep,
-        slots: Sequence[int],
-        input_hw: tuple[int, int],
-        tile_hw: tuple[int, int],
-        tile_n: int,
-        turns: int = 1,
-    ) -> BlockGeometry | None:
-        """slots: of every region but the last. None where the kernel cannot count or reach that far."""
-        maps = [input_hw]
-        for conv in step.convs:
-            maps.append(conv.spec.output_hw(maps[-1]))
-        # From the output back to the input: how many pixels, and where they begin.
-        shapes = [(tile_hw, (1, 1), (0, 0))]
-        for conv in reversed(step.convs):
-            (size, steps, shifts), spec = shapes[0], conv.spec
-            before = [
-                (
-                    (size[i] - 1) * spec.stride[i] + (spec.kernel_size[i] - 1) * spec.dilation[i] + 1,
-                    steps[i] * spec.stride[i],
-                    shifts[i] * spec.stride[i] - spec.padding[i],
-                )
-                for i in (0, 1)
-            ]
-            shapes.insert(0, tuple(zip(*before, strict=True)))  # type: ignore[arg-type]
-        regions: list[Region] = []
-        end = 0
-        for number, (size, steps, shifts) in enumerate(shapes):
-            pieces = size[0] * size[1] * tile_n
-            if pieces > MOST_CHUNKS or max(size[1], tile_n) > LARGEST_DIVISOR:
-                return None
-            channel_bytes = (pieces | 1) * _PIECE
-            held = slots[number] if number < len(slots) else 0
-            regions.append(Region(end, channel_bytes, *size, *maps[number], steps, shifts, held))
-            end += held * channel_bytes
-        made = cls(tile_n, turns, tuple(regions), end)
-        return made if step.shortcut is None or made._holds(step.shortcut.spec) else None
-
-    def _holds(self, shortcut: ConvSpec) -> bool:
-        """Whether the input's region has all that the shortcut reads."""
-        source, output = self.regions[0], self.regions[-1]
-        sizes = (source.rows, output.rows), (source.columns, output.columns)
-        for i, (there, needed) in enumerate(sizes):
-            first = -source.shift[i] - shortcut.padding[i]
-            reach = (needed - 1) * shortcut.stride[i] + (shortcut.kernel_size[i] - 1) * shortcut.dilation[i]
-            if source.step[i] != shortcut.stride[i] or first < 0 or first + reach >= there:
-                return False
-        return True
-
-    def table(self, tables: BlockTables, device: torch.device) -> tuple[Tensor, list[int]]:
-        """The int32 table of a launch and the part of the op's sizes that follows from both."""
-        targets, added = tables.static
-        tile_records: list[int] = []
-        offsets: list[int] = []
-        conv_sizes: list[list[int]] = []
-        count = sum(len(tiles) for tiles in tables.tiles)
-        offsets_at = 4 * count + len(tables.channels) + 2 * len(targets)
-        weight, first_row = 0, 0
-        for number, (conv, tiles) in enumerate(zip(tables.step.convs, tables.tiles, strict=True)):
-            spec = conv.spec
-            conv_sizes.append(
-                [
-                    *(len(tiles), len(tile_records), first_row, *spec.stride),
-                    list(ACTIVATIONS).index(spec.activation),
-                ]
-            )
-            for tile in tiles:
-                steps = len(tile.rows) // _STEP, len(tile.second_rows) // _STEP
-                tile_records += [weight, *steps, offsets_at + len(offsets)]
-                offsets += self._offsets(tile.rows, number, (0, 0))
-                offsets += self._offsets(tile.second_rows, 0, self._shortcut_shift(tables.step))
-                weight += sum(steps) * tables.filters // 16 * 32
-                first_row += tables.filters
-        head = len(tile_records)
-        table = [*tile_records, *tables.channels, *targets, *added, *offsets]
-        shortcut = tables.step.shortcut.spec.stride if tables.step.shortcut else (1, 1)
-        residual = 1 if tables.step.adds_input else 2 if len(tables.step.inputs) == 2 else 0
-        sizes = [
-            *(self.tile_n, self.turns, self.shared_bytes, len(tables.tiles), residual, head),
-            head + len(tables.channels),
-            head + len(tables.channels) + len(targets),
-            len(table),
-            *shortcut,
-            *(value for region in self.regions for value in region.numbers()),
-            *(value for one in conv_sizes for value in one),
-        ]
-        return torch.tensor(table, dtype=torch.int32).to(device), sizes
-
-    def _offsets(self, rows: Sequence[Row], number: int, shift: tuple[int, int]) -> list[int]:
-        region = self.regions[number]
-        return [
-            region.offset
-            + slot * region.channel_bytes
-            + ((y + shift[0]) * region.columns + x + shift[1]) * self.tile_n * _PIECE
-            for slot, y, x in rows
-        ]
-
-    def _shortcut_shift(self, step: BlockStep) -> tuple[int, int]:
-        """From the first pixel of the input's region to the first that the shortcut reads."""
-        if step.shortcut is None:
-            return 0, 0
-        shift, padding = self.regions[0].shift, step.shortcut.spec.padding
-        return -shift[0] - padding[0], -shift[1] - padding[1]

@@ -1,7 +1,9 @@
-"""Runs a Program on a GPU: one launch per convolution, one layout, one block of memory, one CUDA graph.
+"""Runs a Program on a GPU: one launch per convolution or residual block, one layout, one block of memory, one
+CUDA graph.
 
 Per input shape a ``GpuRun`` holds the memory and, if it can be captured, the graph. A batch that is a
-multiple of 8 runs in CHWN, any other in NHWC (gpu_layout.py).
+multiple of 8 runs in CHWN, any other in NHWC (gpu_layout.py). DSP_KERNELS_BLOCKS=0 gives every convolution a
+launch of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuConv, GpuLayout, lay
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.executors.eager import EagerExecutor
+from dsp_kernels.executors.gpu_blocks import GpuBlocks
 from dsp_kernels.executors.gpu_memory import Arena, arena_for, value_shapes
 from dsp_kernels.executors.gpu_steps import EagerGpuConv, step_call
 from dsp_kernels.graphs import LRU, capture, is_capturing
-from dsp_kernels.program import ConvStep, Program, TorchStep
+from dsp_kernels.program import ConvStep, Program, Step, TorchStep
 
 __all__ = ["CudaExecutor", "GpuRun", "GpuRunner"]
 
@@ -64,20 +67,36 @@ class CudaExecutor:
                 name, reason = _kernels_for(self.kernels, step.spec, *_kind_of(program), layout)
                 form = f"{name} {layout.name}" if name else f"plain PyTorch: {reason}"
             forms.append(form)
+        blocks = GpuBlocks(program, *_kind_of(program), wanted=_blocks_for(self.kernels, None))
+        place = {step.output: position for position, step in enumerate(program.steps)}
+        for plan in blocks.plans(program.shapes) if blocks.can_run(layout) else ():
+            for member in plan.step.members if plan.step else ():
+                forms[place[member.output]] = f"part of {plan.step.output}" if plan.step else ""
+            at = place[plan.block.output]
+            forms[at] = plan.describe() if plan.step else f"{forms[at]}; {plan.describe()}"
         return forms
 
 
 class GpuRunner:
     """x -> y. Calls from several threads and streams are put one after the other on the GPU.
 
-    Inside somebody's own CUDA graph it launches with fresh memory, which that graph then owns.
+    blocks: whether residual blocks may run as one kernel; None asks DSP_KERNELS_BLOCKS. Inside somebody's own
+    CUDA graph it launches with fresh memory, which that graph then owns.
     """
 
-    def __init__(self, program: Program, kernels: str = "auto", most_runs: int = MOST_RUNS) -> None:
+    def __init__(
+        self,
+        program: Program,
+        kernels: str = "auto",
+        most_runs: int = MOST_RUNS,
+        blocks: bool | None = None,
+    ) -> None:
         self._program = program
         self._kernels = kernels
         self._dtype = _kind_of(program)[0]
-        self._convs: dict[GpuLayout, list[GpuConv | None]] = {}
+        self._convs: dict[tuple[GpuLayout, str], GpuConv] = {}
+        self._known: set[GpuLayout] = set()
+        self._blocks = GpuBlocks(program, *_kind_of(program), _blocks_for(kernels, blocks), most_runs)
         self._runs: LRU[GpuRun] = LRU(most_runs)
         self._plain: Callable[[Tensor], Tensor] | None = None
         self._lock = threading.Lock()
@@ -110,14 +129,24 @@ class GpuRunner:
 
     def _new_run(self, x: Tensor, may_prepare: bool) -> GpuRun:
         layout = layout_for_batch(len(x))
-        if layout not in self._convs:
-            if not may_prepare:
-                raise DSPBackendError(
-                    f"this network has not run a batch of {len(x)} yet, and its weights cannot be arranged "
-                    "while a CUDA graph is captured; call it once before"
-                )
-            self._convs[layout] = _prepare_convs(self._program, self._kernels, layout)
-        return GpuRun(self._program, self._convs[layout], x, self._dtype, layout)
+        if not may_prepare and (layout not in self._known or not self._blocks.knows(x.shape)):
+            raise DSPBackendError(
+                f"this network has not run a batch of {len(x)} yet, and its weights cannot be arranged "
+                "while a CUDA graph is captured; call it once before"
+            )
+        program, blocks = self._blocks.program_for(x.shape)
+        self._known.add(layout)
+        convs = [blocks.get(step.output) or self._conv_of(step, layout) for step in program.steps]
+        return GpuRun(program, convs, x, self._dtype, layout)
+
+    def _conv_of(self, step: Step, layout: GpuLayout) -> GpuConv | None:
+        """The launcher of a convolution, its weights arranged once per layout; None for other steps."""
+        if not isinstance(step, ConvStep):
+            return None
+        key = layout, step.output
+        if key not in self._convs:
+            self._convs[key] = _prepare_conv(step, self._kernels, _kind_of(self._program), layout)
+        return self._convs[key]
 
     def _inside_a_graph(self, x: Tensor) -> Tensor:
         return self._new_run(x, may_prepare=False)(x)
@@ -216,21 +245,20 @@ def _kernels_for(
         return "", str(error)
 
 
-def _prepare_convs(program: Program, kernels: str, layout: GpuLayout) -> list[GpuConv | None]:
-    """Per step, the launcher of its convolution; None for other steps."""
-    kind = _kind_of(program)
-    convs: list[GpuConv | None] = []
-    for step in program.steps:
-        if not isinstance(step, ConvStep):
-            convs.append(None)
-            continue
-        name, _ = _kernels_for(kernels, step.spec, *kind, layout)
-        if name:
-            family = GPU_KERNELS.choose(name, step.spec, *kind, layout)
-            convs.append(family.prepare(step.spec, step.weights, step.bias, layout))
-        else:
-            convs.append(EagerGpuConv(step, layout))
-    return convs
+def _prepare_conv(
+    step: ConvStep, kernels: str, kind: tuple[torch.dtype, torch.device], layout: GpuLayout
+) -> GpuConv:
+    """The launcher of one convolution."""
+    name, _ = _kernels_for(kernels, step.spec, *kind, layout)
+    if not name:
+        return EagerGpuConv(step, layout)
+    family = GPU_KERNELS.choose(name, step.spec, *kind, layout)
+    return family.prepare(step.spec, step.weights, step.bias, layout)
+
+
+def _blocks_for(kernels: str, wanted: bool | None) -> bool | None:
+    """Blocks are CUDA kernels: there are none where others were asked for."""
+    return wanted if kernels in ("auto", "cuda") else False
 
 
 def _kind_of(program: Program) -> tuple[torch.dtype, torch.device]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from block_cases import BACK, CASES, IDS, NARROW, SQUARE, BlockCase, reference
+from block_cases import CASES, IDS, BlockCase, reference
 from block_emulation import BlockEmulator
-from torch import Tensor
 
 from dsp_kernels.backends.cuda_block import CudaBlock
-from dsp_kernels.backends.cuda_block_tables import BlockGeometry, block_tables
+from dsp_kernels.backends.cuda_block_geometry import BlockGeometry
+from dsp_kernels.backends.cuda_block_tables import block_tables
 from dsp_kernels.backends.gpu_layout import GpuLayout
-from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.structure import GroupStructure
 from dsp_kernels.tolerances import network_tolerance
 
 FOLDER = Path(__file__).resolve().parent / "emulator"
@@ -65,5 +61,5 @@ def check(case: BlockCase, dtype: torch.dtype, emulator: BlockEmulator, in_place
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_block(case: BlockCase, dtype: torch.dtype, emulator: BlockEmulator) -> None:
-    """Every access is in bounds, and no two warps use a word of shared memory without a barrier between them."""
+    """Every access is in bounds, and no two threads use a word of shared memory without a barrier."""
     check(case, dtype, emulator)
