@@ -72,7 +72,7 @@ class CudaBlock:
             "out": (out, (final.out_channels, last.height, last.width, batch)),
         }
         if (residual is None) != (len(self.step.inputs) == 1):
-            wants = "one" if len(self.step.inputs) == 2 else "none"
+            wants = "a" if len(self.step.inputs) == 2 else "no"
             raise DSPShapeError(f"the block {self.step.output} takes {wants} residual beside x")
         if residual is not None:
             shapes["residual"] = residual, shapes["out"][1]

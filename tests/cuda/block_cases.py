@@ -122,7 +122,7 @@ CASES = (
     ),
     BlockCase("turns down the image", ((NARROW, 3, 1), (BACK, 3, 1)), hw=(11, 6), tile=(2, 6, 1), turns=3),
     BlockCase(
-        "turns of one row", ((SQUARE, 3, 1), (SQUARE, 3, 1)), hw=(5, 5), tile=(1, 5, 2), turns=5, batch=24
+        "turns of one row", ((SQUARE, 3, 1), (SQUARE, 3, 1)), hw=(5, 5), tile=(1, 5, 2), turns=5, batch=16
     ),
     BlockCase("one channel, one pixel", ((ONE_TO_ONE, 3, 1), (ONE_TO_ONE, 3, 1)), hw=(1, 1)),
     BlockCase(

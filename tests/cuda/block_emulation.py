@@ -10,13 +10,14 @@ from torch import Tensor
 
 
 class BlockEmulator:
-    """Callable like the op. late, backwards: see host_machine.h; counts: of the latest launch."""
+    """Callable like the op. late, backwards: see host_machine.h; counts: of the latest of all launches."""
 
     def __init__(self, library: Path) -> None:
         self._run = ctypes.CDLL(str(library)).dsp_emulate_block
         self._run.restype = ctypes.c_char_p
         self.late = self.backwards = False
         self.counts = Counts()
+        self.launches = 0
 
     def __call__(
         self,
@@ -43,3 +44,4 @@ class BlockEmulator:
         if error is not None:
             raise RuntimeError(error.decode())
         self.counts = Counts(*counts)
+        self.launches += 1
