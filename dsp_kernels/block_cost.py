@@ -234,7 +234,7 @@ def best_geometry(
             for columns in parts(out[3], 64):
                 made = BlockGeometry.of(step, tables.slots, (x[2], x[3]), (rows, columns), tile_n)
                 if made is None or made.shared_bytes > device.shared_per_block:
-                    continue
+                    break  # wider ones take more
                 below = math.ceil(out[2] / rows)
                 beside = math.ceil(out[3] / columns) * math.ceil(chunks / tile_n)
                 # No turns, all, and as many as leave a block of threads, or two, for every multiprocessor.
