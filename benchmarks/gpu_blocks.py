@@ -1,4 +1,4 @@
-"""Per residual block of a network on a GPU: as one kernel and as one per convolution; time, floor, prediction.
+"""Per residual block of a network on a GPU: as one kernel and as one per convolution, beside its floor.
 
 Timed like single convolutions (gpu_layers.py). What the planner would leave per convolution is timed as one
 kernel too, where it fits: the numbers are there to set the planner's constants.

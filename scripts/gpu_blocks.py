@@ -1,4 +1,4 @@
-"""Time every residual block of networks on a GPU as one kernel and as one per convolution, beside its floor."""
+"""Time every residual block of networks on a GPU as one kernel and per convolution, beside its floor."""
 
 from __future__ import annotations
 

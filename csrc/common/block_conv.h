@@ -107,6 +107,7 @@ DSP_FN void accumulate(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams&
                        const int* offsets, int steps, const BlockRegion& target, int first, int source_columns,
                        int stride_y, int stride_x) {
     if (steps == 0) return;
+    m.converge();
     typename M::template PerLane<ChunkOffsets<NT>> base;
     typename M::template PerLane<int> row, next_row;
     typename M::Quad a[MT], next[MT];

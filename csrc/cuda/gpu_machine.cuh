@@ -122,6 +122,8 @@ struct GpuMachine {
         const uint4 all = __ldg(reinterpret_cast<const uint4*>(base + threadIdx.x % 32));
         q.word[0] = all.x, q.word[1] = all.y, q.word[2] = all.z, q.word[3] = all.w;
     }
+    // Lanes that took different ways meet again, as ldmatrix and mma need it.
+    __device__ __forceinline__ void converge() { __syncwarp(); }
     // Every lane gets the value of the lane whose number differs in `bit`.
     __device__ __forceinline__ void exchange(int, PerLane<float>& v, int bit) {
         v.value = __shfl_xor_sync(0xffffffffu, v.value, bit);

@@ -163,6 +163,7 @@ struct HostMachine {
             for (int i = 0; i < 4; ++i) q.word[i][lane] = all.word[i];
         }
     }
+    void converge() {}
     void exchange(int, PerLane<float>& v, int bit) {
         const PerLane<float> before = v;
         for (int lane = 0; lane < 32; ++lane) v.values[lane] = before.values[lane ^ bit];
