@@ -31,10 +31,10 @@ __all__ = ["BlockTime", "block_times", "write_block_times"]
 
 @dataclass(frozen=True)
 class BlockTime:
-    """One block, or a part of one, as one kernel. All times in seconds of one launch, medians of many replays.
+    """One block, or a part of one, as one kernel. Times in seconds of one launch, medians of many replays.
 
-    per_conv: sum of its convolutions with a kernel each; predicted, predicted_per_conv: by the planner's model;
-    floor: of one kernel, with measured peaks; chosen: whether the planner chose it.
+    per_conv: sum of its convolutions with a kernel each; predicted, predicted_per_conv: by the planner's
+    model; floor: of one kernel, with measured peaks; chosen: whether the planner chose it.
     """
 
     block: str

@@ -2,14 +2,15 @@
 CUDA graph.
 
 Per input shape a ``GpuRun`` holds the memory and, if it can be captured, the graph. A batch that is a
-multiple of 8 runs in CHWN, any other in NHWC (gpu_layout.py). DSP_KERNELS_BLOCKS=0 gives every convolution a
-launch of its own.
+multiple of 8 runs in CHWN, any other in NHWC (gpu_layout.py), or filled up to the next multiple of 8 where
+blocks are predicted to gain more than that costs. DSP_KERNELS_BLOCKS=0 gives every convolution a launch of
+its own.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,10 @@ class CudaExecutor:
 
     def describe(self, program: Program) -> list[str]:
         """Per step, the kernels and the layout for the example's batch."""
-        layout = layout_for_batch(program.shapes[program.input][0])
+        blocks = GpuBlocks(program, *_kind_of(program), wanted=_blocks_for(self.kernels, None))
+        shape = program.shapes[program.input]
+        batch = blocks.batch_for(shape)
+        layout = layout_for_batch(batch)
         forms = []
         for step in program.steps:
             form = "" if isinstance(step, TorchStep) else f"torch {layout.name}"
@@ -67,11 +71,12 @@ class CudaExecutor:
                 name, reason = _kernels_for(self.kernels, step.spec, *_kind_of(program), layout)
                 form = f"{name} {layout.name}" if name else f"plain PyTorch: {reason}"
             forms.append(form)
-        blocks = GpuBlocks(program, *_kind_of(program), wanted=_blocks_for(self.kernels, None))
+        if not blocks.can_run(layout):
+            return forms
         place = {step.output: position for position, step in enumerate(program.steps)}
-        for plan in blocks.plans(program.shapes) if blocks.can_run(layout) else ():
+        for plan in blocks.plans(value_shapes(program, (batch, *shape[1:]), _kind_of(program)[0])):
             for member in plan.step.members if plan.step else ():
-                forms[place[member.output]] = f"part of {plan.step.output}" if plan.step else ""
+                forms[place[member.output]] = f"part of {plan.block.output}"
             at = place[plan.block.output]
             forms[at] = plan.describe() if plan.step else f"{forms[at]}; {plan.describe()}"
         return forms
@@ -128,16 +133,17 @@ class GpuRunner:
         return run
 
     def _new_run(self, x: Tensor, may_prepare: bool) -> GpuRun:
-        layout = layout_for_batch(len(x))
-        if not may_prepare and (layout not in self._known or not self._blocks.knows(x.shape)):
+        shape = (self._blocks.batch_for(x.shape), *x.shape[1:])
+        layout = layout_for_batch(shape[0])
+        if not may_prepare and (layout not in self._known or not self._blocks.knows(shape)):
             raise DSPBackendError(
                 f"this network has not run a batch of {len(x)} yet, and its weights cannot be arranged "
                 "while a CUDA graph is captured; call it once before"
             )
-        program, blocks = self._blocks.program_for(x.shape)
+        program, blocks = self._blocks.program_for(shape)
         self._known.add(layout)
         convs = [blocks.get(step.output) or self._conv_of(step, layout) for step in program.steps]
-        return GpuRun(program, convs, x, self._dtype, layout)
+        return GpuRun(program, convs, shape, x.device, self._dtype, layout)
 
     def _conv_of(self, step: Step, layout: GpuLayout) -> GpuConv | None:
         """The launcher of a convolution, its weights arranged once per layout; None for other steps."""
@@ -157,26 +163,27 @@ class GpuRunner:
 
 
 class GpuRun:
-    """The Program for one input shape, on memory of its own."""
+    """The Program for one input shape, on memory of its own. An input may have fewer images."""
 
     def __init__(
         self,
         program: Program,
         convs: list[GpuConv | None],
-        x: Tensor,
+        shape: Sequence[int],
+        device: torch.device,
         dtype: torch.dtype,
         layout: GpuLayout,
     ) -> None:
         self._program = program
         self._layout = layout
-        shapes = value_shapes(program, x.shape, dtype)
+        shapes = value_shapes(program, shape, dtype)
         self.arena: Arena = arena_for(program, shapes, dtype.itemsize)
-        self._memory = torch.empty(self.arena.bytes, dtype=torch.uint8, device=x.device)
+        self._memory = torch.empty(self.arena.bytes, dtype=torch.uint8, device=device)
         self._place = {
             name: self._view(offset, shapes[name] or (), dtype) for name, offset in self.arena.offset.items()
         }
         self._calls = [
-            step_call(step, layout, conv, shapes, x.device)
+            step_call(step, layout, conv, shapes, device)
             for step, conv in zip(program.steps, convs, strict=True)
         ]
         self._replay: Callable[[], None] | None = None
@@ -188,14 +195,14 @@ class GpuRun:
         return self._replay is not None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: of the shape this run was made for -> a tensor of the caller's own."""
+        """x: of the shape this run was made for, or with fewer images -> a tensor of the caller's own."""
         self._copy_in(x)
         if self._replay is None:
             self._launch()
         else:
             self._replay()
         assert self._answer is not None
-        return self._answer.clone(memory_format=torch.contiguous_format)
+        return self._answer[: len(x)].clone(memory_format=torch.contiguous_format)
 
     def capture(self, x: Tensor, pool: object) -> None:
         """Capture the launches; without success calls launch one by one."""
@@ -206,7 +213,8 @@ class GpuRun:
         if x.device.type == "cuda" and not is_capturing(x.device):
             # The memory may be given back while another stream than the one it was taken on still uses it.
             self._memory.record_stream(torch.cuda.current_stream(x.device))
-        self._place[self._program.input].copy_(x.permute(self._layout.value))
+        place = self._layout.as_nchw(self._place[self._program.input])
+        place[: len(x)].copy_(x)
 
     def _launch(self) -> None:
         program = self._program

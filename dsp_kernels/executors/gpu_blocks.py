@@ -8,13 +8,13 @@ import torch
 
 from dsp_kernels.backends.cuda_block import CudaBlock, why_no_blocks
 from dsp_kernels.backends.cuda_block_tables import BlockTables, block_tables
-from dsp_kernels.backends.gpu_layout import GpuConv, GpuLayout, layout_for_batch
-from dsp_kernels.block_cost import BlockPlan, Shapes, device_model
+from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, GpuConv, GpuLayout, layout_for_batch
+from dsp_kernels.block_cost import BlockPlan, Shapes, conv_seconds, device_model
 from dsp_kernels.block_plan import blocks_wanted, plan_blocks
 from dsp_kernels.block_step import BlockStep, residual_last, with_blocks
 from dsp_kernels.executors.gpu_memory import value_shapes
 from dsp_kernels.graphs import LRU
-from dsp_kernels.program import Program
+from dsp_kernels.program import ConvStep, Program, TorchStep
 
 __all__ = ["GpuBlocks"]
 
@@ -39,10 +39,37 @@ class GpuBlocks:
         self._wanted = blocks_wanted() if wanted is None else wanted
         self._tables: dict[tuple[str, ...], BlockTables] = {}
         self._sizes: LRU[tuple[Program, dict[str, GpuConv]]] = LRU(most_sizes)
+        self._batches: dict[tuple[int, ...], int] = {}
 
     def can_run(self, layout: GpuLayout) -> bool:
         """Whether any block can run as one kernel in this layout."""
         return self._wanted and not why_no_blocks(*self._kind, layout)
+
+    def batch_for(self, shape: Sequence[int]) -> int:
+        """The batch to run an input of this shape with: its own, or the next multiple of 8 if that gains.
+
+        What lies in the images that fill up is never read: images do not know each other. Where a step is
+        somebody's own operation they may, so such a Program runs with its own batch.
+        """
+        batch, key = shape[0], tuple(shape)
+        if batch % BATCH_MULTIPLE == 0 or not self.can_run(GpuLayout.CHWN):
+            return batch
+        if key not in self._batches:
+            self._batches[key] = self._cheaper_batch(shape)
+        return self._batches[key]
+
+    def _cheaper_batch(self, shape: Sequence[int]) -> int:
+        batch, size = shape[0], shape[1:]
+        if any(isinstance(step, TorchStep) for step in self._program.steps):
+            return batch
+        device, dtype = device_model(self._kind[1]), self._kind[0]
+        convs = [step for step in residual_last(self._program).steps if isinstance(step, ConvStep)]
+        own = value_shapes(self._program, shape, dtype)
+        full = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
+        filled = value_shapes(self._program, (full, *size), dtype)
+        seconds = sum(conv_seconds(conv, filled, device) for conv in convs)
+        seconds -= sum(plan.per_conv - plan.seconds for plan in self.plans(filled))
+        return full if seconds < sum(conv_seconds(conv, own, device) for conv in convs) else batch
 
     def knows(self, shape: Sequence[int]) -> bool:
         """Whether everything for an input of this shape is on the device already."""

@@ -82,23 +82,24 @@ def difference(model: nn.Module, got: Tensor, x: Tensor) -> float:
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize(("name", "blocks", "batch"), [("basic", 3, 8), ("bottlenecks", 2, 16)])
+@pytest.mark.parametrize(
+    ("name", "blocks", "batch"), [("basic", 3, 8), ("bottlenecks", 2, 16), ("bottlenecks", 2, 3)]
+)
 def test_a_network_of_blocks(name: str, blocks: int, batch: int, block_emulator: BlockEmulator) -> None:
     model = model_of(name)
     runner = GpuRunner(program_of(model))
     x = torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0)).half()
     got = runner(x)
+    assert got.shape == (batch, *got.shape[1:])
     assert block_emulator.launches == blocks
     assert difference(model, got, x) <= network_tolerance(torch.float16, 600, 12)
 
 
-def test_other_batches_and_who_does_not_want_blocks(
-    block_emulator: BlockEmulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_does_not_want_blocks(block_emulator: BlockEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("bottlenecks")
     program = program_of(model)
     x = torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0)).half()
-    GpuRunner(program)(x[:3])  # in NHWC
+    GpuRunner(program, blocks=False)(x[:3])
     GpuRunner(program, blocks=False)(x)
     GpuRunner(program, kernels="triton")(x)
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "0")
@@ -136,3 +137,20 @@ def test_a_new_size_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(runner(x), expected)
     with pytest.raises(DSPBackendError, match="call it once before"):
         runner(torch.cat([x, x]))
+
+
+def test_a_batch_is_filled_up_only_where_that_is_predicted_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of(model_of("bottlenecks"))
+    blocks = gpu_blocks.GpuBlocks(program, torch.float16, torch.device("cpu"))
+    assert [blocks.batch_for((batch, *SIZE)) for batch in (1, 3, 8, 9)] == [8, 8, 8, 16]
+    # Eight times the work, where launches do not matter.
+    assert blocks.batch_for((1, 3, 1024, 1024)) == 1
+    without = gpu_blocks.GpuBlocks(program, torch.float16, torch.device("cpu"), wanted=False)
+    assert without.batch_for((3, *SIZE)) == 3
+
+    class Mixing(Bottlenecks):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flip(0)  # an operation of its own: the last image comes first
+
+    mixing = program_of(Mixing().eval())
+    assert gpu_blocks.GpuBlocks(mixing, torch.float16, torch.device("cpu")).batch_for((3, *SIZE)) == 3
