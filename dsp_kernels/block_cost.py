@@ -97,7 +97,7 @@ class BlockPlan:
         what = (
             "one kernel"
             if self.step.members == self.block.members
-            else f"one kernel for {self.step.describe()}"
+            else f"one kernel for a {self.step.describe()}"
         )
         return (
             f"{what}: predicted {1e6 * self.seconds:.1f} us ({times}; estimates), tiles of "

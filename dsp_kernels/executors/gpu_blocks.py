@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -38,6 +39,7 @@ class GpuBlocks:
         self._kind = dtype, device
         self._wanted = blocks_wanted() if wanted is None else wanted
         self._tables: dict[tuple[str, ...], BlockTables] = {}
+        self._on_device: dict[tuple[str, ...], BlockTables] = {}
         self._sizes: LRU[tuple[Program, dict[str, GpuConv]]] = LRU(most_sizes)
         self._batches: dict[tuple[int, ...], int] = {}
 
@@ -90,15 +92,29 @@ class GpuBlocks:
     def _plan(self, shape: Sequence[int]) -> tuple[Program, dict[str, GpuConv]]:
         plans = self.plans(value_shapes(self._program, shape, self._kind[0]))
         fused = [
-            (plan.step, CudaBlock(plan.step, plan.tables, plan.geometry))
+            (plan.step, CudaBlock(plan.step, self._there(plan.step), plan.geometry))
             for plan in plans
-            if plan.step is not None and plan.tables is not None and plan.geometry is not None
+            if plan.step is not None and plan.geometry is not None
         ]
         program = with_blocks(residual_last(self._program), [step for step, _ in fused])
         return program, {step.output: block for step, block in fused}
 
     def _tables_of(self, step: BlockStep) -> BlockTables:
-        key = (step.output, *(member.output for member in step.members))
+        """On the CPU: the planner looks at more parts of blocks than will run."""
+        key = _key(step)
         if key not in self._tables:
-            self._tables[key] = block_tables(step, *self._kind)
+            self._tables[key] = block_tables(step, self._kind[0], torch.device("cpu"))
         return self._tables[key]
+
+    def _there(self, step: BlockStep) -> BlockTables:
+        key, device = _key(step), self._kind[1]
+        if key not in self._on_device:
+            tables = self._tables_of(step)
+            self._on_device[key] = replace(
+                tables, weights=tables.weights.to(device), bias=tables.bias.to(device)
+            )
+        return self._on_device[key]
+
+
+def _key(step: BlockStep) -> tuple[str, ...]:
+    return (step.output, *(member.output for member in step.members))

@@ -154,3 +154,15 @@ def test_a_batch_is_filled_up_only_where_that_is_predicted_to_gain(monkeypatch: 
 
     mixing = program_of(Mixing().eval())
     assert gpu_blocks.GpuBlocks(mixing, torch.float16, torch.device("cpu")).batch_for((3, *SIZE)) == 3
+
+
+def test_an_answer_without_a_batch_is_whole() -> None:
+    class Flat(Bottlenecks):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flatten()
+
+    model = Flat().eval()
+    x = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(0)).half()
+    got = GpuRunner(program_of(model))(x)
+    assert got.shape == (3 * 12,)
+    assert difference(model, got, x) <= network_tolerance(torch.float16, 600, 12)
