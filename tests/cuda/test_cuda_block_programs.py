@@ -144,7 +144,7 @@ def test_a_batch_is_filled_up_only_where_that_is_predicted_to_gain(monkeypatch: 
     blocks = gpu_blocks.GpuBlocks(program, torch.float16, torch.device("cpu"))
     assert [blocks.batch_for((batch, *SIZE)) for batch in (1, 3, 8, 9)] == [8, 8, 8, 16]
     # Eight times the work, where launches do not matter.
-    assert blocks.batch_for((1, 3, 1024, 1024)) == 1
+    assert blocks.batch_for((1, 3, 640, 640)) == 1
     without = gpu_blocks.GpuBlocks(program, torch.float16, torch.device("cpu"), wanted=False)
     assert without.batch_for((3, *SIZE)) == 3
 
