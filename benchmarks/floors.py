@@ -20,7 +20,7 @@ from dsp_kernels.trace import trace
 
 from .peaks import Peaks
 
-__all__ = ["Floors", "floors", "program_of", "step_floors"]
+__all__ = ["Floors", "floors", "part_floor", "program_of", "step_floors"]
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,11 @@ def program_of(model: nn.Module, example: Tensor) -> Program:
 
 def floors(program: Program, batch: int, peaks: Peaks, dtype: torch.dtype = torch.float32) -> Floors | None:
     """The floors for a batch; None where no peak of this dtype was measured."""
-    peak = peaks.flops.get(str(dtype).removeprefix("torch."))
-    if peak is None:
+    if str(dtype).removeprefix("torch.") not in peaks.flops:
         return None
 
     def seconds(parts: list[list[Step]]) -> float:
-        total = 0.0
-        for part in parts:
-            flops = 2 * batch * sum(_macs(program, step) for step in part)
-            total += max(flops / peak, _bytes(program, part, batch, dtype) / peaks.bandwidth) + peaks.launch
-        return total
+        return sum(part_floor(program, part, batch, peaks, dtype) for part in parts)
 
     steps = list(program.steps)
     weighty: list[list[Step]] = [[step] for step in steps if isinstance(step, ConvStep | LinearStep)]
@@ -64,15 +59,16 @@ def step_floors(
     program: Program, batch: int, peaks: Peaks, dtype: torch.dtype = torch.float32
 ) -> list[float]:
     """The floor of every step of a program as a kernel of its own; dtype must be one of ``peaks.flops``."""
+    return [part_floor(program, [step], batch, peaks, dtype) for step in program.steps]
+
+
+def part_floor(
+    program: Program, part: list[Step], batch: int, peaks: Peaks, dtype: torch.dtype = torch.float32
+) -> float:
+    """The floor of some steps of a program, a residual block for example, as one kernel."""
+    flops = 2 * batch * sum(_macs(program, step) for step in part)
     peak = peaks.flops[str(dtype).removeprefix("torch.")]
-    return [
-        max(
-            2 * batch * _macs(program, step) / peak,
-            _bytes(program, [step], batch, dtype) / peaks.bandwidth,
-        )
-        + peaks.launch
-        for step in program.steps
-    ]
+    return max(flops / peak, _bytes(program, part, batch, dtype) / peaks.bandwidth) + peaks.launch
 
 
 def _blocks(steps: list[Step]) -> list[list[Step]]:

@@ -22,7 +22,7 @@ from dsp_kernels.program import ConvStep, Program
 
 from .peaks import Peaks
 
-__all__ = ["LayerTime", "layer_times", "write_layer_times"]
+__all__ = ["LayerTime", "layer_times", "replayed_seconds", "value_sets", "write_layer_times"]
 
 _CACHE_BYTES = 128 << 20  # twice the L2 cache of an H200
 _MOST_COPIES = 32
@@ -69,7 +69,7 @@ def layer_times(
         bias = None if step.bias is None else step.bias.to(device, dtype)
         conv = family.prepare(step.spec, weights, bias, layout)
         shapes = [(batch, *program.shapes[name][1:]) for name in (*step.inputs, step.output)]
-        sets = _value_sets(shapes, layout, dtype, device)
+        sets = value_sets(shapes, layout, dtype, device)
         moved, flops = cost(step, shapes, dtype)
         peak = peaks.flops[str(dtype).removeprefix("torch.")]
         floor = max(moved / peaks.bandwidth, flops / peak)
@@ -79,7 +79,7 @@ def layer_times(
             family.name,
             layout.name,
             batch,
-            _seconds(conv, sets, len(step.inputs) == 2),
+            replayed_seconds(conv, sets, len(step.inputs) == 2),
             floor,
             moved,
             flops,
@@ -110,9 +110,10 @@ def write_layer_times(path: Path, times: Sequence[LayerTime], environment: dict[
     temporary.replace(path)
 
 
-def _value_sets(
+def value_sets(
     shapes: Sequence[tuple[int, ...]], layout: GpuLayout, dtype: torch.dtype, device: torch.device
 ) -> list[list[Tensor]]:
+    """Random values of these shapes, in as many copies as do not fit into the L2 cache together."""
     size = sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
     copies = max(2, min(_MOST_COPIES, -(-_CACHE_BYTES // size)))
     return [
@@ -120,7 +121,9 @@ def _value_sets(
     ]
 
 
-def _seconds(conv: GpuConv, sets: Sequence[Sequence[Tensor]], residual: bool) -> float:
+def replayed_seconds(conv: GpuConv, sets: Sequence[Sequence[Tensor]], residual: bool) -> float:
+    """Of one launch: median of many replays of a graph of launches. sets: x, maybe the residual, out."""
+
     def launch_all() -> None:
         for number in range(_LAUNCHES):
             values = sets[number % len(sets)]

@@ -24,6 +24,9 @@ class LRU(Generic[T]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The thing of this key, made if it is not there."""
         if key in self._kept:

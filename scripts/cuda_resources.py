@@ -54,8 +54,8 @@ def find_cuobjdump() -> str | None:
 
 
 def plain_name(mangled: str) -> str:
-    """ChwnGemm fp16 64, from the mangled name of conv_kernel<ChwnGemm<Half, 64>>."""
-    match = re.search(r"conv_kernelINS_\d+(\w+?)I(?:NS_\d(\w+?)ELi(\d+)|Lb([01]))E", mangled)
+    """ChwnGemm fp16 64, from the mangled name of conv_kernel<ChwnGemm<Half, 64>>; blocks likewise."""
+    match = re.search(r"(?:conv|block)_kernelINS_\d+(\w+?)I(?:NS_\d(\w+?)ELi(\d+)|Lb([01]))E", mangled)
     if not match:
         return mangled
     kernel, number, filters, nhwc = match.groups()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, offline, in under nine minutes: build, check, sanitize, time.
+# Everything that needs a GPU, offline, every part in under three minutes: build, check, sanitize, time.
 #
 #   scripts/gpu_check.sh                 all parts
-#   scripts/gpu_check.sh --only PART     one of: build table networks sanitize layers bench
+#   scripts/gpu_check.sh --only PART     one of: build table blocks networks layers block_times bench bench_per_conv sanitize
+#                                        sanitize_blocks
 #   scripts/gpu_check.sh --pack          copy what the tests read from ../shared into .shared (git ignores it),
 #                                        for a machine to which only the repository travels
 #
@@ -68,6 +69,23 @@ bench() {
       --batches 1,32,256 --rounds 50 --seconds 90 --out "$OUT/gpu_imagenet.json"
 }
 
+sanitize_blocks() {
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local some="test_block and float16 and (unequal or turns or shortcut or bottleneck or residual or stage)"
+  for tool in memcheck racecheck; do
+    timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
+      -p no:cacheprovider tests/device/test_blocks_on_device.py -k "$some" || return
+  done
+}
+
+bench_per_conv() { # the same networks without blocks
+  DSP_KERNELS_BLOCKS=0 "$PYTHON" -m dsp_benchmarks run --device cuda --networks resnet20_g4,resnet56_g4 \
+    --batches 32,256 --engines packed/fused:cuda:fp16 --rounds 50 --seconds 30 --out "$OUT/gpu_cifar_per_conv.json" &&
+    DSP_KERNELS_BLOCKS=0 "$PYTHON" -m dsp_benchmarks run --device cuda --networks resnet18_g2_80,resnet50_g2_80 \
+      --batches 32,256 --engines packed/fused:cuda:fp16 --rounds 50 --seconds 60 --out "$OUT/gpu_imagenet_per_conv.json"
+}
+
 build() {
   DSP_KERNELS_CUDA=${DSP_KERNELS_CUDA:-1} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} \
     "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . &&
@@ -75,17 +93,21 @@ build() {
 }
 
 export PYTHON OUT
-export -f tests sanitize bench build # timeout starts a shell of its own
+export -f tests sanitize sanitize_blocks bench bench_per_conv build # timeout starts a shell of its own
 if [ "${DSP_DEVICE:-}" = cpu ]; then
   part table 540 tests tests/device/test_convs_on_device.py
 else
   export DSP_REQUIRE_GPU=1
   LINES_SHOWN=24 part build 150 build
   part table 120 tests tests/device/test_convs_on_device.py
+  part blocks 120 tests tests/device/test_blocks_on_device.py
   LINES_SHOWN=40 part networks 120 tests tests/device/test_networks_on_device.py
   part layers 60 "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers.json"
+  LINES_SHOWN=60 part block_times 120 "$PYTHON" scripts/gpu_blocks.py --out "$OUT/gpu_blocks.json"
   LINES_SHOWN=60 part bench 170 bench
+  part bench_per_conv 120 bench_per_conv
   part sanitize 155 sanitize
+  part sanitize_blocks 155 sanitize_blocks
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

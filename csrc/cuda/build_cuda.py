@@ -85,8 +85,8 @@ def why_not_cuda(environment: Mapping[str, str], torch: Path | None, without_tor
 
 
 def sources() -> list[Path]:
-    """One file per number format, and the op."""
-    return [*sorted(HERE.glob("*.cu")), HERE / "op.cpp"]
+    """One file per number format for convolutions and for blocks, and the two ops."""
+    return [*sorted(HERE.glob("*.cu")), HERE / "op.cpp", HERE / "block_op.cpp"]
 
 
 def build(

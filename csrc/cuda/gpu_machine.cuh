@@ -15,6 +15,8 @@ struct GpuMachine {
     };
     template <class V>
     using PerWarp = PerThread<V>;
+    template <class V>
+    using PerLane = PerThread<V>;
 
     struct Quad {
         uint32_t word[4];
@@ -99,6 +101,13 @@ struct GpuMachine {
     __device__ __forceinline__ void store16(int, int offset, const Vec16& v) {
         *reinterpret_cast<uint4*>(shared + offset) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
     }
+    __device__ __forceinline__ void store_word(int, int offset, uint32_t v) {
+        *reinterpret_cast<uint32_t*>(shared + offset) = v;
+    }
+    __device__ __forceinline__ Vec16 load16(int, int offset) {
+        const uint4 all = *reinterpret_cast<const uint4*>(shared + offset);
+        return {{all.x, all.y, all.z, all.w}};
+    }
     __device__ __forceinline__ void load_four(int, int offset, float (&v)[4]) {
         const float4 all = *reinterpret_cast<const float4*>(shared + offset);
         v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
@@ -107,6 +116,17 @@ struct GpuMachine {
     __device__ __forceinline__ void load_fragment(int, Quad& q, Address at) {
         const uint4 all = *reinterpret_cast<const uint4*>(shared + at(static_cast<int>(threadIdx.x) % 32));
         q.word[0] = all.x, q.word[1] = all.y, q.word[2] = all.z, q.word[3] = all.w;
+    }
+    // The same from global memory that nobody writes: 32 lanes read 16 bytes each from `base` on.
+    __device__ __forceinline__ void read_fragment(int, Quad& q, const Vec16* base) {
+        const uint4 all = __ldg(reinterpret_cast<const uint4*>(base + threadIdx.x % 32));
+        q.word[0] = all.x, q.word[1] = all.y, q.word[2] = all.z, q.word[3] = all.w;
+    }
+    // Lanes that took different ways meet again, as ldmatrix and mma need it.
+    __device__ __forceinline__ void converge() { __syncwarp(); }
+    // Every lane gets the value of the lane whose number differs in `bit`.
+    __device__ __forceinline__ void exchange(int, PerLane<float>& v, int bit) {
+        v.value = __shfl_xor_sync(0xffffffffu, v.value, bit);
     }
     template <bool TRANSPOSED, class Address>
     __device__ __forceinline__ void load_matrices(int, Quad& q, Address at) {

@@ -1,13 +1,16 @@
-"""Runs a Program on a GPU: one launch per convolution, one layout, one block of memory, one CUDA graph.
+"""Runs a Program on a GPU: one launch per convolution or residual block, one layout, one block of memory, one
+CUDA graph.
 
 Per input shape a ``GpuRun`` holds the memory and, if it can be captured, the graph. A batch that is a
-multiple of 8 runs in CHWN, any other in NHWC (gpu_layout.py).
+multiple of 8 runs in CHWN, any other in NHWC (gpu_layout.py), or filled up to the next multiple of 8 where
+blocks are predicted to gain more than that costs. DSP_KERNELS_BLOCKS=0 gives every convolution a launch of
+its own.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +21,11 @@ from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuConv, GpuLayout, lay
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.executors.eager import EagerExecutor
+from dsp_kernels.executors.gpu_blocks import GpuBlocks
 from dsp_kernels.executors.gpu_memory import Arena, arena_for, value_shapes
 from dsp_kernels.executors.gpu_steps import EagerGpuConv, step_call
 from dsp_kernels.graphs import LRU, capture, is_capturing
-from dsp_kernels.program import ConvStep, Program, TorchStep
+from dsp_kernels.program import ConvStep, Program, Step, TorchStep
 
 __all__ = ["CudaExecutor", "GpuRun", "GpuRunner"]
 
@@ -60,7 +64,10 @@ class CudaExecutor:
 
     def describe(self, program: Program) -> list[str]:
         """Per step, the kernels and the layout for the example's batch."""
-        layout = layout_for_batch(program.shapes[program.input][0])
+        blocks = GpuBlocks(program, *_kind_of(program), wanted=_blocks_for(self.kernels, None))
+        shape = program.shapes[program.input]
+        batch = blocks.batch_for(shape)
+        layout = layout_for_batch(batch)
         forms = []
         for step in program.steps:
             form = "" if isinstance(step, TorchStep) else f"torch {layout.name}"
@@ -68,20 +75,37 @@ class CudaExecutor:
                 name, reason = _kernels_for(self.kernels, step.spec, *_kind_of(program), layout)
                 form = f"{name} {layout.name}" if name else f"plain PyTorch: {reason}"
             forms.append(form)
+        if not blocks.can_run(layout):
+            return forms
+        place = {step.output: position for position, step in enumerate(program.steps)}
+        for plan in blocks.plans(value_shapes(program, (batch, *shape[1:]), _kind_of(program)[0])):
+            for member in plan.step.members if plan.step else ():
+                forms[place[member.output]] = f"part of {plan.block.output}"
+            at = place[plan.block.output]
+            forms[at] = plan.describe() if plan.step else f"{forms[at]}; {plan.describe()}"
         return forms
 
 
 class GpuRunner:
     """x -> y. Calls from several threads and streams are put one after the other on the GPU.
 
-    Inside somebody's own CUDA graph it launches with fresh memory, which that graph then owns.
+    blocks: whether residual blocks may run as one kernel; None asks DSP_KERNELS_BLOCKS. Inside somebody's own
+    CUDA graph it launches with fresh memory, which that graph then owns.
     """
 
-    def __init__(self, program: Program, kernels: str = "auto", most_runs: int = MOST_RUNS) -> None:
+    def __init__(
+        self,
+        program: Program,
+        kernels: str = "auto",
+        most_runs: int = MOST_RUNS,
+        blocks: bool | None = None,
+    ) -> None:
         self._program = program
         self._kernels = kernels
         self._dtype = _kind_of(program)[0]
-        self._convs: dict[GpuLayout, list[GpuConv | None]] = {}
+        self._convs: dict[tuple[GpuLayout, str], GpuConv] = {}
+        self._known: set[GpuLayout] = set()
+        self._blocks = GpuBlocks(program, *_kind_of(program), _blocks_for(kernels, blocks), most_runs)
         self._runs: LRU[GpuRun] = LRU(most_runs)
         self._plain: Callable[[Tensor], Tensor] | None = None
         self._lock = threading.Lock()
@@ -113,15 +137,26 @@ class GpuRunner:
         return run
 
     def _new_run(self, x: Tensor, may_prepare: bool) -> GpuRun:
-        layout = layout_for_batch(len(x))
-        if layout not in self._convs:
-            if not may_prepare:
-                raise DSPBackendError(
-                    f"this network has not run a batch of {len(x)} yet, and its weights cannot be arranged "
-                    "while a CUDA graph is captured; call it once before"
-                )
-            self._convs[layout] = _prepare_convs(self._program, self._kernels, layout)
-        return GpuRun(self._program, self._convs[layout], x, self._dtype, layout)
+        shape = (self._blocks.batch_for(x.shape), *x.shape[1:])
+        layout = layout_for_batch(shape[0])
+        if not may_prepare and (layout not in self._known or not self._blocks.knows(shape)):
+            raise DSPBackendError(
+                f"this network has not run a batch of {len(x)} yet, and its weights cannot be arranged "
+                "while a CUDA graph is captured; call it once before"
+            )
+        program, blocks = self._blocks.program_for(shape)
+        self._known.add(layout)
+        convs = [blocks.get(step.output) or self._conv_of(step, layout) for step in program.steps]
+        return GpuRun(program, convs, shape, x.device, self._dtype, layout)
+
+    def _conv_of(self, step: Step, layout: GpuLayout) -> GpuConv | None:
+        """The launcher of a convolution, its weights arranged once per layout; None for other steps."""
+        if not isinstance(step, ConvStep):
+            return None
+        key = layout, step.output
+        if key not in self._convs:
+            self._convs[key] = _prepare_conv(step, self._kernels, _kind_of(self._program), layout)
+        return self._convs[key]
 
     def _inside_a_graph(self, x: Tensor) -> Tensor:
         return self._new_run(x, may_prepare=False)(x)
@@ -132,26 +167,28 @@ class GpuRunner:
 
 
 class GpuRun:
-    """The Program for one input shape, on memory of its own."""
+    """The Program for one input shape, on memory of its own. An input may have fewer images."""
 
     def __init__(
         self,
         program: Program,
         convs: list[GpuConv | None],
-        x: Tensor,
+        shape: Sequence[int],
+        device: torch.device,
         dtype: torch.dtype,
         layout: GpuLayout,
     ) -> None:
         self._program = program
         self._layout = layout
-        shapes = value_shapes(program, x.shape, dtype)
+        self._images = shape[0]
+        shapes = value_shapes(program, shape, dtype)
         self.arena: Arena = arena_for(program, shapes, dtype.itemsize)
-        self._memory = torch.empty(self.arena.bytes, dtype=torch.uint8, device=x.device)
+        self._memory = torch.empty(self.arena.bytes, dtype=torch.uint8, device=device)
         self._place = {
             name: self._view(offset, shapes[name] or (), dtype) for name, offset in self.arena.offset.items()
         }
         self._calls = [
-            step_call(step, layout, conv, shapes, x.device)
+            step_call(step, layout, conv, shapes, device)
             for step, conv in zip(program.steps, convs, strict=True)
         ]
         self._replay: Callable[[], None] | None = None
@@ -163,14 +200,15 @@ class GpuRun:
         return self._replay is not None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: of the shape this run was made for -> a tensor of the caller's own."""
+        """x: of the shape this run was made for, or with fewer images -> a tensor of the caller's own."""
         self._copy_in(x)
         if self._replay is None:
             self._launch()
         else:
             self._replay()
         assert self._answer is not None
-        return self._answer.clone(memory_format=torch.contiguous_format)
+        answer = self._answer if len(x) == self._images else self._answer[: len(x)]
+        return answer.clone(memory_format=torch.contiguous_format)
 
     def capture(self, x: Tensor, pool: object) -> None:
         """Capture the launches; without success calls launch one by one."""
@@ -181,7 +219,8 @@ class GpuRun:
         if x.device.type == "cuda" and not is_capturing(x.device):
             # The memory may be given back while another stream than the one it was taken on still uses it.
             self._memory.record_stream(torch.cuda.current_stream(x.device))
-        self._place[self._program.input].copy_(x.permute(self._layout.value))
+        place = self._layout.as_nchw(self._place[self._program.input])
+        place[: len(x)].copy_(x)
 
     def _launch(self) -> None:
         program = self._program
@@ -220,21 +259,20 @@ def _kernels_for(
         return "", str(error)
 
 
-def _prepare_convs(program: Program, kernels: str, layout: GpuLayout) -> list[GpuConv | None]:
-    """Per step, the launcher of its convolution; None for other steps."""
-    kind = _kind_of(program)
-    convs: list[GpuConv | None] = []
-    for step in program.steps:
-        if not isinstance(step, ConvStep):
-            convs.append(None)
-            continue
-        name, _ = _kernels_for(kernels, step.spec, *kind, layout)
-        if name:
-            family = GPU_KERNELS.choose(name, step.spec, *kind, layout)
-            convs.append(family.prepare(step.spec, step.weights, step.bias, layout))
-        else:
-            convs.append(EagerGpuConv(step, layout))
-    return convs
+def _prepare_conv(
+    step: ConvStep, kernels: str, kind: tuple[torch.dtype, torch.device], layout: GpuLayout
+) -> GpuConv:
+    """The launcher of one convolution."""
+    name, _ = _kernels_for(kernels, step.spec, *kind, layout)
+    if not name:
+        return EagerGpuConv(step, layout)
+    family = GPU_KERNELS.choose(name, step.spec, *kind, layout)
+    return family.prepare(step.spec, step.weights, step.bias, layout)
+
+
+def _blocks_for(kernels: str, wanted: bool | None) -> bool | None:
+    """Blocks are CUDA kernels: there are none where others were asked for."""
+    return wanted if kernels in ("auto", "cuda") else False
 
 
 def _kind_of(program: Program) -> tuple[torch.dtype, torch.device]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsp_kernels.block_step import BlockStep
 from dsp_kernels.executors.eager import EagerExecutor
 from dsp_kernels.program import (
     ActivationStep,
@@ -29,7 +30,7 @@ _ALIGNMENT = 256  # bytes; what cudaMalloc promises, so that no kernel sees a sm
 
 _ELEMENTWISE = (AffineStep, AddStep, ActivationStep, MulStep)
 # Steps that write into memory they are given.
-_WRITERS = (ConvStep, *_ELEMENTWISE, ConcatStep, SelectStep)
+_WRITERS = (ConvStep, BlockStep, *_ELEMENTWISE, ConcatStep, SelectStep)
 
 
 def value_shapes(
@@ -46,6 +47,9 @@ def value_shapes(
             x = values[step.inputs[0]]
             shape = (x.shape[0], step.spec.structure.out_channels, *step.spec.output_hw(x.shape[2:]))
             values[step.output] = x.new_empty(shape)
+        elif isinstance(step, BlockStep):
+            x = values[step.inputs[0]]
+            values[step.output] = x.new_empty(step.output_shape(x.shape))
         else:
             meta = step.map_tensors(lambda tensor: tensor.to("meta"))
             values[step.output] = eager.call(meta)(values)
@@ -107,7 +111,7 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
 
 def _may_be_overwritten(step: Step) -> tuple[str, ...]:
     """Inputs of which the step reads every element just before it writes the same element."""
-    if isinstance(step, ConvStep):
+    if isinstance(step, ConvStep | BlockStep):
         x, *residual = step.inputs
         return tuple(name for name in residual if name != x)
     return step.inputs if isinstance(step, _ELEMENTWISE) else ()

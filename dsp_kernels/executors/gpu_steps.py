@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from dsp_kernels.activations import GATES, activate_
 from dsp_kernels.backends.eager import EagerBackend
 from dsp_kernels.backends.gpu_layout import GpuConv, GpuLayout
+from dsp_kernels.block_step import BlockStep
 from dsp_kernels.executors.eager import EagerExecutor
 from dsp_kernels.program import (
     ActivationStep,
@@ -59,9 +60,9 @@ def step_call(
     shapes: Mapping[str, tuple[int, ...] | None],
     device: torch.device,
 ) -> StepCall:
-    """The function for one step. conv: the launcher if the step is a convolution."""
+    """The function for one step. conv: the launcher if the step is a convolution or a block of them."""
     images = all(len(shapes[name] or ()) == 4 for name in (*step.inputs, step.output))
-    if isinstance(step, ConvStep):
+    if isinstance(step, ConvStep | BlockStep):
         assert conv is not None
         return _conv(step, conv)
     if images and isinstance(step, (AffineStep, AddStep, ActivationStep, MulStep)):
@@ -77,7 +78,7 @@ def step_call(
     return _in_nchw(step, layout)
 
 
-def _conv(step: ConvStep, conv: GpuConv) -> StepCall:
+def _conv(step: ConvStep | BlockStep, conv: GpuConv) -> StepCall:
     def call(values: Values, out: Tensor | None) -> Tensor:
         assert out is not None
         conv(values[step.inputs[0]], out, values[step.inputs[1]] if len(step.inputs) == 2 else None)

@@ -93,9 +93,9 @@ def test_resources() -> None:
     if not LIBRARY.is_file() or cuobjdump is None:
         pytest.skip("needs the built library and cuobjdump")
     kernels = RESOURCES["read_kernels"](LIBRARY, cuobjdump)
-    assert len({kernel.name for kernel in kernels}) == 18
+    assert len({kernel.name for kernel in kernels}) == 22
     # Registers with which as many blocks fit as csrc/common says: kThreads, kBlocks of 65,536 registers.
-    most = {"ChwnGemm": 168, "HaloConv": 128, "NhwcGemm": 128, "Fp32Gemm": 128}
+    most = {"ChwnGemm": 168, "HaloConv": 128, "NhwcGemm": 128, "Fp32Gemm": 128, "FusedBlock": 128}
     for kernel in kernels:
         family, count = kernel.name.split()[0], kernel.instructions
         assert kernel.stack == 0, kernel
@@ -103,7 +103,7 @@ def test_resources() -> None:
         assert kernel.registers <= most[family], kernel
         assert (count["HMMA"] > 0) == (family != "Fp32Gemm"), kernel
         assert count["LDGSTS.128"] > 0, kernel
-        if "CHWN" in kernel.name or family in ("ChwnGemm", "HaloConv"):
+        if "CHWN" in kernel.name or family in ("ChwnGemm", "HaloConv", "FusedBlock"):
             assert count["STG.128"] == count["STG"] > 0, kernel
 
 

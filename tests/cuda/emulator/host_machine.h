@@ -1,7 +1,9 @@
 // A block of threads on the host, for the kernel templates of csrc/common. Threads run one after another between two
 // barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
 // so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. Shared memory
-// starts as NaN. Accesses of a warp are collected per instruction and their bank conflicts counted.
+// starts as NaN. Accesses of a warp are collected per instruction and their bank conflicts counted. With `races`, an
+// access of a word that another thread wrote, or a store to one that another thread read, since the last barrier is an
+// error; a copy counts as a store by its thread where it is waited for.
 #pragma once
 
 #include <array>
@@ -17,6 +19,7 @@ namespace dsp {
 struct Modes {
     bool late_copies;
     bool backwards;
+    bool races = false;
 };
 
 struct Counts {
@@ -43,6 +46,11 @@ struct HostMachine {
         std::vector<V> values = std::vector<V>(32);
         V& operator[](int i) { return values[i]; }
     };
+    template <class V>
+    struct PerLane {
+        V values[32];
+        V& operator[](int i) { return values[i]; }
+    };
     struct Quad {
         uint32_t word[4][32];
     };
@@ -52,10 +60,14 @@ struct HostMachine {
     struct Copy {
         int offset;
         std::array<char, 16> bytes;
-        int size;
+        int size, thread;
     };
     struct Access {
         int lane, offset;
+    };
+    // Of one word: who wrote and who read it since which barrier; -2: several threads.
+    struct Use {
+        int writer = -1, written = -1, reader = -1, read = -1;
     };
 
     int threads;
@@ -67,10 +79,12 @@ struct HostMachine {
     // kind and instruction of a warp -> its lanes' accesses
     std::map<std::array<int, 3>, std::vector<Access>> pending;
     std::vector<int> issued;
+    std::vector<Use> uses;
+    int barriers = 0;
 
     HostMachine(int threads, int shared_bytes, Modes modes, Counts& counts, const std::vector<Range>& ranges)
         : threads(threads), modes(modes), counts(counts), ranges(ranges), shared(shared_bytes, '\xff'), groups(1),
-          issued(threads) {}
+          issued(threads), uses(modes.races ? (shared_bytes + 3) / 4 : 0) {}
 
     template <class F>
     void each_thread(F f) {
@@ -86,7 +100,7 @@ struct HostMachine {
     void each_lane(int, F f) {
         for (int lane = 0; lane < 32; ++lane) f(lane);
     }
-    void sync() {}
+    void sync() { ++barriers; }
 
     void copy16(int thread, int offset, const Vec16* source, bool inside) { copy(thread, offset, source, inside, 16); }
     void copy4(int thread, int offset, const float* source, bool inside) { copy(thread, offset, source, inside, 4); }
@@ -121,8 +135,17 @@ struct HostMachine {
         store(thread, offset, both, 8);
     }
     void store16(int thread, int offset, const Vec16& v) { store(thread, offset, &v, 16); }
+    void store_word(int thread, int offset, uint32_t v) { store(thread, offset, &v, 4); }
+    Vec16 load16(int thread, int offset) {
+        note(3, thread, offset, 16);
+        watch_read(thread, offset, 16);
+        Vec16 v;
+        std::memcpy(&v, at(offset, 16), 16);
+        return v;
+    }
     void load_four(int thread, int offset, float (&v)[4]) {
         note(3, thread, offset, 16);
+        watch_read(thread, offset, 16);
         std::memcpy(v, at(offset, 16), 16);
     }
     template <class Address>
@@ -130,8 +153,20 @@ struct HostMachine {
         for (int lane = 0; lane < 32; ++lane) {
             const int offset = address(lane);
             note(3, warp * 32 + lane, offset, 16);
+            watch_read(warp * 32 + lane, offset, 16);
             for (int i = 0; i < 4; ++i) std::memcpy(&q.word[i][lane], at(offset + 4 * i, 4), 4);
         }
+    }
+    void read_fragment(int, Quad& q, const Vec16* base) {
+        for (int lane = 0; lane < 32; ++lane) {
+            const Vec16 all = read(base + lane);
+            for (int i = 0; i < 4; ++i) q.word[i][lane] = all.word[i];
+        }
+    }
+    void converge() {}
+    void exchange(int, PerLane<float>& v, int bit) {
+        const PerLane<float> before = v;
+        for (int lane = 0; lane < 32; ++lane) v.values[lane] = before.values[lane ^ bit];
     }
     // PTX ISA, ldmatrix: matrix i has its rows at the addresses of lanes 8i to 8i + 7; lane l gets the elements
     // 2 * (l % 4) and the next one of row l / 4, or with .trans of column l / 4.
@@ -141,6 +176,7 @@ struct HostMachine {
         for (int lane = 0; lane < 32; ++lane) {
             const int offset = address(lane);
             note(0, warp * 32 + lane, offset, 16);
+            watch_read(warp * 32 + lane, offset, 16);
             std::memcpy(matrix[lane / 8][lane % 8], at(offset, 16), 16);
         }
         for (int i = 0; i < 4; ++i)
@@ -207,10 +243,31 @@ private:
             if (p >= r.begin && p + size <= r.end && (r.writable || !write)) return;
         throw std::runtime_error(write ? "a store outside of the output" : "a load outside of every tensor");
     }
-    void land(const Copy& c) { std::memcpy(at(c.offset, c.size), c.bytes.data(), c.size); }
+    void land(const Copy& c) {
+        watch_write(c.thread, c.offset, c.size);
+        std::memcpy(at(c.offset, c.size), c.bytes.data(), c.size);
+    }
+    void watch_read(int thread, int offset, int size) {
+        for (int i = offset / 4; modes.races && i < (offset + size) / 4; ++i) {
+            Use& use = uses.at(i);
+            if (use.written == barriers && use.writer != thread)
+                throw std::runtime_error("a race: shared memory is read before a barrier after its store");
+            use.reader = use.read == barriers && use.reader != thread ? -2 : thread;
+            use.read = barriers;
+        }
+    }
+    void watch_write(int thread, int offset, int size) {
+        for (int i = offset / 4; modes.races && i < (offset + size) / 4; ++i) {
+            Use& use = uses.at(i);
+            if ((use.read == barriers && use.reader != thread) || (use.written == barriers && use.writer != thread))
+                throw std::runtime_error("a race: shared memory is stored to before a barrier after its last use");
+            use.writer = thread;
+            use.written = barriers;
+        }
+    }
     void copy(int thread, int offset, const void* source, bool inside, int size) {
         note(1, thread, offset, size);
-        Copy c{offset, {}, size};
+        Copy c{offset, {}, size, thread};
         if (inside) {
             check(source, size, false);
             std::memcpy(c.bytes.data(), source, size);
@@ -224,6 +281,7 @@ private:
     }
     void store(int thread, int offset, const void* value, int size) {
         note(2, thread, offset, size);
+        watch_write(thread, offset, size);
         std::memcpy(at(offset, size), value, size);
     }
     // `size` bytes per lane: 16 bytes go in quarter warps, 8 in halves, 4 in whole warps.

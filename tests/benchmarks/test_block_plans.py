@@ -1,0 +1,117 @@
+"""Which residual blocks of the real networks would run as one kernel; no GPU and no kernel is needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from dsp_benchmarks.floors import part_floor
+from dsp_benchmarks.networks import NetworkSource, load_network
+from dsp_benchmarks.peaks import Peaks
+
+from dsp_kernels.block_cost import H200, BlockPlan, conv_seconds
+from dsp_kernels.block_plan import plan_blocks, variants
+from dsp_kernels.block_step import blocks_of, residual_last, with_blocks
+from dsp_kernels.executors.gpu_memory import value_shapes
+from dsp_kernels.program import ConvStep, Program
+
+HALF = torch.float16
+# Image size, blocks, of which with a shortcut's convolution, convolutions in each.
+NETWORKS = {
+    "resnet20_g4": (32, 9, 2, 2),
+    "resnet56_g4": (32, 27, 2, 2),
+    "resnet18_g2_80": (224, 8, 3, 2),
+    "resnet50_g2_80": (224, 16, 4, 3),
+}
+PORTABLE = replace(H200, name="sm_86", shared_per_block=101376, shared_per_multiprocessor=102400)
+
+
+@cache
+def program_of(name: str) -> Program:
+    # Structures do not depend on the size of the images, and small ones are packed faster.
+    return residual_last(load_network(NetworkSource(name, image_size=32)).program("packed"))
+
+
+@cache
+def shapes_of(name: str, batch: int) -> dict[str, tuple[int, ...] | None]:
+    size = NETWORKS[name][0]
+    return value_shapes(program_of(name), (batch, 3, size, size), HALF)
+
+
+@cache
+def plans_of(name: str, batch: int) -> list[BlockPlan]:
+    return plan_blocks(program_of(name), shapes_of(name, batch), H200)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_residual_block_is_found(name: str, shared: Path) -> None:
+    _, blocks, shortcuts, convs = NETWORKS[name]
+    program = program_of(name)
+    found = blocks_of(program)
+    assert len(found) == blocks
+    assert sum(block.shortcut is not None for block in found) == shortcuts
+    assert {len(block.convs) for block in found} == {convs}
+    fused = with_blocks(program, found)
+    # What is left are the stem, and for CIFAR also nothing else that convolves.
+    assert sum(isinstance(step, ConvStep) for step in fused.steps) == 1
+    made = {fused.input}
+    for step in fused.steps:
+        assert set(step.inputs) <= made, f"{step.output} reads what nobody made"
+        made.add(step.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [("resnet20_g4", 256), ("resnet56_g4", 32), ("resnet50_g2_80", 256)]
+)
+def test_plans(name: str, batch: int, shared: Path) -> None:
+    program, shapes = program_of(name), shapes_of(name, batch)
+    peaks = Peaks({"float16": H200.peak_flops}, H200.bandwidth, H200.launch, 1, {})
+    sized = replace(program, shapes={key: shape for key, shape in shapes.items() if shape})
+    for plan in plans_of(name, batch):
+        assert plan.floor < plan.seconds <= plan.per_conv
+        assert plan.per_conv == sum(conv_seconds(conv, shapes, H200) for conv in plan.block.members)
+        steps = [step for step in program.steps if step.output in {m.output for m in plan.block.members}]
+        assert plan.floor == pytest.approx(part_floor(sized, steps, batch, peaks, HALF))
+        assert f"{1e6 * plan.floor:.1f} us" in plan.describe()
+        assert "estimates" in plan.describe()
+        if plan.geometry is None:
+            assert "per convolution" in plan.describe()
+            continue
+        assert plan.step is not None
+        assert plan.seconds < plan.per_conv
+        assert plan.geometry.shared_bytes <= H200.shared_per_block
+        assert f"{plan.geometry.shared_bytes} bytes" in plan.describe()
+        output = plan.geometry.regions[-1]
+        assert (output.height, output.width) == shapes[plan.step.output][2:]  # type: ignore[index]
+
+
+def test_what_is_predicted_to_gain(shared: Path) -> None:
+    """CIFAR stages that are bound by memory or launches; not what is bound by mma.sync already."""
+    small = plans_of("resnet20_g4", 256)
+    assert all(plan.step is plan.block for plan in small[:4])
+    large = plans_of("resnet50_g2_80", 256)
+    assert large[0].step is not None
+    assert all(plan.step is None for plan in large[-3:])  # the stage of 7 x 7
+    # Where the input is too wide to lie in shared memory, its first convolution keeps a kernel of its own.
+    assert any(plan.step and plan.step.convs == plan.block.convs[1:] for plan in large)
+
+
+def test_the_smallest_chip(shared: Path) -> None:
+    plans = plan_blocks(program_of("resnet20_g4"), shapes_of("resnet20_g4", 256), PORTABLE)
+    chosen = [plan.geometry for plan in plans if plan.geometry is not None]
+    assert len(chosen) >= 4
+    assert all(geometry.shared_bytes <= PORTABLE.shared_per_block for geometry in chosen)
+
+
+def test_parts_of_a_block(shared: Path) -> None:
+    block = blocks_of(program_of("resnet50_g2_80"))[0]
+    whole, without, tail = variants(block)
+    assert whole is block
+    assert block.shortcut is not None
+    assert without.shortcut is None
+    assert without.inputs == (block.inputs[0], block.shortcut.output)
+    assert tail.convs == block.convs[1:]
+    assert tail.inputs == (block.convs[0].output, block.shortcut.output)
