@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # cuobjdump's name of an instruction -> what the table calls it.
 COUNTED = {
     "HMMA": r"\bHMMA\.",
+    "HGMMA": r"\bHGMMA\.",
     "LDSM": r"\bLDSM\.",
     "LDGSTS.128": r"\bLDGSTS\.[A-Z.]*128",
     "STG.128": r"\bSTG\.E[A-Z.]*\.128",
@@ -91,7 +92,9 @@ def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line):
             for what, pattern in patterns.items():
                 kernels[arch, name].instructions[what] += bool(pattern.search(line))
-    return sorted(kernels.values(), key=lambda kernel: (kernel.arch, kernel.name))
+    # Kernels of wgmma are empty for any other chip.
+    kept = [kernel for kernel in kernels.values() if "Wgmma" not in kernel.name or kernel.arch == "sm_90a"]
+    return sorted(kept, key=lambda kernel: (kernel.arch, kernel.name))
 
 
 def table(kernels: list[Kernel]) -> str:

@@ -10,10 +10,11 @@
 #include "fp32_gemm.h"
 #include "halo_conv.h"
 #include "nhwc_gemm.h"
+#include "wgmma_gemm.h"
 
 namespace dsp {
 
-enum class Kernel { chwn, halo, nhwc, fp32_chwn, fp32_nhwc };
+enum class Kernel { chwn, halo, nhwc, fp32_chwn, fp32_nhwc, wgmma };
 
 // The order of the op's `sizes`; dsp_kernels/backends/cuda.py writes them in this order.
 struct Sizes {
@@ -123,6 +124,18 @@ void dispatch_16bit(const Sizes& s, ConvParams p, int64_t shared_limit, Run&& ru
     }
     throw std::runtime_error("there is no 16-bit kernel " + std::to_string(s.kernel) + " of " +
                              std::to_string(s.filters) + " filters");
+}
+
+// The same for the kernels of sm_90a, which another machine runs.
+template <class T, class Run>
+void dispatch_wgmma(const Sizes& s, const ConvParams& p, Run&& run) {
+    const auto gemm = [&](auto kernel) {
+        using K = decltype(kernel);
+        run(kernel, Launch{p, divide_up(K::chunks_of(p), K::kChunks) * p.tile_count, K::kThreads, K::kSharedBytes});
+    };
+    if (s.filters == 64) return gemm(WgmmaGemm<T, 64>{});
+    if (s.filters == 128) return gemm(WgmmaGemm<T, 128>{});
+    throw std::runtime_error("there is no wgmma kernel of " + std::to_string(s.filters) + " filters");
 }
 
 template <class Run>

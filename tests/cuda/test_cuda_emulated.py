@@ -63,10 +63,15 @@ def check(
         assert error <= op_tolerance(dtype, case.reduction), f"relative error {error:.2e}"
 
 
-@pytest.fixture(params=("gemm", "halo"))
+NUMBERS = {"gemm": 0, "halo": 1, "wgmma": 5}
+
+
+@pytest.fixture(params=NUMBERS)
 def chwn_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both kernels for small inputs too."""
+    """Every kernel, for small inputs too."""
     monkeypatch.setattr(cuda, "_FEW_BLOCKS", 0 if request.param == "halo" else 10**9)
+    monkeypatch.setattr(cuda, "_can_use_wgmma", lambda device: True)
+    monkeypatch.setenv("DSP_KERNELS_WGMMA", "1" if request.param == "wgmma" else "0")
     return request.param
 
 
@@ -86,17 +91,14 @@ def test_nhwc(case: Case, dtype: torch.dtype, emulator: Emulator) -> None:
 @pytest.mark.parametrize("case", [*TABLE, *EDGES], ids=lambda case: case.name.replace(" ", "-"))
 def test_chwn(case: Case, dtype: torch.dtype, chwn_kernel: str, emulator: Emulator) -> None:
     case = in_chwn(case)
-    eligible = (
-        dtype != torch.float32
-        and case.spec.kernel_size == (3, 3)
-        and case.spec.stride == case.spec.dilation == (1, 1)
-    )
-    if chwn_kernel == "halo" and not eligible:
+    plain = case.spec.kernel_size == (3, 3) and case.spec.stride == case.spec.dilation == (1, 1)
+    eligible = dtype != torch.float32 and (plain or chwn_kernel == "wgmma")
+    if chwn_kernel != "gemm" and not eligible:
         case = dataclasses.replace(case, batch=16)  # has one kernel; another batch instead
     emulator.kernels.clear()
     check(case, dtype, GpuLayout.CHWN, emulator)
     if eligible and emulator.kernels:
-        assert emulator.kernels == [1 if chwn_kernel == "halo" else 0]
+        assert emulator.kernels == [NUMBERS[chwn_kernel]]
 
 
 @pytest.fixture(params=MODES, ids=str)
@@ -125,19 +127,22 @@ def test_every_filter_tile_without_bank_conflicts(
 ) -> None:
     """16, 32 and 64 filters per tile; ldmatrix, asynchronous copies, fragments and sums."""
     seen = set()
-    for filters in (9, 30, 64):
+    wgmma = chwn_kernel == "wgmma" and layout == GpuLayout.CHWN  # reads shared memory by itself
+    for filters in (9, 30, 64, 128):
         case = Case("conflicts", GroupStructure.dense(16, filters), hw=(4, 8), batch=16, residual=True)
         conv = CudaConv(case.spec, case.tensors(torch.float16).weights, None, layout, emulator)
-        seen |= {tables.filters for tables in conv._tables(torch.float16, torch.device("cpu")).values()}
+        kept = conv._tables(torch.float16, torch.device("cpu"))
+        seen |= {tables.filters for name, tables in kept.items() if (name == "wgmma") == wgmma}
         check(case, torch.float16, layout, emulator)
         counts = emulator.counts
-        assert counts.matrices > 0
+        assert (counts.matrices > 0) == (not wgmma)
         assert counts.matrix_conflicts == 0
         assert counts.load_conflicts == 0
         assert counts.store_conflicts == 0
         # In a halo a quarter warp may cross from one channel to the next, which starts at another bank.
         assert counts.copy_conflicts <= (counts.copies // 50 if chwn_kernel == "halo" else 0)
-    assert seen == ({16, 32, 64} if layout == GpuLayout.CHWN else {16, 32})
+    everywhere = {16, 32, 64} if layout == GpuLayout.CHWN else {16, 32}
+    assert seen == ({64, 128} if wgmma else everywhere)
 
 
 def test_halo_tiles_fit_the_smallest_chip(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
