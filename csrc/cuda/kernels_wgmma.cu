@@ -10,9 +10,9 @@ void run_wgmma(bool half, const Sizes& sizes, const ConvParams& params, int devi
         launch<decltype(kernel), WarpgroupMachine>(plan, device, static_cast<cudaStream_t>(stream), what);
     };
     if (half)
-        dispatch_wgmma<Half>(sizes, params, run);
+        dispatch_wgmma<Half>(sizes, params, shared_limit(device), run);
     else
-        dispatch_wgmma<Bfloat>(sizes, params, run);
+        dispatch_wgmma<Bfloat>(sizes, params, shared_limit(device), run);
 }
 
 }  // namespace dsp

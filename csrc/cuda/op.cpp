@@ -25,9 +25,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::string describe(const dsp::Sizes& s) {
-    static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc", "wgmma"};
+    static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc", "wgmma", "wgmma_halo"};
     const auto two = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
-    const std::string name = s.kernel >= 0 && s.kernel < 6 ? kNames[s.kernel] : std::to_string(s.kernel);
+    const std::string name = s.kernel >= 0 && s.kernel < 7 ? kNames[s.kernel] : std::to_string(s.kernel);
     return "CUDA kernel " + name + " of " + std::to_string(s.filters) + " filters, batch " +
            std::to_string(s.batch) + ", " + std::to_string(s.in_channels) + " channels of " +
            two(s.height, s.width) + " to " + std::to_string(s.out_channels) + " of " +
@@ -67,7 +67,7 @@ void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& 
         dsp::params_of(sizes, x.data_ptr(), out.data_ptr(), residual ? residual->data_ptr() : nullptr,
                        weights.data_ptr(), static_cast<const float*>(bias.data_ptr()),
                        static_cast<const int*>(tables.data_ptr()));
-    if (static_cast<dsp::Kernel>(sizes.kernel) == dsp::Kernel::wgmma) {
+    if (dsp::needs_wgmma(sizes)) {
         check(type == ScalarType::Half || type == ScalarType::BFloat16, what, "x is not float16 or bfloat16");
         dsp::run_wgmma(type == ScalarType::Half, sizes, params, device, stream, what);
     } else if (type == ScalarType::Half)

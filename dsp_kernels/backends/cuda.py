@@ -25,8 +25,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_SIDE = 16383
 # Multiprocessors that a halo kernel should fill: its blocks are larger than those of the other one.
 _FEW_BLOCKS = 132
-_HALO_CHUNKS = {16: 128, 32: 64, 64: 32}
-_GEMM_CHUNKS = 16
+# Pieces of 8 images that a block of a kernel takes, by filters per tile.
+_CHUNKS = {
+    ("halo", 16): 128,
+    ("halo", 32): 64,
+    ("halo", 64): 32,
+    ("wgmma_halo", 64): 64,
+    ("wgmma", 64): 16,
+    ("wgmma", 128): 16,
+}
 # mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured here), so
 # wgmma may multiply that much more zeros to fill its wider tiles.
 _MMA_SHARE = 5 / 8
@@ -121,8 +128,11 @@ class CudaConv:
             return ("nhwc",)
         spec = self.spec
         plain = (spec.stride, spec.dilation) == ((1, 1), (1, 1))
-        names = ("halo", "chwn") if spec.kernel_size == (3, 3) and plain else ("chwn",)
-        return ("wgmma", *names) if self._wgmma is not False and _can_use_wgmma(device) else names
+        plain = plain and spec.kernel_size == (3, 3)
+        names = ("halo", "chwn") if plain else ("chwn",)
+        if self._wgmma is False or not _can_use_wgmma(device):
+            return names
+        return ("wgmma_halo", "wgmma", *names) if plain else ("wgmma", *names)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """x, out, residual: see GpuConv. Raises DSPShapeError for tensors that do not fit each other."""
@@ -149,21 +159,27 @@ class CudaConv:
         self._launch(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
 
     def _choose(self, x: Tensor, out: Tensor) -> Tables:
-        """The only kernel; else the halo kernel where it fills the chip; else wgmma where it does and pays."""
+        """A halo kernel where it fills the chip, else the one of any convolution; by wgmma where that pays."""
         kept = self._tables(x.dtype, x.device)
-        wgmma, halo = kept.get("wgmma"), kept.get("halo")
-        if wgmma is not None and self._wgmma:
-            return wgmma
         chunks = out.numel() // self.spec.structure.out_channels // BATCH_MULTIPLE
-        if halo is not None and chunks * halo.tile_count >= _FEW_BLOCKS * _HALO_CHUNKS[halo.filters]:
-            return halo
-        if (
-            wgmma is not None
-            and chunks * wgmma.tile_count >= _FEW_BLOCKS * _GEMM_CHUNKS
-            and _MMA_SHARE * wgmma.products <= kept["chwn"].products
-        ):
-            return wgmma
-        return next(tables for name, tables in kept.items() if name not in ("halo", "wgmma"))
+
+        def fills(name: str) -> bool:
+            if name not in kept:
+                return False
+            return chunks * kept[name].tile_count >= _FEW_BLOCKS * _CHUNKS[name, kept[name].filters]
+
+        def pays(name: str, other: str) -> bool:
+            if self._wgmma is not None:
+                return self._wgmma and name in kept
+            return fills(name) and _MMA_SHARE * kept[name].products <= kept[other].products
+
+        if fills("wgmma_halo") and pays("wgmma_halo", "halo"):
+            return kept["wgmma_halo"]
+        if fills("halo") and not self._wgmma:
+            return kept["halo"]
+        if pays("wgmma", "chwn"):
+            return kept["wgmma"]
+        return next(tables for name, tables in kept.items() if "halo" not in name and name != "wgmma")
 
     def _check(self, x: Tensor, out: Tensor, residual: Tensor | None) -> tuple[int, int, int, int]:
         """(batch, in_channels, height, width) of x."""

@@ -37,6 +37,11 @@ class KernelKind:
     channels: int = 1
     order: str = "fragments"
 
+    @property
+    def has_halo(self) -> bool:
+        """Whether it stages channels, in blocks of 16, and finds all taps in what it staged."""
+        return self.name in ("halo", "wgmma_halo")
+
     def reduction(self, channels: int, taps: int) -> int:
         """Rows of the reduction, filled up."""
         return _round_up(_round_up(channels, self.channels) * taps, self.rows)
@@ -51,6 +56,7 @@ KERNELS = {
         KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
         KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
         KernelKind("wgmma", 5, (64, 128), 32, order="cores"),
+        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores"),
     )
 }
 
@@ -209,7 +215,7 @@ class _Writer:
         outputs, channels, taps = weight.shape
         filled = torch.zeros(outputs, _round_up(channels, self.kind.channels), taps)
         filled[:, :channels] = weight
-        if self.kind.name == "halo":  # (block of 16 channels, tap, channel)
+        if self.kind.has_halo:  # (block of 16 channels, tap, channel)
             ordered = filled.view(outputs, -1, 16, taps).transpose(2, 3).reshape(outputs, -1)
         else:  # (tap, channel)
             ordered = filled.transpose(1, 2).reshape(outputs, -1)
@@ -221,7 +227,7 @@ class _Writer:
         """Appends the entries of one group; the rows of its reduction."""
         (kh, kw), (dy, dx) = self.spec.kernel_size, self.spec.dilation
         rows = self.kind.reduction(len(channels), kh * kw)
-        if self.kind.name == "halo":
+        if self.kind.has_halo:
             entries = torch.tensor(_filled(channels, 16), dtype=torch.int32)
             self.entries += len(entries)
             self.taps.append(entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -63,16 +64,20 @@ def check(
         assert error <= op_tolerance(dtype, case.reduction), f"relative error {error:.2e}"
 
 
-NUMBERS = {"gemm": 0, "halo": 1, "wgmma": 5}
+NUMBERS = {"gemm": 0, "halo": 1, "wgmma": 5, "wgmma-halo": 6}
 
 
 @pytest.fixture(params=NUMBERS)
 def chwn_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every kernel, for small inputs too."""
-    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 0 if request.param == "halo" else 10**9)
+    """Every kernel, for small inputs too; "halo" and "wgmma-halo" where they can run."""
+    return only(request.param, monkeypatch)
+
+
+def only(kernel: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 0 if "halo" in kernel else 10**9)
     monkeypatch.setattr(cuda, "_can_use_wgmma", lambda device: True)
-    monkeypatch.setenv("DSP_KERNELS_WGMMA", "1" if request.param == "wgmma" else "0")
-    return request.param
+    monkeypatch.setenv("DSP_KERNELS_WGMMA", "1" if "wgmma" in kernel else "0")
+    return kernel
 
 
 def in_chwn(case: Case) -> Case:
@@ -87,18 +92,36 @@ def test_nhwc(case: Case, dtype: torch.dtype, emulator: Emulator) -> None:
     check(case, dtype, GpuLayout.NHWC, emulator)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", [*TABLE, *EDGES], ids=lambda case: case.name.replace(" ", "-"))
-def test_chwn(case: Case, dtype: torch.dtype, chwn_kernel: str, emulator: Emulator) -> None:
-    case = in_chwn(case)
-    plain = case.spec.kernel_size == (3, 3) and case.spec.stride == case.spec.dilation == (1, 1)
-    eligible = dtype != torch.float32 and (plain or chwn_kernel == "wgmma")
-    if chwn_kernel != "gemm" and not eligible:
-        case = dataclasses.replace(case, batch=16)  # has one kernel; another batch instead
+def chwn_runs() -> Iterator[tuple[Case, torch.dtype, str]]:
+    """Every case with every kernel that takes it; with a second batch where that is one only."""
+    for case, dtype in product([*TABLE, *EDGES], DTYPES):
+        case, spec = in_chwn(case), case.spec
+        plain = spec.kernel_size == (3, 3) and spec.stride == spec.dilation == (1, 1)
+        half = dtype != torch.float32
+        yield case, dtype, "gemm"
+        if half:
+            yield case, dtype, "wgmma"
+        if half and plain:
+            yield case, dtype, "halo"
+            yield case, dtype, "wgmma-halo"
+        elif case.batch:
+            yield dataclasses.replace(case, name=f"{case.name} 16", batch=16), dtype, "gemm"
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "kernel"),
+    [
+        pytest.param(case, dtype, kernel, id=f"{kernel}-{case.name.replace(' ', '-')}-{str(dtype)[6:]}")
+        for case, dtype, kernel in chwn_runs()
+    ],
+)
+def test_chwn(
+    case: Case, dtype: torch.dtype, kernel: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(kernel, monkeypatch)
     emulator.kernels.clear()
     check(case, dtype, GpuLayout.CHWN, emulator)
-    if eligible and emulator.kernels:
-        assert emulator.kernels == [NUMBERS[chwn_kernel]]
+    assert emulator.kernels == ([] if case.batch == 0 else [3 if dtype == torch.float32 else NUMBERS[kernel]])
 
 
 @pytest.fixture(params=MODES, ids=str)
@@ -127,12 +150,12 @@ def test_every_filter_tile_without_bank_conflicts(
 ) -> None:
     """16, 32 and 64 filters per tile; ldmatrix, asynchronous copies, fragments and sums."""
     seen = set()
-    wgmma = chwn_kernel == "wgmma" and layout == GpuLayout.CHWN  # reads shared memory by itself
+    wgmma = "wgmma" in chwn_kernel and layout == GpuLayout.CHWN  # reads shared memory by itself
     for filters in (9, 30, 64, 128):
         case = Case("conflicts", GroupStructure.dense(16, filters), hw=(4, 8), batch=16, residual=True)
         conv = CudaConv(case.spec, case.tensors(torch.float16).weights, None, layout, emulator)
         kept = conv._tables(torch.float16, torch.device("cpu"))
-        seen |= {tables.filters for name, tables in kept.items() if (name == "wgmma") == wgmma}
+        seen |= {tables.filters for name, tables in kept.items() if ("wgmma" in name) == wgmma}
         check(case, torch.float16, layout, emulator)
         counts = emulator.counts
         assert (counts.matrices > 0) == (not wgmma)

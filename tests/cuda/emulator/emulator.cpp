@@ -36,11 +36,11 @@ const char* dsp_emulate(int dtype, const void* x, void* out, const void* residua
                 decltype(kernel)::run(machine, plan.params, static_cast<int>(block));
             }
         };
-        const bool warpgroups = static_cast<dsp::Kernel>(s.kernel) == dsp::Kernel::wgmma;
+        const bool warpgroups = dsp::needs_wgmma(s);
         if (warpgroups && dtype == 0)
-            dsp::dispatch_wgmma<dsp::Half>(s, params, run);
+            dsp::dispatch_wgmma<dsp::Half>(s, params, shared_limit, run);
         else if (warpgroups && dtype == 1)
-            dsp::dispatch_wgmma<dsp::Bfloat>(s, params, run);
+            dsp::dispatch_wgmma<dsp::Bfloat>(s, params, shared_limit, run);
         else if (dtype == 0)
             dsp::dispatch_16bit<dsp::Half>(s, params, shared_limit, run);
         else if (dtype == 1)
