@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTED = {
     "HMMA": r"\bHMMA\.",
     "HGMMA": r"\bHGMMA\.",
+    "waits": r"\bWARPGROUP\.DEPBAR",  # for products of a warpgroup
     "LDSM": r"\bLDSM\.",
     "LDGSTS.128": r"\bLDGSTS\.[A-Z.]*128",
     "STG.128": r"\bSTG\.E[A-Z.]*\.128",

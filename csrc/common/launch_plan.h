@@ -140,7 +140,7 @@ void dispatch_wgmma(const Sizes& s, ConvParams p, int64_t shared_limit, Run&& ru
     };
     const bool halo = static_cast<Kernel>(s.kernel) == Kernel::wgmma_halo;
     if (halo && s.filters == 64) {
-        using K = WgmmaHalo<T>;
+        using K = WgmmaHalo<T, 64>;
         int64_t blocks;
         choose_halo_tile<K>(p, shared_limit, blocks);
         return run(K{}, Launch{p, blocks * p.tile_count, K::kThreads, halo_bytes<K>(p)});

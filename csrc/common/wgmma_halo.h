@@ -8,16 +8,17 @@
 
 namespace dsp {
 
-template <class T>
+template <class T, int FILTERS>
 struct WgmmaHalo {
-    static constexpr int kFilters = 64, kBlocks = 1;  // of a multiprocessor at once, as far as registers go
+    static_assert(FILTERS == 64, "one warpgroup for each line");
+    static constexpr int kBlocks = 1;  // of a multiprocessor at once, as far as registers go
     static constexpr int kLines = 4, kLineChunks = 16, kThreads = kLines * 128, kStages = 3, kChannels = 16;
     static constexpr int kChunks = kLines * kLineChunks;
     static constexpr int kMostHalo = 192, kPerPass = kThreads / 8;  // chunks of the halo that are copied at once
     static constexpr int kCore = 128;  // bytes of a core matrix: 8 channels of a chunk
-    static constexpr int kWeightBytes = 9 * kFilters * kChannels * 2;
+    static constexpr int kWeightBytes = 9 * FILTERS * kChannels * 2;
     static constexpr int kSumStride = kChunks * 8 + 8;
-    static constexpr int kSumBytes = kFilters * kSumStride * 4;
+    static constexpr int kSumBytes = FILTERS * kSumStride * 4;
     static_assert(kSumStride % 32 == 8, "store_by_filter");
 
     DSP_HD static bool fits(int tile_h, int tile_w, int tile_n) {
@@ -107,7 +108,7 @@ struct WgmmaHalo {
                     const int place = ((line + tap / 3) * halo_w + tap % 3) * p.tile_n;
                     m.template multiply_warpgroup<T>(
                         sums, group,
-                        Operand<Order::along_k>{stage + tap * kFilters * kChannels * 2, kFilters * 16, 128},
+                        Operand<Order::along_k>{stage + tap * FILTERS * kChannels * 2, FILTERS * 16, 128},
                         Operand<Order::along_mn>{stage + kWeightBytes + place * kCore, per_half, kCore});
                 }
                 m.commit_products();
@@ -131,8 +132,8 @@ struct WgmmaHalo {
             const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width * n8;
             const int unit = (y * p.out_width + x) * n8 + n;
 #pragma unroll
-            for (int filter = thread / kChunks; filter < kFilters; filter += kThreads / kChunks) {
-                const int row = tile_number * kFilters + filter;
+            for (int filter = thread / kChunks; filter < FILTERS; filter += kThreads / kChunks) {
+                const int row = tile_number * FILTERS + filter;
                 const int channel = m.read(p.rows + row);
                 if (channel < 0) continue;
                 float value[8], bias[8];

@@ -220,3 +220,49 @@ def test_chwn_needs_batches_of_eight(emulator: Emulator) -> None:
     conv = CudaConv(case.spec, arguments.weights, arguments.bias, GpuLayout.CHWN, emulator)
     with pytest.raises(DSPShapeError, match="multiple of 8"):
         conv(GpuLayout.CHWN.from_nchw(arguments.x), torch.empty(9, 6, 6, 4))
+
+
+@pytest.mark.parametrize(
+    ("structure", "kernel", "batch", "hw", "asked", "expected"),
+    [
+        (GroupStructure.dense(64, 64), 3, 256, (56, 56), None, "wgmma_halo"),
+        (GroupStructure.dense(64, 64), 3, 256, (56, 56), False, "halo"),
+        (GroupStructure.dense(64, 64), 3, 8, (7, 7), None, "chwn"),  # too few blocks for either halo kernel
+        (GroupStructure.dense(64, 64), 3, 8, (7, 7), True, "wgmma"),
+        (GroupStructure.dense(64, 128), 1, 256, (28, 28), None, "wgmma"),
+        (GroupStructure.dense(64, 128), 1, 256, (28, 28), False, "chwn"),
+        (GroupStructure.uniform(64, 64, 4), 1, 256, (28, 28), None, "chwn"),  # 16 of 64 filters
+        (GroupStructure.uniform(64, 64, 4), 3, 256, (28, 28), None, "halo"),
+        (GroupStructure.dense(64, 40), 1, 256, (28, 28), None, "wgmma"),  # 40 of 64 against 48 of 48
+    ],
+)
+def test_where_wgmma_is_used(
+    structure: GroupStructure,
+    kernel: int,
+    batch: int,
+    hw: tuple[int, int],
+    asked: bool | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "_can_use_wgmma", lambda device: True)
+    case = Case("rule", structure, kernel=kernel, padding=kernel // 2)
+    launched: list[int] = []
+
+    def launch(*arguments: object) -> None:
+        sizes = arguments[-1]
+        assert isinstance(sizes, list)
+        launched.append(sizes[0])
+
+    weights = case.tensors(torch.float16).weights
+    conv = CudaConv(case.spec, weights, None, GpuLayout.CHWN, launch, wgmma=asked)
+    x = torch.empty(GpuLayout.CHWN.shape((batch, structure.in_channels, *hw)), dtype=torch.float16)
+    conv(x, torch.empty(GpuLayout.CHWN.shape((batch, structure.out_channels, *hw)), dtype=torch.float16))
+    assert launched == [cuda.KERNELS[expected].number]
+
+
+def test_wgmma_only_where_the_chip_has_it() -> None:
+    """On the CPU, and on anything but sm_90, its tables are not even made."""
+    case = Case("rule", GroupStructure.dense(64, 64))
+    conv = CudaConv(case.spec, case.tensors(torch.float16).weights, None, GpuLayout.CHWN, wgmma=True)
+    assert set(conv._tables(torch.float16, torch.device("cpu"))) == {"halo", "chwn"}
