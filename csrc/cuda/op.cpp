@@ -62,7 +62,7 @@ void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& 
     const std::string refused = dsp::use_device(device);
     if (!refused.empty()) throw std::runtime_error(what + ": " + refused);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    check(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, what, "there is no stream");
     const dsp::ConvParams params =
         dsp::params_of(sizes, x.data_ptr(), out.data_ptr(), residual ? residual->data_ptr() : nullptr,
                        weights.data_ptr(), static_cast<const float*>(bias.data_ptr()),
