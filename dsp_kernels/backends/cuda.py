@@ -34,8 +34,8 @@ _CHUNKS = {
     ("wgmma", 64): 16,
     ("wgmma", 128): 16,
 }
-# mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured here), so
-# wgmma may multiply that much more zeros to fill its wider tiles.
+# mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured
+# here), so wgmma may multiply that much more zeros to fill its wider tiles.
 _MMA_SHARE = 5 / 8
 
 
@@ -159,7 +159,7 @@ class CudaConv:
         self._launch(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
 
     def _choose(self, x: Tensor, out: Tensor) -> Tables:
-        """A halo kernel where it fills the chip, else the one of any convolution; by wgmma where that pays."""
+        """A halo kernel where it fills the chip, else the one of any convolution; wgmma where that pays."""
         kept = self._tables(x.dtype, x.device)
         chunks = out.numel() // self.spec.structure.out_channels // BATCH_MULTIPLE
 

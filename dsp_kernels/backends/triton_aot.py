@@ -18,10 +18,10 @@ from dsp_kernels.backends.triton_conv import INTEGER_ARGUMENTS, conv_kernel_func
 
 __all__ = ["Compiled", "compile_config", "faults", "resident_warps"]
 
-# Of a multiprocessor: registers, and bytes of shared memory by compute capability (1 KiB goes with every program).
+# Of a multiprocessor: registers; bytes of shared memory by capability (1 KiB goes with each program); warps.
 _REGISTERS, _SHARED, _WARPS = 1 << 16, {80: 164 << 10, 90: 228 << 10}, 64
-# Warps that a multiprocessor should hold at once: three for each of its four schedulers, so that two can wait for
-# memory or a barrier while one issues; two where the sums of a tile alone take 64 registers of every thread.
+# Warps that a multiprocessor should hold at once: three for each of its four schedulers, so that two can wait
+# for memory or a barrier while one issues; two where a tile's sums alone take 64 registers of every thread.
 _WARPS_WANTED, _WARPS_WANTED_WIDE, _WIDE = 12, 8, 64 * 128
 _ASYNC_16_BYTES = r"cp\.async\.c[ga]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?:0x10|16)\b"
 
@@ -75,8 +75,7 @@ def compile_config(config: TritonConfig, dtype: torch.dtype, capability: int, **
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=config.options())
     usage, sass = _inspect(binary.asm["cubin"])
     return Compiled(
         int(usage["REG"]),
@@ -103,7 +102,7 @@ def _run(*command: str | Path) -> str:
 
 
 def resident_warps(made: Compiled, config: TritonConfig, capability: int) -> int:
-    """How many warps of such programs one multiprocessor holds. Registers are given out in eights per thread."""
+    """Warps of such programs that one multiprocessor holds. A thread's registers are given out in eights."""
     per_program = config.warps * 32 * -(-made.registers // 8) * 8
     shared = _SHARED[90 if capability >= 90 else 80]
     programs = min(_REGISTERS // per_program, shared // (made.shared + 1024), _WARPS // config.warps)

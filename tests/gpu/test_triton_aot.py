@@ -58,7 +58,15 @@ def test_64_bit_offsets_compile() -> None:
 def test_faults_are_found() -> None:
     bad = Compiled(255, 1 << 20, 8, "st.global.b16 [%rd1], %rs1;", "LDG.E.U16")
     words = " ".join(faults(bad, GOOD, HALF, 90))
-    for word in ("spilled", "255 registers", "leave 0 warps", "wgmma", "asynchronous", "2 bytes", "0 of 1 stores"):
+    for word in (
+        "spilled",
+        "255 registers",
+        "leave 0 warps",
+        "wgmma",
+        "asynchronous",
+        "2 bytes",
+        "0 of 1 stores",
+    ):
         assert word in words
 
 
