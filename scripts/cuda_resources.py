@@ -57,13 +57,14 @@ def find_cuobjdump() -> str | None:
 
 def plain_name(mangled: str) -> str:
     """ChwnGemm fp16 64, from the mangled name of conv_kernel<ChwnGemm<Half, 64>>."""
-    match = re.search(r"conv_kernelINS_\d+(\w+?)I(?:NS_\d(\w+?)ELi(\d+)|Lb([01]))E", mangled)
+    match = re.search(r"conv_kernelINS_\d+(\w+?)I(?:NS_\d(\w+?)ELi(\d+)(?:ELi(\d+))?|Lb([01]))E", mangled)
     if not match:
         return mangled
-    kernel, number, filters, nhwc = match.groups()
+    kernel, number, filters, slices, nhwc = match.groups()
     if nhwc is not None:
         return f"{kernel} {'NHWC' if nhwc == '1' else 'CHWN'} 32"
-    return f"{kernel} {_TYPES[number.lstrip('0123456789')]} {filters}"
+    sliced = f" / {slices}" if slices not in (None, "1") else ""
+    return f"{kernel} {_TYPES[number.lstrip('0123456789')]} {filters}{sliced}"
 
 
 def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:

@@ -84,8 +84,10 @@ layers() { # once by the rule, and once without wgmma where the chip has it
 }
 
 time_networks() { # time_networks NAME SECONDS NETWORKS BATCHES ENGINES
-  "$PYTHON" -m dsp_benchmarks run --device "${DSP_DEVICE:-cuda}" --networks "$3" --batches "$4" --engines "$5" \
-    --rounds "${ROUNDS:-50}" --seconds "$2" --out "$OUT/$1.json"
+  local device=cuda seconds=$2 networks=$3 batches=$4 rounds=50
+  [ "${DSP_DEVICE:-}" = cpu ] && device=cpu seconds=30 networks=resnet20_g4 batches=1 rounds=2 # only to see it run
+  "$PYTHON" -m dsp_benchmarks run --device "$device" --networks "$networks" --batches "$batches" --engines "$5" \
+    --rounds "$rounds" --seconds "$seconds" --out "$OUT/$1.json"
 }
 
 OURS=packed/fused:cuda:fp16,packed/fused:triton:fp16
@@ -133,11 +135,10 @@ refuses() { # refuses TEXT COMMAND...: it fails, and says why
 export PYTHON OUT OURS DENSE RELEASED TENSORRT
 export -f build tests layers time_networks bench rivals rates compile tune sanitize refuses # for timeout's shell
 if [ "${DSP_DEVICE:-}" = cpu ]; then
-  export ROUNDS=2
   LINES_SHOWN=24 part build 300 build
   part table 300 tests table tests/device/test_convs_on_device.py
   part networks 60 tests networks tests/device/test_networks_on_device.py
-  part layers 60 refuses "torch finds none" layers --net resnet20_g4
+  part layers 60 refuses "torch finds no CUDA device" layers --net resnet20_g4
   LINES_SHOWN=24 part bench 120 bench
   part sanitize 60 refuses "compute-sanitizer" sanitize
   for name in rivals rates compile tune; do LINES_SHOWN=24 part "$name" 530 "$name"; done

@@ -15,7 +15,7 @@
 
 namespace dsp {
 
-enum class Kernel { chwn, halo, nhwc, fp32_chwn, fp32_nhwc, wgmma, wgmma_halo };
+enum class Kernel { chwn, halo, nhwc, fp32_chwn, fp32_nhwc, wgmma, wgmma_halo, nhwc_sliced };
 
 // The order of the op's `sizes`; dsp_kernels/backends/cuda.py writes them in this order.
 struct Sizes {
@@ -119,6 +119,10 @@ void dispatch_16bit(const Sizes& s, ConvParams p, int64_t shared_limit, Run&& ru
         case Kernel::nhwc:
             if (s.filters == 16) return nhwc(NhwcGemm<T, 16>{});
             if (s.filters == 32) return nhwc(NhwcGemm<T, 32>{});
+            break;
+        case Kernel::nhwc_sliced:
+            if (s.filters == 16) return nhwc(NhwcGemm<T, 16, 4>{});
+            if (s.filters == 32) return nhwc(NhwcGemm<T, 32, 4>{});
             break;
         default:
             break;

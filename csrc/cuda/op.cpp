@@ -25,9 +25,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::string describe(const dsp::Sizes& s) {
-    static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc", "wgmma", "wgmma_halo"};
+    static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc", "wgmma", "wgmma_halo", "nhwc_sliced"};
     const auto two = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
-    const std::string name = s.kernel >= 0 && s.kernel < 7 ? kNames[s.kernel] : std::to_string(s.kernel);
+    const std::string name = s.kernel >= 0 && s.kernel < 8 ? kNames[s.kernel] : std::to_string(s.kernel);
     return "CUDA kernel " + name + " of " + std::to_string(s.filters) + " filters, batch " +
            std::to_string(s.batch) + ", " + std::to_string(s.in_channels) + " channels of " +
            two(s.height, s.width) + " to " + std::to_string(s.out_channels) + " of " +

@@ -23,7 +23,8 @@ Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[i
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # csrc/common/conv_params.h: offsets of taps and heights are packed into 16 bits.
 _LARGEST_SIDE = 16383
-# Multiprocessors that a halo kernel should fill: its blocks are larger than those of the other one.
+# Multiprocessors of an H200, which blocks should fill: a halo kernel's are larger than those of the other
+# one, and the NHWC kernel has few where there is one image.
 _FEW_BLOCKS = 132
 # Pieces of 8 images that a block of a kernel takes, by filters per tile.
 _CHUNKS = {
@@ -34,6 +35,8 @@ _CHUNKS = {
     ("wgmma", 64): 16,
     ("wgmma", 128): 16,
 }
+# Positions of a block of the NHWC kernel; the number of the one that shares out a reduction (launch_plan.h).
+_NHWC_POSITIONS, _NHWC_SLICED = 64, 7
 # mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured
 # here), so wgmma may multiply that much more zeros to fill its wider tiles.
 _MMA_SHARE = 5 / 8
@@ -142,7 +145,7 @@ class CudaConv:
         tables = self._choose(x, out)
         spec = self.spec
         sizes = [
-            tables.kind.number,
+            self._number(tables, out),
             tables.filters,
             tables.tile_count,
             tables.rows_at,
@@ -157,6 +160,13 @@ class CudaConv:
             *spec.output_hw(shape[2:]),
         ]
         self._launch(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
+
+    def _number(self, tables: Tables, out: Tensor) -> int:
+        """The kernel's number; in NHWC with four times the threads for a tile where there are few tiles."""
+        positions = out.numel() // self.spec.structure.out_channels
+        blocks = -(-positions // _NHWC_POSITIONS) * tables.tile_count
+        few = tables.kind.name == "nhwc" and blocks < _FEW_BLOCKS
+        return _NHWC_SLICED if few else tables.kind.number
 
     def _choose(self, x: Tensor, out: Tensor) -> Tables:
         """A halo kernel where it fills the chip, else the one of any convolution; wgmma where that pays."""

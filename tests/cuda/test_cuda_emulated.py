@@ -86,10 +86,20 @@ def in_chwn(case: Case) -> Case:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("dtype", "sliced"),
+    [(dtype, sliced) for dtype in DTYPES for sliced in (False, True) if dtype != torch.float32 or not sliced],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 @pytest.mark.parametrize("case", [*TABLE, *EDGES], ids=lambda case: case.name.replace(" ", "-"))
-def test_nhwc(case: Case, dtype: torch.dtype, emulator: Emulator) -> None:
+def test_nhwc(
+    case: Case, dtype: torch.dtype, sliced: bool, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 10**9 if sliced else 0)
+    emulator.kernels.clear()
     check(case, dtype, GpuLayout.NHWC, emulator)
+    number = 4 if dtype == torch.float32 else 7 if sliced else 2
+    assert emulator.kernels == ([] if case.batch == 0 else [number])
 
 
 def chwn_runs() -> Iterator[tuple[Case, torch.dtype, str]]:
