@@ -284,7 +284,10 @@ class _Writer:
             torch.cat([packed for *_, packed in tiles]).to(device, dtype),
             row_bias.to(device),
             torch.cat(parts).to(device),
-            *starts[1:],
+            rows_at=starts[1],
+            runs_at=starts[2],
+            taps_at=starts[3],
+            gather_at=starts[4],
             products=sum(packed.numel() for *_, packed in tiles),
         )
 
