@@ -83,14 +83,14 @@ def _conv(step: ConvStep) -> Callable[[dict[str, Any]], Tensor]:
     spec, source = step.spec, step.inputs[0]
     weight, bias = _dense(step)
     place = spec.stride, spec.padding, spec.dilation
-    added = step.inputs[1] if len(step.inputs) == 2 else None
-    if spec.activation == "relu" and added is None:
+    added = step.inputs[1:]
+    if spec.activation == "relu" and not added:
         return lambda values: torch.cudnn_convolution_relu(values[source], weight, bias, *place, 1)
     if spec.activation == "relu":
         return lambda values: torch.cudnn_convolution_add_relu(
-            values[source], weight, values[added], 1.0, bias, *place, 1
+            values[source], weight, values[added[0]], 1.0, bias, *place, 1
         )
-    if spec.activation == "none" and added is None:
+    if spec.activation == "none" and not added:
         return lambda values: F.conv2d(values[source], weight, bias, *place)
     return EagerExecutor().call(step)
 
