@@ -36,7 +36,7 @@ class Case:
 # What is worth comparing: the dense network and the plain dense forms of the pruned one in strong engines,
 # the pruned one as it is shipped and as exporters take it, and ours.
 _STRONG = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
-_GPU = ("cuda-graph", "cuda-graph-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
+_GPU = ("cuda-graph", "cuda-graph-fp16", "cudnn-fused-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
 _NATIVE = "fused:cpu"
 _COMPILED = ("compile", "compile-autotune", "compile-freezing")
 
@@ -45,8 +45,8 @@ def default_cases(device: str = "cpu") -> list[Case]:
     """The default plan, strongest dense baselines first and ours last."""
     fused = [name for name in ENGINES if name.startswith("fused")]
     plan = {
-        "dense": ("torch", *_STRONG, *_COMPILED, *_GPU),
-        "released": ("torchscript",),
+        "dense": ("torch", *_STRONG, *_COMPILED, "compile-autotune-fp16", *_GPU),
+        "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),
         "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *fused),
         "compacted": (*_STRONG, "compile-freezing", *_GPU),
         "filters": ("torch-nhwc", "onnxruntime", "openvino", *_GPU),

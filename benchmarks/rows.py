@@ -23,7 +23,8 @@ class Row:
     accuracy: share of labelled images that are right; None where that was not counted. moved: bytes that must
     be read and written at least for this batch.
     floor: seconds that this machine needs at least for this batch; None where the peaks are not known.
-    enqueue_seconds, cold_seconds: on a GPU, of starting the work, and with the L2 cache cold.
+    enqueue_seconds: on a GPU, of starting the work; device_seconds, cold_seconds: of the work itself there,
+    without what Python needs to start it, with the L2 cache as the call before left it, and cold.
     """
 
     engine: str
@@ -40,6 +41,7 @@ class Row:
     macs: int | None = None
     floor: float | None = None
     enqueue_seconds: float | None = None
+    device_seconds: float | None = None
     cold_seconds: float | None = None
     accuracy: float | None = None
     moved: float | None = None
@@ -74,6 +76,7 @@ class Row:
             "macs": self.macs,
             "floor": self.floor,
             "enqueue_seconds": self.enqueue_seconds,
+            "device_seconds": self.device_seconds,
             "cold_seconds": self.cold_seconds,
             "accuracy": self.accuracy,
             "moved": self.moved,
@@ -103,6 +106,7 @@ class Row:
             samples=None if seconds is None else Samples(tuple(seconds), data["per_round"]),
             difference=data["max_logit_difference"],
             allowed=data["allowed_difference"],
+            device_seconds=data.get("device_seconds"),  # not in the oldest files
             **{key: data[key] for key in _PLAIN},
         )
 

@@ -193,7 +193,7 @@ def _answer(answers: dict[str, Tensor], network: Network, case: Case, x: Tensor)
 
 def _with_device_times(row: Row, run: Runner, x: Tensor) -> Row:
     found = device_times(lambda: run(x))
-    return replace(row, enqueue_seconds=found.enqueue, cold_seconds=found.cold)
+    return replace(row, enqueue_seconds=found.enqueue, device_seconds=found.warm, cold_seconds=found.cold)
 
 
 def _urgency(case: Case) -> int:

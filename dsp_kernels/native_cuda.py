@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["LIBRARY", "OLDEST_CAPABILITY", "why_no_cuda", "why_not_on"]
+__all__ = ["LIBRARY", "OLDEST_CAPABILITY", "has_wgmma", "why_no_cuda", "why_not_on"]
 
 LIBRARY = Path(__file__).resolve().parent / "_C_cuda.so"
 # Asynchronous copies and bfloat16 on tensor cores came with it.
@@ -44,3 +45,11 @@ def why_not_on(index: int | None) -> str:
             f"the CUDA kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer"
         )
     return ""
+
+
+@cache
+def has_wgmma(index: int | None) -> bool:
+    """Whether CUDA device ``index`` (None: the current one) has wgmma and the library was compiled for it."""
+    if why_no_cuda() or why_not_on(index) or torch.cuda.get_device_capability(index) != (9, 0):
+        return False
+    return bool(ctypes.CDLL(str(LIBRARY)).dsp_kernels_has_wgmma())

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # cuobjdump's name of an instruction -> what the table calls it.
 COUNTED = {
     "HMMA": r"\bHMMA\.",
+    "HGMMA": r"\bHGMMA\.",
+    "waits": r"\bWARPGROUP\.DEPBAR",  # for products of a warpgroup
     "LDSM": r"\bLDSM\.",
     "LDGSTS.128": r"\bLDGSTS\.[A-Z.]*128",
     "STG.128": r"\bSTG\.E[A-Z.]*\.128",
@@ -55,13 +57,15 @@ def find_cuobjdump() -> str | None:
 
 def plain_name(mangled: str) -> str:
     """ChwnGemm fp16 64, from the mangled name of conv_kernel<ChwnGemm<Half, 64>>; blocks likewise."""
-    match = re.search(r"(?:conv|block)_kernelINS_\d+(\w+?)I(?:NS_\d(\w+?)ELi(\d+)|Lb([01]))E", mangled)
+    pattern = r"(?:conv|block)_kernelINS_\d+(\w+?)I(?:NS_\d(\w+?)ELi(\d+)(?:ELi(\d+))?|Lb([01]))E"
+    match = re.search(pattern, mangled)
     if not match:
         return mangled
-    kernel, number, filters, nhwc = match.groups()
+    kernel, number, filters, slices, nhwc = match.groups()
     if nhwc is not None:
         return f"{kernel} {'NHWC' if nhwc == '1' else 'CHWN'} 32"
-    return f"{kernel} {_TYPES[number.lstrip('0123456789')]} {filters}"
+    sliced = f" / {slices}" if slices not in (None, "1") else ""
+    return f"{kernel} {_TYPES[number.lstrip('0123456789')]} {filters}{sliced}"
 
 
 def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
@@ -91,7 +95,9 @@ def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line):
             for what, pattern in patterns.items():
                 kernels[arch, name].instructions[what] += bool(pattern.search(line))
-    return sorted(kernels.values(), key=lambda kernel: (kernel.arch, kernel.name))
+    # Kernels of wgmma are empty for any other chip.
+    kept = [kernel for kernel in kernels.values() if "Wgmma" not in kernel.name or kernel.arch == "sm_90a"]
+    return sorted(kept, key=lambda kernel: (kernel.arch, kernel.name))
 
 
 def table(kernels: list[Kernel]) -> str:

@@ -1,22 +1,34 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, offline, every part in under three minutes: build, check, sanitize, time.
+# Everything that needs a GPU, offline, in under nine minutes: build, check, time, sanitize.
 #
-#   scripts/gpu_check.sh                 all parts
-#   scripts/gpu_check.sh --only PART     one of: build table blocks networks layers block_times bench bench_per_conv sanitize
-#                                        sanitize_blocks
+#   scripts/gpu_check.sh                 the parts: build table networks blocks layers bench sanitize
+#   scripts/gpu_check.sh --only PART     one of them (or several: --only "build table"), or one of the long ones:
+#                                        rivals (every engine, four networks), rates (70 and 90 %, batch 256),
+#                                        compile (torch.compile max-autotune, batch 256), tune (Triton's autotune),
+#                                        block_times, bench_per_conv (networks without blocks), sanitize_blocks
 #   scripts/gpu_check.sh --pack          copy what the tests read from ../shared into .shared (git ignores it),
 #                                        for a machine to which only the repository travels
 #
 # PYTHON: the interpreter (python3). OUT: where JSON and logs go (gpu_results). DSP_SHARED: real nets and images.
-# DSP_DEVICE=cpu rehearses the table without a GPU, in Triton's interpreter.
+# BUDGET: seconds for all parts together (535); a part gets what is left, at most its own limit.
+# DSP_DEVICE=cpu rehearses all that runs without a GPU: the table in Triton's interpreter, the benchmarks on the CPU,
+# and that what needs a GPU says so.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu_results}
+BUDGET=${BUDGET:-535}
+PARTS="build table networks blocks layers bench sanitize"
+LONG="rivals rates compile tune block_times bench_per_conv sanitize_blocks"
 only=
 case "${1:-}" in
-  --only) only=${2:?--only needs the name of a part} ;;
+  --only)
+    only=${2:?--only needs the name of a part}
+    for name in $only; do
+      case " $PARTS $LONG " in *" $name "*) ;; *) echo "no part $name; there are $PARTS $LONG" >&2; exit 2 ;; esac
+    done
+    ;;
   --pack)
     from=${DSP_SHARED:-../shared}
     mkdir -p .shared/data
@@ -41,49 +53,19 @@ failed=()
 part() { # part NAME SECONDS COMMAND...: run it if it is wanted, keep its log, go on after a failure
   local name=$1 limit=$2
   shift 2
-  [ -n "$only" ] && [ "$only" != "$name" ] && return 0
-  local began=$SECONDS
+  case " ${only:-$PARTS} " in *" $name "*) ;; *) return 0 ;; esac
+  local began=$SECONDS left=$((BUDGET - SECONDS))
+  [ "$left" -lt "$limit" ] && limit=$left
+  if [ "$limit" -lt 5 ]; then
+    echo "== $name: no time left of $BUDGET s"
+    failed+=("$name")
+    return
+  fi
   timeout "$limit" bash -c '"$@"' part "$@" >"$OUT/$name.log" 2>&1
   local status=$?
-  echo "== $name: exit $status, $((SECONDS - began)) s"
+  echo "== $name: exit $status, $((SECONDS - began)) s of $limit"
   tail -n "${LINES_SHOWN:-12}" "$OUT/$name.log"
   [ $status -eq 0 ] || failed+=("$name")
-}
-
-tests() { "$PYTHON" -m pytest -q -p no:cacheprovider -s "$@"; }
-
-sanitize() {
-  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor is an allocation of its own, whose ends are guarded
-  local some="(unequal or stage-3 or batch-1 or one-to-one) and float16"
-  for tool in memcheck racecheck; do
-    timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
-      -p no:cacheprovider tests/device/test_convs_on_device.py -k "$some" || return
-  done
-}
-
-bench() {
-  "$PYTHON" -m dsp_benchmarks run --device cuda --networks resnet20_g4,resnet56_g4 --batches 1,32,256 \
-    --rounds 50 --seconds 60 --out "$OUT/gpu_cifar.json" &&
-    "$PYTHON" -m dsp_benchmarks run --device cuda --networks resnet18_g2_80,resnet50_g2_80 \
-      --batches 1,32,256 --rounds 50 --seconds 90 --out "$OUT/gpu_imagenet.json"
-}
-
-sanitize_blocks() {
-  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  local some="test_block and float16 and (unequal or turns or shortcut or bottleneck or residual or stage)"
-  for tool in memcheck racecheck; do
-    timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
-      -p no:cacheprovider tests/device/test_blocks_on_device.py -k "$some" || return
-  done
-}
-
-bench_per_conv() { # the same networks without blocks
-  DSP_KERNELS_BLOCKS=0 "$PYTHON" -m dsp_benchmarks run --device cuda --networks resnet20_g4,resnet56_g4 \
-    --batches 32,256 --engines packed/fused:cuda:fp16 --rounds 50 --seconds 30 --out "$OUT/gpu_cifar_per_conv.json" &&
-    DSP_KERNELS_BLOCKS=0 "$PYTHON" -m dsp_benchmarks run --device cuda --networks resnet18_g2_80,resnet50_g2_80 \
-      --batches 32,256 --engines packed/fused:cuda:fp16 --rounds 50 --seconds 60 --out "$OUT/gpu_imagenet_per_conv.json"
 }
 
 build() {
@@ -92,22 +74,105 @@ build() {
     "$PYTHON" -m dsp_kernels.env
 }
 
-export PYTHON OUT
-export -f tests sanitize sanitize_blocks bench bench_per_conv build # timeout starts a shell of its own
+tests() { # tests NAME FILE: what it recorded is in NAME.xml, the accuracies of the networks too
+  "$PYTHON" -m pytest -q -p no:cacheprovider -s --junitxml "$OUT/$1.xml" "$2"
+}
+
+layers() { # once by the rule, and once without wgmma where the chip has it
+  "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers.json" "$@" &&
+    DSP_KERNELS_WGMMA=0 "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers_mma_sync.json" --batch 256 "$@" &&
+    "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers_triton.json" --kernels triton --batch 256 "$@"
+}
+
+time_networks() { # time_networks NAME SECONDS NETWORKS BATCHES ENGINES
+  local device=cuda seconds=$2 networks=$3 batches=$4 rounds=50
+  [ "${DSP_DEVICE:-}" = cpu ] && device=cpu seconds=30 networks=resnet20_g4 batches=1 rounds=2 # only to see it run
+  "$PYTHON" -m dsp_benchmarks run --device "$device" --networks "$networks" --batches "$batches" --engines "$5" \
+    --rounds "$rounds" --seconds "$seconds" --out "$OUT/$1.json"
+}
+
+OURS=packed/fused:cuda:fp16,packed/fused:triton:fp16
+DENSE=dense/cuda-graph-fp16,dense/cudnn-fused-fp16,compacted/cuda-graph-fp16,compacted/cudnn-fused-fp16
+RELEASED=released/torch-fp16,released/cuda-graph-fp16
+TENSORRT=dense/tensorrt-fp16,compacted/tensorrt-fp16
+bench() {
+  time_networks gpu_cifar 45 resnet56_g4 1,32,256 "$OURS,$DENSE,$RELEASED" &&
+    time_networks gpu_imagenet 60 resnet50_g2_80 1,256 "$OURS,$DENSE"
+}
+rivals() {
+  time_networks gpu_cifar_rivals 200 resnet20_g4,resnet56_g4 1,32,256 "$OURS,$DENSE,$RELEASED,$TENSORRT" &&
+    time_networks gpu_imagenet_rivals 300 resnet18_g2_80,resnet50_g2_80 1,32,256 "$OURS,$DENSE,$TENSORRT"
+}
+rates() {
+  time_networks gpu_rates 480 resnet18_g2_70,resnet18_g2_90,resnet50_g2_70,resnet50_g2_90 256 "$OURS,$DENSE"
+}
+compile() {
+  time_networks gpu_compile 500 resnet56_g4,resnet18_g2_80,resnet50_g2_80 256 \
+    "$OURS,dense/cuda-graph-fp16,dense/compile-autotune-fp16,compacted/compile-autotune-fp16"
+}
+tune() { # what the configurations of the Triton kernel gain by being measured; kept in OUT for a shipped table
+  DSP_KERNELS_AUTOTUNE=1 DSP_KERNELS_CACHE="$OUT/tuned" time_networks gpu_tuned 480 \
+    resnet56_g4,resnet50_g2_80 256 packed/fused:triton:fp16
+}
+
+sanitize() {
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor is an allocation of its own, whose ends are guarded
+  local some="(unequal or stage-3 or batch-1 or one-to-one) and float16"
+  for tool in memcheck racecheck; do
+    timeout "${SANITIZE:-50}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
+      -p no:cacheprovider tests/device/test_convs_on_device.py -k "$some" || return
+  done
+}
+
+refuses() { # refuses TEXT COMMAND...: it fails, and says why
+  local text=$1
+  shift
+  "$@" >"$OUT/refusal.log" 2>&1 && { echo "no refusal: $*"; return 1; }
+  grep -q "$text" "$OUT/refusal.log" || { tail -n 5 "$OUT/refusal.log"; return 1; }
+  echo "refused as it should: $(grep -m1 "$text" "$OUT/refusal.log")"
+}
+
+sanitize_blocks() {
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local some="test_block and float16 and (unequal or turns or shortcut or bottleneck or residual or stage)"
+  for tool in memcheck racecheck; do
+    timeout 250 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
+      -p no:cacheprovider tests/device/test_blocks_on_device.py -k "$some" || return
+  done
+}
+block_times() { "$PYTHON" scripts/gpu_blocks.py --out "$OUT/gpu_blocks.json"; }
+bench_per_conv() { # the networks of bench without blocks
+  export DSP_KERNELS_BLOCKS=0
+  time_networks gpu_cifar_per_conv 60 resnet20_g4,resnet56_g4 32,256 packed/fused:cuda:fp16 &&
+    time_networks gpu_imagenet_per_conv 90 resnet18_g2_80,resnet50_g2_80 32,256 packed/fused:cuda:fp16
+}
+
+export PYTHON OUT OURS DENSE RELEASED TENSORRT
+# For timeout's shell.
+export -f build tests layers time_networks bench rivals rates compile tune sanitize refuses
+export -f sanitize_blocks block_times bench_per_conv
 if [ "${DSP_DEVICE:-}" = cpu ]; then
-  part table 540 tests tests/device/test_convs_on_device.py
+  LINES_SHOWN=24 part build 300 build
+  part table 300 tests table tests/device/test_convs_on_device.py
+  part networks 60 tests networks tests/device/test_networks_on_device.py
+  part layers 60 refuses "torch finds no CUDA device" layers --net resnet20_g4
+  LINES_SHOWN=24 part bench 120 bench
+  part sanitize 60 refuses "compute-sanitizer" sanitize
+  for name in rivals rates compile tune; do LINES_SHOWN=24 part "$name" 530 "$name"; done
 else
   export DSP_REQUIRE_GPU=1
   LINES_SHOWN=24 part build 150 build
-  part table 120 tests tests/device/test_convs_on_device.py
-  part blocks 120 tests tests/device/test_blocks_on_device.py
-  LINES_SHOWN=40 part networks 120 tests tests/device/test_networks_on_device.py
-  part layers 60 "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers.json"
-  LINES_SHOWN=60 part block_times 120 "$PYTHON" scripts/gpu_blocks.py --out "$OUT/gpu_blocks.json"
-  LINES_SHOWN=60 part bench 170 bench
-  part bench_per_conv 120 bench_per_conv
-  part sanitize 155 sanitize
-  part sanitize_blocks 155 sanitize_blocks
+  part table 110 tests table tests/device/test_convs_on_device.py
+  LINES_SHOWN=40 part networks 90 tests networks tests/device/test_networks_on_device.py
+  part blocks 80 tests blocks tests/device/test_blocks_on_device.py
+  LINES_SHOWN=24 part layers 70 layers
+  LINES_SHOWN=60 part bench 130 bench
+  part sanitize 110 sanitize
+  for name in rivals rates compile tune block_times bench_per_conv sanitize_blocks; do
+    LINES_SHOWN=60 part "$name" 530 "$name"
+  done
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from dsp_benchmarks.engines.base import cuda_available
 from dsp_benchmarks.gpu_layers import layer_times, write_layer_times
 from dsp_benchmarks.networks import NetworkSource, load_network
 from dsp_benchmarks.peaks import measure_peaks
@@ -18,12 +19,15 @@ from dsp_kernels.env import describe_environment
 def main() -> None:
     """Write one JSON file and print one line per network and batch."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--net", nargs="+", default=["resnet56_g4", "resnet50_g2_80"])
+    parser.add_argument("--net", nargs="+", default=["resnet56_g4", "resnet18_g2_80", "resnet50_g2_80"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32, 256])
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    able, reason = cuda_available()
+    if not able:
+        raise SystemExit(f"layer times need a GPU: {reason}")
     dtype = getattr(torch, options.dtype)
     peaks = measure_peaks("cuda", (dtype,))
     found = []

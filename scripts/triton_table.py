@@ -21,7 +21,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from dsp_kernels.backends.triton_aot import compile_config, faults
+from dsp_kernels.backends.triton_aot import compile_config, faults, resident_warps
 from dsp_kernels.backends.triton_config import TritonConfig, shipped
 
 BEGIN, END = "<!-- table begins -->", "<!-- table ends -->"
@@ -36,7 +36,8 @@ def measure(job: Job) -> Result:
     cells = [
         *(name, str(dtype).removeprefix("torch."), f"{config.cols} x {config.filters} x {config.bk}"),
         *(f"{config.warps} / {config.stages}", f"sm_{capability}", str(made.registers), str(made.shared)),
-        *(str(made.spill), str(made.count(r"wgmma\.mma_async")), str(made.count(r"mma\.sync"))),
+        *(str(resident_warps(made, config, capability)), str(made.spill)),
+        *(str(made.count(r"wgmma\.mma_async")), str(made.count(r"mma\.sync"))),
         f"{made.count(r'st.global[.a-z0-9]*.v4.b32')} of {made.count(r'st.global')}",
     ]
     return cells, faults(made, config, dtype, capability)
@@ -45,7 +46,7 @@ def measure(job: Job) -> Result:
 def table(rows: list[list[str]]) -> str:
     """Markdown."""
     head = ["kernel", "dtype", "columns x filters x depth", "warps / stages", "chip", "registers", "shared"]
-    head += ["spill", "wgmma", "mma", "16-byte stores"]
+    head += ["warps held", "spill", "wgmma", "mma", "16-byte stores"]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -6,6 +6,7 @@ import torch
 
 from .base import Engine, Runner
 from .cuda_graph import CudaGraph
+from .cudnn_fused import CudnnFused
 from .fused import fused_engines
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVINO
@@ -29,6 +30,9 @@ _ALL: tuple[Engine, ...] = (
     OpenVINO("openvino-bf16", torch.bfloat16),
     CudaGraph("cuda-graph"),
     CudaGraph("cuda-graph-fp16", torch.float16),
+    CudnnFused("cudnn-fused-fp16"),
+    TorchEager("torch-fp16", dtype=torch.float16, device="cuda"),
+    TorchCompile("compile-autotune-fp16", {"mode": "max-autotune"}, device="cuda", dtype=torch.float16),
     OnnxRuntime("onnxruntime-cuda", "cuda"),
     TensorRT("tensorrt"),
     TensorRT("tensorrt-fp16", torch.float16),

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Runner
+from .base import Runner, cuda_available
 
 __all__ = ["TorchCompile"]
 
 
 @dataclass(frozen=True)
 class TorchCompile:
-    """options: keyword arguments of ``torch.compile``; channels_last: the layout it starts from.
+    """options: keyword arguments of ``torch.compile``; channels_last, dtype: what it starts from.
 
     freezing makes constants of the weights (norms are then folded, weights laid out ahead of time); it is
     Inductor's inference mode and its fastest on a CPU.
@@ -37,6 +37,8 @@ class TorchCompile:
         """Where Inductor can build code: it needs a C++ compiler on a CPU, triton on a GPU."""
         from torch._inductor import cpp_builder, exc
 
+        if self.device == "cuda" and not cuda_available()[0]:
+            return cuda_available()
         try:
             cpp_builder.get_cpp_compiler()
         except (exc.InvalidCxxCompiler, RuntimeError) as error:
@@ -48,13 +50,13 @@ class TorchCompile:
         from torch._inductor import config
 
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        network = copy.deepcopy(model).eval().to(memory_format=layout)
+        network = copy.deepcopy(model).eval().to(self.dtype).to(memory_format=layout)
         compiled = torch.compile(_own_code(lambda x: network(x)), dynamic=False, **self.options)
 
         def run(x: Tensor) -> Tensor:
             # no_grad: freezing does nothing in inference mode.
             with torch.no_grad():
-                return compiled(x.contiguous(memory_format=layout))
+                return compiled(x.to(self.dtype).contiguous(memory_format=layout)).float()
 
         with config.patch(freezing=self.freezing):
             run(example)

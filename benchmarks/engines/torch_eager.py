@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base import Runner
+from .base import Runner, cuda_available
 
 __all__ = ["TorchEager"]
 
 
 @dataclass(frozen=True)
 class TorchEager:
-    """Plain PyTorch. channels_last: the layout of weights and input, converted inside the timed call."""
+    """Plain PyTorch. channels_last, dtype: of weights and input, converted inside the timed call."""
 
     name: str = "torch"
     channels_last: bool = False
@@ -25,17 +25,17 @@ class TorchEager:
     any_batch: bool = True
 
     def available(self) -> tuple[bool, str]:
-        """Always."""
-        return True, ""
+        """Always; on a GPU where torch finds one."""
+        return cuda_available() if self.device == "cuda" else (True, "")
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         """model: any module; example: unused, every input runs."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         # A copy: other engines run the same model in their own layout.
-        network = copy.deepcopy(model).eval().to(memory_format=layout)
+        network = copy.deepcopy(model).eval().to(self.dtype).to(memory_format=layout)
 
         def run(x: Tensor) -> Tensor:
             with torch.inference_mode():
-                return network(x.contiguous(memory_format=layout))
+                return network(x.to(self.dtype).contiguous(memory_format=layout)).float()
 
         return run

@@ -21,6 +21,7 @@ struct HaloConv {
     static constexpr int kSumBytes = FILTERS * kSumStride * 4;
     static_assert(kSumStride % 32 == 8, "store_by_filter");
 
+    DSP_HD static bool fits(int tile_h, int tile_w, int tile_n) { return tile_h * tile_w * tile_n <= kChunks; }
     DSP_HD static int halo_chunks(int tile_h, int tile_w, int tile_n) { return (tile_h + 2) * (tile_w + 2) * tile_n; }
     // An odd number of chunks per channel, so that ldmatrix finds eight channels of one pixel in all banks.
     DSP_HD static int channel_bytes(int halo) { return (halo | 1) * 16; }

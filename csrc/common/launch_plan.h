@@ -10,10 +10,12 @@
 #include "fp32_gemm.h"
 #include "halo_conv.h"
 #include "nhwc_gemm.h"
+#include "wgmma_gemm.h"
+#include "wgmma_halo.h"
 
 namespace dsp {
 
-enum class Kernel { chwn, halo, nhwc, fp32_chwn, fp32_nhwc };
+enum class Kernel { chwn, halo, nhwc, fp32_chwn, fp32_nhwc, wgmma, wgmma_halo, nhwc_sliced };
 
 // The order of the op's `sizes`; dsp_kernels/backends/cuda.py writes them in this order.
 struct Sizes {
@@ -46,9 +48,9 @@ void choose_halo_tile(ConvParams& p, int64_t shared_limit, int64_t& position_blo
     position_blocks = 0;
     for (int n = 1; n <= 4 && n <= n8; n *= 2)
         for (int h = 1; h <= K::kChunks && h <= p.out_height; ++h)
-            for (int w = 1; h * w * n <= K::kChunks && w <= p.out_width; ++w) {
+            for (int w = 1; w <= K::kChunks && w <= p.out_width; ++w) {
                 const int halo = K::halo_chunks(h, w, n);
-                if (halo > K::kMostHalo || K::shared_bytes(halo) > shared_limit) continue;
+                if (!K::fits(h, w, n) || halo > K::kMostHalo || K::shared_bytes(halo) > shared_limit) continue;
                 const int64_t blocks =
                     divide_up(p.out_height, h) * divide_up(p.out_width, w) * divide_up(n8, n);
                 const double cost = static_cast<double>(blocks) * (halo * (n == 1 ? 2 : 1) + K::kChunks);
@@ -118,10 +120,38 @@ void dispatch_16bit(const Sizes& s, ConvParams p, int64_t shared_limit, Run&& ru
             if (s.filters == 16) return nhwc(NhwcGemm<T, 16>{});
             if (s.filters == 32) return nhwc(NhwcGemm<T, 32>{});
             break;
+        case Kernel::nhwc_sliced:
+            if (s.filters == 16) return nhwc(NhwcGemm<T, 16, 4>{});
+            if (s.filters == 32) return nhwc(NhwcGemm<T, 32, 4>{});
+            break;
         default:
             break;
     }
     throw std::runtime_error("there is no 16-bit kernel " + std::to_string(s.kernel) + " of " +
+                             std::to_string(s.filters) + " filters");
+}
+
+inline bool needs_wgmma(const Sizes& s) {
+    return static_cast<Kernel>(s.kernel) == Kernel::wgmma || static_cast<Kernel>(s.kernel) == Kernel::wgmma_halo;
+}
+
+// The same for the kernels of sm_90a, which another machine runs.
+template <class T, class Run>
+void dispatch_wgmma(const Sizes& s, ConvParams p, int64_t shared_limit, Run&& run) {
+    const auto gemm = [&](auto kernel) {
+        using K = decltype(kernel);
+        run(kernel, Launch{p, divide_up(K::chunks_of(p), K::kChunks) * p.tile_count, K::kThreads, K::kSharedBytes});
+    };
+    const bool halo = static_cast<Kernel>(s.kernel) == Kernel::wgmma_halo;
+    if (halo && s.filters == 64) {
+        using K = WgmmaHalo<T, 64>;
+        int64_t blocks;
+        choose_halo_tile<K>(p, shared_limit, blocks);
+        return run(K{}, Launch{p, blocks * p.tile_count, K::kThreads, halo_bytes<K>(p)});
+    }
+    if (!halo && s.filters == 64) return gemm(WgmmaGemm<T, 64>{});
+    if (!halo && s.filters == 128) return gemm(WgmmaGemm<T, 128>{});
+    throw std::runtime_error("there is no wgmma kernel " + std::to_string(s.kernel) + " of " +
                              std::to_string(s.filters) + " filters");
 }
 

@@ -1,6 +1,8 @@
 // Implicit GEMM in NHWC, any batch: filters x (image, pixel) positions, the reduction in octets: eight channels at
 // one tap. An octet that is an aligned run of channels moves in one 16-byte access, any other number by number; the
 // next block's numbers wait in registers while this one is multiplied.
+// SLICES: so many times 128 threads share the reduction of one tile, each every SLICES-th block of it, where there are
+// too few tiles to fill a chip; their sums meet in shared memory, always in the same order.
 // taps: one Pair per octet: {first channel of an aligned run, or -1 - (its place in gather), dy << 16 | dx}.
 #pragma once
 
@@ -8,17 +10,17 @@
 
 namespace dsp {
 
-template <class T, int FILTERS>
+template <class T, int FILTERS, int SLICES = 1>
 struct NhwcGemm {
-    static constexpr int kBlocks = 4;  // of a multiprocessor at once, as far as registers go
-    static constexpr int kThreads = 128, kPositions = 64, kOctets = 4, kStages = 2;
+    static constexpr int kBlocks = SLICES == 1 ? 4 : 1;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kSlice = 128, kThreads = SLICES * kSlice, kPositions = 64, kOctets = 4, kStages = 2;
     static constexpr int kMT = FILTERS / 16, kNT = 2;
     static constexpr int kWeightBytes = FILTERS * kOctets * 16;
     static constexpr int kStageBytes = kWeightBytes + kPositions * kOctets * 16;
     static constexpr int kSumStride = FILTERS + 4;
-    static constexpr int kSumBytes = kPositions * kSumStride * 4;
-    static constexpr int kSharedBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
-    static constexpr int kMine = kOctets * kPositions / kThreads;  // octets of a thread in a block
+    static constexpr int kSumBytes = kPositions * kSumStride * 4;  // of a slice
+    static constexpr int kSharedBytes = SLICES * (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes);
+    static constexpr int kMine = kOctets * kPositions / kSlice;  // octets of a thread in a block
     static_assert(kSumStride % 16 == 4, "store_by_position");
 
     struct Column {
@@ -74,64 +76,78 @@ struct NhwcGemm {
             c.number = ((static_cast<int64_t>(n) * p.height + c.y) * p.width + c.x) * p.in_channels;
         });
 
-        const auto copy_weights = [&](int k_block) {
+        // Of the `round`-th block of the reduction of every slice.
+        const auto stage_of = [](int slice, int round) { return (slice * kStages + round % kStages) * kStageBytes; };
+        const auto block_of = [](int slice, int round) { return round * SLICES + slice; };
+        const auto copy_weights = [&](int round) {
             m.each_thread([&](int thread) {
+                const int slice = thread / kSlice, unit = thread % kSlice, k_block = block_of(slice, round);
                 const Vec16* weights =
                     static_cast<const Vec16*>(p.weights) + tile.weights + k_block * (kWeightBytes / 16);
-                if (thread < kWeightBytes / 16)
-                    m.copy16(thread, k_block % kStages * kStageBytes + thread * 16, weights + thread, true);
+                if (unit < kWeightBytes / 16 && k_block < tile.k_blocks)
+                    m.copy16(thread, stage_of(slice, round) + unit * 16, weights + unit, true);
             });
             m.commit();
         };
-        const auto fetch_block = [&](int k_block) {
+        const auto fetch_block = [&](int round) {
             m.each_thread([&](int thread) {
+                const int k_block = block_of(thread / kSlice, round);
+                if (k_block >= tile.k_blocks) return;
                 const Pair* taps = reinterpret_cast<const Pair*>(p.taps) + tile.taps + k_block * kOctets;
 #pragma unroll
                 for (int i = 0; i < kMine; ++i)
                     ahead[thread].octet[i] =
-                        fetch(m, p, columns[thread], m.read(taps + thread / kPositions * kMine + i));
+                        fetch(m, p, columns[thread], m.read(taps + thread % kSlice / kPositions * kMine + i));
             });
         };
-        const auto store_block = [&](int k_block) {
+        const auto store_block = [&](int round) {
             m.each_thread([&](int thread) {
+                const int slice = thread / kSlice;
+                if (block_of(slice, round) >= tile.k_blocks) return;
 #pragma unroll
                 for (int i = 0; i < kMine; ++i)
                     m.store16(thread,
-                              k_block % kStages * kStageBytes + kWeightBytes +
-                                  swizzled(thread % kPositions, thread / kPositions * kMine + i),
+                              stage_of(slice, round) + kWeightBytes +
+                                  swizzled(thread % kPositions, thread % kSlice / kPositions * kMine + i),
                               ahead[thread].octet[i]);
             });
         };
 
         typename M::template PerWarp<Sums<M, kMT, kNT>> sums;
         m.each_warp([&](int warp) { clear(sums[warp]); });
-        if (tile.k_blocks > 0) {
+        const int rounds = (tile.k_blocks + SLICES - 1) / SLICES;
+        if (rounds > 0) {
             copy_weights(0);
             fetch_block(0);
             store_block(0);
         }
-        for (int k = 0; k < tile.k_blocks; ++k) {
+        for (int round = 0; round < rounds; ++round) {
             m.template wait<0>();
             m.sync();
-            const bool more = k + 1 < tile.k_blocks;
+            const bool more = round + 1 < rounds;
             if (more) {
-                copy_weights(k + 1);
-                fetch_block(k + 1);
+                copy_weights(round + 1);
+                fetch_block(round + 1);
             }
-            const int stage = k % kStages * kStageBytes;
             m.each_warp([&](int warp) {
+                const int slice = warp / (kSlice / 32), first = warp % (kSlice / 32) * kNT * 8;
+                if (block_of(slice, round) >= tile.k_blocks) return;
+                const int stage = stage_of(slice, round);
 #pragma unroll
                 for (int step = 0; step < kOctets / 2; ++step)
                     multiply_step<T, false>(m, warp, sums[warp], stage, step, [&](int, int lane) {
                         return stage + kWeightBytes +
-                               swizzled(warp * kNT * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2);
+                               swizzled(first + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2);
                     });
             });
-            if (more) store_block(k + 1);
+            if (more) store_block(round + 1);
         }
         m.template wait<0>();
         m.sync();
-        m.each_warp([&](int warp) { store_by_position(m, warp, sums[warp], warp * kNT * 8, kSumStride); });
+        m.each_warp([&](int warp) {
+            const int slice = warp / (kSlice / 32), first = warp % (kSlice / 32) * kNT * 8;
+            store_by_position(m, warp, sums[warp], slice * kPositions + first, kSumStride);
+        });
         m.sync();
         m.each_thread([&](int thread) {
             const int place = thread % kPositions;
@@ -149,6 +165,13 @@ struct NhwcGemm {
     DSP_FN static void finish_octet(M& m, const ConvParams& p, int thread, int row, int64_t number, int offset) {
         float value[8], bias[8];
         load_eight(m, thread, offset, false, value);
+#pragma unroll
+        for (int slice = 1; slice < SLICES; ++slice) {
+            float more[8];
+            load_eight(m, thread, offset + slice * kSumBytes, false, more);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) value[i] += more[i];
+        }
 #pragma unroll
         for (int i = 0; i < 8; ++i) bias[i] = m.read(p.bias + row + i);
         const int run = m.read(p.runs + row / 8);

@@ -49,7 +49,8 @@ DSP_FN void clear(Sums<M, MT, NT>& sums) {
 
 // Sums as float [filter][position], rows of `stride` floats; stride % 32 == 8 keeps the banks apart.
 template <class M, int MT, int NT>
-DSP_FN void store_by_filter(M& m, int warp, Sums<M, MT, NT>& sums, int first_position, int stride) {
+DSP_FN void store_by_filter(M& m, int warp, Sums<M, MT, NT>& sums, int first_position, int stride,
+                            int first_filter = 0) {
     m.each_lane(warp, [&](int lane) {
 #pragma unroll
         for (int i = 0; i < MT; ++i)
@@ -57,7 +58,7 @@ DSP_FN void store_by_filter(M& m, int warp, Sums<M, MT, NT>& sums, int first_pos
             for (int j = 0; j < NT; ++j)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int filter = i * 16 + half * 8 + lane / 4;
+                    const int filter = first_filter + i * 16 + half * 8 + lane / 4;
                     const int position = first_position + j * 8 + lane % 4 * 2;
                     m.store_two(warp * 32 + lane, (filter * stride + position) * 4,
                                 M::get(sums.at[i][j], 2 * half, lane), M::get(sums.at[i][j], 2 * half + 1, lane));

@@ -8,7 +8,7 @@ namespace dsp {
 
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kBlocks) block_kernel(const __grid_constant__ BlockParams p) {
-    extern __shared__ __align__(128) char memory[];
+    extern __shared__ __align__(1024) char memory[];
     GpuMachine machine(memory);
     K::run(machine, p, static_cast<int>(blockIdx.x));
 }

@@ -113,7 +113,9 @@ def build(
         object_file = temporary / (source.stem + ".o")
         command = [nvcc, *NVCC_FLAGS, *archs]
         if source.suffix == ".cpp":
+            has_wgmma = int(any("arch=compute_90a" in flag for flag in archs))
             command = [*compiler, *CXX_FLAGS, torch_target, f"-isystem{torch / 'include'}"]
+            command.append(f"-DDSP_KERNELS_WGMMA={has_wgmma}")
         stamp = temporary / (source.stem + ".command")
         command += ["-c", str(source), "-o", str(object_file)]
         if (

@@ -7,6 +7,7 @@
 namespace dsp {
 
 struct GpuMachine {
+    static constexpr bool can_run = true;  // compiled for this chip
     // Registers of this thread; what the emulation keeps for every thread or warp.
     template <class V>
     struct PerThread {

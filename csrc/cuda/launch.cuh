@@ -13,11 +13,14 @@
 
 namespace dsp {
 
-template <class K>
+// MACHINE: GpuMachine, or one with more instructions.
+template <class K, class MACHINE>
 __global__ void __launch_bounds__(K::kThreads, K::kBlocks) conv_kernel(const __grid_constant__ ConvParams p) {
-    extern __shared__ __align__(128) char memory[];
-    GpuMachine machine(memory);
-    K::run(machine, p, static_cast<int>(blockIdx.x));
+    extern __shared__ __align__(1024) char memory[];
+    if constexpr (MACHINE::can_run) {
+        MACHINE machine(memory);
+        K::run(machine, p, static_cast<int>(blockIdx.x));
+    }
 }
 
 inline void check_cuda(cudaError_t status, const std::string& what) {
@@ -35,7 +38,7 @@ inline int64_t shared_limit(int device) {
 }
 
 // `what`: the kernel and its sizes, for an error's message.
-template <class K>
+template <class K, class MACHINE = GpuMachine>
 void launch(const Launch& plan, int device, cudaStream_t stream, const std::string& what) {
     if (plan.blocks > std::numeric_limits<int>::max()) throw std::runtime_error(what + ": too many blocks");
     if (plan.blocks == 0) return;
@@ -43,11 +46,11 @@ void launch(const Launch& plan, int device, cudaStream_t stream, const std::stri
     static std::atomic<bool> granted[64];
     if (plan.shared_bytes > 48 * 1024 && (device >= 64 || !granted[device].load())) {
         const int most = static_cast<int>(shared_limit(device));
-        check_cuda(cudaFuncSetAttribute(conv_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        check_cuda(cudaFuncSetAttribute(conv_kernel<K, MACHINE>, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
                    what + ", asking for " + std::to_string(most) + " bytes of shared memory");
         if (device < 64) granted[device].store(true);
     }
-    conv_kernel<K><<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(plan.params);
+    conv_kernel<K, MACHINE><<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(plan.params);
     check_cuda(cudaGetLastError(), what);
 }
 

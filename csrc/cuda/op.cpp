@@ -16,15 +16,18 @@
 // Its declaration stands behind a macro of torch's own build.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
+// Whether this library holds the kernels of sm_90a (build_cuda.py defines it); Python asks through ctypes.
+extern "C" __attribute__((visibility("default"))) int dsp_kernels_has_wgmma() { return DSP_KERNELS_WGMMA; }
+
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::string describe(const dsp::Sizes& s) {
-    static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc"};
+    static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc", "wgmma", "wgmma_halo", "nhwc_sliced"};
     const auto two = [](int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); };
-    const std::string name = s.kernel >= 0 && s.kernel < 5 ? kNames[s.kernel] : std::to_string(s.kernel);
+    const std::string name = s.kernel >= 0 && s.kernel < 8 ? kNames[s.kernel] : std::to_string(s.kernel);
     return "CUDA kernel " + name + " of " + std::to_string(s.filters) + " filters, batch " +
            std::to_string(s.batch) + ", " + std::to_string(s.in_channels) + " channels of " +
            two(s.height, s.width) + " to " + std::to_string(s.out_channels) + " of " +
@@ -59,12 +62,15 @@ void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& 
     const std::string refused = dsp::use_device(device);
     if (!refused.empty()) throw std::runtime_error(what + ": " + refused);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    check(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, what, "there is no stream");
     const dsp::ConvParams params =
         dsp::params_of(sizes, x.data_ptr(), out.data_ptr(), residual ? residual->data_ptr() : nullptr,
                        weights.data_ptr(), static_cast<const float*>(bias.data_ptr()),
                        static_cast<const int*>(tables.data_ptr()));
-    if (type == ScalarType::Half)
+    if (dsp::needs_wgmma(sizes)) {
+        check(type == ScalarType::Half || type == ScalarType::BFloat16, what, "x is not float16 or bfloat16");
+        dsp::run_wgmma(type == ScalarType::Half, sizes, params, device, stream, what);
+    } else if (type == ScalarType::Half)
         dsp::run_half(sizes, params, device, stream, what);
     else if (type == ScalarType::BFloat16)
         dsp::run_bfloat(sizes, params, device, stream, what);

@@ -11,6 +11,9 @@ namespace dsp {
 // that begins with `what` if CUDA refuses.
 void run_half(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what);
 void run_bfloat(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what);
+// Half or Bfloat by wgmma; only on a device of compute capability 9.0, and only where it was compiled for sm_90a.
+void run_wgmma(bool half, const Sizes& sizes, const ConvParams& params, int device, void* stream,
+               const std::string& what);
 void run_fp32(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what);
 // Sets the CUDA runtime's device to that of torch; this library has a runtime of its own. Empty, or why it cannot.
 std::string use_device(int device);

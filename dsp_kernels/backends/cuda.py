@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from dsp_kernels.backends.cuda_tables import KERNELS, Tables, make_tables
 from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, GpuLayout
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
-from dsp_kernels.native_cuda import why_no_cuda, why_not_on
+from dsp_kernels.native_cuda import has_wgmma, why_no_cuda, why_not_on
 
 __all__ = ["CudaConv", "CudaKernels"]
 
@@ -22,9 +23,23 @@ Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[i
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # csrc/common/conv_params.h: offsets of taps and heights are packed into 16 bits.
 _LARGEST_SIDE = 16383
-# Multiprocessors that a halo kernel should fill: its blocks are larger than those of the other one.
+# Multiprocessors of an H200, which blocks should fill: a halo kernel's are larger than those of the other
+# one, and the NHWC kernel has few where there is one image.
 _FEW_BLOCKS = 132
-_HALO_CHUNKS = {16: 128, 32: 64, 64: 32}
+# Pieces of 8 images that a block of a kernel takes, by filters per tile.
+_CHUNKS = {
+    ("halo", 16): 128,
+    ("halo", 32): 64,
+    ("halo", 64): 32,
+    ("wgmma_halo", 64): 64,
+    ("wgmma", 64): 16,
+    ("wgmma", 128): 16,
+}
+# Positions of a block of the NHWC kernel; the number of the one that shares out a reduction (launch_plan.h).
+_NHWC_POSITIONS, _NHWC_SLICED = 64, 7
+# mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured
+# here), so wgmma may multiply that much more zeros to fill its wider tiles.
+_MMA_SHARE = 5 / 8
 
 
 def _launch(
@@ -71,7 +86,9 @@ class CudaKernels:
 class CudaConv:
     """One convolution, its weights packed and its tables on the device.
 
-    launch: what runs the kernel; tests give an emulation.
+    launch: what runs the kernel; tests give an emulation. wgmma: whether tiles of 64 filters and more are
+    multiplied by it: True wherever it can be, False never, None by the rule of ``_choose``; by default what
+    DSP_KERNELS_WGMMA (1, 0) says. It is for sm_90, 16-bit numbers and CHWN.
     """
 
     def __init__(
@@ -81,10 +98,12 @@ class CudaConv:
         bias: Tensor | None,
         layout: GpuLayout,
         launch: Launch = _launch,
+        wgmma: bool | None = None,
     ) -> None:
         spec.check_constants(weights, bias)
         self.spec, self.layout = spec, layout
         self._launch = launch
+        self._wgmma = _asked_for_wgmma() if wgmma is None else wgmma
         self._constants = tuple(weights), bias
         self._kept: dict[tuple[torch.dtype, torch.device], dict[str, Tables]] = {}
         constants = [*weights, *([] if bias is None else [bias])]
@@ -100,18 +119,23 @@ class CudaConv:
             weights, bias = self._constants
             self._kept[key] = {
                 name: make_tables(KERNELS[name], self.spec, weights, bias, dtype, device)
-                for name in self._kernels(dtype)
+                for name in self._kernels(dtype, device)
             }
         return self._kept[key]
 
-    def _kernels(self, dtype: torch.dtype) -> tuple[str, ...]:
+    def _kernels(self, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+        """What may be launched, in the order of ``_choose``."""
         if dtype == torch.float32:
             return (f"fp32_{self.layout.name.lower()}",)
         if self.layout == GpuLayout.NHWC:
             return ("nhwc",)
         spec = self.spec
         plain = (spec.stride, spec.dilation) == ((1, 1), (1, 1))
-        return ("halo", "chwn") if spec.kernel_size == (3, 3) and plain else ("chwn",)
+        plain = plain and spec.kernel_size == (3, 3)
+        names = ("halo", "chwn") if plain else ("chwn",)
+        if self._wgmma is False or not _can_use_wgmma(device):
+            return names
+        return ("wgmma_halo", "wgmma", *names) if plain else ("wgmma", *names)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """x, out, residual: see GpuConv. Raises DSPShapeError for tensors that do not fit each other."""
@@ -121,7 +145,7 @@ class CudaConv:
         tables = self._choose(x, out)
         spec = self.spec
         sizes = [
-            tables.kind.number,
+            self._number(tables, out),
             tables.filters,
             tables.tile_count,
             tables.rows_at,
@@ -137,14 +161,35 @@ class CudaConv:
         ]
         self._launch(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
 
+    def _number(self, tables: Tables, out: Tensor) -> int:
+        """The kernel's number; in NHWC with four times the threads for a tile where there are few tiles."""
+        positions = out.numel() // self.spec.structure.out_channels
+        blocks = -(-positions // _NHWC_POSITIONS) * tables.tile_count
+        few = tables.kind.name == "nhwc" and blocks < _FEW_BLOCKS
+        return _NHWC_SLICED if few else tables.kind.number
+
     def _choose(self, x: Tensor, out: Tensor) -> Tables:
+        """A halo kernel where it fills the chip, else the one of any convolution; wgmma where that pays."""
         kept = self._tables(x.dtype, x.device)
-        if len(kept) == 1:
-            return next(iter(kept.values()))
-        halo = kept["halo"]
         chunks = out.numel() // self.spec.structure.out_channels // BATCH_MULTIPLE
-        fills = chunks * halo.tile_count >= _FEW_BLOCKS * _HALO_CHUNKS[halo.filters]
-        return halo if fills else kept["chwn"]
+
+        def fills(name: str) -> bool:
+            if name not in kept:
+                return False
+            return chunks * kept[name].tile_count >= _FEW_BLOCKS * _CHUNKS[name, kept[name].filters]
+
+        def pays(name: str, other: str) -> bool:
+            if self._wgmma is not None:
+                return self._wgmma and name in kept
+            return fills(name) and _MMA_SHARE * kept[name].products <= kept[other].products
+
+        if fills("wgmma_halo") and pays("wgmma_halo", "halo"):
+            return kept["wgmma_halo"]
+        if fills("halo") and not self._wgmma:
+            return kept["halo"]
+        if pays("wgmma", "chwn"):
+            return kept["wgmma"]
+        return next(tables for name, tables in kept.items() if "halo" not in name and name != "wgmma")
 
     def _check(self, x: Tensor, out: Tensor, residual: Tensor | None) -> tuple[int, int, int, int]:
         """(batch, in_channels, height, width) of x."""
@@ -182,3 +227,11 @@ class CudaConv:
                 f"an input of {batch} images of {channels}x{height}x{width} is too large for the CUDA kernels"
             )
         return batch, channels, height, width
+
+
+def _asked_for_wgmma() -> bool | None:
+    return {"0": False, "1": True}.get(os.environ.get("DSP_KERNELS_WGMMA", ""))
+
+
+def _can_use_wgmma(device: torch.device) -> bool:
+    return device.type == "cuda" and has_wgmma(device.index)

@@ -27,6 +27,7 @@ class KernelKind:
     """One kernel: its number and filters per tile (csrc/common/launch_plan.h), and its reduction.
 
     rows: rows of the reduction per block; channels: channels of one tap are filled up to a multiple of it.
+    order: how the weights of a tile lie, see _ORDERS.
     """
 
     name: str
@@ -34,7 +35,12 @@ class KernelKind:
     filters: tuple[int, ...]
     rows: int
     channels: int = 1
-    fragments: bool = True  # weights as fragments of mma.m16n8k16, else [row][filter]
+    order: str = "fragments"
+
+    @property
+    def has_halo(self) -> bool:
+        """Whether it stages channels, in blocks of 16, and finds all taps in what it staged."""
+        return self.name in ("halo", "wgmma_halo")
 
     def reduction(self, channels: int, taps: int) -> int:
         """Rows of the reduction, filled up."""
@@ -47,8 +53,10 @@ KERNELS = {
         KernelKind("chwn", 0, (16, 32, 64), 32),
         KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16),
         KernelKind("nhwc", 2, (16, 32), 32, 8),
-        KernelKind("fp32_chwn", 3, (32,), 16, fragments=False),
-        KernelKind("fp32_nhwc", 4, (32,), 16, fragments=False),
+        KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
+        KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
+        KernelKind("wgmma", 5, (64, 128), 32, order="cores"),
+        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores"),
     )
 }
 
@@ -58,6 +66,7 @@ class Tables:
     """What one launch reads beside x, and how it is found in ``table`` (int32, offsets in numbers).
 
     weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: tiles, rows, runs, taps, gather.
+    products: of one position, those with what only fills up tiles too.
     """
 
     kind: KernelKind
@@ -70,6 +79,7 @@ class Tables:
     runs_at: int
     taps_at: int
     gather_at: int
+    products: int
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ class _Writer:
             padded = torch.zeros(self.filters, rows)
             padded[: len(outputs)] = weight[start : start + self.filters]
             outputs += [-1] * (self.filters - len(outputs))
-            packed = _fragments(padded) if self.kind.fragments else padded.t().reshape(-1)
+            packed = _ORDERS[self.kind.order](padded)
             self.tiles.append((rows // self.kind.rows, first, outputs, packed))
 
     def _by_row(self, weight: Tensor, rows: int) -> Tensor:
@@ -205,7 +215,7 @@ class _Writer:
         outputs, channels, taps = weight.shape
         filled = torch.zeros(outputs, _round_up(channels, self.kind.channels), taps)
         filled[:, :channels] = weight
-        if self.kind.name == "halo":  # (block of 16 channels, tap, channel)
+        if self.kind.has_halo:  # (block of 16 channels, tap, channel)
             ordered = filled.view(outputs, -1, 16, taps).transpose(2, 3).reshape(outputs, -1)
         else:  # (tap, channel)
             ordered = filled.transpose(1, 2).reshape(outputs, -1)
@@ -217,7 +227,7 @@ class _Writer:
         """Appends the entries of one group; the rows of its reduction."""
         (kh, kw), (dy, dx) = self.spec.kernel_size, self.spec.dilation
         rows = self.kind.reduction(len(channels), kh * kw)
-        if self.kind.name == "halo":
+        if self.kind.has_halo:
             entries = torch.tensor(_filled(channels, 16), dtype=torch.int32)
             self.entries += len(entries)
             self.taps.append(entries)
@@ -274,7 +284,11 @@ class _Writer:
             torch.cat([packed for *_, packed in tiles]).to(device, dtype),
             row_bias.to(device),
             torch.cat(parts).to(device),
-            *starts[1:],
+            rows_at=starts[1],
+            runs_at=starts[2],
+            taps_at=starts[3],
+            gather_at=starts[4],
+            products=sum(packed.numel() for *_, packed in tiles),
         )
 
 
@@ -289,6 +303,23 @@ def _fragments(weight: Tensor) -> Tensor:
         filters // 16, 2, 8, rows // 16, 2, 4, 2
     )  # m, filter half, group, step, row half, quad, i
     return parts.permute(3, 0, 2, 5, 4, 1, 6).reshape(-1)
+
+
+def _cores(weight: Tensor) -> Tensor:
+    """weight: (filters, rows), multiples of 64 and 16 -> flat, as the A operands of wgmma in shared memory.
+
+    Order: eight rows, filter, row: the core matrices of eight filters by eight rows, each in one piece.
+    """
+    filters, rows = weight.shape
+    return weight.view(filters, rows // 8, 8).transpose(0, 1).reshape(-1)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """weight: (filters, rows) -> flat, [row][filter]."""
+    return weight.t().reshape(-1)
+
+
+_ORDERS = {"fragments": _fragments, "cores": _cores, "rows": _rows}
 
 
 def _filled(channels: Sequence[int], multiple: int) -> list[int]:

@@ -172,9 +172,7 @@ class TritonConv:
                 PRECISION=_precision(x.dtype),
                 EXACT=interpreted and x.dtype == torch.bfloat16,
                 **config.constants(),
-                num_warps=config.warps,
-                num_stages=config.stages,
-                **({} if interpreted else {"enable_fp_fusion": True}),
+                **({} if interpreted else config.options()),
             )
 
     def _pack(

@@ -16,12 +16,13 @@ from triton.compiler import ASTSource
 from dsp_kernels.backends.triton_config import TritonConfig
 from dsp_kernels.backends.triton_conv import INTEGER_ARGUMENTS, conv_kernel_function
 
-__all__ = ["Compiled", "compile_config", "faults"]
+__all__ = ["Compiled", "compile_config", "faults", "resident_warps"]
 
-# Per thread, a little above what the widest tiles take (172 in CHWN), so that a change for the worse shows.
-MOST_REGISTERS_WIDE, MOST_REGISTERS = 176, 240
-# Bytes; two programs fit into the 163 KiB of compute capability 8.0.
-MOST_SHARED = 80 << 10
+# Of a multiprocessor: registers; bytes of shared memory by capability (1 KiB goes with each program); warps.
+_REGISTERS, _SHARED, _WARPS = 1 << 16, {80: 164 << 10, 90: 228 << 10}, 64
+# Warps that a multiprocessor should hold at once: three for each of its four schedulers, so that two can wait
+# for memory or a barrier while one issues; two where a tile's sums alone take 64 registers of every thread.
+_WARPS_WANTED, _WARPS_WANTED_WIDE, _WIDE = 12, 8, 64 * 128
 _ASYNC_16_BYTES = r"cp\.async\.c[ga]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?:0x10|16)\b"
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -74,8 +75,7 @@ def compile_config(config: TritonConfig, dtype: torch.dtype, capability: int, **
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=config.options())
     usage, sass = _inspect(binary.asm["cubin"])
     return Compiled(
         int(usage["REG"]),
@@ -101,16 +101,26 @@ def _run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def resident_warps(made: Compiled, config: TritonConfig, capability: int) -> int:
+    """Warps of such programs that one multiprocessor holds. A thread's registers are given out in eights."""
+    per_program = config.warps * 32 * -(-made.registers // 8) * 8
+    shared = _SHARED[90 if capability >= 90 else 80]
+    programs = min(_REGISTERS // per_program, shared // (made.shared + 1024), _WARPS // config.warps)
+    return config.warps * programs
+
+
 def faults(made: Compiled, config: TritonConfig, dtype: torch.dtype, capability: int) -> list[str]:
     """What is wrong with a compiled configuration, in words; nothing for a good one."""
     found = []
     if made.spill:
         found.append(f"{made.spill} bytes of registers are spilled")
-    most = MOST_REGISTERS_WIDE if config.chwn else MOST_REGISTERS
-    if made.registers > most:
-        found.append(f"{made.registers} registers; at most {most} are wanted")
-    if made.shared > MOST_SHARED:
-        found.append(f"{made.shared} bytes of shared memory; {MOST_SHARED} leave room for two programs")
+    warps = resident_warps(made, config, capability)
+    wanted = _WARPS_WANTED_WIDE if config.cols * config.filters >= _WIDE else _WARPS_WANTED
+    if warps < wanted:
+        found.append(
+            f"{made.registers} registers and {made.shared} bytes of shared memory leave {warps} warps on a "
+            f"multiprocessor; {wanted} are wanted"
+        )
     if dtype != torch.float32:
         tensor_core = r"wgmma\.mma_async" if capability >= 90 else r"mma\.sync"
         if not made.count(tensor_core) or ("HGMMA" if capability >= 90 else "HMMA") not in made.sass:

@@ -21,6 +21,9 @@ __all__ = ["TritonConfig", "candidates", "choose", "choose_packing", "columns_in
 _L2_BYTES = 16 << 20
 # With fewer programs than two for each of 132 multiprocessors, smaller tiles fill the chip better.
 _FEW_PROGRAMS = 264
+# Numbers of a tile whose sums take 64 registers of each of 128 threads, and what three such programs leave a
+# thread: 65,536 / (3 x 128), in eights.
+_WIDE, _THREE_PROGRAMS = 64 * 128, 168
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,20 @@ class TritonConfig:
             "BK": self.bk,
             "CACHE": self.cache,
         }
+
+    def options(self) -> dict[str, int | bool]:
+        """How it is compiled. Registers are bound where three programs then still share a multiprocessor.
+
+        Without that bound ptxas of triton 3.6 aims at four of them, 128 registers, and spills eight bytes.
+        """
+        made: dict[str, int | bool] = {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
+        if self.chwn and self.warps == 4 and self.cols * self.filters >= _WIDE:
+            made["maxnreg"] = _THREE_PROGRAMS
+        return made
 
     def to_dict(self) -> dict[str, int | bool | str]:
         """Plain JSON values."""

@@ -12,10 +12,14 @@ import pytest
 import torch
 from dsp_benchmarks.cases import Case, build_case, case_input
 from dsp_benchmarks.engines import ENGINES, base, fused, tensorrt, torch_compile
+from dsp_benchmarks.engines.cudnn_fused import with_fused_convs
 from dsp_benchmarks.engines.onnx_file import INPUT, OUTPUT, onnx_bytes
 from dsp_benchmarks.networks import Network
+from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.planner import plan
+from dsp_kernels.trace import trace
 
 _FAST = [name for name, engine in ENGINES.items() if not engine.slow_build and engine.device != "cuda"]
 
@@ -77,7 +81,10 @@ def test_a_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch, engine
     assert f"the package {package} cannot be imported" in reason
 
 
-@pytest.mark.parametrize("engine", ["cuda-graph", "cuda-graph-fp16"])
+@pytest.mark.parametrize(
+    "engine",
+    ["cuda-graph", "cuda-graph-fp16", "cudnn-fused-fp16", "torch-fp16", "compile-autotune-fp16"],
+)
 def test_a_missing_device_is_the_reason(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     able, reason = ENGINES[engine].available()
@@ -233,3 +240,31 @@ def test_tensorrt_that_cannot_parse_says_why(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(DSPBackendError, match="cannot read the network: unsupported node"):
         tensorrt.build_engine(b"onnx", "H200")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cudnns_fused_operations_give_the_right_answer(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played by plain PyTorch on the CPU; every convolution before a ReLU is one such call."""
+    conv2d = torch.nn.functional.conv2d
+    called: list[str] = []
+
+    def relu(x: Tensor, w: Tensor, bias: Tensor, stride: Any, padding: Any, dilation: Any, g: int) -> Tensor:
+        called.append("relu")
+        return conv2d(x, w, bias, stride, padding, dilation, g).relu()
+
+    def add_relu(x: Tensor, w: Tensor, z: Tensor, alpha: float, bias: Tensor, *place: Any) -> Tensor:
+        called.append("add relu")
+        return (conv2d(x, w, bias, *place) + alpha * z).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    x = case_input(network, 3, 0)
+    for form in ("dense", "packed", "compacted"):
+        called.clear()
+        model = network.form(form)
+        run = with_fused_convs(plan(trace(model, x)))
+        with torch.no_grad():
+            got, expected = run(x.contiguous(memory_format=torch.channels_last)), model(x)
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert sorted(called) == ["add relu"] * 3 + ["relu"] * 4  # ResNet-8: stem and three blocks

@@ -203,7 +203,7 @@ def test_device_times_need_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_device_times_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the CUDA stream: enqueueing takes 1 ms, running 4 ms warm and 6 ms after a flush."""
-    host, device, cold = [0.0], [0.0], [False]
+    host, device, cold, slept = [0.0], [0.0], [False], []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -229,7 +229,9 @@ def test_device_times_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "synchronize", lambda: None)
     monkeypatch.setattr(cuda, "Event", Event)
+    monkeypatch.setattr(cuda, "_sleep", lambda cycles: slept.append(cycles))
     monkeypatch.setattr(cuda_timing.torch, "empty", lambda *args, **kwargs: Flush())
     monkeypatch.setattr(cuda_timing.time, "perf_counter", lambda: host[0])
     times = cuda_timing.device_times(call, repeats=5)
     assert (times.warm, times.cold, times.enqueue) == pytest.approx((0.004, 0.006, 0.001))
+    assert len(slept) == 10  # every timed call begins while the device is busy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
 import subprocess
@@ -93,18 +94,32 @@ def test_resources() -> None:
     if not LIBRARY.is_file() or cuobjdump is None:
         pytest.skip("needs the built library and cuobjdump")
     kernels = RESOURCES["read_kernels"](LIBRARY, cuobjdump)
-    assert len({kernel.name for kernel in kernels}) == 22
+    chips = {kernel.arch for kernel in kernels}
+    assert len({kernel.name for kernel in kernels}) == (32 if "sm_90a" in chips else 26)
     # Registers with which as many blocks fit as csrc/common says: kThreads, kBlocks of 65,536 registers.
     most = {"ChwnGemm": 168, "HaloConv": 128, "NhwcGemm": 128, "Fp32Gemm": 128, "FusedBlock": 128}
+    most |= {"WgmmaGemm": 128, "WgmmaHalo": 128}
     for kernel in kernels:
         family, count = kernel.name.split()[0], kernel.instructions
         assert kernel.stack == 0, kernel
         assert count["local"] == 0, kernel
         assert kernel.registers <= most[family], kernel
-        assert (count["HMMA"] > 0) == (family != "Fp32Gemm"), kernel
+        warpgroups = family.startswith("Wgmma")
+        assert (count["HMMA"] > 0) == (family != "Fp32Gemm" and not warpgroups), kernel
+        assert (count["HGMMA"] > 0) == warpgroups, kernel
+        # Where ptxas cannot keep products under way it waits for every single one.
+        assert count["waits"] <= 2, kernel
         assert count["LDGSTS.128"] > 0, kernel
-        if "CHWN" in kernel.name or family in ("ChwnGemm", "HaloConv", "FusedBlock"):
+        if "CHWN" in kernel.name or family in ("ChwnGemm", "HaloConv", "FusedBlock") or warpgroups:
             assert count["STG.128"] == count["STG"] > 0, kernel
+
+
+def test_the_library_says_whether_it_has_wgmma() -> None:
+    if not LIBRARY.is_file():
+        pytest.skip("needs the built library")
+    built = ctypes.CDLL(str(LIBRARY)).dsp_kernels_has_wgmma()
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or BUILD["DEFAULT_ARCHS"]
+    assert built == ("9.0a" in archs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -63,11 +64,20 @@ def check(
         assert error <= op_tolerance(dtype, case.reduction), f"relative error {error:.2e}"
 
 
-@pytest.fixture(params=("gemm", "halo"))
+NUMBERS = {"gemm": 0, "halo": 1, "wgmma": 5, "wgmma-halo": 6}
+
+
+@pytest.fixture(params=NUMBERS)
 def chwn_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both kernels for small inputs too."""
-    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 0 if request.param == "halo" else 10**9)
-    return request.param
+    """Every kernel, for small inputs too; "halo" and "wgmma-halo" where they can run."""
+    return only(request.param, monkeypatch)
+
+
+def only(kernel: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 0 if "halo" in kernel else 10**9)
+    monkeypatch.setattr(cuda, "_can_use_wgmma", lambda device: True)
+    monkeypatch.setenv("DSP_KERNELS_WGMMA", "1" if "wgmma" in kernel else "0")
+    return kernel
 
 
 def in_chwn(case: Case) -> Case:
@@ -76,27 +86,52 @@ def in_chwn(case: Case) -> Case:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("dtype", "sliced"),
+    [(dtype, sliced) for dtype in DTYPES for sliced in (False, True) if dtype != torch.float32 or not sliced],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 @pytest.mark.parametrize("case", [*TABLE, *EDGES], ids=lambda case: case.name.replace(" ", "-"))
-def test_nhwc(case: Case, dtype: torch.dtype, emulator: Emulator) -> None:
+def test_nhwc(
+    case: Case, dtype: torch.dtype, sliced: bool, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_FEW_BLOCKS", 10**9 if sliced else 0)
+    emulator.kernels.clear()
     check(case, dtype, GpuLayout.NHWC, emulator)
+    number = 4 if dtype == torch.float32 else 7 if sliced else 2
+    assert emulator.kernels == ([] if case.batch == 0 else [number])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", [*TABLE, *EDGES], ids=lambda case: case.name.replace(" ", "-"))
-def test_chwn(case: Case, dtype: torch.dtype, chwn_kernel: str, emulator: Emulator) -> None:
-    case = in_chwn(case)
-    eligible = (
-        dtype != torch.float32
-        and case.spec.kernel_size == (3, 3)
-        and case.spec.stride == case.spec.dilation == (1, 1)
-    )
-    if chwn_kernel == "halo" and not eligible:
-        case = dataclasses.replace(case, batch=16)  # has one kernel; another batch instead
+def chwn_runs() -> Iterator[tuple[Case, torch.dtype, str]]:
+    """Every case with every kernel that takes it; with a second batch where that is one only."""
+    for case, dtype in product([*TABLE, *EDGES], DTYPES):
+        case, spec = in_chwn(case), case.spec
+        plain = spec.kernel_size == (3, 3) and spec.stride == spec.dilation == (1, 1)
+        half = dtype != torch.float32
+        yield case, dtype, "gemm"
+        if half:
+            yield case, dtype, "wgmma"
+        if half and plain:
+            yield case, dtype, "halo"
+            yield case, dtype, "wgmma-halo"
+        elif case.batch:
+            yield dataclasses.replace(case, name=f"{case.name} 16", batch=16), dtype, "gemm"
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "kernel"),
+    [
+        pytest.param(case, dtype, kernel, id=f"{kernel}-{case.name.replace(' ', '-')}-{str(dtype)[6:]}")
+        for case, dtype, kernel in chwn_runs()
+    ],
+)
+def test_chwn(
+    case: Case, dtype: torch.dtype, kernel: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(kernel, monkeypatch)
     emulator.kernels.clear()
     check(case, dtype, GpuLayout.CHWN, emulator)
-    if eligible and emulator.kernels:
-        assert emulator.kernels == [1 if chwn_kernel == "halo" else 0]
+    assert emulator.kernels == ([] if case.batch == 0 else [3 if dtype == torch.float32 else NUMBERS[kernel]])
 
 
 @pytest.fixture(params=MODES, ids=str)
@@ -125,19 +160,22 @@ def test_every_filter_tile_without_bank_conflicts(
 ) -> None:
     """16, 32 and 64 filters per tile; ldmatrix, asynchronous copies, fragments and sums."""
     seen = set()
-    for filters in (9, 30, 64):
+    wgmma = "wgmma" in chwn_kernel and layout == GpuLayout.CHWN  # reads shared memory by itself
+    for filters in (9, 30, 64, 128):
         case = Case("conflicts", GroupStructure.dense(16, filters), hw=(4, 8), batch=16, residual=True)
         conv = CudaConv(case.spec, case.tensors(torch.float16).weights, None, layout, emulator)
-        seen |= {tables.filters for tables in conv._tables(torch.float16, torch.device("cpu")).values()}
+        kept = conv._tables(torch.float16, torch.device("cpu"))
+        seen |= {tables.filters for name, tables in kept.items() if ("wgmma" in name) == wgmma}
         check(case, torch.float16, layout, emulator)
         counts = emulator.counts
-        assert counts.matrices > 0
+        assert (counts.matrices > 0) == (not wgmma)
         assert counts.matrix_conflicts == 0
         assert counts.load_conflicts == 0
         assert counts.store_conflicts == 0
         # In a halo a quarter warp may cross from one channel to the next, which starts at another bank.
         assert counts.copy_conflicts <= (counts.copies // 50 if chwn_kernel == "halo" else 0)
-    assert seen == ({16, 32, 64} if layout == GpuLayout.CHWN else {16, 32})
+    everywhere = {16, 32, 64} if layout == GpuLayout.CHWN else {16, 32}
+    assert seen == ({64, 128} if wgmma else everywhere)
 
 
 def test_halo_tiles_fit_the_smallest_chip(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,3 +230,49 @@ def test_chwn_needs_batches_of_eight(emulator: Emulator) -> None:
     conv = CudaConv(case.spec, arguments.weights, arguments.bias, GpuLayout.CHWN, emulator)
     with pytest.raises(DSPShapeError, match="multiple of 8"):
         conv(GpuLayout.CHWN.from_nchw(arguments.x), torch.empty(9, 6, 6, 4))
+
+
+@pytest.mark.parametrize(
+    ("structure", "kernel", "batch", "hw", "asked", "expected"),
+    [
+        (GroupStructure.dense(64, 64), 3, 256, (56, 56), None, "wgmma_halo"),
+        (GroupStructure.dense(64, 64), 3, 256, (56, 56), False, "halo"),
+        (GroupStructure.dense(64, 64), 3, 8, (7, 7), None, "chwn"),  # too few blocks for either halo kernel
+        (GroupStructure.dense(64, 64), 3, 8, (7, 7), True, "wgmma"),
+        (GroupStructure.dense(64, 128), 1, 256, (28, 28), None, "wgmma"),
+        (GroupStructure.dense(64, 128), 1, 256, (28, 28), False, "chwn"),
+        (GroupStructure.uniform(64, 64, 4), 1, 256, (28, 28), None, "chwn"),  # 16 of 64 filters
+        (GroupStructure.uniform(64, 64, 4), 3, 256, (28, 28), None, "halo"),
+        (GroupStructure.dense(64, 40), 1, 256, (28, 28), None, "wgmma"),  # 40 of 64 against 48 of 48
+    ],
+)
+def test_where_wgmma_is_used(
+    structure: GroupStructure,
+    kernel: int,
+    batch: int,
+    hw: tuple[int, int],
+    asked: bool | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "_can_use_wgmma", lambda device: True)
+    case = Case("rule", structure, kernel=kernel, padding=kernel // 2)
+    launched: list[int] = []
+
+    def launch(*arguments: object) -> None:
+        sizes = arguments[-1]
+        assert isinstance(sizes, list)
+        launched.append(sizes[0])
+
+    weights = case.tensors(torch.float16).weights
+    conv = CudaConv(case.spec, weights, None, GpuLayout.CHWN, launch, wgmma=asked)
+    x = torch.empty(GpuLayout.CHWN.shape((batch, structure.in_channels, *hw)), dtype=torch.float16)
+    conv(x, torch.empty(GpuLayout.CHWN.shape((batch, structure.out_channels, *hw)), dtype=torch.float16))
+    assert launched == [cuda.KERNELS[expected].number]
+
+
+def test_wgmma_only_where_the_chip_has_it() -> None:
+    """On the CPU, and on anything but sm_90, its tables are not even made."""
+    case = Case("rule", GroupStructure.dense(64, 64))
+    conv = CudaConv(case.spec, case.tensors(torch.float16).weights, None, GpuLayout.CHWN, wgmma=True)
+    assert set(conv._tables(torch.float16, torch.device("cpu"))) == {"halo", "chwn"}

@@ -7,12 +7,22 @@ import torch
 from cases import CASES, IDS, Case, reference
 
 import dsp_kernels.backends  # noqa: F401  (registers the kernels)
+from dsp_kernels.backends import cuda
 from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuLayout, layout_for_batch
+from dsp_kernels.native_cuda import has_wgmma
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.tolerances import op_tolerance
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FAMILIES = GPU_KERNELS.names()
+# Kernels that only large layers get, made to take the small ones too: (family, blocks to fill, wgmma).
+KERNELS = {
+    "triton": ("triton", None, None),
+    "cuda": ("cuda", None, None),
+    "cuda-gemm": ("cuda", 1 << 30, "0"),
+    "cuda-halo": ("cuda", 0, "0"),
+    "cuda-wgmma": ("cuda", 1 << 30, "1"),
+    "cuda-wgmma-halo": ("cuda", 0, "1"),
+}
 
 # Shapes like those of real networks, where whole tiles and their edges both occur.
 HALF = [(range(0, 64, 2), range(0, 40)), (range(3, 60), range(40, 64))]
@@ -38,9 +48,20 @@ def batches(case: Case) -> list[Case]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *REAL], ids=[*IDS, *(case.name.replace(" ", "-") for case in REAL)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_convolution(family: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_convolution(
+    kernel: str, case: Case, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, few_blocks, wgmma = KERNELS[kernel]
     kernels = next(item for item in GPU_KERNELS if item.name == family)
+    if few_blocks is not None:
+        if dtype == torch.float32:
+            pytest.skip("float32 has one kernel")
+        monkeypatch.setattr(cuda, "_FEW_BLOCKS", few_blocks)
+    if wgmma is not None:
+        monkeypatch.setenv("DSP_KERNELS_WGMMA", wgmma)
+    if wgmma == "1" and not (device.type == "cuda" and has_wgmma(device.index)):
+        pytest.skip("needs compute capability 9.0 and a library with sm_90a in it")
     for one in batches(case):
         arguments = one.tensors(dtype)
         expected = reference(one, arguments)

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsp_kernels.backends.triton_aot import Compiled, compile_config, faults
+from dsp_kernels.backends.triton_aot import Compiled, compile_config, faults, resident_warps
 from dsp_kernels.backends.triton_config import TritonConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +58,35 @@ def test_64_bit_offsets_compile() -> None:
 def test_faults_are_found() -> None:
     bad = Compiled(255, 1 << 20, 8, "st.global.b16 [%rd1], %rs1;", "LDG.E.U16")
     words = " ".join(faults(bad, GOOD, HALF, 90))
-    for word in ("spilled", "registers", "shared", "wgmma", "asynchronous", "2 bytes", "0 of 1 stores"):
+    for word in (
+        "spilled",
+        "255 registers",
+        "leave 0 warps",
+        "wgmma",
+        "asynchronous",
+        "2 bytes",
+        "0 of 1 stores",
+    ):
         assert word in words
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "capability", "held"),
+    [
+        (168, 0, 4, 80, 12),  # 65,536 / (128 x 168) = 3.05 programs
+        (169, 0, 4, 80, 8),  # given out as 176
+        (136, 0, 8, 90, 8),
+        (40, 80 << 10, 4, 80, 8),  # two times 81 KiB in 164
+        (40, 80 << 10, 4, 90, 8),
+        (40, 75 << 10, 4, 90, 12),  # three times 76 KiB in 228
+        (16, 0, 4, 90, 64),
+    ],
+)
+def test_warps_that_a_multiprocessor_holds(
+    registers: int, shared: int, warps: int, capability: int, held: int
+) -> None:
+    made = Compiled(registers, shared, 0, "", "")
+    assert resident_warps(made, TritonConfig(True, 64, 32, 64, 32, warps, 3), capability) == held
 
 
 def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:

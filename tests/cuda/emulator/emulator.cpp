@@ -36,7 +36,12 @@ const char* dsp_emulate(int dtype, const void* x, void* out, const void* residua
                 decltype(kernel)::run(machine, plan.params, static_cast<int>(block));
             }
         };
-        if (dtype == 0)
+        const bool warpgroups = dsp::needs_wgmma(s);
+        if (warpgroups && dtype == 0)
+            dsp::dispatch_wgmma<dsp::Half>(s, params, shared_limit, run);
+        else if (warpgroups && dtype == 1)
+            dsp::dispatch_wgmma<dsp::Bfloat>(s, params, shared_limit, run);
+        else if (dtype == 0)
             dsp::dispatch_16bit<dsp::Half>(s, params, shared_limit, run);
         else if (dtype == 1)
             dsp::dispatch_16bit<dsp::Bfloat>(s, params, shared_limit, run);

@@ -4,15 +4,18 @@
 // starts as NaN. Accesses of a warp are collected per instruction and their bank conflicts counted. With `races`, an
 // access of a word that another thread wrote, or a store to one that another thread read, since the last barrier is an
 // error; a copy counts as a store by its thread where it is waited for.
+// Products of a warpgroup happen at once where copies land late, and else as late as they may, when whoever
+// overwrites an operand too early has done so.
 #pragma once
 
 #include <array>
+#include <functional>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../../../csrc/common/numbers.h"
+#include "../../../csrc/common/warpgroup_tile.h"
 
 namespace dsp {
 
@@ -76,6 +79,8 @@ struct HostMachine {
     const std::vector<Range>& ranges;
     std::vector<char> shared;
     std::vector<std::vector<Copy>> groups;  // of copies on their way; the last is open
+    std::vector<std::vector<std::function<void()>>> products;  // the same of a warpgroup's products
+    std::vector<bool> unpublished;  // bytes of shared memory that wgmma may not see yet
     // kind and instruction of a warp -> its lanes' accesses
     std::map<std::array<int, 3>, std::vector<Access>> pending;
     std::vector<int> issued;
@@ -84,7 +89,7 @@ struct HostMachine {
 
     HostMachine(int threads, int shared_bytes, Modes modes, Counts& counts, const std::vector<Range>& ranges)
         : threads(threads), modes(modes), counts(counts), ranges(ranges), shared(shared_bytes, '\xff'), groups(1),
-          issued(threads), uses(modes.races ? (shared_bytes + 3) / 4 : 0) {}
+          products(1), unpublished(shared_bytes), issued(threads), uses(modes.races ? (shared_bytes + 3) / 4 : 0) {}
 
     template <class F>
     void each_thread(F f) {
@@ -212,6 +217,49 @@ struct HostMachine {
                 acc.value[e][lane] = sum;
             }
     }
+    template <class F>
+    void each_warpgroup(F f) {
+        for (int i = 0; i < threads / 128; ++i) f(modes.backwards ? threads / 128 - 1 - i : i);
+    }
+    void publish() { std::fill(unpublished.begin(), unpublished.end(), false); }
+    void begin_products() {}
+    void commit_products() {
+        if (++open_products % (threads / 128) == 0) products.emplace_back();  // every warpgroup's group
+    }
+    template <int GROUPS, class S>
+    void wait_products(S&) {
+        const int done = static_cast<int>(products.size()) - 1 - GROUPS;
+        for (int g = 0; g < done; ++g) {
+            for (const auto& product : products[g]) product();
+            products[g].clear();
+        }
+    }
+    // PTX ISA, wgmma.mma_async: 64 x 16 times 16 x 8 NT; warp w of the warpgroup holds rows 16 w to 16 w + 15 as in
+    // mma.m16n8k16. The operands are read through their descriptors.
+    template <class T, class S, class A, class B>
+    void multiply_warpgroup(S& sums, int group, const A& left, const B& right) {
+        constexpr int kWidth = 8 * sizeof(sums[0].at[0]) / sizeof(sums[0].at[0][0]);
+        const uint64_t a = descriptor_of(left, kSharedAddress), b = descriptor_of(right, kSharedAddress);
+        const auto product = [this, &sums, group, a, b] {
+            std::vector<float> rows(64 * 16), columns(16 * kWidth);
+            for (int k = 0; k < 16; ++k) {
+                for (int i = 0; i < 64; ++i) rows[i * 16 + k] = element<T>(a, A::order, i, k);
+                for (int i = 0; i < kWidth; ++i) columns[k * kWidth + i] = element<T>(b, B::order, i, k);
+            }
+            for (int warp = 0; warp < 4; ++warp)
+                for (int j = 0; j < kWidth / 8; ++j)
+                    for (int e = 0; e < 4; ++e)
+                        for (int lane = 0; lane < 32; ++lane) {
+                            const int row = warp * 16 + lane / 4 + e / 2 * 8, column = j * 8 + lane % 4 * 2 + e % 2;
+                            float& sum = sums[group * 4 + warp].at[0][j].value[e][lane];
+                            for (int k = 0; k < 16; ++k) sum += rows[row * 16 + k] * columns[k * kWidth + column];
+                        }
+        };
+        if (modes.late_copies)
+            product();
+        else
+            products.back().push_back(product);
+    }
     static void clear(Acc& acc) { std::memset(&acc, 0, sizeof acc); }
     static float get(const Acc& acc, int element, int lane) { return acc.value[element][lane]; }
     static float as_float(uint32_t word) {
@@ -226,6 +274,27 @@ struct HostMachine {
     }
 
 private:
+    static constexpr uint32_t kSharedAddress = 1024;  // where a GPU's first block of shared memory starts
+    int open_products = 0;
+
+    // A number of an operand. PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor"; see warpgroup_tile.h.
+    template <class T>
+    float element(uint64_t descriptor, Order order, int mn, int k) {
+        const auto bytes = [&](int bit) { return static_cast<int>(descriptor >> bit & 0x3fff) * 16; };
+        const int start = bytes(0), lead = bytes(16), stride = bytes(32);
+        const bool swizzled = descriptor >> 62 == 1;
+        if (swizzled != (order == Order::swizzled) || (swizzled && start % 1024))
+            throw std::runtime_error("a descriptor does not fit its operand");
+        int address = start;
+        if (order == Order::along_k) address += mn / 8 * stride + mn % 8 * 16 + k / 8 * lead + k % 8 * 2;
+        if (order == Order::along_mn) address += mn / 8 * stride + mn % 8 * 2 + k / 8 * lead + k % 8 * 16;
+        if (order == Order::swizzled) address += mn / 64 * lead + mn % 64 * 2 + k / 8 * stride + k % 8 * 128;
+        if (swizzled) address ^= address >> 3 & 0x70;
+        const int offset = address - static_cast<int>(kSharedAddress);
+        uint16_t bits;
+        std::memcpy(&bits, at(offset, 2), 2);
+        return unpublished[offset] ? std::nanf("") : T::widen(bits);
+    }
     template <class T>
     static float half_of(uint32_t word, int e) {
         return T::widen(static_cast<uint16_t>(word >> (16 * e)));
@@ -245,7 +314,7 @@ private:
     }
     void land(const Copy& c) {
         watch_write(c.thread, c.offset, c.size);
-        std::memcpy(at(c.offset, c.size), c.bytes.data(), c.size);
+        put(c.offset, c.bytes.data(), c.size);
     }
     void watch_read(int thread, int offset, int size) {
         for (int i = offset / 4; modes.races && i < (offset + size) / 4; ++i) {
@@ -265,6 +334,10 @@ private:
             use.written = barriers;
         }
     }
+    void put(int offset, const void* value, int size) {
+        std::memcpy(at(offset, size), value, size);
+        std::fill_n(unpublished.begin() + offset, size, true);
+    }
     void copy(int thread, int offset, const void* source, bool inside, int size) {
         note(1, thread, offset, size);
         Copy c{offset, {}, size, thread};
@@ -282,7 +355,7 @@ private:
     void store(int thread, int offset, const void* value, int size) {
         note(2, thread, offset, size);
         watch_write(thread, offset, size);
-        std::memcpy(at(offset, size), value, size);
+        put(offset, value, size);
     }
     // `size` bytes per lane: 16 bytes go in quarter warps, 8 in halves, 4 in whole warps.
     void note(int kind, int thread, int offset, int size) {
