@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <deque>
 #include <memory>
 
 #include "builder.h"
@@ -124,18 +123,21 @@ void Session::run_apart(const Plan& plan, const Share& share, const std::vector<
 
 void Session::run_together(const Plan& plan, const Share& share, const std::vector<Images>& inputs,
                            const std::vector<Images>& outputs, int threads) const {
-    struct Progress { // of one operation
+    struct alignas(64) Progress { // of one operation
         std::atomic<int> done{0};
-        std::unique_ptr<std::atomic<bool>[]> taken;
-        explicit Progress(int chunks) : taken(new std::atomic<bool>[chunks]()) {}
+        std::atomic<bool>* taken = nullptr; // of each chunk
     };
+    int64_t all = 0;
+    for (const auto& op : plan.ops) all += op->chunks;
     Arena arena(plan, threads);
     const int I = share.interleave;
     for (int64_t first = share.first; first < share.first + share.count; first += I) {
         const Context context{arena.memory, &inputs, &outputs, first,
                               int(std::min<int64_t>(I, share.first + share.count - first))};
-        std::deque<Progress> progress;
-        for (const auto& op : plan.ops) progress.emplace_back(op->chunks);
+        std::vector<Progress> progress(plan.ops.size());
+        std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[all]());
+        std::atomic<bool>* next = taken.get();
+        for (size_t n = 0; n < plan.ops.size(); ++n) progress[n].taken = next, next += plan.ops[n]->chunks;
         std::atomic<int> joined{0};
         // Chunks are taken one by one, so a helper that wakes up late joins wherever the others are. Everyone begins
         // with the same part of each operation: neighbouring chunks are neighbouring rows, which are then in its own
