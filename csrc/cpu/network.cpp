@@ -5,7 +5,6 @@
 
 #include "isa.h"
 #include "pairing.h"
-#include "winograd.h"
 
 namespace dsp {
 
@@ -24,13 +23,6 @@ void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, c
         require(kernel[a] >= 1 && stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1 && kernel[a] < 4096 &&
                     stride[a] < 4096 && padding[a] < 4096 && dilation[a] < 4096,
                 "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
-}
-
-// Two weights as the kernels read them, by the kernels' own rounding.
-float as_word(float a, float b) {
-    float word;
-    kernels_base().pair(&a, &b, &word, 1, 1, 1);
-    return word;
 }
 
 // Puts each group's channels, and its weights with them, in the order of pair_channels().
@@ -126,60 +118,6 @@ std::vector<Source> Network::sources(const Step& step, const std::vector<int>& c
     for (size_t i = 0; i < channels.size(); i += width)
         list.push_back({channels[i], step.pairs && i + 1 < channels.size() ? channels[i + 1] : -1});
     return list;
-}
-
-namespace {
-
-// The weights of one tile as plain sums read them.
-void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
-    for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
-        for (int64_t j = c; j < c + taps; ++j)
-            for (int k = 0; k < filters; ++k) {
-                const float* filter = first + k * count;
-                to.push_back(!step.pairs ? filter[j] : as_word(filter[j], j + taps < count ? filter[j + taps] : 0.0f));
-            }
-}
-
-// [pair of sums][channel, horizontal tap][2][filters], in the order of band_input().
-void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
-    for (int pair = 0; pair < band_pairs; ++pair)
-        for (int64_t c = 0; c < count; c += 3 * columns)
-            for (int64_t x = c; x < c + columns; ++x)
-                for (int half = 0; half < 2; ++half)
-                    for (int k = 0; k < filters; ++k) {
-                        const float* tap = first + k * count + x;
-                        to.push_back(band_weight(2 * pair + half, tap[0], tap[columns], tap[2 * columns]));
-                    }
-}
-
-} // namespace
-
-std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, bool in_bands) const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto& known = packed_[{&step, splits, in_bands}];
-    if (auto found = known.lock()) return found;
-    auto made = std::make_shared<Packed>();
-    for (size_t g = 0; g < step.groups.size(); ++g) {
-        const GroupIndex& group = step.groups[g];
-        const int64_t taps = int64_t(step.kernel[0]) * step.kernel[1], count = int64_t(group.in.size()) * taps;
-        int first = 0;
-        for (int filters : splits[g]) {
-            FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
-            const float* weights = group.weights.data() + first * count;
-            if (in_bands)
-                pack_bands(made->weights, weights, filters, count, step.kernel[1]);
-            else
-                pack_plain(made->weights, step, weights, filters, count, taps);
-            for (int k = 0; k < filters; ++k) {
-                tile.channels.push_back(group.out[first + k]);
-                made->bias.push_back(step.bias[tile.channels.back()]);
-            }
-            first += filters;
-            made->tiles.push_back(std::move(tile));
-        }
-    }
-    known = made;
-    return made;
 }
 
 int Network::add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act) {

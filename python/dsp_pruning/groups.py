@@ -262,16 +262,8 @@ class GroupWrapper:
         each: dict[Tensor, Tensor] = {}
         for members, start in zip(layers, starts, strict=True):
             each.update(zip((layer.weight for layer in members), start.unbind(), strict=True))
-        ahead = look_ahead(
-            self._network,
-            self.optimizer,
-            self.criterion,
-            each,
-            batches,
-            autocast_dtype,
-            scaler,
-            reorder=self._reorder,
-        )
+        network = self._network, self.optimizer, self.criterion
+        ahead = look_ahead(*network, each, batches, autocast_dtype, scaler, self._reorder)
         self._reorder = self._reorder and ahead.reordered
         self._loss = ahead.loss
         slopes = []

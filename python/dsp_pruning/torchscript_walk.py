@@ -121,7 +121,7 @@ class Walk:
         size = 224 if self.pooled else 32
         meta = {
             "architecture": None,
-            "example_shape": (1, first.in_channels, size, size),
+            "example_shapes": ((1, first.in_channels, size, size),),
             "example_given": False,
             "modes": "both",
         }

@@ -280,7 +280,7 @@ def test_a_failed_move_changes_nothing() -> None:
     fused = dsp_kernels.fuse(nets.make("residual"), example(), backend=fused.backend)
     expected = fused(example())
     with pytest.raises(DSPBackendError):
-        fused.half()
+        fused.double()
     assert torch.equal(fused(example()), expected)
 
 

@@ -19,7 +19,7 @@ from dsp_pruning.groups import GroupWrapper
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.penalty import hard_assignment
 
-# The bounds of the issue; two independent implementations agreed to 2e-14 and 8e-15.
+# The bounds asked for; two independent implementations agreed to 2e-14 and 8e-15.
 WEIGHTS, LOGITS, BY_NORM = 1e-12, 1e-10, 1e-10
 CLEAR_MARGIN = 1e-9  # below it the group of a filter is a matter of rounding (golden README, "ties")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -327,5 +327,5 @@ def test_packs_under_autocast_and_from_a_wrapper() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         packed = pack(pruner, images())
     torch.testing.assert_close(packed.eval()(images(3)), pruner.model.eval()(images(3)), rtol=0, atol=1e-10)
-    with pytest.raises(DSPShapeError, match="expected a module"):
-        pack(packed, [images()])
+    with pytest.raises(DSPShapeError, match="expected a tensor"):
+        pack(packed, ["images"])  # type: ignore[list-item]

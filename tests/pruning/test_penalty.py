@@ -15,7 +15,7 @@ from dsp_pruning import penalty as terms
 
 # Golden values have up to 7 digits before the point: float64 keeps 1e-13 of a value through the sums.
 RELATIVE = 1e-13
-AUTOGRAD = 1e-9  # the bound, absolute, at the default eps where the term has no addend
+AUTOGRAD = 1e-9  # absolute, at the default eps where the term has no addend
 
 
 def case(shared: Path, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,68 @@
+// The weights of a convolution in the order in which its microtiles read them, transformed where they are for bands.
+#include "network.h"
+#include "winograd.h"
+
+namespace dsp {
+
+namespace {
+
+// Two weights as the kernels read them, by the kernels' own rounding.
+float as_word(float a, float b) {
+    float word;
+    kernels_base().pair(&a, &b, &word, 1, 1, 1);
+    return word;
+}
+
+// The weights of one tile as plain sums read them.
+void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
+    for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
+        for (int64_t j = c; j < c + taps; ++j)
+            for (int k = 0; k < filters; ++k) {
+                const float* filter = first + k * count;
+                to.push_back(!step.pairs ? filter[j] : as_word(filter[j], j + taps < count ? filter[j + taps] : 0.0f));
+            }
+}
+
+// [pair of sums][channel, horizontal tap][2][filters], in the order of band_input().
+void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
+    for (int pair = 0; pair < band_pairs; ++pair)
+        for (int64_t c = 0; c < count; c += 3 * columns)
+            for (int64_t x = c; x < c + columns; ++x)
+                for (int half = 0; half < 2; ++half)
+                    for (int k = 0; k < filters; ++k) {
+                        const float* tap = first + k * count + x;
+                        to.push_back(band_weight(2 * pair + half, tap[0], tap[columns], tap[2 * columns]));
+                    }
+}
+
+} // namespace
+
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, bool in_bands) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& known = packed_[{&step, splits, in_bands}];
+    if (auto found = known.lock()) return found;
+    auto made = std::make_shared<Packed>();
+    for (size_t g = 0; g < step.groups.size(); ++g) {
+        const GroupIndex& group = step.groups[g];
+        const int64_t taps = int64_t(step.kernel[0]) * step.kernel[1], count = int64_t(group.in.size()) * taps;
+        int first = 0;
+        for (int filters : splits[g]) {
+            FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
+            const float* weights = group.weights.data() + first * count;
+            if (in_bands)
+                pack_bands(made->weights, weights, filters, count, step.kernel[1]);
+            else
+                pack_plain(made->weights, step, weights, filters, count, taps);
+            for (int k = 0; k < filters; ++k) {
+                tile.channels.push_back(group.out[first + k]);
+                made->bias.push_back(step.bias[tile.channels.back()]);
+            }
+            first += filters;
+            made->tiles.push_back(std::move(tile));
+        }
+    }
+    known = made;
+    return made;
+}
+
+} // namespace dsp
