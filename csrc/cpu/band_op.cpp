@@ -7,23 +7,23 @@
 
 namespace dsp {
 
-// The combinations of the rows that a band reads, of all channels, from vector `column` of the output on.
+// What the sums take from a band, of all channels, from vector `column` of the output on.
 void BandConvOp::transform(float* to, int band, int column, int columns, const Context& context) const {
     const Geometry& g = x.geometry;
-    const int64_t first = int64_t(column) * kernels->lanes - int64_t(step->padding[1]) * g.interleave;
-    const int64_t floats = int64_t(columns) * kernels->lanes +
-                           int64_t(step->kernel[1] - 1) * step->dilation[1] * g.interleave;
-    BandInput call{};
-    call.pitch = transformed_pitch;
-    call.vectors = (floats + kernels->lanes - 1) / kernels->lanes;
+    const int I = g.interleave, lanes = kernels->lanes;
+    const int64_t first = (patches ? 0 : int64_t(column) * lanes) - int64_t(step->padding[1]) * I;
+    const int64_t floats = int64_t(columns) * lanes + int64_t(step->kernel[1] - 1) * step->dilation[1] * I;
     for (size_t n = 0; n < used.size(); ++n) {
-        const float* plane = x.plane(context, used[n]) + first;
+        const float* row[band_sums];
         for (int i = 0; i < band_sums; ++i) {
-            const int row = band * band_rows + i - step->padding[0];
-            call.row[i] = row < 0 || row >= g.h ? zeros.data() : plane + row * g.pitch * g.interleave;
+            const int r = band * band_rows + i - step->padding[0];
+            row[i] = r < 0 || r >= g.h ? zeros.data() : x.plane(context, used[n]) + first + r * g.pitch * I;
         }
-        call.out = to + int64_t(n) * band_sums * transformed_pitch;
-        kernels->band_input(call);
+        float* const out = to + int64_t(n) * channel;
+        if (patches)
+            kernels->patch_input({{row[0], row[1], row[2], row[3], row[4], row[5]}, I, at.data() + column, out, pitch, columns});
+        else
+            kernels->band_input({{row[0], row[1], row[2], row[3], row[4], row[5]}, out, pitch, (floats + lanes - 1) / lanes});
     }
 }
 
@@ -33,16 +33,21 @@ void BandConvOp::run(int chunk, const Context& context) const {
     float* const transformed = context.arena + scratch + context.worker * scratch_size;
     const Geometry& g = y.geometry;
     const int64_t row = g.pitch * g.interleave;
-    const int lanes = kernels->lanes;
+    const int lanes = kernels->lanes, row_vectors = int(at.size());
     BandCall call{};
-    call.pitch = transformed_pitch;
+    call.pitch = pitch;
     call.y_pitch = row;
+    call.second = patches ? g.interleave : 0;
+    call.row = g.w * g.interleave;
     call.act = step->act;
     for (int band = part.first_vector; band < part.last_vector; ++band)
         for (int block = 0; block < row_vectors; block += block_columns) {
             const int columns = std::min(block_columns, row_vectors - block);
             transform(transformed, band, block, columns, context);
             call.rows = std::min(band_rows, g.h - band * band_rows);
+            const int64_t first = int64_t(band) * band_rows * row;
+            call.y = y.in(context) + first;
+            call.add = has_add ? context.arena + first : nullptr;
             for (int begin = 0; begin < columns; begin += sum_columns) {
                 const int end = std::min(begin + sum_columns, columns);
                 for (int t = part.first_tile; t < part.last_tile; ++t) {
@@ -56,11 +61,8 @@ void BandConvOp::run(int chunk, const Context& context) const {
                     call.add_plane = call.y_plane + K;
                     for (int v = begin; v < end;) {
                         const int P = pass_width(end - v, most);
-                        const int64_t at = int64_t(band) * band_rows * row + int64_t(block + v) * lanes;
                         call.x = transformed + int64_t(v) * lanes;
-                        call.y = y.in(context) + at;
-                        call.add = has_add ? context.arena + at : nullptr;
-                        call.tail = block + v + P == row_vectors ? tail : lanes;
+                        call.at = at.data() + block + v;
                         kernels->band_tile[K][P](call);
                         v += P;
                     }

@@ -89,6 +89,8 @@ class Builder {
     void place_tiles(ConvOp& op) const;
     void chunk_conv(ConvOp& op, int units, int by_units, const std::vector<double>& costs);
     void block_conv(ConvOp& op, const Draft& draft);
+    struct Banding;
+    Banding banding(const ConvOp& plain, int used, bool patches) const;
     std::unique_ptr<Op> band_conv(const ConvOp& plain, const Draft& draft, double least);
 };
 

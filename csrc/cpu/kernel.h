@@ -31,26 +31,39 @@ struct TileCall {
 // The inputs of the sums, of one channel: six combinations of as many rows of x.
 struct BandInput {
     const float* row[6]; // of x, at the first column that is read
-    float* out;          // [6][pitch]
-    int64_t pitch;       // floats from one combination to the next
+    float* out;          // [6] sums
+    int64_t pitch;       // floats from one sum to the next
     int64_t vectors;
 };
 
-// The rows of a band from its sums, for `filters` planes o and some vectors that lie side by side.
+// Winograd's method over pairs of columns too, where a pixel's images fill vectors: the inputs of the sums of a channel.
+struct PatchInput {
+    const float* row[6];  // of x, at the first of the four columns of pair 0
+    int images;           // interleaved: from one column to the next
+    const int32_t* at;    // [vectors] displacement in a row
+    float* out;           // [24] sums
+    int64_t pitch;        // floats from one sum to the next
+    int64_t vectors;
+};
+
+// The rows of a band from its sums, for `filters` planes o and some vectors that lie side by side. In patches a vector
+// of sums makes two vectors of pixels: those of even and those of odd columns.
 struct BandCall {
-    const float* x;           // combination 0 of channel 0, at the first column
-    int64_t pitch;            // as in BandInput
-    const int32_t* off;       // [count] displacement of (channel, horizontal tap) j
+    const float* x;           // sum 0 of channel 0, at the first vector
+    int64_t pitch;            // floats from one sum to the next
+    const int32_t* off;       // [count] displacement of (channel, horizontal tap) j; in patches of channel j
     int64_t count;
     const float* w;           // [sums][count][filters]
     const float* bias;        // [filters]
-    float* y;                 // the band's first row in plane 0 of the output, at the first column
+    float* y;                 // the band's first row in plane 0 of the output
     int64_t y_pitch;          // floats from row to row, of the residual too
     const int64_t* y_plane;   // [filters]
     const float* add;         // residual, or null
     const int64_t* add_plane; // [filters]
+    const int32_t* at;        // [vectors] displacement of each vector in a row
+    int second;               // in patches, from there to the second vector that it makes; else 0
     int rows;                 // of the band that exist
-    int tail;                 // lanes of the last vector that are pixels
+    int row;                  // floats of a row that are pixels
     Act act;
 };
 
@@ -128,6 +141,7 @@ struct Kernels {
     // The same over words of two bfloat16 channels (kernel_bf16.h): x and w are words, all else is float.
     void (*pair_tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     void (*band_input)(const BandInput&);
+    void (*patch_input)(const PatchInput&);
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
     void (*product)(const ProductCall&);

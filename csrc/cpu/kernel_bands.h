@@ -9,27 +9,41 @@ namespace {
 
 constexpr float near_float = float(near_point), far_float = float(far_point);
 
-// Combinations of the six rows of a band in the order of the sums.
-void band_input(const BandInput& call) {
+// What the sums of the rows take from six pixels of a column.
+inline void combine_rows(const V (&d)[band_sums], float* out, int64_t pitch) {
     constexpr float near = float(square_near), far = float(square_far);
-    const int64_t pitch = call.pitch;
+    const V near_even = d[4] - far * d[2], near_odd = d[3] - far * d[1];
+    const V far_even = d[4] - near * d[2], far_odd = d[3] - near * d[1];
+    store(out, near_even + near_float * near_odd);
+    store(out + pitch, near_even - near_float * near_odd);
+    store(out + 2 * pitch, far_even + far_float * far_odd);
+    store(out + 3 * pitch, far_even - far_float * far_odd);
+    store(out + 4 * pitch, d[4] - (near + far) * d[2] + d[0]);
+    store(out + 5 * pitch, d[5] - (near + far) * d[3] + d[1]);
+}
+
+// The four rows from the six sums.
+inline void separate_rows(const V (&sum)[band_sums], V (&y)[band_rows], V bias) {
+    constexpr float near = float(square_near), far = float(square_far);
+    constexpr float near_cube = near * near_float, far_cube = far * far_float;
+    const V even = sum[0] + sum[1], odd = sum[0] - sum[1];
+    const V far_even = sum[2] + sum[3], far_odd = sum[2] - sum[3];
+    y[0] = even + far_even + (sum[4] + bias);
+    y[1] = near_float * odd + (far_float * far_odd + bias);
+    y[2] = near * even + (far * far_even + bias);
+    y[3] = near_cube * odd + far_cube * far_odd + (sum[5] + bias);
+}
+
+void band_input(const BandInput& call) {
     for (int64_t v = 0; v < call.vectors; ++v) {
         V d[band_sums];
 #pragma GCC unroll 6
         for (int i = 0; i < band_sums; ++i) d[i] = load(call.row[i] + v * L);
-        float* out = call.out + v * L;
-        const V near_even = d[4] - far * d[2], near_odd = d[3] - far * d[1];
-        const V far_even = d[4] - near * d[2], far_odd = d[3] - near * d[1];
-        store(out, near_even + near_float * near_odd);
-        store(out + pitch, near_even - near_float * near_odd);
-        store(out + 2 * pitch, far_even + far_float * far_odd);
-        store(out + 3 * pitch, far_even - far_float * far_odd);
-        store(out + 4 * pitch, d[4] - (near + far) * d[2] + d[0]);
-        store(out + 5 * pitch, d[5] - (near + far) * d[3] + d[1]);
+        combine_rows(d, call.out + v * L, call.pitch);
     }
 }
 
-// One of the six sums of a tile.
+// One of the sums of a tile.
 template <int K, int P>
 inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float* x, const BandCall& call, const float* w) {
     const int32_t* off = call.off;
@@ -70,51 +84,77 @@ inline void store_some(float* y, V v, int count) {
         }
 }
 
+__attribute__((noinline)) V activate_late(V v, Act act) { return activate(v, act); }
+
+// Residual, activation and the store of a vector of pixels. A copy of what it needs of a call: a store through a pointer
+// to vectors may change anything that is in memory. whole: every lane of every vector is a pixel.
+template <bool whole>
+struct Finish {
+    const Bounds bounds;
+    const Act act;
+    const bool late;
+    const int row;
+    explicit Finish(const BandCall& call) : bounds(call.act), act(call.act), late(is_late(call.act)), row(call.row) {}
+    // at: displacement in the row
+    inline __attribute__((always_inline)) void operator()(float* y, const float* add, int at, V v) const {
+        if (add) v += load(add + at);
+        v = bounds(v);
+        if (late) v = activate_late(v, act);
+        if (whole || at + L <= row)
+            store(y + at, v);
+        else if (at < row) // what follows are pad columns, or the next row, which another thread may be writing
+            store_some(y + at, v, row - at);
+    }
+};
+
 // The rows of a band from its sums, [band_sums][filters][vectors].
-template <int P>
+template <int P, bool whole>
 __attribute__((noinline)) void finish_band(const V* sums, int filters, const BandCall& call) {
-    constexpr float near = float(square_near), far = float(square_far);
-    constexpr float near_cube = near * near_float, far_cube = far * far_float;
-    const bool late = is_late(call.act);
-    const Bounds bounds(call.act);
-    const int rows = call.rows, tail = call.tail, next = filters * P;
+    const Finish<whole> finish(call);
+    const int rows = call.rows, next = filters * P;
     const int64_t pitch = call.y_pitch;
+    int at[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) at[p] = call.at[p];
     for (int k = 0; k < filters; ++k, sums += P) {
-        const V bias = V{} + call.bias[k];
         float* const plane = call.y + call.y_plane[k];
         const float* const add = call.add ? call.add + call.add_plane[k] : nullptr;
+        const V bias = V{} + call.bias[k];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            const V* const sum = sums + p;
-            const V even = sum[0] + sum[next], odd = sum[0] - sum[next];
-            const V far_even = sum[2 * next] + sum[3 * next], far_odd = sum[2 * next] - sum[3 * next];
-            V y[band_rows];
-            y[0] = even + far_even + sum[4 * next];
-            y[1] = near_float * odd + far_float * far_odd;
-            y[2] = near * even + far * far_even;
-            y[3] = near_cube * odd + far_cube * far_odd + sum[5 * next];
+            V sum[band_sums], y[band_rows];
+#pragma GCC unroll 6
+            for (int s = 0; s < band_sums; ++s) sum[s] = sums[s * next + p];
+            separate_rows(sum, y, bias);
 #pragma GCC unroll 4
             for (int row = 0; row < band_rows; ++row) {
                 if (row >= rows) break;
-                const int64_t at = row * pitch + p * L;
-                V v = y[row] + bias;
-                if (add) v += load(add + at);
-                v = bounds(v);
-                if (late) v = activate(v, call.act);
-                if (p + 1 < P || tail == L)
-                    store(plane + at, v);
-                else // what follows are pad columns, or the next row, which another thread may be writing
-                    store_some(plane + at, v, tail);
+                finish(plane + row * pitch, add ? add + row * pitch : nullptr, at[p], y[row]);
             }
         }
     }
 }
 
+} // namespace
+} // namespace dsp
+
+#include "kernel_patches.h"
+
+namespace dsp {
+namespace {
+
 template <int K, int P>
 void band_tile(const BandCall& call) {
-    V sums[band_sums][K][P]; // in the first-level cache: one sum at a time fills the registers as a plain tile does
-    for (int s = 0; s < band_sums; ++s) sum_band<K, P>(sums[s], call.x + s * call.pitch, call, call.w + s * call.count * K);
-    finish_band<P>(&sums[0][0][0], K, call);
+    // One sum at a time fills the registers as a plain tile does; the others are in the first-level cache.
+    V sums[patch_sums][K][P];
+    const int count = call.second ? patch_sums : band_sums;
+    for (int s = 0; s < count; ++s) sum_band<K, P>(sums[s], call.x + s * call.pitch, call, call.w + s * call.count * K);
+    const bool whole = call.at[P - 1] + call.second + L <= call.row;
+    V* const first = &sums[0][0][0];
+    if (call.second)
+        whole ? finish_patches<P, true>(first, K, call) : finish_patches<P, false>(first, K, call);
+    else
+        whole ? finish_band<P, true>(first, K, call) : finish_band<P, false>(first, K, call);
 }
 
 } // namespace

@@ -316,6 +316,7 @@ Kernels make() {
     table.linear = linear;
     table.thin = thin;
     table.band_input = band_input;
+    table.patch_input = patch_input;
     table.arithmetic = arithmetic;
     table.pair = pair;
     table.pair_arithmetic = pair_arithmetic;

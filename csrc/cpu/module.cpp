@@ -33,8 +33,9 @@ Act activation(const std::string& name) {
 dsp::Winograd winograd_of(const std::string& name) {
     if (name == "never") return dsp::Winograd::never;
     if (name == "where faster") return dsp::Winograd::where_faster;
-    if (name == "always") return dsp::Winograd::always;
-    fail("winograd is 'never', 'where faster' or 'always', not '" + name + "'");
+    if (name == "bands") return dsp::Winograd::bands;
+    if (name == "patches") return dsp::Winograd::patches;
+    fail("winograd is 'never', 'where faster', 'bands' or 'patches', not '" + name + "'");
 }
 
 std::vector<float> flat(const Array& array) {

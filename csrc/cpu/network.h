@@ -48,6 +48,9 @@ struct Packed {
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
+// What the microtiles of a convolution sum: products, or what Winograd's method makes of them (winograd.h).
+enum class Form { plain, bands, patches };
+
 enum class Kind { input, conv, map, product, pool, mean, adaptive, view, linear, output };
 
 struct Step {
@@ -77,8 +80,8 @@ struct Value {
     bool nonnegative = false; // a ReLU made it, so that another ReLU changes nothing
 };
 
-// Whether convolutions are computed by Winograd's method; always: wherever it is possible.
-enum class Winograd { never, where_faster, always };
+// Whether convolutions are computed by Winograd's method; bands and patches: in this form wherever it is possible.
+enum class Winograd { never, where_faster, bands, patches };
 
 class Network {
   public:
@@ -117,13 +120,12 @@ class Network {
     // What the planes are that a group reads, in order.
     static std::vector<Source> sources(const Step& step, const std::vector<int>& channels);
 
-    // The weights of a conv step cut into these tiles, transformed for bands of rows (winograd.h) or as they are. Plans
-    // that cut alike share one copy.
-    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits, bool in_bands = false) const;
+    // The weights of a conv step cut into these tiles and brought into a form. Plans that cut alike share one copy.
+    std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits, Form form = Form::plain) const;
 
   private:
     mutable std::mutex mutex_;
-    mutable std::map<std::tuple<const Step*, Splits, bool>, std::weak_ptr<const Packed>> packed_;
+    mutable std::map<std::tuple<const Step*, Splits, Form>, std::weak_ptr<const Packed>> packed_;
 
     int make(Step step, int channels, bool nonnegative);
     int add_view(std::vector<int> parts, std::vector<Pair> planes);

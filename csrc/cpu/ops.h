@@ -88,18 +88,19 @@ class ConvOp : public Op {
     void prepare(const Chunk& part, const Context& context, bool clear_columns) const;
 };
 
-// The same by Winograd's method over bands of rows; a chunk's vectors are bands.
+// The same by Winograd's method over bands of rows, or over patches of a band; a chunk's vectors are bands.
 class BandConvOp : public ConvOp {
   public:
     explicit BandConvOp(const ConvOp& plain) : ConvOp(plain) {}
-    std::vector<int> used;    // channels of x that are read
-    std::vector<float> zeros; // what a row outside the map holds
-    int row_vectors = 0, tail = 0;        // of an output row; lanes of its last vector that are pixels
+    bool patches = false;
+    std::vector<int> used;       // channels of x that are read
+    std::vector<float> zeros;    // what a row outside the map holds
+    std::vector<int32_t> at;     // displacement of each vector of sums in an output row
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
-    int64_t transformed_pitch = 0;        // floats from one combination to the next
+    int64_t pitch = 0, channel = 0; // floats of the transformed rows from sum to sum and from channel to channel
     int64_t scratch = 0, scratch_size = 0; // in the arena, one for each worker
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "conv in bands"; }
+    const char* name() const override { return patches ? "conv in patches" : "conv in bands"; }
 
   private:
     void transform(float* to, int band, int column, int columns, const Context& context) const;

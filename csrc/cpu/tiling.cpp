@@ -44,9 +44,9 @@ double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) 
         for (int left = std::min(extent.block, extent.columns - begin); left > 0;) {
             const int width = pass_width(left, kernels.vectors[filters]);
             const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
-            // Every sum has a loop of its own and goes through memory; then each row has an end.
-            total += band_sums * (extent.count * term_cost(arithmetic, loads, 4.0) + 1.5 * filters * width + 25.0);
-            total += 2.0 * band_rows * filters * width + 25.0;
+            // Every sum has a loop of its own and goes through memory; then each vector of pixels has an end.
+            total += extent.sums * (extent.count * term_cost(arithmetic, loads, 4.0) + 1.5 * filters * width + 40.0);
+            total += 2.0 * extent.outputs * filters * width + 25.0;
             if (left == width && begin + extent.block >= extent.columns && extent.partial) total += 6.0 * band_rows * filters;
             left -= width;
         }
@@ -54,9 +54,9 @@ double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) 
 }
 
 double transform_cost(const BandExtent& extent) {
-    // Loads, sums and stores of six vectors.
+    // Loads, sums and stores of a vector for each sum.
     const double vectors = extent.columns + double(extent.pieces) * extent.reach;
-    return extent.bands * (vectors * band_sums * 2.0 + extent.pieces * 15.0);
+    return extent.bands * (vectors * extent.sums * 2.0 + extent.pieces * 15.0);
 }
 
 namespace {

@@ -23,8 +23,10 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent);
 // What a group's filters are computed over by Winograd's method.
 struct BandExtent {
     int64_t count; // products per sum
+    int sums;      // of a vector
+    int outputs;   // vectors of pixels that they make
     int bands;
-    int columns;   // vectors in a row
+    int columns;   // vectors of sums in a row
     int block;     // vectors that all filters pass over before the next
     int pieces;    // of a row that are transformed one after the other
     int reach;     // vectors that a piece reads beyond its own

@@ -23,6 +23,18 @@ void pack_plain(std::vector<float>& to, const Step& step, const float* first, in
             }
 }
 
+// [sum][channel][filters], in the order of patch_input().
+void pack_patches(std::vector<float>& to, const float* first, int filters, int64_t count) {
+    for (int sum = 0; sum < patch_sums; ++sum)
+        for (int64_t c = 0; c < count; c += 9)
+            for (int k = 0; k < filters; ++k) {
+                const float* tap = first + k * count + c;
+                double column[3];
+                for (int x = 0; x < 3; ++x) column[x] = band_weight(sum / column_sums, tap[x], tap[3 + x], tap[6 + x]);
+                to.push_back(float(patch_weight(sum % column_sums, column[0], column[1], column[2])));
+            }
+}
+
 // [sum][channel, horizontal tap][filters], in the order of band_input().
 void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
     for (int sum = 0; sum < band_sums; ++sum)
@@ -30,15 +42,15 @@ void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t
             for (int64_t x = c; x < c + columns; ++x)
                 for (int k = 0; k < filters; ++k) {
                     const float* tap = first + k * count + x;
-                    to.push_back(band_weight(sum, tap[0], tap[columns], tap[2 * columns]));
+                    to.push_back(float(band_weight(sum, tap[0], tap[columns], tap[2 * columns])));
                 }
 }
 
 } // namespace
 
-std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, bool in_bands) const {
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, Form form) const {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto& known = packed_[{&step, splits, in_bands}];
+    auto& known = packed_[{&step, splits, form}];
     if (auto found = known.lock()) return found;
     auto made = std::make_shared<Packed>();
     for (size_t g = 0; g < step.groups.size(); ++g) {
@@ -48,7 +60,9 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
             const float* weights = group.weights.data() + first * count;
-            if (in_bands)
+            if (form == Form::patches)
+                pack_patches(made->weights, weights, filters, count);
+            else if (form == Form::bands)
                 pack_bands(made->weights, weights, filters, count, step.kernel[1]);
             else
                 pack_plain(made->weights, step, weights, filters, count, taps);

@@ -15,12 +15,23 @@ constexpr double near_point = 0.70710678118654752, far_point = 1.414213562373095
 constexpr double square_near = 0.5, square_far = 2.0;
 
 // Three vertical taps as the factor of one of the sums, in the order near, -near, far, -far, 0, infinity.
-inline float band_weight(int sum, double top, double middle, double bottom) {
-    if (sum == 4) return float(top);
-    if (sum == 5) return float(bottom);
+inline double band_weight(int sum, double top, double middle, double bottom) {
+    if (sum == 4) return top;
+    if (sum == 5) return bottom;
     const double square = sum < 2 ? square_near : square_far, other = sum < 2 ? square_far : square_near;
     const double point = (sum % 2 ? -1.0 : 1.0) * (sum < 2 ? near_point : far_point);
-    return float((top + point * middle + square * bottom) / (2.0 * square * (square - other)));
+    return (top + point * middle + square * bottom) / (2.0 * square * (square - other));
+}
+
+// F(2, 3) over the columns of a band makes patches of four by two pixels: 24 products instead of 72. In the order
+// 1, -1, 0, infinity of its points; its rounding errors add nothing that can be seen to those of the rows.
+constexpr int patch_columns = 2, column_sums = 4, patch_sums = band_sums * column_sums;
+
+// Three horizontal taps, each a factor of a row's sum, as the factor of one of the sums.
+inline double patch_weight(int sum, double left, double middle, double right) {
+    if (sum == 2) return left;
+    if (sum == 3) return right;
+    return 0.5 * (left + (sum == 1 ? -middle : middle) + right);
 }
 
 } // namespace dsp

@@ -53,7 +53,7 @@ Case any_case() {
     c.images = between(1, 9), c.interleave = 1 << between(0, 4), c.threads = between(1, 2);
     c.residual = between(0, 1);
     c.act = Act(between(0, 4));
-    c.winograd = between(0, 1) ? dsp::Winograd::always : dsp::Winograd::never;
+    c.winograd = std::array{dsp::Winograd::never, dsp::Winograd::bands, dsp::Winograd::patches}[between(0, 2)];
     return c;
 }
 

@@ -1,4 +1,4 @@
-"""Convolutions by Winograd's method over bands of rows, forced, against the op's definition."""
+"""Convolutions by Winograd's method, in bands of rows or patches of them, forced, against the definition."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ SHAPES = [
     Case("no padding", WIDE, padding=0, hw=(11, 10), residual=True, activation="hardswish"),
     Case("two rows of padding", WIDE, padding=(2, 1), hw=(5, 6), activation="relu6"),
 ]
+FORMS = ("bands", "patches")
 TABLE = [case for case in CASES if case.batch] + SIZES + SHAPES
 
 
-def network_of(case: Case, a: Arguments, isa: str, winograd: str = "always") -> Any:
+def network_of(case: Case, a: Arguments, isa: str, winograd: str) -> Any:
     network = native().Network(isa, False, winograd)  # type: ignore[union-attr]
     x = network.input(case.structure.in_channels)
     residual = -1 if a.residual is None else network.input(case.structure.out_channels)
@@ -39,35 +40,42 @@ def network_of(case: Case, a: Arguments, isa: str, winograd: str = "always") -> 
     return network
 
 
-def in_bands(case: Case) -> bool:
+def possible(case: Case, form: str) -> bool:
     """Whether Winograd's method can compute the case at all."""
     spec = case.spec
     reads = any(group.in_index for group in case.structure.groups)
-    return reads and spec.kernel_size[0] == 3 and spec.stride == (1, 1) and spec.dilation[0] == 1
+    rows = reads and spec.kernel_size[0] == 3 and spec.stride == (1, 1) and spec.dilation[0] == 1
+    return rows and (form == "bands" or (spec.kernel_size[1], spec.dilation[1]) == (3, 1))
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
-def test_bands_of_rows(case: Case, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_is_the_convolution(
+    case: Case, form: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     need(isa, monkeypatch)
     a = case.tensors()
     expected = reference(case, a)
     allowed = op_tolerance(torch.float32, case.reduction) * max(expected.abs().max().item(), 1.0)
     inputs = [tensor.numpy() for tensor in (a.x, a.residual) if tensor is not None]
-    network = network_of(case, a, isa)
-    for interleave, threads in ((1, 1), (2, 3), (8, 1), (16, 2)):
+    network = network_of(case, a, isa, form)
+    for interleave, threads in ((1, 1), (2, 3), (4, 1), (8, 1), (16, 2)):
         y = torch.full(expected.shape, float("nan"))
         network.run(inputs, [y.numpy()], threads, interleave)
         error = (y.double() - expected).abs().max().item()
         assert error <= allowed, (interleave, threads)
-    names = {name for name, _, _ in network.profile(inputs, [y.numpy()], 1, 1)}
-    assert ("conv in bands" in names) == in_bands(case), names
+    # Patches take a pixel's images for vectors; of fewer images they are bands.
+    for interleave, form_of_them in ((1, "bands"), (16, form)):
+        names = {name for name, _, _ in network.profile(inputs, [y.numpy()], interleave, 1)}
+        assert (f"conv in {form_of_them}" in names) == possible(case, form_of_them), names
 
 
 @pytest.mark.parametrize(
     ("structure", "hw", "winograd"),
     [
-        (WIDE, (30, 23), "always"),
+        (WIDE, (30, 23), "bands"),
+        (WIDE, (30, 23), "patches"),
         # Both ways cost about the same: the pieces of several threads must not tip the balance.
         (GroupStructure.dense(16, 4), (16, 16), "where faster"),
         (GroupStructure.dense(4, 12), (28, 28), "where faster"),
@@ -92,15 +100,15 @@ def test_chosen_where_it_is_faster_and_never_when_turned_off(monkeypatch: pytest
     wide, thin = GroupStructure.dense(64, 64), GroupStructure.uniform(16, 16, 16)
 
     def names(structure: GroupStructure, **how: str) -> set[str]:
-        case = Case("", structure, hw=(16, 16), batch=8)
+        case = Case("", structure, hw=(16, 16), batch=16)
         a = case.tensors()
         network = native().Network("", **how)  # type: ignore[union-attr]
         x = network.input(structure.in_channels)
         network.output(add_conv(network, case.spec, a.weights, a.bias, x, -1))
-        y = torch.empty(8, structure.out_channels, 16, 16)
-        return {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 8, 1)}
+        y = torch.empty(16, structure.out_channels, 16, 16)
+        return {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
 
-    assert "conv in bands" in names(wide)
+    assert "conv in patches" in names(wide)
     assert "conv" in names(thin)
     assert "conv" in names(wide, winograd="never")
     with pytest.raises(ValueError, match="winograd"):
@@ -121,7 +129,7 @@ def test_a_band_that_would_fill_the_memory_is_a_plain_sum() -> None:
         "far", GroupStructure.dense(200, 2), dilation=(1, 1000), padding=(1, 1000), hw=(4, 3), batch=16
     )
     a = case.tensors()
-    network = network_of(case, a, "")
+    network = network_of(case, a, "", "bands")
     y = torch.full((16, 2, 4, 3), float("nan"))
     network.run([a.x.numpy()], [y.numpy()], 1, 16)
     names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
@@ -139,14 +147,15 @@ def test_the_cost_of_transforms_counts_what_lies_between_far_taps() -> None:
     assert "conv" in names
 
 
-def test_threads_that_share_an_image_have_one_scratch_each() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_that_share_an_image_have_one_scratch_each(form: str) -> None:
     """Four threads cut an image into eight bands; those of one thread follow one another in its scratch."""
     case = Case("many", GroupStructure.dense(64, 8), hw=(64, 64), batch=1)
     a = case.tensors()
     y = torch.empty(1, 8, 64, 64)
     sizes = {}
     for threads in (1, 2, 4):
-        network = network_of(case, a, "")
+        network = network_of(case, a, "", form)
         network.run([a.x.numpy()], [y.numpy()], threads, 1)
         sizes[threads] = network.scratch_bytes
     one = sizes[2] - sizes[1]
