@@ -6,10 +6,8 @@ kernel too, where it fits: the numbers are there to set the planner's constants.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -26,7 +24,7 @@ from .floors import part_floor
 from .gpu_layers import layer_times, replayed_seconds, value_sets
 from .peaks import Peaks
 
-__all__ = ["BlockTime", "block_times", "write_block_times"]
+__all__ = ["BlockTime", "block_times"]
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,3 @@ def block_times(program: Program, batch: int, dtype: torch.dtype, peaks: Peaks) 
                 tables.filters,
                 geometry.shared_bytes,
             )
-
-
-def write_block_times(path: Path, times: Sequence[BlockTime], environment: dict[str, str]) -> None:
-    """JSON: the environment and one object per block with its fraction of the floor."""
-    rows = [{**asdict(time), "fraction": time.fraction} for time in times]
-    temporary = path.with_suffix(".tmp")
-    text = json.dumps({"environment": environment, "blocks": rows}, indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from dsp_kernels.program import ConvStep, Program
 
 from .peaks import Peaks
 
-__all__ = ["LayerTime", "layer_times", "replayed_seconds", "value_sets", "write_layer_times"]
+__all__ = ["LayerTime", "layer_times", "replayed_seconds", "value_sets", "write_times"]
 
 _CACHE_BYTES = 128 << 20  # twice the L2 cache of an H200
 _MOST_COPIES = 32
@@ -101,11 +102,20 @@ def cost(step: ConvStep, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) 
     return numbers * dtype.itemsize, flops
 
 
-def write_layer_times(path: Path, times: Sequence[LayerTime], environment: dict[str, str]) -> None:
-    """JSON: the environment and one object per layer with its fraction of the floor."""
-    rows = [{**asdict(time), "fraction": time.fraction} for time in times]
+class FloorTime(Protocol):
+    """A dataclass of one time beside its floor."""
+
+    @property
+    def fraction(self) -> float:
+        """Of the floor."""
+        ...
+
+
+def write_times(path: Path, what: str, times: Sequence[FloorTime], environment: dict[str, str]) -> None:
+    """JSON: the environment and, as ``what``, one object per time with its fraction of the floor."""
+    rows = [{**asdict(time), "fraction": time.fraction} for time in times]  # type: ignore[call-overload]
     temporary = path.with_suffix(".tmp")
-    text = json.dumps({"environment": environment, "layers": rows}, indent=1)
+    text = json.dumps({"environment": environment, what: rows}, indent=1)
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
 

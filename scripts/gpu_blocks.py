@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from dsp_benchmarks.gpu_blocks import block_times, write_block_times
+from dsp_benchmarks.engines.base import cuda_available
+from dsp_benchmarks.gpu_blocks import block_times
+from dsp_benchmarks.gpu_layers import write_times
 from dsp_benchmarks.networks import NetworkSource, load_network
 from dsp_benchmarks.peaks import measure_peaks
 
@@ -21,6 +23,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    able, reason = cuda_available()
+    if not able:
+        raise SystemExit(f"block times need a GPU: {reason}")
     dtype = getattr(torch, options.dtype)
     peaks = measure_peaks("cuda", (dtype,))
     found = []
@@ -35,7 +40,7 @@ def main() -> None:
                     f"{1e6 * time.per_conv:.1f}, floor {1e6 * time.floor:.1f}, fraction {time.fraction:.2f}",
                     flush=True,
                 )
-            write_block_times(options.out, found, describe_environment())
+            write_times(options.out, "blocks", found, describe_environment())
 
 
 if __name__ == "__main__":

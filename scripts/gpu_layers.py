@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from dsp_benchmarks.engines.base import cuda_available
-from dsp_benchmarks.gpu_layers import layer_times, write_layer_times
+from dsp_benchmarks.gpu_layers import layer_times, write_times
 from dsp_benchmarks.networks import NetworkSource, load_network
 from dsp_benchmarks.peaks import measure_peaks
 from tqdm import tqdm
@@ -48,7 +48,7 @@ def main() -> None:
                 f"{name}, batch {batch}, {times[0].layout}: {len(times)} convolutions, {1e6 * total:.0f} us, "
                 f"median fraction of the floor {middle:.2f}"
             )
-    write_layer_times(options.out, found, describe_environment())
+    write_times(options.out, "layers", found, describe_environment())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .base import Runner, cuda_available
 
-__all__ = ["CudaGraph", "capture"]
+__all__ = ["CudaGraph", "capture", "replayed"]
 
 _WARM_CALLS = 3
 
@@ -35,15 +35,20 @@ class CudaGraph:
         """Captures the model on the example's shape; input and output are copied outside the graph."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         network = copy.deepcopy(model).eval().to(example.device, self.dtype).to(memory_format=layout)
-        static_input = example.to(self.dtype).contiguous(memory_format=layout).clone()
-        graph, static_output = capture(lambda: network(static_input))
+        return replayed(network, example, self.dtype, layout)
 
-        def run(x: Tensor) -> Tensor:
-            static_input.copy_(x)
-            graph.replay()
-            return static_output.float()
 
-        return run
+def replayed(network: Runner, example: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Runner:
+    """The network captured on the example's shape; input and float32 answer are copied outside the graph."""
+    static_input = example.to(dtype).contiguous(memory_format=layout).clone()
+    graph, static_output = capture(lambda: network(static_input))
+
+    def run(x: Tensor) -> Tensor:
+        static_input.copy_(x)
+        graph.replay()
+        return static_output.float()
+
+    return run
 
 
 def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

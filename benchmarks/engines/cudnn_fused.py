@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsp_kernels.backends.eager import bias_of_live, zero_filled
 from dsp_kernels.executors.eager import EagerExecutor
 from dsp_kernels.planner import plan
-from dsp_kernels.program import ConvStep, Program
+from dsp_kernels.program import ConvStep, Step
 from dsp_kernels.trace import evaluating, trace
 
 from .base import Runner, cuda_available
-from .cuda_graph import capture
+from .cuda_graph import replayed
 
-__all__ = ["CudnnFused", "with_fused_convs"]
+__all__ = ["CudnnConvs", "CudnnFused"]
 
 
 @dataclass(frozen=True)
@@ -47,41 +48,23 @@ class CudnnFused:
                     t.detach().to(self.dtype, copy=True) if t.is_floating_point() else t.detach().clone()
                 )
             )
-        network = with_fused_convs(program)
-        static_input = example.to(self.dtype).contiguous(memory_format=torch.channels_last).clone()
-        graph, static_output = capture(lambda: network(static_input))
-
-        def run(x: Tensor) -> Tensor:
-            static_input.copy_(x)
-            graph.replay()
-            return static_output.float()
-
-        return run
+        return replayed(CudnnConvs().prepare(program), example, self.dtype, torch.channels_last)
 
 
-def with_fused_convs(program: Program) -> Callable[[Tensor], Tensor]:
-    """x: (batch, channels, height, width), channels_last -> the network's answer.
+class CudnnConvs(EagerExecutor):
+    """The eager executor with convolutions by cuDNN's fused operations where there is one."""
 
-    Steps that are no convolution run in plain PyTorch.
-    """
-    eager = EagerExecutor()
-    calls = [_conv(step) if isinstance(step, ConvStep) else eager.call(step) for step in program.steps]
-
-    def run(x: Tensor) -> Tensor:
-        values: dict[str, Any] = {program.input: x}
-        for step, call, dead in zip(program.steps, calls, program.dying, strict=True):
-            values[step.output] = call(values)
-            for name in dead:
-                values.pop(name, None)
-        answer: Tensor = values[program.output]
-        return answer
-
-    return run
+    def call(self, step: Step) -> Callable[[dict[str, Any]], Any]:
+        return _conv(step) if isinstance(step, ConvStep) else super().call(step)
 
 
 def _conv(step: ConvStep) -> Callable[[dict[str, Any]], Tensor]:
     spec, source = step.spec, step.inputs[0]
-    weight, bias = _dense(step)
+    if not spec.structure.read:
+        return EagerExecutor().call(step)
+    weight, bias = zero_filled(spec, step.weights), bias_of_live(spec, step.bias)
+    if bias is None:
+        bias = weight.new_zeros(spec.structure.out_channels)
     place = spec.stride, spec.padding, spec.dilation
     added = step.inputs[1:]
     if spec.activation == "relu" and not added:
@@ -93,16 +76,3 @@ def _conv(step: ConvStep) -> Callable[[dict[str, Any]], Tensor]:
     if spec.activation == "none" and not added:
         return lambda values: F.conv2d(values[source], weight, bias, *place)
     return EagerExecutor().call(step)
-
-
-def _dense(step: ConvStep) -> tuple[Tensor, Tensor]:
-    """weight: (out_channels, in_channels, kh, kw), zeros where no kernel is; bias: (out_channels,)."""
-    structure = step.spec.structure
-    like = step.weights[0]
-    weight = like.new_zeros(structure.out_channels, structure.in_channels, *step.spec.kernel_size)
-    for group, part in zip(structure.groups, step.weights, strict=True):
-        rows = torch.tensor(group.out_index, dtype=torch.long)
-        weight[rows[:, None], torch.tensor(group.in_index, dtype=torch.long)[None, :]] = part
-    bias = like.new_zeros(structure.out_channels) if step.bias is None else step.bias.clone()
-    bias[list(structure.absent)] = 0
-    return weight.contiguous(memory_format=torch.channels_last), bias

@@ -89,7 +89,7 @@ class Builder {
     void place_tiles(ConvOp& op) const;
     void chunk_conv(ConvOp& op, int units, int by_units, const std::vector<double>& costs);
     void block_conv(ConvOp& op, const Draft& draft);
-    bool band_conv(BandConvOp& op, const Draft& draft, double least);
+    std::unique_ptr<Op> band_conv(const ConvOp& plain, const Draft& draft, double least);
 };
 
 } // namespace dsp

@@ -22,7 +22,7 @@ std::vector<int32_t> Builder::displacements(const Draft& draft, const std::vecto
 
 std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
     const Step& step = network_.steps[number];
-    auto op = std::make_unique<BandConvOp>();
+    auto op = std::make_unique<ConvOp>();
     op->kernels = &network_.kernels, op->step = &step;
     op->x = place(draft.x), op->y = place(step.output);
     op->has_add = step.inputs.size() == 2;
@@ -40,18 +40,14 @@ std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
         splits.push_back(split_filters(network_.kernels, int(step.groups[g].out.size()), one));
         for (int filters : splits.back()) least += vector_pieces(*op) * tile_cost(network_.kernels, filters, one);
     }
-    if (band_conv(*op, draft, least)) {
-        place_tiles(*op);
-        return op;
-    }
-    auto plain = std::make_unique<ConvOp>(std::move(static_cast<ConvOp&>(*op)));
-    plain->packed = network_.packed(step, splits);
-    place_tiles(*plain);
+    if (auto in_bands = band_conv(*op, draft, least)) return in_bands;
+    op->packed = network_.packed(step, splits);
+    place_tiles(*op);
     std::vector<double> costs;
-    for (const auto& tile : plain->packed->tiles)
-        costs.push_back(tile_cost(network_.kernels, tile.filters, extent(*plain, int64_t(plain->off[tile.group].size()))));
-    chunk_conv(*plain, int(plain->vectors.at.size()), vector_pieces(*plain), costs);
-    return plain;
+    for (const auto& tile : op->packed->tiles)
+        costs.push_back(tile_cost(network_.kernels, tile.filters, extent(*op, int64_t(op->off[tile.group].size()))));
+    chunk_conv(*op, int(op->vectors.at.size()), vector_pieces(*op), costs);
+    return op;
 }
 
 void Builder::place_tiles(ConvOp& op) const {

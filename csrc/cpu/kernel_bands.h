@@ -34,10 +34,7 @@ inline __attribute__((always_inline)) void add_half(V (&acc)[K][P], const float*
     V in[P];
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) in[p] = load(x + p * L);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] += w[k] * in[p];
+    multiply_add<K, P>(acc, in, w);
 }
 
 // Adds the two sums of a pair to a and b.
@@ -79,10 +76,8 @@ inline void store_some(float* y, V v, int count) {
 template <int K, int P>
 inline __attribute__((always_inline)) void finish_row(V (&acc)[K][P], const BandCall& call, int row) {
     if (row >= call.rows) return;
-    const bool late = call.act == Act::silu || call.act == Act::hardswish;
-    const float infinite = __builtin_inff();
-    const V low = V{} + (call.act == Act::relu || call.act == Act::relu6 ? 0.0f : -infinite);
-    const V high = V{} + (call.act == Act::relu6 ? 6.0f : infinite);
+    const bool late = is_late(call.act);
+    const Bounds bounds(call.act);
     const int64_t at = row * call.y_pitch;
     float* const base = call.y + at;
     const float* const add = call.add ? call.add + at : nullptr;
@@ -94,8 +89,7 @@ inline __attribute__((always_inline)) void finish_row(V (&acc)[K][P], const Band
         for (int p = 0; p < P; ++p) {
             V v = acc[k][p] + call.bias[k];
             if (add) v += load(add + call.add_plane[k] + p * L);
-            v = low > v ? low : v;
-            v = high < v ? high : v;
+            v = bounds(v);
             if (late) v = activate_late(v, call.act);
             if (p + 1 < P || tail == L) {
                 store(y + p * L, v);

@@ -55,17 +55,13 @@ inline V activate(V v, Act act) {
     }
 }
 
-// Out of line: the two costly activations would bloat every tile.
 __attribute__((noinline)) void activate_plane(float* y, const int32_t* vec, int vectors, Act act) {
     for (int p = 0; p < vectors; ++p) store(y + vec[p], activate(load(y + vec[p]), act));
 }
 
 // One term of the sums of a tile: P vectors times K weights.
 template <int K, int P>
-inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
-    V in[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) in[p] = load(x[p] + o);
+inline __attribute__((always_inline)) void multiply_add(V (&acc)[K][P], const V (&in)[P], const float* w) {
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
         // A scalar times a vector becomes a broadcast load; a broadcast vector would cost a shuffle.
@@ -74,14 +70,36 @@ inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float*
     }
 }
 
+template <int K, int P>
+inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
+    V in[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) in[p] = load(x[p] + o);
+    multiply_add<K, P>(acc, in, w);
+}
+
+// What the activations that are computed in a tile clamp to. Bounds that change nothing cost less than branches.
+struct Bounds {
+    V low, high;
+    explicit Bounds(Act act) {
+        const float infinite = __builtin_inff();
+        low = V{} + (act == Act::relu || act == Act::relu6 ? 0.0f : -infinite);
+        high = V{} + (act == Act::relu6 ? 6.0f : infinite);
+    }
+    V operator()(V v) const { // a NaN passes both
+        v = low > v ? low : v;
+        return high < v ? high : v;
+    }
+};
+
+// The two costly ones would bloat every tile and come after it.
+inline bool is_late(Act act) { return act == Act::silu || act == Act::hardswish; }
+
 // Bias, residual, activation and the store of a tile.
 template <int K, int P, bool masked>
 inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall& call) {
-    const bool late = call.act == Act::silu || call.act == Act::hardswish;
-    // Bounds that change nothing cost less than branches. A NaN passes both.
-    const float infinite = __builtin_inff();
-    const V low = V{} + (call.act == Act::relu || call.act == Act::relu6 ? 0.0f : -infinite);
-    const V high = V{} + (call.act == Act::relu6 ? 6.0f : infinite);
+    const bool late = is_late(call.act);
+    const Bounds bounds(call.act);
     int64_t at[P];
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) at[p] = call.vec[p];
@@ -105,9 +123,7 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
         }
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            V v = acc[k][p];
-            v = low > v ? low : v;
-            v = high < v ? high : v;
+            V v = bounds(acc[k][p]);
             if (masked) v = keep(v, mask + p * L);
             store(y + at[p], v);
         }
@@ -200,10 +216,7 @@ void linear_tile(const LinearCall& call, int image, int first) {
         V in[P];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) in[p] = load(w + p * L);
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) acc[k][p] += x[k] * in[p];
+        multiply_add<K, P>(acc, in, x);
     }
     for (int k = 0; k < K; ++k)
         for (int p = 0; p < P; ++p) {

@@ -91,9 +91,9 @@ class ConvOp : public Op {
 // The same by Winograd's method over bands of rows; a chunk's vectors are bands.
 class BandConvOp : public ConvOp {
   public:
+    explicit BandConvOp(const ConvOp& plain) : ConvOp(plain) {}
     std::vector<int> used;    // channels of x that are read
     std::vector<float> zeros; // what a row outside the map holds
-    int bands = 0;
     int row_vectors = 0, tail = 0;        // of an output row; lanes of its last vector that are pixels
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
     int64_t transformed_pitch = 0;        // floats from one combination to the next

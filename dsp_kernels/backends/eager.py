@@ -17,7 +17,7 @@ from torch import Tensor
 from dsp_kernels.activations import activate_
 from dsp_kernels.conv_spec import ConvSpec, memory_format_of
 
-__all__ = ["EagerBackend", "cheapest_form"]
+__all__ = ["EagerBackend", "bias_of_live", "cheapest_form", "zero_filled"]
 
 
 class EagerBackend:
@@ -85,8 +85,8 @@ def cheapest_form(spec: ConvSpec) -> str:
 _MOVE_COST = 400
 
 
-def _live_bias(spec: ConvSpec, bias: Tensor | None) -> Tensor | None:
-    """The bias with 0 in the absent channels, which hold none by definition."""
+def bias_of_live(spec: ConvSpec, bias: Tensor | None) -> Tensor | None:
+    """(out_channels,): the bias with 0 in the absent channels, which hold none by definition."""
     if bias is None or not spec.structure.absent:
         return bias
     return bias.index_fill(0, torch.tensor(spec.structure.absent, device=bias.device), 0.0)
@@ -99,7 +99,7 @@ def _uniform(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> 
     return lambda x: F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, n_groups)
 
 
-def _zero_filled(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
+def zero_filled(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
     """(out_channels, in_channels, kh, kw), channels_last, with every group's weights in their places."""
     structure = spec.structure
     full = weights[0].new_zeros(structure.out_channels, structure.in_channels, *spec.kernel_size)
@@ -111,15 +111,15 @@ def _zero_filled(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _single(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    weight = _zero_filled(spec, weights)
-    live_bias = _live_bias(spec, bias)
+    weight = zero_filled(spec, weights)
+    live_bias = bias_of_live(spec, bias)
     return lambda x: F.conv2d(x, weight, live_bias, spec.stride, spec.padding, spec.dilation)
 
 
 def _gathered(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     read = torch.tensor(spec.structure.read, device=weights[0].device)
-    weight = _zero_filled(spec, weights)[:, read].contiguous(memory_format=torch.channels_last)
-    live_bias = _live_bias(spec, bias)
+    weight = zero_filled(spec, weights)[:, read].contiguous(memory_format=torch.channels_last)
+    live_bias = bias_of_live(spec, bias)
     return lambda x: F.conv2d(
         x.index_select(1, read), weight, live_bias, spec.stride, spec.padding, spec.dilation
     )
@@ -153,7 +153,7 @@ def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -
 
 def _constant(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """No group reads anything: the output is the bias, whatever the input."""
-    live_bias = _live_bias(spec, bias)
+    live_bias = bias_of_live(spec, bias)
 
     def convolve(x: Tensor) -> Tensor:
         y = x.new_zeros(x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))

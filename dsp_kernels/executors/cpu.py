@@ -89,7 +89,9 @@ class CpuExecutor:
     def is_native(self, program: Program) -> bool:
         """Whether no step is PyTorch's, so that neither autograd nor autocast can meddle with a call."""
         parts = segments(program)
-        return len(parts) == 1 and parts[0].native and parts[0].outputs == (program.output,)
+        if len(parts) != 1 or not parts[0].native:
+            return False
+        return (parts[0].inputs, parts[0].outputs) == ((program.input,), (program.output,))
 
     def describe(self, program: Program) -> list[str]:
         """Per step, the instruction set that runs it, or why none does."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from dsp_benchmarks.cases import Case, build_case, case_input
 from dsp_benchmarks.engines import ENGINES, base, fused, tensorrt, torch_compile
-from dsp_benchmarks.engines.cudnn_fused import with_fused_convs
+from dsp_benchmarks.engines.cudnn_fused import CudnnConvs
 from dsp_benchmarks.engines.onnx_file import INPUT, OUTPUT, onnx_bytes
 from dsp_benchmarks.networks import Network
 from torch import Tensor
@@ -263,8 +263,8 @@ def test_cudnns_fused_operations_give_the_right_answer(
     for form in ("dense", "packed", "compacted"):
         called.clear()
         model = network.form(form)
-        run = with_fused_convs(plan(trace(model, x)))
+        run = CudnnConvs().prepare(plan(trace(model, x)))
         with torch.no_grad():
-            got, expected = run(x.contiguous(memory_format=torch.channels_last)), model(x)
+            got, expected = run(x), model(x)
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert sorted(called) == ["add relu"] * 3 + ["relu"] * 4  # ResNet-8: stem and three blocks

@@ -102,3 +102,17 @@ def test_chosen_where_it_is_faster_and_never_when_turned_off(monkeypatch: pytest
     plain = fuse(layer, x, backend="cpu")(x)
     torch.testing.assert_close(by_bands, plain, rtol=1e-4, atol=1e-5)
     assert not torch.equal(by_bands, plain)
+
+
+def test_a_band_that_would_fill_the_memory_is_a_plain_sum() -> None:
+    """A thousand columns between the taps of 200 channels: 150 MB of transformed rows."""
+    case = Case(
+        "far", GroupStructure.dense(200, 2), dilation=(1, 1000), padding=(1, 1000), hw=(4, 3), batch=16
+    )
+    a = case.tensors()
+    network = network_of(case, a, "")
+    y = torch.full((16, 2, 4, 3), float("nan"))
+    network.run([a.x.numpy()], [y.numpy()], 1, 16)
+    names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
+    assert "conv in bands" not in names
+    torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-4)

@@ -1,0 +1,275 @@
+"""Descriptions of networks in files that are hostile or wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nets
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from wild_net import IMAGE, images, wild
+
+import dsp_kernels
+from dsp_kernels import GroupStructure
+from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.graph_modules import Budget
+
+Header = dict[str, Any]
+HUGE = 10**12
+
+
+def _find(header: Header, key: str, name: str) -> dict[str, Any]:
+    return next(call for call in header["calls"] if call.get(key) == name)
+
+
+def _call(kind: str, name: str, **changes: Any) -> Callable[[Header], Any]:
+    return lambda header: _find(header, kind, name).update(changes)
+
+
+def _module(path: str, **changes: Any) -> Callable[[Header], Any]:
+    return lambda header: header["modules"][path].update(changes)
+
+
+def _first(*calls: dict[str, Any]) -> Callable[[Header], Any]:
+    """Put calls after the input; the others keep reading what they read."""
+
+    def shifted(value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {"node"} and value["node"]:
+                return {"node": value["node"] + len(calls)}
+            return {key: shifted(item) for key, item in value.items()}
+        return [shifted(item) for item in value] if isinstance(value, list) else value
+
+    return lambda header: header.update(
+        calls=[header["calls"][0], *calls, *(shifted(call) for call in header["calls"][1:])]
+    )
+
+
+X = {"node": 0}
+
+
+def _sizes(condition: Any) -> Callable[[Header], Any]:
+    def change(header: Header) -> None:
+        header["modules"]["sizes"] = {"class": "SizeCheck", "conditions": [condition]}
+        _first({"module": "sizes", "args": [X]})(header)
+
+    return change
+
+
+def _squares(count: int) -> list[dict[str, Any]]:
+    size = {"method": "size", "args": [X, 2]}
+    return [
+        size,
+        *({"function": "operator.mul", "args": [{"node": n}, {"node": n}]} for n in range(1, count + 1)),
+    ]
+
+
+def _deep(depth: int) -> Any:
+    value: Any = X
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
+    "function of no table": (
+        _call("function", "torch.cat", function="os.system"),
+        "'os.system', which is not",
+    ),
+    "builtin": (_call("function", "torch.cat", function="eval"), "not known"),
+    "module as function": (_call("module", "gate", module="shift"), "not known"),
+    "container called": (_call("module", "gate", module="stem"), "not known"),
+    "method of no table": (_call("method", "chunk", method="__reduce__"), "not known"),
+    "method of a number": (_first({"method": "abs", "args": [3]}), "not known"),
+    "hidden attribute": (_first({"function": "getattr", "args": [X, "__class__"]}), "reads an attribute"),
+    "attribute of a node": (_first({"function": "getattr", "args": [X, X]}), "reads an attribute"),
+    "code as a keyword": (_call("method", "chunk", kwargs={"dim=1)\nimport os#": 1}), "name is no name"),
+    "python's keyword": (_call("method", "chunk", kwargs={"if": 1}), "name is no name"),
+    "code as a path": (
+        lambda h: h["modules"].update({'x", os.system("id"))#': {"class": "ReLU", "inplace": False}}),
+        "is no path",
+    ),
+    "dunder path": (lambda h: h["modules"].update({"__class__": {"class": "Module"}}), "has already"),
+    "path of the network itself": (
+        lambda h: h["modules"].update({"graph": {"class": "Module"}}),
+        "has already",
+    ),
+    "path taken twice": (lambda h: h["tensors"].update({"gate": "parameter"}), "not in the file"),
+    "path inside a layer": (
+        lambda h: h["modules"].update({"gate.inner": {"class": "Module"}}),
+        "lies inside",
+    ),
+    "later call": (_call("function", "torch.cat", args=[[{"node": 10**6}]]), "only read earlier ones"),
+    "call of itself": (_first({"function": "torch.relu", "args": [{"node": 1}]}), "only read earlier ones"),
+    "negative call": (_first({"function": "torch.relu", "args": [{"node": -1}]}), "only read earlier ones"),
+    "deep argument": (_call("function", "torch.cat", args=[_deep(40)]), "nested more than"),
+    "long text": (_first({"method": "to", "args": [X, "a" * 500]}), "text of 500 characters"),
+    "huge number": (_first({"function": "torch.add", "args": [X, 2**80]}), "more than 63 bits"),
+    "unknown form": (
+        _first({"function": "torch.relu", "args": [{"lambda": "x"}]}),
+        "no argument has that form",
+    ),
+    "no output": (lambda h: h["calls"].pop(), "inputs and end with"),
+    "two inputs": (_first({"input": 0}), "inputs and end with"),
+    "output in the middle": (_first({"output": X}), "expected a name|not known"),
+    "calls that are no list": (lambda h: h.update(calls={}), "no calls"),
+    "too many calls": (lambda h: h.update(calls=[{"input": 0}] * 60_000), "expected at most"),
+    "modes": (lambda h: h.update(modes="always"), "expected both or eval"),
+    "example of terabytes": (lambda h: h.update(example_shape=[1, 3, HUGE, HUGE]), "four sizes"),
+    "example of gigabytes": (lambda h: h.update(example_shape=[1, 3, 60_000, 60_000]), "four sizes"),
+    "class of no table": (_module("gate", **{"class": "Bilinear"}), "'Bilinear' is unknown"),
+    "foreign setting": (_module("gate", hook="x"), "expected"),
+    "huge features": (_module("classifier", in_features=HUGE), "no Linear has that"),
+    "large features": (_module("classifier", in_features=10**9), "has shape"),
+    "huge width": (
+        _module("packed", structure={"in_channels": 8, "out_channels": HUGE, "groups": []}),
+        "of this size",
+    ),
+    "index out of range": (
+        _module(
+            "packed", structure={"in_channels": 8, "out_channels": 8, "groups": [[[8], [0]], [[1], [1]]]}
+        ),
+        "holds 8, but",
+    ),
+    "huge kernel": (_module("gate", kernel_size=[10**6, 10**6]), "has shape"),
+    "huge padding": (_module("gate", padding=[10**6, 10**6]), "alive at one time"),
+    "huge packed padding": (_module("packed", padding=[50_000, 50_000]), "alive at one time"),
+    "padding for nobody": (
+        _first({"function": "torch.nn.functional.pad", "args": [X, [10**5] * 4]}),
+        "alive",
+    ),
+    "huge resize": (
+        _first({"function": "torch.nn.functional.interpolate", "args": [X, [10**6, 10**6]]}),
+        "alive at one time",
+    ),
+    "expanded": (_first({"method": "expand", "args": [X, 10**9, 3, 8, 8]}), "does not run|alive"),
+    "many values at one time": (
+        lambda h: (
+            _first(*({"function": "torch.nn.functional.pad", "args": [X, [500] * 4]} for _ in range(20)))(h),
+            h["calls"][-1].update(output=[{"node": n} for n in range(1, 21)]),
+        ),
+        "alive at one time",
+    ),
+    "bignum": (_first(*_squares(40)), "operations on sizes"),
+    "repeated text": (_first({"function": "operator.mul", "args": ["a", HUGE]}), "calls and numbers"),
+    "repeated list": (_first({"function": "operator.mul", "args": [[1], HUGE]}), "calls and numbers"),
+    "repeated sizes": (
+        _first(
+            {"function": "getattr", "args": [X, "shape"]},
+            {"function": "operator.mul", "args": [{"node": 1}, HUGE]},
+        ),
+        "of \\['Size', 'int'\\]",
+    ),
+    "sizes as a tensor": (
+        _first(
+            {"function": "getattr", "args": [X, "shape"]},
+            {"method": "numel", "args": [{"node": 1}]},
+        ),
+        "is called of a Size",
+    ),
+    "channels that do not fit": (_call("module", "gate", args=[X]), "does not run on an input"),
+    "loose tensor of another kind": (lambda h: h["tensors"].update(scale="code"), "a parameter or a buffer"),
+    "integers as a parameter": (
+        lambda h: h["tensors"].update({"shift": "parameter", "scale": "buffer", "nothing": "buffer"}),
+        "'nothing' is not in the file",
+    ),
+    "code as a condition": (_sizes("__import__('os').system('id') == 0"), "is no condition"),
+    "a power as a condition": (_sizes("height ** 9 == 0"), "is no condition"),
+    "a division by a size": (_sizes("height // width == 0"), "is no condition"),
+    "a deep condition": (_sizes("-" * 150 + "height == 0"), "is no condition"),
+    "a condition that is no text": (_sizes(3), "is no condition"),
+    "a condition of other sizes": (_sizes("height == 9"), "does not run on an input"),
+    "tied to nothing": (lambda h: h.update(tied={"scale": "nothing"}), "expected two tensors"),
+    "tied to another shape": (lambda h: h.update(tied={"scale": "unused.bias"}), "cannot be the same tensor"),
+    "tied in a circle": (lambda h: h.update(tied={"scale": "scale"}), "expected two tensors"),
+    "ties of no form": (lambda h: h.update(tied=[["scale"]]), "expected two tensors"),
+    "missing tensor": (lambda h: h["tensors"].pop("unused.bias"), "not of this model: \\['unused.bias'"),
+}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Header, dict[str, Tensor]]:
+    path = tmp_path_factory.mktemp("template") / "net"
+    dsp_kernels.save(wild(), path, IMAGE)
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["dsp_kernels"]), load_file(path)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_refuses_hostile_graphs(
+    template: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str
+) -> None:
+    change, message = HOSTILE[name]
+    header, tensors = copy.deepcopy(template[0]), template[1]
+    change(header)
+    save_file(tensors, tmp_path / "net", metadata={"dsp_kernels": json.dumps(header)})
+    with pytest.raises(DSPFormatError, match=message):
+        dsp_kernels.load(tmp_path / "net")
+
+
+def test_the_template_itself_loads(template: tuple[Header, dict[str, Tensor]], tmp_path: Path) -> None:
+    """So that every refusal above is due to its change; unknown parts of a header are ignored."""
+    header = copy.deepcopy(template[0]) | {"comment": "of a later writer"}
+    _first(*_squares(3))(header)
+    save_file(template[1], tmp_path / "net", metadata={"dsp_kernels": json.dumps(header)})
+    assert torch.equal(dsp_kernels.load(tmp_path / "net")(images())["map"], wild()(images())["map"])
+
+
+def test_widths_of_all_layers_share_one_budget() -> None:
+    budget = Budget(widths=20, tensors=3)
+    structure = GroupStructure.dense(6, 4).to_dict()
+    budget.spend(structure, "first")
+    budget.spend(structure, "second")
+    with pytest.raises(DSPFormatError, match="'third': in_channels is 6; expected 1 to 0"):
+        budget.spend(structure, "third")
+
+
+FURTHER: dict[str, tuple[Callable[[Header], Any], str]] = {
+    "no shape of the second": (lambda h: h.pop("further_shapes"), "2 inputs"),
+    "three shapes": (lambda h: h["further_shapes"].append([1, 3]), "2 inputs"),
+    "huge": (lambda h: h.update(further_shapes=[[1, HUGE]]), "further inputs"),
+    "of text": (lambda h: h.update(further_shapes="ab"), "further inputs"),
+    "too many": (lambda h: h.update(further_shapes=[[1, 1]] * 99), "further inputs"),
+    "an older version": (lambda h: h.update(version=2), "2 inputs"),
+    "one input twice": (lambda h: h["calls"][1].update(input=0), "numbered"),
+    "an input late": (lambda h: h["calls"].insert(0, h["calls"].pop(2)), "first calls|earlier"),
+}
+
+
+class _Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(x) + y[:, :, None, None]
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_refuses_hostile_inputs(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "net"
+    dsp_kernels.save(_Two(), path, (IMAGE, torch.zeros(1, 3)))
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dsp_kernels"])
+    assert (header["version"], header["readable_from"]) == (3, 3)
+    change, words = FURTHER[name]
+    change(header)
+    save_file({}, path, metadata={"dsp_kernels": json.dumps(header)})
+    with pytest.raises(DSPFormatError, match=words):
+        dsp_kernels.load(path)
+
+
+def test_a_fused_layer_of_other_channels_is_refused(tmp_path: Path) -> None:
+    """Its groups read channels that are there, so that only the width itself tells."""
+    path = tmp_path / "net"
+    dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, IMAGE)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dsp_kernels"])
+    fused = next(m for m in header["modules"].values() if m["class"] == "FusedConv2d")
+    fused["structure"]["in_channels"] += 100
+    save_file(load_file(path), path, metadata={"dsp_kernels": json.dumps(header)})
+    with pytest.raises(DSPFormatError, match="channels reads a value of shape"):
+        dsp_kernels.load(path)
