@@ -20,10 +20,10 @@ DSP_FN ChwnColumn chwn_column(const ConvParams& p, int chunk) {
 }
 
 // What `thread` copies of one block of the reduction: K::kRows / (K::kThreads / K::kChunks) rows of its column, each
-// to the offset place(row).
-template <class K, class M, class Place>
+// to K::place(row, chunk) from `target` on.
+template <class K, class M>
 DSP_FN void gather_rows(M& m, const ConvParams& p, const Tile& tile, int k_block, int thread, const ChwnColumn& c,
-                        Place place) {
+                        int target) {
     const int n8 = p.batch / 8, plane = p.height * p.width * n8;
     const Pair* taps = reinterpret_cast<const Pair*>(p.taps) + tile.taps + k_block * K::kRows;
 #pragma unroll
@@ -32,8 +32,18 @@ DSP_FN void gather_rows(M& m, const ConvParams& p, const Tile& tile, int k_block
         const int dy = tap_y(tap.second), dx = tap_x(tap.second);
         const bool inside = is_inside(c.y + dy, c.x + dx, p.height, p.width);
         const int unit = inside ? c.unit + (dy * p.width + dx) * n8 + tap.first * plane : 0;
-        m.copy16(thread, place(row), static_cast<const Vec16*>(p.x) + unit, inside);
+        m.copy16(thread, target + K::place(row, thread % K::kChunks), static_cast<const Vec16*>(p.x) + unit, inside);
     }
+}
+
+// Block k of the reduction into its stage: the weights, then the rows.
+template <class K, class M, class Columns>
+DSP_FN void load_block(M& m, const ConvParams& p, const Tile& tile, Columns& columns, int k) {
+    const int stage = k % K::kStages * K::kStageBytes;
+    m.each_thread([&](int thread) {
+        copy_weights<K::kWeightBytes, K::kThreads>(m, p, tile, k, thread, stage);
+        gather_rows<K>(m, p, tile, k, thread, columns[thread], stage + K::kWeightBytes);
+    });
 }
 
 }  // namespace dsp

@@ -22,7 +22,7 @@ struct ChwnGemm {
     static_assert(kSumStride % 32 == 8, "store_by_filter");
 
     // Chunks of a row are permuted by the row's number, so that ldmatrix finds eight rows of one chunk in all banks.
-    DSP_HD static int swizzled(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) * 16); }
+    DSP_HD static int place(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) * 16); }
 
     template <class M>
     DSP_FN static void run(M& m, const ConvParams& p, int block) {
@@ -32,16 +32,7 @@ struct ChwnGemm {
 
         typename M::template PerThread<ChwnColumn> columns;
         m.each_thread([&](int thread) { columns[thread] = chwn_column(p, first_chunk + thread % kChunks); });
-
-        const auto load = [&](int k) {
-            const int stage = k % kStages * kStageBytes;
-            m.each_thread([&](int thread) {
-                copy_weights<kWeightBytes, kThreads>(m, p, tile, k, thread, stage);
-                gather_rows<ChwnGemm>(m, p, tile, k, thread, columns[thread], [&](int row) {
-                    return stage + kWeightBytes + swizzled(row, thread % kChunks);
-                });
-            });
-        };
+        const auto load = [&](int k) { load_block<ChwnGemm>(m, p, tile, columns, k); };
 
         typename M::template PerWarp<Sums<M, kMT, kNT>> sums;
         m.each_warp([&](int warp) { clear(sums[warp]); });
@@ -52,7 +43,7 @@ struct ChwnGemm {
                 for (int step = 0; step < kRows / 16; ++step)
                     multiply_step<T, true>(m, warp, sums[warp], stage, step, [&](int pair, int lane) {
                         return stage + kWeightBytes +
-                               swizzled(step * 16 + lane % 16, warp * kNT + pair * 2 + lane / 16);
+                               place(step * 16 + lane % 16, warp * kNT + pair * 2 + lane / 16);
                     });
             });
         });

@@ -35,16 +35,7 @@ struct WgmmaGemm {
 
         typename M::template PerThread<ChwnColumn> columns;
         m.each_thread([&](int thread) { columns[thread] = chwn_column(p, first_chunk + thread % kChunks); });
-
-        const auto load = [&](int k) {
-            const int stage = k % kStages * kStageBytes;
-            m.each_thread([&](int thread) {
-                copy_weights<kWeightBytes, kThreads>(m, p, tile, k, thread, stage);
-                gather_rows<WgmmaGemm>(m, p, tile, k, thread, columns[thread], [&](int row) {
-                    return stage + kWeightBytes + place(row, thread % kChunks);
-                });
-            });
-        };
+        const auto load = [&](int k) { load_block<WgmmaGemm>(m, p, tile, columns, k); };
 
         typename M::template PerWarp<WarpgroupSums<M, kNT>> sums;
         m.each_warp([&](int warp) { clear(sums[warp]); });

@@ -30,5 +30,4 @@ def emulator(emulator_library: Path) -> Emulator:
 
 @pytest.fixture(scope="session")
 def block_emulator(emulator_library: Path) -> Emulator:
-    """All accesses of shared memory are watched for races."""
-    return Emulator(emulator_library, "cuda_block", races=True)
+    return Emulator(emulator_library, "cuda_block")

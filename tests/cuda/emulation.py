@@ -39,23 +39,21 @@ class Arguments(ctypes.Structure):
         ("size_count", ctypes.c_int64),
         ("late", ctypes.c_int64),
         ("backwards", ctypes.c_int64),
-        ("races", ctypes.c_int64),
         ("shared_limit", ctypes.c_int64),
         ("counts", ctypes.c_int64 * len(astuple(Counts()))),
     )
 
 
 class Emulator:
-    """Callable like the op of this name. late, backwards, races: see host_machine.h.
+    """Callable like the op of this name. late, backwards: see host_machine.h.
 
     counts: of the latest launch. launches: the first of the sizes of every launch.
     """
 
-    def __init__(self, library: Path, op: str, races: bool = False) -> None:
+    def __init__(self, library: Path, op: str) -> None:
         self._run = getattr(ctypes.CDLL(str(library)), op)
         self._run.restype = ctypes.c_char_p
         self.late = self.backwards = False
-        self.races = races
         self.shared_limit = MOST_SHARED
         self.counts = Counts()
         self.launches: list[int] = []
@@ -79,7 +77,6 @@ class Emulator:
             len(sizes),
             self.late,
             self.backwards,
-            self.races,
             self.shared_limit,
         )
         error = self._run(ctypes.byref(arguments))

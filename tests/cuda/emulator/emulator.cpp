@@ -18,9 +18,9 @@ struct Arguments {
     int64_t bytes[6];  // of each
     const int64_t* sizes;
     int64_t size_count;
-    int64_t late_copies, backwards, races;  // see Modes
-    int64_t shared_limit;                   // bytes that a block may have
-    dsp::Counts counts;                     // of the launch
+    int64_t late_copies, backwards;  // see Modes
+    int64_t shared_limit;            // bytes that a block may have
+    dsp::Counts counts;              // of the launch
 
     const void* x() const { return tensors[0]; }
     void* out() const { return tensors[1]; }
@@ -37,7 +37,7 @@ auto runner(Arguments& a) {
         const char* begin = static_cast<const char*>(a.tensors[i]);
         ranges.push_back({begin, begin + a.bytes[i], i == 1});
     }
-    const dsp::Modes modes{a.late_copies != 0, a.backwards != 0, a.races != 0};
+    const dsp::Modes modes{a.late_copies != 0, a.backwards != 0};
     return [ranges, modes, &a](auto kernel, const auto& plan) {
         if (plan.shared_bytes > a.shared_limit) throw std::runtime_error("a block wants too much shared memory");
         for (int64_t block = 0; block < plan.blocks; ++block) {

@@ -1,7 +1,7 @@
 // A block of threads on the host, for the kernel templates of csrc/common. Threads run one after another between two
 // barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
 // so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. A copy counts as a
-// store by its thread where it is waited for.
+// store by its thread where it lands.
 // Products of a warpgroup happen at once where copies land late, and else as late as they may, when whoever
 // overwrites an operand too early has done so.
 #pragma once
@@ -20,7 +20,6 @@ namespace dsp {
 struct Modes {
     bool late_copies;
     bool backwards;
-    bool races;  // watched for
 };
 
 struct Range {  // memory that the kernel may touch
@@ -65,7 +64,7 @@ struct HostMachine {
     std::vector<std::vector<std::function<void()>>> products;  // the same of a warpgroup's products
 
     HostMachine(int threads, int shared_bytes, Modes modes, Counts& counts, const std::vector<Range>& ranges)
-        : threads(threads), modes(modes), ranges(ranges), shared(threads, shared_bytes, modes.races, counts), groups(1),
+        : threads(threads), modes(modes), ranges(ranges), shared(threads, shared_bytes, counts), groups(1),
           products(1) {}
 
     template <class F>

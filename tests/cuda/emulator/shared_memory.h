@@ -1,7 +1,7 @@
 // A block's shared memory on the host, which watches how it is used. It starts as NaN. Accesses of a warp are collected
-// per instruction and their bank conflicts counted. With `races`, an access of a word that another thread wrote, or a
-// store to one that another thread read, since the last barrier is an error. What was stored and not published is
-// remembered: wgmma may not see it.
+// per instruction and their bank conflicts counted. An access of a word that another thread wrote, or a store to one
+// that another thread read, since the last barrier is an error. What was stored and not published is remembered: wgmma
+// may not see it.
 #pragma once
 
 #include <algorithm>
@@ -28,9 +28,9 @@ enum class Kind { matrix, copy, store, load };
 
 class SharedMemory {
 public:
-    SharedMemory(int threads, int bytes, bool races, Counts& counts)
-        : counts(counts), memory(bytes, '\xff'), unpublished(bytes), issued(threads), races(races),
-          uses(races ? (bytes + 3) / 4 : 0) {}
+    SharedMemory(int threads, int bytes, Counts& counts)
+        : counts(counts), memory(bytes, '\xff'), unpublished(bytes), issued(threads),
+          uses((bytes + 3) / 4) {}
 
     void read(Kind kind, int thread, int offset, int size, void* value) {
         note(kind, thread, offset, size);
@@ -51,6 +51,7 @@ public:
     }
     // As wgmma reads it; false where that is not published.
     bool read_published(int offset, uint16_t& bits) {
+        watch_read(kProducts, offset / 4 * 4, 4);
         std::memcpy(&bits, at(offset, 2), 2);
         return !unpublished[offset];
     }
@@ -88,6 +89,7 @@ private:
     struct Access {
         int lane, offset;
     };
+    static constexpr int kProducts = -3;  // wgmma, which is no thread
     // Of one word: who wrote and who read it since which barrier; -2: several threads.
     struct Use {
         int writer = -1, written = -1, reader = -1, read = -1;
@@ -99,7 +101,6 @@ private:
     // kind and instruction of a warp -> its lanes' accesses
     std::map<std::tuple<Kind, int, int>, std::vector<Access>> pending;
     std::vector<int> issued;
-    bool races;
     std::vector<Use> uses;
     int barriers = 0;
 
@@ -110,7 +111,7 @@ private:
         return memory.data() + offset;
     }
     void watch_read(int thread, int offset, int size) {
-        for (int i = offset / 4; races && i < (offset + size) / 4; ++i) {
+        for (int i = offset / 4; i < (offset + size) / 4; ++i) {
             Use& use = uses.at(i);
             if (use.written == barriers && use.writer != thread)
                 throw std::runtime_error("a race: shared memory is read before a barrier after its store");
@@ -119,7 +120,7 @@ private:
         }
     }
     void watch_write(int thread, int offset, int size) {
-        for (int i = offset / 4; races && i < (offset + size) / 4; ++i) {
+        for (int i = offset / 4; i < (offset + size) / 4; ++i) {
             Use& use = uses.at(i);
             if ((use.read == barriers && use.reader != thread) || (use.written == barriers && use.writer != thread))
                 throw std::runtime_error("a race: shared memory is stored to before a barrier after its last use");
