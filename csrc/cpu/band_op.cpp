@@ -30,7 +30,7 @@ void BandConvOp::transform(float* to, int band, int column, int columns, const C
 void BandConvOp::run(int chunk, const Context& context) const {
     const Chunk& part = parts[chunk];
     prepare(part, context, true);
-    float* const transformed = context.arena + scratch + chunk * scratch_size;
+    float* const transformed = context.arena + scratch + context.worker * scratch_size;
     const Geometry& g = y.geometry;
     const int64_t row = g.pitch * g.interleave;
     const int lanes = kernels->lanes;

@@ -55,7 +55,8 @@ double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) 
 
 double transform_cost(const BandExtent& extent) {
     // Loads, sums and stores of six vectors.
-    return double(extent.bands) * ((extent.columns + 1) * band_sums * 2.0 + 15.0);
+    const double vectors = extent.columns + double(extent.pieces) * extent.reach;
+    return extent.bands * (vectors * band_sums * 2.0 + extent.pieces * 15.0);
 }
 
 namespace {
