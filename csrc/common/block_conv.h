@@ -30,8 +30,7 @@ DSP_FN int chunks_of(const BlockParams& p, const BlockRegion& region) {
 }
 
 DSP_FN bool is_inside(const BlockRegion& region, int y, int x) {
-    return static_cast<unsigned>(y) < static_cast<unsigned>(region.height) &&
-           static_cast<unsigned>(x) < static_cast<unsigned>(region.width);
+    return is_inside(y, x, region.height, region.width);
 }
 
 template <class M>
@@ -132,16 +131,8 @@ DSP_FN void accumulate(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams&
         for (int i = 0; i < MT; ++i) a[i] = next[i];
         m.each_lane(warp, [&](int lane) { row[lane] = next_row[lane]; });
         if (step + 1 < steps) load(step + 1);
-#pragma unroll
-        for (int pair = 0; pair < NT / 2; ++pair) {
-            typename M::Quad b;
-            m.template load_matrices<true>(warp, b, [&](int lane) { return row[lane] + base[lane].at[pair]; });
-#pragma unroll
-            for (int i = 0; i < MT; ++i) {
-                m.template multiply<T>(sums.at[i][2 * pair], a[i], b, 0);
-                m.template multiply<T>(sums.at[i][2 * pair + 1], a[i], b, 2);
-            }
-        }
+        multiply_fragments<T, true>(m, warp, sums, a,
+                                    [&](int pair, int lane) { return row[lane] + base[lane].at[pair]; });
     }
 }
 

@@ -44,6 +44,11 @@ constexpr int kLargestSide = 16383;
 DSP_HD int tap_y(int packed) { return packed >> 16; }
 DSP_HD int tap_x(int packed) { return packed & 0xffff; }
 
+DSP_HD bool is_inside(int y, int x, int height, int width) {
+    return static_cast<unsigned>(y) < static_cast<unsigned>(height) &&
+           static_cast<unsigned>(x) < static_cast<unsigned>(width);
+}
+
 // In place; the kind is the same for all, so it is looked at once.
 template <int COUNT>
 DSP_FN void activate(float (&value)[COUNT], int kind) {

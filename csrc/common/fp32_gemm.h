@@ -3,7 +3,7 @@
 // images of one pixel. taps: one Pair per row of the reduction: {channel, dy << 16 | dx}; weights: [row][filter].
 #pragma once
 
-#include "conv_params.h"
+#include "reduction.h"
 
 namespace dsp {
 
@@ -57,20 +57,17 @@ struct Fp32Gemm {
                 for (int j = 0; j < 4; ++j) corners[thread].at[i][j] = 0.f;
         });
 
-        const auto load = [&](int k_block) {
-            const int stage = k_block % kStages * kStageBytes;
+        const auto load = [&](int k) {
+            const int stage = k % kStages * kStageBytes;
             m.each_thread([&](int thread) {
-                const Vec16* weights =
-                    static_cast<const Vec16*>(p.weights) + tile.weights + k_block * (kWeightBytes / 16);
-                m.copy16(thread, stage + thread * 16, weights + thread, true);
+                copy_weights<kWeightBytes, kThreads>(m, p, tile, k, thread, stage);
                 const Column& c = columns[thread];
-                const Pair* taps = reinterpret_cast<const Pair*>(p.taps) + tile.taps + k_block * kRows;
+                const Pair* taps = reinterpret_cast<const Pair*>(p.taps) + tile.taps + k * kRows;
 #pragma unroll
                 for (int row = thread / kColumns; row < kRows; row += kThreads / kColumns) {
                     const Pair tap = m.read(taps + row);
                     const int dy = tap_y(tap.second), dx = tap_x(tap.second);
-                    const bool inside = static_cast<unsigned>(c.y + dy) < static_cast<unsigned>(p.height) &&
-                                        static_cast<unsigned>(c.x + dx) < static_cast<unsigned>(p.width);
+                    const bool inside = is_inside(c.y + dy, c.x + dx, p.height, p.width);
                     const int64_t number =
                         inside ? c.number + (static_cast<int64_t>(dy) * p.width + dx) * step + tap.first * plane : 0;
                     const float* source = static_cast<const float*>(p.x) + number;
@@ -83,15 +80,7 @@ struct Fp32Gemm {
             });
         };
 
-        for (int k = 0; k < kStages - 1; ++k) {
-            if (k < tile.k_blocks) load(k);
-            m.commit();
-        }
-        for (int k = 0; k < tile.k_blocks; ++k) {
-            m.template wait<kStages - 2>();
-            m.sync();
-            if (k + kStages - 1 < tile.k_blocks) load(k + kStages - 1);
-            m.commit();
+        each_block<kStages>(m, tile.k_blocks, load, [&](int k) {
             const int stage = k % kStages * kStageBytes;
             m.each_thread([&](int thread) {
                 float (&sum)[4][4] = corners[thread].at;
@@ -106,8 +95,7 @@ struct Fp32Gemm {
                         for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(w[i], v[j], sum[i][j]);
                 }
             });
-        }
-        m.template wait<0>();
+        });
         m.each_thread([&](int thread) {
             const int position = first_position + thread % 16 * 4;
 #pragma unroll

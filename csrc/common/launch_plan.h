@@ -49,7 +49,7 @@ void choose_halo_tile(ConvParams& p, int64_t shared_limit, int64_t& position_blo
     for (int n = 1; n <= 4 && n <= n8; n *= 2)
         for (int h = 1; h <= K::kChunks && h <= p.out_height; ++h)
             for (int w = 1; w <= K::kChunks && w <= p.out_width; ++w) {
-                const int halo = K::halo_chunks(h, w, n);
+                const int halo = halo_chunks(h, w, n);
                 if (!K::fits(h, w, n) || halo > K::kMostHalo || K::shared_bytes(halo) > shared_limit) continue;
                 const int64_t blocks =
                     divide_up(p.out_height, h) * divide_up(p.out_width, w) * divide_up(n8, n);
@@ -65,7 +65,7 @@ void choose_halo_tile(ConvParams& p, int64_t shared_limit, int64_t& position_blo
 
 template <class K>
 int halo_bytes(const ConvParams& p) {
-    return K::shared_bytes(K::halo_chunks(p.tile_h, p.tile_w, p.tile_n));
+    return K::shared_bytes(halo_chunks(p.tile_h, p.tile_w, p.tile_n));
 }
 
 inline ConvParams params_of(const Sizes& s, const void* x, void* out, const void* residual, const void* weights,
@@ -92,7 +92,7 @@ template <class T, class Run>
 void dispatch_16bit(const Sizes& s, ConvParams p, int64_t shared_limit, Run&& run) {
     const auto gemm = [&](auto kernel) {
         using K = decltype(kernel);
-        run(kernel, Launch{p, divide_up(K::chunks_of(p), K::kChunks) * p.tile_count, K::kThreads, K::kSharedBytes});
+        run(kernel, Launch{p, divide_up(output_chunks(p), K::kChunks) * p.tile_count, K::kThreads, K::kSharedBytes});
     };
     const auto halo = [&](auto kernel) {
         using K = decltype(kernel);
@@ -140,7 +140,7 @@ template <class T, class Run>
 void dispatch_wgmma(const Sizes& s, ConvParams p, int64_t shared_limit, Run&& run) {
     const auto gemm = [&](auto kernel) {
         using K = decltype(kernel);
-        run(kernel, Launch{p, divide_up(K::chunks_of(p), K::kChunks) * p.tile_count, K::kThreads, K::kSharedBytes});
+        run(kernel, Launch{p, divide_up(output_chunks(p), K::kChunks) * p.tile_count, K::kThreads, K::kSharedBytes});
     };
     const bool halo = static_cast<Kernel>(s.kernel) == Kernel::wgmma_halo;
     if (halo && s.filters == 64) {

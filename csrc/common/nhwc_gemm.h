@@ -39,8 +39,7 @@ struct NhwcGemm {
     DSP_FN static Vec16 fetch(M& m, const ConvParams& p, const Column& c, Pair tap) {
         Vec16 packed = {{0, 0, 0, 0}};
         const int dy = tap_y(tap.second), dx = tap_x(tap.second);
-        const bool inside = static_cast<unsigned>(c.y + dy) < static_cast<unsigned>(p.height) &&
-                            static_cast<unsigned>(c.x + dx) < static_cast<unsigned>(p.width);
+        const bool inside = is_inside(c.y + dy, c.x + dx, p.height, p.width);
         const uint16_t* pixel =
             static_cast<const uint16_t*>(p.x) +
             (inside ? c.number + (static_cast<int64_t>(dy) * p.width + dx) * p.in_channels : 0);

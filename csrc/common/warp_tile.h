@@ -1,4 +1,4 @@
-// What the three tensor-core kernels share: one k16 step of a warp's tile, and its sums into shared memory.
+// What the kernels on tensor cores share: one k16 step of a warp's tile, and its sums into shared memory.
 // Fragment layouts of mma.m16n8k16: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
 #pragma once
 
@@ -19,14 +19,11 @@ DSP_HD int fragment_offset(int step, int m, int lane) {
     return ((step * MT + m) * 32 + lane) * 16;
 }
 
-// at(pair of n tiles, lane): the shared address of that lane's row of eight numbers, for ldmatrix.x4: lanes 0-7 and
-// 8-15 the k halves of the first n tile, 16-23 and 24-31 those of the second.
+// The fragments `a` of one step times its positions. at(pair of n tiles, lane): the shared address of that lane's row
+// of eight numbers, for ldmatrix.x4: lanes 0-7 and 8-15 the k halves of the first n tile, 16-23 and 24-31 those of the
+// second.
 template <class T, bool TRANSPOSED, class M, int MT, int NT, class Address>
-DSP_FN void multiply_step(M& m, int warp, Sums<M, MT, NT>& sums, int weights, int step, Address at) {
-    typename M::Quad a[MT];
-#pragma unroll
-    for (int i = 0; i < MT; ++i)
-        m.load_fragment(warp, a[i], [&](int lane) { return weights + fragment_offset<MT>(step, i, lane); });
+DSP_FN void multiply_fragments(M& m, int warp, Sums<M, MT, NT>& sums, const typename M::Quad (&a)[MT], Address at) {
 #pragma unroll
     for (int j = 0; j < NT / 2; ++j) {
         typename M::Quad b;
@@ -37,6 +34,16 @@ DSP_FN void multiply_step(M& m, int warp, Sums<M, MT, NT>& sums, int weights, in
             m.template multiply<T>(sums.at[i][2 * j + 1], a[i], b, 2);
         }
     }
+}
+
+// The same with the fragments of step number `step` in shared memory from `weights` on.
+template <class T, bool TRANSPOSED, class M, int MT, int NT, class Address>
+DSP_FN void multiply_step(M& m, int warp, Sums<M, MT, NT>& sums, int weights, int step, Address at) {
+    typename M::Quad a[MT];
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+        m.load_fragment(warp, a[i], [&](int lane) { return weights + fragment_offset<MT>(step, i, lane); });
+    multiply_fragments<T, TRANSPOSED>(m, warp, sums, a, at);
 }
 
 template <class M, int MT, int NT>
@@ -107,6 +114,25 @@ DSP_FN void finish_eight(M& m, const ConvParams& p, float (&value)[8], const flo
     if (p.residual) add_eight<T>(value, m.read_residual(static_cast<const Vec16*>(p.residual) + unit));
     activate(value, p.activation);
     m.write(static_cast<Vec16*>(p.out) + unit, narrow_eight<T>(value));
+}
+
+// CHWN: the sums of store_by_filter at chunk `thread` % K::kChunks of 8 images, filters from `thread` / K::kChunks on.
+// plane: chunks of an output channel; unit: which of them it is.
+template <class T, class K, class M>
+DSP_FN void finish_chunk(M& m, const ConvParams& p, int thread, int tile_number, int plane, int unit) {
+    const int chunk = thread % K::kChunks;
+#pragma unroll
+    for (int filter = thread / K::kChunks; filter < K::kFilters; filter += K::kThreads / K::kChunks) {
+        const int row = tile_number * K::kFilters + filter;
+        const int channel = m.read(p.rows + row);
+        if (channel < 0) continue;
+        float value[8], bias[8];
+        load_eight(m, thread, (filter * K::kSumStride + chunk * 8) * 4, chunk & 4, value);
+        const float b = m.read(p.bias + row);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) bias[i] = b;
+        finish_eight<T>(m, p, value, bias, static_cast<int64_t>(channel) * plane + unit);
+    }
 }
 
 }  // namespace dsp

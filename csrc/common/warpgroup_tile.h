@@ -38,4 +38,30 @@ DSP_HD constexpr int in_atom(int k, int piece) { return k * 128 + ((piece ^ k) *
 template <class M, int NT>
 using WarpgroupSums = Sums<M, 1, NT>;
 
+// each_block (reduction.h) by warpgroups: multiply(group, k) begins the products of block k. PENDING blocks are still
+// under way when the next one begins, so that many stages more are busy.
+template <int STAGES, int PENDING, class M, class S, class Load, class Multiply>
+DSP_FN void each_block_by_warpgroups(M& m, int k_blocks, S& sums, Load load, Multiply multiply) {
+    constexpr int kAhead = STAGES - 1 - PENDING;
+    for (int k = 0; k < kAhead; ++k) {
+        if (k < k_blocks) load(k);
+        m.commit();
+    }
+    for (int k = 0; k < k_blocks; ++k) {
+        m.template wait<kAhead - 1>();
+        m.publish();
+        m.sync();
+        m.each_warpgroup([&](int group) {
+            m.begin_products();
+            multiply(group, k);
+            m.commit_products();
+        });
+        if (k + kAhead < k_blocks) load(k + kAhead);
+        m.commit();
+        m.template wait_products<PENDING>(sums);
+    }
+    m.template wait<0>();
+    if (PENDING > 0) m.template wait_products<0>(sums);
+}
+
 }  // namespace dsp

@@ -15,17 +15,8 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks) block_kernel(const __
 
 template <class K>
 void launch_block(const BlockLaunch& plan, int device, cudaStream_t stream, const std::string& what) {
-    if (plan.blocks > std::numeric_limits<int>::max()) throw std::runtime_error(what + ": too many blocks");
-    if (plan.blocks == 0) return;
-    static std::atomic<bool> granted[64];
-    if (plan.shared_bytes > 48 * 1024 && (device >= 64 || !granted[device].load())) {
-        const int most = static_cast<int>(shared_limit(device));
-        check_cuda(cudaFuncSetAttribute(block_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-                   what + ", asking for " + std::to_string(most) + " bytes of shared memory");
-        if (device < 64) granted[device].store(true);
-    }
-    block_kernel<K><<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(plan.params);
-    check_cuda(cudaGetLastError(), what);
+    static Granted granted;
+    launch_kernel(block_kernel<K>, granted, plan, device, stream, what);
 }
 
 }  // namespace dsp

@@ -1,25 +1,14 @@
 // dsp_kernels::cuda_block, the launcher of whole residual blocks as a torch op, registered through LibTorch's stable
 // ABI. Python (dsp_kernels/backends/cuda_block.py) has checked shapes and made tables and geometry; what is checked
 // again here is what would let a kernel leave its tensors.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
 #include "block_runners.h"
-
-// Its declaration stands behind a macro of torch's own build.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "op_checks.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using dsp::check;
+using dsp::ScalarType;
+using dsp::Tensor;
 
 std::string describe(const dsp::BlockSizes& s) {
     const auto map = [&](size_t number) {
@@ -34,30 +23,25 @@ std::string describe(const dsp::BlockSizes& s) {
            tile(s.last()) + "x" + std::to_string(8 * s.tile_n) + " with " + std::to_string(s.shared_bytes) + " bytes";
 }
 
-void check(bool good, const std::string& what, const char* wrong) {
-    if (!good) throw std::runtime_error(what + ": " + wrong);
-}
-
 void cuda_block(const Tensor& x, const Tensor& out, const std::optional<Tensor>& residual, const Tensor& weights,
                 const Tensor& bias, const Tensor& tables, const std::vector<int64_t>& size_list) {
     const dsp::BlockSizes sizes(size_list);
     const std::string what = describe(sizes);
     const ScalarType type = x.scalar_type();
     const int device = x.get_device_index();
-    const auto fits = [&](const Tensor& t, ScalarType wanted, int64_t numel) {
-        return t.scalar_type() == wanted && t.get_device_index() == device && t.is_contiguous() &&
-               t.numel() == numel && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    const auto fits = [&](const Tensor& t, int64_t numel) {
+        return dsp::lies(t, type, device) && t.numel() == numel;
     };
     const size_t last = sizes.last();
     const int64_t in = sizes.batch * sizes.in_channels * sizes.height(0) * sizes.width(0);
     const int64_t made = sizes.batch * sizes.out_channels * sizes.height(last) * sizes.width(last);
     const bool added = sizes.residual_kind == static_cast<int64_t>(dsp::Residual::tensor);
     check(sizes.batch % 8 == 0, what, "the batch is no multiple of 8");
-    check(fits(x, type, in), what, "x does not fit, or is not at a multiple of 16 bytes");
-    check(fits(out, type, made) && out.data_ptr() != x.data_ptr(), what, "out does not fit, or is x");
-    check(residual.has_value() == added && (!added || fits(*residual, type, made)), what, "residual does not fit");
-    check(fits(weights, type, weights.numel()) && fits(bias, ScalarType::Float, bias.numel()) &&
-              fits(tables, ScalarType::Int, sizes.tables),
+    check(fits(x, in), what, "x does not fit, or is not at a multiple of 16 bytes");
+    check(fits(out, made) && out.data_ptr() != x.data_ptr(), what, "out does not fit, or is x");
+    check(residual.has_value() == added && (!added || fits(*residual, made)), what, "residual does not fit");
+    check(dsp::lies(weights, type, device) && dsp::lies(bias, ScalarType::Float, device) &&
+              dsp::lies(tables, ScalarType::Int, device) && tables.numel() == sizes.tables,
           what, "weights, bias or tables do not fit");
     for (size_t i = 0; i < last; ++i) {
         check(sizes.region(i, 0) >= 0 && sizes.region(i, 0) + sizes.region(i, 10) * sizes.region(i, 1) <= sizes.shared_bytes,
@@ -65,12 +49,9 @@ void cuda_block(const Tensor& x, const Tensor& out, const std::optional<Tensor>&
     }
 
     const torch::stable::accelerator::DeviceGuard guard(device);
-    const std::string refused = dsp::use_device(device);
-    if (!refused.empty()) throw std::runtime_error(what + ": " + refused);
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    void* stream = dsp::current_stream(device, what);
     const dsp::BlockLaunch plan =
-        dsp::block_launch(sizes, x.data_ptr(), out.data_ptr(), residual ? residual->data_ptr() : nullptr,
+        dsp::block_launch(sizes, x.data_ptr(), out.data_ptr(), dsp::pointer_or_null(residual),
                           weights.data_ptr(), static_cast<const float*>(bias.data_ptr()),
                           static_cast<const int*>(tables.data_ptr()));
     if (type == ScalarType::Half)

@@ -13,7 +13,5 @@ void run_block_half(const BlockSizes& sizes, const BlockLaunch& plan, int device
                     const std::string& what);
 void run_block_bfloat(const BlockSizes& sizes, const BlockLaunch& plan, int device, void* stream,
                       const std::string& what);
-// In kernels_fp32.cu; see runners.h.
-std::string use_device(int device);
 
 }  // namespace dsp

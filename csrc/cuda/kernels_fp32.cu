@@ -1,3 +1,4 @@
+#include "device.h"
 #include "launch.cuh"
 #include "runners.h"
 

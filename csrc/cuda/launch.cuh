@@ -1,4 +1,4 @@
-// Launching one kernel template on the current stream's device, with every step checked.
+// Launching a kernel template on a stream of the current device, with every step checked.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,21 +37,30 @@ inline int64_t shared_limit(int device) {
     return bytes;
 }
 
+// Of one kernel: on which devices it may have all the shared memory that a block can have.
+using Granted = std::atomic<bool>[64];
+
 // `what`: the kernel and its sizes, for an error's message.
-template <class K, class MACHINE = GpuMachine>
-void launch(const Launch& plan, int device, cudaStream_t stream, const std::string& what) {
+template <class Params, class Plan>
+void launch_kernel(void (*kernel)(Params), Granted& granted, const Plan& plan, int device, cudaStream_t stream,
+                   const std::string& what) {
     if (plan.blocks > std::numeric_limits<int>::max()) throw std::runtime_error(what + ": too many blocks");
     if (plan.blocks == 0) return;
     // More than 48 KB has to be asked for, once per kernel and device; it is a setting, not work on a stream.
-    static std::atomic<bool> granted[64];
     if (plan.shared_bytes > 48 * 1024 && (device >= 64 || !granted[device].load())) {
         const int most = static_cast<int>(shared_limit(device));
-        check_cuda(cudaFuncSetAttribute(conv_kernel<K, MACHINE>, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
                    what + ", asking for " + std::to_string(most) + " bytes of shared memory");
         if (device < 64) granted[device].store(true);
     }
-    conv_kernel<K, MACHINE><<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(plan.params);
+    kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(plan.params);
     check_cuda(cudaGetLastError(), what);
+}
+
+template <class K, class MACHINE = GpuMachine>
+void launch(const Launch& plan, int device, cudaStream_t stream, const std::string& what) {
+    static Granted granted;
+    launch_kernel(conv_kernel<K, MACHINE>, granted, plan, device, stream, what);
 }
 
 }  // namespace dsp

@@ -1,28 +1,17 @@
 // dsp_kernels::cuda_conv, the launcher as a torch op, registered through LibTorch's stable ABI. Python
 // (dsp_kernels/backends/cuda.py) has checked shapes and made the tables; what is checked again here is what would
 // let a kernel leave its tensors.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
+#include "op_checks.h"
 #include "runners.h"
-
-// Its declaration stands behind a macro of torch's own build.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 // Whether this library holds the kernels of sm_90a (build_cuda.py defines it); Python asks through ctypes.
 extern "C" __attribute__((visibility("default"))) int dsp_kernels_has_wgmma() { return DSP_KERNELS_WGMMA; }
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using dsp::check;
+using dsp::ScalarType;
+using dsp::Tensor;
 
 std::string describe(const dsp::Sizes& s) {
     static const char* const kNames[] = {"chwn", "halo", "nhwc", "fp32_chwn", "fp32_nhwc", "wgmma", "wgmma_halo", "nhwc_sliced"};
@@ -34,10 +23,6 @@ std::string describe(const dsp::Sizes& s) {
            two(s.out_height, s.out_width) + ", " + std::to_string(s.tile_count) + " tiles";
 }
 
-void check(bool good, const std::string& what, const char* wrong) {
-    if (!good) throw std::runtime_error(what + ": " + wrong);
-}
-
 void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& residual, const Tensor& weights,
                const Tensor& bias, const Tensor& tables, const std::vector<int64_t>& size_list) {
     check(size_list.size() == dsp::Sizes::kCount, "dsp_kernels::cuda_conv", "wrong number of sizes");
@@ -45,26 +30,23 @@ void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& 
     const std::string what = describe(sizes);
     const ScalarType type = x.scalar_type();
     const int device = x.get_device_index();
-    const auto fits = [&](const Tensor& t, ScalarType wanted, int64_t numel) {
-        return t.scalar_type() == wanted && t.get_device_index() == device && t.is_contiguous() &&
-               t.numel() >= numel && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    const auto fits = [&](const Tensor& t, int64_t numel) {
+        return dsp::lies(t, type, device) && t.numel() == numel;
     };
     const int64_t in = sizes.batch * sizes.in_channels * sizes.height * sizes.width;
     const int64_t made = sizes.batch * sizes.out_channels * sizes.out_height * sizes.out_width;
-    check(fits(x, type, in) && x.numel() == in, what, "x does not fit, or is not at a multiple of 16 bytes");
-    check(fits(out, type, made) && out.numel() == made, what, "out does not fit, or is not at 16 bytes");
-    check(!residual || (fits(*residual, type, made) && residual->numel() == made), what, "residual does not fit");
-    check(fits(weights, type, 0) && fits(bias, ScalarType::Float, sizes.tile_count * sizes.filters) &&
-              fits(tables, ScalarType::Int, sizes.gather_at),
+    check(fits(x, in), what, "x does not fit, or is not at a multiple of 16 bytes");
+    check(fits(out, made), what, "out does not fit, or is not at 16 bytes");
+    check(!residual || fits(*residual, made), what, "residual does not fit");
+    check(dsp::lies(weights, type, device) && dsp::lies(bias, ScalarType::Float, device) &&
+              bias.numel() >= sizes.tile_count * sizes.filters && dsp::lies(tables, ScalarType::Int, device) &&
+              tables.numel() >= sizes.gather_at,
           what, "weights, bias or tables do not fit");
 
     const torch::stable::accelerator::DeviceGuard guard(device);
-    const std::string refused = dsp::use_device(device);
-    if (!refused.empty()) throw std::runtime_error(what + ": " + refused);
-    void* stream = nullptr;
-    check(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, what, "there is no stream");
+    void* stream = dsp::current_stream(device, what);
     const dsp::ConvParams params =
-        dsp::params_of(sizes, x.data_ptr(), out.data_ptr(), residual ? residual->data_ptr() : nullptr,
+        dsp::params_of(sizes, x.data_ptr(), out.data_ptr(), dsp::pointer_or_null(residual),
                        weights.data_ptr(), static_cast<const float*>(bias.data_ptr()),
                        static_cast<const int*>(tables.data_ptr()));
     if (dsp::needs_wgmma(sizes)) {

@@ -15,7 +15,5 @@ void run_bfloat(const Sizes& sizes, const ConvParams& params, int device, void* 
 void run_wgmma(bool half, const Sizes& sizes, const ConvParams& params, int device, void* stream,
                const std::string& what);
 void run_fp32(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what);
-// Sets the CUDA runtime's device to that of torch; this library has a runtime of its own. Empty, or why it cannot.
-std::string use_device(int device);
 
 }  // namespace dsp

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dsp_kernels.activations import ACTIVATIONS
+from dsp_kernels.backends.cuda_launch import Launch, launch_op
 from dsp_kernels.backends.cuda_tables import KERNELS, Tables, make_tables
 from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, GpuLayout
 from dsp_kernels.conv_spec import ConvSpec
-from dsp_kernels.errors import DSPBackendError, DSPShapeError
+from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.native_cuda import has_wgmma, why_no_cuda, why_not_on
 
 __all__ = ["CudaConv", "CudaKernels"]
-
-# (x, out, residual, weights, bias, tables, sizes); sizes in the order of csrc/common/launch_plan.h
-Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[int]], None]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # csrc/common/conv_params.h: offsets of taps and heights are packed into 16 bits.
@@ -41,20 +40,7 @@ _NHWC_POSITIONS, _NHWC_SLICED = 64, 7
 # here), so wgmma may multiply that much more zeros to fill its wider tiles.
 _MMA_SHARE = 5 / 8
 
-
-def _launch(
-    x: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    weights: Tensor,
-    bias: Tensor,
-    tables: Tensor,
-    sizes: list[int],
-) -> None:
-    try:
-        torch.ops.dsp_kernels.cuda_conv(x, out, residual, weights, bias, tables, sizes)
-    except RuntimeError as error:
-        raise DSPBackendError(str(error)) from error
+_launch: Launch = partial(launch_op, "cuda_conv")
 
 
 class CudaKernels:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from dsp_kernels.backends.cuda import Launch
 from dsp_kernels.backends.cuda_block_geometry import BlockGeometry
 from dsp_kernels.backends.cuda_block_tables import BlockTables
+from dsp_kernels.backends.cuda_launch import Launch, launch_op
 from dsp_kernels.backends.gpu_layout import BATCH_MULTIPLE, GpuLayout
 from dsp_kernels.block_step import BlockStep
-from dsp_kernels.errors import DSPBackendError, DSPShapeError
+from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.native_cuda import why_no_cuda, why_not_on
 
 __all__ = ["BLOCK_DTYPES", "CudaBlock", "why_no_blocks"]
 
 BLOCK_DTYPES = (torch.float16, torch.bfloat16)
+_launch: Launch = partial(launch_op, "cuda_block")
 
 
 def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
@@ -29,21 +32,6 @@ def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -
     return why_no_cuda() or why_not_on(device.index)
 
 
-def _launch(
-    x: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    weights: Tensor,
-    bias: Tensor,
-    tables: Tensor,
-    sizes: list[int],
-) -> None:
-    try:
-        torch.ops.dsp_kernels.cuda_block(x, out, residual, weights, bias, tables, sizes)
-    except RuntimeError as error:
-        raise DSPBackendError(str(error)) from error
-
-
 class CudaBlock:
     """One block for one input size, its weights packed and its tables on the device; called like a GpuConv.
 
@@ -51,7 +39,11 @@ class CudaBlock:
     """
 
     def __init__(
-        self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry, launch: Launch = _launch
+        self,
+        step: BlockStep,
+        tables: BlockTables,
+        geometry: BlockGeometry,
+        launch: Launch = _launch,
     ) -> None:
         self.step, self.tables, self.geometry = step, tables, geometry
         self._launch = launch

@@ -15,7 +15,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dsp_kernels.backends.cuda_tables import _fragments, _Group, _groups_of, _join
+from dsp_kernels.backends.cuda_groups import (
+    FilterGroup,
+    bias_per_channel,
+    fragments,
+    groups_of,
+    join_groups,
+)
 from dsp_kernels.block_step import BlockStep
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.program import ConvStep
@@ -89,12 +95,12 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
     channels = [sorted(first), *read[1:]]
     wanted = [*channels[1:], list(range(specs[-1].structure.out_channels))]
 
-    best: tuple[float, int, list[list[_Group]]] | None = None
+    best: tuple[float, int, list[list[FilterGroup]]] | None = None
     for filters in STEP_CLOCKS:
         merged, work = [], 0.0
         for conv, targets in zip(step.convs, wanted, strict=True):
             taps = conv.spec.kernel_size[0] * conv.spec.kernel_size[1]
-            groups = _merged(_only(_groups_of(conv.spec, conv.weights), set(targets)), filters, taps)
+            groups = _merged(_only(groups_of(conv.spec, conv.weights), set(targets)), filters, taps)
             merged.append(groups)
             work += sum(_work(len(each.out_index), len(each.in_index), filters, taps) for each in groups)
         if best is None or work < best[0]:
@@ -114,14 +120,16 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
             for start in range(0, len(group.out_index), filters)
         ]
         made.sort(key=lambda entry: -entry[1].shape[1])
-        values = _bias_of(conv) + (_bias_of(shortcut) if shortcut else 0.0)
+        values = bias_per_channel(conv.spec, conv.bias)
+        if shortcut:
+            values = values + bias_per_channel(shortcut.spec, shortcut.bias)
         tiles = []
         for tile, matrix in made:
             index = torch.tensor(tile.targets)
             bias.append(torch.where(index >= 0, values[index.clamp(min=0)], 0.0))
             slots = tuple(target[c] if c >= 0 else -1 for c in tile.targets)
             tiles.append(Tile(tile.rows, tile.second_rows, slots))
-            weights.append(_fragments(matrix))
+            weights.append(fragments(matrix))
         all_tiles.append(tuple(tiles))
     residual_slots: tuple[int, ...] = ()
     if step.adds_input:
@@ -144,7 +152,7 @@ def _work(outputs: int, channels: int, filters: int, taps: int) -> float:
     return -(-outputs // filters) * (-(-channels * taps // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
 
 
-def _merged(groups: Sequence[_Group], filters: int, taps: int) -> list[_Group]:
+def _merged(groups: Sequence[FilterGroup], filters: int, taps: int) -> list[FilterGroup]:
     """Two groups put into one, the pair that saves most first, for as long as that is less work."""
     bins = list(groups)
     work = [_work(len(each.out_index), len(each.in_index), filters, taps) for each in bins]
@@ -160,24 +168,24 @@ def _merged(groups: Sequence[_Group], filters: int, taps: int) -> list[_Group]:
         if pair is None:
             return bins
         i, j = pair
-        joined = _join([bins[i], bins.pop(j)])
+        joined = join_groups([bins[i], bins.pop(j)])
         work.pop(j)
         bins[i], work[i] = joined, _work(len(joined.out_index), len(joined.in_index), filters, taps)
 
 
-def _only(groups: Sequence[_Group], wanted: set[int]) -> list[_Group]:
+def _only(groups: Sequence[FilterGroup], wanted: set[int]) -> list[FilterGroup]:
     """The groups without the filters that nobody reads."""
     kept = []
     for group in groups:
         rows = [row for row, channel in enumerate(group.out_index) if channel in wanted]
         if rows:
             outputs = tuple(group.out_index[row] for row in rows)
-            kept.append(_Group(group.in_index, outputs, group.weight[rows]))
+            kept.append(FilterGroup(group.in_index, outputs, group.weight[rows]))
     return kept
 
 
 def _tile(
-    group: _Group,
+    group: FilterGroup,
     start: int,
     filters: int,
     spec: ConvSpec,
@@ -234,7 +242,7 @@ def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int,
     """The channels that the shortcut reads for these outputs; its weights (outputs, channels, taps)."""
     groups = [
         (group, [row for row, channel in enumerate(group.out_index) if channel in set(outputs)])
-        for group in _groups_of(shortcut.spec, shortcut.weights)
+        for group in groups_of(shortcut.spec, shortcut.weights)
     ]
     in_index = tuple(sorted({channel for group, rows in groups if rows for channel in group.in_index}))
     column = {channel: i for i, channel in enumerate(in_index)}
@@ -245,12 +253,3 @@ def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int,
         for row in rows:
             weight[outputs.index(group.out_index[row])].index_copy_(0, columns, group.weight[row])
     return in_index, weight
-
-
-def _bias_of(conv: ConvStep) -> Tensor:
-    structure = conv.spec.structure
-    if conv.bias is None:
-        return torch.zeros(structure.out_channels)
-    # By the definition an absent channel has no bias.
-    absent = torch.tensor(structure.absent, dtype=torch.long)
-    return conv.bias.detach().cpu().float().index_fill(0, absent, 0.0)

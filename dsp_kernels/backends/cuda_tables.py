@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsp_kernels.backends.gpu_layout import all_groups
+from dsp_kernels.backends.cuda_groups import (
+    WEIGHT_ORDERS,
+    FilterGroup,
+    bias_per_channel,
+    groups_of,
+    in_runs,
+    is_run,
+    join_groups,
+)
 from dsp_kernels.conv_spec import ConvSpec
 
 __all__ = ["KERNELS", "KernelKind", "Tables", "make_tables"]
@@ -27,7 +35,7 @@ class KernelKind:
     """One kernel: its number and filters per tile (csrc/common/launch_plan.h), and its reduction.
 
     rows: rows of the reduction per block; channels: channels of one tap are filled up to a multiple of it.
-    order: how the weights of a tile lie, see _ORDERS.
+    order: how the weights of a tile lie, see WEIGHT_ORDERS.
     """
 
     name: str
@@ -82,15 +90,6 @@ class Tables:
     products: int
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Filters that read one set of channels; weight: (filters, channels, taps), float32."""
-
-    in_index: tuple[int, ...]
-    out_index: tuple[int, ...]
-    weight: Tensor
-
-
 def make_tables(
     kind: KernelKind,
     spec: ConvSpec,
@@ -103,7 +102,7 @@ def make_tables(
 
     dtype, device: of the tensors that the kernel will get.
     """
-    groups = _groups_of(spec, weights)
+    groups = groups_of(spec, weights)
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     filters, groups = min(
         ((count, _merged(groups, kind, count, taps)) for count in kind.filters),
@@ -112,23 +111,7 @@ def make_tables(
     writer = _Writer(kind, spec, filters)
     for group in groups:
         writer.add(group)
-    absent = torch.tensor(spec.structure.absent, dtype=torch.long)
-    values = torch.zeros(spec.structure.out_channels) if bias is None else bias.detach().cpu().float()
-    return writer.finish(values.index_fill(0, absent, 0.0), dtype, device)
-
-
-def _groups_of(spec: ConvSpec, weights: Sequence[Tensor]) -> list[_Group]:
-    taps = spec.kernel_size[0] * spec.kernel_size[1]
-    groups = all_groups(spec.structure)
-    flat = [
-        weight.detach().cpu().float().reshape(len(group.out_index), len(group.in_index), taps)
-        for group, weight in zip(groups, weights, strict=False)
-    ]
-    # The group of the absent channels has no weights of its own.
-    flat += [torch.zeros(len(group.out_index), 0, taps) for group in groups[len(flat) :]]
-    return [
-        _Group(group.in_index, group.out_index, weight) for group, weight in zip(groups, flat, strict=True)
-    ]
+    return writer.finish(bias_per_channel(spec, bias), dtype, device)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -145,13 +128,13 @@ def _tile_work(outputs: int, channels: int, kind: KernelKind, filters: int, taps
     return tiles * (kind.reduction(channels, taps) + 16) * (filters + 48)
 
 
-def _work(groups: Sequence[_Group], kind: KernelKind, filters: int, taps: int) -> int:
+def _work(groups: Sequence[FilterGroup], kind: KernelKind, filters: int, taps: int) -> int:
     return sum(_tile_work(len(group.out_index), len(group.in_index), kind, filters, taps) for group in groups)
 
 
-def _merged(groups: Sequence[_Group], kind: KernelKind, filters: int, taps: int) -> list[_Group]:
+def _merged(groups: Sequence[FilterGroup], kind: KernelKind, filters: int, taps: int) -> list[FilterGroup]:
     """Neighbouring groups put into one where that is less work."""
-    bins: list[list[_Group]] = []
+    bins: list[list[FilterGroup]] = []
     reads: set[int] = set()
     writes = 0
     for group in groups:
@@ -165,22 +148,7 @@ def _merged(groups: Sequence[_Group], kind: KernelKind, filters: int, taps: int)
         else:
             bins.append([group])
             reads, writes = set(group.in_index), len(group.out_index)
-    return [_join(members) for members in bins]
-
-
-def _join(groups: Sequence[_Group]) -> _Group:
-    if len(groups) == 1:
-        return groups[0]
-    in_index = tuple(sorted({channel for group in groups for channel in group.in_index}))
-    out_index = tuple(channel for group in groups for channel in group.out_index)
-    place = {channel: column for column, channel in enumerate(in_index)}
-    weight = torch.zeros(len(out_index), len(in_index), groups[0].weight.shape[2])
-    row = 0
-    for group in groups:
-        columns = torch.tensor([place[channel] for channel in group.in_index], dtype=torch.long)
-        weight[row : row + len(group.out_index)].index_copy_(1, columns, group.weight)
-        row += len(group.out_index)
-    return _Group(in_index, out_index, weight)
+    return [join_groups(members) for members in bins]
 
 
 class _Writer:
@@ -194,11 +162,11 @@ class _Writer:
         # blocks of the reduction, first entry of taps, output channels (-1: none), packed weights
         self.tiles: list[tuple[int, int, list[int], Tensor]] = []
 
-    def add(self, group: _Group) -> None:
+    def add(self, group: FilterGroup) -> None:
         """All tiles of one group."""
         structure = self.spec.structure
         if self.kind.name == "nhwc":
-            group = _in_runs(group, structure.in_channels, structure.out_channels)
+            group = in_runs(group, structure.in_channels, structure.out_channels)
         first = self.entries
         rows = self._write_taps(group.in_index)
         weight = self._by_row(group.weight, rows)
@@ -207,7 +175,7 @@ class _Writer:
             padded = torch.zeros(self.filters, rows)
             padded[: len(outputs)] = weight[start : start + self.filters]
             outputs += [-1] * (self.filters - len(outputs))
-            packed = _ORDERS[self.kind.order](padded)
+            packed = WEIGHT_ORDERS[self.kind.order](padded)
             self.tiles.append((rows // self.kind.rows, first, outputs, packed))
 
     def _by_row(self, weight: Tensor, rows: int) -> Tensor:
@@ -250,7 +218,7 @@ class _Writer:
         filled, firsts = _filled(channels, 8), []
         for start in range(0, len(filled), 8):
             octet = filled[start : start + 8]
-            if _is_run(octet, self.spec.structure.in_channels):
+            if is_run(octet, self.spec.structure.in_channels):
                 firsts.append(octet[0])
             else:
                 firsts.append(-1 - len(self.gather) // 8)
@@ -267,7 +235,7 @@ class _Writer:
             rows += outputs
             start += unit
         runs = [
-            octet[0] if _is_run(octet, self.spec.structure.out_channels) else -1
+            octet[0] if is_run(octet, self.spec.structure.out_channels) else -1
             for octet in (rows[i : i + 8] for i in range(0, len(rows), 8))
         ]
         # Filters come in multiples of 16, so every part starts at a multiple of 8 bytes.
@@ -292,62 +260,5 @@ class _Writer:
         )
 
 
-def _fragments(weight: Tensor) -> Tensor:
-    """weight: (filters, rows), multiples of 16 -> flat, as the A operands of mma.m16n8k16.
-
-    Order: step of 16 rows, 16 filters, lane, then the lane's eight numbers: its 32-bit registers go through
-    the two halves of the filters first, then through those of the rows.
-    """
-    filters, rows = weight.shape
-    parts = weight.view(
-        filters // 16, 2, 8, rows // 16, 2, 4, 2
-    )  # m, filter half, group, step, row half, quad, i
-    return parts.permute(3, 0, 2, 5, 4, 1, 6).reshape(-1)
-
-
-def _cores(weight: Tensor) -> Tensor:
-    """weight: (filters, rows), multiples of 64 and 16 -> flat, as the A operands of wgmma in shared memory.
-
-    Order: eight rows, filter, row: the core matrices of eight filters by eight rows, each in one piece.
-    """
-    filters, rows = weight.shape
-    return weight.view(filters, rows // 8, 8).transpose(0, 1).reshape(-1)
-
-
-def _rows(weight: Tensor) -> Tensor:
-    """weight: (filters, rows) -> flat, [row][filter]."""
-    return weight.t().reshape(-1)
-
-
-_ORDERS = {"fragments": _fragments, "cores": _cores, "rows": _rows}
-
-
 def _filled(channels: Sequence[int], multiple: int) -> list[int]:
     return [*channels, *[-1] * (_round_up(len(channels), multiple) - len(channels))]
-
-
-def _is_run(octet: Sequence[int], channels: int) -> bool:
-    """Whether eight channels lie in one aligned 16-byte piece of every pixel."""
-    first = octet[0]
-    return (
-        first >= 0 and channels % 8 == 0 and first % 8 == 0 and list(octet) == list(range(first, first + 8))
-    )
-
-
-def _in_runs(group: _Group, in_channels: int, out_channels: int) -> _Group:
-    """The same group, its channels and filters reordered so that whole aligned runs come first."""
-    columns, rows = _runs_first(group.in_index, in_channels), _runs_first(group.out_index, out_channels)
-    return _Group(
-        tuple(group.in_index[i] for i in columns),
-        tuple(group.out_index[i] for i in rows),
-        group.weight[rows][:, columns],
-    )
-
-
-def _runs_first(index: Sequence[int], channels: int) -> list[int]:
-    place = {channel: i for i, channel in enumerate(index)}
-    octets = range(0, channels, 8) if channels % 8 == 0 else ()
-    whole = [range(first, first + 8) for first in octets if all(c in place for c in range(first, first + 8))]
-    ordered = [place[channel] for run in whole for channel in run]
-    taken = set(ordered)
-    return ordered + [i for i in range(len(index)) if i not in taken]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -28,16 +28,35 @@ class Counts:
     load_conflicts: int = 0
 
 
-class Emulator:
-    """Callable like the op. late, backwards: see host_machine.h; counts: of the latest launch."""
+class Arguments(ctypes.Structure):
+    """See emulator.cpp."""
 
-    def __init__(self, library: Path) -> None:
-        self._run = ctypes.CDLL(str(library)).dsp_emulate
+    _fields_ = (
+        ("dtype", ctypes.c_int64),
+        ("tensors", ctypes.c_void_p * 6),
+        ("bytes", ctypes.c_int64 * 6),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("size_count", ctypes.c_int64),
+        ("late", ctypes.c_int64),
+        ("backwards", ctypes.c_int64),
+        ("shared_limit", ctypes.c_int64),
+        ("counts", ctypes.c_int64 * len(astuple(Counts()))),
+    )
+
+
+class Emulator:
+    """Callable like the op of this name. late, backwards: see host_machine.h.
+
+    counts: of the latest launch. launches: the first of the sizes of every launch.
+    """
+
+    def __init__(self, library: Path, op: str) -> None:
+        self._run = getattr(ctypes.CDLL(str(library)), op)
         self._run.restype = ctypes.c_char_p
         self.late = self.backwards = False
         self.shared_limit = MOST_SHARED
         self.counts = Counts()
-        self.kernels: list[int] = []
+        self.launches: list[int] = []
 
     def __call__(
         self,
@@ -50,20 +69,18 @@ class Emulator:
         sizes: list[int],
     ) -> None:
         tensors = (x, out, residual, weights, bias, tables)
-        pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
-        bytes_ = [0 if t is None else t.numel() * t.element_size() for t in tensors]
-        counts = (ctypes.c_int64 * 8)()
-        error = self._run(
+        arguments = Arguments(
             NUMBER[x.dtype],
-            *pointers,
+            tuple(0 if t is None else t.data_ptr() for t in tensors),
+            tuple(0 if t is None else t.numel() * t.element_size() for t in tensors),
             (ctypes.c_int64 * len(sizes))(*sizes),
-            (ctypes.c_int64 * 6)(*bytes_),
-            int(self.late),
-            int(self.backwards),
-            ctypes.c_int64(self.shared_limit),
-            counts,
+            len(sizes),
+            self.late,
+            self.backwards,
+            self.shared_limit,
         )
+        error = self._run(ctypes.byref(arguments))
         if error is not None:
             raise RuntimeError(error.decode())
-        self.kernels.append(sizes[0])
-        self.counts = Counts(*counts)
+        self.counts = Counts(*arguments.counts)
+        self.launches.append(sizes[0])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from block_cases import BACK, CASES, IDS, NARROW, SQUARE, BlockCase, reference
-from block_emulation import BlockEmulator
+from emulation import Emulator
 from torch import Tensor
 
 from dsp_kernels.backends.cuda_block import CudaBlock
@@ -21,7 +21,7 @@ from dsp_kernels.tolerances import network_tolerance
 CHWN = GpuLayout.CHWN
 
 
-def prepared(case: BlockCase, dtype: torch.dtype, emulator: BlockEmulator) -> CudaBlock:
+def prepared(case: BlockCase, dtype: torch.dtype, emulator: Emulator) -> CudaBlock:
     step = case.step(dtype)
     tables = block_tables(step, dtype, torch.device("cpu"))
     rows, columns, tile_n = case.tile
@@ -30,7 +30,7 @@ def prepared(case: BlockCase, dtype: torch.dtype, emulator: BlockEmulator) -> Cu
     return CudaBlock(step, tables, geometry, emulator)
 
 
-def check(case: BlockCase, dtype: torch.dtype, emulator: BlockEmulator, in_place: bool = False) -> None:
+def check(case: BlockCase, dtype: torch.dtype, emulator: Emulator, in_place: bool = False) -> None:
     block = prepared(case, dtype, emulator)
     x = case.input(dtype)
     residual = None
@@ -48,19 +48,19 @@ def check(case: BlockCase, dtype: torch.dtype, emulator: BlockEmulator, in_place
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_block(case: BlockCase, block_emulator: BlockEmulator) -> None:
+def test_block(case: BlockCase, block_emulator: Emulator) -> None:
     """Every access is in bounds, and no two threads use a word of shared memory without a barrier."""
     check(case, torch.float16, block_emulator)
 
 
 @pytest.mark.parametrize("name", ["unequal groups, absent channels", "bottleneck with stride and shortcut"])
-def test_bfloat16(name: str, block_emulator: BlockEmulator) -> None:
+def test_bfloat16(name: str, block_emulator: Emulator) -> None:
     check(next(case for case in CASES if case.name == name), torch.bfloat16, block_emulator)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 @pytest.mark.parametrize("name", ["stride 2, another residual", "bottleneck in turns"])
-def test_copies_and_threads_in_any_order(name: str, late: bool, block_emulator: BlockEmulator) -> None:
+def test_copies_and_threads_in_any_order(name: str, late: bool, block_emulator: Emulator) -> None:
     """Copies land at once or when they are waited for; threads run backwards; out is the residual."""
     block_emulator.late, block_emulator.backwards = late, True
     try:
@@ -69,7 +69,7 @@ def test_copies_and_threads_in_any_order(name: str, late: bool, block_emulator: 
         block_emulator.late = block_emulator.backwards = False
 
 
-def test_no_bank_conflicts(block_emulator: BlockEmulator) -> None:
+def test_no_bank_conflicts(block_emulator: Emulator) -> None:
     """Channels that lie in all banks: ldmatrix, sums into the next map, the residual, rows that are kept."""
     dense = GroupStructure.dense(16, 16)
     case = BlockCase("conflicts", ((dense, 3, 1), (dense, 3, 1)), hw=(4, 6), tile=(2, 6, 1), turns=2)
@@ -82,7 +82,7 @@ def test_no_bank_conflicts(block_emulator: BlockEmulator) -> None:
     assert counts.store_conflicts <= counts.stores // 10
 
 
-def test_other_images_do_not_reach_an_output(block_emulator: BlockEmulator) -> None:
+def test_other_images_do_not_reach_an_output(block_emulator: Emulator) -> None:
     case = BlockCase("infinite", ((SQUARE, 3, 1), (SQUARE, 3, 1)), hw=(3, 4))
     block = prepared(case, torch.float16, block_emulator)
     x = case.input(torch.float16)
@@ -106,7 +106,7 @@ def test_other_images_do_not_reach_an_output(block_emulator: BlockEmulator) -> N
 def test_tensors_that_do_not_fit(
     change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]],
     text: str,
-    block_emulator: BlockEmulator,
+    block_emulator: Emulator,
 ) -> None:
     case = BlockCase("bad", ((NARROW, 3, 1), (BACK, 3, 1)))
     block = prepared(case, torch.float16, block_emulator)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from block_emulation import BlockEmulator
+from emulation import Emulator
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
@@ -50,7 +50,7 @@ class Bottlenecks(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: BlockEmulator) -> Iterator[None]:
+def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: Emulator) -> Iterator[None]:
     """Blocks run in the emulation and single convolutions in plain PyTorch."""
     monkeypatch.setattr(cuda, "GPU_KERNELS", Registry("GPU kernel"))
     monkeypatch.setattr(
@@ -58,7 +58,7 @@ def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: BlockEmulator)
     )
     monkeypatch.setattr(gpu_blocks, "CudaBlock", partial(CudaBlock, launch=block_emulator))
     monkeypatch.delenv("DSP_KERNELS_BLOCKS", raising=False)
-    block_emulator.launches = 0
+    block_emulator.launches.clear()
     with torch.no_grad():
         yield
 
@@ -85,17 +85,17 @@ def difference(model: nn.Module, got: Tensor, x: Tensor) -> float:
 @pytest.mark.parametrize(
     ("name", "blocks", "batch"), [("basic", 3, 8), ("bottlenecks", 2, 16), ("bottlenecks", 2, 3)]
 )
-def test_a_network_of_blocks(name: str, blocks: int, batch: int, block_emulator: BlockEmulator) -> None:
+def test_a_network_of_blocks(name: str, blocks: int, batch: int, block_emulator: Emulator) -> None:
     model = model_of(name)
     runner = GpuRunner(program_of(model))
     x = torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0)).half()
     got = runner(x)
     assert got.shape == (batch, *got.shape[1:])
-    assert block_emulator.launches == blocks
+    assert len(block_emulator.launches) == blocks
     assert difference(model, got, x) <= network_tolerance(torch.float16, 600, 12)
 
 
-def test_who_does_not_want_blocks(block_emulator: BlockEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_want_blocks(block_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("bottlenecks")
     program = program_of(model)
     x = torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0)).half()
@@ -104,11 +104,11 @@ def test_who_does_not_want_blocks(block_emulator: BlockEmulator, monkeypatch: py
     GpuRunner(program, kernels="triton")(x)
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "0")
     without = GpuRunner(program)(x)
-    assert block_emulator.launches == 0
+    assert not block_emulator.launches
     assert difference(model, without, x) <= network_tolerance(torch.float16, 600, 12)
     assert not any("predicted" in form for form in CudaExecutor().describe(program))
     GpuRunner(program, blocks=True)(x)
-    assert block_emulator.launches == 2
+    assert len(block_emulator.launches) == 2
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "yes")
     with pytest.raises(DSPError, match="expected 0 or 1"):
         GpuRunner(program)

@@ -96,10 +96,10 @@ def test_nhwc(
     case: Case, dtype: torch.dtype, sliced: bool, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_FEW_BLOCKS", 10**9 if sliced else 0)
-    emulator.kernels.clear()
+    emulator.launches.clear()
     check(case, dtype, GpuLayout.NHWC, emulator)
     number = 4 if dtype == torch.float32 else 7 if sliced else 2
-    assert emulator.kernels == ([] if case.batch == 0 else [number])
+    assert emulator.launches == ([] if case.batch == 0 else [number])
 
 
 def chwn_runs() -> Iterator[tuple[Case, torch.dtype, str]]:
@@ -129,9 +129,11 @@ def test_chwn(
     case: Case, dtype: torch.dtype, kernel: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(kernel, monkeypatch)
-    emulator.kernels.clear()
+    emulator.launches.clear()
     check(case, dtype, GpuLayout.CHWN, emulator)
-    assert emulator.kernels == ([] if case.batch == 0 else [3 if dtype == torch.float32 else NUMBERS[kernel]])
+    assert emulator.launches == (
+        [] if case.batch == 0 else [3 if dtype == torch.float32 else NUMBERS[kernel]]
+    )
 
 
 @pytest.fixture(params=MODES, ids=str)

@@ -1,35 +1,25 @@
 // A block of threads on the host, for the kernel templates of csrc/common. Threads run one after another between two
 // barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
-// so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. Shared memory
-// starts as NaN. Accesses of a warp are collected per instruction and their bank conflicts counted. With `races`, an
-// access of a word that another thread wrote, or a store to one that another thread read, since the last barrier is an
-// error; a copy counts as a store by its thread where it is waited for.
+// so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. A copy counts as a
+// store by its thread where it lands.
 // Products of a warpgroup happen at once where copies land late, and else as late as they may, when whoever
 // overwrites an operand too early has done so.
 #pragma once
 
 #include <array>
 #include <functional>
-#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../../../csrc/common/warpgroup_tile.h"
+#include "shared_memory.h"
 
 namespace dsp {
 
 struct Modes {
     bool late_copies;
     bool backwards;
-    bool races = false;
-};
-
-struct Counts {
-    int64_t matrices = 0, matrix_conflicts = 0;  // accesses of a quarter warp, and the extra turns they took
-    int64_t copies = 0, copy_conflicts = 0;
-    int64_t stores = 0, store_conflicts = 0;
-    int64_t loads = 0, load_conflicts = 0;
 };
 
 struct Range {  // memory that the kernel may touch
@@ -65,47 +55,33 @@ struct HostMachine {
         std::array<char, 16> bytes;
         int size, thread;
     };
-    struct Access {
-        int lane, offset;
-    };
-    // Of one word: who wrote and who read it since which barrier; -2: several threads.
-    struct Use {
-        int writer = -1, written = -1, reader = -1, read = -1;
-    };
 
     int threads;
     Modes modes;
-    Counts& counts;
     const std::vector<Range>& ranges;
-    std::vector<char> shared;
+    SharedMemory shared;
     std::vector<std::vector<Copy>> groups;  // of copies on their way; the last is open
     std::vector<std::vector<std::function<void()>>> products;  // the same of a warpgroup's products
-    std::vector<bool> unpublished;  // bytes of shared memory that wgmma may not see yet
-    // kind and instruction of a warp -> its lanes' accesses
-    std::map<std::array<int, 3>, std::vector<Access>> pending;
-    std::vector<int> issued;
-    std::vector<Use> uses;
-    int barriers = 0;
 
     HostMachine(int threads, int shared_bytes, Modes modes, Counts& counts, const std::vector<Range>& ranges)
-        : threads(threads), modes(modes), counts(counts), ranges(ranges), shared(shared_bytes, '\xff'), groups(1),
-          products(1), unpublished(shared_bytes), issued(threads), uses(modes.races ? (shared_bytes + 3) / 4 : 0) {}
+        : threads(threads), modes(modes), ranges(ranges), shared(threads, shared_bytes, counts), groups(1),
+          products(1) {}
 
     template <class F>
     void each_thread(F f) {
         for (int i = 0; i < threads; ++i) f(modes.backwards ? threads - 1 - i : i);
-        flush();
+        shared.flush();
     }
     template <class F>
     void each_warp(F f) {
         for (int i = 0; i < threads / 32; ++i) f(modes.backwards ? threads / 32 - 1 - i : i);
-        flush();
+        shared.flush();
     }
     template <class F>
     void each_lane(int, F f) {
         for (int lane = 0; lane < 32; ++lane) f(lane);
     }
-    void sync() { ++barriers; }
+    void sync() { shared.sync(); }
 
     void copy16(int thread, int offset, const Vec16* source, bool inside) { copy(thread, offset, source, inside, 16); }
     void copy4(int thread, int offset, const float* source, bool inside) { copy(thread, offset, source, inside, 4); }
@@ -114,7 +90,7 @@ struct HostMachine {
     void wait() {
         const int done = static_cast<int>(groups.size()) - 1 - GROUPS;
         for (int g = 0; g < done; ++g) {
-            for (const Copy& c : groups[g]) land(c);
+            for (const Copy& c : groups[g]) shared.put(c.thread, c.offset, c.size, c.bytes.data());
             groups[g].clear();
         }
     }
@@ -134,32 +110,26 @@ struct HostMachine {
         *target = value;
     }
 
-    void store_one(int thread, int offset, float v) { store(thread, offset, &v, 4); }
+    void store_one(int thread, int offset, float v) { shared.store(thread, offset, 4, &v); }
     void store_two(int thread, int offset, float a, float b) {
         const float both[2] = {a, b};
-        store(thread, offset, both, 8);
+        shared.store(thread, offset, 8, both);
     }
-    void store16(int thread, int offset, const Vec16& v) { store(thread, offset, &v, 16); }
-    void store_word(int thread, int offset, uint32_t v) { store(thread, offset, &v, 4); }
+    void store16(int thread, int offset, const Vec16& v) { shared.store(thread, offset, 16, &v); }
+    void store_word(int thread, int offset, uint32_t v) { shared.store(thread, offset, 4, &v); }
     Vec16 load16(int thread, int offset) {
-        note(3, thread, offset, 16);
-        watch_read(thread, offset, 16);
         Vec16 v;
-        std::memcpy(&v, at(offset, 16), 16);
+        shared.read(Kind::load, thread, offset, 16, &v);
         return v;
     }
     void load_four(int thread, int offset, float (&v)[4]) {
-        note(3, thread, offset, 16);
-        watch_read(thread, offset, 16);
-        std::memcpy(v, at(offset, 16), 16);
+        shared.read(Kind::load, thread, offset, 16, v);
     }
     template <class Address>
     void load_fragment(int warp, Quad& q, Address address) {
         for (int lane = 0; lane < 32; ++lane) {
-            const int offset = address(lane);
-            note(3, warp * 32 + lane, offset, 16);
-            watch_read(warp * 32 + lane, offset, 16);
-            for (int i = 0; i < 4; ++i) std::memcpy(&q.word[i][lane], at(offset + 4 * i, 4), 4);
+            const Vec16 all = load16(warp * 32 + lane, address(lane));
+            for (int i = 0; i < 4; ++i) q.word[i][lane] = all.word[i];
         }
     }
     void read_fragment(int, Quad& q, const Vec16* base) {
@@ -178,12 +148,8 @@ struct HostMachine {
     template <bool TRANSPOSED, class Address>
     void load_matrices(int warp, Quad& q, Address address) {
         uint16_t matrix[4][8][8];
-        for (int lane = 0; lane < 32; ++lane) {
-            const int offset = address(lane);
-            note(0, warp * 32 + lane, offset, 16);
-            watch_read(warp * 32 + lane, offset, 16);
-            std::memcpy(matrix[lane / 8][lane % 8], at(offset, 16), 16);
-        }
+        for (int lane = 0; lane < 32; ++lane)
+            shared.read(Kind::matrix, warp * 32 + lane, address(lane), 16, matrix[lane / 8][lane % 8]);
         for (int i = 0; i < 4; ++i)
             for (int lane = 0; lane < 32; ++lane) {
                 uint32_t word = 0;
@@ -221,7 +187,7 @@ struct HostMachine {
     void each_warpgroup(F f) {
         for (int i = 0; i < threads / 128; ++i) f(modes.backwards ? threads / 128 - 1 - i : i);
     }
-    void publish() { std::fill(unpublished.begin(), unpublished.end(), false); }
+    void publish() { shared.publish(); }
     void begin_products() {}
     void commit_products() {
         if (++open_products % (threads / 128) == 0) products.emplace_back();  // every warpgroup's group
@@ -290,20 +256,13 @@ private:
         if (order == Order::along_mn) address += mn / 8 * stride + mn % 8 * 2 + k / 8 * lead + k % 8 * 16;
         if (order == Order::swizzled) address += mn / 64 * lead + mn % 64 * 2 + k / 8 * stride + k % 8 * 128;
         if (swizzled) address ^= address >> 3 & 0x70;
-        const int offset = address - static_cast<int>(kSharedAddress);
         uint16_t bits;
-        std::memcpy(&bits, at(offset, 2), 2);
-        return unpublished[offset] ? std::nanf("") : T::widen(bits);
+        const bool published = shared.read_published(address - static_cast<int>(kSharedAddress), bits);
+        return published ? T::widen(bits) : std::nanf("");
     }
     template <class T>
     static float half_of(uint32_t word, int e) {
         return T::widen(static_cast<uint16_t>(word >> (16 * e)));
-    }
-    char* at(int offset, int size) {
-        if (offset < 0 || offset % size || offset + size > static_cast<int>(shared.size()))
-            throw std::runtime_error("shared memory: " + std::to_string(size) + " bytes at " + std::to_string(offset) +
-                                     " of " + std::to_string(shared.size()));
-        return shared.data() + offset;
     }
     void check(const void* address, int size, bool write) {
         const char* p = static_cast<const char*>(address);
@@ -312,79 +271,19 @@ private:
             if (p >= r.begin && p + size <= r.end && (r.writable || !write)) return;
         throw std::runtime_error(write ? "a store outside of the output" : "a load outside of every tensor");
     }
-    void land(const Copy& c) {
-        watch_write(c.thread, c.offset, c.size);
-        put(c.offset, c.bytes.data(), c.size);
-    }
-    void watch_read(int thread, int offset, int size) {
-        for (int i = offset / 4; modes.races && i < (offset + size) / 4; ++i) {
-            Use& use = uses.at(i);
-            if (use.written == barriers && use.writer != thread)
-                throw std::runtime_error("a race: shared memory is read before a barrier after its store");
-            use.reader = use.read == barriers && use.reader != thread ? -2 : thread;
-            use.read = barriers;
-        }
-    }
-    void watch_write(int thread, int offset, int size) {
-        for (int i = offset / 4; modes.races && i < (offset + size) / 4; ++i) {
-            Use& use = uses.at(i);
-            if ((use.read == barriers && use.reader != thread) || (use.written == barriers && use.writer != thread))
-                throw std::runtime_error("a race: shared memory is stored to before a barrier after its last use");
-            use.writer = thread;
-            use.written = barriers;
-        }
-    }
-    void put(int offset, const void* value, int size) {
-        std::memcpy(at(offset, size), value, size);
-        std::fill_n(unpublished.begin() + offset, size, true);
-    }
     void copy(int thread, int offset, const void* source, bool inside, int size) {
-        note(1, thread, offset, size);
+        shared.begin_copy(thread, offset, size);
         Copy c{offset, {}, size, thread};
         if (inside) {
             check(source, size, false);
             std::memcpy(c.bytes.data(), source, size);
         }
         if (modes.late_copies) {
-            std::memset(at(offset, size), 0xff, size);  // nobody may read it before it has landed
+            shared.spoil(offset, size);
             groups.back().push_back(c);
         } else {
-            land(c);
+            shared.put(thread, offset, size, c.bytes.data());
         }
-    }
-    void store(int thread, int offset, const void* value, int size) {
-        note(2, thread, offset, size);
-        watch_write(thread, offset, size);
-        put(offset, value, size);
-    }
-    // `size` bytes per lane: 16 bytes go in quarter warps, 8 in halves, 4 in whole warps.
-    void note(int kind, int thread, int offset, int size) {
-        const int lanes = 128 / size;
-        pending[{kind, (thread / lanes) * 64 + size, issued[thread]++}].push_back({thread, offset});
-    }
-    void flush() {
-        for (const auto& [key, accesses] : pending) {
-            const int size = key[1] % 64;
-            std::array<std::vector<int>, 32> words;  // distinct words wanted from each bank
-            for (const Access& a : accesses)
-                for (int w = a.offset / 4; w < (a.offset + size) / 4; ++w) {
-                    auto& bank = words[w % 32];
-                    bool known = false;
-                    for (const int other : bank) known |= other == w;
-                    if (!known) bank.push_back(w);
-                }
-            size_t turns = 1;
-            for (const auto& bank : words) turns = bank.size() > turns ? bank.size() : turns;
-            const int64_t extra = static_cast<int64_t>(turns) - 1;
-            switch (key[0]) {
-                case 0: ++counts.matrices, counts.matrix_conflicts += extra; break;
-                case 1: ++counts.copies, counts.copy_conflicts += extra; break;
-                case 2: ++counts.stores, counts.store_conflicts += extra; break;
-                default: ++counts.loads, counts.load_conflicts += extra;
-            }
-        }
-        pending.clear();
-        std::fill(issued.begin(), issued.end(), 0);
     }
 };
 
