@@ -78,6 +78,13 @@ SPELLINGS = {
         lambda m, x: x[:, 1:3],
         lambda m, x: x[:, :2, :, :],
     ],
+    "same_channels": [
+        lambda m, x: x[..., 1:-1],
+        lambda m, x: x[..., :2],
+        lambda m, x: x[:, ..., 1:3],
+        lambda m, x: x[:, :, 2:, ::2],
+        lambda m, x: x.flatten(2),
+    ],
     "join_channels": [
         lambda m, x: x.view(x.size(0), 2, x.size(1) // 2, 8, 8).transpose(1, 2).reshape(x.size(0), -1, 8, 8)
     ],
@@ -92,6 +99,7 @@ SPELLINGS = {
         lambda m, x: x.view(-1, 8),
         lambda m, x: torch.cat([x, x], 2),
         lambda m, x: x[:1],
+        lambda m, x: x[..., 1:3, :, :],
         lambda m, x: x + x.mean(1, keepdim=True),
         lambda m, x: x.softmax(1),
         lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)),
