@@ -32,18 +32,30 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
 
     count: None where it is not known; every argument is an input then.
     """
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
-    rest = [] if count is None else [p for p in names[count:] if p.default is not inspect.Parameter.empty]
+    arguments = _arguments(model)  # in the order in which torch.fx makes their placeholders
+    given = len(arguments) if count is None else count
     fixed = {
-        p.name: p.default for p in rest if p.default is None or isinstance(p.default, bool | int | float)
+        place: argument
+        for place, argument in enumerate(arguments)
+        if (place >= given or (count is not None and argument.kind is argument.KEYWORD_ONLY))
+        and (argument.default is None or isinstance(argument.default, bool | int | float))
     }
     # A Proxy is never None and has no truth: ``if mask is not None`` would take the wrong way.
-    graph = tracer.trace(model, concrete_args=fixed or None)
-    wanted = {f"{name}_1" for name in fixed}
-    for node in [n for n in graph.nodes if n.op == "placeholder" and str(n.target) in wanted]:
-        _erase(graph, node)
+    concrete = {argument.name: argument.default for argument in fixed.values()}
+    graph = tracer.trace(model, concrete_args=concrete or None)
+    # By place: torch.fx calls that of ``mask`` "mask_1", as another argument may be called.
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for place in fixed:
+        _erase(graph, placeholders[place])
     return graph
+
+
+def _arguments(model: nn.Module) -> list[inspect.Parameter]:
+    """What forward() takes beside self, ``*args`` and ``**kwargs``; by keyword only at the end."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # The class's function, as torch.fx does, whatever somebody has put on the instance.
+    named = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    return [argument for argument in named if argument.kind not in several]
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
