@@ -14,13 +14,14 @@ from dsp_kernels.planner import plan
 from dsp_kernels.program import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import evaluating, trace
+from dsp_kernels.trace_inputs import Example, one_image
 from dsp_kernels.trace_ops import LEAF_TYPES
 
 __all__ = ["FusedNetwork", "fuse"]
 
 
 def fuse(
-    model: nn.Module, example_input: Tensor, backend: str = "auto", dtype: torch.dtype | None = None
+    model: nn.Module, example_input: Example, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> FusedNetwork:
     """Trace a packed (or any) CNN once and return it as one fused module for inference.
 
@@ -30,22 +31,24 @@ def fuse(
 
     The model itself is not changed, and the result shares no memory with it. It is compared with the model
     (in eval mode) on the example and on random images before it is returned.
-    Raises DSPTraceError if the model cannot be traced, DSPBackendError if the backend cannot run it,
-    DSPVerificationError if the answers differ by more than rounding.
+    Raises DSPShapeError if the example is not one tensor of images there, DSPTraceError if the model cannot
+    be traced or run on it, DSPBackendError if the backend cannot run it, DSPVerificationError if the answers
+    differ by more than rounding.
     """
+    example = one_image(model, example_input)
     if isinstance(model, LEAF_TYPES):
         model = nn.Sequential(model)  # torch.fx traces what a module calls, not the module itself
-    dtype = dtype or example_input.dtype
-    if backend == "auto" and example_input.device.type == "cpu":
+    dtype = dtype or example.dtype
+    if backend == "auto" and example.device.type == "cpu":
         warn_if_missing()
     # Modules that stay plain PyTorch are copied in the mode in which they are to run.
     with evaluating(model):
         # Folding was done in float64; from here on the Program owns its tensors.
-        program = plan(trace(model, example_input)).map_tensors(
+        program = plan(trace(model, example)).map_tensors(
             lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
         )
-    fused = FusedNetwork(program, tuple(example_input.shape), dtype, example_input.device, backend)
-    _verify(fused, model, example_input)
+    fused = FusedNetwork(program, tuple(example.shape), dtype, example.device, backend)
+    _verify(fused, model, example)
     return fused
 
 

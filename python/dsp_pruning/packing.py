@@ -16,7 +16,7 @@ from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVeri
 from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
-from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.trace_inputs import Example, as_inputs, check_device
 from dsp_pruning.packing_plan import plan_packing
 from dsp_pruning.packing_report import PackingReport
 from dsp_pruning.plain_copy import plain_copy, unwrapped
@@ -61,6 +61,7 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
         raise DSPShapeError(f"pack got a {type(model).__name__}; expected a module and an example input")
     inputs = as_inputs(example_input)
     _check_packable(model)
+    check_device(model, inputs[0])
     # What is made here outlives the caller's modes: it has to be trainable.
     with torch.autocast(inputs[0].device.type, enabled=False), torch.inference_mode(False):
         return _pack(model, inputs, fixed_size)

@@ -60,6 +60,46 @@ def test_refuses_the_wrong_input() -> None:
         fused(torch.zeros(1, 3, 8, 8, device="meta"))
 
 
+IMAGE, FEATURES = torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.classifier = nn.Conv2d(3, 8, 3), nn.Linear(12, 5)
+
+    def forward(self, image: Tensor, features: Tensor) -> Tensor:
+        return self.classifier(torch.cat([self.conv(image).relu().mean((2, 3)), features], 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((IMAGE, FEATURES), "has one input: input 2 of the example, of shape (2, 4), has no place"),
+        ((IMAGE, FEATURES[:, :3]), "input 2 of the example, of shape (2, 3), has no place"),
+        ((IMAGE, None), "input 2 of the example is a NoneType; expected a tensor"),
+        ((IMAGE, torch.tensor(1.0)), "input 2 of the example has shape (); expected"),
+        ((IMAGE[:0], FEATURES), "input 1 of the example has shape (0, 3, 8, 8)"),
+        ((), "the example is an empty tuple"),
+        ({"image": IMAGE}, "the example is a dict; expected a tensor"),
+        (IMAGE[0], "the example has shape (3, 8, 8); expected (batch, channels, height, width)"),
+        ((IMAGE.to("meta"),), "the example is on meta; expected cpu"),
+    ],
+    ids=["two", "wrong-size", "none", "number", "no-images", "nothing", "dict", "no-batch", "elsewhere"],
+)
+def test_an_example_that_is_no_image_is_named(given: object, words: str) -> None:
+    for model in (_Two(), nets.make("residual")):
+        with pytest.raises(DSPShapeError) as caught:
+            dsp_kernels.fuse(model, given)  # type: ignore[arg-type]
+        assert words in str(caught.value)
+
+
+def test_the_image_of_a_list_of_one_is_the_example() -> None:
+    model, image = nets.make("residual"), nets.example()
+    fused = dsp_kernels.fuse(model, (image,))
+    torch.testing.assert_close(fused(image), model(image), rtol=1e-4, atol=1e-5)
+
+
 def test_refuses_what_cannot_be_traced_or_run() -> None:
     class Undecided(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
