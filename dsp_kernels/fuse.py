@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dsp_kernels.errors import DSPShapeError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS, Runner
@@ -91,12 +93,20 @@ class FusedNetwork(nn.Module):
 
     def _runner_for(self, x: Tensor) -> Runner:
         # Whoever records operations instead of running them has to see PyTorch's own.
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+        recorded = (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or type(x) is not Tensor
+        )
         name = "eager" if recorded else self.backend
         runner = self._runners.get(name)
         if runner is None:
             executor = EXECUTORS.choose(name, self.program, self.dtype, self.device)
-            runner = executor.prepare(self.program)
+            # Kept for later calls: made under a recorder, its weights could be fake and its work recorded.
+            plain = nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes()
+            with plain:
+                runner = executor.prepare(self.program)
             if not executor.takes_any_dtype:
                 runner = _converting(runner, self.dtype)
             if not executor.is_native(self.program):
