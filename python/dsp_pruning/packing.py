@@ -17,9 +17,10 @@ from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
 from dsp_kernels.trace_inputs import Example, as_inputs, check_device
+from dsp_pruning.distributed import unwrap
 from dsp_pruning.packing_plan import plan_packing
 from dsp_pruning.packing_report import PackingReport
-from dsp_pruning.plain_copy import plain_copy, unwrapped
+from dsp_pruning.plain_copy import plain_copy
 from dsp_pruning.repacking import rebuild, replace_module
 
 __all__ = ["pack"]
@@ -56,7 +57,8 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
     weight, and DSPVerificationError if the copy does not answer as the masked network does. Warns if weights
     are not 0 where their mask is.
     """
-    model = unwrapped(model)
+    # GroupWrapper and PruneWrapper hold a model, which DDP or torch.compile may have been around.
+    model = unwrap(model if isinstance(model, nn.Module) else getattr(model, "model", model))
     if not isinstance(model, nn.Module):
         raise DSPShapeError(f"pack got a {type(model).__name__}; expected a module and an example input")
     inputs = as_inputs(example_input)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 import dsp_kernels
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPTraceError
-from dsp_pruning import pack
+from dsp_pruning import GroupWrapper, pack
 from dsp_pruning.unpacking import unpack
 
 WIDTH = 8
@@ -96,8 +97,15 @@ def test_computed_weights_become_numbers(reparametrise: Callable[[nn.Module], nn
     assert agree(model(images()), packed(images()))
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
-def test_a_wrapped_model_is_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def learning(model: nn.Module) -> GroupWrapper:
+    """A learner of a model that is wrapped itself."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"reg": 0.1, "total_steps": 10, "n_groups": 2, "temp": 0.5, "example_input": images()}
+    return GroupWrapper(nn.DataParallel(model), optimizer, F.cross_entropy, **settings)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), learning])
+def test_a_wrapped_model_is_unwrapped(wrap: Callable[[nn.Module], Any]) -> None:
     model = masked(Net())
     packed = pack(wrap(model), images())
     assert isinstance(packed, Net)
