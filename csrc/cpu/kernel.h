@@ -42,7 +42,7 @@ struct BandCall {
     int64_t pitch;            // as in BandInput
     const int32_t* off;       // [count] displacement of (channel, horizontal tap) j
     int64_t count;
-    const float* w;           // [3 pairs of sums][count][2][filters]
+    const float* w;           // [sums][count][filters]
     const float* bias;        // [filters]
     float* y;                 // the band's first row in plane 0 of the output, at the first column
     int64_t y_pitch;          // floats from row to row, of the residual too
@@ -127,7 +127,6 @@ struct Kernels {
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     // The same over words of two bfloat16 channels (kernel_bf16.h): x and w are words, all else is float.
     void (*pair_tile[max_filters + 1][max_vectors + 1])(const TileCall&);
-    int band_vectors[max_filters + 1]; // most vectors of a band's tile with k filters
     void (*band_input)(const BandInput&);
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);

@@ -295,6 +295,7 @@ template <int K, int P>
 void fill(Kernels& table) {
     table.tile[K][P] = tile<K, P>;
     table.pair_tile[K][P] = pair_tile<K, P>;
+    table.band_tile[K][P] = band_tile<K, P>;
     if constexpr (P > 1) fill<K, P - 1>(table);
 }
 
@@ -314,6 +315,7 @@ Kernels make() {
     table.pool = pool;
     table.linear = linear;
     table.thin = thin;
+    table.band_input = band_input;
     table.arithmetic = arithmetic;
     table.pair = pair;
     table.pair_arithmetic = pair_arithmetic;
@@ -336,7 +338,6 @@ Kernels make() {
     row<5, 2>(table);
     row<6, 2>(table);
 #endif
-    make_bands(table);
     return table;
 }
 
