@@ -17,9 +17,9 @@ from dsp_kernels.errors import DSPError, DSPFormatError
 from . import compare as comparing
 from .budget import Budget
 from .cases import Case, case_input
+from .checks import check_options
 from .compare import MIN_CHANGE, compare_results
 from .engines import ENGINES
-from .engines.base import cuda_available
 from .environment import environment
 from .html_page import html_page
 from .networks import Network, NetworkSource, load_network, shared_folder
@@ -58,7 +58,7 @@ _RESERVE = 15.0  # of the time, for measuring the peaks again, and for the page
 def run(options: Namespace) -> int:
     """Time networks; the exit status is 1 where an engine was wrong or broke."""
     started = time.perf_counter()
-    _check(options)
+    check_options(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device != "cpu":  # float32 means float32 in every row
@@ -100,22 +100,6 @@ def run(options: Namespace) -> int:
     for row in broken:
         print(f"error: {row.engine}, batch {row.batch}: {row.reason}", file=sys.stderr)
     return 1 if broken else 0
-
-
-def _check(options: Namespace) -> None:
-    """Raises DSPError for an option that would only fail after minutes."""
-    for name in ("rounds", "threads", "image_size", "seconds"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise DSPError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
-    kind = options.device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise DSPError(f"--device is {options.device!r}; expected cpu, cuda or cuda:1")
-    able, reason = cuda_available() if kind == "cuda" else (True, "")
-    if not able:
-        raise DSPError(f"--device is {options.device!r}, but {reason}")
-    if options.profile and "/" not in options.profile:
-        raise DSPError(f"--profile is {options.profile!r}; expected FORM/ENGINE, as packed/fused:cpu")
 
 
 def bench_network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,19 +28,21 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
     another engine hides some of it, so only ``--isolate`` gives an engine's full need.
     """
     found = PeakMemory()
+    gc.collect()  # what is garbage already would be freed inside, and hide as much of what is taken there
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before: int | None = torch.cuda.memory_allocated(device)
-    else:
-        before = _status("VmRSS") if _reset_peak() else None
-    yield found
-    if before is None:
+        held = torch.cuda.memory_allocated(device)
+        yield found
+        found.bytes = max(0, torch.cuda.max_memory_allocated(device) - held)
         return
-    after = (
-        torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else _status("VmHWM")
-    )
-    found.bytes = max(0, after - before)
+    before = _status() if _reset_peak() else None
+    yield found
+    if before is not None:
+        now = _status()
+        # A machine that needs memory takes back pages of files, such as torch's own libraries.
+        taken = max(0, _of_files(before) - _of_files(now))
+        found.bytes = max(0, now["VmHWM"] + taken - before["VmRSS"])
 
 
 def _reset_peak() -> bool:
@@ -51,8 +54,15 @@ def _reset_peak() -> bool:
     return True
 
 
-def _status(field: str) -> int:
+def _of_files(status: dict[str, int]) -> int:
+    return status["RssFile"] + status["RssShmem"]
+
+
+def _status() -> dict[str, int]:
+    """Bytes of each kind of memory of this process, as Linux counts them."""
+    found = dict.fromkeys(("VmHWM", "VmRSS", "RssFile", "RssShmem"), 0)
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    return 0
+        field, _, value = line.partition(":")
+        if field in found:
+            found[field] = 1024 * int(value.split()[0])
+    return found

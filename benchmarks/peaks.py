@@ -55,6 +55,7 @@ double fma_flops(long turns, float *out) {
   return 12.0 * 2.0 * (BYTES / 4) * turns;
 }
 """
+_PROBE_SIZE = 256
 _COPY_BYTES = 256 << 20  # far above any last-level cache
 _KERNEL_SECONDS = (
     2.5e-6  # of one kernel inside a CUDA graph: assumed (KERNELS.md), no GPU was here to measure
@@ -125,22 +126,21 @@ def _copy_bandwidth(device: str) -> float:
 
 
 def _matmul_peak(dtype: torch.dtype, device: str, known: float = 0.0) -> tuple[float, str]:
-    """known: a rate that this one is not asked for if it is lower; a slow one could take a minute."""
-    found: list[tuple[float, str]] = []
-    for size in (1024, 2048) if device == "cpu" else (4096, 8192):
-        left = torch.ones(size, size, dtype=dtype, device=device)
-        right = torch.ones(size, size, dtype=dtype, device=device)
-        with torch.inference_mode():
-            if (
-                known
-                and device == "cpu"
-                and 2 * 256**3 / _best(partial(torch.matmul, left[:256, :256], right[:256, :256]), device, 1)
-                < known / 8
-            ):
-                return 0.0, "not measured"
-            seconds = _best(partial(torch.matmul, left, right), device, 3)
-        found.append((2 * size**3 / seconds, f"torch matmul of {size} x {size}"))
-    return max(found)
+    """The higher rate of two sizes, and where it is from.
+
+    known: the rate of float32. On a CPU a small product is tried first, once, as the best of three calls; if
+    that is below an eighth of it, the large ones could take a minute: the answer is (0, "not measured").
+    """
+    if known and device == "cpu" and _matmul_rate(_PROBE_SIZE, dtype, device) < known / 8:
+        return 0.0, "not measured"
+    sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
+    return max((_matmul_rate(size, dtype, device), f"torch matmul of {size} x {size}") for size in sizes)
+
+
+def _matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    with torch.inference_mode():
+        return 2 * size**3 / _best(partial(torch.matmul, left, right), device, times=3)
 
 
 def _fma_peak(threads: int) -> float | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dsp_kernels.errors import DSPShapeError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS, Runner
@@ -14,13 +16,14 @@ from dsp_kernels.planner import plan
 from dsp_kernels.program import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import evaluating, trace
+from dsp_kernels.trace_inputs import Example, one_image
 from dsp_kernels.trace_ops import LEAF_TYPES
 
 __all__ = ["FusedNetwork", "fuse"]
 
 
 def fuse(
-    model: nn.Module, example_input: Tensor, backend: str = "auto", dtype: torch.dtype | None = None
+    model: nn.Module, example_input: Example, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> FusedNetwork:
     """Trace a packed (or any) CNN once and return it as one fused module for inference.
 
@@ -30,22 +33,24 @@ def fuse(
 
     The model itself is not changed, and the result shares no memory with it. It is compared with the model
     (in eval mode) on the example and on random images before it is returned.
-    Raises DSPTraceError if the model cannot be traced, DSPBackendError if the backend cannot run it,
-    DSPVerificationError if the answers differ by more than rounding.
+    Raises DSPShapeError if the example is not one tensor of images there, DSPTraceError if the model cannot
+    be traced or run on it, DSPBackendError if the backend cannot run it, DSPVerificationError if the answers
+    differ by more than rounding.
     """
+    example = one_image(model, example_input)
     if isinstance(model, LEAF_TYPES):
         model = nn.Sequential(model)  # torch.fx traces what a module calls, not the module itself
-    dtype = dtype or example_input.dtype
-    if backend == "auto" and example_input.device.type == "cpu":
+    dtype = dtype or example.dtype
+    if backend == "auto" and example.device.type == "cpu":
         warn_if_missing()
     # Modules that stay plain PyTorch are copied in the mode in which they are to run.
     with evaluating(model):
         # Folding was done in float64; from here on the Program owns its tensors.
-        program = plan(trace(model, example_input)).map_tensors(
+        program = plan(trace(model, example)).map_tensors(
             lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
         )
-    fused = FusedNetwork(program, tuple(example_input.shape), dtype, example_input.device, backend)
-    _verify(fused, model, example_input)
+    fused = FusedNetwork(program, tuple(example.shape), dtype, example.device, backend)
+    _verify(fused, model, example)
     return fused
 
 
@@ -88,12 +93,20 @@ class FusedNetwork(nn.Module):
 
     def _runner_for(self, x: Tensor) -> Runner:
         # Whoever records operations instead of running them has to see PyTorch's own.
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+        recorded = (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or type(x) is not Tensor
+        )
         name = "eager" if recorded else self.backend
         runner = self._runners.get(name)
         if runner is None:
             executor = EXECUTORS.choose(name, self.program, self.dtype, self.device)
-            runner = executor.prepare(self.program)
+            # Kept for later calls: made under a recorder, its weights could be fake and its work recorded.
+            plain = nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes()
+            with plain:
+                runner = executor.prepare(self.program)
             if not executor.takes_any_dtype:
                 runner = _converting(runner, self.dtype)
             if not executor.is_native(self.program):

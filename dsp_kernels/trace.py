@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.trace_export import export_calls, place_in_user_code
-from dsp_kernels.trace_inputs import Example, as_inputs, calls_of
+from dsp_kernels.trace_inputs import Example, as_inputs, calls_of, check_taken
 from dsp_kernels.trace_ops import LEAF_TYPES, classify
 from dsp_kernels.trace_ways import exported_network
 
@@ -188,7 +188,7 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
 
     The model is left as it was: modes, buffers and parameters do not change.
     Raises DSPTraceError if neither can follow the model, naming the line of its code, or if the model cannot
-    run on the example.
+    run on the example; DSPShapeError for an example of more inputs than forward() takes.
     """
     inputs = as_inputs(example_input)
     with evaluating(model):
@@ -200,6 +200,7 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
             if len(inputs) > 1:
                 raise
             graph_module, check, two_ways = exported_network(model, inputs[0], every_path, is_leaf, error)
+        check_taken(model, graph_module.graph, inputs)
         _read_results_of_inplace(graph_module.graph, graph_module)
         graph_module.recompile()
         recorder = _ShapeRecorder(graph_module)

@@ -4,27 +4,71 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPShapeError
 
-__all__ = ["Example", "as_inputs", "calls_of"]
+__all__ = ["Example", "as_inputs", "calls_of", "check_device", "check_taken", "one_image"]
 
 # An image, or the tensors that forward() takes, the image first; all have the batch along dimension 0.
 Example = Tensor | Sequence[Tensor]
 
 
 def as_inputs(example: Example) -> tuple[Tensor, ...]:
-    """The tensors of an example. Raises DSPShapeError for anything else."""
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example) if _is_list(example) else ()
-    if not inputs or not all(isinstance(x, Tensor) and x.dim() and len(x) for x in inputs):
-        raise DSPShapeError(
-            f"the example is a {type(example).__name__}; expected a tensor of at least one image, or a tuple "
-            "of tensors, one for each input of forward()"
-        )
+    """The tensors of an example. Raises DSPShapeError for anything else, naming the input that is wrong."""
+    several = isinstance(example, list | tuple)
+    inputs = tuple(example) if several else (example,)
+    for place, x in enumerate(inputs, 1):
+        found = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        if not isinstance(x, Tensor) or not x.dim() or not len(x):
+            raise _not_an_example(f"input {place} of the example" if several else "the example", found)
+    if not inputs:
+        raise _not_an_example("the example", f"is an empty {type(example).__name__}")
     return inputs
+
+
+def check_taken(model: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]) -> None:
+    """Raise DSPShapeError where a graph of the model has no place for one of these inputs."""
+    places = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) > len(places) and not any(place.startswith("*") for place in places):
+        raise DSPShapeError(
+            f"{type(model).__name__}.forward() takes {len(places)} input{'s' * (len(places) != 1)}; input "
+            f"{len(places) + 1} of the example, of shape {tuple(inputs[len(places)].shape)}, has no place"
+        )
+
+
+def one_image(model: nn.Module, example: Example) -> Tensor:
+    """The one input of a network that takes nothing but images: (batch, channels, height, width).
+
+    Raises DSPShapeError for anything else, and for one that is not where the model is.
+    """
+    x, *others = as_inputs(example)
+    if others:
+        raise DSPShapeError(
+            f"a fused network has one input: input 2 of the example, of shape {tuple(others[0].shape)}, has "
+            "no place. swap(model) makes the convolutions of a model of several inputs fast"
+        )
+    if x.dim() != 4:
+        raise DSPShapeError(
+            f"the example has shape {tuple(x.shape)}; expected (batch, channels, height, width)"
+        )
+    check_device(model, x)
+    return x
+
+
+def check_device(model: nn.Module, x: Tensor) -> None:
+    """Raise DSPShapeError where nothing of the model is on the device of its example."""
+    devices = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
+    if devices and x.device not in devices:
+        raise DSPShapeError(f"the example is on {x.device}; expected {devices[0]}, as the model")
+
+
+def _not_an_example(what: str, found: str) -> DSPShapeError:
+    return DSPShapeError(
+        f"{what} {found}; expected a tensor of at least one image, or a tuple of tensors, one for each input "
+        "of forward()"
+    )
 
 
 def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph:
@@ -32,18 +76,30 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
 
     count: None where it is not known; every argument is an input then.
     """
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
-    rest = [] if count is None else [p for p in names[count:] if p.default is not inspect.Parameter.empty]
+    arguments = _arguments(model)  # in the order in which torch.fx makes their placeholders
+    given = len(arguments) if count is None else count
     fixed = {
-        p.name: p.default for p in rest if p.default is None or isinstance(p.default, bool | int | float)
+        place: argument
+        for place, argument in enumerate(arguments)
+        if (place >= given or (count is not None and argument.kind is argument.KEYWORD_ONLY))
+        and (argument.default is None or isinstance(argument.default, bool | int | float))
     }
     # A Proxy is never None and has no truth: ``if mask is not None`` would take the wrong way.
-    graph = tracer.trace(model, concrete_args=fixed or None)
-    wanted = {f"{name}_1" for name in fixed}
-    for node in [n for n in graph.nodes if n.op == "placeholder" and str(n.target) in wanted]:
-        _erase(graph, node)
+    concrete = {argument.name: argument.default for argument in fixed.values()}
+    graph = tracer.trace(model, concrete_args=concrete or None)
+    # By place: torch.fx calls that of ``mask`` "mask_1", as another argument may be called.
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for place in fixed:
+        _erase(graph, placeholders[place])
     return graph
+
+
+def _arguments(model: nn.Module) -> list[inspect.Parameter]:
+    """What forward() takes beside self, ``*args`` and ``**kwargs``; by keyword only at the end."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # The class's function, as torch.fx does, whatever somebody has put on the instance.
+    named = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    return [argument for argument in named if argument.kind not in several]
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
@@ -51,7 +107,3 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         _erase(graph, user)
     graph.erase_node(node)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)

@@ -7,12 +7,14 @@ channels. ``rigid`` in the attributes says that the number of channels is writte
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from dsp_kernels.trace_arguments import Classified, Shapes, argument, flat, source_shape
+from dsp_kernels.trace_channels import CHANNEL_RULES
 
 __all__ = ["LAYOUT_KINDS", "classify_function", "classify_module"]
 
@@ -37,9 +39,6 @@ LAYOUT_KINDS = (
     "spatial_mean",  # mean, maximum or minimum over axes of the map
     "same_channels",  # batch and channels as they are, the map cut, flattened, repeated; attributes: rigid
 )
-
-_Shapes = Mapping[str, tuple[int, ...] | None]
-_Classified = tuple[str, dict[str, Any]]
 
 _POINTWISE_MODULES = (
     *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.GELU, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.Mish),
@@ -71,7 +70,6 @@ _COMBINATIONS = {
     }.items()
     for function in functions
 }
-_RESHAPES = (torch.reshape, "view", "reshape")
 _OVER_THE_MAP = (torch.mean, "mean", torch.amax, "amax", torch.amin, "amin")
 _NORMS_OVER_CHANNELS = (F.group_norm, F.layer_norm, F.local_response_norm, torch.group_norm, torch.layer_norm)
 _PADS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
@@ -79,9 +77,9 @@ _PADS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d
 _DROPS = {"dropout2d": 2, "alpha_dropout": 2, "feature_alpha_dropout": 2, "stochastic_depth": 3}
 
 
-def classify_module(node: fx.Node, module: nn.Module, shapes: _Shapes) -> _Classified:
+def classify_module(node: fx.Node, module: nn.Module, shapes: Shapes) -> Classified:
     """Kind and attributes of a call of a module that ``trace_ops`` does not know; opaque if unknown here."""
-    forward, own = type(module).forward, _source_shape(node, shapes)
+    forward, own = type(module).forward, source_shape(node, shapes)
     if any(forward is kind.forward for kind in _POINTWISE_MODULES if isinstance(module, kind)):
         return "elementwise", {"apply": lambda values: module(values.clone())}
     if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm):
@@ -112,19 +110,9 @@ def classify_module(node: fx.Node, module: nn.Module, shapes: _Shapes) -> _Class
     return "opaque", {}
 
 
-def classify_function(node: fx.Node, shapes: _Shapes, root: nn.Module | None) -> _Classified:
+def classify_function(node: fx.Node, shapes: Shapes, root: nn.Module | None) -> Classified:
     """The same for a function or method. root: the traced model, where names of parameters lead to."""
-    for rule in (
-        _pointwise,
-        _combination,
-        _concat,
-        _split,
-        _piece,
-        _reshape,
-        _spatial,
-        _over_the_map,
-        _same_channels,
-    ):
+    for rule in (_pointwise, _combination, *CHANNEL_RULES, _spatial, _over_the_map):
         found = rule(node, shapes)
         if found is not None:
             return found
@@ -133,11 +121,11 @@ def classify_function(node: fx.Node, shapes: _Shapes, root: nn.Module | None) ->
     return _norm(node, root) or ("opaque", {})
 
 
-def _pointwise(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+def _pointwise(node: fx.Node, shapes: Shapes) -> Classified | None:
     target = node.target
     known = target in (_POINTWISE_METHODS if node.op == "call_method" else _POINTWISE_FUNCTIONS)
-    nodes = [value for value in _flat((node.args, node.kwargs)) if isinstance(value, fx.Node)]
-    others = [value for value in _flat((node.args, node.kwargs)) if not isinstance(value, fx.Node)]
+    nodes = [value for value in flat((node.args, node.kwargs)) if isinstance(value, fx.Node)]
+    others = [value for value in flat((node.args, node.kwargs)) if not isinstance(value, fx.Node)]
     plain = all(value is None or isinstance(value, bool | int | float | str) for value in others)
     if not known or len(nodes) != 1 or not plain or shapes[nodes[0].name] is None or "out" in node.kwargs:
         return None
@@ -153,7 +141,7 @@ def _pointwise(node: fx.Node, shapes: _Shapes) -> _Classified | None:
     return "elementwise", {"apply": apply}
 
 
-def _combination(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+def _combination(node: fx.Node, shapes: Shapes) -> Classified | None:
     operation = _COMBINATIONS.get(node.target)
     operands = node.args[:2]
     if operation is None or len(operands) != 2 or node.kwargs or len(node.args) > 2:
@@ -167,90 +155,7 @@ def _combination(node: fx.Node, shapes: _Shapes) -> _Classified | None:
     return "combine", {"operation": operation, "operands": tuple(names)}
 
 
-def _concat(node: fx.Node, shapes: _Shapes) -> _Classified | None:
-    if node.target not in (torch.cat, torch.concat, torch.concatenate):
-        return None
-    parts = node.args[0] if node.args else node.kwargs.get("tensors")
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
-        return None
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    shape = shapes[node.name]
-    if shape is None or len(shape) not in (2, 4) or not isinstance(dim, int) or dim % len(shape) != 1:
-        return None
-    return "concat", {"operands": tuple(part.name for part in parts if isinstance(part, fx.Node))}
-
-
-def _split(node: fx.Node, shapes: _Shapes) -> _Classified | None:
-    chunks = node.target in (torch.chunk, "chunk")
-    shape = _source_shape(node, shapes)
-    if not (chunks or node.target in (torch.split, "split")) or shape is None or len(shape) not in (2, 4):
-        return None
-    amount = _argument(node, 1, "chunks" if chunks else "split_size_or_sections", None)
-    amount = node.kwargs.get("split_size", amount)
-    dim = _argument(node, 2, "dim", 0)
-    if not isinstance(dim, int) or dim % len(shape) != 1:
-        return None
-    width = shape[1]
-    if isinstance(amount, list | tuple):
-        if not all(isinstance(size, int) for size in amount):
-            return None
-        return "split", {"sizes": tuple(amount), "rigid": True}
-    if not isinstance(amount, int):
-        return None
-    step = -(-width // amount) if chunks else amount
-    sizes = tuple(min(step, width - start) for start in range(0, width, step))
-    # Equal parts stay equal parts if each loses the same channels.
-    return "split", {"sizes": sizes, "rigid": not chunks or len(sizes) != amount or len(set(sizes)) > 1}
-
-
-def _piece(node: fx.Node, shapes: _Shapes) -> _Classified | None:
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
-        return None
-    source, which = node.args[0], node.args[1]
-    if isinstance(which, int) and shapes.get(source.name) is None:
-        parts = _split(source, shapes)
-        if parts is None or not -len(parts[1]["sizes"]) <= which < len(parts[1]["sizes"]):
-            return None
-        sizes = parts[1]["sizes"]
-        start = sum(sizes[: which % len(sizes)])
-        return "piece", {"start": start, "stop": start + sizes[which], "rigid": False}
-    shape = shapes.get(source.name)
-    if shape is None or len(shape) not in (2, 4) or not isinstance(which, tuple):
-        return None
-    channels = which[1] if len(which) > 1 else slice(None)
-    bounds = (channels.start, channels.stop) if isinstance(channels, slice) else (object(),)
-    whole = all(part in (slice(None), Ellipsis) for part in (which[0], *which[2:]))
-    if not whole or not isinstance(channels, slice) or channels.step not in (None, 1):
-        return None
-    if not all(bound is None or isinstance(bound, int) for bound in bounds):
-        return None
-    start, stop, _ = channels.indices(shape[1])
-    return "piece", {"start": start, "stop": stop, "rigid": (start, stop) != (0, shape[1])}
-
-
-def _reshape(node: fx.Node, shapes: _Shapes) -> _Classified | None:
-    """Channels into groups of channels, groups exchanged, and back: a shuffle of channels."""
-    before, after = _source_shape(node, shapes), shapes[node.name]
-    if before is None or after is None:
-        return None
-    if len(before) == len(after) == 5:
-        dims = tuple(a for a in _flat(node.args[1:]) if isinstance(a, int))
-        swaps = node.target in (torch.transpose, "transpose") and {d % 5 for d in dims} == {1, 2}
-        permutes = node.target in (torch.permute, "permute") and dims == (0, 2, 1, 3, 4)
-        return ("swap_channels", {}) if swaps or permutes else None
-    if node.target not in _RESHAPES or before[0] != after[0] or before[-2:] != after[-2:]:
-        return None
-    asked = list(_flat(node.args[1:]))
-    if len(asked) != len(after):
-        return None
-    if len(before) == 4 and len(after) == 5:
-        return "split_channels", {"groups": after[1], "rigid": _literal(asked[2])}
-    if len(before) == 5 and len(after) == 4 and before[1] * before[2] == after[1]:
-        return "join_channels", {"rigid": _literal(asked[1])}
-    return None
-
-
-def _norm(node: fx.Node, root: nn.Module | None) -> _Classified | None:
+def _norm(node: fx.Node, root: nn.Module | None) -> Classified | None:
     if node.target not in (F.batch_norm, torch.batch_norm):
         return None
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -273,29 +178,29 @@ def _norm(node: fx.Node, root: nn.Module | None) -> _Classified | None:
     return "functional_norm", {"module": module, "path": path}
 
 
-def _spatial(node: fx.Node, shapes: _Shapes) -> _Classified | None:
-    shape, after = _source_shape(node, shapes), shapes[node.name]
+def _spatial(node: fx.Node, shapes: Shapes) -> Classified | None:
+    shape, after = source_shape(node, shapes), shapes[node.name]
     if shape is None or after is None or len(shape) != 4:
         return None
     name = getattr(node.target, "__name__", "")
-    if name in _DROPS and _argument(node, _DROPS[name], "training", True) is False:
+    if name in _DROPS and argument(node, _DROPS[name], "training", True) is False:
         return "identity", {}
     if node.target is F.interpolate:
         return "interpolate", {}
     if node.target is F.adaptive_avg_pool2d or (name == "adaptive_max_pool2d" and len(after) == 4):
         return "adaptive_pool", {}
     if node.target is F.pad:
-        amounts = _argument(node, 1, "pad", ())
+        amounts = argument(node, 1, "pad", ())
         if not isinstance(amounts, list | tuple) or len(amounts) > 4:
             return None
-        mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", None)
+        mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
         return "pad", {"mode": mode, "value": 0.0 if value is None else float(value)}
     return None
 
 
-def _over_the_map(node: fx.Node, shapes: _Shapes) -> _Classified | None:
+def _over_the_map(node: fx.Node, shapes: Shapes) -> Classified | None:
     """A constant map has itself as its mean and its largest value."""
-    shape = _source_shape(node, shapes)
+    shape = source_shape(node, shapes)
     if (
         node.target not in _OVER_THE_MAP
         or shape is None
@@ -303,70 +208,7 @@ def _over_the_map(node: fx.Node, shapes: _Shapes) -> _Classified | None:
         or "dtype" in node.kwargs
     ):
         return None
-    dims = _argument(node, 1, "dim", None)
+    dims = argument(node, 1, "dim", None)
     dims = dims if isinstance(dims, list | tuple) else (dims,)
     inside = bool(dims) and all(isinstance(dim, int) and dim % len(shape) >= 2 for dim in dims)
     return ("spatial_mean", {}) if inside else None
-
-
-def _same_channels(node: fx.Node, shapes: _Shapes) -> _Classified | None:
-    """What only changes the map of each channel, and maps of one place that come and go around a gate."""
-    before, after = _source_shape(node, shapes), shapes[node.name]
-    if before is None or after is None or not min(len(before), len(after)) >= 2 or before[:2] != after[:2]:
-        return None
-    if max(len(before), len(after)) > 4 or "out" in node.kwargs:
-        return None
-    asked = list(_flat(node.args[1:]))
-    if node.target in (*_RESHAPES, "expand"):  # rows of memory: what follows equal leading sizes stays inside
-        fits = len(asked) == len(after) and not node.kwargs
-        return ("same_channels", {"rigid": _literal(asked[1])}) if fits else None
-    name = str(getattr(node.target, "__name__", node.target))
-    if name == "flatten":
-        first = _argument(node, 1, "start_dim", 0)
-        inside = isinstance(first, int) and first % len(before) >= 2
-    elif name in ("unsqueeze", "squeeze"):
-        dims = _flat(_argument(node, 1, "dim", None))
-        count = len(before) + (name == "unsqueeze")
-        inside = all(isinstance(dim, int) and dim % count >= 2 for dim in dims)
-    elif node.target is operator.getitem:
-        inside = _leaves_channels(node.args[1], len(before))
-    else:
-        inside = name == "expand_as"
-    return ("same_channels", {"rigid": False}) if inside else None
-
-
-def _leaves_channels(which: Any, dims: int) -> bool:
-    """Whether an index takes all images and channels, and slices, places or new axes of the map."""
-    parts = list(which) if isinstance(which, tuple) else [which]
-    rests = [place for place, part in enumerate(parts) if part is Ellipsis]
-    if len(rests) > 1 or not all(
-        part is None or isinstance(part, slice | int) for part in parts if part is not ...
-    ):
-        return False
-    if rests:
-        skipped = dims - sum(part is not None for part in parts) + 1
-        parts[rests[0] : rests[0] + 1] = [slice(None)] * skipped
-    return len(parts) >= 2 and parts[0] == parts[1] == slice(None)
-
-
-def _source_shape(node: fx.Node, shapes: _Shapes) -> tuple[int, ...] | None:
-    source = node.args[0] if node.args else None
-    return shapes.get(source.name) if isinstance(source, fx.Node) else None
-
-
-def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def _literal(value: Any) -> bool:
-    """Whether a size is a number in the model's code, and not -1 or one computed from another size."""
-    return isinstance(value, int) and value > 0
-
-
-def _flat(value: Any) -> Sequence[Any]:
-    """All leaves of nested tuples, lists and dicts."""
-    if isinstance(value, Mapping):
-        return [leaf for part in value.values() for leaf in _flat(part)]
-    if isinstance(value, list | tuple):
-        return [leaf for part in value for leaf in _flat(part)]
-    return [value]

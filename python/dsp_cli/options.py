@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
 import typer
 
@@ -72,6 +73,7 @@ class Precision(StrEnum):
 
 
 Config = TypeVar("Config", bound=RunConfig)
+_LONGEST_LAYERS = 150  # of 255 characters that file systems allow in a name
 
 Layers = Annotated[
     int, typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110.")
@@ -229,9 +231,15 @@ def layer_groups(given: Sequence[str] | None) -> dict[str, int]:
 
 
 def groups_folder(groups: int, by_layer: Mapping[str, int]) -> str:
-    """How the folder of a stage names these groups: ``g4``, ``g4_stage_3.=8``."""
-    kept = {re.sub(r"[^\w.-]", "", pattern): count for pattern, count in by_layer.items()}
-    return f"g{groups}" + "".join(f"_{name}={count}" for name, count in kept.items())
+    """How the folder of a stage names these groups: ``g4``, ``g4_stage_3.%2A=8``; other groups, other names.
+
+    Patterns are quoted as in a URL, so that "=" only stands in front of a number; too many for the name of a
+    file are named by their digest.
+    """
+    layers = "".join(f"_{quote(pattern, safe='')}={count}" for pattern, count in by_layer.items())
+    if len(layers) > _LONGEST_LAYERS:
+        layers = f"_{hashlib.sha256(layers.encode()).hexdigest()[:32]}"
+    return f"g{groups}{layers}"
 
 
 @contextmanager

@@ -264,7 +264,7 @@ class GroupWrapper:
             each.update(zip((layer.weight for layer in members), start.unbind(), strict=True))
         network = self._network, self.optimizer, self.criterion
         ahead = look_ahead(*network, each, batches, autocast_dtype, scaler, self._reorder)
-        self._reorder = self._reorder and ahead.reordered
+        self._reorder = self._reorder and not ahead.refused
         self._loss = ahead.loss
         slopes = []
         for step, members, start in zip(steps, layers, starts, strict=True):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,13 +49,13 @@ class LookAhead:
     weights: for every parameter asked for, its value after the step, in its own shape and dtype.
     overflow: float32 scalar, 1 where a scaled gradient was not finite; ``weights`` then mean nothing. None
         without a scaler.
-    reordered: the passes ran as they were allowed to, on images in another order of memory than the caller's.
+    refused: the network did not run on images in another order of memory than the caller's.
     """
 
     loss: Tensor
     weights: dict[Tensor, Tensor]
     overflow: Tensor | None
-    reordered: bool
+    refused: bool
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -85,8 +86,9 @@ def look_ahead(
     batches: the micro-batches of one step, each with the weight 1 / len(batches).
     autocast_dtype: runs the forward pass under autocast.
     scaler: its present scale multiplies the loss and is divided out of the gradients; it is not updated.
-    reorder: images on a CPU may be laid out in channels_last, which is faster there. A network that does not
-        run so, because of a ``view`` across channels and pixels, runs on them as they are.
+    reorder: images on a CPU may be laid out in channels_last, which is faster there. If the network raises
+        on them, because of a ``view`` across channels and pixels, it runs on them as they are. What it raises
+        on the caller's own images is the caller's.
 
     With several processes the gradients are averaged over them. The forward pass runs on copies of these
     parameters, without the running statistics of batch norm and on copies of all other buffers; the step
@@ -94,14 +96,14 @@ def look_ahead(
     optimizer and random numbers stay as they were, whatever happens in between. The host waits for nothing.
     """
     copies = _copies(starts)
-    try:
-        laid_out = [(_channels_last(x) if reorder else x, y) for x, y in batches]
-        sums, total = _passes(model, criterion, copies, laid_out, autocast_dtype, scaler)
-    except RuntimeError:
-        if not reorder:
-            raise
-        reorder = False
-        sums, total = _passes(model, criterion, copies, batches, autocast_dtype, scaler)
+    passes = partial(_passes, model, criterion, copies, autocast_dtype=autocast_dtype, scaler=scaler)
+    laid_out = [(_channels_last(x), y) for x, y in batches] if reorder else batches
+    tried = any(ours is not x for (ours, _), (x, _) in zip(laid_out, batches, strict=True))
+    found = None
+    if tried:
+        with suppress(Exception):  # whatever a network's code raises about the order of its input
+            found = passes(laid_out)
+    sums, total = passes(batches) if found is None else found
     leaves = list(copies.values())
     if distributed.is_distributed():
         # A layer that took part on another process only has no gradient here.
@@ -114,7 +116,7 @@ def look_ahead(
     for leaf, gradient in zip(leaves, sums, strict=True):
         leaf.grad = gradient
     _scratch_optimizer(optimizer, copies).step()
-    return LookAhead(total, copies, overflow, reorder)
+    return LookAhead(total, copies, overflow, tried and found is None)
 
 
 def as_batches(x: Any, y: Any) -> list[Batch]:
@@ -263,7 +265,12 @@ def _scratch_optimizer(optimizer: Optimizer, copies: Mapping[Tensor, Tensor]) ->
 
 def _for_each(group: dict[str, Any]) -> dict[str, Any]:
     """The group stepped by a few operations on lists of tensors, if the user left that open."""
-    settings = [setting for name, setting in group.items() if name != "params"]
-    # With rates that are tensors some optimizers know no such way.
+    settings = [
+        part
+        for name, setting in group.items()
+        if name != "params"
+        for part in (setting if isinstance(setting, tuple | list) else (setting,))
+    ]
+    # With rates and betas that are tensors some optimizers know no such way.
     fixed = group.get("fused") or any(isinstance(setting, Tensor) for setting in settings)
     return group if fixed or group.get("foreach", False) is not None else group | {"foreach": True}

@@ -16,10 +16,11 @@ from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVeri
 from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
-from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.trace_inputs import Example, as_inputs, check_device
+from dsp_pruning.distributed import unwrap
 from dsp_pruning.packing_plan import plan_packing
 from dsp_pruning.packing_report import PackingReport
-from dsp_pruning.plain_copy import plain_copy, unwrapped
+from dsp_pruning.plain_copy import plain_copy
 from dsp_pruning.repacking import rebuild, replace_module
 
 __all__ = ["pack"]
@@ -56,11 +57,13 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
     weight, and DSPVerificationError if the copy does not answer as the masked network does. Warns if weights
     are not 0 where their mask is.
     """
-    model = unwrapped(model)
+    # GroupWrapper and PruneWrapper hold a model, which DDP or torch.compile may have been around.
+    model = unwrap(model if isinstance(model, nn.Module) else getattr(model, "model", model))
     if not isinstance(model, nn.Module):
         raise DSPShapeError(f"pack got a {type(model).__name__}; expected a module and an example input")
     inputs = as_inputs(example_input)
     _check_packable(model)
+    check_device(model, inputs[0])
     # What is made here outlives the caller's modes: it has to be trainable.
     with torch.autocast(inputs[0].device.type, enabled=False), torch.inference_mode(False):
         return _pack(model, inputs, fixed_size)

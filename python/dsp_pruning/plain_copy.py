@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,14 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["plain_copy", "unwrapped"]
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside a GroupWrapper, a PruneWrapper, DataParallel, DDP or what torch.compile returns."""
-    if not isinstance(model, nn.Module):
-        model = getattr(model, "model", model)
-    while isinstance(model, nn.Module):
-        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        inner = model.module if parallel else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
+__all__ = ["plain_copy"]
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy whose computed weights (weight norm, spectral norm, ``torch.nn.utils.prune``) are numbers.
 
-    In eval mode it gives what the model gives; training it trains the weights themselves.
+    In eval mode it gives what the model gives; training it trains the weights themselves. What was frozen
+    stays so, and what was computed from buffers is a buffer.
     """
     computed = [
         value
@@ -51,15 +39,27 @@ def _make_plain(module: nn.Module) -> None:
         return
     if parametrize.is_parametrized(module):
         # Not remove_parametrizations: it takes the properties from a class that the original shares.
-        values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+        ways = dict(module.parametrizations.items())  # type: ignore[union-attr, operator]
+        values = {name: getattr(module, name).detach().clone() for name in ways}
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
         for name, value in values.items():
-            module.register_parameter(name, nn.Parameter(value.detach().clone()))
+            originals = list(ways[name].parameters(recurse=False))
+            if originals:
+                made = nn.Parameter(value, requires_grad=_learn(originals))
+                module.register_parameter(name, made)
+            else:
+                module.register_buffer(name, value)
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
         elif isinstance(hook, WeightNorm):
-            remove_weight_norm(module, hook.name)
+            learns = _learn(getattr(module, hook.name + end) for end in ("_g", "_v"))
+            remove_weight_norm(module, hook.name).get_parameter(hook.name).requires_grad_(learns)
         elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(module, hook.name)
+            learns = _learn([getattr(module, f"{hook.name}_orig")])
+            remove_spectral_norm(module, hook.name).get_parameter(hook.name).requires_grad_(learns)
+
+
+def _learn(tensors: Iterable[Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)

@@ -217,6 +217,30 @@ def test_a_rate_that_is_far_too_low_is_not_measured_for_long() -> None:
     assert peaks_module._matmul_peak(torch.bfloat16, "cpu", known=1e30) == (0.0, "not measured")
 
 
+@pytest.mark.parametrize(
+    ("slow_calls", "known", "sizes"),
+    [((0,), 1e12, [256, 1024, 2048]), ((0, 1, 2), 1e12, [256]), ((), 0.0, [1024, 2048])],
+    ids=["one slow call", "slow", "nothing known"],
+)
+def test_small_products_decide_once_whether_large_ones_are_measured(
+    monkeypatch: pytest.MonkeyPatch, slow_calls: tuple[int, ...], known: float, sizes: list[int]
+) -> None:
+    """One call that the machine held up is not a slow processor."""
+    now, asked = [0.0], []
+
+    def matmul(left: torch.Tensor, right: torch.Tensor) -> None:
+        timed = len(asked) - 1  # the first call of all is a warm one
+        asked.append(len(left))
+        now[0] += 2 * len(left) ** 3 / (1e9 if timed in slow_calls else 1e12)
+
+    monkeypatch.setattr(torch, "matmul", matmul)
+    monkeypatch.setattr(peaks_module.time, "perf_counter", lambda: now[0])
+    rate, how = peaks_module._matmul_peak(torch.bfloat16, "cpu", known)
+    assert asked == [size for size in sizes for _ in range(4)]
+    assert rate == pytest.approx(0.0 if sizes == [256] else 1e12)
+    assert (how == "not measured") == (sizes == [256])
+
+
 def test_single_op_layers_are_one_of_each_shape() -> None:
     found = layers((NetworkSource("cifar_resnet8", "random:g=2,rate=0.6", 16),))
     shapes = [layer.shape for layer in found]

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
+from dsp_kernels.executors import EXECUTORS
+from dsp_kernels.native import native
 
+# tests/native fails where the native one could be there and is not.
+ON_A_CPU = [
+    name
+    for name in EXECUTORS.names()
+    if name not in ("cuda", "triton") and (name != "cpu" or native() is not None)
+]
 MIXED = GroupStructure.build(
     6, 8, [([0, 5, 2], [1, 7, 4]), ([1], [0]), ([3, 4, 0, 1], [2, 5])]
 )  # 3, 6 absent
@@ -129,6 +137,11 @@ def make(name: str) -> nn.Module:
     model = makers[name]()
     model.eval()(torch.zeros(1, 3, 8, 8))  # lets lazy layers take their size
     return settled(model)
+
+
+def example(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Images for each of them."""
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 NAMES = ("residual", "pre-activation", "branching", "pools")

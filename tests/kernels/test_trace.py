@@ -78,6 +78,13 @@ SPELLINGS = {
         lambda m, x: x[:, 1:3],
         lambda m, x: x[:, :2, :, :],
     ],
+    "same_channels": [
+        lambda m, x: x[..., 1:-1],
+        lambda m, x: x[..., :2],
+        lambda m, x: x[:, ..., 1:3],
+        lambda m, x: x[:, :, 2:, ::2],
+        lambda m, x: x.flatten(2),
+    ],
     "join_channels": [
         lambda m, x: x.view(x.size(0), 2, x.size(1) // 2, 8, 8).transpose(1, 2).reshape(x.size(0), -1, 8, 8)
     ],
@@ -92,6 +99,7 @@ SPELLINGS = {
         lambda m, x: x.view(-1, 8),
         lambda m, x: torch.cat([x, x], 2),
         lambda m, x: x[:1],
+        lambda m, x: x[..., 1:3, :, :],
         lambda m, x: x + x.mean(1, keepdim=True),
         lambda m, x: x.softmax(1),
         lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)),
@@ -150,6 +158,28 @@ def test_edges_follow_operations_in_place() -> None:
     network = trace(Spelled(run), torch.ones(1, 2, 3, 3))
     (add,) = network.of_kind("add")
     assert set(add.inputs) == {network.of_kind("activation")[0].name}
+
+
+class LikeNamed(nn.Module):
+    """torch.fx gives the placeholder of ``mask`` the name of the other one."""
+
+    def forward(self, x: Tensor, mask_1: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x * mask_1 if mask is None else x * mask
+
+
+class ByKeyword(nn.Module):
+    """Not even the first argument after x can be given by place."""
+
+    def forward(self, x: Tensor, /, *, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        return x * scale if mask is None else x * mask
+
+
+@pytest.mark.parametrize(("model", "count"), [(LikeNamed(), 2), (ByKeyword(), 1)], ids=["names", "keywords"])
+def test_an_option_is_not_an_input_whatever_its_name(model: nn.Module, count: int) -> None:
+    inputs = tuple(torch.rand(2, 3, 4, 4) for _ in range(count))
+    network = trace(model, inputs)
+    assert len(network.of_kind("input")) == count
+    assert torch.equal(network.graph_module(*inputs), model(*inputs))
 
 
 def test_changes_nothing() -> None:

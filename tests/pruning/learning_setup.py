@@ -23,6 +23,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
     "adamw-amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True),
+    "adam-tensors": lambda p: torch.optim.Adam(p, lr=1e-3, betas=(torch.tensor(0.9), torch.tensor(0.99))),
     "adam-fused": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True),
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),

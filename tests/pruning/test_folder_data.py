@@ -120,7 +120,7 @@ def test_a_torchvision_resnet_goes_the_whole_way(photographs: Path, tmp_path: Pa
     ]
     for command in commands:
         assert main([str(part) for part in command]) == 0
-    ckpt, packed = tmp_path / "finetune_g2_layer4.=4_p0.4" / "model.pt", tmp_path / "packed.safetensors"
+    ckpt, packed = tmp_path / "finetune_g2_layer4.%2A=4_p0.4" / "model.pt", tmp_path / "packed.safetensors"
     weights, _ = load_weights(ckpt)
     assert weights["fc.weight"].shape == (3, 512)
     for name, value in weights.items():

@@ -51,48 +51,6 @@ def test_the_look_ahead_is_the_step_that_would_come_next(optimizer: str) -> None
     assert torch.equal(ahead.weights[weight], twin_model.conv2.weight.detach())
 
 
-class Flattened(nn.Module):
-    """``view`` needs channels in front of pixels in memory, ``flatten`` does not."""
-
-    def __init__(self, view: bool) -> None:
-        super().__init__()
-        self.view = view
-        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
-        self.fc = nn.Linear(6 * 12 * 12, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(self.conv1(x).relu())
-        return self.fc(x.view(len(x), -1) if self.view else x.flatten(1))
-
-
-def test_a_network_that_does_not_run_in_channels_last_is_looked_at_in_its_own_order() -> None:
-    results, passes = [], []
-    for view in (False, True):
-        torch.manual_seed(1)
-        setup = Setup(
-            model=Flattened(view), layers=lambda name, conv: True, example_input=torch.zeros(1, 3, 16, 16)
-        )
-        for _ in range(3):
-            setup.forward_and_step()
-            calls: list[int] = []
-            handle = setup.model.conv1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-            setup.learner.after_step(setup.x, setup.y)
-            handle.remove()
-            passes.append(len(calls))
-        results.append([setup.model.conv1.weight, setup.model.conv2.weight])
-    assert passes == [1, 1, 1, 2, 1, 1]  # it is tried once
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_an_error_of_the_network_itself_comes_out_of_the_look_ahead() -> None:
-    setup = Setup()
-    setup.forward_and_step()
-    with pytest.raises(RuntimeError, match=r"size|shape"):
-        setup.learner.after_step(setup.x[:, :2], setup.y)
-    assert setup.model.conv2.weight.is_contiguous()
-
-
 def test_hooks_and_schedulers_do_not_see_the_look_ahead() -> None:
     setup = Setup()
     calls: list[str] = []

@@ -122,6 +122,10 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "chunk": (product_of_halves, WIDTH // 2, "some"),
     "split by numbers": (lambda m, y: torch.cat(torch.split(y, [4, 8], 1)[::-1], 1), WIDTH, "none"),
     "slice": (lambda m, y: y[:, 3:], WIDTH - 3, "none"),
+    # After an ellipsis these are columns, of which there are as many as channels.
+    "cut columns": (lambda m, y: y[..., 1:-1], WIDTH, "all"),
+    "first columns": (lambda m, y: y[:, ..., :8], WIDTH, "all"),
+    "slice after an ellipsis": (lambda m, y: y[..., 3:, :, :], WIDTH - 3, "none"),
     "shuffle": (lambda m, y: shuffle(y), WIDTH, "some"),
     "shuffle, module": (lambda m, y: m.shuffle(y), WIDTH, "some"),
     "residual": (lambda m, y, x: F.relu(y + m.other(x)), WIDTH, "some"),

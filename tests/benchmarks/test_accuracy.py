@@ -1,0 +1,69 @@
+"""Rows of 16 bit say how many images they still name rightly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dsp_benchmarks.accuracy import Labelled, accuracy
+from dsp_benchmarks.cases import Case, build_case, case_input
+from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.engines.fused import Fused
+from dsp_benchmarks.networks import Network, NetworkSource, load_network
+from dsp_benchmarks.run import choose_cases, run_cases
+from fake_engine import QUICK
+from torch import Tensor
+
+
+def test_accuracy_counts_labelled_images_in_whole_batches() -> None:
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    images = torch.nn.functional.one_hot(labels, 3).float().view(7, 3, 1, 1)
+    labelled = Labelled(images, torch.tensor([0, 1, 2, 0, 1, 2, 1]))  # the last is another class
+    sizes = set()
+
+    def run(x: Tensor) -> Tensor:
+        sizes.add(len(x))
+        return x.flatten(1)
+
+    assert accuracy(run, labelled, 3) == pytest.approx(6 / 7)
+    assert sizes == {3}
+
+
+def test_sixteen_bit_rows_of_a_real_network_have_their_accuracy(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSP_SHARED", str(shared))
+    real = load_network(NetworkSource("resnet20_g4"))
+    assert real.labelled is not None
+    assert len(real.labelled.labels) == 1017
+    real.labelled = Labelled(real.labelled.images[:60], real.labelled.labels[:60])
+    # In plain PyTorch, so that it runs without the extension too.
+    monkeypatch.setitem(ENGINES, "fused:cpu", Fused("fused:cpu", "eager"))
+    names = [
+        "packed/fused:cpu",
+        "packed/fused:eager",
+        "packed/openvino-bf16",
+        "packed/torch",
+        "dense/fused:cpu",
+    ]
+    rows = run_cases(real, [2, 64], choose_cases(engines=names), QUICK)
+    counted = {(row.engine, row.batch): row.accuracy for row in rows}
+    assert counted["packed/fused:cpu", 2] == counted["packed/fused:cpu", 64]
+    with np.load(shared / "golden" / "logits.npz") as golden:
+        found = torch.from_numpy(golden["resnet20_g4"][:60]).argmax(1)
+    right = float((found == real.labelled.labels).float().mean())
+    assert counted["packed/fused:cpu", 64] == pytest.approx(right, abs=1e-6)
+    half = counted["packed/openvino-bf16", 64]
+    assert half is None or abs(half - right) <= 0.02  # bfloat16 may turn a close decision or two
+    assert counted["packed/torch", 64] is None  # the reference itself
+    assert counted["packed/fused:eager", 64] is None  # slow, and as exact as the native one
+    assert counted["dense/fused:cpu", 64] is None  # random weights
+
+
+def test_the_native_executor_says_whether_it_runs_sixteen_bit(network: Network) -> None:
+    able, reason = ENGINES["fused:cpu:bf16"].available()
+    row, _ = build_case(Case("packed", "fused:cpu:bf16"), network, case_input(network, 1, 0))
+    assert row.status == ("ok" if able else "unavailable"), row.reason
+    assert able or reason == row.reason != ""

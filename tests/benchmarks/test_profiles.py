@@ -1,0 +1,44 @@
+"""Where the time of one engine goes."""
+
+from __future__ import annotations
+
+import pytest
+from dsp_benchmarks.cases import case_input
+from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.networks import Network
+from dsp_benchmarks.peaks import Peaks
+from dsp_benchmarks.profiles import profile_engine
+
+PEAKS = Peaks({"float32": 1e12, "bfloat16": 2e12}, 1e11, 0.0, 1, {})
+
+
+@pytest.mark.parametrize("name", ["torch", "torchscript", "openvino"])
+def test_a_profile_names_parts_that_take_time(network: Network, name: str) -> None:
+    able, reason = ENGINES[name].available()
+    if not able:
+        pytest.skip(reason)
+    parts = profile_engine(name, network.form("packed"), case_input(network, 2, 0), PEAKS)
+    seconds = [part.seconds for part in parts]
+    assert seconds == sorted(seconds, reverse=True)
+    assert sum(seconds) > 0
+    if name == "torch":
+        floors = {part.name: part.floor for part in parts}
+        assert {"conv_1_3x3", "stage_1.0.conv_a", "classifier"} <= set(floors)
+        assert floors["bn_1"] is None
+        conv = network.packed.get_submodule("conv_1_3x3")
+        assert floors["conv_1_3x3"] == max(
+            2 * 2 * conv.weight.numel() * 256 / 1e12, 4 * (2 * (3 + 16) * 256 + conv.weight.numel()) / 1e11
+        )
+    if name == "openvino":  # its names come from the exported graph
+        dense = profile_engine(name, network.form("dense"), case_input(network, 2, 0), PEAKS)
+        convs = [part for part in dense if part.name.startswith("/") and "/Conv" in part.name]
+        assert len(convs) >= 7
+        assert all(part.floor for part in convs)
+
+
+def test_a_profile_of_a_fused_network_has_every_step_and_adds_up(network: Network) -> None:
+    parts = profile_engine("fused:eager", network.form("packed"), case_input(network, 2, 0), PEAKS)
+    steps = network.program("packed").steps
+    assert [part.name.partition(":")[0] for part in parts] == [step.output for step in steps]
+    assert sum(part.seconds for part in parts) > 0
+    assert all((part.floor or 0) > 0 for part in parts)

@@ -1,0 +1,130 @@
+"""fuse: what it refuses, and that a wrong network never leaves it."""
+
+from __future__ import annotations
+
+import sys
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError, DSPVerificationError
+
+
+def test_a_wrong_program_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_module = sys.modules["dsp_kernels.fuse"]  # the package's attribute of that name is the function
+    right = fuse_module.plan
+
+    def wrong(network: object) -> object:
+        program = right(network)
+        first = program.steps[0]
+        return program.map_tensors(lambda t: t + 1e-2 if t is first.bias else t)
+
+    monkeypatch.setattr(fuse_module, "plan", wrong)
+    with pytest.raises(DSPVerificationError, match="differs from the model on the example input"):
+        dsp_kernels.fuse(nets.make("residual"), nets.example())
+
+
+def test_zeros_as_example_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_module = sys.modules["dsp_kernels.fuse"]  # the package's attribute of that name is the function
+    right = fuse_module.plan
+
+    def wrong(network: object) -> object:
+        program = right(network)
+        first = program.steps[0]
+        return program.map_tensors(lambda t: t * 1.1 if t is first.weights[0] else t)
+
+    monkeypatch.setattr(fuse_module, "plan", wrong)
+    with pytest.raises(DSPVerificationError, match="random images"):
+        dsp_kernels.fuse(nets.make("residual"), torch.zeros(1, 3, 8, 8))
+
+
+def test_is_checked_outside_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = dsp_kernels.fuse(nets.make("residual"), nets.example())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fused(nets.example()), nets.make("residual")(nets.example()), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_refuses_the_wrong_input() -> None:
+    fused = dsp_kernels.fuse(nets.make("residual"), nets.example())
+    with pytest.raises(DSPShapeError, match="expected \\(batch, 3, height, width\\)"):
+        fused(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(DSPShapeError, match="floating dtype"):
+        fused(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
+    with pytest.raises(DSPShapeError, match="on cpu"):
+        fused(torch.zeros(1, 3, 8, 8, device="meta"))
+
+
+IMAGE, FEATURES = torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.classifier = nn.Conv2d(3, 8, 3), nn.Linear(12, 5)
+
+    def forward(self, image: Tensor, features: Tensor) -> Tensor:
+        return self.classifier(torch.cat([self.conv(image).relu().mean((2, 3)), features], 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((IMAGE, FEATURES), "has one input: input 2 of the example, of shape (2, 4), has no place"),
+        ((IMAGE, FEATURES[:, :3]), "input 2 of the example, of shape (2, 3), has no place"),
+        ((IMAGE, None), "input 2 of the example is a NoneType; expected a tensor"),
+        ((IMAGE, torch.tensor(1.0)), "input 2 of the example has shape (); expected"),
+        ((IMAGE[:0], FEATURES), "input 1 of the example has shape (0, 3, 8, 8)"),
+        ((), "the example is an empty tuple"),
+        ({"image": IMAGE}, "the example is a dict; expected a tensor"),
+        (IMAGE[0], "the example has shape (3, 8, 8); expected (batch, channels, height, width)"),
+        ((IMAGE.to("meta"),), "the example is on meta; expected cpu"),
+    ],
+    ids=["two", "wrong-size", "none", "number", "no-images", "nothing", "dict", "no-batch", "elsewhere"],
+)
+def test_an_example_that_is_no_image_is_named(given: object, words: str) -> None:
+    for model in (_Two(), nets.make("residual")):
+        with pytest.raises(DSPShapeError) as caught:
+            dsp_kernels.fuse(model, given)  # type: ignore[arg-type]
+        assert words in str(caught.value)
+
+
+def test_the_image_of_a_list_of_one_is_the_example() -> None:
+    model, image = nets.make("residual"), nets.example()
+    fused = dsp_kernels.fuse(model, (image,))
+    torch.testing.assert_close(fused(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_refuses_what_cannot_be_traced_or_run() -> None:
+    class Undecided(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(DSPTraceError, match="Undecided cannot be traced"):
+        dsp_kernels.fuse(Undecided(), nets.example())
+    with pytest.raises(DSPTraceError, match="one input and one output"):
+        dsp_kernels.fuse(Pair(), nets.example())
+    with pytest.raises(DSPTraceError, match="does not run on an example input of shape \\(2, 5, 8, 8\\)"):
+        dsp_kernels.fuse(nets.make("residual"), torch.zeros(2, 5, 8, 8))
+    with pytest.raises(DSPBackendError, match="'warp' is unknown"):
+        dsp_kernels.fuse(nets.make("residual"), nets.example(), backend="warp")
+
+
+def test_a_failed_move_changes_nothing() -> None:
+    fused = dsp_kernels.fuse(nets.make("residual"), nets.example())
+    if fused.backend == "eager":
+        pytest.skip("the eager executor runs every dtype")
+    fused = dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=fused.backend)
+    expected = fused(nets.example())
+    with pytest.raises(DSPBackendError):
+        fused.double()
+    assert torch.equal(fused(nets.example()), expected)

@@ -1,0 +1,109 @@
+"""The look-ahead lays images out in channels_last where the network allows it, and says nothing where not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learning_setup import Setup
+from torch import Tensor, nn
+
+from dsp_pruning.lookahead import LookAhead, look_ahead
+
+
+class Flattened(nn.Module):
+    """``view`` needs channels in front of pixels in memory, ``flatten`` does not."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.view = view
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.fc = nn.Linear(6 * 12 * 12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x).relu())
+        return self.fc(x.view(len(x), -1) if self.view else x.flatten(1))
+
+
+def test_a_network_that_does_not_run_in_channels_last_is_looked_at_in_its_own_order() -> None:
+    results, passes = [], []
+    for view in (False, True):
+        torch.manual_seed(1)
+        setup = Setup(
+            model=Flattened(view), layers=lambda name, conv: True, example_input=torch.zeros(1, 3, 16, 16)
+        )
+        for _ in range(3):
+            setup.forward_and_step()
+            calls: list[int] = []
+            handle = setup.model.conv1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            setup.learner.after_step(setup.x, setup.y)
+            handle.remove()
+            passes.append(len(calls))
+        results.append([setup.model.conv1.weight, setup.model.conv2.weight])
+    assert passes == [1, 1, 1, 2, 1, 1]  # it is tried once
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_error_of_the_network_itself_comes_out_of_the_look_ahead() -> None:
+    setup = Setup()
+    setup.forward_and_step()
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        setup.learner.after_step(setup.x[:, :2], setup.y)
+    assert setup.model.conv2.weight.is_contiguous()
+
+
+class Picky(nn.Module):
+    """Notes the order of memory of what it is given, and may raise an error of its own about it."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__()
+        self.refuses = refuses
+        self.seen: list[bool] = []
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.is_contiguous())
+        if self.refuses and not self.seen[-1]:
+            raise ValueError("my kernels read channels first")
+        if len(x) > 8:
+            raise RuntimeError("too many images")
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+def ahead(model: Picky, x: Tensor) -> LookAhead:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    y = torch.zeros(len(x), dtype=torch.long)
+    return look_ahead(
+        model, optimizer, F.cross_entropy, {model.conv.weight: model.conv.weight}, [(x, y)], reorder=True
+    )
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_any_error_about_the_order_leads_back_to_the_caller_s(refuses: bool) -> None:
+    model, x = Picky(refuses), torch.randn(4, 3, 8, 8)
+    found = ahead(model, x)
+    assert found.refused == refuses
+    assert model.seen == ([False, True] if refuses else [False])
+    expected = F.cross_entropy(model(x), torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(found.loss, expected.detach())
+
+
+def test_an_error_comes_alone() -> None:
+    """Not as one that was met while another was handled, which is about an order nobody asked for."""
+    model = Picky(refuses=True)
+    with pytest.raises(RuntimeError, match="too many images") as caught:
+        ahead(model, torch.randn(9, 3, 8, 8))
+    assert caught.value.__context__ is None
+    assert model.seen == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in-order", "another-dtype"])
+def test_nothing_is_run_twice_in_the_same_order(dtype: torch.dtype) -> None:
+    model = Picky(refuses=False).to(dtype)
+    x = torch.randn(9, 3, 8, 8, dtype=dtype)
+    if dtype == torch.float32:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="too many images"):
+        ahead(model, x)
+    assert len(model.seen) == 1
