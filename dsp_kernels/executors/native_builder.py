@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from dsp_kernels.backends.cpu import add_conv, as_array
 from dsp_kernels.native import new_network
 from dsp_kernels.program import (
@@ -52,9 +54,11 @@ def build(
 ) -> Any:
     """inputs, outputs: values that come from and go to PyTorch. A native Network.
 
-    bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case.
+    bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case. Weights in
+    float16 are multiplied as such where the CPU does that.
     """
-    network = new_network(bf16)
+    weights = (weight for step in steps if isinstance(step, ConvStep) for weight in step.weights)
+    network = new_network(bf16, any(weight.dtype == torch.float16 for weight in weights))
     value = {name: network.input(width) for name, width in zip(inputs, channels, strict=True)}
     for step in steps:
         value[step.output] = _add(network, step, [value[name] for name in step.inputs])
