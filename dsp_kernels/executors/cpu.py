@@ -1,9 +1,9 @@
 """Runs a Program by the native CPU kernels; what they do not know runs in plain PyTorch between.
 
 In bfloat16 a convolution rounds what it reads and multiplies bfloat16 numbers; its sum, bias, residual and
-activation and all other steps are float32. So it is in float16 on CPUs with AVX512-FP16, but for short sums of
-products, which are float16 too; on others only the Program's numbers are float16 and all arithmetic is float32.
-Input and output may have any dtype.
+activation and all other steps are float32. In float16 it is so on CPUs with AVX512-FP16, but for short sums
+of products, which are float16 too; on others only the Program's numbers are float16 and all arithmetic is
+float32. Input and output may have any dtype.
 
 The Program is cut into runs of native steps. Each run is one native network with the values it needs as
 inputs and the values that are needed later as outputs; one thread takes a few images through all its steps.

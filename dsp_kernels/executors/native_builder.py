@@ -54,8 +54,8 @@ def build(
 ) -> Any:
     """inputs, outputs: values that come from and go to PyTorch. A native Network.
 
-    bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case. Weights in
-    float16 are multiplied as such where the CPU does that.
+    bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case. Weights
+    in float16 are multiplied as such where the CPU does that.
     """
     weights = (weight for step in steps if isinstance(step, ConvStep) for weight in step.weights)
     network = new_network(bf16, any(weight.dtype == torch.float16 for weight in weights))

@@ -1,4 +1,4 @@
-"""An extension whose only instruction set is AVX512-FP16 computed in float; for tests and measurements alone."""
+"""An extension whose one instruction set is AVX512-FP16 computed in float; for tests and measurements."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def build(folder: Path, half_terms: int | None = None) -> ModuleType:
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.o"
         own = [f"-m{name}" for name in _NEEDED] if source == _KERNELS else []
-        subprocess.run([*compiler, *flags, *own, *extra, "-O1", "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run(
+            [*compiler, *flags, *own, *extra, "-O1", "-c", str(source), "-o", str(target)], check=True
+        )
         return str(target)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -55,7 +57,8 @@ def build(folder: Path, half_terms: int | None = None) -> ModuleType:
     library = folder / "_C.so"
     subprocess.run([*compiler, "-shared", "-pthread", *extra, *objects, "-o", str(library)], check=True)
     spec = importlib.util.spec_from_file_location("_C", library)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""float16 by halves: on CPUs with AVX512-FP16, elsewhere the same source with those instructions computed in float."""
+"""float16 by halves: on CPUs with AVX512-FP16; elsewhere the same source with emulated instructions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(case: Case, a: Arguments, isa: str, threads: int = 2, interleave: int = 
 
 
 def check(y: Tensor, case: Case, a: Arguments) -> None:
-    """Against the definition with rounded factors, in float64: bias, residual and activation are not rounded."""
+    """Against the definition with rounded factors, in float64: bias and residual are not rounded."""
     single = all(len(group.in_index) < 2 for group in case.structure.groups)
     # A convolution of single channels has no pairs to gain from and multiplies floats.
     exact = a if single else replace(a, x=rounded(a.x), weights=[rounded(w) for w in a.weights])
@@ -88,7 +88,9 @@ def test_every_interleaving_of_images(isa: str, stride: int, interleave: int) ->
 def test_every_tile(isa: str, filters: int, images: int) -> None:
     """One, a few and many runs of HALF_TERMS words; widths for every number of vectors."""
     for channels in (2, 2 * HALF_TERMS, 2 * HALF_TERMS + 1, 7 * HALF_TERMS):
-        case = Case("", GroupStructure.dense(channels, filters), kernel=1, padding=0, batch=images, hw=(1, 37))
+        case = Case(
+            "", GroupStructure.dense(channels, filters), kernel=1, padding=0, batch=images, hw=(1, 37)
+        )
         a = case.tensors()
         check(run(case, a, isa), case, a)
 
