@@ -20,7 +20,7 @@ ACCUMULATE: dict[torch.dtype, torch.dtype] = {
     torch.bfloat16: torch.float32,
 }
 # Products that the native float16 kernels add up in float16 before the sum goes to a float32 one.
-HALF_TERMS = 32
+HALF_TERMS = 64
 _DEVIATIONS = 4.0
 
 

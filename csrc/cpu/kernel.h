@@ -116,11 +116,13 @@ struct ThinCall {
     int images;
 };
 
-// A sum of halves goes to a float sum after so many terms at most (kernel_fp16.h).
+// A sum of halves goes to a float sum after so many terms at most (kernel_fp16.h). With 8, 32, 64, 128 and all terms the
+// logits of ResNet-56 g=4 have a root mean square error of 0.0036, 0.0044, 0.0047, 0.0050 and 0.0054 (bfloat16: 0.022);
+// 64 costs half as many conversions as 32.
 #if defined(DSP_HALF_TERMS) // for measurements
 constexpr int half_terms = DSP_HALF_TERMS;
 #else
-constexpr int half_terms = 32;
+constexpr int half_terms = 64;
 #endif
 
 constexpr int max_filters = 8; // rows of the largest microtile
