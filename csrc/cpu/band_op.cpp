@@ -30,7 +30,7 @@ void BandConvOp::transform(float* to, int band, int column, int columns, const C
 void BandConvOp::run(int chunk, const Context& context) const {
     const Chunk& part = parts[chunk];
     prepare(part, context, true);
-    float* const transformed = context.arena + scratch + chunk * scratch_size;
+    float* const transformed = context.arena + scratch + context.worker * scratch_size;
     const Geometry& g = y.geometry;
     const int64_t row = g.pitch * g.interleave;
     const int lanes = kernels->lanes;
@@ -47,7 +47,7 @@ void BandConvOp::run(int chunk, const Context& context) const {
                 const int end = std::min(begin + sum_columns, columns);
                 for (int t = part.first_tile; t < part.last_tile; ++t) {
                     const FilterTile& tile = packed->tiles[t];
-                    const int K = tile.filters, most = kernels->band_vectors[K];
+                    const int K = tile.filters, most = kernels->vectors[K];
                     call.off = off[tile.group].data();
                     call.count = int64_t(off[tile.group].size());
                     call.w = packed->weights.data() + tile.weights;

@@ -85,7 +85,7 @@ class Builder {
     std::vector<char> used_channels(int value) const;
     std::vector<int32_t> displacements(const Draft& draft, const std::vector<Source>& sources);
     int vector_pieces(const ConvOp& op) const;
-    Extent extent(const ConvOp& op, int64_t count) const;
+    Extent extent(const ConvOp& op, int64_t count, int pieces) const;
     void place_tiles(ConvOp& op) const;
     void chunk_conv(ConvOp& op, int units, int by_units, const std::vector<double>& costs);
     void block_conv(ConvOp& op, const Draft& draft);

@@ -8,7 +8,7 @@ namespace dsp {
 
 void Builder::emit(Plan& plan) {
     const auto by_channel = [&](std::unique_ptr<Op> op, int channels) {
-        op->chunks = std::max(1, std::min(key_.parts, channels));
+        op->chunks = std::max(1, std::min(key_.parts(), channels));
         plan.ops.push_back(std::move(op));
     };
     for (size_t s = 0; s < network_.steps.size(); ++s) {

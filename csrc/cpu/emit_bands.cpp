@@ -8,7 +8,7 @@ namespace dsp {
 
 namespace {
 
-// Of one chunk, in floats: 64 MB, about a hundred times what ResNet-50 needs. Displacements have 32 bits.
+// Of one thread, in floats: 64 MB, about a hundred times what ResNet-50 needs. Displacements have 32 bits.
 constexpr int64_t most_scratch = int64_t(1) << 24;
 
 int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
@@ -44,7 +44,11 @@ std::unique_ptr<Op> Builder::band_conv(const ConvOp& plain, const Draft& draft, 
     const int row_vectors = int((row + lanes - 1) / lanes), tail = int(row - (row_vectors - 1) * lanes);
     const int bands = (y.h + band_rows - 1) / band_rows;
     const int sum_columns = fitting(16 << 10, int64_t(widest), band_sums * lanes, 6, row_vectors);
-    BandExtent extent{0, bands, row_vectors, sum_columns, key_.interleave >= lanes, tail < lanes};
+    // What all filters read of a band stays in the second-level cache.
+    const int block_columns = fitting(128 << 10, int64_t(used.size()), band_sums * lanes, 8, row_vectors);
+    const int64_t reach = int64_t(step.kernel[1] - 1) * step.dilation[1] * key_.interleave;
+    BandExtent extent{0, bands, row_vectors, sum_columns, (row_vectors + block_columns - 1) / block_columns,
+                      int((reach + lanes - 1) / lanes), key_.interleave >= lanes, tail < lanes};
     double cost = double(used.size()) * transform_cost(extent);
     Splits splits;
     for (const auto& group : step.groups) {
@@ -54,9 +58,6 @@ std::unique_ptr<Op> Builder::band_conv(const ConvOp& plain, const Draft& draft, 
     }
     if (cost >= least && network_.winograd != Winograd::always) return nullptr;
 
-    // What all filters read of a band stays in the second-level cache.
-    const int block_columns = fitting(128 << 10, int64_t(used.size()), band_sums * lanes, 8, row_vectors);
-    const int64_t reach = int64_t(step.kernel[1] - 1) * step.dilation[1] * key_.interleave;
     int64_t pitch = round_up(round_up(block_columns * lanes + reach, lanes), 16);
     // Rows at a distance of a power of two would all fall into the same few sets of the cache.
     if (pitch / 16 % 2 == 0) pitch += 16;
@@ -84,10 +85,10 @@ std::unique_ptr<Op> Builder::band_conv(const ConvOp& plain, const Draft& draft, 
         costs.push_back(tile_cost(kernels, tile.filters, extent));
     }
     place_tiles(op);
-    chunk_conv(op, bands, std::min(key_.parts, bands), costs);
+    chunk_conv(op, bands, std::min(key_.parts(), bands), costs);
     op.scratch_size = size;
     op.scratch = scratch_begin_;
-    scratch_floats_ = std::max(scratch_floats_, op.scratch_size * op.chunks);
+    scratch_floats_ = std::max(scratch_floats_, op.scratch_size * key_.threads);
     return made;
 }
 

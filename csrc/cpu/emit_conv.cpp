@@ -33,20 +33,26 @@ std::unique_ptr<Op> Builder::conv(int number, const Draft& draft) {
     op->vectors = cover(op->y.geometry, network_.kernels.lanes);
     for (const auto& group : step.groups) op->off.push_back(displacements(draft, Network::sources(step, group.in)));
     block_conv(*op, draft);
-    Splits splits;
+    // How many threads share the operation must not decide how it is computed: their answers are equal to the bit.
     double least = 0.0;
     for (size_t g = 0; g < op->off.size(); ++g) {
-        const Extent one = extent(*op, int64_t(op->off[g].size()));
-        splits.push_back(split_filters(network_.kernels, int(step.groups[g].out.size()), one));
-        for (int filters : splits.back()) least += vector_pieces(*op) * tile_cost(network_.kernels, filters, one);
+        const Extent whole = extent(*op, int64_t(op->off[g].size()), 1);
+        for (int filters : split_filters(network_.kernels, int(step.groups[g].out.size()), whole))
+            least += tile_cost(network_.kernels, filters, whole);
     }
     if (auto in_bands = band_conv(*op, draft, least)) return in_bands;
+    const int pieces = vector_pieces(*op);
+    Splits splits;
+    for (size_t g = 0; g < op->off.size(); ++g) {
+        const Extent piece = extent(*op, int64_t(op->off[g].size()), pieces);
+        splits.push_back(split_filters(network_.kernels, int(step.groups[g].out.size()), piece));
+    }
     op->packed = network_.packed(step, splits);
     place_tiles(*op);
     std::vector<double> costs;
     for (const auto& tile : op->packed->tiles)
-        costs.push_back(tile_cost(network_.kernels, tile.filters, extent(*op, int64_t(op->off[tile.group].size()))));
-    chunk_conv(*op, int(op->vectors.at.size()), vector_pieces(*op), costs);
+        costs.push_back(tile_cost(network_.kernels, tile.filters, extent(*op, int64_t(op->off[tile.group].size()), pieces)));
+    chunk_conv(*op, int(op->vectors.at.size()), pieces, costs);
     return op;
 }
 
@@ -90,11 +96,10 @@ void Builder::block_conv(ConvOp& op, const Draft& draft) {
 }
 
 int Builder::vector_pieces(const ConvOp& op) const {
-    return std::max(1, std::min(key_.parts, int(op.vectors.at.size()) / 12));
+    return std::max(1, std::min(key_.parts(), int(op.vectors.at.size()) / 12));
 }
 
-Extent Builder::extent(const ConvOp& op, int64_t count) const {
-    const int pieces = vector_pieces(op);
+Extent Builder::extent(const ConvOp& op, int64_t count, int pieces) const {
     const int vectors = int(op.vectors.at.size());
     return {count, (vectors + pieces - 1) / pieces, op.block_vectors, key_.interleave >= network_.kernels.lanes,
             op.step->pairs ? op.step->pairs->ready : 4.0};
@@ -104,7 +109,7 @@ Extent Builder::extent(const ConvOp& op, int64_t count) const {
 void Builder::chunk_conv(ConvOp& op, int units, int by_units, const std::vector<double>& costs) {
     const int tiles = int(costs.size());
     const int absent = op.skip_absent ? 0 : int(op.step->absent.size());
-    const int by_tiles = std::max(1, std::min(tiles, (key_.parts + by_units - 1) / by_units));
+    const int by_tiles = std::max(1, std::min(tiles, (key_.parts() + by_units - 1) / by_units));
     std::vector<double> cost(tiles + 1, 0.0);
     std::partial_sum(costs.begin(), costs.end(), cost.begin() + 1);
     std::vector<int> border{0};

@@ -42,7 +42,7 @@ struct BandCall {
     int64_t pitch;            // as in BandInput
     const int32_t* off;       // [count] displacement of (channel, horizontal tap) j
     int64_t count;
-    const float* w;           // [3 pairs of sums][count][2][filters]
+    const float* w;           // [sums][count][filters]
     const float* bias;        // [filters]
     float* y;                 // the band's first row in plane 0 of the output, at the first column
     int64_t y_pitch;          // floats from row to row, of the residual too
@@ -146,7 +146,6 @@ struct Kernels {
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     WordKernels bf16; // kernel_bf16.h
     WordKernels fp16; // kernel_fp16.h; empty without AVX512-FP16
-    int band_vectors[max_filters + 1]; // most vectors of a band's tile with k filters
     void (*band_input)(const BandInput&);
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);

@@ -29,35 +29,33 @@ void band_input(const BandInput& call) {
     }
 }
 
+// One of the six sums of a tile.
 template <int K, int P>
-inline __attribute__((always_inline)) void add_half(V (&acc)[K][P], const float* x, const float* w) {
-    V in[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) in[p] = load(x + p * L);
-    multiply_add<K, P>(acc, in, w);
-}
-
-// Adds the two sums of a pair to a and b.
-template <int K, int P>
-inline __attribute__((always_inline)) void add_sums(V (&a)[K][P], V (&b)[K][P], const BandCall& call, int pair) {
-    const float* const x = call.x + 2 * pair * call.pitch;
-    const float* const other = x + call.pitch;
-    const float* w = call.w + int64_t(pair) * call.count * 2 * K;
+inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float* x, const BandCall& call, const float* w) {
     const int32_t* off = call.off;
     const int32_t* const end = off + call.count;
-    for (; end - off >= 2; off += 2, w += 4 * K) {
-        add_half<K, P>(a, x + off[0], w);
-        add_half<K, P>(b, other + off[0], w + K);
-        add_half<K, P>(a, x + off[1], w + 2 * K);
-        add_half<K, P>(b, other + off[1], w + 3 * K);
+    V acc[K][P];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) acc[k][p] = V{};
+    const auto add = [&](int64_t o, const float* weights) __attribute__((always_inline)) {
+        V in[P];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) in[p] = load(x + o + p * L);
+        multiply_add<K, P>(acc, in, weights);
+    };
+    for (; end - off >= 3; off += 3, w += 3 * K) { // as in sum_tile
+        add(off[0], w);
+        add(off[1], w + K);
+        add(off[2], w + 2 * K);
     }
-    if (off != end) {
-        add_half<K, P>(a, x + off[0], w);
-        add_half<K, P>(b, other + off[0], w + K);
-    }
+    for (; off != end; ++off, w += K) add(off[0], w);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) sum[k][p] = acc[k][p];
 }
-
-__attribute__((noinline)) V activate_late(V v, Act act) { return activate(v, act); }
 
 // The first `count` lanes; fewer than all.
 inline void store_some(float* y, V v, int count) {
@@ -72,29 +70,41 @@ inline void store_some(float* y, V v, int count) {
         }
 }
 
-// Bias, residual, activation and the store of one row of a band.
-template <int K, int P>
-inline __attribute__((always_inline)) void finish_row(V (&acc)[K][P], const BandCall& call, int row) {
-    if (row >= call.rows) return;
+// The rows of a band from its sums, [band_sums][filters][vectors].
+template <int P>
+__attribute__((noinline)) void finish_band(const V* sums, int filters, const BandCall& call) {
+    constexpr float near = float(square_near), far = float(square_far);
+    constexpr float near_cube = near * near_float, far_cube = far * far_float;
     const bool late = is_late(call.act);
     const Bounds bounds(call.act);
-    const int64_t at = row * call.y_pitch;
-    float* const base = call.y + at;
-    const float* const add = call.add ? call.add + at : nullptr;
-    const int tail = call.tail;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-        float* y = base + call.y_plane[k];
+    const int rows = call.rows, tail = call.tail, next = filters * P;
+    const int64_t pitch = call.y_pitch;
+    for (int k = 0; k < filters; ++k, sums += P) {
+        const V bias = V{} + call.bias[k];
+        float* const plane = call.y + call.y_plane[k];
+        const float* const add = call.add ? call.add + call.add_plane[k] : nullptr;
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            V v = acc[k][p] + call.bias[k];
-            if (add) v += load(add + call.add_plane[k] + p * L);
-            v = bounds(v);
-            if (late) v = activate_late(v, call.act);
-            if (p + 1 < P || tail == L) {
-                store(y + p * L, v);
-            } else { // what follows are pad columns, or the next row, which another thread may be writing
-                store_some(y + p * L, v, tail);
+            const V* const sum = sums + p;
+            const V even = sum[0] + sum[next], odd = sum[0] - sum[next];
+            const V far_even = sum[2 * next] + sum[3 * next], far_odd = sum[2 * next] - sum[3 * next];
+            V y[band_rows];
+            y[0] = even + far_even + sum[4 * next];
+            y[1] = near_float * odd + far_float * far_odd;
+            y[2] = near * even + far * far_even;
+            y[3] = near_cube * odd + far_cube * far_odd + sum[5 * next];
+#pragma GCC unroll 4
+            for (int row = 0; row < band_rows; ++row) {
+                if (row >= rows) break;
+                const int64_t at = row * pitch + p * L;
+                V v = y[row] + bias;
+                if (add) v += load(add + at);
+                v = bounds(v);
+                if (late) v = activate(v, call.act);
+                if (p + 1 < P || tail == L)
+                    store(plane + at, v);
+                else // what follows are pad columns, or the next row, which another thread may be writing
+                    store_some(plane + at, v, tail);
             }
         }
     }
@@ -102,78 +112,9 @@ inline __attribute__((always_inline)) void finish_row(V (&acc)[K][P], const Band
 
 template <int K, int P>
 void band_tile(const BandCall& call) {
-    constexpr float near = float(square_near), far = float(square_far);
-    constexpr float near_cube = near * near_float, far_cube = far * far_float;
-    V a[K][P], b[K][P], even[K][P], odd[K][P], inner[K][P]; // the last three wait in memory
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) a[k][p] = b[k][p] = V{};
-    add_sums<K, P>(a, b, call, 0);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-            even[k][p] = a[k][p] + b[k][p], odd[k][p] = a[k][p] - b[k][p];
-            a[k][p] = b[k][p] = V{};
-        }
-    add_sums<K, P>(a, b, call, 1);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-            const V sum = a[k][p] + b[k][p], difference = a[k][p] - b[k][p];
-            inner[k][p] = near_float * odd[k][p] + far_float * difference;
-            odd[k][p] = near_cube * odd[k][p] + far_cube * difference;
-            a[k][p] = sum;
-        }
-    finish_row<K, P>(inner, call, 1);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-            inner[k][p] = near * even[k][p] + far * a[k][p];
-            a[k][p] += even[k][p];
-            b[k][p] = odd[k][p];
-        }
-    finish_row<K, P>(inner, call, 2);
-    add_sums<K, P>(a, b, call, 2);
-    finish_row<K, P>(a, call, 0);
-    finish_row<K, P>(b, call, 3);
-}
-
-template <int K, int P>
-void fill_bands(Kernels& table) {
-    table.band_tile[K][P] = band_tile<K, P>;
-    if constexpr (P > 1) fill_bands<K, P - 1>(table);
-}
-
-template <int K, int P>
-void band_row(Kernels& table) {
-    table.band_vectors[K] = P;
-    fill_bands<K, P>(table);
-}
-
-// Two sums for each filter and vector fit the registers.
-void make_bands(Kernels& table) {
-    table.band_input = band_input;
-#if DSP_WIDE
-    band_row<1, 8>(table);
-    band_row<2, 6>(table);
-    band_row<3, 4>(table);
-    band_row<4, 3>(table);
-    band_row<5, 2>(table);
-    band_row<6, 2>(table);
-    band_row<7, 1>(table);
-    band_row<8, 1>(table);
-#else
-    band_row<1, 6>(table);
-    band_row<2, 3>(table);
-    band_row<3, 2>(table);
-    band_row<4, 1>(table);
-    band_row<5, 1>(table);
-    band_row<6, 1>(table);
-#endif
+    V sums[band_sums][K][P]; // in the first-level cache: one sum at a time fills the registers as a plain tile does
+    for (int s = 0; s < band_sums; ++s) sum_band<K, P>(sums[s], call.x + s * call.pitch, call, call.w + s * call.count * K);
+    finish_band<P>(&sums[0][0][0], K, call);
 }
 
 } // namespace

@@ -297,6 +297,7 @@ namespace {
 template <int K, int P>
 void fill(Kernels& table) {
     table.tile[K][P] = tile<K, P>;
+    table.band_tile[K][P] = band_tile<K, P>;
     table.bf16.tile[K][P] = pair_tile<K, P>;
 #if DSP_FP16
     table.fp16.tile[K][P] = half_tile<K, P>;
@@ -320,6 +321,7 @@ Kernels make() {
     table.pool = pool;
     table.linear = linear;
     table.thin = thin;
+    table.band_input = band_input;
     table.arithmetic = arithmetic;
     table.bf16.own = DSP_BF16, table.bf16.ready = 6.0; // measured on Zen 5
     table.bf16.pair = pair<pack_pair>;
@@ -348,7 +350,6 @@ Kernels make() {
     row<5, 2>(table);
     row<6, 2>(table);
 #endif
-    make_bands(table);
     return table;
 }
 

@@ -97,7 +97,7 @@ class BandConvOp : public ConvOp {
     int row_vectors = 0, tail = 0;        // of an output row; lanes of its last vector that are pixels
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
     int64_t transformed_pitch = 0;        // floats from one combination to the next
-    int64_t scratch = 0, scratch_size = 0; // in the arena, one for each chunk
+    int64_t scratch = 0, scratch_size = 0; // in the arena, one for each worker
     void run(int chunk, const Context& context) const override;
     const char* name() const override { return "conv in bands"; }
 

@@ -8,7 +8,7 @@
 namespace dsp {
 
 bool PlanKey::operator==(const PlanKey& other) const {
-    return interleave == other.interleave && parts == other.parts && sizes == other.sizes;
+    return interleave == other.interleave && threads == other.threads && sizes == other.sizes;
 }
 
 namespace {

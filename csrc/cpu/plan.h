@@ -39,6 +39,7 @@ struct Context {
     const std::vector<Images>* outputs;
     int64_t first; // image
     int count;     // images, at most interleave
+    int worker;    // of the threads that share the arena, from 0
 };
 
 // One piece of work; chunks of it may run at the same time.
@@ -54,7 +55,8 @@ class Op {
 struct PlanKey {
     std::vector<Size> sizes; // of each input
     int interleave;
-    int parts; // into how many chunks an operation is cut
+    int threads; // that share an operation
+    int parts() const { return threads > 1 ? 2 * threads : 1; } // into how many chunks it is cut, at most about
     bool operator==(const PlanKey& other) const;
 };
 

@@ -92,9 +92,8 @@ void Session::run(const std::vector<Size>& sizes, int64_t images, const std::vec
     std::vector<Share> shares = divide(images, threads, network_->kernels.lanes, shapes(sizes).image_bytes);
     if (interleave > 0) shares = {{0, images, interleave, images <= interleave && threads > 1}};
     for (const Share& share : shares) {
-        const int parts = share.together && threads > 1 ? 2 * threads : 1;
-        const auto made = plan({sizes, share.interleave, parts});
-        if (parts > 1)
+        const auto made = plan({sizes, share.interleave, share.together ? threads : 1});
+        if (made->key.threads > 1)
             run_together(*made, share, inputs, outputs, threads);
         else
             run_apart(*made, share, inputs, outputs, threads);
@@ -113,7 +112,7 @@ void Session::run_apart(const Plan& plan, const Share& share, const std::vector<
         for (; block < blocks; block = next.fetch_add(1)) {
             const int64_t first = share.first + block * I;
             const Context context{arena.memory, &inputs, &outputs, first,
-                                  int(std::min<int64_t>(I, share.first + share.count - first))};
+                                  int(std::min<int64_t>(I, share.first + share.count - first)), 0};
             for (const auto& op : plan.ops)
                 for (int chunk = 0; chunk < op->chunks; ++chunk) op->run(chunk, context);
         }
@@ -132,8 +131,7 @@ void Session::run_together(const Plan& plan, const Share& share, const std::vect
     Arena arena(plan, threads);
     const int I = share.interleave;
     for (int64_t first = share.first; first < share.first + share.count; first += I) {
-        const Context context{arena.memory, &inputs, &outputs, first,
-                              int(std::min<int64_t>(I, share.first + share.count - first))};
+        const int count = int(std::min<int64_t>(I, share.first + share.count - first));
         std::vector<Progress> progress(plan.ops.size());
         std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[all]());
         std::atomic<bool>* next = taken.get();
@@ -144,6 +142,7 @@ void Session::run_together(const Plan& plan, const Share& share, const std::vect
         // caches from the operation before.
         const std::function<void()> body = [&] {
             const int rank = joined.fetch_add(1, std::memory_order_relaxed);
+            const Context context{arena.memory, &inputs, &outputs, first, count, rank};
             for (size_t n = 0; n < plan.ops.size(); ++n) {
                 const Op& op = *plan.ops[n];
                 Progress& state = progress[n];
@@ -170,7 +169,7 @@ std::vector<Session::Timing> Session::profile(const std::vector<Size>& sizes, co
                                               int repeats) {
     const auto made = plan({sizes, interleave, 1});
     Arena arena(*made, 1);
-    const Context context{arena.memory, &inputs, &outputs, 0, std::min(images, interleave)};
+    const Context context{arena.memory, &inputs, &outputs, 0, std::min(images, interleave), 0};
     std::vector<std::vector<double>> seconds(made->ops.size());
     for (int repeat = 0; repeat < repeats; ++repeat)
         for (size_t n = 0; n < made->ops.size(); ++n) {

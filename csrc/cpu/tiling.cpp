@@ -42,11 +42,11 @@ double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) 
     double total = 0.0;
     for (int begin = 0; begin < extent.columns; begin += extent.block)
         for (int left = std::min(extent.block, extent.columns - begin); left > 0;) {
-            const int width = pass_width(left, kernels.band_vectors[filters]);
-            // Two sums at a time, as above; each pair has a loop of its own, each row an end.
-            const double arithmetic = filters * width, loads = load * width + filters;
-            const double per_term = term_cost(arithmetic, loads, 4.0);
-            total += band_pairs * (extent.count * per_term + 40.0) + 3.0 * band_rows * filters * width + 25.0;
+            const int width = pass_width(left, kernels.vectors[filters]);
+            const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
+            // Every sum has a loop of its own and goes through memory; then each row has an end.
+            total += band_sums * (extent.count * term_cost(arithmetic, loads, 4.0) + 1.5 * filters * width + 25.0);
+            total += 2.0 * band_rows * filters * width + 25.0;
             if (left == width && begin + extent.block >= extent.columns && extent.partial) total += 6.0 * band_rows * filters;
             left -= width;
         }
@@ -55,7 +55,8 @@ double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) 
 
 double transform_cost(const BandExtent& extent) {
     // Loads, sums and stores of six vectors.
-    return double(extent.bands) * ((extent.columns + 1) * band_sums * 2.0 + 15.0);
+    const double vectors = extent.columns + double(extent.pieces) * extent.reach;
+    return extent.bands * (vectors * band_sums * 2.0 + extent.pieces * 15.0);
 }
 
 namespace {

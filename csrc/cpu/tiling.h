@@ -26,6 +26,8 @@ struct BandExtent {
     int bands;
     int columns;   // vectors in a row
     int block;     // vectors that all filters pass over before the next
+    int pieces;    // of a row that are transformed one after the other
+    int reach;     // vectors that a piece reads beyond its own
     bool aligned;
     bool partial;  // a row's last vector has lanes that are no pixels
 };

@@ -20,16 +20,15 @@ void pack_plain(std::vector<float>& to, const Step& step, const float* first, in
         }
 }
 
-// [pair of sums][channel, horizontal tap][2][filters], in the order of band_input().
+// [sum][channel, horizontal tap][filters], in the order of band_input().
 void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
-    for (int pair = 0; pair < band_pairs; ++pair)
+    for (int sum = 0; sum < band_sums; ++sum)
         for (int64_t c = 0; c < count; c += 3 * columns)
             for (int64_t x = c; x < c + columns; ++x)
-                for (int half = 0; half < 2; ++half)
-                    for (int k = 0; k < filters; ++k) {
-                        const float* tap = first + k * count + x;
-                        to.push_back(band_weight(2 * pair + half, tap[0], tap[columns], tap[2 * columns]));
-                    }
+                for (int k = 0; k < filters; ++k) {
+                    const float* tap = first + k * count + x;
+                    to.push_back(band_weight(sum, tap[0], tap[columns], tap[2 * columns]));
+                }
 }
 
 } // namespace

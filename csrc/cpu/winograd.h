@@ -9,7 +9,7 @@
 
 namespace dsp {
 
-constexpr int band_rows = 4, band_sums = 6, band_pairs = 3;
+constexpr int band_rows = 4, band_sums = 6;
 
 constexpr double near_point = 0.70710678118654752, far_point = 1.41421356237309505;
 constexpr double square_near = 0.5, square_far = 2.0;

@@ -11,7 +11,6 @@ inputs and the values that are needed later as outputs; one thread takes a few i
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,6 @@ from dsp_kernels.program import (
 __all__ = ["CpuExecutor", "Segment", "segments"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_SHAPES = 64  # of outputs, remembered per size of image
 
 
 @dataclass(frozen=True)
@@ -176,73 +174,60 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
 
 def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """As _native_call, for a Program that is nothing else: at batch 1 every microsecond around it shows."""
-    network = build(
-        part.inputs, [program.shapes[program.input][1]], part.steps, part.outputs, dtype == torch.bfloat16
-    )
-    is_vector = len(program.shapes[program.output]) == 2
-    shapes: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
-
-    def shape_for(x: Tensor) -> list[int]:
-        size = x.shape[2], x.shape[3]
-        shape = shapes.get(size)
-        if shape is None:
-            try:
-                (shape,) = network.output_shapes([size])
-            except ValueError as error:
-                raise DSPShapeError(f"this network cannot take this input: {error}") from error
-            shapes[size] = shape
-            if len(shapes) > _MOST_SHAPES:
-                shapes.popitem(last=False)
-        return shape
+    network = _build(part, program, dtype)
+    finish = _shape_of(program.output, program)
 
     def run(x: Tensor) -> Tensor:
         if x.requires_grad:
             x = x.detach()
         if x.dtype != torch.float32:
             x = x.float()
-        shape = shape_for(x)
-        full = (x.shape[0], shape[0]) if is_vector else (x.shape[0], *shape)
-        y = torch.empty(full, dtype=torch.float32, device="cpu")
-        if x.shape[0]:
-            network.run([x.numpy()], [y.numpy()], torch.get_num_threads())
-        return y
+        return finish(_compute(network, [x])[0])
 
     return run
 
 
 def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
-    channels = [program.shapes[name][1] for name in part.inputs]
-    bf16 = dtype == torch.bfloat16
-    network = build(part.inputs, channels, part.steps, part.outputs, bf16)
-    finish = [_shape_of(name, part, program) for name in part.outputs]
+    network = _build(part, program, dtype)
+    finish = [_shape_of(name, program) for name in part.outputs]
     # What plain PyTorch reads has its dtype; the network's own answer stays as exact as it is.
     dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]
 
     def call(values: dict[str, Any]) -> None:
-        tensors = [values[name].detach().float() for name in part.inputs]
-        images = tensors[0].shape[0]
-        try:
-            shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
-        except ValueError as error:
-            raise DSPShapeError(f"this network cannot take this input: {error}") from error
-        results = [torch.empty(images, *shape, dtype=torch.float32, device="cpu") for shape in shapes]
-        if images:
-            network.run(
-                [tensor.numpy() for tensor in tensors],
-                [result.numpy() for result in results],
-                torch.get_num_threads(),
-            )
+        results = _compute(network, [values[name].detach().float() for name in part.inputs])
         for name, result, reshape, kind in zip(part.outputs, results, finish, dtypes, strict=True):
             values[name] = reshape(result).to(kind)
 
     return call
 
 
+def _build(part: Segment, program: Program, dtype: torch.dtype) -> Any:
+    channels = [program.shapes[name][1] for name in part.inputs]
+    return build(part.inputs, channels, part.steps, part.outputs, dtype == torch.bfloat16)
+
+
+def _compute(network: Any, tensors: list[Tensor]) -> list[Tensor]:
+    """The outputs of a native network for float32 inputs, as (batch, channels, height, width)."""
+    images = tensors[0].shape[0]
+    try:
+        shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
+    except ValueError as error:
+        raise DSPShapeError(f"this network cannot take this input: {error}") from error
+    results = [torch.empty((images, *shape), dtype=torch.float32, device="cpu") for shape in shapes]
+    if images:
+        network.run(
+            [tensor.numpy() for tensor in tensors],
+            [result.numpy() for result in results],
+            torch.get_num_threads(),
+        )
+    return results
+
+
 def _pixels(tensor: Tensor) -> tuple[int, int]:
     return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else (1, 1)
 
 
-def _shape_of(name: str, part: Segment, program: Program) -> Callable[[Tensor], Tensor]:
+def _shape_of(name: str, program: Program) -> Callable[[Tensor], Tensor]:
     """The native code makes (batch, channels, height, width); vectors lose the last two."""
     if len(program.shapes[name]) == 2:
         return lambda result: result.flatten(1)

@@ -31,8 +31,8 @@ SHAPES = [
 TABLE = [case for case in CASES if case.batch] + SIZES + SHAPES
 
 
-def network_of(case: Case, a: Arguments, isa: str) -> Any:
-    network = native().Network(isa, False, "always")  # type: ignore[union-attr]
+def network_of(case: Case, a: Arguments, isa: str, winograd: str = "always") -> Any:
+    network = native().Network(isa, False, winograd)  # type: ignore[union-attr]
     x = network.input(case.structure.in_channels)
     residual = -1 if a.residual is None else network.input(case.structure.out_channels)
     network.output(add_conv(network, case.spec, a.weights, a.bias, x, residual))
@@ -64,11 +64,22 @@ def test_bands_of_rows(case: Case, isa: str, monkeypatch: pytest.MonkeyPatch) ->
     assert ("conv in bands" in names) == in_bands(case), names
 
 
-def test_one_image_by_many_threads_is_the_same_to_the_bit() -> None:
-    case = Case("many", WIDE, hw=(30, 23), batch=1, activation="relu")
+@pytest.mark.parametrize(
+    ("structure", "hw", "winograd"),
+    [
+        (WIDE, (30, 23), "always"),
+        # Both ways cost about the same: the pieces of several threads must not tip the balance.
+        (GroupStructure.dense(16, 4), (16, 16), "where faster"),
+        (GroupStructure.dense(4, 12), (28, 28), "where faster"),
+    ],
+)
+def test_one_image_by_many_threads_is_the_same_to_the_bit(
+    structure: GroupStructure, hw: tuple[int, int], winograd: str
+) -> None:
+    case = Case("many", structure, hw=hw, batch=1, activation="relu")
     a = case.tensors()
-    network = network_of(case, a, "")
-    first = torch.empty(1, 21, 30, 23)
+    network = network_of(case, a, "", winograd)
+    first = torch.empty(1, structure.out_channels, *hw)
     network.run([a.x.numpy()], [first.numpy()], 1, 1)
     for threads in (2, 3, 8):
         y = torch.full(first.shape, float("nan"))
@@ -116,3 +127,28 @@ def test_a_band_that_would_fill_the_memory_is_a_plain_sum() -> None:
     names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
     assert "conv in bands" not in names
     torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-4)
+
+
+def test_the_cost_of_transforms_counts_what_lies_between_far_taps() -> None:
+    """Taps 128 columns apart on 64 columns: most of what is transformed is read by no output."""
+    case = Case("far", GroupStructure.dense(64, 8), dilation=(1, 64), padding=(1, 64), hw=(8, 64), batch=16)
+    a = case.tensors()
+    network = network_of(case, a, "", "where faster")
+    y = torch.full((16, 8, 8, 64), float("nan"))
+    names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
+    assert "conv" in names
+
+
+def test_threads_that_share_an_image_have_one_scratch_each() -> None:
+    """Four threads cut an image into eight bands; those of one thread follow one another in its scratch."""
+    case = Case("many", GroupStructure.dense(64, 8), hw=(64, 64), batch=1)
+    a = case.tensors()
+    y = torch.empty(1, 8, 64, 64)
+    sizes = {}
+    for threads in (1, 2, 4):
+        network = network_of(case, a, "")
+        network.run([a.x.numpy()], [y.numpy()], threads, 1)
+        sizes[threads] = network.scratch_bytes
+    one = sizes[2] - sizes[1]
+    assert one > 0
+    assert sizes[4] - sizes[2] == 2 * one

@@ -188,6 +188,17 @@ def test_every_layout_of_the_input() -> None:
         assert torch.equal(fused(view), expected)
 
 
+def test_a_network_that_ends_in_a_flattened_map() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()).eval()
+    x = torch.randn(3, 3, 8, 6)
+    fused = fuse(model, x, backend="cpu")
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-6)
+    # The example's map may be a single pixel where a later one is not.
+    fused = fuse(model, torch.randn(1, 3, 2, 2), backend="cpu")
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_not_a_number_is_not_hidden() -> None:
     """A ReLU in PyTorch keeps NaN; a maximum instruction may not."""
     torch.manual_seed(0)
