@@ -203,7 +203,7 @@ def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callabl
 
 def _build(part: Segment, program: Program, dtype: torch.dtype) -> Any:
     channels = [program.shapes[name][1] for name in part.inputs]
-    return build(part.inputs, channels, part.steps, part.outputs, dtype == torch.bfloat16)
+    return build(part.inputs, channels, part.steps, part.outputs, dtype)
 
 
 def _compute(network: Any, tensors: list[Tensor]) -> list[Tensor]:

@@ -50,15 +50,13 @@ def build(
     channels: Sequence[int],
     steps: Sequence[Step],
     outputs: Sequence[str],
-    bf16: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """inputs, outputs: values that come from and go to PyTorch. A native Network.
 
-    bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case. Weights
-    in float16 are multiplied as such where the CPU does that.
+    dtype: what convolutions multiply, float16 where the CPU does that; between the steps all is float32.
     """
-    weights = (weight for step in steps if isinstance(step, ConvStep) for weight in step.weights)
-    network = new_network(bf16, any(weight.dtype == torch.float16 for weight in weights))
+    network = new_network(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
     value = {name: network.input(width) for name, width in zip(inputs, channels, strict=True)}
     for step in steps:
         value[step.output] = _add(network, step, [value[name] for name in step.inputs])
