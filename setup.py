@@ -38,11 +38,16 @@ OLDEST_TORCH = (2, 10)
 # One file per instruction set; the extension chooses among them when it runs.
 AVX512 = ("f", "dq", "bw", "vl")
 AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mprefer-vector-width=512"]
-BF16_FLAG = "-mavx512bf16"  # gcc 10, clang 9; without it that file compiles to nothing
+# What a compiler or its assembler may lack: name -> flag, instruction. Files compile to nothing without it.
+OPTIONAL = {
+    "AVX512_BF16": ("-mavx512bf16", "vdpbf16ps"),  # gcc 10, clang 9
+    "AVX512_FP16": ("-mavx512fp16", "vfmadd231ph"),  # gcc 12, clang 14, binutils 2.38
+}
 ISA_FLAGS = {
     "kernel_avx2.cpp": ["-mavx2", "-mfma"],
     "kernel_avx512.cpp": AVX512_FLAGS,
-    "kernel_avx512_bf16.cpp": [*AVX512_FLAGS, BF16_FLAG],
+    "kernel_avx512_bf16.cpp": [*AVX512_FLAGS, OPTIONAL["AVX512_BF16"][0]],
+    "kernel_avx512_fp16.cpp": [*AVX512_FLAGS, *(flag for flag, _ in OPTIONAL.values())],
 }
 
 
@@ -152,10 +157,13 @@ class BuildNative(build_ext):
         """One line, easy to find in what `pip install -v` prints; without -v pip shows no build's output."""
         print(f"dsp-kernels: {text}", file=sys.stderr)
 
-    def knows(self, compiler: list[str], flag: str) -> bool:
-        """Whether the compiler takes a flag."""
-        command = [*compiler, flag, "-x", "c++", "-fsyntax-only", os.devnull]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    def knows(self, compiler: list[str], name: str, folder: Path) -> bool:
+        """Whether the compiler has one of OPTIONAL, and its assembler too."""
+        flag, instruction = OPTIONAL[name]
+        source = f'void probe() {{ asm("{instruction} %zmm0, %zmm0, %zmm0"); }}'
+        command = [*compiler, flag, "-x", "c++", "-c", "-", "-o", str(folder / "probe.o")]
+        done = subprocess.run(command, input=source.encode(), capture_output=True, check=False)
+        return done.returncode == 0
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -168,14 +176,15 @@ class BuildNative(build_ext):
         newest_header = max(Path(header).stat().st_mtime for header in ext.depends)
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         x86 = platform.machine() in X86_64
-        bf16 = x86 and self.knows(compiler, BF16_FLAG)
-        defines = ["-DDSP_HAS_AVX512_BF16"] if bf16 else []
+        known = [name for name in OPTIONAL if x86 and self.knows(compiler, name, folder)]
+        defines = [f"-DDSP_HAS_{name}" for name in known]
+        unknown = {OPTIONAL[name][0] for name in OPTIONAL if name not in known}
 
         def compile_one(source: str) -> str:
             target = folder / (Path(source).stem + ".o")
             newest = max(newest_header, Path(source).stat().st_mtime)
             flags = ISA_FLAGS.get(Path(source).name, []) if x86 else []
-            flags = [*defines, *(flag for flag in flags if bf16 or flag != BF16_FLAG)]
+            flags = [*defines, *(flag for flag in flags if flag not in unknown)]
             if source == TORCH_SOURCE:
                 assert self.torch is not None
                 flags = torch_flags(self.torch)

@@ -61,14 +61,15 @@ def may_use_winograd() -> bool:
     return os.environ.get("DSP_KERNELS_WINOGRAD") != "0"
 
 
-def new_network(bf16: bool = False) -> Any:
+def new_network(bf16: bool = False, fp16: bool = False) -> Any:
     """An empty native network for the chosen instruction set.
 
-    bf16: convolutions multiply bfloat16 numbers.
+    bf16: convolutions multiply bfloat16 numbers. fp16: float16 ones, where the instruction set has such
+    products.
     """
     module = native()
     assert module is not None
-    return module.Network(chosen_isa(), bf16, "where faster" if may_use_winograd() else "never")
+    return module.Network(chosen_isa(), bf16, "where faster" if may_use_winograd() else "never", fp16)
 
 
 @cache

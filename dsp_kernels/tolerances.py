@@ -10,7 +10,7 @@ import math
 
 import torch
 
-__all__ = ["ACCUMULATE", "network_tolerance", "op_tolerance"]
+__all__ = ["ACCUMULATE", "HALF_TERMS", "half_sums_tolerance", "network_tolerance", "op_tolerance"]
 
 # dtype of tensors -> dtype in which a sum is accumulated.
 ACCUMULATE: dict[torch.dtype, torch.dtype] = {
@@ -19,6 +19,8 @@ ACCUMULATE: dict[torch.dtype, torch.dtype] = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+# Products that the native float16 kernels add up in float16 before the sum goes to a float32 one.
+HALF_TERMS = 64
 _DEVIATIONS = 4.0
 
 
@@ -29,6 +31,18 @@ def op_tolerance(dtype: torch.dtype, reduction: int) -> float:
     """
     rounding = 0.0 if ACCUMULATE[dtype] == dtype else torch.finfo(dtype).eps
     return rounding + _DEVIATIONS * torch.finfo(ACCUMULATE[dtype]).eps * math.sqrt(max(reduction, 1))
+
+
+def half_sums_tolerance(reduction: int, terms: int = HALF_TERMS) -> float:
+    """As op_tolerance for factors in float16 whose products are summed ``terms`` at a time in float16.
+
+    Of n terms of random signs, the i-th partial sum is about sqrt(i / n) of the whole; rounding it adds an
+    error of at most eps / 2 of that, eps / sqrt(12) in the root mean square. Together: eps / 2 * sqrt(n / 6).
+    A longer sum has as large an error in proportion, because those of its parts are independent.
+    """
+    eps = torch.finfo(torch.float16).eps
+    parts = _DEVIATIONS * eps / 2 * math.sqrt(min(max(reduction, 1), terms) / 6)
+    return parts + op_tolerance(torch.float32, reduction)
 
 
 def network_tolerance(dtype: torch.dtype, reduction: int, depth: int) -> float:

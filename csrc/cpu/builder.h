@@ -44,7 +44,7 @@ class Builder {
         int node;
         int source;
         Pair stride;
-        bool pairs; // planes of words, two channels each
+        const WordKernels* pairs; // what makes planes of words, two channels each, or null
         std::map<std::tuple<int, int, int, int>, int> plane; // (row phase, column phase, channel, other) -> plane
         bool emitted = false;
     };

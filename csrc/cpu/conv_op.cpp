@@ -33,7 +33,7 @@ void ConvOp::run(int chunk, const Context& context) const {
     const int lanes = kernels->lanes;
     prepare(part, context, !vectors.covers_pads);
 
-    const auto& run_tile = step->pairs ? kernels->pair_tile : kernels->tile;
+    const auto& run_tile = step->pairs ? step->pairs->tile : kernels->tile;
     TileCall call{};
     call.x = context.arena;
     call.y = out;

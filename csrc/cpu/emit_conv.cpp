@@ -102,7 +102,7 @@ int Builder::vector_pieces(const ConvOp& op) const {
 Extent Builder::extent(const ConvOp& op, int64_t count, int pieces) const {
     const int vectors = int(op.vectors.at.size());
     return {count, (vectors + pieces - 1) / pieces, op.block_vectors, key_.interleave >= network_.kernels.lanes,
-            op.step->pairs ? 6.0 : 4.0};
+            op.step->pairs ? op.step->pairs->ready : 4.0};
 }
 
 // Pieces of about equal work: ranges of units (vectors or bands) where there are many, else ranges of filter tiles.

@@ -2,7 +2,23 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace dsp {
+
+#if defined(DSP_HAS_AVX512_FP16)
+namespace {
+
+// Bit 23 of EDX in leaf 7: clang 14 has the instructions and not the name for __builtin_cpu_supports.
+bool has_fp16() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+}
+
+} // namespace
+#endif
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
@@ -11,6 +27,9 @@ std::vector<std::string> available_isas() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#if defined(DSP_HAS_AVX512_FP16)
+        if (has_fp16() && __builtin_cpu_supports("avx512bf16")) names.push_back("avx512_fp16");
+#endif
 #if defined(DSP_HAS_AVX512_BF16)
         if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
 #endif
@@ -30,6 +49,9 @@ const Kernels& kernels_for(const std::string& isa) {
         known += (known.empty() ? "" : ", ") + name;
         if (name != wanted) continue;
 #if defined(__x86_64__)
+#if defined(DSP_HAS_AVX512_FP16)
+        if (name == "avx512_fp16") return kernels_avx512_fp16();
+#endif
 #if defined(DSP_HAS_AVX512_BF16)
         if (name == "avx512_bf16") return kernels_avx512_bf16();
 #endif

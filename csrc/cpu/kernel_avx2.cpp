@@ -3,6 +3,7 @@
 #define DSP_LANES 8
 #define DSP_WIDE 0
 #define DSP_BF16 0
+#define DSP_FP16 0
 #define DSP_NAME "avx2"
 #define DSP_TABLE kernels_avx2
 #include "kernel_impl.h"

@@ -3,6 +3,7 @@
 #define DSP_LANES 16
 #define DSP_WIDE 1
 #define DSP_BF16 0
+#define DSP_FP16 0
 #define DSP_NAME "avx512"
 #define DSP_TABLE kernels_avx512
 #include "kernel_impl.h"

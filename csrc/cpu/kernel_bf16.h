@@ -76,30 +76,33 @@ void pair_tile(const TileCall& call) {
                              __attribute__((always_inline)) { add_pairs<K, P>(acc, x, off, w); });
 }
 
-// One row of words from two rows of floats; b may be null.
+// One row of words from two rows of floats; b may be null. pack: (V, V) -> words.
+template <V (*pack)(V, V)>
 void pair_row(const float* a, const float* b, float* target, int64_t count) {
     int64_t n = 0;
-    for (; n + L <= count; n += L) store(target + n, pack_pair(load(a + n), b ? load(b + n) : V{}));
+    for (; n + L <= count; n += L) store(target + n, pack(load(a + n), b ? load(b + n) : V{}));
     if (n == count) return;
     float rest[3][L] = {};
     for (int64_t i = n; i < count; ++i) rest[0][i - n] = a[i], rest[1][i - n] = b ? b[i] : 0.0f;
-    store(rest[2], pack_pair(load(rest[0]), load(rest[1])));
+    store(rest[2], pack(load(rest[0]), load(rest[1])));
     for (int64_t i = n; i < count; ++i) target[i] = rest[2][i - n];
 }
 
+template <V (*pack)(V, V)>
 void pair(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images) {
-    if (stride == 1) return pair_row(a, b, target, count * images);
+    if (stride == 1) return pair_row<pack>(a, b, target, count * images);
     float thinned[2][256]; // images divides its length
     const int64_t piece = 256 / images;
     for (int64_t n = 0; n < count; n += piece) {
         const int64_t some = count - n < piece ? count - n : piece;
         thin({a + n * stride * images, thinned[0], 1, 0, 0, some, stride, images});
         if (b) thin({b + n * stride * images, thinned[1], 1, 0, 0, some, stride, images});
-        pair_row(thinned[0], b ? thinned[1] : nullptr, target + n * images, some * images);
+        pair_row<pack>(thinned[0], b ? thinned[1] : nullptr, target + n * images, some * images);
     }
 }
 
-// As arithmetic(), in bfloat16.
+// As arithmetic(), in words; add is one term of the sums, whose type is S.
+template <typename S, auto add>
 int64_t pair_arithmetic(int64_t turns) {
     constexpr int K = DSP_WIDE ? 8 : 4, P = 3;
     alignas(64) float words[P * L], weights[K];
@@ -107,17 +110,20 @@ int64_t pair_arithmetic(int64_t turns) {
     for (int k = 0; k < K; ++k) weights[k] = 0.0f;
     const float* x[P];
     for (int p = 0; p < P; ++p) x[p] = words + p * L;
-    V acc[K][P];
+    S acc[K][P];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = V{};
-    for (int64_t t = 0; t < turns; ++t) add_pairs<K, P>(acc, x, 0, weights);
+        for (int p = 0; p < P; ++p) acc[k][p] = S{};
+    for (int64_t t = 0; t < turns; ++t) {
+        asm volatile("" : : "r"(words), "r"(weights) : "memory"); // else GCC sees that they are zeros
+        add(acc, x, 0, weights);
+    }
     V total{};
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) total += acc[k][p];
+        for (int p = 0; p < P; ++p) total += (V)acc[k][p];
     volatile float sink = total[0];
     (void)sink;
     return turns * K * P * L * 2;

@@ -1,6 +1,6 @@
 // The kernels, written once for any vector length. A file that compiles them for an instruction set defines
-// DSP_LANES (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_BF16 (1 with bfloat16 products),
-// DSP_NAME and DSP_TABLE first.
+// DSP_LANES (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_BF16 and DSP_FP16 (1 with
+// products of such numbers), DSP_NAME and DSP_TABLE first.
 // Everything is in an anonymous namespace and no header with inline functions is included: code compiled for
 // a newer instruction set must not replace code that an older CPU runs.
 #pragma once
@@ -287,6 +287,9 @@ void linear(const LinearCall& call) {
 
 #include "kernel_bands.h"
 #include "kernel_bf16.h"
+#if DSP_FP16
+#include "kernel_fp16.h"
+#endif
 
 namespace dsp {
 namespace {
@@ -294,8 +297,11 @@ namespace {
 template <int K, int P>
 void fill(Kernels& table) {
     table.tile[K][P] = tile<K, P>;
-    table.pair_tile[K][P] = pair_tile<K, P>;
     table.band_tile[K][P] = band_tile<K, P>;
+    table.bf16.tile[K][P] = pair_tile<K, P>;
+#if DSP_FP16
+    table.fp16.tile[K][P] = half_tile<K, P>;
+#endif
     if constexpr (P > 1) fill<K, P - 1>(table);
 }
 
@@ -318,8 +324,14 @@ Kernels make() {
     table.band_input = band_input;
     table.patch_input = patch_input;
     table.arithmetic = arithmetic;
-    table.pair = pair;
-    table.pair_arithmetic = pair_arithmetic;
+    table.bf16.own = DSP_BF16, table.bf16.ready = 6.0; // measured on Zen 5
+    table.bf16.pair = pair<pack_pair>;
+    table.bf16.arithmetic = pair_arithmetic<V, add_pairs<DSP_WIDE ? 8 : 4, 3>>;
+#if DSP_FP16
+    table.fp16.own = true, table.fp16.ready = 4.0; // as its float multiply-adds; not measured
+    table.fp16.pair = pair<pack_halves>;
+    table.fp16.arithmetic = pair_arithmetic<H, add_halves<DSP_WIDE ? 8 : 4, 3>>;
+#endif
 #if DSP_WIDE
     table.filters = 8;
     row<1, 8>(table);

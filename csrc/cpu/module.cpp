@@ -38,6 +38,11 @@ dsp::Winograd winograd_of(const std::string& name) {
     fail("winograd is 'never', 'where faster', 'bands' or 'patches', not '" + name + "'");
 }
 
+dsp::Numbers numbers_of(bool bf16, bool fp16) {
+    if (bf16 && fp16) fail("numbers are bfloat16 or float16, not both");
+    return bf16 ? dsp::Numbers::bf16 : fp16 ? dsp::Numbers::fp16 : dsp::Numbers::f32;
+}
+
 std::vector<float> flat(const Array& array) {
     const auto dense = py::array_t<float, py::array::c_style | py::array::forcecast>(array);
     return std::vector<float>(dense.data(), dense.data() + dense.size());
@@ -50,8 +55,8 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 // Built step by step, then sealed; after that it can only run.
 class Native {
   public:
-    Native(const std::string& isa, bool bf16, const std::string& winograd)
-        : network_(std::make_unique<dsp::Network>(isa, bf16, winograd_of(winograd))) {}
+    Native(const std::string& isa, bool bf16, const std::string& winograd, bool fp16)
+        : network_(std::make_unique<dsp::Network>(isa, numbers_of(bf16, fp16), winograd_of(winograd))) {}
 
     int input(int channels) { return open().add_input(channels); }
 
@@ -226,16 +231,28 @@ PYBIND11_MODULE(_C, m) {
     m.def("available_isas", &dsp::available_isas, "Instruction sets that are compiled in and run here, best first.");
     m.def(
         "arithmetic",
-        [](const std::string& isa, int64_t turns, bool bf16) {
+        [](const std::string& isa, int64_t turns, bool bf16, bool fp16) {
             const dsp::Kernels& kernels = dsp::kernels_for(isa);
-            return bf16 ? kernels.pair_arithmetic(turns) : kernels.arithmetic(turns);
+            const dsp::WordKernels* words = dsp::words_of(kernels, numbers_of(bf16, fp16));
+            return words ? words->arithmetic(turns) : kernels.arithmetic(turns);
         },
         "Runs multiply-adds on registers alone; returns how many.", py::arg("isa"), py::arg("turns"),
-        py::arg("bf16") = false, py::call_guard<py::gil_scoped_release>());
+        py::arg("bf16") = false, py::arg("fp16") = false, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "own_products",
+        [](const std::string& isa) {
+            const dsp::Kernels& kernels = dsp::kernels_for(isa);
+            std::vector<std::string> names{"float32"};
+            if (kernels.bf16.own) names.push_back("bfloat16");
+            if (kernels.fp16.own) names.push_back("float16");
+            return names;
+        },
+        "The numbers that an instruction set multiplies by instructions for them.");
+    m.attr("half_terms") = dsp::half_terms;
     m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
-        .def(py::init<const std::string&, bool, const std::string&>(), py::arg("isa") = "", py::arg("bf16") = false,
-             py::arg("winograd") = "where faster")
+        .def(py::init<const std::string&, bool, const std::string&, bool>(), py::arg("isa") = "",
+             py::arg("bf16") = false, py::arg("winograd") = "where faster", py::arg("fp16") = false)
         .def("input", &Native::input)
         .def("conv", &Native::conv)
         .def("conv_like", &Native::conv_like)

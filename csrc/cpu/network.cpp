@@ -52,8 +52,13 @@ bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid
 
 } // namespace
 
-Network::Network(const std::string& isa, bool bf16, Winograd winograd)
-    : kernels(kernels_for(isa)), bf16(bf16), winograd(winograd) {}
+const WordKernels* words_of(const Kernels& kernels, Numbers numbers) {
+    if (numbers == Numbers::bf16) return &kernels.bf16;
+    return numbers == Numbers::fp16 && kernels.fp16.own ? &kernels.fp16 : nullptr;
+}
+
+Network::Network(const std::string& isa, Numbers numbers, Winograd winograd)
+    : kernels(kernels_for(isa)), words(words_of(kernels, numbers)), winograd(winograd) {}
 
 void Network::check(int value) const {
     require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
@@ -106,8 +111,8 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
     step.groups = std::move(groups);
     // With one channel per group, as in a depthwise convolution, a pair would have no second half.
-    step.pairs = bf16 && std::any_of(step.groups.begin(), step.groups.end(),
-                                     [](const GroupIndex& group) { return group.in.size() > 1; });
+    if (std::any_of(step.groups.begin(), step.groups.end(), [](const GroupIndex& group) { return group.in.size() > 1; }))
+        step.pairs = words;
     if (step.pairs) order_by_pairs(step.groups, taps);
     return make(std::move(step), out_channels, rectifies(act));
 }

@@ -31,7 +31,7 @@ struct FilterTile {
     std::vector<int> channels; // output channels
 };
 
-// A channel, or two channels whose pixels stand in one word (kernel_bf16.h); other is -1 without a partner.
+// A channel, or two channels whose pixels stand in one word (kernel_bf16.h, kernel_fp16.h); other is -1 without a partner.
 struct Source {
     int channel, other;
 };
@@ -63,7 +63,7 @@ struct Step {
     Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
     std::vector<GroupIndex> groups;
     std::vector<int> absent;
-    bool pairs = false; // computed in bfloat16, two channels at a time
+    const WordKernels* pairs = nullptr; // what computes it two channels at a time, in 16 bit; null: one by one
     std::vector<float> weights, bias; // linear: [in][out padded]; conv: the bias of each output channel
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
@@ -83,13 +83,19 @@ struct Value {
 // Whether convolutions are computed by Winograd's method; bands and patches: in this form wherever it is possible.
 enum class Winograd { never, where_faster, bands, patches };
 
+// What convolutions round their input and weights to. fp16: only where the CPU multiplies such numbers, else floats.
+enum class Numbers { f32, bf16, fp16 };
+
+// What computes with such numbers, or null: floats are multiplied.
+const WordKernels* words_of(const Kernels& kernels, Numbers numbers);
+
 class Network {
   public:
-    // bf16: convolutions round what they read and their weights to bfloat16. Sums and values stay float.
-    explicit Network(const std::string& isa, bool bf16 = false, Winograd winograd = Winograd::where_faster);
+    // Values stay float in any case.
+    explicit Network(const std::string& isa, Numbers numbers = Numbers::f32, Winograd winograd = Winograd::where_faster);
 
     const Kernels& kernels;
-    const bool bf16;
+    const WordKernels* const words; // of its numbers, or null: floats
     const Winograd winograd;
     std::vector<Value> values;
     std::vector<Step> steps;

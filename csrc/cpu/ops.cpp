@@ -29,8 +29,8 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
 void SplitOp::pair_whole(const Plane& plane, const Context& context) const {
     const Geometry& s = from.geometry;
     clear_pads(to, to.in(context), plane.to, plane.to + 1, false);
-    kernels->pair(from.plane(context, plane.channel), plane.other < 0 ? nullptr : from.plane(context, plane.other),
-                  to.plane(context, plane.to), (s.h - 1) * s.pitch + s.w, 1, s.interleave);
+    pairs->pair(from.plane(context, plane.channel), plane.other < 0 ? nullptr : from.plane(context, plane.other),
+                to.plane(context, plane.to), (s.h - 1) * s.pitch + s.w, 1, s.interleave);
 }
 
 void SplitOp::run(int chunk, const Context& context) const {
@@ -57,7 +57,7 @@ void SplitOp::run(int chunk, const Context& context) const {
         if (pairs && filled > 0) {
             for (int64_t y = 0; y < filled_rows; ++y) {
                 const float* row = source + y * source_pitch;
-                kernels->pair(row, plane.other < 0 ? nullptr : row + other, target + y * target_pitch, filled, stride[1], I);
+                pairs->pair(row, plane.other < 0 ? nullptr : row + other, target + y * target_pitch, filled, stride[1], I);
             }
         } else if (filled_rows > 0 && filled > 0) {
             kernels->thin({source, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});

@@ -43,7 +43,7 @@ class StoreOp : public Op {
 };
 
 // Rows and columns sorted by their phase under a stride: plane (phase, c) holds x[c, phase + stride * i]. In pairs, a
-// plane holds words of two channels, rounded to bfloat16.
+// plane holds words of two channels.
 class SplitOp : public Op {
   public:
     struct Plane {
@@ -52,7 +52,7 @@ class SplitOp : public Op {
     const Kernels* kernels;
     Place from, to;
     Pair stride;
-    bool pairs = false;
+    const WordKernels* pairs = nullptr;
     std::vector<Plane> planes;
     void run(int chunk, const Context& context) const override;
     const char* name() const override { return pairs ? "pair" : "split"; }

@@ -6,21 +6,18 @@ namespace dsp {
 
 namespace {
 
-// Two weights as the kernels read them, by the kernels' own rounding.
-float as_word(float a, float b) {
-    float word;
-    kernels_base().pair(&a, &b, &word, 1, 1, 1);
-    return word;
-}
-
-// The weights of one tile as plain sums read them.
+// The weights of one tile as plain sums read them: floats, or words by the kernels' own rounding.
 void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
     for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
-        for (int64_t j = c; j < c + taps; ++j)
+        for (int64_t j = c; j < c + taps; ++j) {
+            float one[max_filters], other[max_filters];
             for (int k = 0; k < filters; ++k) {
                 const float* filter = first + k * count;
-                to.push_back(!step.pairs ? filter[j] : as_word(filter[j], j + taps < count ? filter[j + taps] : 0.0f));
+                one[k] = filter[j], other[k] = j + taps < count ? filter[j + taps] : 0.0f;
             }
+            if (step.pairs) step.pairs->pair(one, other, one, filters, 1, 1);
+            to.insert(to.end(), one, one + filters);
+        }
 }
 
 // [sum][channel][filters], in the order of patch_input().

@@ -1,7 +1,8 @@
 """Runs a Program by the native CPU kernels; what they do not know runs in plain PyTorch between.
 
 In bfloat16 a convolution rounds what it reads and multiplies bfloat16 numbers; its sum, bias, residual and
-activation and all other steps are float32. In float16 only the Program's numbers are that; all arithmetic is
+activation and all other steps are float32. In float16 it is so on CPUs with AVX512-FP16, but for short sums
+of products, which are float16 too; on others only the Program's numbers are float16 and all arithmetic is
 float32. Input and output may have any dtype.
 
 The Program is cut into runs of native steps. Each run is one native network with the values it needs as
@@ -106,8 +107,9 @@ class CpuExecutor:
 def _products(isa: str, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return ""
-    own = dtype == torch.bfloat16 and "bf16" in isa
-    return f", {str(dtype).removeprefix('torch.')}{'' if own else ' by float32 arithmetic'}"
+    module, name = native(), str(dtype).removeprefix("torch.")
+    assert module is not None
+    return f", {name}{'' if name in module.own_products(isa) else ' by float32 arithmetic'}"
 
 
 def _dtype(program: Program) -> torch.dtype:
@@ -201,7 +203,7 @@ def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callabl
 
 def _build(part: Segment, program: Program, dtype: torch.dtype) -> Any:
     channels = [program.shapes[name][1] for name in part.inputs]
-    return build(part.inputs, channels, part.steps, part.outputs, dtype == torch.bfloat16)
+    return build(part.inputs, channels, part.steps, part.outputs, dtype)
 
 
 def _compute(network: Any, tensors: list[Tensor]) -> list[Tensor]:

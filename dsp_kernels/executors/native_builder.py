@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from dsp_kernels.backends.cpu import add_conv, as_array
 from dsp_kernels.native import new_network
 from dsp_kernels.program import (
@@ -48,13 +50,13 @@ def build(
     channels: Sequence[int],
     steps: Sequence[Step],
     outputs: Sequence[str],
-    bf16: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """inputs, outputs: values that come from and go to PyTorch. A native Network.
 
-    bf16: convolutions multiply bfloat16 numbers; what lies between the steps is float32 in any case.
+    dtype: what convolutions multiply, float16 where the CPU does that; between the steps all is float32.
     """
-    network = new_network(bf16)
+    network = new_network(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
     value = {name: network.input(width) for name, width in zip(inputs, channels, strict=True)}
     for step in steps:
         value[step.output] = _add(network, step, [value[name] for name in step.inputs])

@@ -72,7 +72,7 @@ bool agrees(const Case& c, const std::string& isa) {
     for (auto& group : groups) group.weights = numbers(int64_t(group.in.size()) * group.out.size() * taps);
     const auto bias = numbers(c.filters);
 
-    auto network = std::make_unique<dsp::Network>(isa, false, c.winograd);
+    auto network = std::make_unique<dsp::Network>(isa, dsp::Numbers::f32, c.winograd);
     const int x = network->add_input(c.channels);
     const int add = c.residual ? network->add_input(c.filters) : -1;
     const int y = network->add_conv(x, add, c.filters, c.kernel, c.stride, c.padding, c.dilation, c.act, groups, bias.data());

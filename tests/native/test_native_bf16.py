@@ -235,7 +235,9 @@ def test_explain_says_how_products_are_made(monkeypatch: pytest.MonkeyPatch) -> 
     assert "cpu base, bfloat16 by float32 arithmetic" in fused.explain()
 
 
-def test_float16_rounds_the_network_and_computes_in_float32() -> None:
+def test_float16_rounds_the_network_and_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU multiplies no halves; test_native_fp16.py has the rest."""
+    monkeypatch.setenv("DSP_KERNELS_ISA", "base")
     torch.manual_seed(0)
     layer = PackedConv2d(GroupStructure.dense(4, 4), 3, padding=1).eval()
     x = torch.randn(2, 4, 8, 8)

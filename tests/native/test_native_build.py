@@ -71,7 +71,9 @@ def pretended_compiler(tmp_path: Path) -> tuple[str, Path]:
     """A compiler that makes empty files at once, and the file that lists what it was asked for."""
     log, script = tmp_path / "asked", tmp_path / "compiler"
     script.write_text(
-        f'#!/bin/sh\necho "$@" >> {log}\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n', encoding="utf-8"
+        f'#!/bin/sh\necho "$@" >> {log}\ncase " $* " in *" -x "*) exit 1;; esac\n'  # knows nothing optional
+        'while [ "$1" != -o ]; do shift; done\n: > "$2"\n',
+        encoding="utf-8",
     )
     script.chmod(0o755)
     return str(script), log
@@ -95,11 +97,12 @@ def test_without_torch_python_registers_the_op(tmp_path: Path) -> None:
     assert "torch_op.cpp" not in log.read_text(encoding="utf-8")
 
 
-def test_a_compiler_that_does_not_know_bfloat16(tmp_path: Path) -> None:
+def test_a_compiler_that_does_not_know_16_bit(tmp_path: Path) -> None:
     """The pretended one fails when it is asked; the other instruction sets are built all the same."""
     compiler, log = pretended_compiler(tmp_path)
     _, made = build(tmp_path, CXX=compiler)
     assert len(made) == 1
-    asked = [line for line in log.read_text(encoding="utf-8").splitlines() if "-fsyntax-only" not in line]
-    assert any("kernel_avx512_bf16.cpp" in line for line in asked)
-    assert not any("bf16 " in line or "AVX512_BF16" in line for line in asked)
+    asked = [line for line in log.read_text(encoding="utf-8").splitlines() if " -x " not in line]
+    for name in ("bf16", "fp16"):
+        assert any(f"kernel_avx512_{name}.cpp" in line for line in asked)
+        assert not any(f"{name} " in line or f"AVX512_{name.upper()}" in line for line in asked)

@@ -17,7 +17,7 @@ from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.native import chosen_isa, native, why_missing
 from dsp_kernels.tolerances import op_tolerance
 
-ISAS = ["avx512_bf16", "avx512", "avx2", "base"]
+ISAS = ["avx512_fp16", "avx512_bf16", "avx512", "avx2", "base"]
 
 
 def need(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

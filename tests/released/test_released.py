@@ -56,18 +56,19 @@ def test_packed_and_fused_answers(shared: Path, images: Tensor, labels: Tensor, 
     assert "plain PyTorch:" not in fused.explain()
 
 
-@pytest.mark.skipif(native() is None, reason="bfloat16 by the native kernels")
+@pytest.mark.skipif(native() is None, reason="16 bit by the native kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", NETS)
-def test_bfloat16_answers(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
+def test_16_bit_answers(shared: Path, images: Tensor, labels: Tensor, name: str, dtype: torch.dtype) -> None:
     """As many right answers as in float32, but for two of the 1,017 images."""
     golden = np.load(shared / "golden" / "logits.npz")
     correct = int(golden["correct1017"][list(golden["names"]).index(name)])
     packed = read_released(shared / "nets" / f"{name}.npz")
-    fused = dsp_kernels.fuse(packed, images[:1], backend="cpu", dtype=torch.bfloat16)
+    fused = dsp_kernels.fuse(packed, images[:1], backend="cpu", dtype=dtype)
     logits = torch.cat([fused(batch) for batch in images.split(339)])
     assert abs(int((logits.argmax(1) == labels).sum()) - correct) <= 2
     error = (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() / logits.abs().max()
-    assert error <= network_tolerance(torch.bfloat16, 576, int(name[6:8]))
+    assert error <= network_tolerance(dtype, 576, int(name[6:8]))
 
 
 @pytest.mark.parametrize("name", ["resnet20_g4", "resnet56_g2"])

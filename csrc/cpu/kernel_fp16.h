@@ -1,0 +1,144 @@
+// Convolutions in float16, a part of kernel_impl.h for CPUs with AVX512-FP16. A word of 32 bits holds one pixel of two
+// channels, the first in the lower half, as in kernel_bf16.h. One instruction multiplies a vector of words with a word of
+// weights and adds to sums that are halves too: of even channels in the lower halves, of odd ones in the upper.
+//
+// Such a sum is rounded to 11 bits at every term, so it goes to a float sum after half_terms terms at most. With
+// n = half_terms and terms of random signs, the root mean square error of a whole sum is 2^-11 * sqrt(n / 6) times
+// what is typical of it, however long it is; tolerances.py knows n too. Products and sums of n terms that leave the range
+// of float16 (65504) are infinite, and what is below 2^-25 is lost.
+#pragma once
+
+#include <immintrin.h> // its functions are always inlined and leave no symbols
+
+namespace dsp {
+namespace {
+
+typedef W H; // two halves per word
+
+#if defined(__AVX512FP16__)
+
+constexpr __mmask16 all = 0xffff; // the forms without a mask make GCC warn of values that are not set
+
+// Of the three forms GCC 12 takes others too, which cost moves and spills: 16 in the 72 multiply-adds of a loop.
+inline H multiply_add(H sum, H a, H b) {
+    asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+// The nearest half, ties to even, in the lower half of each word. Beyond its range it is infinite, a NaN stays one.
+inline W narrow(V v) {
+    const __m256i halves = _mm512_maskz_cvtps_ph(all, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    return (W)_mm512_maskz_cvtepu16_epi32(all, halves);
+}
+
+// The sum of both halves of each word.
+inline V widen_sum(H h) {
+    typedef int16_t I __attribute__((vector_size(64)));
+    constexpr I order{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                      1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const __m512i sorted = _mm512_permutexvar_epi16((__m512i)order, (__m512i)h);
+    const __m256i even = _mm512_maskz_extracti64x4_epi64(0xff, sorted, 0), odd = _mm512_maskz_extracti64x4_epi64(0xff, sorted, 1);
+    return (V)_mm512_maskz_cvtph_ps(all, even) + (V)_mm512_maskz_cvtph_ps(all, odd);
+}
+
+#else // The same with vectors of 8 by F16C, which tests run on other CPUs. A sum is rounded to float first, then to half.
+
+inline V widen_lower(W words) {
+    const __m256i lower = (__m256i)(words & 0xffffu);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
+    return (V)_mm256_cvtph_ps(halves);
+}
+
+inline W narrow(V v) { return (W)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
+
+inline H multiply_add(H sum, H a, H b) {
+    const V even = widen_lower(sum) + widen_lower(a) * widen_lower(b);
+    const V odd = widen_lower(sum >> 16) + widen_lower(a >> 16) * widen_lower(b >> 16);
+    return narrow(even) | narrow(odd) << 16;
+}
+
+inline V widen_sum(H h) { return widen_lower(h) + widen_lower(h >> 16); }
+
+#endif
+
+inline V pack_halves(V a, V b) { return (V)(narrow(a) | narrow(b) << 16); }
+
+// One word of each channel for every pixel of a tile: P vectors times K weights, two products each. The fewer of both
+// wait in registers.
+template <int K, int P>
+inline __attribute__((always_inline)) void add_halves(H (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
+    const Word* words = reinterpret_cast<const Word*>(w);
+    if constexpr (K < P) {
+        H weight[K];
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) weight[k] = (H)(W{} + words[k]);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            const H in = (H)load(x[p] + o);
+#pragma GCC unroll 8
+            for (int k = 0; k < K; ++k) acc[k][p] = multiply_add(acc[k][p], in, weight[k]);
+        }
+    } else {
+        H in[P];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) in[p] = (H)load(x[p] + o);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+            const H weight = (H)(W{} + words[k]);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] = multiply_add(acc[k][p], in[p], weight);
+        }
+    }
+}
+
+// Adds up a tile in runs of about equal length; their float sums wait in memory, because the sums in halves fill the
+// registers.
+template <int K, int P>
+void half_tile(const TileCall& call) {
+    alignas(L * 4) float sums[K * P * L];
+    const float* x[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) x[p] = call.x + call.vec[p];
+    const float* w = call.w;
+    const int32_t* off = call.off;
+    int64_t left = call.count, run = left;
+    if (left > half_terms) {
+        const int64_t runs = (left + half_terms - 1) / half_terms;
+        run = (left + runs - 1) / runs;
+    }
+    V total[K][P];
+    for (bool first = true;; first = false) {
+        if (left < run) run = left;
+        const int32_t* const end = off + run;
+        H acc[K][P];
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[k][p] = H{};
+        for (; end - off >= 3; off += 3, w += 3 * K) {
+            add_halves(acc, x, off[0], w);
+            add_halves(acc, x, off[1], w + K);
+            add_halves(acc, x, off[2], w + 2 * K);
+        }
+        for (; off != end; ++off, w += K) add_halves(acc, x, off[0], w);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) {
+                total[k][p] = widen_sum(acc[k][p]);
+                if (!first) total[k][p] += load(sums + (k * P + p) * L);
+            }
+        if (!(left -= run)) break;
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) store(sums + (k * P + p) * L, total[k][p]);
+    }
+    if (call.mask)
+        finish<K, P, true>(total, call);
+    else
+        finish<K, P, false>(total, call);
+}
+
+} // namespace
+} // namespace dsp

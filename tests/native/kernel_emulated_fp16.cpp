@@ -1,0 +1,24 @@
+// The float16 kernels with their instructions computed in float, for CPUs without AVX512-FP16. half_emulation.py builds
+// an extension of the tests' own with this file in place of isa.cpp and of the product's instruction sets.
+#define DSP_LANES 8
+#define DSP_WIDE 1 // the tiles of 32 registers, which this CPU keeps in memory
+#define DSP_BF16 0
+#define DSP_FP16 1
+#define DSP_NAME "emulated_fp16"
+#define DSP_TABLE kernels_emulated
+#include "kernel_impl.h"
+
+#include "isa.h"
+
+#include <stdexcept>
+
+namespace dsp {
+
+std::vector<std::string> available_isas() { return {DSP_NAME}; }
+
+const Kernels& kernels_for(const std::string& isa) {
+    if (!isa.empty() && isa != DSP_NAME) throw std::invalid_argument("instruction set '" + isa + "' is not in this build");
+    return kernels_emulated();
+}
+
+} // namespace dsp
