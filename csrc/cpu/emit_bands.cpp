@@ -11,8 +11,6 @@ namespace {
 // Of one thread, in floats: 64 MB, about a hundred times what ResNet-50 needs. Displacements have 32 bits.
 constexpr int64_t most_scratch = int64_t(1) << 24;
 
-int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-
 // Vectors that fit a share of a cache when `channels` of them, transformed, take this many floats each.
 int fitting(int64_t bytes, int64_t channels, int64_t floats, int least, int most) {
     const int64_t fit = bytes / std::max<int64_t>(channels * floats * int64_t(sizeof(float)), 1);

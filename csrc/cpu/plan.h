@@ -84,6 +84,9 @@ class Plan {
 // Pixels of a window's output along one axis; -1 if the input is smaller than the window.
 int output_size(int size, int kernel, int stride, int padding, int dilation, bool ceil_mode = false);
 
+// The next multiple of m.
+inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
 Vectors cover(const Geometry& geometry, int lanes);
 
 } // namespace dsp
