@@ -29,7 +29,9 @@ def _check_device(name: str) -> None:
     device = None
     with suppress(RuntimeError):
         device = torch.device(name)
-    if device is None or (device.type != "cuda" and name != "cpu"):
+    # torch keeps eight bits of a number: "cuda:256" would be the first device.
+    wrapped = device is not None and ":" in name and str(device) != name
+    if device is None or wrapped or (device.type != "cuda" and name != "cpu"):
         raise DSPError(f"--device is {name!r}; expected cpu, cuda or cuda:1")
     if device.type == "cpu":
         return

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dsp_kernels.errors import DSPShapeError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS, Runner
-from dsp_kernels.native import warn_if_missing
+from dsp_kernels.native import adds_in_half, warn_if_missing
 from dsp_kernels.planner import plan
 from dsp_kernels.program import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.tolerances import network_tolerance
@@ -175,7 +175,8 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
     convs = [step for step in fused.program.steps if isinstance(step, ConvStep)]
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
     reductions = [weight[0].numel() for step in convs for weight in step.weights]
-    bound = network_tolerance(fused.dtype, max(reductions, default=1), depth)
+    half_sums = fused.dtype == torch.float16 and fused.device.type == "cpu" and adds_in_half()
+    bound = network_tolerance(fused.dtype, max(reductions, default=1), depth, half_sums)
     # Under somebody's autocast the model itself would be the one that rounds.
     plain = torch.autocast(example_input.device.type, enabled=False)
     with evaluating(model), torch.no_grad(), plain:

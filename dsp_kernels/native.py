@@ -11,7 +11,15 @@ from typing import Any
 
 from dsp_kernels.errors import DSPBackendError
 
-__all__ = ["chosen_isa", "may_use_winograd", "native", "new_network", "warn_if_missing", "why_missing"]
+__all__ = [
+    "adds_in_half",
+    "chosen_isa",
+    "may_use_winograd",
+    "native",
+    "new_network",
+    "warn_if_missing",
+    "why_missing",
+]
 
 _FIX = (
     "install a C++ compiler and run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
@@ -59,6 +67,12 @@ def may_use_winograd() -> bool:
     DSP_KERNELS_WINOGRAD=0 in the environment turns it off.
     """
     return os.environ.get("DSP_KERNELS_WINOGRAD") != "0"
+
+
+def adds_in_half() -> bool:
+    """Whether the chosen instruction set adds products of float16 numbers in float16."""
+    module = native()
+    return module is not None and "float16" in module.own_products(chosen_isa())
 
 
 def new_network(bf16: bool = False, fp16: bool = False) -> Any:

@@ -45,10 +45,12 @@ def half_sums_tolerance(reduction: int, terms: int = HALF_TERMS) -> float:
     return parts + op_tolerance(torch.float32, reduction)
 
 
-def network_tolerance(dtype: torch.dtype, reduction: int, depth: int) -> float:
+def network_tolerance(dtype: torch.dtype, reduction: int, depth: int, half_sums: bool = False) -> float:
     """For ``depth`` layers, none of which sums more than ``reduction`` products per output.
 
-    Each layer adds its own error, and folding rounds each weight once more.
+    Each layer adds its own error, and folding rounds each weight once more. half_sums: products are added in
+    float16 (half_sums_tolerance).
     """
-    per_layer = op_tolerance(dtype, reduction) + _DEVIATIONS * torch.finfo(dtype).eps
+    layer = half_sums_tolerance(reduction) if half_sums else op_tolerance(dtype, reduction)
+    per_layer = layer + _DEVIATIONS * torch.finfo(dtype).eps
     return per_layer * math.sqrt(max(depth, 1))

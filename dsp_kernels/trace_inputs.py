@@ -31,7 +31,9 @@ def as_inputs(example: Example) -> tuple[Tensor, ...]:
 def check_taken(model: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]) -> None:
     """Raise DSPShapeError where a graph of the model has no place for one of these inputs."""
     places = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) > len(places) and not any(place.startswith("*") for place in places):
+    if len(inputs) > len(places) and not any(
+        place.startswith("*") and not place.startswith("**") for place in places
+    ):
         raise DSPShapeError(
             f"{type(model).__name__}.forward() takes {len(places)} input{'s' * (len(places) != 1)}; input "
             f"{len(places) + 1} of the example, of shape {tuple(inputs[len(places)].shape)}, has no place"
@@ -82,7 +84,7 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
         place: argument
         for place, argument in enumerate(arguments)
         if (place >= given or (count is not None and argument.kind is argument.KEYWORD_ONLY))
-        and (argument.default is None or isinstance(argument.default, bool | int | float))
+        and (argument.default is None or isinstance(argument.default, bool | int | float | str))
     }
     # A Proxy is never None and has no truth: ``if mask is not None`` would take the wrong way.
     concrete = {argument.name: argument.default for argument in fixed.values()}
@@ -91,6 +93,11 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for place in fixed:
         _erase(graph, placeholders[place])
+    # What nobody gives and nothing reads.
+    for node in placeholders[len(arguments) :]:
+        keywords = str(node.target).startswith("**")
+        if not node.users and (keywords or (count is not None and count <= len(arguments))):
+            graph.erase_node(node)
     return graph
 
 

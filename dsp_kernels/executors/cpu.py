@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.executors.flattened import flattened_maps
 from dsp_kernels.executors.native_builder import NATIVE_STEPS, build
 from dsp_kernels.native import chosen_isa, native, why_missing
 from dsp_kernels.program import (
+    ActivationStep,
     ConvStep,
+    GateStep,
     LinearStep,
     Program,
     Step,
@@ -156,6 +159,11 @@ def _why_not(step: Step, program: Program) -> str:
         return "eager: its tensors are neither images nor feature vectors"
     if isinstance(step, LinearStep) and len(program.shapes[step.inputs[0]]) != 2:
         return "eager: a linear layer over the last axis of an image"
+    # A flattened map is its planes still: single numbers can be changed or read, but not counted as features.
+    if not isinstance(step, (LinearStep, ActivationStep, GateStep)) and flattened_maps(program) & set(
+        step.inputs
+    ):
+        return "eager: cuts or combines the features of a flattened map"
     return ""
 
 

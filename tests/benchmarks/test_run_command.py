@@ -74,6 +74,7 @@ def test_a_missing_or_foreign_net_is_one_line(tmp_path: Path, capsys: pytest.Cap
         (["--seconds", "0"], "--seconds is 0.0; expected more than 0"),
         (["--image-size", "0"], "--image-size is 0; expected more than 0"),
         (["--device", "potato"], "--device is 'potato'; expected cpu, cuda or cuda:1"),
+        (["--device", "cuda:256"], "--device is 'cuda:256'; expected cpu, cuda or cuda:1"),
         (["--device", "cuda:x"], "--device is 'cuda:x'; expected cpu, cuda or cuda:1"),
         (["--device", "cpu:1"], "--device is 'cpu:1'; expected cpu, cuda or cuda:1"),
         (["--device", "meta"], "--device is 'meta'; expected cpu, cuda or cuda:1"),

@@ -174,7 +174,18 @@ class ByKeyword(nn.Module):
         return x * scale if mask is None else x * mask
 
 
-@pytest.mark.parametrize(("model", "count"), [(LikeNamed(), 2), (ByKeyword(), 1)], ids=["names", "keywords"])
+class Unused(nn.Module):
+    """Takes what it does not need."""
+
+    def forward(self, x: Tensor, mode: str = "scaled", *rest: Tensor, **others: Tensor) -> Tensor:
+        return x * 2 if mode == "scaled" else x
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [(LikeNamed(), 2), (ByKeyword(), 1), (Unused(), 1)],
+    ids=["names", "keywords", "unused"],
+)
 def test_an_option_is_not_an_input_whatever_its_name(model: nn.Module, count: int) -> None:
     inputs = tuple(torch.rand(2, 3, 4, 4) for _ in range(count))
     network = trace(model, inputs)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import ModuleType
 
 import half_emulation
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Arguments, Case, reference
@@ -201,3 +202,18 @@ def test_elsewhere_float16_multiplies_floats(monkeypatch: pytest.MonkeyPatch) ->
     a = case.tensors()
     error = (run(case, a, "base").double() - reference(case, a)).abs().max().item()
     assert error <= op_tolerance(torch.float32, case.reduction) * max(a.x.abs().max().item(), 1.0)
+
+
+def test_equal_terms_round_alike_and_are_still_allowed() -> None:
+    """The worst case of sums in half: 128 equal products, each addition rounded to the same side."""
+    half = np.float16
+    worst = 0.0
+    for constant in np.linspace(0.01, 2.0, 400).astype(half):
+        part = half(0.0)
+        for _ in range(HALF_TERMS):  # even and odd channels have lanes of their own
+            part = half(part + constant)
+        total = 2 * float(part)
+        exact = 2 * HALF_TERMS * float(constant)
+        worst = max(worst, abs(total - exact) / exact)
+    plain = network_tolerance(torch.float16, 2 * HALF_TERMS, 1)
+    assert plain < worst < network_tolerance(torch.float16, 2 * HALF_TERMS, 1, half_sums=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -197,6 +198,45 @@ def test_a_network_that_ends_in_a_flattened_map() -> None:
     # The example's map may be a single pixel where a later one is not.
     fused = fuse(model, torch.randn(1, 3, 2, 2), backend="cpu")
     torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+class FlattenedHead(nn.Module):
+    """A head that counts the features of a map of any size."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda y: y.flatten(1)[:, :6],
+        lambda y: y.flatten(1)[:, :6].sum(1),
+        lambda y: y.flatten(1).relu()[:, 1:5].sigmoid(),
+        lambda y: torch.cat(y.flatten(1).chunk(2, 1)[::-1], 1),
+        lambda y: torch.cat([y.flatten(1), F.max_pool2d(y, 1, 2).flatten(1)], 1),
+        lambda y: y.flatten(1) + y.relu().flatten(1),
+        lambda y: F.adaptive_avg_pool2d(y, 1).flatten(1)[:, :6],
+    ],
+    ids=["cut", "cut and summed", "cut in the middle", "halves", "joined", "added", "of one pixel"],
+)
+@pytest.mark.parametrize("sizes", [(8, 8), (4, 7), (8, 4)])
+def test_features_of_a_flattened_map_are_counted(
+    head: Callable[[Tensor], Tensor], sizes: tuple[int, int]
+) -> None:
+    """The example's map may be one pixel, with as many features as channels, where another image's is not."""
+    torch.manual_seed(0)
+    model = FlattenedHead(head).eval()
+    fused = fuse(model, torch.randn(1, 3, sizes[0], sizes[0]), backend="cpu")
+    x = torch.randn(2, 3, sizes[1], sizes[1])
+    expected = model(x)
+    assert fused(x).shape == expected.shape
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_not_a_number_is_not_hidden() -> None:
