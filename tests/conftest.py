@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Its watcher is a thread that lives as long as the process and may collect the garbage of any test.
+tqdm.monitor_interval = 0
 
 
 def _shared_folder() -> Path:
