@@ -160,9 +160,9 @@ def _why_not(step: Step, program: Program) -> str:
     if isinstance(step, LinearStep) and len(program.shapes[step.inputs[0]]) != 2:
         return "eager: a linear layer over the last axis of an image"
     # A flattened map is its planes still: single numbers can be changed or read, but not counted as features.
-    if not isinstance(step, (LinearStep, ActivationStep, GateStep)) and flattened_maps(program) & set(
-        step.inputs
-    ):
+    features = {name for name in step.inputs if len(program.shapes[name]) == 2}
+    counts = features and not isinstance(step, (LinearStep, ActivationStep, GateStep))
+    if counts and features & flattened_maps(program):
         return "eager: cuts or combines the features of a flattened map"
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import nets
 import pytest
@@ -11,34 +12,36 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError, DSPVerificationError
+from dsp_kernels.program import ConvStep
 
 
-def test_a_wrong_program_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("example", "part", "factor", "where"),
+    [
+        (nets.example(), lambda conv: conv.bias, 1.01, "the example input"),
+        # Zeros hide every weight.
+        (torch.zeros(1, 3, 8, 8), lambda conv: conv.weights[0], 1.1, "random images"),
+    ],
+    ids=["bias", "weight"],
+)
+def test_a_wrong_program_is_never_returned(
+    example: Tensor,
+    part: Callable[[ConvStep], Tensor],
+    factor: float,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fuse_module = sys.modules["dsp_kernels.fuse"]  # the package's attribute of that name is the function
     right = fuse_module.plan
 
     def wrong(network: object) -> object:
         program = right(network)
-        first = program.steps[0]
-        return program.map_tensors(lambda t: t + 1e-2 if t is first.bias else t)
+        wrong_one = part(program.steps[0])
+        return program.map_tensors(lambda t: t * factor + 1e-2 if t is wrong_one else t)
 
     monkeypatch.setattr(fuse_module, "plan", wrong)
-    with pytest.raises(DSPVerificationError, match="differs from the model on the example input"):
-        dsp_kernels.fuse(nets.make("residual"), nets.example())
-
-
-def test_zeros_as_example_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    fuse_module = sys.modules["dsp_kernels.fuse"]  # the package's attribute of that name is the function
-    right = fuse_module.plan
-
-    def wrong(network: object) -> object:
-        program = right(network)
-        first = program.steps[0]
-        return program.map_tensors(lambda t: t * 1.1 if t is first.weights[0] else t)
-
-    monkeypatch.setattr(fuse_module, "plan", wrong)
-    with pytest.raises(DSPVerificationError, match="random images"):
-        dsp_kernels.fuse(nets.make("residual"), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(DSPVerificationError, match=f"differs from the model on {where}"):
+        dsp_kernels.fuse(nets.make("residual"), example)
 
 
 def test_is_checked_outside_autocast() -> None:

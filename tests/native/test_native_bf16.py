@@ -34,9 +34,11 @@ def rounded(tensor: Tensor) -> Tensor:
     return tensor.bfloat16().float()
 
 
-def run(case: Case, a: Arguments, isa: str, threads: int = 2, interleave: int = 0) -> Tensor:
-    """The native convolution in bfloat16 between float32 tensors."""
-    network = native().Network(isa, True)  # type: ignore[union-attr]
+def run(
+    case: Case, a: Arguments, isa: str, threads: int = 2, interleave: int = 0, numbers: str = "bf16"
+) -> Tensor:
+    """The native convolution in 16 bit between float32 tensors. numbers: bf16 or fp16."""
+    network = native().Network(isa, **{numbers: True})  # type: ignore[union-attr]
     x = network.input(case.structure.in_channels)
     residual = -1 if a.residual is None else network.input(case.structure.out_channels)
     network.output(add_conv(network, case.spec, a.weights, a.bias, x, residual))

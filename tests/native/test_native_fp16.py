@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import half_emulation
@@ -13,13 +14,13 @@ import torch
 from cases import CASES, Arguments, Case, reference
 from nets import NAMES, make
 from test_native_bf16 import MORE, ODD, difference
+from test_native_bf16 import run as run_in_16_bit
 from test_native_layout import MODELS
 from test_native_op import need
 from test_native_programs import Mixed, Net
 from torch import Tensor
 
 from dsp_kernels import GroupStructure, fuse
-from dsp_kernels.backends.cpu import add_conv
 from dsp_kernels.native import native
 from dsp_kernels.tolerances import HALF_TERMS, half_sums_tolerance, network_tolerance, op_tolerance
 
@@ -46,16 +47,7 @@ def rounded(tensor: Tensor) -> Tensor:
     return tensor.half().float()
 
 
-def run(case: Case, a: Arguments, isa: str, threads: int = 2, interleave: int = 0) -> Tensor:
-    """The native convolution in float16 between float32 tensors."""
-    network = native().Network(isa, fp16=True)  # type: ignore[union-attr]
-    x = network.input(case.structure.in_channels)
-    residual = -1 if a.residual is None else network.input(case.structure.out_channels)
-    network.output(add_conv(network, case.spec, a.weights, a.bias, x, residual))
-    y = torch.full((case.batch, case.structure.out_channels, *case.spec.output_hw(case.hw)), float("nan"))
-    inputs = [t.numpy() for t in (a.x, a.residual) if t is not None]
-    network.run(inputs, [y.numpy()], threads, interleave)
-    return y
+run = partial(run_in_16_bit, numbers="fp16")
 
 
 def check(y: Tensor, case: Case, a: Arguments) -> None:
