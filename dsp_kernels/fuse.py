@@ -175,7 +175,7 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
     convs = [step for step in fused.program.steps if isinstance(step, ConvStep)]
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
     reductions = [weight[0].numel() for step in convs for weight in step.weights]
-    half_sums = fused.dtype == torch.float16 and fused.device.type == "cpu" and adds_in_half()
+    half_sums = fused.dtype == torch.float16 and fused.backend == "cpu" and adds_in_half()
     bound = network_tolerance(fused.dtype, max(reductions, default=1), depth, half_sums)
     # Under somebody's autocast the model itself would be the one that rounds.
     plain = torch.autocast(example_input.device.type, enabled=False)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPTraceError
+from dsp_kernels.flattened import flattened_maps
 from dsp_kernels.folding import batch_norm_affine, fold_batch_norm
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.packed import PackedConv2d
@@ -263,18 +264,23 @@ class _Planner:
             self._torch(node)
 
     def _split(self, node: TracedNode) -> None:
-        if splits_into_pieces(self.network, node):
+        if splits_into_pieces(self.network, node) and not self._of_any_size(node):
             self._identity(node)  # its pieces say which channels they are
         else:
             self._torch(node)
 
     def _select(self, node: TracedNode) -> None:
         found = selected_channels(self.network, node)
-        if found is None:
+        if found is None or self._of_any_size(node):
             self._torch(node)
         else:
             source, index = found
             self._emit(node, SelectStep(node.name, (self.value_of[source],), index))
+
+    def _of_any_size(self, node: TracedNode) -> bool:
+        """Whether it cuts features that are the numbers of a map, which differ with the image."""
+        flattened = flattened_maps(self.steps, self.shapes)
+        return not (flattened.maps | flattened.derived).isdisjoint(self._inputs(node))
 
     def _adaptive_pool(self, node: TracedNode) -> None:
         size = pool_size(node)

@@ -51,6 +51,8 @@ def network_tolerance(dtype: torch.dtype, reduction: int, depth: int, half_sums:
     Each layer adds its own error, and folding rounds each weight once more. half_sums: products are added in
     float16 (half_sums_tolerance).
     """
-    layer = half_sums_tolerance(reduction) if half_sums else op_tolerance(dtype, reduction)
+    layer = op_tolerance(dtype, reduction)
+    if half_sums:
+        layer = max(layer, half_sums_tolerance(reduction))
     per_layer = layer + _DEVIATIONS * torch.finfo(dtype).eps
     return per_layer * math.sqrt(max(depth, 1))

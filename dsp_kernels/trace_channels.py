@@ -65,11 +65,12 @@ def _piece(node: fx.Node, shapes: Shapes) -> Classified | None:
     shape = shapes.get(source.name)
     if shape is None or len(shape) not in (2, 4) or not isinstance(which, tuple):
         return None
-    if any(part is Ellipsis for part in which[:2]):
-        return None  # what stands after it counts from the last axis: x[..., 1:-1] cuts columns
+    which = _in_full(which, len(shape))
+    if not which:
+        return None
     channels = which[1] if len(which) > 1 else slice(None)
     bounds = (channels.start, channels.stop) if isinstance(channels, slice) else (object(),)
-    whole = all(part in (slice(None), Ellipsis) for part in (which[0], *which[2:]))
+    whole = all(part == slice(None) for part in (which[0], *which[2:]))
     if not whole or not isinstance(channels, slice) or channels.step not in (None, 1):
         return None
     if not all(bound is None or isinstance(bound, int) for bound in bounds):
@@ -128,16 +129,21 @@ def _same_channels(node: fx.Node, shapes: Shapes) -> Classified | None:
 
 def _leaves_channels(which: Any, dims: int) -> bool:
     """Whether an index takes all images and channels, and slices, places or new axes of the map."""
-    parts = list(which) if isinstance(which, tuple) else [which]
-    rests = [place for place, part in enumerate(parts) if part is Ellipsis]
+    parts = _in_full(which if isinstance(which, tuple) else (which,), dims)
+    return parts is not None and len(parts) >= 2 and parts[0] == parts[1] == slice(None)
+
+
+def _in_full(which: tuple[Any, ...], dims: int) -> tuple[Any, ...] | None:
+    """An index with its ellipsis spelled out: x[..., 1:-1] cuts columns. None for another kind."""
+    rests = [place for place, part in enumerate(which) if part is Ellipsis]
     if len(rests) > 1 or not all(
-        part is None or isinstance(part, slice | int) for part in parts if part is not ...
+        part is None or isinstance(part, slice | int) for part in which if part is not ...
     ):
-        return False
-    if rests:
-        skipped = dims - sum(part is not None for part in parts) + 1
-        parts[rests[0] : rests[0] + 1] = [slice(None)] * skipped
-    return len(parts) >= 2 and parts[0] == parts[1] == slice(None)
+        return None
+    if not rests:
+        return which
+    skipped = dims - sum(part is not None for part in which) + 1
+    return (*which[: rests[0]], *[slice(None)] * skipped, *which[rests[0] + 1 :])
 
 
 # Each gives None for what it does not know.

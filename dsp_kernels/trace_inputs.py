@@ -94,9 +94,10 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     for place in fixed:
         _erase(graph, placeholders[place])
     # What nobody gives and nothing reads.
+    placed = sum(argument.kind is not argument.KEYWORD_ONLY for argument in arguments)
     for node in placeholders[len(arguments) :]:
         keywords = str(node.target).startswith("**")
-        if not node.users and (keywords or (count is not None and count <= len(arguments))):
+        if not node.users and (keywords or (count is not None and count <= placed)):
             graph.erase_node(node)
     return graph
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.executors.flattened import flattened_maps
 from dsp_kernels.executors.native_builder import NATIVE_STEPS, build
+from dsp_kernels.flattened import flattened_maps
 from dsp_kernels.native import chosen_isa, native, why_missing
 from dsp_kernels.program import (
     ActivationStep,
@@ -159,11 +159,13 @@ def _why_not(step: Step, program: Program) -> str:
         return "eager: its tensors are neither images nor feature vectors"
     if isinstance(step, LinearStep) and len(program.shapes[step.inputs[0]]) != 2:
         return "eager: a linear layer over the last axis of an image"
-    # A flattened map is its planes still: single numbers can be changed or read, but not counted as features.
     features = {name for name in step.inputs if len(program.shapes[name]) == 2}
-    counts = features and not isinstance(step, (LinearStep, ActivationStep, GateStep))
-    if counts and features & flattened_maps(program):
-        return "eager: cuts or combines the features of a flattened map"
+    if features and not isinstance(step, LinearStep):
+        # A flattened map is its planes still: single numbers can be changed, but not counted as features.
+        flattened = flattened_maps(program.steps, program.shapes)
+        alone = isinstance(step, (ActivationStep, GateStep))
+        if features & (flattened.derived if alone else flattened.maps | flattened.derived):
+            return "eager: its features are the numbers of a map of any size"
     return ""
 
 
@@ -183,28 +185,29 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
 def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """As _native_call, for a Program that is nothing else: at batch 1 every microsecond around it shows."""
     network = _build(part, program, dtype)
-    finish = _shape_of(program.output, program)
+    is_vector = [len(program.shapes[program.output]) == 2]
 
     def run(x: Tensor) -> Tensor:
         if x.requires_grad:
             x = x.detach()
         if x.dtype != torch.float32:
             x = x.float()
-        return finish(_compute(network, [x])[0])
+        return _compute(network, [x], is_vector)[0]
 
     return run
 
 
 def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
     network = _build(part, program, dtype)
-    finish = [_shape_of(name, program) for name in part.outputs]
+    is_vector = [len(program.shapes[name]) == 2 for name in part.outputs]
     # What plain PyTorch reads has its dtype; the network's own answer stays as exact as it is.
     dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]
 
     def call(values: dict[str, Any]) -> None:
-        results = _compute(network, [values[name].detach().float() for name in part.inputs])
-        for name, result, reshape, kind in zip(part.outputs, results, finish, dtypes, strict=True):
-            values[name] = reshape(result).to(kind)
+        tensors = [values[name].detach().float() for name in part.inputs]
+        results = _compute(network, tensors, is_vector)
+        for name, result, kind in zip(part.outputs, results, dtypes, strict=True):
+            values[name] = result.to(kind)
 
     return call
 
@@ -214,29 +217,28 @@ def _build(part: Segment, program: Program, dtype: torch.dtype) -> Any:
     return build(part.inputs, channels, part.steps, part.outputs, dtype)
 
 
-def _compute(network: Any, tensors: list[Tensor]) -> list[Tensor]:
-    """The outputs of a native network for float32 inputs, as (batch, channels, height, width)."""
+def _compute(network: Any, tensors: list[Tensor], is_vector: list[bool]) -> list[Tensor]:
+    """The outputs of a native network for float32 inputs: (batch, features) where is_vector, else maps."""
     images = tensors[0].shape[0]
     try:
         shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
+        results = []
+        for shape, vector in zip(shapes, is_vector, strict=True):
+            size = (images, shape[0]) if vector and shape[1] == shape[2] == 1 else (images, *shape)
+            results.append(torch.empty(size, dtype=torch.float32, device="cpu"))
+        if images:
+            network.run(
+                [tensor.numpy() for tensor in tensors],
+                [result.numpy() for result in results],
+                torch.get_num_threads(),
+            )
     except ValueError as error:
         raise DSPShapeError(f"this network cannot take this input: {error}") from error
-    results = [torch.empty((images, *shape), dtype=torch.float32, device="cpu") for shape in shapes]
-    if images:
-        network.run(
-            [tensor.numpy() for tensor in tensors],
-            [result.numpy() for result in results],
-            torch.get_num_threads(),
-        )
-    return results
+    return [
+        result.flatten(1) if vector and result.dim() > 2 else result
+        for result, vector in zip(results, is_vector, strict=True)
+    ]
 
 
 def _pixels(tensor: Tensor) -> tuple[int, int]:
     return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else (1, 1)
-
-
-def _shape_of(name: str, program: Program) -> Callable[[Tensor], Tensor]:
-    """The native code makes (batch, channels, height, width); vectors lose the last two."""
-    if len(program.shapes[name]) == 2:
-        return lambda result: result.flatten(1)
-    return lambda result: result

@@ -77,6 +77,7 @@ SPELLINGS = {
         lambda m, x: torch.split(x, 3, dim=1)[-1],
         lambda m, x: x[:, 1:3],
         lambda m, x: x[:, :2, :, :],
+        lambda m, x: x[..., 1:3, :, :],
     ],
     "same_channels": [
         lambda m, x: x[..., 1:-1],
@@ -99,7 +100,6 @@ SPELLINGS = {
         lambda m, x: x.view(-1, 8),
         lambda m, x: torch.cat([x, x], 2),
         lambda m, x: x[:1],
-        lambda m, x: x[..., 1:3, :, :],
         lambda m, x: x + x.mean(1, keepdim=True),
         lambda m, x: x.softmax(1),
         lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)),

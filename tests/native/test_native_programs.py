@@ -218,12 +218,15 @@ class FlattenedHead(nn.Module):
         lambda y: y.flatten(1)[:, :6],
         lambda y: y.flatten(1)[:, :6].sum(1),
         lambda y: y.flatten(1).relu()[:, 1:5].sigmoid(),
+        lambda y: y.flatten(1)[:, -3:],
+        lambda y: y.relu().flatten(1).chunk(2, 1)[0],
+        lambda y: y.flatten(1).clamp(-0.5, 0.5).sigmoid(),
         lambda y: torch.cat(y.flatten(1).chunk(2, 1)[::-1], 1),
         lambda y: torch.cat([y.flatten(1), F.max_pool2d(y, 1, 2).flatten(1)], 1),
         lambda y: y.flatten(1) + y.relu().flatten(1),
         lambda y: F.adaptive_avg_pool2d(y, 1).flatten(1)[:, :6],
     ],
-    ids=["cut", "cut and summed", "cut in the middle", "halves", "joined", "added", "of one pixel"],
+    ids=["cut", "summed", "middle", "end", "half", "clamped", "halves", "joined", "added", "of one pixel"],
 )
 @pytest.mark.parametrize("sizes", [(8, 8), (4, 7), (8, 4)])
 def test_features_of_a_flattened_map_are_counted(
