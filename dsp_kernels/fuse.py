@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dsp_kernels.errors import DSPShapeError, DSPVerificationError
+from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS, Runner
 from dsp_kernels.native import adds_in_half, warn_if_missing
 from dsp_kernels.planner import plan
@@ -37,6 +37,8 @@ def fuse(
     be traced or run on it, DSPBackendError if the backend cannot run it, DSPVerificationError if the answers
     differ by more than rounding.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise DSPBackendError(f"dtype is {dtype!r}; expected a torch.dtype, as torch.bfloat16")
     example = one_image(model, example_input)
     if isinstance(model, LEAF_TYPES):
         model = nn.Sequential(model)  # torch.fx traces what a module calls, not the module itself
@@ -81,6 +83,8 @@ class FusedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, channels, height, width), floating, on this network's device -> the model's answer."""
+        if not isinstance(x, Tensor):
+            raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor of images")
         if x.dim() != 4 or x.shape[1] != self._example_shape[1]:
             raise DSPShapeError(
                 f"input has shape {tuple(x.shape)}; expected (batch, {self._example_shape[1]}, height, width)"
@@ -175,8 +179,10 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
     convs = [step for step in fused.program.steps if isinstance(step, ConvStep)]
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
     reductions = [weight[0].numel() for step in convs for weight in step.weights]
+    # The model's own answer is rounded as its numbers are, however exact the network inside is.
+    rounded = max(fused.dtype, example_input.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     half_sums = fused.dtype == torch.float16 and fused.backend == "cpu" and adds_in_half()
-    bound = network_tolerance(fused.dtype, max(reductions, default=1), depth, half_sums)
+    bound = network_tolerance(rounded, max(reductions, default=1), depth, half_sums)
     # Under somebody's autocast the model itself would be the one that rounds.
     plain = torch.autocast(example_input.device.type, enabled=False)
     with evaluating(model), torch.no_grad(), plain:
@@ -184,7 +190,7 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
             expected, got = model(x.clone()), fused(x.clone())  # a model may write into its input
             scale = expected.abs().max().item() if expected.numel() else 0.0
             error = (expected - got).abs().max().item() if expected.numel() else 0.0
-            if not error <= bound * max(scale, torch.finfo(fused.dtype).tiny):
+            if not error <= bound * max(scale, torch.finfo(rounded).tiny):
                 raise DSPVerificationError(
                     f"the fused network differs from the model on {what} by {error:.3g} (largest output "
                     f"{scale:.3g}, allowed {bound * scale:.3g}). If the model is right, please report this"

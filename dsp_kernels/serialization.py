@@ -59,6 +59,8 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
         except DSPFormatError:
             raise error from None
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent}")
     temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         save_file(tensors, temporary, metadata={KEY: json.dumps(header)})

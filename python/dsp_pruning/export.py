@@ -194,6 +194,8 @@ def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
 
 def _write(write: Callable[[Path], None], model: nn.Module, path: str | Path) -> Path:
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent}")
     temporary = target.with_name(f".{uuid4().hex}.{target.name}")
     try:
         with _quiet():

@@ -131,3 +131,16 @@ def test_a_failed_move_changes_nothing() -> None:
     with pytest.raises(DSPBackendError):
         fused.double()
     assert torch.equal(fused(nets.example()), expected)
+
+
+def test_a_float32_model_in_float64_is_compared_as_float32() -> None:
+    fused = dsp_kernels.fuse(nets.make("residual"), nets.example(), dtype=torch.float64, backend="eager")
+    assert fused.dtype == torch.float64
+
+
+def test_what_is_no_dtype_and_no_tensor() -> None:
+    with pytest.raises(DSPBackendError, match=r"expected a torch\.dtype, as torch\.bfloat16"):
+        dsp_kernels.fuse(nets.make("residual"), nets.example(), dtype="bfloat16")  # type: ignore[arg-type]
+    fused = dsp_kernels.fuse(nets.make("residual"), nets.example())
+    with pytest.raises(DSPShapeError, match="is a ndarray; expected a tensor of images"):
+        fused(nets.example().numpy())

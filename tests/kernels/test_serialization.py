@@ -72,6 +72,11 @@ def named(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing$"):
+        dsp_kernels.save(packed(), tmp_path / "missing" / "model.safetensors", torch.rand(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_round_trip_is_bit_equal(tmp_path: Path, dtype: torch.dtype) -> None:
     model = packed().to(dtype)
