@@ -29,9 +29,10 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
 demo: $(INSTALLED)
 	$(BIN)/dsp demo
 
-# One thread per process: two torch processes that both use two cores slow each other down many times.
+# One thread per process: two torch processes that both use two cores slow each other down many times. A process
+# that dies ends the run and is named; replaced near the end, xdist would wait for the new one for ever.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-triton: $(INSTALLED)
 	$(BIN)/python scripts/triton_table.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from .onnx_file import any_batch_bytes, can_export
 __all__ = ["OpenVINO"]
 
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@cache
+def _core() -> Any:
+    """The only one of this process, kept until it ends.
+
+    Each core's CPU plugin gives the thread a signal stack and, when it goes, the one before it: of two that
+    do not go in reverse order the last leaves memory that is unmapped, and the next signal (an interrupt, the
+    end of a child process) kills the process without a word.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 @dataclass(frozen=True)
@@ -31,9 +45,7 @@ class OpenVINO:
         for able, reason in (module_available("openvino"), can_export()):
             if not able:
                 return False, reason
-        import openvino
-
-        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if self.dtype == torch.bfloat16 and "BF16" not in capabilities:
             return False, "this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)"
         return True, ""
@@ -60,9 +72,7 @@ class OpenVINO:
         ]
 
     def _compile(self, model: nn.Module, example: Tensor, **extra: Any) -> Any:
-        import openvino
-
-        core = openvino.Core()
+        core = _core()
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dsp_benchmarks.cases import Case, build_case, case_input
-from dsp_benchmarks.engines import ENGINES, base, fused, tensorrt, torch_compile
+from dsp_benchmarks.engines import ENGINES, base, fused, openvino, tensorrt, torch_compile
 from dsp_benchmarks.engines.cudnn_fused import CudnnConvs
 from dsp_benchmarks.engines.onnx_file import INPUT, OUTPUT, onnx_bytes
 from dsp_benchmarks.networks import Network
@@ -108,15 +110,32 @@ def test_a_missing_torchscript_is_the_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_processor_without_bfloat16_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
 
     class Core:
         def get_property(self, *_: str) -> list[str]:
             return ["FP32"]
 
-    monkeypatch.setattr(openvino, "Core", Core)
+    monkeypatch.setattr(openvino, "_core", Core)
     assert ENGINES["openvino-bf16"].available()[1].startswith("this processor has no bfloat16")
     assert ENGINES["openvino"].available() == (True, "")
+
+
+def test_a_signal_finds_its_stack_when_openvino_engines_have_come_and_gone() -> None:
+    """In a process of its own: where it does not, the process dies without a word."""
+    pytest.importorskip("openvino")
+    code = (
+        "import faulthandler, gc, signal, torch; faulthandler.enable()\n"
+        "from dsp_benchmarks.engines import ENGINES\n"
+        "engine = ENGINES['openvino']; assert engine.available()[0]\n"
+        "net, x = torch.nn.Conv2d(2, 3, 3).eval(), torch.zeros(1, 2, 5, 5)\n"
+        "first = engine.prepare(net, x); second = engine.prepare(net, x)\n"
+        "first(x); del first; gc.collect(); second(x); del second; gc.collect()\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled')); signal.raise_signal(signal.SIGUSR1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr
 
 
 def test_a_missing_executor_is_the_reason() -> None:
