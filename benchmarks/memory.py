@@ -15,7 +15,10 @@ __all__ = ["PeakMemory", "peak_memory"]
 
 @dataclass
 class PeakMemory:
-    """bytes: the highest memory in the block above what was held before it; None where unknown."""
+    """bytes: the highest memory in the block above what was held before it; None where unknown.
+
+    On a CPU an upper bound where the block itself lets go of files that were mapped before it.
+    """
 
     bytes: int | None = None
 
@@ -41,7 +44,7 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
     if before is not None:
         now = _status()
         # A machine that needs memory takes back pages of files, such as torch's own libraries.
-        taken = max(0, _of_files(before) - _of_files(now))
+        taken = max(0, before["RssFile"] - now["RssFile"])
         found.bytes = max(0, now["VmHWM"] + taken - before["VmRSS"])
 
 
@@ -54,13 +57,9 @@ def _reset_peak() -> bool:
     return True
 
 
-def _of_files(status: dict[str, int]) -> int:
-    return status["RssFile"] + status["RssShmem"]
-
-
 def _status() -> dict[str, int]:
     """Bytes of each kind of memory of this process, as Linux counts them."""
-    found = dict.fromkeys(("VmHWM", "VmRSS", "RssFile", "RssShmem"), 0)
+    found = dict.fromkeys(("VmHWM", "VmRSS", "RssFile"), 0)
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
         field, _, value = line.partition(":")
         if field in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "TensorTable",
     "check_tensors",
     "new_header",
+    "other_kind",
     "read_header",
     "tensor_table",
 ]
@@ -69,6 +71,13 @@ def read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[st
             f"version {FORMAT_VERSION}. Install a later one"
         )
     return header
+
+
+def other_kind(path: str | Path) -> str:
+    """What else a file that is no safetensors file looks like, in brackets; empty if nothing known."""
+    if zipfile.is_zipfile(path):
+        return " (it is a zip archive, as of torch.save or numpy; dsp_kernels.save writes what load reads)"
+    return " (ONNX is only written)" if Path(path).suffix == ".onnx" else ""
 
 
 def tensor_table(file: Any, path: str | Path) -> TensorTable:

@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file_header import FORMAT_VERSION, KEY, check_tensors, new_header, read_header, tensor_table
+from dsp_kernels.file_header import (
+    FORMAT_VERSION,
+    KEY,
+    check_tensors,
+    new_header,
+    other_kind,
+    read_header,
+    tensor_table,
+)
 from dsp_kernels.file_version_1 import build_changed, encode_changes
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.graph_check import check_network, is_example_shape, is_input_shape
@@ -78,7 +86,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     Raises DSPFormatError for a file that is truncated, foreign, of another version or contradicts itself.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"{path} is a folder" if Path(path).is_dir() else f"no file {path}")
     # The network outlives the caller's modes: it has to be trainable.
     with torch.inference_mode(False):
         return _load(path).to(device).eval()
@@ -101,7 +109,8 @@ def _load(path: str | Path) -> nn.Module:
             # Copies: what safetensors gives is the file itself in memory, which another process may change.
             tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
-        raise DSPFormatError(f"{path} is not a readable safetensors file: {error}") from error
+        what = f"is not a readable safetensors file{other_kind(path)}"
+        raise DSPFormatError(f"{path} {what}: {error}") from error
     model.load_state_dict(tensors, assign=True)
     _tie(model, header.get("tied", {}))
     _make_real(model)

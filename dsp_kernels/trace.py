@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,9 +212,17 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
             raise DSPTraceError(
                 f"{type(model).__name__} does not run on an example input of shape "
                 f"{' and '.join(f'{tuple(x.shape)} and dtype {x.dtype}' for x in inputs)}, at "
-                f"{recorder.running!r}: {error}"
+                f"{recorder.running!r}: {error}{_hint(model, inputs)}"
             ) from error
     return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check, two_ways)
+
+
+def _hint(model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """What to do about an example of another floating dtype than the weights'; else nothing."""
+    own = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
+    if own is None or all(x.dtype == own or not x.dtype.is_floating_point for x in inputs):
+        return ""
+    return f". The weights are {own}: give an example of that dtype; fuse(..., dtype=...) computes in another"
 
 
 def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:

@@ -62,17 +62,17 @@ def _conv(step: ConvStep) -> Callable[[dict[str, Any]], Tensor]:
     spec, source = step.spec, step.inputs[0]
     if not spec.structure.read:
         return EagerExecutor().call(step)
+    added = step.inputs[1:]
+    if spec.activation != "relu" and (spec.activation != "none" or added):
+        return EagerExecutor().call(step)
     weight, bias = zero_filled(spec, step.weights), bias_of_live(spec, step.bias)
     if bias is None:
         bias = weight.new_zeros(spec.structure.out_channels)
     place = spec.stride, spec.padding, spec.dilation
-    added = step.inputs[1:]
-    if spec.activation == "relu" and not added:
-        return lambda values: torch.cudnn_convolution_relu(values[source], weight, bias, *place, 1)
-    if spec.activation == "relu":
-        return lambda values: torch.cudnn_convolution_add_relu(
-            values[source], weight, values[added[0]], 1.0, bias, *place, 1
-        )
-    if spec.activation == "none" and not added:
+    if spec.activation == "none":
         return lambda values: F.conv2d(values[source], weight, bias, *place)
-    return EagerExecutor().call(step)
+    if not added:
+        return lambda values: torch.cudnn_convolution_relu(values[source], weight, bias, *place, 1)
+    return lambda values: torch.cudnn_convolution_add_relu(
+        values[source], weight, values[added[0]], 1.0, bias, *place, 1
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsp_kernels.backends.eager import bias_of_live
 from dsp_kernels.backends.gpu_layout import all_groups
 from dsp_kernels.conv_spec import ConvSpec
 
@@ -66,10 +67,8 @@ def join_groups(groups: Sequence[FilterGroup]) -> FilterGroup:
 
 def bias_per_channel(spec: ConvSpec, bias: Tensor | None) -> Tensor:
     """bias: (out_channels,) or None -> (out_channels,), float32, on the CPU; an absent channel has none."""
-    if bias is None:
-        return torch.zeros(spec.structure.out_channels)
-    absent = torch.tensor(spec.structure.absent, dtype=torch.long)
-    return bias.detach().cpu().float().index_fill(0, absent, 0.0)
+    live = bias_of_live(spec, bias)
+    return torch.zeros(spec.structure.out_channels) if live is None else live.detach().cpu().float()
 
 
 def is_run(octet: Sequence[int], channels: int) -> bool:

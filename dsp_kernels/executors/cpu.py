@@ -56,7 +56,7 @@ class CpuExecutor:
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """On the CPU in float32 or 16 bit, with the extension built and a native step in the Program."""
         if device.type != "cpu":
-            return False, f"tensors are on {device}"
+            return False, f"the network is on {device}; move it and its example to the CPU"
         if dtype not in _DTYPES:
             return False, f"dtype {dtype} is none of float32, bfloat16 and float16"
         if native() is None:

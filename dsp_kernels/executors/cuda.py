@@ -45,7 +45,7 @@ class CudaExecutor:
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """On a GPU, when GPU kernels take at least one of the convolutions."""
         if device.type != "cuda":
-            return False, f"tensors are on {device}"
+            return False, f"the network is on {device}; move it and its example to a GPU"
         reasons = []
         for spec in (step.spec for step in program.steps if isinstance(step, ConvStep) and step.weights):
             kernels, reason = _kernels_for(self.kernels, spec, dtype, device, GpuLayout.NHWC)

@@ -18,7 +18,7 @@ from dsp_pruning.torchscript_import import load_released, verify_released
 
 
 def import_network(
-    file: Annotated[Path, typer.Argument(help="A TorchScript archive or a training checkpoint.")],
+    file: Annotated[Path, typer.Argument(help="A TorchScript archive, a checkpoint or .npz arrays.")],
     out: Annotated[Path, typer.Argument(help="Where the packed network goes (.safetensors).")],
     image_size: Annotated[
         int | None,
@@ -34,7 +34,8 @@ def import_network(
     if verify:
         if not is_torchscript(file):
             raise DSPFormatError(
-                f"{file} is a checkpoint, which cannot be run; packing has compared it already"
+                f"--verify runs a TorchScript archive; {file} holds weights only, and packing a checkpoint "
+                "compares by itself"
             )
         size = (example.shape[2], example.shape[3])
         difference = verify_released(file, network, size)

@@ -55,6 +55,7 @@ def export_onnx(
         raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
     plain = plain_form(model).cpu().to(dtype)
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
+    _check_runs(plain, inputs, model)
 
     def write(temporary: Path) -> None:
         program = torch.onnx.export(
@@ -81,11 +82,11 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     ``dsp_kernels::gather_grouped_conv2d`` node, so ``import dsp_kernels`` has to come before
     ``torch.export.load``. Raises DSPError if torch cannot export the network.
     """
-    copied = copy.deepcopy(model).eval()
+    copied, inputs = copy.deepcopy(model).eval(), _two_images(example_input)
+    _check_runs(copied, inputs, model)
 
     def write(temporary: Path) -> None:
         with torch.no_grad():
-            inputs = _two_images(example_input)
             program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
         torch.export.save(program, temporary)
 
@@ -185,6 +186,18 @@ def _two_images(example_input: Example) -> tuple[Tensor, ...]:
             f"the example has shape {tuple(inputs[0].shape)}; expected (batch, channels, height, width)"
         )
     return tuple(x[:1].repeat(2, *[1] * (x.dim() - 1)) for x in inputs)
+
+
+def _check_runs(network: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module) -> None:
+    """What the network itself says about a wrong example is clearer than what the exporters make of it."""
+    try:
+        with torch.no_grad():
+            network(*(x.clone() for x in inputs))
+    except Exception as error:
+        shapes = " and ".join(str((1, *x.shape[1:])) for x in inputs)
+        raise DSPShapeError(
+            f"{type(model).__name__} does not run on an example of shape {shapes}: {error}"
+        ) from error
 
 
 def _any_batch(inputs: tuple[Tensor, ...]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
 
-__all__ = ["build_released", "read_released", "read_released_arrays"]
+__all__ = ["build_released", "has_released_arrays", "read_released", "read_released_arrays"]
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
 # What the batch norm of an absent channel holds: it then passes 0 on as 0.
@@ -32,14 +33,25 @@ def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, An
 
     Raises FileNotFoundError where there is no file, DSPFormatError for another kind of file.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is a folder" if Path(path).is_dir() else f"no file {path}")
+    if not has_released_arrays(path):
+        raise DSPFormatError(f"{path} is not an .npz file of a released network: it has no array 'meta'")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
             return arrays, json.loads(str(arrays.pop("meta")))
-    except FileNotFoundError:
-        raise
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not an .npz file of a released network: {error}") from error
+
+
+def has_released_arrays(path: str | Path) -> bool:
+    """Whether a file is an ``.npz`` archive with a description in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "meta.npy" in archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> CifarResNet:
@@ -54,6 +66,11 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
     The branches' batch norms become one per convolution, so that the result is an ordinary packed network.
     Raises DSPFormatError if an array is missing or does not fit.
     """
+    if missing := {"depth", "num_classes", "bn_eps", "blocks"} - set(meta):
+        raise DSPFormatError(
+            f"the description of a released CIFAR network needs {', '.join(sorted(missing))}; it has "
+            f"{', '.join(sorted(meta)) or 'nothing'}"
+        )
     try:
         model = cifar_resnet(meta["depth"], meta["num_classes"])
         blocks = [(str(block["name"]), block) for block in meta["blocks"]]

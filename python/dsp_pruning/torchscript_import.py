@@ -15,6 +15,7 @@ from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing import pack
 from dsp_pruning.recipes.finetune import load_pruned
+from dsp_pruning.released import has_released_arrays, read_released
 from dsp_pruning.torchscript_archive import is_torchscript, read_calls
 from dsp_pruning.torchscript_ops import HANDLERS
 from dsp_pruning.torchscript_walk import Walk
@@ -29,12 +30,14 @@ def load_released(path: str | Path) -> nn.Module:
     are concatenated or added into an identity: of any depth, width and number of branches. Each set of
     branches becomes one PackedConv2d with one batch norm. The graph is read, never run (see
     ``torchscript_archive``). Or a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet
-    with ``<conv>.group`` and ``<conv>.mask``, which is packed.
+    with ``<conv>.group`` and ``<conv>.mask``, which is packed. Or the ``.npz`` arrays of ``read_released``.
 
     Raises FileNotFoundError, and DSPFormatError, with what was found, for a file that does not fit.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
+    if has_released_arrays(path):
+        return read_released(path)
     if not is_torchscript(path):
         model = load_pruned(path)
         channels = next(model.parameters()).shape[1]

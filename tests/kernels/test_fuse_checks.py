@@ -118,6 +118,10 @@ def test_refuses_what_cannot_be_traced_or_run() -> None:
         dsp_kernels.fuse(Pair(), nets.example())
     with pytest.raises(DSPTraceError, match="does not run on an example input of shape \\(2, 5, 8, 8\\)"):
         dsp_kernels.fuse(nets.make("residual"), torch.zeros(2, 5, 8, 8))
+    with pytest.raises(DSPTraceError, match=r"The weights are torch.float32: .* fuse\(..., dtype=...\)"):
+        dsp_kernels.fuse(nets.make("residual"), nets.example().bfloat16())
+    with pytest.raises(DSPBackendError, match="the network is on cpu; move it"):
+        dsp_kernels.fuse(nets.make("residual"), nets.example(), backend="cuda")
     with pytest.raises(DSPBackendError, match="'warp' is unknown"):
         dsp_kernels.fuse(nets.make("residual"), nets.example(), backend="warp")
 

@@ -252,8 +252,10 @@ def test_refuses_foreign_files(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(DSPFormatError):
         dsp_kernels.load(path)
     torch.save(packed().state_dict(), path)
-    with pytest.raises(DSPFormatError, match="not a readable safetensors file"):
+    with pytest.raises(DSPFormatError, match=r"not a readable safetensors file \(it is a zip archive"):
         dsp_kernels.load(path)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        dsp_kernels.load(tmp_path)
     path.write_bytes(b"")
     with pytest.raises(DSPFormatError, match="not a readable safetensors file"):
         dsp_kernels.load(path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_cli.main import main
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.errors import DSPError
+from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_pruning import read_released
 from dsp_pruning.export import export_onnx, export_pt2, plain_form
 from dsp_pruning.overview import draw_overview
@@ -191,12 +191,20 @@ def test_exported_programs_of_packed_and_swapped_networks(tmp_path: Path) -> Non
         assert len(ops) == (2 if name == "swapped" else 0)
 
 
+class Undecided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
 def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path) -> None:
     network = nets.make("residual")
     with pytest.raises(DSPError, match="opset is 11"):
         export_onnx(network, tmp_path / "net.onnx", images(1, 8), opset=11)
-    with pytest.raises(DSPError, match="cannot be exported"):
-        export_pt2(network, tmp_path / "net.pt2", torch.zeros(1, 4, 8, 8))
+    for write in (export_onnx, export_pt2):
+        with pytest.raises(DSPShapeError, match=r"does not run on an example of shape \(1, 4, 8, 8\): .*4"):
+            write(network, tmp_path / "net", torch.zeros(1, 4, 8, 8))
+        with pytest.raises(DSPError, match=r"Undecided cannot be exported to .*net: "):
+            write(Undecided(), tmp_path / "net", images(1, 8))
     with pytest.raises(DSPError, match="the example has shape"):
         export_onnx(network, tmp_path / "net.onnx", torch.zeros(3, 8, 8))
     assert not list(tmp_path.iterdir())

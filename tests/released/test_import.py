@@ -291,3 +291,17 @@ def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     torch.testing.assert_close(loaded(images()), network(images()), rtol=1e-5, atol=1e-5)
     assert main(["import", str(out), str(tmp_path / "again")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_arrays_from_the_command_line(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays, out = shared / "nets" / "resnet20_g2.npz", tmp_path / "net.safetensors"
+    assert main(["import", str(arrays), str(out)]) == 0
+    x = images(32)
+    assert torch.equal(dsp_kernels.load(out)(x), read_released(arrays)(x))
+    assert main(["import", str(arrays), str(out), "--verify"]) == 1
+    assert "--verify runs a TorchScript archive" in capsys.readouterr().err
+    structure = shared / "structures" / "resnet18_g2_90.npz"
+    assert main(["import", str(structure), str(out)]) == 1
+    assert "needs blocks, bn_eps, depth, num_classes" in capsys.readouterr().err
