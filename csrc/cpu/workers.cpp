@@ -8,6 +8,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -31,6 +32,7 @@ struct Job {
     const std::function<void()>* body;
     int wanted;                  // helpers that may still come
     std::atomic<int> inside{0};  // helpers in body()
+    std::exception_ptr error;    // of a helper
     Job(const std::function<void()>* body, int wanted) : body(body), wanted(wanted) {}
 };
 
@@ -45,6 +47,16 @@ bool briefly(const Ready& ready) {
         }
     } while (std::chrono::steady_clock::now() < end);
     return false;
+}
+
+// No exception may leave a helper, or leave a job in the list behind.
+std::exception_ptr attempt(const std::function<void()>& body) {
+    try {
+        body();
+    } catch (...) {
+        return std::current_exception();
+    }
+    return nullptr;
 }
 
 class Pool {
@@ -69,7 +81,7 @@ class Pool {
             waiting_.store(int(jobs_.size()), std::memory_order_release);
         }
         for (int i = 0; i < threads - 1; ++i) wake_.notify_one();
-        body();
+        std::exception_ptr error = attempt(body);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
@@ -79,6 +91,8 @@ class Pool {
         briefly([&] { return job.inside.load(std::memory_order_acquire) == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [&] { return job.inside == 0; });
+        if (!error) error = job.error;
+        if (error) std::rethrow_exception(error);
     }
 
     int count() {
@@ -96,8 +110,9 @@ class Pool {
             waiting_.store(int(jobs_.size()), std::memory_order_release);
             ++job->inside;
             lock.unlock();
-            (*job->body)();
+            const std::exception_ptr error = attempt(*job->body);
             lock.lock();
+            if (error) job->error = error;
             if (--job->inside == 0) done_.notify_all();
             if (!jobs_.empty()) continue;
             lock.unlock();

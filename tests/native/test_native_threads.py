@@ -133,3 +133,30 @@ def test_a_forked_child_can_call() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_memory_that_is_not_there_is_an_error_on_every_thread() -> None:
+    """In a process of its own, which may not take more memory than it has."""
+    import subprocess
+    import sys
+
+    code = (
+        "import resource, sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from test_native_threads import network_and_model\n"
+        "_, network = network_and_model(); small = [torch.randn(6, 3, 20, 20), torch.empty(6, 11, 1, 1)]\n"
+        "call = lambda x, y: network.run([x.numpy()], [y.numpy()], 3, 1)\n"
+        "call(*small); right = small[1].clone()\n"
+        "large = [torch.zeros(6, 3, 2000, 2000), torch.empty(6, 11, 1, 1)]\n"
+        "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)\n"
+        "for _ in range(3):\n"
+        "    try: call(*large)\n"
+        "    except MemoryError: print('no memory')\n"
+        "    call(*small); assert torch.equal(small[1], right)"
+    )
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, here])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, here], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n") == ["no memory"] * 3 + [""]
