@@ -9,7 +9,7 @@ trap 'rm -rf "$copy"' EXIT
 cp -r "$root"/{csrc,dsp_kernels,python,tests,benchmarks,setup.py,pyproject.toml,README.md,LICENSE} "$copy"
 rm -f "$copy"/dsp_kernels/_C*.so
 cd "$copy"
-CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
+DSP_KERNELS_CUDA=0 CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
     "$python" setup.py -q build_ext --inplace
 # Leaks of the interpreter itself are no news; torch is not instrumented, so the runtime comes in by preload.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
