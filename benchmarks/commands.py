@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.whole_file import write_bytes, write_text
 
 from . import compare as comparing
 from .budget import Budget
@@ -28,7 +29,7 @@ from .plots import draw_plots
 from .profiles import profile_engine
 from .readme_table import put_into_readme
 from .report import COLUMNS, cells, csv_text, machine, markdown
-from .results import Result, Run, read_result, write_result, write_text
+from .results import Result, Run, read_result, write_result
 from .rows import Row
 from .run import Told, choose_cases, run_cases, with_floors
 from .timing import Progress, TimingRules
@@ -183,11 +184,8 @@ def write_report(json_file: Path, result: Result) -> Path:
 
 
 def _write_pictures(folder: Path, pictures: dict[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_bytes(png)
-        temporary.replace(folder / f"{name}.png")
+        write_bytes(folder / f"{name}.png", png)
 
 
 def _profile(source: NetworkSource, options: Namespace) -> int:

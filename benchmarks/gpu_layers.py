@@ -20,6 +20,7 @@ import dsp_kernels.backends  # noqa: F401  (registers the kernels)
 from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuConv, GpuLayout, layout_for_batch
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.program import ConvStep, Program
+from dsp_kernels.whole_file import write_text
 
 from .peaks import Peaks
 
@@ -114,10 +115,7 @@ class FloorTime(Protocol):
 def write_times(path: Path, what: str, times: Sequence[FloorTime], environment: dict[str, str]) -> None:
     """JSON: the environment and, as ``what``, one object per time with its fraction of the floor."""
     rows = [{**asdict(time), "fraction": time.fraction} for time in times]  # type: ignore[call-overload]
-    temporary = path.with_suffix(".tmp")
-    text = json.dumps({"environment": environment, what: rows}, indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps({"environment": environment, what: rows}, indent=1) + "\n")
 
 
 def value_sets(

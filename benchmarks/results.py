@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.whole_file import write_text
 
 from .environment import environment
 from .rows import Row
 
-__all__ = ["Result", "Run", "read_result", "write_json", "write_result", "write_text"]
+__all__ = ["Result", "Run", "read_result", "write_json", "write_result"]
 
 _FORMAT = 1
 
@@ -114,15 +114,6 @@ def write_json(path: Path, rows: Sequence[Row], device: str = "cpu", net: str = 
     """A result file of one network."""
     run = Run(net, net, "latency", None, tuple(rows))
     return write_result(path, Result(environment(device), None, (run,)))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
 
 
 def _short_lists(text: str) -> str:

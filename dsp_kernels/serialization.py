@@ -7,10 +7,8 @@ architecture by name, is still read (see ``file_version_1``).
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +33,7 @@ from dsp_kernels.graph_file import LoadedNetwork, build_network
 from dsp_kernels.graph_modules import Budget
 from dsp_kernels.packed import PackedConv2d
 from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.whole_file import whole_file
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
@@ -66,15 +65,11 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
             header = new_header(1, **encode_changes(model))
         except DSPFormatError:
             raise error from None
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent}")
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
-        save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
-        os.replace(temporary, target)  # noqa: PTH105  # Path.replace would do the same; this is the habit
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dsp_pruning.recipes.checkpoint import write_text
+from dsp_kernels.whole_file import write_text
 from dsp_pruning.recipes.compare_modes import TABLE
 
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"

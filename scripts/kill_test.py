@@ -76,7 +76,7 @@ def compare(folder: Path, given: argparse.Namespace) -> int:
             break
         runs += 1
         different |= {stage for stage in STAGES if result(folder / "alone" / stage) != result(killed / stage)}
-        left += len(list(killed.rglob("*.tmp")))
+        left += len(list(killed.rglob("*.tmp*")))
     print(f"{len(moments)} kills in {runs} runs, after: {', '.join(moments)}")
     print(f"stages that differ: {', '.join(sorted(different)) or 'none'}; temporary files left: {left}")
     return 1 if different else 0

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dsp_kernels.backends.triton_aot import compile_config, faults, resident_warps
 from dsp_kernels.backends.triton_config import TritonConfig, shipped
+from dsp_kernels.whole_file import write_text
 
 BEGIN, END = "<!-- table begins -->", "<!-- table ends -->"
 Job = tuple[str, TritonConfig, torch.dtype, dict[str, object], int]
@@ -55,9 +56,7 @@ def write_table(file: Path, text: str) -> None:
     """Between the two marks of the file."""
     before, _, rest = file.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    temporary.replace(file)
+    write_text(file, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def main() -> int:

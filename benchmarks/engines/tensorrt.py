@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.whole_file import write_bytes
 
 from .base import Runner, cuda_available, module_available
 from .cuda_graph import capture
@@ -107,8 +108,8 @@ def build_engine(network: bytes, gpu: str) -> bytes:
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
         raise DSPBackendError("TensorRT could not build the network; its log on standard error says why")
-    _write(timings, bytes(cache.serialize()))
-    _write(path, bytes(plan))
+    write_bytes(timings, bytes(cache.serialize()))
+    write_bytes(path, bytes(plan))
     return bytes(plan)
 
 
@@ -116,10 +117,3 @@ def _creation_flags(tensorrt: Any) -> int:
     # 10.x has to be asked for a strongly typed network; 11.x knows no other kind and drops the flag.
     flag = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

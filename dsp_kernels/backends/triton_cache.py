@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsp_kernels.backends.triton_config import TritonConfig
+from dsp_kernels.whole_file import write_text
 
 __all__ = ["ConfigCache", "cache_file", "cache_folder"]
 
@@ -59,14 +60,8 @@ class ConfigCache:
             configs.pop(next(iter(configs)))
         self._configs = configs
         plain = {"version": _VERSION, "configs": {key: kept.to_dict() for key, kept in configs.items()}}
-        temporary = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(plain, indent=1))
-            temporary.replace(self.file)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink()
+        with suppress(OSError):
+            write_text(self.file, json.dumps(plain, indent=1))
 
 
 def _read(file: Path) -> dict[str, TritonConfig]:

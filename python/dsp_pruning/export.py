@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +19,7 @@ from dsp_kernels import FusedConv2d, swap
 from dsp_kernels.activations import activate
 from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.whole_file import whole_file
 
 __all__ = ["export_onnx", "export_pt2", "plain_form"]
 
@@ -206,23 +205,14 @@ def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
 
 
 def _write(write: Callable[[Path], None], model: nn.Module, path: str | Path) -> Path:
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent}")
-    temporary = target.with_name(f".{uuid4().hex}.{target.name}")
     try:
-        with _quiet():
+        with whole_file(path) as temporary, _quiet():
             write(temporary)
-        os.replace(temporary, target)  # noqa: PTH105  # Path.replace would do the same; this is the habit
     except OSError:
         raise
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
-        raise DSPError(
-            f"{type(model).__name__} cannot be exported to {target}: {str(error)[:400]}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+        raise DSPError(f"{type(model).__name__} cannot be exported to {path}: {str(error)[:400]}") from error
+    return Path(path)
 
 
 @contextmanager

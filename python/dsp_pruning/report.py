@@ -17,6 +17,7 @@ from dsp_kernels.packed import PackedConv2d
 from dsp_kernels.structure import GroupStructure
 from dsp_kernels.trace import evaluating
 from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.whole_file import whole_file
 
 __all__ = [
     "LayerRow",
@@ -155,13 +156,11 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     """Write a matplotlib figure, complete or not at all. Raises DSPError where it cannot be written."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
     try:
-        figure.savefig(temporary, dpi=200)
+        with whole_file(target) as temporary:
+            figure.savefig(temporary, dpi=200)
     except (ValueError, OSError) as error:  # ValueError: an ending that matplotlib does not know
-        temporary.unlink(missing_ok=True)
         raise DSPError(f"cannot write the picture {target}: {error}") from error
-    temporary.replace(target)
     return target
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.whole_file import UNFINISHED, whole_file
 
 __all__ = [
     "LAST",
@@ -22,7 +22,6 @@ __all__ = [
     "restore_weights",
     "save_checkpoint",
     "save_weights",
-    "write_text",
 ]
 
 LAST = "checkpoint.pt"
@@ -37,10 +36,10 @@ def save_checkpoint(directory: Path, state: Mapping[str, Any]) -> Path:
     state: tensors, numbers, strings and containers of them. A crash at any moment leaves a readable file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = _write_temporary({**state, "format": _FORMAT}, directory / LAST)
-    if (directory / LAST).exists():
-        (directory / LAST).replace(directory / PREVIOUS)
-    temporary.replace(directory / LAST)
+    with whole_file(directory / LAST) as temporary:
+        _save({**state, "format": _FORMAT}, temporary)
+        if (directory / LAST).exists():
+            (directory / LAST).replace(directory / PREVIOUS)
     return directory / LAST
 
 
@@ -71,13 +70,14 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], accuracy: float) 
     """Write ``[state_dict, accuracy]``, the form of the published checkpoints. accuracy: 0..1."""
     path.parent.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
-    _write_temporary([on_cpu, float(accuracy)], path).replace(path)
+    with whole_file(path) as temporary:
+        _save([on_cpu, float(accuracy)], temporary)
     return path
 
 
 def remove_unfinished(directory: Path) -> None:
     """Delete what a killed process had only begun to write in ``directory``."""
-    for path in directory.glob(".*.tmp"):
+    for path in directory.glob(UNFINISHED):
         path.unlink(missing_ok=True)
 
 
@@ -122,25 +122,9 @@ def restore_weights(
     model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _write_temporary(content: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
+def _save(content: Any, path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch would write its name into the file
+        torch.save(content, file)
 
 
 def _read(path: Path) -> Any:

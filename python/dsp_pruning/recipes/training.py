@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dsp_kernels.errors import DSPTrainingError
+from dsp_kernels.whole_file import write_text
 from dsp_pruning.data import TrainingData, training_batches, training_steps
 from dsp_pruning.distributed import (
     all_reduce_mean,
@@ -29,7 +30,6 @@ from dsp_pruning.recipes.checkpoint import (
     load_checkpoint,
     remove_unfinished,
     save_checkpoint,
-    write_text,
 )
 from dsp_pruning.recipes.evaluation import Score, evaluate
 from dsp_pruning.recipes.precision import Precision

@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all, whoever reads or kills meanwhile."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+__all__ = ["UNFINISHED", "whole_file", "write_bytes", "write_text"]
+
+UNFINISHED = ".*.tmp*"  # what a killed process leaves
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A file beside ``path``, with its ending, to write to; it takes that place when the block ends.
+
+    Where the block raises or the process dies, ``path`` is what it was. Access rights are those of the file
+    that was there, else of any new file; safetensors would let nobody but the owner read it.
+    Raises OSError, which names ``path``, where nothing can be written.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent}")
+    temporary = target.with_name(f".{uuid4().hex}.tmp{target.suffix}")
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(target)) from None
+    try:
+        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(mode)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file and the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file in UTF-8 and the folders that it needs."""
+    return write_bytes(path, text.encode("utf-8"))

@@ -1,0 +1,58 @@
+"""Files are there whole or not at all, readable by whoever may read a new file, and nothing else is left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dsp_kernels
+from dsp_kernels.whole_file import UNFINISHED, whole_file, write_text
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_a_saved_network_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    path, network = tmp_path / "net.safetensors", nn.Conv2d(2, 3, 1)
+    before = os.umask(0o027)
+    try:
+        dsp_kernels.save(network, path, torch.zeros(1, 2, 4, 4))
+    finally:
+        os.umask(before)
+    assert mode(path) == 0o640
+    path.chmod(0o604)
+    dsp_kernels.save(network, path, torch.zeros(1, 2, 4, 4))
+    assert mode(path) == 0o604
+    assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_fails_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "a b *.txt"
+    if there:
+        write_text(path, "before")
+
+    def fail() -> None:
+        with whole_file(path) as temporary:
+            temporary.write_text("half")
+            assert [file.name for file in tmp_path.glob(UNFINISHED)] == [temporary.name]
+            assert temporary.suffix == ".txt"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"] * there
+
+
+def test_the_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"), whole_file(tmp_path / "nowhere" / "a"):
+        pass
+    long = tmp_path / f"a.{'x' * 254}"
+    with pytest.raises(OSError, match=r"File name too long: .*/a\.xxx"), whole_file(long):
+        pass
+    assert not list(tmp_path.iterdir())
