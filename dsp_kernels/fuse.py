@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPVerificationError
 from dsp_kernels.executors import EXECUTORS, Runner
+from dsp_kernels.finite import check_finite
 from dsp_kernels.native import adds_in_half, warn_if_missing
 from dsp_kernels.planner import plan
 from dsp_kernels.program import ConvStep, LinearStep, Program, TorchStep
@@ -189,6 +190,7 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
     with evaluating(model), torch.no_grad(), plain:
         for what, x in (("the example input", example_input), ("random images", noise)):
             expected, got = model(x.clone()), fused(x.clone())  # a model may write into its input
+            check_finite(model, [expected], what)
             scale = expected.abs().max().item() if expected.numel() else 0.0
             error = (expected - got).abs().max().item() if expected.numel() else 0.0
             if not error <= bound * max(scale, torch.finfo(rounded).tiny):

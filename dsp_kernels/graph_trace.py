@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
 from dsp_kernels.trace import evaluating, trace
 from dsp_kernels.trace_inputs import Example, as_inputs, calls_of
-from dsp_kernels.trace_ops import LEAF_TYPES
+from dsp_kernels.trace_symbolic import Tracer
 from dsp_kernels.trace_ways import SIZE_CHECK
 
 __all__ = ["TRAINING", "traced_calls"]
@@ -30,11 +30,8 @@ _UNUSED = (
 )
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     proxy_buffer_attributes = True  # what is computed from a buffer follows it
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not self._is_state(a):  # fx would hang it on the user's model

@@ -164,6 +164,11 @@ def _fake(
             f"{len(weights)} weights, {len(in_index)} in_index and {len(out_index)} out_index lists; "
             "expected one of each per group"
         )
+    for constant in (*weights, *(() if bias is None else (bias,))):
+        if constant.device != x.device:
+            raise DSPShapeError(
+                f"x is on {x.device}, but a weight or bias is on {constant.device}; they have to agree"
+            )
     shapeless = ConvSpec(
         GroupStructure(x.shape[1], 1),
         _two(kernel_size),

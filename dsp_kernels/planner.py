@@ -125,10 +125,14 @@ class _Planner:
 
     def run(self) -> Program:
         inputs, outputs = self.network.of_kind("input"), self.network.of_kind("output")
-        if len(inputs) != 1 or len(outputs) != 1:
-            found = f"{len(inputs)} inputs and {len(outputs)} outputs of one tensor"
+        if len(inputs) != 1:
             raise DSPTraceError(
-                f"a network with one input and one output tensor can be fused; this has {found}"
+                f"a network of one input can be fused, this has {len(inputs)}; swap() takes it"
+            )
+        if len(outputs) != 1 or outputs[0].shape is None:
+            raise DSPTraceError(
+                "a network whose answer is one tensor can be fused, this one gives several or a container; "
+                "swap() takes it"
             )
         for node in self.network:
             if node.kind == "input":

@@ -26,6 +26,7 @@ from dsp_kernels.file_header import (
     tensor_table,
 )
 from dsp_kernels.file_version_1 import build_changed, encode_changes
+from dsp_kernels.fuse import FusedNetwork
 from dsp_kernels.fused_conv import FusedConv2d
 from dsp_kernels.graph_check import check_network, is_example_shape, is_input_shape
 from dsp_kernels.graph_encode import encode_network
@@ -55,6 +56,8 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
     written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
     Raises DSPFormatError, naming it, for a model with something that a file cannot hold.
     """
+    if isinstance(model, FusedNetwork):
+        raise DSPFormatError("a fused network holds no parameters: save the packed one that it was made from")
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
     }

@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.size_check import SizeCheck
-from dsp_kernels.trace_export import export_calls, place_in_user_code
-from dsp_kernels.trace_inputs import Example, as_inputs, calls_of, check_taken
-from dsp_kernels.trace_ops import LEAF_TYPES, classify
+from dsp_kernels.trace_export import export_calls
+from dsp_kernels.trace_inputs import Example, as_inputs, check_taken
+from dsp_kernels.trace_ops import classify
+from dsp_kernels.trace_symbolic import is_leaf, symbolic_graph
 from dsp_kernels.trace_ways import exported_network
 
 __all__ = [
@@ -109,16 +110,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
-
-
-def is_leaf(module: nn.Module, path: str) -> bool:
-    """Whether a call of this module is one node of a graph."""
-    return _Tracer().is_leaf_module(module, path)
-
-
 class _ShapeRecorder(fx.Interpreter):
     """Runs the graph once and keeps the shape of every tensor, freeing values as they are used up."""
 
@@ -157,7 +148,7 @@ def call_graph(
     with evaluating(model):
         model.train(training)
         try:
-            return _symbolic_graph(model, None if inputs is None else len(inputs))
+            return symbolic_graph(model, None if inputs is None else len(inputs))
         except DSPTraceError:
             pass
         try:
@@ -166,16 +157,6 @@ def call_graph(
             return export_calls(model, inputs[0], is_leaf, mutates=True).graph
         except DSPTraceError:
             return None
-
-
-def _symbolic_graph(model: nn.Module, count: int | None) -> fx.Graph:
-    try:
-        return calls_of(_Tracer(), model, count)
-    except Exception as error:  # fx raises whatever the model's own code raises on proxies
-        place = place_in_user_code(error)
-        raise DSPTraceError(
-            f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {error}"
-        ) from error
 
 
 def trace(model: nn.Module, example_input: Example, every_path: bool = False) -> TracedNetwork:
@@ -194,7 +175,9 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
     with evaluating(model):
         check = None
         try:
-            graph_module = fx.GraphModule(model, _symbolic_graph(model, len(inputs)))
+            graph = symbolic_graph(model, len(inputs))
+            _check_state_stays(model, graph)
+            graph_module = fx.GraphModule(model, graph)
             two_ways = False
         except DSPTraceError as error:
             if len(inputs) > 1:
@@ -215,6 +198,18 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
                 f"{recorder.running!r}: {error}{_hint(model, inputs)}"
             ) from error
     return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check, two_ways)
+
+
+def _check_state_stays(model: nn.Module, graph: fx.Graph) -> None:
+    """Raise DSPTraceError for what changes a buffer or parameter in place: a Program has constants only."""
+    for node in graph.nodes:
+        first = node
+        while works_in_place(first, model) or _hands_on(first, model):
+            if not first.args or not isinstance(first.args[0], fx.Node):
+                break
+            first = first.args[0]
+        if first is not node and first.op == "get_attr":
+            raise DSPTraceError(f"{type(model).__name__}.forward() writes into {first.target!r} in eval mode")
 
 
 def _hint(model: nn.Module, inputs: Sequence[Tensor]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.errors import DSPShapeError, DSPTraceError
 
 __all__ = ["Example", "as_inputs", "calls_of", "check_device", "check_taken", "one_image"]
 
@@ -77,6 +78,8 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     """The graph of a model that is given ``count`` inputs; other arguments of forward() keep their default.
 
     count: None where it is not known; every argument is an input then.
+    Raises DSPTraceError where forward() gives the model another buffer or parameter, beside all that the
+    model's own code raises on stand-ins for tensors.
     """
     arguments = _arguments(model)  # in the order in which torch.fx makes their placeholders
     given = len(arguments) if count is None else count
@@ -88,7 +91,8 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     }
     # A Proxy is never None and has no truth: ``if mask is not None`` would take the wrong way.
     concrete = {argument.name: argument.default for argument in fixed.values()}
-    graph = tracer.trace(model, concrete_args=concrete or None)
+    with _as_it_was(model):
+        graph = tracer.trace(model, concrete_args=concrete or None)
     # By place: torch.fx calls that of ``mask`` "mask_1", as another argument may be called.
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for place in fixed:
@@ -115,3 +119,44 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         _erase(graph, user)
     graph.erase_node(node)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo what forward() does to the model's modules: stand-ins may not stay in them.
+
+    Raises DSPTraceError where it changes a buffer or a parameter, because a graph would leave it as it is.
+    """
+    before = [
+        (name, own, dict(own))
+        for name, module in model.named_modules()
+        for own in (module._buffers, module._parameters, module.__dict__)
+    ]
+    tensors = [(name, buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()]
+    versions = [_version(buffer) for _, buffer, _ in tensors]
+    written: list[str] = []
+    try:
+        yield
+    finally:
+        # What reads a buffer without a stand-in beside it is computed at once, in place too.
+        for (name, buffer, kept), version in zip(tensors, versions, strict=True):
+            if _version(buffer) != version:
+                written.append(name)
+                buffer.detach().copy_(kept)
+        for name, own, whole in before:
+            changed = [key for key in {**whole, **own} if own.get(key, model) is not whole.get(key, model)]
+            for key in changed:
+                if key.startswith("_tensor_constant"):  # torch.fx's, for the graph
+                    continue
+                if "_buffers" not in own:  # its tensors, and not the module's own dictionary
+                    written.append(f"{name}.{key}" if name else key)
+                if key in whole:
+                    own[key] = whole[key]
+                else:
+                    del own[key]
+    if written:
+        raise DSPTraceError(f"forward() writes into {written[0]!r}, which a graph would not do")
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -12,7 +12,7 @@ import typer
 import dsp_kernels
 from dsp_cli.show import console
 from dsp_cli.twin import example_of
-from dsp_pruning.export import export_onnx, export_pt2
+from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
 
 
 class Format(StrEnum):
@@ -20,6 +20,7 @@ class Format(StrEnum):
 
     onnx = "onnx"
     pt2 = "pt2"
+    torchscript = "torchscript"
 
 
 class Precision(StrEnum):
@@ -32,21 +33,23 @@ class Precision(StrEnum):
 def export(
     file: Annotated[Path, typer.Argument(help="A packed network.")],
     out: Annotated[Path, typer.Argument(help="Where the exported network goes.")],
-    format_: Annotated[Format, typer.Option("--format", help="onnx, or pt2 for torch.export.")] = Format.onnx,
+    format_: Annotated[Format, typer.Option("--format", help="onnx, pt2 or torchscript.")] = Format.onnx,
     precision: Annotated[Precision, typer.Option("--precision", help="Of an ONNX file.")] = Precision.fp32,
     opset: Annotated[int, typer.Option("--opset", min=18, help="Of an ONNX file.")] = 18,
     image_size: Annotated[
         int | None, typer.Option("--image-size", min=1, help="Height and width, if not the file's own.")
     ] = None,
 ) -> None:
-    """Write a packed network as ONNX of ordinary convolutions or as an exported PyTorch program."""
+    """Write a packed network as ONNX of ordinary convolutions, an exported PyTorch program or TorchScript."""
     network = dsp_kernels.load(file)
     example, _ = example_of(network, image_size)
     if format_ is Format.onnx:
         dtype = torch.float16 if precision is Precision.fp16 else torch.float32
         export_onnx(network, out, example, opset=opset, dtype=dtype)
-    else:
+    elif format_ is Format.pt2:
         export_pt2(network, out, example)
+    else:
+        export_torchscript(network, out, example)
     size = " and ".join("x".join(map(str, x.shape[1:])) for x in example)
     console.print(
         f"{out}: {out.stat().st_size:,} bytes, for images of {size}, any batch size", soft_wrap=True

@@ -29,7 +29,6 @@ __all__ = [
     "DataName",
     "Device",
     "Groups",
-    "ImageSize",
     "LayerGroups",
     "Layers",
     "Rounds",
@@ -96,7 +95,6 @@ Checkpoint = Annotated[
         help="Weights to start from; `torchvision` takes its own. Default: the previous stage in --save-dir.",
     ),
 ]
-ImageSize = Annotated[int, typer.Option("--image-size", min=1, help="Height and width of an input image.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples per network.")]
 
 

@@ -1,4 +1,4 @@
-"""Packed networks in formats that other programs run: ONNX, and PyTorch's exported programs (.pt2)."""
+"""Packed networks in formats that other programs run: ONNX, PyTorch's exported programs, TorchScript."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsp_kernels import FusedConv2d, swap
+from dsp_kernels import FusedConv2d, FusedNetwork, swap
 from dsp_kernels.activations import activate
 from dsp_kernels.errors import DSPError, DSPShapeError
+from dsp_kernels.trace import trace
 from dsp_kernels.trace_inputs import Example, as_inputs
 from dsp_kernels.whole_file import whole_file
 
-__all__ = ["export_onnx", "export_pt2", "plain_form"]
+__all__ = ["export_onnx", "export_pt2", "export_torchscript", "plain_form"]
 
 _LEAST_OPSET = 18
 
@@ -88,6 +89,27 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
         with torch.no_grad():
             program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
         torch.export.save(program, temporary)
+
+    return _write(write, model, path)
+
+
+def export_torchscript(model: nn.Module, path: str | Path, example_input: Example) -> Path:
+    """Write a packed network as TorchScript of ordinary operations, which ``torch.jit.load`` reads anywhere.
+
+    In eval mode, with batch norms folded, for any batch and image size that the network takes. Raises
+    DSPError if torch cannot follow the network, or if its code takes other ways for other sizes.
+    """
+    plain, inputs = plain_form(model), _two_images(example_input)
+    _check_runs(plain, inputs, model)
+
+    def write(temporary: Path) -> None:
+        # A TorchScript trace takes one way through the code; torch.fx sees where there are more.
+        ways = trace(model, inputs, every_path=True)
+        if ways.two_ways or ways.size_check is not None:
+            raise DSPError("what forward() does depends on the number or the size of the images")
+        with torch.no_grad():
+            traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)
+            torch.jit.save(traced, str(temporary))
 
     return _write(write, model, path)
 
@@ -189,6 +211,8 @@ def _two_images(example_input: Example) -> tuple[Tensor, ...]:
 
 def _check_runs(network: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module) -> None:
     """What the network itself says about a wrong example is clearer than what the exporters make of it."""
+    if isinstance(model, FusedNetwork):
+        raise DSPError("a fused network is for this machine: export the packed one that it was made from")
     try:
         with torch.no_grad():
             network(*(x.clone() for x in inputs))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError
+from dsp_kernels.trace_inputs import Example
 from dsp_pruning import distributed
 from dsp_pruning import penalty as terms
 from dsp_pruning.buckets import BucketStep, attach_layers, make_buckets, stacked
@@ -41,7 +42,8 @@ class GroupWrapper:
     temp: temperature of the softmax over groups.
     group_optimizer_lr: learning rate of the logits' own Adam.
     rank: process number where there are several; only rank 0 may print.
-    example_input: (batch, channels, height, width); without it 1 x C x 32 x 32 is tried.
+    example_input: (batch, channels, height, width), or a tuple of all inputs of the model; without it
+        1 x C x 32 x 32 is tried.
     layers: ``(name, conv) -> bool``, replaces the default choice of ``select_layers``.
         ``print(learner.layers)`` shows a table of what was chosen, and of the rest with the reason.
     second_order: how the logits see that weights follow them. "exact": look one step ahead and take the
@@ -69,7 +71,7 @@ class GroupWrapper:
         group_optimizer_lr: float = 1e-3,
         rank: int = 0,
         *,
-        example_input: Tensor | None = None,
+        example_input: Example | None = None,
         layers: LayerPredicate | None = None,
         second_order: SecondOrder = "exact",
         generator: torch.Generator | None = None,
@@ -175,7 +177,7 @@ class GroupWrapper:
         """After ``optimizer.step()``: move the logits, shrink the weights (golden README section 4, 3-9).
 
         x, y: the batch of this step, on the model's device; with gradient accumulation two lists, the
-            micro-batches in their order, each of which counts 1 / len(x).
+            micro-batches in their order, each of which counts 1 / len(x). A tuple is several inputs.
         amp: the look-ahead's forward pass runs under autocast, in the dtype torch has set for the device.
         scaler: the one of the caller's loop. It scales the look-ahead's loss and is not updated. Where it
             held the real step back (an overflow), or the look-ahead overflows, nothing is done but counting

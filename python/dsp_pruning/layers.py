@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTraceError
 from dsp_kernels.trace import TracedNetwork, TracedNode, evaluating, trace
+from dsp_kernels.trace_inputs import Example, as_inputs
 
 __all__ = [
     "LayerInfo",
     "LayerPredicate",
     "LayerSurvey",
     "default_example_input",
+    "inputs_like",
     "select_layers",
     "survey_layers",
 ]
@@ -82,19 +84,20 @@ class LayerSurvey:
 
 
 def select_layers(
-    model: nn.Module, example_input: Tensor | None = None, layers: LayerPredicate | None = None
+    model: nn.Module, example_input: Example | None = None, layers: LayerPredicate | None = None
 ) -> tuple[LayerInfo, ...]:
     """The convolutions that take part: ``survey_layers(...).chosen``, with its arguments and errors."""
     return survey_layers(model, example_input, layers).chosen
 
 
 def survey_layers(
-    model: nn.Module, example_input: Tensor | None = None, layers: LayerPredicate | None = None
+    model: nn.Module, example_input: Example | None = None, layers: LayerPredicate | None = None
 ) -> LayerSurvey:
     """Look at every convolution and choose, in definition order (``model.named_modules()``).
 
-    example_input: (batch, channels, height, width); None tries 1 x C x 32 x 32. It is moved to the model's
-        device and dtype and run once in eval mode; the model is left as it was.
+    example_input: (batch, channels, height, width); None tries 1 x C x 32 x 32; a tuple of tensors, one for
+        each input of forward(). It is moved to the model's device and dtype and run once in eval mode; the
+        model is left as it was.
     layers: ``(name, conv) -> bool`` replaces the default choice, which is every ``nn.Conv2d`` but the first,
         1x1 shortcut convs, grouped or depthwise convs, and convs whose weight is computed
         (a parametrisation) or belongs to another conv too.
@@ -105,7 +108,7 @@ def survey_layers(
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not convs:
         raise DSPPruningError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to group or prune")
-    example = default_example_input(model) if example_input is None else _like_model(example_input, convs)
+    example = inputs_like(model, example_input)
     sizes = _measure(model, convs, example)
     if layers is None:
         excluded = _excluded_by_default(model, convs, sizes, example)
@@ -138,12 +141,23 @@ def default_example_input(model: nn.Module) -> Tensor:
 _Size = tuple[tuple[int, int], tuple[int, int]]
 
 
-def _like_model(example: Tensor, convs: Mapping[str, nn.Conv2d]) -> Tensor:
-    weight = next(iter(convs.values())).weight
-    return example.detach().to(device=weight.device, dtype=weight.dtype)
+def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
+    """The inputs of an example (the default one for None) on the device and in the dtype of the first conv.
+
+    Raises DSPShapeError for what is no example.
+    """
+    if example is None:
+        return (default_example_input(model),)
+    weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+    return tuple(
+        x.detach().to(weight.device, weight.dtype if x.is_floating_point() else None)
+        for x in as_inputs(example)
+    )
 
 
-def _measure(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: Tensor) -> dict[str, _Size]:
+def _measure(
+    model: nn.Module, convs: Mapping[str, nn.Conv2d], example: tuple[Tensor, ...]
+) -> dict[str, _Size]:
     """Input and output height and width of every conv that runs on the example."""
     sizes: dict[str, _Size] = {}
 
@@ -157,13 +171,14 @@ def _measure(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: Tensor) 
     handles = [conv.register_forward_hook(record(name)) for name, conv in convs.items()]
     try:
         with evaluating(model), torch.no_grad():
-            model(example)
+            model(*(x.clone() for x in example))  # a model may write into its input
     except Exception as error:  # whatever the model's own code raises on a shape it cannot take
         first, conv = next(iter(convs.items()))
         raise DSPShapeError(
-            f"{type(model).__name__} does not run on an example input of shape {tuple(example.shape)}: "
-            f"{error}. Its first conv {first!r} reads {conv.in_channels} channels; pass example_input= of "
-            f"shape (1, {conv.in_channels}, height, width)"
+            f"{type(model).__name__} does not run on an example input of shape "
+            f"{' and '.join(str(tuple(x.shape)) for x in example)}: {error}. Its first conv {first!r} reads "
+            f"{conv.in_channels} channels; pass example_input= of shape "
+            f"(1, {conv.in_channels}, height, width), or a tuple of all inputs of forward()"
         ) from error
     finally:
         for handle in handles:
@@ -172,7 +187,7 @@ def _measure(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: Tensor) 
 
 
 def _excluded_by_default(
-    model: nn.Module, convs: Mapping[str, nn.Conv2d], sizes: Mapping[str, _Size], example: Tensor
+    model: nn.Module, convs: Mapping[str, nn.Conv2d], sizes: Mapping[str, _Size], example: tuple[Tensor, ...]
 ) -> dict[str, str]:
     """Name -> reason of every conv that the default choice leaves out."""
     first = next(iter(convs))
@@ -198,7 +213,7 @@ def _excluded_by_default(
     return excluded
 
 
-def _shortcuts(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: Tensor) -> set[str]:
+def _shortcuts(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: tuple[Tensor, ...]) -> set[str]:
     """The 1x1 convs that stand in a shortcut; by name where the model cannot be traced."""
     pointwise = {name for name, conv in convs.items() if conv.kernel_size == (1, 1)}
     try:

@@ -83,7 +83,8 @@ def look_ahead(
 
     starts: parameter -> the value it starts from, without history; every other parameter stands
         still: it would move too, but what it becomes is not asked for.
-    batches: the micro-batches of one step, each with the weight 1 / len(batches).
+    batches: the micro-batches of one step, each with the weight 1 / len(batches). An x that is a tuple holds
+        the inputs of forward().
     autocast_dtype: runs the forward pass under autocast.
     scaler: its present scale multiplies the loss and is divided out of the gradients; it is not updated.
     reorder: images on a CPU may be laid out in channels_last, which is faster there. If the network raises
@@ -165,7 +166,7 @@ def _passes(
     with torch.enable_grad(), _kept_random_numbers(device), _substituted(model, copies):
         for x, y in batches:
             with autocast:
-                loss = criterion(model(x), y)
+                loss = criterion(model(*x) if isinstance(x, tuple) else model(x), y)
             loss = loss if len(batches) == 1 else loss / len(batches)
             scaled = loss if scaler is None else scaler.scale(loss)
             sums = _added(sums, torch.autograd.grad(scaled, leaves, allow_unused=True))

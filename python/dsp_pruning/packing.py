@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVerificationError
+from dsp_kernels.finite import check_finite
 from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
@@ -178,6 +179,7 @@ def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) ->
     with evaluating(masked), evaluating(packed), torch.no_grad():
         for what, given in (("the example input", inputs), ("random images", noise)):
             expected = _tensors(masked(*(x.clone() for x in given)))
+            check_finite(masked, expected, what)
             try:
                 got = _tensors(packed(*(x.clone() for x in given)))
             except DSPError:

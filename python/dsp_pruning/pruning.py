@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.trace import TracedNetwork, trace
+from dsp_kernels.trace_inputs import Example
 from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
-from dsp_pruning.layers import LayerPredicate, default_example_input, select_layers
+from dsp_pruning.layers import LayerPredicate, inputs_like, select_layers
 from dsp_pruning.prunable import (
     LayerRule,
     Masks,
@@ -48,7 +49,8 @@ class PruneWrapper:
     fp_layer_indices: those layers by index, counted over the chosen layers from 0; -1 or [] means none.
         It wins over fp_every_nth_conv; one of the two has to be given.
     rank: this process's number, kept for its callers.
-    example_input: (batch, channels, height, width); without it 1 x C x 32 x 32 is tried.
+    example_input: (batch, channels, height, width), or a tuple of all inputs of the model; without it
+        1 x C x 32 x 32 is tried.
     layers: ``(name, conv) -> bool`` chooses the layers (default: see ``select_layers``).
     prune_channels: False prunes whole filters only, the usual pruning by magnitude.
     target: what a rate is a share of: ``macs``, or ``params``, the weights.
@@ -69,7 +71,7 @@ class PruneWrapper:
         fp_layer_indices: Sequence[int] | int | None = None,
         rank: int = 0,
         *,
-        example_input: Tensor | None = None,
+        example_input: Example | None = None,
         layers: LayerPredicate | None = None,
         prune_channels: bool = True,
         target: Target = "macs",
@@ -90,7 +92,7 @@ class PruneWrapper:
         check_buffers(self.layers, counts)
         for layer, count in zip(self.layers, counts, strict=True):
             register_buffers(layer, count)
-        self._example = default_example_input(model) if example_input is None else example_input.detach()
+        self._example = inputs_like(model, example_input)
         self._network: TracedNetwork | None = None
         self._untraced = ""
         self._undo: Undo | None = None
@@ -266,9 +268,8 @@ class PruneWrapper:
 
     def _trace(self) -> TracedNetwork | None:
         if self._network is None and not self._untraced:
-            weight = self.layers[0].conv.weight
             try:
-                self._network = trace(self.model, self._example.to(weight.device, weight.dtype))
+                self._network = trace(self.model, inputs_like(self.model, self._example))
             except DSPTraceError as error:
                 self._untraced = f"every layer is pruned by its own mask alone: {error}"
         return self._network

@@ -67,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed_file(trained: Path) -> Path:
     path = trained / "packed.safetensors"
     ckpt = trained / "finetune_g2_p0.4" / "model.pt"
-    assert main(["pack", "--ckpt", str(ckpt), "--save", str(path), "--image-size", "16"]) == 0
+    assert main(["pack", "--ckpt", str(ckpt), "--save", str(path)]) == 0
     return path
 
 
@@ -94,6 +94,7 @@ def test_each_stage_leaves_its_metrics(trained: Path) -> None:
 
 def test_the_packed_file_answers_as_the_pruned_network(packed_file: Path) -> None:
     model = dsp_kernels.load(packed_file)
+    assert model.example_shape == (1, 1, 16, 16)  # of the digits that it was trained on
     convs = [module for module in model.modules() if isinstance(module, PackedConv2d)]
     assert len(convs) == 6
     summary = json.loads((packed_file.parent / "finetune_g2_p0.4" / "summary.json").read_text())

@@ -50,7 +50,8 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
 
 
 def test_the_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"), whole_file(tmp_path / "nowhere" / "a"):
+    nowhere = tmp_path / "nowhere" / "a"
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"), whole_file(nowhere):
         pass
     long = tmp_path / f"a.{'x' * 254}"
     with pytest.raises(OSError, match=r"File name too long: .*/a\.xxx"), whole_file(long):

@@ -19,7 +19,7 @@ from dsp_cli.main import main
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_pruning import read_released
-from dsp_pruning.export import export_onnx, export_pt2, plain_form
+from dsp_pruning.export import export_onnx, export_pt2, export_torchscript, plain_form
 from dsp_pruning.overview import draw_overview
 from dsp_pruning.report import LayerRow, draw_structures
 
@@ -191,6 +191,25 @@ def test_exported_programs_of_packed_and_swapped_networks(tmp_path: Path) -> Non
         assert len(ops) == (2 if name == "swapped" else 0)
 
 
+@pytest.mark.parametrize("name", ["residual", "branching"])
+def test_torchscript_is_read_without_our_package(tmp_path: Path, name: str) -> None:
+    network = nets.make(name)
+    dsp_kernels.save(network, tmp_path / "net.safetensors", images(1, 8))
+    arguments = ["export", tmp_path / "net.safetensors", tmp_path / "net.pt", "--format", "torchscript"]
+    assert main([str(argument) for argument in arguments]) == 0
+    torch.save([(images(n, 8), network(images(n, 8)).detach()) for n in (1, 5)], tmp_path / "pairs.pt")
+    code = (
+        "import sys, torch\n"
+        "sys.modules.update(dsp_kernels=None, dsp_pruning=None)\n"
+        "network = torch.jit.load('net.pt')\n"
+        "for x, y in torch.load('pairs.pt'): torch.testing.assert_close(network(x), y)\n"
+        "print('equal')"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "equal\n"
+
+
 class Undecided(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
@@ -198,9 +217,11 @@ class Undecided(nn.Module):
 
 def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path) -> None:
     network = nets.make("residual")
+    with pytest.raises(DSPError, match="export the packed one"):
+        export_onnx(dsp_kernels.fuse(network, images(1, 8)), tmp_path / "net.onnx", images(1, 8))
     with pytest.raises(DSPError, match="opset is 11"):
         export_onnx(network, tmp_path / "net.onnx", images(1, 8), opset=11)
-    for write in (export_onnx, export_pt2):
+    for write in (export_onnx, export_pt2, export_torchscript):
         with pytest.raises(DSPShapeError, match=r"does not run on an example of shape \(1, 4, 8, 8\): .*4"):
             write(network, tmp_path / "net", torch.zeros(1, 4, 8, 8))
         with pytest.raises(DSPError, match=r"Undecided cannot be exported to .*net: "):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsp_kernels
-from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError
-from dsp_pruning import pack
+from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError, DSPVerificationError
+from dsp_pruning import GroupWrapper, PruneWrapper, pack
 from dsp_pruning.unpacking import unpack
 
 
@@ -101,3 +101,58 @@ def test_an_example_with_more_than_the_model_takes_is_named() -> None:
 def test_an_example_that_is_elsewhere_is_refused() -> None:
     with pytest.raises(DSPShapeError, match="the example is on meta; expected cpu"):
         pack(cases.masked(cases.Net()), cases.images().to("meta"))
+
+
+@pytest.mark.parametrize("second_order", ["exact", "original", "none"])
+def test_the_whole_way_with_several_inputs(second_order: str) -> None:
+    class Deep(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(cases.WIDTH, cases.WIDTH, 3, padding=1)
+
+        def forward(self, x: Tensor, features: Tensor) -> Tensor:
+            y = F.relu(self.norm(self.a(x))) * torch.sigmoid(self.embed(features))[:, :, None, None]
+            return self.head(F.relu(self.c(y)))
+
+    torch.manual_seed(0)
+    model, given = Deep().double(), two_inputs()
+    target = torch.zeros_like(model(*given))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    wrapper = GroupWrapper(
+        model,
+        optimizer,
+        F.mse_loss,
+        1e-2,
+        2,
+        2,
+        1.0,
+        example_input=given,
+        second_order=second_order,  # type: ignore[arg-type]
+    )
+    for _ in range(2):
+        wrapper.initialize()
+        optimizer.zero_grad()
+        F.mse_loss(wrapper(*given), target).backward()
+        optimizer.step()
+        before = [layer.logits.clone() for layer in wrapper._layers]
+        wrapper.after_step(given, target)
+        moved = zip(before, (layer.logits for layer in wrapper._layers), strict=True)
+        assert all(not torch.equal(old, new) for old, new in moved)
+    pruner = PruneWrapper(model, 2, 1, example_input=given)
+    assert pruner.initialize(0.4)[0] >= 40
+    packed = pack(pruner, given).eval()
+    assert cases.agree(model.eval()(*given), packed(*given))
+    with pytest.raises(DSPShapeError, match="input 2 of the example is a int"):
+        PruneWrapper(model, 2, 1, example_input=(given[0], 5))  # type: ignore[arg-type]
+    with pytest.raises(DSPShapeError, match="or a tuple of all inputs"):
+        PruneWrapper(model, 2, 1)
+
+
+def test_weights_that_are_nan_are_named() -> None:
+    model = cases.masked(cases.Net())
+    with torch.no_grad():
+        model.linear.weight[0] = float("nan")
+    with pytest.raises(
+        DSPVerificationError, match=r"itself answers the example .*'linear\.weight' is not finite"
+    ):
+        pack(model, cases.images())

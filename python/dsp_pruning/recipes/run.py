@@ -30,6 +30,7 @@ __all__ = [
     "conclude",
     "depth_of",
     "group_counts",
+    "image_size_beside",
     "new_model",
     "pick_device",
 ]
@@ -160,7 +161,18 @@ def conclude(recipe: str, trainer: Trainer, extra: Mapping[str, float] | None = 
             "validation": asdict(validation),
             "test": asdict(test),
             **(extra or {}),
+            "image_size": list(data.example().shape[2:]),
             "config": trainer.config,
         }
         write_text(path.with_name(SUMMARY), json.dumps(summary, indent=2) + "\n")
     return RecipeResult(model, validation, test, trainer.history, path, dict(extra or {}), is_main())
+
+
+def image_size_beside(weights: Path) -> tuple[int, int] | None:
+    """Height and width of the images that a run's weights were trained on, from the summary beside them."""
+    try:
+        height, width = json.loads(weights.with_name(SUMMARY).read_text(encoding="utf-8"))["image_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sizes = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+    return (height, width) if sizes else None

@@ -1,0 +1,141 @@
+"""A model is as it was after it was traced, and what changes its state in eval mode is refused."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dsp_kernels
+from dsp_kernels import GroupStructure, gather_grouped_conv2d
+from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError, DSPVerificationError
+from dsp_kernels.trace import trace
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Counting(nn.Module):
+    """count: what forward() does beside its two convolutions."""
+
+    def __init__(self, count: Callable[[Any, Tensor], object]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+        self.register_buffer("steps", torch.zeros(()))
+        self.last: Tensor | None = None
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        self.count(self, y)
+        return self.second(y).mean((2, 3))
+
+
+def assign(model: Any, y: Tensor) -> None:
+    model.steps = model.steps + 1
+
+
+def in_place(model: Any, y: Tensor) -> None:
+    model.steps.add_(1)
+
+
+def assign_in_training(model: Any, y: Tensor) -> None:
+    if model.training:
+        model.steps = model.steps + 1
+
+
+def keep(model: Any, y: Tensor) -> None:
+    model.last = y
+
+
+def unchanged(model: Counting) -> bool:
+    plain = all(type(value) is Tensor for value in model._buffers.values())
+    return plain and float(model.steps) == 0 and model.last is None
+
+
+@pytest.mark.parametrize("count", [assign_in_training, keep])
+def test_a_traced_and_a_saved_model_stay_what_they_were(
+    tmp_path: Path, count: Callable[[Any, Tensor], object]
+) -> None:
+    model = Counting(count).eval()
+    trace(model, X)
+    assert unchanged(model)
+    dsp_kernels.save(model, tmp_path / "net.safetensors", X)
+    assert unchanged(model)
+    assert torch.equal(dsp_kernels.load(tmp_path / "net.safetensors")(X), model(X))
+
+
+@pytest.mark.parametrize("count", [assign, in_place])
+def test_a_forward_that_changes_a_buffer_is_refused(count: Callable[[Any, Tensor], object]) -> None:
+    model = Counting(count).eval()
+    with pytest.raises(DSPTraceError, match="writes into steps in eval mode"):
+        dsp_kernels.fuse(model, X)
+    assert unchanged(model)
+
+
+class Casting(nn.Module):
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.conv, self.on = nn.Conv2d(3, 4, 3), on
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+            return self.conv(x)
+
+
+def test_autocast_inside_is_refused_where_it_is_on() -> None:
+    with pytest.raises(DSPTraceError, match="turns autocast on by itself"):
+        dsp_kernels.fuse(Casting(True).eval(), X)
+    plain = Casting(False).eval()
+    assert torch.allclose(dsp_kernels.fuse(plain, X)(X), plain(X), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's is no block of the model's
+        assert torch.allclose(dsp_kernels.fuse(plain, X)(X), plain(X), atol=1e-5)
+
+
+Pair = namedtuple("Pair", ["main", "other"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda y: {"main": y}, lambda y: (y,), lambda y: [y, y], lambda y: Pair(y, y), lambda y: Pair(y, None)],
+)
+def test_an_answer_that_is_no_tensor_is_refused_by_fuse(answer: Callable[[Tensor], object]) -> None:
+    class Answering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> object:
+            return answer(self.conv(x))
+
+    with pytest.raises(DSPTraceError, match=r"answer is one tensor can be fused.*swap\(\) takes it"):
+        dsp_kernels.fuse(Answering().eval(), X)
+
+
+def test_weights_on_meta_are_no_weights_for_an_image() -> None:
+    structure = GroupStructure.build(3, 2, [([0, 2], [0]), ([1], [1])])
+    weights = [torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1, device="meta")]
+    with pytest.raises(DSPShapeError, match="x is on cpu, but a weight or bias is on meta"):
+        gather_grouped_conv2d(X, weights, structure)
+    assert gather_grouped_conv2d(X.to("meta"), [w.to("meta") for w in weights], structure).is_meta
+
+
+def test_what_answers_with_nan_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    with torch.no_grad():
+        model[2].weight[1, 2] = float("nan")
+    with pytest.raises(
+        DSPVerificationError, match=r"Sequential itself answers .* NaN.*'2\.weight' is not finite"
+    ):
+        dsp_kernels.fuse(model, X)
+
+
+def test_a_fused_network_is_no_file(tmp_path: Path) -> None:
+    fused = dsp_kernels.fuse(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X)
+    with pytest.raises(DSPFormatError, match="save the packed one"):
+        dsp_kernels.save(fused, tmp_path / "net.safetensors", X)
