@@ -15,6 +15,7 @@ from dsp_pruning import distributed
 __all__ = [
     "NonFiniteFlag",
     "SecondOrder",
+    "check_kind",
     "check_learning_settings",
     "held_back",
     "raise_first_not_finite",
@@ -29,14 +30,28 @@ def check_learning_settings(
     """Raise DSPPruningError for the first setting of a GroupWrapper that is impossible."""
     if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
         raise DSPPruningError(f"total_steps is {total_steps!r}; it must be a whole number of at least 1")
-    if not (math.isfinite(reg) and reg >= 0):
+    if not (_is_finite(reg) and reg >= 0):
         raise DSPPruningError(f"reg is {reg!r}; it must be a finite number of at least 0")
     for name, number in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
-        if not (math.isfinite(number) and number > 0):
+        if not (_is_finite(number) and number > 0):
             raise DSPPruningError(f"{name} is {number!r}; it must be a finite number above 0")
     if second_order not in get_args(SecondOrder):
         choices = ", ".join(get_args(SecondOrder))
         raise DSPPruningError(f"second_order is {second_order!r}; it must be one of {choices}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def check_kind(**given: tuple[Any, Any, str]) -> None:
+    """Raise DSPPruningError for the first name=(value, kinds, kinds in words) that is none of its kinds."""
+    for name, (value, kinds, words) in given.items():
+        if not isinstance(value, kinds):
+            raise DSPPruningError(f"{name} is a {type(value).__name__}; it must be {words}")
 
 
 class NonFiniteFlag:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dsp_pruning.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.checks import (
     NonFiniteFlag,
     SecondOrder,
+    check_kind,
     check_learning_settings,
     held_back,
     raise_first_not_finite,
@@ -76,6 +78,13 @@ class GroupWrapper:
         second_order: SecondOrder = "exact",
         generator: torch.Generator | None = None,
     ) -> None:
+        check_kind(
+            model=(model, nn.Module, "an nn.Module"),
+            optimizer=(optimizer, Optimizer, "a torch optimizer"),
+            criterion=(criterion, Callable, "a function of the model's answer and y"),
+            layers=(layers, (Callable, NoneType), "a function (name, conv) -> bool"),
+            generator=(generator, (torch.Generator, NoneType), "a torch.Generator"),
+        )
         check_learning_settings(reg, total_steps, temp, group_optimizer_lr, second_order)
         if second_order != "none":
             check_optimizer(optimizer)

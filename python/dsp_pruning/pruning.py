@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.trace import TracedNetwork, trace
 from dsp_kernels.trace_inputs import Example
+from dsp_pruning.checks import check_kind
 from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
 from dsp_pruning.layers import LayerPredicate, inputs_like, select_layers
 from dsp_pruning.prunable import (
@@ -77,6 +79,10 @@ class PruneWrapper:
         target: Target = "macs",
         channel_multiple: int = 1,
     ) -> None:
+        check_kind(
+            model=(model, nn.Module, "an nn.Module"),
+            layers=(layers, (Callable, NoneType), "a function (name, conv) -> bool"),
+        )
         check_settings(target, channel_multiple, prune_channels)
         self.model = model
         self.rank = rank

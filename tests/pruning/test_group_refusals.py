@@ -28,11 +28,23 @@ from dsp_pruning.groups import GroupWrapper
         ({"second_order": "exakt"}, "second_order is 'exakt'; it must be one of exact, none, original"),
         ({"n_groups": 11}, r"layer 'conv2' has 10 filters, too few for n_groups=11"),
         ({"layers": lambda name, conv: False}, "no layer to group"),
+        ({"layers": ["conv1"]}, r"layers is a list; it must be a function \(name, conv\) -> bool"),
+        ({"reg": "x"}, "reg is 'x'"),
+        ({"generator": 3}, "generator is a int; it must be a torch.Generator"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DSPPruningError, match=message):
         Setup(**settings)
+
+
+def test_arguments_in_another_order_are_named() -> None:
+    model = ToyA()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(DSPPruningError, match=r"model is a SGD; it must be an nn\.Module"):
+        GroupWrapper(optimizer, model, F.cross_entropy, 0.1, 10, 2, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(DSPPruningError, match="criterion is a NoneType; it must be a function"):
+        GroupWrapper(model, optimizer, None, 0.1, 10, 2, 0.5)  # type: ignore[arg-type]
 
 
 def test_wrong_input_channels() -> None:
