@@ -102,8 +102,8 @@ class TracedNetwork:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode and give every module its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, mode in modes:

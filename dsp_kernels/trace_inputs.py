@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -91,7 +93,7 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     }
     # A Proxy is never None and has no truth: ``if mask is not None`` would take the wrong way.
     concrete = {argument.name: argument.default for argument in fixed.values()}
-    with _as_it_was(model):
+    with _alone(), _as_it_was(model):
         graph = tracer.trace(model, concrete_args=concrete or None)
     # By place: torch.fx calls that of ``mask`` "mask_1", as another argument may be called.
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -119,6 +121,30 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         _erase(graph, user)
     graph.erase_node(node)
+
+
+_tracing = threading.RLock()
+
+
+def _forget_other_threads() -> None:
+    global _tracing  # a forked child has no thread that would let go of it
+    _tracing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One trace at a time: torch.fx replaces two methods of nn.Module, and of two traces that do not end in
+    reverse order the last would leave those of the first in their place.
+    """
+    with _tracing:
+        methods = nn.Module.__call__, nn.Module.__getattr__
+        try:
+            yield
+        finally:
+            nn.Module.__call__, nn.Module.__getattr__ = methods  # type: ignore[method-assign]
 
 
 @contextmanager

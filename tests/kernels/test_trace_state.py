@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,30 @@ def assign_in_training(model: Any, y: Tensor) -> None:
 
 def keep(model: Any, y: Tensor) -> None:
     model.last = y
+
+
+def test_threads_that_fuse_and_threads_that_run_do_not_meet() -> None:
+    methods = nn.Module.__call__, nn.Module.__getattr__
+    plain, models = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), [Counting(keep).eval() for _ in range(3)]
+    expected, done = plain(X), threading.Event()
+
+    def serve() -> int:
+        calls = 0
+        while not done.is_set():
+            assert torch.equal(plain(X), expected)
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(4) as pool:
+        serving = pool.submit(serve)
+        try:
+            fused = list(pool.map(lambda model: [dsp_kernels.fuse(model, X) for _ in range(5)][-1], models))
+        finally:
+            done.set()
+        assert serving.result() > 0
+    assert (nn.Module.__call__, nn.Module.__getattr__) == methods
+    for network, model in zip(fused, models, strict=True):
+        assert torch.allclose(network(X), model(X), atol=1e-5)
 
 
 def unchanged(model: Counting) -> bool:

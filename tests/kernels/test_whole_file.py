@@ -53,6 +53,10 @@ def test_the_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere" / "a"
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"), whole_file(nowhere):
         pass
+    with pytest.raises(IsADirectoryError, match="expected the name of a file"), whole_file(tmp_path):
+        pass
+    with pytest.raises(IsADirectoryError, match=r"\. is a folder"), whole_file("."):
+        pass
     long = tmp_path / f"a.{'x' * 254}"
     with pytest.raises(OSError, match=r"File name too long: .*/a\.xxx"), whole_file(long):
         pass
