@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -88,7 +89,9 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     def write(temporary: Path) -> None:
         with torch.no_grad():
             program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
-        torch.export.save(program, temporary)
+        memory = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(program, memory)
+        temporary.write_bytes(memory.getbuffer())
 
     return _write(write, model, path)
 
@@ -109,7 +112,9 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
             raise DSPError("what forward() does depends on the number or the size of the images")
         with torch.no_grad():
             traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)
-            torch.jit.save(traced, str(temporary))
+            memory = io.BytesIO()
+            torch.jit.save(traced, memory)
+        temporary.write_bytes(memory.getbuffer())
 
     return _write(write, model, path)
 

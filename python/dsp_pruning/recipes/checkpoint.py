@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,8 +124,10 @@ def restore_weights(
 
 
 def _save(content: Any, path: Path) -> None:
-    with path.open("wb") as file:  # given a path, torch would write its name into the file
-        torch.save(content, file)
+    # Of a full disk torch makes a RuntimeError; given a path, it would write its name into the file.
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    path.write_bytes(memory.getbuffer())
 
 
 def _read(path: Path) -> Any:
