@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -53,7 +55,11 @@ class IsolatedEngine:
         self._process.start()
         theirs.close()
         self._name = case.label
-        self.row: Row = self._receive()
+        try:
+            self.row: Row = self._receive()
+        except BaseException:
+            self.close()
+            raise
 
     def warm_up(self, seconds: float) -> float:
         """See ``Timer``."""
@@ -71,34 +77,35 @@ class IsolatedEngine:
             self._process.kill()
 
     def _ask(self, *question: Any) -> Any:
-        self._pipe.send(question)
-        return self._receive()
+        return self._receive(question)
 
-    def _receive(self) -> Any:
-        """Raises DSPBackendError where the process has died or does not answer."""
+    def _receive(self, question: tuple[Any, ...] = ()) -> Any:
+        """The answer. Raises DSPBackendError where the process has died or does not answer."""
         try:
+            if question:
+                self._pipe.send(question)
             if not self._pipe.poll(_PATIENCE):
                 raise EOFError
             return self._pipe.recv()
         except (EOFError, OSError) as error:
+            self._process.join(1)  # for its exit code
             raise DSPBackendError(
                 f"the process of {self._name} gave no answer (exit code {self._process.exitcode})"
             ) from error
 
 
 def _serve(work: _Work, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other side, which then closes the pipe
     torch.set_num_threads(work.threads)
     network = load_network(work.source)
     x = case_input(network, work.batch, work.seed, work.device)
     row, run = build_case(work.case, network, x)
-    pipe.send(row)
-    if run is None:
-        return
     synchronize = torch.cuda.synchronize if x.is_cuda else None
-    timer = LocalTimer(lambda: run(x), synchronize)
-    try:
+    with suppress(EOFError, OSError):  # the other side has gone
+        pipe.send(row)
+        if run is None:
+            return
+        timer = LocalTimer(lambda: run(x), synchronize)
         while True:
             name, *arguments = pipe.recv()
             pipe.send(getattr(timer, name)(*arguments))
-    except EOFError:
-        pass

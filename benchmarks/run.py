@@ -96,7 +96,11 @@ def run_cases(
                     reason = f"building the others took the time: {share:.0f} s for this batch size"
                     built[case] = _skipped(case, batch, reason)
                 elif isolate is not None:
-                    engine = IsolatedEngine(isolate, case, batch, seed=rules.seed, device=device)
+                    try:
+                        engine = IsolatedEngine(isolate, case, batch, seed=rules.seed, device=device)
+                    except DSPBackendError as error:  # it died of its build
+                        built[case] = _skipped(case, batch, str(error))
+                        continue
                     stack.enter_context(closing(engine))
                     built[case] = engine.row
                     if engine.row.status == "ok":

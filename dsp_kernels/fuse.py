@@ -105,8 +105,9 @@ class FusedNetwork(nn.Module):
             or torch._C._len_torch_dispatch_stack() > 0
             or type(x) is not Tensor
         )
+        runners = self._runners  # read first: ``_apply``, in another thread perhaps, replaces it last
         name = "eager" if recorded else self.backend
-        runner = self._runners.get(name)
+        runner = runners.get(name)
         if runner is None:
             executor = EXECUTORS.choose(name, self.program, self.dtype, self.device)
             # Kept for later calls: made under a recorder, its weights could be fake and its work recorded.
@@ -117,7 +118,7 @@ class FusedNetwork(nn.Module):
                 runner = _converting(runner, self.dtype)
             if not executor.is_native(self.program):
                 runner = _alone(runner, self.device.type)
-            self._runners[name] = runner
+            runners[name] = runner
         return runner
 
     def explain(self) -> str:
@@ -145,8 +146,8 @@ class FusedNetwork(nn.Module):
         program = self.program.map_tensors(fn)
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         backend = EXECUTORS.choose(self._asked_backend, program, probe.dtype, probe.device).name
-        self.program, self.backend, self._runners = program, backend, {}
-        self.dtype, self.device = probe.dtype, probe.device
+        self.program, self.backend, self.dtype, self.device = program, backend, probe.dtype, probe.device
+        self._runners = {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:

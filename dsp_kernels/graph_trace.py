@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -63,11 +64,10 @@ def traced_calls(
                 raise
             return _exported(model, None if inputs is None else inputs[0], error)
         _check_inputs(graph, model, count, inputs is not None)
-    with evaluating(model):  # gives every module its mode back
-        try:
-            training = _trace(model.train(), count)
-        except DSPError:  # untraceable, or a network of a file that holds eval mode alone
-            training = None
+    try:
+        training = _trace_in_training(model, count)
+    except DSPError:  # untraceable, or a network of a file that holds eval mode alone
+        training = None
     nodes = list(graph.nodes)
     others = list(training.nodes) if training is not None else []
     pairs = dict(zip(others, nodes, strict=False))
@@ -89,6 +89,17 @@ def traced_calls(
             node.args = _follow(node.args, other.args, flag)
             node.kwargs = _follow(node.kwargs, other.kwargs, flag)
     return graph, "both", {}
+
+
+def _trace_in_training(model: nn.Module, count: int) -> fx.Graph:
+    """Of a copy that shares every tensor: the model itself may be answering another thread in eval mode."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        copied = copy.deepcopy(model, shared)
+    except Exception:  # what cannot be copied is itself in training mode for a moment
+        copied = model
+    with evaluating(copied):  # gives every module its mode back
+        return _trace(copied.train(), count)
 
 
 def _exported(

@@ -66,15 +66,12 @@ def export_calls(model: nn.Module, example_input: Tensor, is_leaf: IsLeaf, mutat
     return Exported(graph, conditions, translation.constants)
 
 
-_CONTEXTS = Path(contextlib.__file__)
-
-
 def place_in_user_code(error: BaseException) -> str:
     """The innermost line outside torch and this package that an error came through; "" if there is none."""
-    ours, torchs = Path(__file__).parent, Path(torch.__file__).parent
+    ours, torchs, contexts = Path(__file__).parent, Path(torch.__file__).parent, Path(contextlib.__file__)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        foreign = path.is_relative_to(ours) or path.is_relative_to(torchs) or path == _CONTEXTS
+        foreign = path.is_relative_to(ours) or path.is_relative_to(torchs) or path == contexts
         if path.is_file() and not foreign:
             return f"line {frame.lineno} of {path.name}: {frame.line}"
     return ""

@@ -23,6 +23,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises OSError, which names ``path``, where nothing can be written.
     """
     target = Path(path)
+    if target.is_symlink():  # what it points to is written
+        target = target.resolve()
     if not target.name or target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; expected the name of a file")
     if not target.parent.is_dir():

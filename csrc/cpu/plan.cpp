@@ -2,7 +2,7 @@
 
 #include <sys/mman.h>
 
-#include <cstdlib>
+#include <cstdint>
 #include <new>
 
 namespace dsp {
@@ -15,16 +15,25 @@ namespace {
 
 constexpr size_t huge = size_t(2) << 20;
 
+size_t whole_pages(int64_t floats) { return (size_t(floats) * sizeof(float) + huge - 1) / huge * huge; }
+
+// From the system and back to it: in the heap, blocks of many sizes would leave holes that nothing else fits into.
 float* allocate(int64_t floats) {
-    // Planes lie in different small pages; with huge pages the address translation is never missed.
-    const size_t bytes = (size_t(floats) * sizeof(float) + huge - 1) / huge * huge;
-    void* memory = std::aligned_alloc(huge, bytes);
-    if (!memory) throw std::bad_alloc();
+    const size_t bytes = whole_pages(floats);
+    void* const mapped = mmap(nullptr, bytes + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    char* const begin = static_cast<char*>(mapped);
+    char* const memory = begin + (huge - reinterpret_cast<uintptr_t>(begin) % huge) % huge;
+    if (memory != begin) munmap(begin, memory - begin);
+    if (memory != begin + huge) munmap(memory + bytes, begin + huge - memory);
 #ifdef MADV_HUGEPAGE
+    // Planes lie in different small pages; with huge pages the address translation is never missed.
     madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
-    return static_cast<float*>(memory);
+    return reinterpret_cast<float*>(memory);
 }
+
+void release(float* memory, int64_t floats) { munmap(memory, whole_pages(floats)); }
 
 } // namespace
 
@@ -48,7 +57,7 @@ void Plan::give_arena(float* arena, int keep) const {
             return;
         }
     }
-    std::free(arena);
+    release(arena, arena_floats);
 }
 
 int64_t Plan::idle_bytes() const {
@@ -57,7 +66,7 @@ int64_t Plan::idle_bytes() const {
 }
 
 Plan::~Plan() {
-    for (float* arena : idle_) std::free(arena);
+    for (float* arena : idle_) release(arena, arena_floats);
 }
 
 } // namespace dsp

@@ -52,17 +52,22 @@ std::vector<Share> divide(int64_t images, int threads, int lanes, int64_t image_
 Session::Session(std::unique_ptr<Network> network) : network_(std::move(network)) {}
 
 std::shared_ptr<const Plan> Session::plan(const PlanKey& key) {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
+    const auto find = [&]() -> std::shared_ptr<const Plan> { // under the lock
         for (auto it = plans_.begin(); it != plans_.end(); ++it)
             if ((*it)->key == key) {
                 plans_.splice(plans_.begin(), plans_, it);
                 return plans_.front();
             }
+        return nullptr;
+    };
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (auto found = find()) return found;
     }
     // Made outside the lock: other sizes go on meanwhile. Two threads may make the same plan; one is kept.
     auto made = std::make_shared<const Plan>(*network_, key);
     std::lock_guard<std::mutex> lock(mutex_);
+    if (auto found = find()) return found;
     plans_.push_front(made);
     while (plans_.size() > most_plans) plans_.pop_back();
     return made;

@@ -1,6 +1,8 @@
 #include "workers.h"
 
+#include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -70,11 +72,7 @@ class Pool {
             std::lock_guard<std::mutex> lock(mutex_);
             // One thread per core that a call may use; calls at the same time share them.
             while (count_ < job.wanted) {
-                try {
-                    std::thread([this] { work(); }).detach();
-                } catch (const std::system_error&) {
-                    break; // no more threads to be had: those that exist do the work
-                }
+                if (!start_helper()) break; // no more threads to be had: those that exist do the work
                 ++count_;
             }
             jobs_.push_back(&job);
@@ -101,6 +99,22 @@ class Pool {
     }
 
   private:
+    // Signals of the process are for threads of the program that waits for them.
+    bool start_helper() {
+        sigset_t all, before;
+        sigfillset(&all);
+        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&all, fault); // whoever reports them
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        bool started = true;
+        try {
+            std::thread([this] { work(); }).detach();
+        } catch (const std::system_error&) {
+            started = false;
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        return started;
+    }
+
     void work() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {

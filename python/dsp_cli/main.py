@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dsp_kernels.errors import DSPError
-
 __all__ = ["main"]
 
 _USAGE, _INTERRUPTED = 2, 130
@@ -15,10 +13,19 @@ _USAGE, _INTERRUPTED = 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0, 1 for our errors, 2 for bad flags, 130 for Ctrl-C."""
     try:
+        return _run(arguments)
+    except KeyboardInterrupt:  # while torch is imported, which takes seconds
+        print("error: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
         import typer
 
         from dsp_cli.app import app
         from dsp_cli.show import print_error
+        from dsp_kernels.errors import DSPError
     except ImportError as error:
         print(f"error: the dsp command needs 'dsp-kernels[cli]': {error}", file=sys.stderr)
         return 1

@@ -54,6 +54,7 @@ def export_onnx(
         import onnxscript  # noqa: F401  # torch needs it to write ONNX
     except ImportError as error:
         raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
+    _refuse_fused(model)
     plain = plain_form(model).cpu().to(dtype)
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
     _check_runs(plain, inputs, model)
@@ -83,6 +84,7 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     ``dsp_kernels::gather_grouped_conv2d`` node, so ``import dsp_kernels`` has to come before
     ``torch.export.load``. Raises DSPError if torch cannot export the network.
     """
+    _refuse_fused(model)
     copied, inputs = copy.deepcopy(model).eval(), _two_images(example_input)
     _check_runs(copied, inputs, model)
 
@@ -102,6 +104,7 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     In eval mode, with batch norms folded, for any batch and image size that the network takes. Raises
     DSPError if torch cannot follow the network, or if its code takes other ways for other sizes.
     """
+    _refuse_fused(model)
     plain, inputs = plain_form(model), _two_images(example_input)
     _check_runs(plain, inputs, model)
 
@@ -214,10 +217,13 @@ def _two_images(example_input: Example) -> tuple[Tensor, ...]:
     return tuple(x[:1].repeat(2, *[1] * (x.dim() - 1)) for x in inputs)
 
 
-def _check_runs(network: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module) -> None:
-    """What the network itself says about a wrong example is clearer than what the exporters make of it."""
+def _refuse_fused(model: nn.Module) -> None:
     if isinstance(model, FusedNetwork):
         raise DSPError("a fused network is for this machine: export the packed one that it was made from")
+
+
+def _check_runs(network: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module) -> None:
+    """What the network itself says about a wrong example is clearer than what the exporters make of it."""
     try:
         with torch.no_grad():
             network(*(x.clone() for x in inputs))

@@ -46,6 +46,10 @@ def in_place(model: Any, y: Tensor) -> None:
     model.steps.add_(1)
 
 
+def copy_in(model: Any, y: Tensor) -> None:
+    model.steps.copy_(y.mean())
+
+
 def assign_in_training(model: Any, y: Tensor) -> None:
     if model.training:
         model.steps = model.steps + 1
@@ -96,7 +100,7 @@ def test_a_traced_and_a_saved_model_stay_what_they_were(
     assert torch.equal(dsp_kernels.load(tmp_path / "net.safetensors")(X), model(X))
 
 
-@pytest.mark.parametrize("count", [assign, in_place])
+@pytest.mark.parametrize("count", [assign, in_place, copy_in])
 def test_a_forward_that_changes_a_buffer_is_refused(count: Callable[[Any, Tensor], object]) -> None:
     model = Counting(count).eval()
     with pytest.raises(DSPTraceError, match="writes into steps in eval mode"):
@@ -143,6 +147,20 @@ def test_an_answer_that_is_no_tensor_is_refused_by_fuse(answer: Callable[[Tensor
         dsp_kernels.fuse(Answering().eval(), X)
 
 
+def test_a_model_that_is_saved_goes_on_in_eval_mode(tmp_path: Path) -> None:
+    """Another thread may be running it: batch norm would take in that thread's images."""
+    trained: list[bool] = []
+
+    def watch(model: Any, y: Tensor) -> None:
+        if model.training:
+            trained.append(model is original)
+
+    original = Counting(watch).eval()
+    dsp_kernels.save(original, tmp_path / "net.safetensors", X)
+    assert trained == [False]
+    assert dsp_kernels.load(tmp_path / "net.safetensors").train()(X).requires_grad
+
+
 def test_weights_on_meta_are_no_weights_for_an_image() -> None:
     structure = GroupStructure.build(3, 2, [([0, 2], [0]), ([1], [1])])
     weights = [torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1, device="meta")]
@@ -156,7 +174,7 @@ def test_what_answers_with_nan_is_named() -> None:
     with torch.no_grad():
         model[2].weight[1, 2] = float("nan")
     with pytest.raises(
-        DSPVerificationError, match=r"Sequential itself answers .* NaN.*'2\.weight' is not finite"
+        DSPVerificationError, match=r"Sequential itself answers .* NaN .*'2\.weight' is not finite"
     ):
         dsp_kernels.fuse(model, X)
 

@@ -31,6 +31,14 @@ def test_a_saved_network_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
 
 
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "before")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "after"
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_what_fails_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
     path = tmp_path / "a b *.txt"

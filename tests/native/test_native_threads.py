@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,23 +81,22 @@ def test_every_number_of_threads_gives_the_same_bits() -> None:
         assert all(torch.equal(run(threads), run(1)) for threads in (2, 3, 8))
 
 
+def printed_alone(code: str) -> str:
+    """What the code prints in a process of its own, with this file's folder on its path."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def test_one_thread_starts_no_helper_and_torch_decides_how_many() -> None:
     """In a process of its own, because helpers stay for the next call."""
-    import subprocess
-    import sys
-
     code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import torch\n"
         "from test_native_threads import network_and_model; from dsp_kernels import _C\n"
         "torch.set_num_threads(1); fused, _ = network_and_model(); x = torch.randn(9, 3, 20, 20)\n"
         "fused(x); print(_C.worker_count()); torch.set_num_threads(3); fused(x); print(_C.worker_count())"
     )
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, here])}
-    done = subprocess.run(
-        [sys.executable, "-c", code, here], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["0", "2"]
+    assert printed_alone(code).split() == ["0", "2"]
 
 
 def test_no_thread_is_left_spinning() -> None:
@@ -137,11 +139,8 @@ def test_a_forked_child_can_call() -> None:
 
 def test_memory_that_is_not_there_is_an_error_on_every_thread() -> None:
     """In a process of its own, which may not take more memory than it has."""
-    import subprocess
-    import sys
-
     code = (
-        "import resource, sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import resource, torch\n"
         "from pathlib import Path; from test_native_threads import network_and_model\n"
         "_, network = network_and_model(); small = [torch.randn(6, 3, 20, 20), torch.empty(6, 11, 1, 1)]\n"
         "call = lambda x, y: network.run([x.numpy()], [y.numpy()], 3, 1)\n"
@@ -154,9 +153,34 @@ def test_memory_that_is_not_there_is_an_error_on_every_thread() -> None:
         "    except MemoryError: print('no memory')\n"
         "    call(*small); assert torch.equal(small[1], right)"
     )
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, here])}
-    done = subprocess.run(
-        [sys.executable, "-c", code, here], env=environment, capture_output=True, text=True, check=True
+    assert printed_alone(code).splitlines() == ["no memory"] * 3
+
+
+def test_threads_that_meet_a_new_size_keep_one_plan() -> None:
+    _, network = network_and_model()
+    together, x = threading.Barrier(12), torch.zeros(1, 3, 24, 24)
+
+    def call(_: int) -> None:
+        together.wait()
+        network.run([x.numpy()], [torch.empty(1, 11, 1, 1).numpy()], 1)  # type: ignore[attr-defined]
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(call, range(12)))
+    assert network.plan_count == 1  # type: ignore[attr-defined]
+
+
+def test_helpers_leave_signals_to_the_program() -> None:
+    """Four helpers block what may come from outside, and not the faults that a crash handler reports."""
+    code = (
+        "import os, signal, torch\n"
+        "from test_native_threads import network_and_model\n"
+        "_, network = network_and_model(); x, y = torch.zeros(8, 3, 20, 20), torch.empty(8, 11, 1, 1)\n"
+        "before = set(os.listdir('/proc/self/task'))\n"
+        "network.run([x.numpy()], [y.numpy()], 5, 1)\n"
+        "helpers = set(os.listdir('/proc/self/task')) - before\n"
+        "lines = [line for name in helpers for line in open(f'/proc/self/task/{name}/status')]\n"
+        "masks = [int(line.split()[1], 16) for line in lines if line.startswith('SigBlk')]\n"
+        "blocked = lambda number: [bool(mask >> (number - 1) & 1) for mask in masks]\n"
+        "print(len(masks), all(blocked(signal.SIGUSR1)), any(blocked(signal.SIGSEGV)))"
     )
-    assert done.stdout.split("\n") == ["no memory"] * 3 + [""]
+    assert printed_alone(code).split() == ["4", "True", "False"]

@@ -202,7 +202,7 @@ def test_torchscript_is_read_without_our_package(tmp_path: Path, name: str) -> N
         "import sys, torch\n"
         "sys.modules.update(dsp_kernels=None, dsp_pruning=None)\n"
         "network = torch.jit.load('net.pt')\n"
-        "for x, y in torch.load('pairs.pt'): torch.testing.assert_close(network(x), y)\n"
+        "for x, y in torch.load('pairs.pt', weights_only=True): torch.testing.assert_close(network(x), y)\n"
         "print('equal')"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
