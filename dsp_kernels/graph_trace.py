@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
 from dsp_kernels.trace import evaluating, trace
 from dsp_kernels.trace_inputs import Example, as_inputs, calls_of
+from dsp_kernels.trace_state import without_stand_ins
 from dsp_kernels.trace_symbolic import Tracer
 from dsp_kernels.trace_ways import SIZE_CHECK
 
@@ -121,13 +122,16 @@ def _exported(
 
 
 def _trace(model: nn.Module, count: int) -> fx.Graph:
-    try:
-        graph = calls_of(_Tracer(), model, count)
-    except Exception as error:  # fx raises whatever the model's own code raises on proxies
-        raise DSPFormatError(
-            f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written to "
-            f"a file: {error}"
-        ) from error
+    with without_stand_ins(model) as written:
+        try:
+            graph = calls_of(_Tracer(), model, count)
+        except Exception as error:  # fx raises whatever the model's own code raises on proxies
+            raise DSPFormatError(
+                f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written "
+                f"to a file: {error}"
+            ) from error
+    if written:
+        raise DSPFormatError(f"{type(model).__name__}.forward() gives the model another {written[0]}")
     _drop_checks(graph)
     return graph
 

@@ -34,7 +34,7 @@ from dsp_kernels.graph_file import LoadedNetwork, build_network
 from dsp_kernels.graph_modules import Budget
 from dsp_kernels.packed import PackedConv2d
 from dsp_kernels.trace_inputs import Example, as_inputs
-from dsp_kernels.whole_file import whole_file
+from dsp_kernels.whole_file import require_file, whole_file
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
@@ -83,8 +83,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     before a tensor is read.
     Raises DSPFormatError for a file that is truncated, foreign, of another version or contradicts itself.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is a folder" if Path(path).is_dir() else f"no file {path}")
+    require_file(path)
     # The network outlives the caller's modes: it has to be trainable.
     with torch.inference_mode(False):
         return _load(path).to(device).eval()

@@ -18,6 +18,7 @@ from dsp_kernels.size_check import SizeCheck
 from dsp_kernels.trace_export import export_calls
 from dsp_kernels.trace_inputs import Example, as_inputs, check_taken
 from dsp_kernels.trace_ops import classify
+from dsp_kernels.trace_state import without_stand_ins
 from dsp_kernels.trace_symbolic import is_leaf, symbolic_graph
 from dsp_kernels.trace_ways import exported_network
 
@@ -145,7 +146,7 @@ def call_graph(
     example_input: (batch, channels, height, width), for models that torch.fx cannot follow; or a tuple.
     """
     inputs = None if example_input is None else as_inputs(example_input)
-    with evaluating(model):
+    with evaluating(model), without_stand_ins(model):
         model.train(training)
         try:
             return symbolic_graph(model, None if inputs is None else len(inputs))
@@ -172,12 +173,10 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
     run on the example; DSPShapeError for an example of more inputs than forward() takes.
     """
     inputs = as_inputs(example_input)
-    with evaluating(model):
+    with evaluating(model), without_stand_ins(model) as written:
         check = None
         try:
-            graph = symbolic_graph(model, len(inputs))
-            _check_state_stays(model, graph)
-            graph_module = fx.GraphModule(model, graph)
+            graph_module = fx.GraphModule(model, symbolic_graph(model, len(inputs)))
             two_ways = False
         except DSPTraceError as error:
             if len(inputs) > 1:
@@ -197,19 +196,12 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
                 f"{' and '.join(f'{tuple(x.shape)} and dtype {x.dtype}' for x in inputs)}, at "
                 f"{recorder.running!r}: {error}{_hint(model, inputs)}"
             ) from error
+    if written:
+        raise DSPTraceError(
+            f"{type(model).__name__}.forward() writes into {written[0]} in eval mode; expected a forward() "
+            "that changes no buffer and no part of a tensor in place"
+        )
     return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check, two_ways)
-
-
-def _check_state_stays(model: nn.Module, graph: fx.Graph) -> None:
-    """Raise DSPTraceError for what changes a buffer or parameter in place: a Program has constants only."""
-    for node in graph.nodes:
-        first = node
-        while works_in_place(first, model) or _hands_on(first, model):
-            if not first.args or not isinstance(first.args[0], fx.Node):
-                break
-            first = first.args[0]
-        if first is not node and first.op == "get_attr":
-            raise DSPTraceError(f"{type(model).__name__}.forward() writes into {first.target!r} in eval mode")
 
 
 def _hint(model: nn.Module, inputs: Sequence[Tensor]) -> str:

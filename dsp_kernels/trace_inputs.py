@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPShapeError, DSPTraceError
+from dsp_kernels.errors import DSPShapeError
 
 __all__ = ["Example", "as_inputs", "calls_of", "check_device", "check_taken", "one_image"]
 
@@ -80,8 +80,8 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     """The graph of a model that is given ``count`` inputs; other arguments of forward() keep their default.
 
     count: None where it is not known; every argument is an input then.
-    Raises DSPTraceError where forward() gives the model another buffer or parameter, beside all that the
-    model's own code raises on stand-ins for tensors.
+    Raises whatever the model's own code raises on stand-ins for tensors, and may leave them in the model:
+    see ``trace_state``.
     """
     arguments = _arguments(model)  # in the order in which torch.fx makes their placeholders
     given = len(arguments) if count is None else count
@@ -93,7 +93,7 @@ def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph
     }
     # A Proxy is never None and has no truth: ``if mask is not None`` would take the wrong way.
     concrete = {argument.name: argument.default for argument in fixed.values()}
-    with _alone(), _as_it_was(model):
+    with _alone():
         graph = tracer.trace(model, concrete_args=concrete or None)
     # By place: torch.fx calls that of ``mask`` "mask_1", as another argument may be called.
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -124,14 +124,18 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 _tracing = threading.RLock()
+_methods = nn.Module.__call__, nn.Module.__getattr__  # while a trace runs: what they were before it
 
 
-def _forget_other_threads() -> None:
-    global _tracing  # a forked child has no thread that would let go of it
+def _begin_anew() -> None:
+    """In a forked child, which has none of the threads that may have been tracing."""
+    global _tracing
     _tracing = threading.RLock()
+    _put_back()
 
 
-os.register_at_fork(after_in_child=_forget_other_threads)
+def _put_back() -> None:
+    nn.Module.__call__, nn.Module.__getattr__ = _methods  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -139,50 +143,14 @@ def _alone() -> Iterator[None]:
     """One trace at a time: torch.fx replaces two methods of nn.Module, and of two traces that do not end in
     reverse order the last would leave those of the first in their place.
     """
+    global _methods
     with _tracing:
-        methods = nn.Module.__call__, nn.Module.__getattr__
+        outer, _methods = _methods, (nn.Module.__call__, nn.Module.__getattr__)
         try:
             yield
         finally:
-            nn.Module.__call__, nn.Module.__getattr__ = methods  # type: ignore[method-assign]
+            _put_back()
+            _methods = outer
 
 
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo what forward() does to the model's modules: stand-ins may not stay in them.
-
-    Raises DSPTraceError where it changes a buffer or a parameter, because a graph would leave it as it is.
-    """
-    before = [
-        (name, own, dict(own))
-        for name, module in model.named_modules()
-        for own in (module._buffers, module._parameters, module.__dict__)
-    ]
-    tensors = [(name, buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()]
-    versions = [_version(buffer) for _, buffer, _ in tensors]
-    written: list[str] = []
-    try:
-        yield
-    finally:
-        # What reads a buffer without a stand-in beside it is computed at once, in place too.
-        for (name, buffer, kept), version in zip(tensors, versions, strict=True):
-            if _version(buffer) != version:
-                written.append(name)
-                buffer.detach().copy_(kept)
-        for name, own, whole in before:
-            changed = [key for key in {**whole, **own} if own.get(key, model) is not whole.get(key, model)]
-            for key in changed:
-                if key.startswith("_tensor_constant"):  # torch.fx's, for the graph
-                    continue
-                if "_buffers" not in own:  # its tensors, and not the module's own dictionary
-                    written.append(f"{name}.{key}" if name else key)
-                if key in whole:
-                    own[key] = whole[key]
-                else:
-                    del own[key]
-    if written:
-        raise DSPTraceError(f"forward() writes into {written[0]!r}, which a graph would not do")
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+os.register_at_fork(after_in_child=_begin_anew)

@@ -44,13 +44,13 @@ class Tracer(fx.Tracer):
         return isinstance(m, LEAF_TYPES) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if any(on and not before for on, before in zip(_autocast(), self.autocast, strict=True)):
+        if any(now[0] and now != before for now, before in zip(_autocast(), self.autocast, strict=True)):
             raise DSPTraceError("forward() turns autocast on by itself; trace it without")
         return super().create_node(*args, **kwargs)
 
 
-def _autocast() -> tuple[bool, ...]:
-    return tuple(torch.is_autocast_enabled(device) for device in _DEVICES)
+def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
+    return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES)
 
 
 def is_leaf(module: nn.Module, path: str) -> bool:
@@ -61,8 +61,7 @@ def is_leaf(module: nn.Module, path: str) -> bool:
 def symbolic_graph(model: nn.Module, count: int | None) -> fx.Graph:
     """The calls of forward() in the model's present mode, given ``count`` inputs (None: not known).
 
-    Raises DSPTraceError, naming the line of the model's code, where stand-ins do not do or where forward()
-    gives the model another buffer or parameter.
+    Raises DSPTraceError, naming the line of the model's code, where stand-ins do not do.
     """
     try:
         return calls_of(Tracer(), model, count)

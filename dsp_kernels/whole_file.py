@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["UNFINISHED", "whole_file", "write_bytes", "write_text"]
+__all__ = ["UNFINISHED", "fill", "require_file", "whole_file", "write_bytes", "write_text"]
 
-UNFINISHED = ".*.tmp*"  # what a killed process leaves
+UNFINISHED = f".{'[0-9a-f]' * 32}.tmp*"  # what a killed process leaves
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, previous: Path | None = None) -> Iterator[Path]:
     """A file beside ``path``, with its ending, to write to; it takes that place when the block ends.
 
     Where the block raises or the process dies, ``path`` is what it was. Access rights are those of the file
     that was there, else of any new file; safetensors would let nobody but the owner read it.
+    previous: where the file that was there goes, at the last moment.
     Raises OSError, which names ``path``, where nothing can be written.
     """
     target = Path(path)
@@ -39,10 +41,27 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(mode)
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            with suppress(PermissionError):  # of a file system that has no such rights
+                temporary.chmod(mode)
+        if previous is not None and target.exists():
+            target.replace(previous)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def fill(temporary: Path, save: Callable[[io.BytesIO], object]) -> None:
+    """By way of memory: where the disk is full torch's own writers raise no OSError, or end the process."""
+    memory = io.BytesIO()
+    save(memory)
+    temporary.write_bytes(memory.getbuffer())
+
+
+def require_file(path: str | Path) -> None:
+    """Raise FileNotFoundError, in plain words, where there is no file to read."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is a folder" if Path(path).is_dir() else f"no file {path}")
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

@@ -9,6 +9,7 @@ import torch
 import typer
 
 import dsp_kernels
+from dsp_cli.options import check_packed_name
 from dsp_cli.show import console
 from dsp_cli.twin import example_of
 from dsp_kernels import PackedConv2d
@@ -29,6 +30,7 @@ def import_network(
     ] = False,
 ) -> None:
     """Turn a published network into a packed one. The archive's code is read, not run."""
+    check_packed_name(out)
     network = load_released(file)
     (example, *_), _ = example_of(network, image_size)
     if verify:

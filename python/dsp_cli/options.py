@@ -17,7 +17,7 @@ from urllib.parse import quote
 import typer
 
 from dsp_cli.show import StepProgress, progress_bars
-from dsp_kernels.errors import DSPPruningError
+from dsp_kernels.errors import DSPFormatError, DSPPruningError
 from dsp_pruning import data as datasets
 from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.models.imagenet import published_weights
@@ -34,6 +34,7 @@ __all__ = [
     "Rounds",
     "RunFlags",
     "Seed",
+    "check_packed_name",
     "groups_folder",
     "layer_groups",
     "run_command",
@@ -96,6 +97,15 @@ Checkpoint = Annotated[
     ),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples per network.")]
+
+
+_OTHERS = (".pt", ".pth", ".pt2", ".onnx", ".npz")
+
+
+def check_packed_name(path: Path) -> None:
+    """Raise DSPFormatError for the name of another format."""
+    if path.suffix in _OTHERS:
+        raise DSPFormatError(f"{path} would hold safetensors: name it so; dsp export writes other formats")
 
 
 @dataclass(frozen=True, kw_only=True)

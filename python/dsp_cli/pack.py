@@ -9,15 +9,14 @@ import torch
 import typer
 
 import dsp_kernels
+from dsp_cli.options import check_packed_name
 from dsp_cli.show import console
-from dsp_kernels.errors import DSPFormatError
 from dsp_pruning import packing
 from dsp_pruning.recipes.finetune import load_pruned
 from dsp_pruning.recipes.run import image_size_beside
 from dsp_pruning.report import network_cost
 
 _USUAL = 32  # where nothing lies beside the weights
-_OTHERS = (".pt", ".pth", ".pt2", ".onnx", ".npz")
 
 
 def pack(
@@ -33,8 +32,7 @@ def pack(
     ] = False,
 ) -> None:
     """Pack a pruned network exactly; the result is checked against it before it is saved."""
-    if save.suffix in _OTHERS:
-        raise DSPFormatError(f"{save} would hold safetensors: name it so; dsp export writes other formats")
+    check_packed_name(save)
     trained_on = image_size_beside(ckpt) or (_USUAL, _USUAL)
     size = trained_on if image_size is None else (image_size, image_size)
     model = load_pruned(ckpt, size)

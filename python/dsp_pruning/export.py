@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dsp_kernels.activations import activate
 from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_kernels.trace import trace
 from dsp_kernels.trace_inputs import Example, as_inputs
-from dsp_kernels.whole_file import whole_file
+from dsp_kernels.whole_file import fill, whole_file
 
 __all__ = ["export_onnx", "export_pt2", "export_torchscript", "plain_form"]
 
@@ -57,7 +57,6 @@ def export_onnx(
     _refuse_fused(model)
     plain = plain_form(model).cpu().to(dtype)
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
-    _check_runs(plain, inputs, model)
 
     def write(temporary: Path) -> None:
         program = torch.onnx.export(
@@ -74,7 +73,7 @@ def export_onnx(
         assert program is not None
         program.save(str(temporary), external_data=False)
 
-    return _write(write, model, path)
+    return _write(write, model, path, plain, inputs)
 
 
 def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Path:
@@ -86,40 +85,36 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     """
     _refuse_fused(model)
     copied, inputs = copy.deepcopy(model).eval(), _two_images(example_input)
-    _check_runs(copied, inputs, model)
 
     def write(temporary: Path) -> None:
         with torch.no_grad():
             program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
-        memory = io.BytesIO()  # torch's own writer ends the process where the disk is full
-        torch.export.save(program, memory)
-        temporary.write_bytes(memory.getbuffer())
+        fill(temporary, partial(torch.export.save, program))
 
-    return _write(write, model, path)
+    return _write(write, model, path, copied, inputs)
 
 
 def export_torchscript(model: nn.Module, path: str | Path, example_input: Example) -> Path:
     """Write a packed network as TorchScript of ordinary operations, which ``torch.jit.load`` reads anywhere.
 
     In eval mode, with batch norms folded, for any batch and image size that the network takes. Raises
-    DSPError if torch cannot follow the network, or if its code takes other ways for other sizes.
+    DSPError if torch cannot follow the network, or if what its code does depends on these sizes.
     """
     _refuse_fused(model)
     plain, inputs = plain_form(model), _two_images(example_input)
-    _check_runs(plain, inputs, model)
 
     def write(temporary: Path) -> None:
-        # A TorchScript trace takes one way through the code; torch.fx sees where there are more.
+        # TorchScript keeps one way through the code, and numbers that were computed from sizes as they were.
         ways = trace(model, inputs, every_path=True)
         if ways.two_ways or ways.size_check is not None:
             raise DSPError("what forward() does depends on the number or the size of the images")
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error", torch.jit.TracerWarning)
             traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)
-            memory = io.BytesIO()
-            torch.jit.save(traced, memory)
-        temporary.write_bytes(memory.getbuffer())
+        _check_other_sizes(traced, plain, inputs)
+        fill(temporary, partial(torch.jit.save, traced))
 
-    return _write(write, model, path)
+    return _write(write, model, path, plain, inputs)
 
 
 def plain_form(model: nn.Module) -> nn.Module:
@@ -222,6 +217,45 @@ def _refuse_fused(model: nn.Module) -> None:
         raise DSPError("a fused network is for this machine: export the packed one that it was made from")
 
 
+def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raise DSPError where they differ for three larger images, if ``plain`` takes such images."""
+    height, width = inputs[0].shape[2:]
+    image = torch.randn(3, inputs[0].shape[1], height * 3 // 2 + 1, width * 3 // 2 + 1).to(inputs[0])
+    others = (image, *(x[:1].repeat(3, *[1] * (x.dim() - 1)) for x in inputs[1:]))
+    with torch.no_grad():
+        try:
+            expected = plain(*others)
+        except Exception:  # made for images of one size
+            return
+        try:
+            torch.testing.assert_close(traced(*others), expected)
+        except Exception as error:
+            raise DSPError(f"it would be wrong for images of another size: {error}") from error
+
+
+def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} for _ in inputs)
+
+
+def _write(
+    write: Callable[[Path], None],
+    model: nn.Module,
+    path: str | Path,
+    exported: nn.Module,
+    inputs: tuple[Tensor, ...],
+) -> Path:
+    try:
+        with whole_file(path) as temporary, _quiet():
+            write(temporary)
+    except OSError:
+        raise
+    except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
+        _check_runs(exported, inputs, model)
+        raise DSPError(f"{type(model).__name__} cannot be exported to {path}: {str(error)[:400]}") from error
+    return Path(path)
+
+
 def _check_runs(network: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module) -> None:
     """What the network itself says about a wrong example is clearer than what the exporters make of it."""
     try:
@@ -232,22 +266,6 @@ def _check_runs(network: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module
         raise DSPShapeError(
             f"{type(model).__name__} does not run on an example of shape {shapes}: {error}"
         ) from error
-
-
-def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
-    batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in inputs)
-
-
-def _write(write: Callable[[Path], None], model: nn.Module, path: str | Path) -> Path:
-    try:
-        with whole_file(path) as temporary, _quiet():
-            write(temporary)
-    except OSError:
-        raise
-    except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
-        raise DSPError(f"{type(model).__name__} cannot be exported to {path}: {str(error)[:400]}") from error
-    return Path(path)
 
 
 @contextmanager

@@ -80,11 +80,12 @@ class GroupWrapper:
     ) -> None:
         check_kind(
             model=(model, nn.Module, "an nn.Module"),
-            optimizer=(optimizer, Optimizer, "a torch optimizer"),
             criterion=(criterion, Callable, "a function of the model's answer and y"),
             layers=(layers, (Callable, NoneType), "a function (name, conv) -> bool"),
             generator=(generator, (torch.Generator, NoneType), "a torch.Generator"),
         )
+        if not hasattr(optimizer, "param_groups"):  # a wrapper around an optimizer has them too
+            raise DSPPruningError(f"optimizer is a {type(optimizer).__name__}; it must be a torch optimizer")
         check_learning_settings(reg, total_steps, temp, group_optimizer_lr, second_order)
         if second_order != "none":
             check_optimizer(optimizer)
@@ -97,6 +98,7 @@ class GroupWrapper:
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self._network = distributed.unwrap(model)
         self.layers = survey_layers(self._network, example_input, layers)
+        self._several = isinstance(example_input, list | tuple) and len(example_input) > 1
         self._share_generator()
         counts = groups_of_layers(self.layers.chosen, n_groups)
         self.n_groups = named_counts(self.layers.chosen, n_groups, counts)
@@ -186,7 +188,8 @@ class GroupWrapper:
         """After ``optimizer.step()``: move the logits, shrink the weights (golden README section 4, 3-9).
 
         x, y: the batch of this step, on the model's device; with gradient accumulation two lists, the
-            micro-batches in their order, each of which counts 1 / len(x). A tuple is several inputs.
+            micro-batches in their order, each of which counts 1 / len(x). Where
+            ``example_input`` was several inputs, x is a tuple of them.
         amp: the look-ahead's forward pass runs under autocast, in the dtype torch has set for the device.
         scaler: the one of the caller's loop. It scales the look-ahead's loss and is not updated. Where it
             held the real step back (an overflow), or the look-ahead overflows, nothing is done but counting
@@ -274,7 +277,7 @@ class GroupWrapper:
         for members, start in zip(layers, starts, strict=True):
             each.update(zip((layer.weight for layer in members), start.unbind(), strict=True))
         network = self._network, self.optimizer, self.criterion
-        ahead = look_ahead(*network, each, batches, autocast_dtype, scaler, self._reorder)
+        ahead = look_ahead(*network, each, batches, autocast_dtype, scaler, self._reorder, self._several)
         self._reorder = self._reorder and not ahead.refused
         self._loss = ahead.loss
         slopes = []

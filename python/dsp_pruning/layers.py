@@ -142,16 +142,17 @@ _Size = tuple[tuple[int, int], tuple[int, int]]
 
 
 def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
-    """The inputs of an example (the default one for None) on the device and in the dtype of the first conv.
+    """The inputs of an example (the default one for None) on the device of the first conv.
 
+    The image, which is the first, and other floating inputs are in its dtype.
     Raises DSPShapeError for what is no example.
     """
     if example is None:
         return (default_example_input(model),)
     weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
     return tuple(
-        x.detach().to(weight.device, weight.dtype if x.is_floating_point() else None)
-        for x in as_inputs(example)
+        x.detach().to(weight.device, weight.dtype if place == 0 or x.is_floating_point() else None)
+        for place, x in enumerate(as_inputs(example))
     )
 
 

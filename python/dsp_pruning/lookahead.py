@@ -78,13 +78,14 @@ def look_ahead(
     autocast_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     reorder: bool = False,
+    several: bool = False,
 ) -> LookAhead:
     """Golden README section 4, step 5: one optimizer step on the batch (x, y) from other weights.
 
     starts: parameter -> the value it starts from, without history; every other parameter stands
         still: it would move too, but what it becomes is not asked for.
-    batches: the micro-batches of one step, each with the weight 1 / len(batches). An x that is a tuple holds
-        the inputs of forward().
+    batches: the micro-batches of one step, each with the weight 1 / len(batches).
+    several: every x is a tuple of the inputs of forward().
     autocast_dtype: runs the forward pass under autocast.
     scaler: its present scale multiplies the loss and is divided out of the gradients; it is not updated.
     reorder: images on a CPU may be laid out in channels_last, which is faster there. If the network raises
@@ -97,7 +98,9 @@ def look_ahead(
     optimizer and random numbers stay as they were, whatever happens in between. The host waits for nothing.
     """
     copies = _copies(starts)
-    passes = partial(_passes, model, criterion, copies, autocast_dtype=autocast_dtype, scaler=scaler)
+    passes = partial(
+        _passes, model, criterion, copies, autocast_dtype=autocast_dtype, scaler=scaler, several=several
+    )
     laid_out = [(_channels_last(x), y) for x, y in batches] if reorder else batches
     tried = any(ours is not x for (ours, _), (x, _) in zip(laid_out, batches, strict=True))
     found = None
@@ -155,6 +158,7 @@ def _passes(
     batches: Sequence[Batch],
     autocast_dtype: torch.dtype | None,
     scaler: torch.amp.GradScaler | None,
+    several: bool,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Gradient of every copy, None for one that took no part, and the loss; each summed over the batches."""
     leaves = list(copies.values())
@@ -166,7 +170,7 @@ def _passes(
     with torch.enable_grad(), _kept_random_numbers(device), _substituted(model, copies):
         for x, y in batches:
             with autocast:
-                loss = criterion(model(*x) if isinstance(x, tuple) else model(x), y)
+                loss = criterion(model(*x) if several else model(x), y)
             loss = loss if len(batches) == 1 else loss / len(batches)
             scaled = loss if scaler is None else scaler.scale(loss)
             sums = _added(sums, torch.autograd.grad(scaled, leaves, allow_unused=True))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
 
 __all__ = ["build_released", "has_released_arrays", "read_released", "read_released_arrays"]
@@ -33,8 +34,7 @@ def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, An
 
     Raises FileNotFoundError where there is no file, DSPFormatError for another kind of file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is a folder" if Path(path).is_dir() else f"no file {path}")
+    require_file(path)
     if not has_released_arrays(path):
         raise DSPFormatError(f"{path} is not an .npz file of a released network: it has no array 'meta'")
     try:
@@ -50,7 +50,7 @@ def has_released_arrays(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return "meta.npy" in archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile raises many kinds for a damaged file
         return False
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from dsp_kernels.errors import DSPFormatError, DSPVerificationError
 from dsp_kernels.graph_check import check_network
 from dsp_kernels.tolerances import network_tolerance
+from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing import pack
 from dsp_pruning.recipes.finetune import load_pruned
@@ -34,8 +35,7 @@ def load_released(path: str | Path) -> nn.Module:
 
     Raises FileNotFoundError, and DSPFormatError, with what was found, for a file that does not fit.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+    require_file(path)
     if has_released_arrays(path):
         return read_released(path)
     if not is_torchscript(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsp_kernels
-from dsp_kernels import GroupStructure, gather_grouped_conv2d
+from dsp_kernels import GroupStructure, gather_grouped_conv2d, trace_inputs
 from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError, DSPVerificationError
-from dsp_kernels.trace import trace
+from dsp_kernels.trace import call_graph, trace
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -145,6 +146,101 @@ def test_an_answer_that_is_no_tensor_is_refused_by_fuse(answer: Callable[[Tensor
 
     with pytest.raises(DSPTraceError, match=r"answer is one tensor can be fused.*swap\(\) takes it"):
         dsp_kernels.fuse(Answering().eval(), X)
+
+
+def lazy_buffer(model: Any, y: Tensor) -> None:
+    if model.lazy is None:
+        model.lazy = torch.ones(1, 4, 1, 1)
+    model.feats.append(y)
+    model.table["y"] = y
+
+
+def lazy_module(model: Any, y: Tensor) -> None:
+    if model.module is None:
+        model.module = nn.Conv2d(4, 4, 1)
+    model.module(y)
+
+
+def idempotent(model: Any, y: Tensor) -> None:
+    model.steps.fill_(0)
+
+
+@pytest.mark.parametrize("count", [lazy_buffer, lazy_module, idempotent])
+def test_what_any_first_call_makes_is_kept_and_no_stand_in(count: Callable[[Any, Tensor], object]) -> None:
+    model = Counting(count)
+    model.register_buffer("lazy", None)
+    model.module, model.feats, model.table = None, [], {}  # type: ignore[assignment]
+    model.other = torch.jit.script(nn.Linear(2, 2))
+    model.eval()
+    fused = dsp_kernels.fuse(model, X)
+    weight = None if model.module is None else model.module.weight.clone()  # type: ignore[union-attr]
+    assert torch.allclose(fused(X), model(X), atol=1e-5)
+    assert weight is None or torch.equal(model.module.weight, weight)  # type: ignore[union-attr]
+    assert model.lazy is None or type(model.lazy) is Tensor
+    assert all(type(part) is Tensor for part in (*model.feats, *model.table.values()))  # type: ignore[misc]
+
+
+def test_constants_of_a_forward_do_not_pile_up() -> None:
+    def make(model: Any, y: Tensor) -> None:
+        y * torch.ones(1, 4, 1, 1)
+
+    model = Counting(make).eval()
+    trace(model, X)
+    assert not [name for name in vars(model) if "constant" in name]
+
+
+def part(model: Any, y: Tensor) -> None:
+    model.steps[...] = y.mean()
+
+
+def view(model: Any, y: Tensor) -> None:
+    model.steps.data.add_(1)
+
+
+def listed(model: Any, y: Tensor) -> None:
+    torch._foreach_add_([model.steps], 1.0)
+
+
+@pytest.mark.parametrize("count", [part, view, listed])
+def test_every_way_to_write_is_undone_and_refused(count: Callable[[Any, Tensor], object]) -> None:
+    model = Counting(count).eval()
+    with pytest.raises(DSPTraceError, match="writes into steps"):
+        trace(model, X)
+    assert unchanged(model)
+
+
+def test_a_count_in_training_is_no_obstacle_for_swap_and_for_graphs_of_calls() -> None:
+    for count in (assign_in_training, assign, in_place):
+        model = Counting(count)
+        assert call_graph(model, training=True) is not None
+        assert unchanged(model)
+
+
+def test_a_child_forked_while_another_thread_traces_has_the_methods_of_modules() -> None:
+    methods = nn.Module.__call__, nn.Module.__getattr__
+    inside, forked = threading.Event(), threading.Event()
+
+    def wait(model: Any, y: Tensor) -> None:
+        if isinstance(y, torch.fx.Proxy):
+            inside.set()
+            assert forked.wait(30)
+
+    tracing = threading.Thread(target=trace, args=(Counting(wait).eval(), X))
+    tracing.start()
+    assert inside.wait(30)
+    child = os.fork()
+    if child == 0:
+        right = (nn.Module.__call__, nn.Module.__getattr__) == methods and _tracing_is_free()
+        os._exit(0 if right else 1)
+    forked.set()
+    tracing.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def _tracing_is_free() -> bool:
+    free = trace_inputs._tracing.acquire(blocking=False)
+    trace_inputs._tracing.release()
+    return free
 
 
 def test_a_model_that_is_saved_goes_on_in_eval_mode(tmp_path: Path) -> None:

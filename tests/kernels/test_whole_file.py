@@ -11,6 +11,7 @@ from torch import nn
 
 import dsp_kernels
 from dsp_kernels.whole_file import UNFINISHED, whole_file, write_text
+from dsp_pruning.recipes.checkpoint import remove_unfinished
 
 
 def mode(path: Path) -> int:
@@ -55,6 +56,52 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"] * there
+
+
+def test_a_failure_after_writing_keeps_both_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, previous = tmp_path / "last", tmp_path / "previous"
+    for text in ("1", "2"):
+        with whole_file(path, previous) as temporary:
+            temporary.write_text(text)
+
+    def full(_: int) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_text(path, "3")
+
+    def third() -> None:
+        with whole_file(path, previous) as temporary:
+            temporary.write_text("3")
+
+    with pytest.raises(OSError, match="no space"):
+        third()
+    assert (path.read_text(), previous.read_text()) == ("2", "1")
+
+
+def test_a_file_system_without_rights_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("no rights here")
+
+    write_text(tmp_path / "a", "before")
+    (tmp_path / "a").chmod(0o600)
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_text(tmp_path / "a", "after")
+    assert (tmp_path / "a").read_text() == "after"
+
+
+def test_only_what_this_package_left_unfinished_is_removed(tmp_path: Path) -> None:
+    foreign = [".notes.tmpl", ".foo.tmp_backup.txt", ".config.tmp.d"]
+    for name in foreign:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / f".{'0' * 32}.tmp").mkdir()
+    (tmp_path / f".{'a1' * 16}.tmp.pt").write_text("half")
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*foreign, f".{'0' * 32}.tmp"])
 
 
 def test_the_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -208,6 +211,43 @@ def test_torchscript_is_read_without_our_package(tmp_path: Path, name: str) -> N
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "equal\n"
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda y: F.interpolate(y, size=(math.floor(y.shape[2] / 2),) * 2),
+        lambda y: y * math.sqrt(y.shape[2]),
+        lambda y: torch.cat(y.split(4, 2)[:1], 2).mean((2, 3)) / y.shape[3],
+        lambda y: sum(part.mean() for part in y.split(4, 2)) * y,
+    ],
+)
+def test_numbers_computed_from_sizes_are_no_torchscript(
+    tmp_path: Path, middle: Callable[[Tensor], Tensor]
+) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return middle(self.conv(x))
+
+    model, path = Sized().eval(), tmp_path / "net.pt"
+    try:
+        export_torchscript(model, path, images(1, 8))
+    except DSPError as error:
+        assert "cannot be exported" in str(error)  # noqa: PT017
+        assert not list(tmp_path.iterdir())
+        return
+    for size in (8, 12, 17):
+        torch.testing.assert_close(torch.jit.load(path)(images(2, size)), model(images(2, size)))
+
+
+def test_half_onnx_needs_no_half_kernel_of_the_cpu(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2)).eval()
+    export_onnx(model, tmp_path / "net.onnx", images(1, 8), dtype=torch.float16)
+    assert (tmp_path / "net.onnx").is_file()
 
 
 class Undecided(nn.Module):

@@ -47,6 +47,19 @@ def test_arguments_in_another_order_are_named() -> None:
         GroupWrapper(model, optimizer, None, 0.1, 10, 2, 0.5)  # type: ignore[arg-type]
 
 
+def test_a_wrapper_around_an_optimizer_will_do_without_the_look_ahead() -> None:
+    class Around:
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["inner"], name)
+
+    model = ToyA()
+    around = Around(torch.optim.SGD(model.parameters(), lr=0.1))
+    GroupWrapper(model, around, F.cross_entropy, 0.1, 10, 2, 0.5, second_order="none")  # type: ignore[arg-type]
+
+
 def test_wrong_input_channels() -> None:
     with pytest.raises(DSPShapeError, match="'conv0' reads 3 channels"):
         Setup(example_input=torch.zeros(1, 4, 32, 32))

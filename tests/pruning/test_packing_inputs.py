@@ -156,3 +156,8 @@ def test_weights_that_are_nan_are_named() -> None:
         DSPVerificationError, match=r"itself answers the example .*'linear\.weight' is not finite"
     ):
         pack(model, cases.images())
+
+
+def test_integer_images_are_an_example() -> None:
+    model, image = cases.masked(cases.Net()), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert len(PruneWrapper(model, 2, 1, example_input=image).layers) == 1

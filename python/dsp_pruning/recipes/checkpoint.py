@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.whole_file import UNFINISHED, whole_file
+from dsp_kernels.whole_file import UNFINISHED, fill, whole_file
 
 __all__ = [
     "LAST",
@@ -37,10 +37,8 @@ def save_checkpoint(directory: Path, state: Mapping[str, Any]) -> Path:
     state: tensors, numbers, strings and containers of them. A crash at any moment leaves a readable file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with whole_file(directory / LAST) as temporary:
-        _save({**state, "format": _FORMAT}, temporary)
-        if (directory / LAST).exists():
-            (directory / LAST).replace(directory / PREVIOUS)
+    with whole_file(directory / LAST, directory / PREVIOUS) as temporary:
+        fill(temporary, partial(torch.save, {**state, "format": _FORMAT}))
     return directory / LAST
 
 
@@ -72,14 +70,15 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], accuracy: float) 
     path.parent.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     with whole_file(path) as temporary:
-        _save([on_cpu, float(accuracy)], temporary)
+        fill(temporary, partial(torch.save, [on_cpu, float(accuracy)]))
     return path
 
 
 def remove_unfinished(directory: Path) -> None:
     """Delete what a killed process had only begun to write in ``directory``."""
     for path in directory.glob(UNFINISHED):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
@@ -121,13 +120,6 @@ def restore_weights(
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DSPFormatError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
-
-
-def _save(content: Any, path: Path) -> None:
-    # Of a full disk torch makes a RuntimeError; given a path, it would write its name into the file.
-    memory = io.BytesIO()
-    torch.save(content, memory)
-    path.write_bytes(memory.getbuffer())
 
 
 def _read(path: Path) -> Any:
