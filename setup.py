@@ -31,7 +31,7 @@ COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-err
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
 # The file that needs torch's headers. Its flags name the oldest torch that the build shall load on.
 TORCH_SOURCE = "csrc/torch_op.cpp"
-SCHEMA_FILE = "dsp_kernels/schema.py"
+SCHEMA_FILE = "dsp_kernels/op/torch_op.py"
 # The library of CUDA kernels: dsp_kernels/_C_cuda.so.
 CUDA_BUILD = "csrc/cuda/build_cuda.py"
 OLDEST_TORCH = (2, 10)

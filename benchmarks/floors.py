@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.planner import plan
-from dsp_kernels.program import AddStep, ConvStep, LinearStep, Program, Step
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
+from dsp_kernels.program.planner import plan
+from dsp_kernels.program.steps import AddStep, ConvStep, LinearStep, Program, Step
 
 from .peaks import Peaks
 

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.trace import TracedNetwork, TracedNode, trace
+from dsp_kernels.graph.network import TracedNetwork, TracedNode, trace
+from dsp_kernels.op.packed import PackedConv2d
 
 __all__ = ["compacted", "filter_pruned", "inner_pairs"]
 

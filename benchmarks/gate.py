@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsp_kernels.program import ConvStep, LinearStep, Program
+from dsp_kernels.program.steps import ConvStep, LinearStep, Program
 from dsp_kernels.tolerances import network_tolerance
 
 from .engines import Runner

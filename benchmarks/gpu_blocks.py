@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from dsp_kernels.backends.cuda_block import CudaBlock, why_no_blocks
-from dsp_kernels.backends.cuda_block_tables import block_tables
-from dsp_kernels.backends.gpu_layout import GpuLayout, layout_for_batch
-from dsp_kernels.block_cost import best_geometry, device_model
-from dsp_kernels.block_plan import plan_blocks, variants
-from dsp_kernels.block_step import BlockStep, residual_last
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.program import Program
+from dsp_kernels.program.steps import Program
+from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
+from dsp_kernels.run.gpu.cuda.blocks.cost import best_geometry, device_model
+from dsp_kernels.run.gpu.cuda.blocks.plan import plan_blocks, variants
+from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep, residual_last
+from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
+from dsp_kernels.run.gpu.layout import GpuLayout, layout_for_batch
 
 from .floors import part_floor
 from .gpu_layers import layer_times, replayed_seconds, value_sets

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-import dsp_kernels.backends  # noqa: F401  (registers the kernels)
-from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuConv, GpuLayout, layout_for_batch
+import dsp_kernels.run.convs  # noqa: F401  (registers the kernels)
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.program import ConvStep, Program
+from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuConv, GpuLayout, layout_for_batch
 from dsp_kernels.whole_file import write_text
 
 from .peaks import Peaks
@@ -150,7 +150,7 @@ def replayed_seconds(conv: GpuConv, sets: Sequence[Sequence[Tensor]], residual: 
 
 
 def _captured(launch_all: Callable[[], None]) -> Callable[[], None]:
-    from dsp_kernels.graphs import capture
+    from dsp_kernels.run.gpu.graphs import capture
 
     replay = capture(launch_all, torch.device("cuda", torch.cuda.current_device()), None)
     if replay is None:

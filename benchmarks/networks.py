@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
-from dsp_kernels.program import Program
+from dsp_kernels.program.steps import Program
 from dsp_pruning import build_released
 from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet

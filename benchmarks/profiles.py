@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels import fuse
-from dsp_kernels.executors import EXECUTORS
-from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
+from dsp_kernels.op.packed import PackedConv2d
+from dsp_kernels.run.programs import EXECUTORS
 
 from .engines import ENGINES, Runner
 from .engines.fused import Fused

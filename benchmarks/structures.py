@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError, DSPPruningError
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
 from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.layers import LayerInfo, select_layers
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dsp_kernels.architectures import build_architecture
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.op.packed import PackedConv2d
 
 __all__ = ["dense_of_one_width", "dense_twin", "input_channels"]
 

@@ -2,13 +2,13 @@
 
 from dsp_kernels.architectures import register_architecture
 from dsp_kernels.errors import DSPError
-from dsp_kernels.fuse import FusedNetwork, fuse
-from dsp_kernels.fused_conv import FusedConv2d
-from dsp_kernels.ops import gather_grouped_conv2d
-from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.serialization import load, save
-from dsp_kernels.structure import Group, GroupStructure
-from dsp_kernels.swap import swap
+from dsp_kernels.file.save_load import load, save
+from dsp_kernels.op.fused_conv import FusedConv2d
+from dsp_kernels.op.packed import PackedConv2d
+from dsp_kernels.op.structure import Group, GroupStructure
+from dsp_kernels.op.torch_op import gather_grouped_conv2d
+from dsp_kernels.program.fuse import FusedNetwork, fuse
+from dsp_kernels.program.swap import swap
 
 __version__ = "0.1.0"
 

@@ -26,9 +26,9 @@ _PACKAGES = (
 
 def describe_environment() -> dict[str, str]:
     """Name -> value of everything that decides what runs and how fast, as text."""
-    from dsp_kernels.backends import BACKENDS
-    from dsp_kernels.executors import EXECUTORS
-    from dsp_kernels.native import chosen_isa, native, why_missing
+    from dsp_kernels.run.convs import BACKENDS
+    from dsp_kernels.run.cpu.extension import chosen_isa, native, why_missing
+    from dsp_kernels.run.programs import EXECUTORS
 
     found = {
         "python": sys.version.split()[0],

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
-from dsp_kernels.size_check import SizeCheck
+from dsp_kernels.graph.size_check import SizeCheck
 
 _SECONDS = 10  # for one file; a good one takes less than 0.1
 _MEMORY = 1 << 30  # beyond what the process holds at the start; the files are smaller than 64 KiB

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import dsp_kernels
-import dsp_kernels.native
+import dsp_kernels.run.cpu.extension
 from dsp_kernels.tolerances import HALF_TERMS
 from dsp_pruning import read_released
 
@@ -27,7 +27,7 @@ NETS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)
 
 def measure(module: ModuleType, shared: Path, names: list[str], half_terms: int) -> None:
     """One line per network."""
-    dsp_kernels.native._load = lambda: (module, "")  # type: ignore[assignment]
+    dsp_kernels.run.cpu.extension._load = lambda: (module, "")  # type: ignore[assignment]
     data = np.load(shared / "data" / "cifar10_subset.npz")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]))
     images = (torch.from_numpy(data["test_images"]).float() / 255 - mean) / std

@@ -21,8 +21,8 @@ import torch
 import triton
 from tqdm import tqdm
 
-from dsp_kernels.backends.triton_aot import compile_config, faults, resident_warps
-from dsp_kernels.backends.triton_config import TritonConfig, shipped
+from dsp_kernels.run.gpu.triton.aot import compile_config, faults, resident_warps
+from dsp_kernels.run.gpu.triton.config import TritonConfig, shipped
 from dsp_kernels.whole_file import write_text
 
 BEGIN, END = "<!-- table begins -->", "<!-- table ends -->"

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsp_kernels.backends.eager import bias_of_live, zero_filled
-from dsp_kernels.executors.eager import EagerExecutor
-from dsp_kernels.planner import plan
-from dsp_kernels.program import ConvStep, Step
-from dsp_kernels.trace import evaluating, trace
+from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.program.planner import plan
+from dsp_kernels.program.steps import ConvStep, Step
+from dsp_kernels.run.eager.conv import bias_of_live, zero_filled
+from dsp_kernels.run.eager.program import EagerExecutor
 
 from .base import Runner, cuda_available
 from .cuda_graph import replayed

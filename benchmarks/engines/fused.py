@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels import fuse
-from dsp_kernels.executors import EXECUTORS
-from dsp_kernels.planner import plan
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
+from dsp_kernels.program.planner import plan
+from dsp_kernels.run.programs import EXECUTORS
 
 from .base import Runner, cuda_available
 

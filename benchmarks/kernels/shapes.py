@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsp_kernels.conv_spec import ConvSpec
-from dsp_kernels.program import ConvStep
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.program.steps import ConvStep
 
 from ..networks import Network, NetworkSource, load_network, shared_folder
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsp_kernels.backends import BACKENDS
-from dsp_kernels.reference import gather_grouped_conv2d_reference
+from dsp_kernels.op.reference import gather_grouped_conv2d_reference
+from dsp_kernels.run.convs import BACKENDS
 from dsp_kernels.tolerances import op_tolerance
 
 from .shapes import Layer, layers

@@ -1,4 +1,4 @@
-// A chain of convolutions with its residual as one kernel sees it. Python (dsp_kernels/backends/cuda_block_tables.py)
+// A chain of convolutions with its residual as one kernel sees it. Python (dsp_kernels/run/gpu/cuda/blocks/tables.py)
 // makes the tables and the geometry; block_plan.h fills this from the op's list of sizes.
 #pragma once
 

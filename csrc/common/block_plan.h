@@ -16,7 +16,7 @@ struct BlockLaunch {
     int threads, shared_bytes;
 };
 
-// The order of the op's `sizes`; dsp_kernels/backends/cuda_block.py writes them in this order.
+// The order of the op's `sizes`; dsp_kernels/run/gpu/cuda/blocks/conv.py writes them in this order.
 struct BlockSizes {
     int64_t filters, batch, in_channels, out_channels, tile_n, turns, shared_bytes, conv_count, residual_kind;
     int64_t channels_at, targets_at, residuals_at, tables, shortcut_stride_y, shortcut_stride_x;

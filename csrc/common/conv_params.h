@@ -1,4 +1,4 @@
-// One convolution as its kernel sees it, the same for every kernel. Python (dsp_kernels/backends/cuda_tables.py)
+// One convolution as its kernel sees it, the same for every kernel. Python (dsp_kernels/run/gpu/cuda/tables.py)
 // makes the tables; launch_plan.h fills this from the op's list of sizes.
 #pragma once
 

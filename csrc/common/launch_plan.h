@@ -17,7 +17,7 @@ namespace dsp {
 
 enum class Kernel { chwn, halo, nhwc, fp32_chwn, fp32_nhwc, wgmma, wgmma_halo, nhwc_sliced };
 
-// The order of the op's `sizes`; dsp_kernels/backends/cuda.py writes them in this order.
+// The order of the op's `sizes`; dsp_kernels/run/gpu/cuda/conv.py writes them in this order.
 struct Sizes {
     int64_t kernel, filters, tile_count, rows_at, runs_at, taps_at, gather_at;
     int64_t stride_y, stride_x, pad_y, pad_x, activation;

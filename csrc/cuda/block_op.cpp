@@ -1,5 +1,5 @@
 // dsp_kernels::cuda_block, the launcher of whole residual blocks as a torch op, registered through LibTorch's stable
-// ABI. Python (dsp_kernels/backends/cuda_block.py) has checked shapes and made tables and geometry; what is checked
+// ABI. Python (dsp_kernels/run/gpu/cuda/blocks/conv.py) has checked shapes and made tables and geometry; what is checked
 // again here is what would let a kernel leave its tensors.
 #include "block_runners.h"
 #include "op_checks.h"

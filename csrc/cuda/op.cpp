@@ -1,5 +1,5 @@
 // dsp_kernels::cuda_conv, the launcher as a torch op, registered through LibTorch's stable ABI. Python
-// (dsp_kernels/backends/cuda.py) has checked shapes and made the tables; what is checked again here is what would
+// (dsp_kernels/run/gpu/cuda/conv.py) has checked shapes and made the tables; what is checked again here is what would
 // let a kernel leave its tensors.
 #include "op_checks.h"
 #include "runners.h"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels.trace import TracedNetwork, TracedNode
+from dsp_kernels.graph.network import TracedNetwork, TracedNode
 
 __all__ = ["ChannelMap", "Wire", "norm_of"]
 

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.activations import activate
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.trace import TracedNode
+from dsp_kernels.graph.network import TracedNode
+from dsp_kernels.op.activations import activate
+from dsp_kernels.op.packed import PackedConv2d
 from dsp_pruning.channel_map import ChannelMap, norm_of
 from dsp_pruning.kernel_matrix import connections, groups_of, kernel_sums, matrix_shape, nonzero_kernels
 

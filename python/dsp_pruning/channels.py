@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsp_kernels.trace import TracedNetwork
+from dsp_kernels.graph.network import TracedNetwork
 from dsp_pruning.channel_map import ChannelMap
 from dsp_pruning.channel_rules import Rules, Semantics
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels import FusedConv2d, FusedNetwork, swap
-from dsp_kernels.activations import activate
 from dsp_kernels.errors import DSPError, DSPShapeError
-from dsp_kernels.trace import trace
-from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.graph.inputs import Example, as_inputs
+from dsp_kernels.graph.network import trace
+from dsp_kernels.op.activations import activate
 from dsp_kernels.whole_file import fill, whole_file
 
 __all__ = ["export_onnx", "export_pt2", "export_torchscript", "plain_form"]

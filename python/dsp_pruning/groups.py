@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_kernels.trace_inputs import Example
+from dsp_kernels.graph.inputs import Example
 from dsp_pruning import distributed
 from dsp_pruning import penalty as terms
 from dsp_pruning.buckets import BucketStep, attach_layers, make_buckets, stacked

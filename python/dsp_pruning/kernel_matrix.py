@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.trace import TracedNode
+from dsp_kernels.graph.network import TracedNode
+from dsp_kernels.op.packed import PackedConv2d
 
 __all__ = ["connections", "dense_weight", "groups_of", "kernel_sums", "matrix_shape", "nonzero_kernels"]
 

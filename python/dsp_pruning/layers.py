@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTraceError
-from dsp_kernels.trace import TracedNetwork, TracedNode, evaluating, trace
-from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.graph.inputs import Example, as_inputs
+from dsp_kernels.graph.network import TracedNetwork, TracedNode, evaluating, trace
 
 __all__ = [
     "LayerInfo",

@@ -13,11 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVerificationError
-from dsp_kernels.finite import check_finite
-from dsp_kernels.size_check import SizeCheck
+from dsp_kernels.graph.compare import check_finite
+from dsp_kernels.graph.inputs import Example, as_inputs, check_device
+from dsp_kernels.graph.network import TracedNetwork, call_graph, evaluating, trace
+from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
-from dsp_kernels.trace import TracedNetwork, call_graph, evaluating, trace
-from dsp_kernels.trace_inputs import Example, as_inputs, check_device
 from dsp_pruning.distributed import unwrap
 from dsp_pruning.packing_plan import plan_packing
 from dsp_pruning.packing_report import PackingReport

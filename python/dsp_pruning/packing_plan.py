@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.trace import TracedNetwork, TracedNode
+from dsp_kernels.graph.network import TracedNetwork, TracedNode
 from dsp_pruning.channel_map import ChannelMap, norm_of
 from dsp_pruning.channel_rules import keeps_constants
 from dsp_pruning.channels import ChannelFlow, channel_flow

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
-from dsp_kernels.trace import TracedNetwork, trace
-from dsp_kernels.trace_inputs import Example
+from dsp_kernels.graph.inputs import Example
+from dsp_kernels.graph.network import TracedNetwork, trace
 from dsp_pruning.checks import check_kind
 from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
 from dsp_pruning.layers import LayerPredicate, inputs_like, select_layers

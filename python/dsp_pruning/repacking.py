@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
-from dsp_kernels.fixed_size import FixedSizeConv2d
-from dsp_kernels.planner import zero_padding
-from dsp_kernels.size_check import fixed_size
+from dsp_kernels.graph.fixed_size import FixedSizeConv2d
+from dsp_kernels.graph.size_check import fixed_size
+from dsp_kernels.program.planner import zero_padding
 from dsp_pruning.kernel_matrix import dense_weight
 from dsp_pruning.packing_plan import LayerPlan
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError
-from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.structure import GroupStructure
-from dsp_kernels.trace import evaluating
-from dsp_kernels.trace_inputs import Example, as_inputs
+from dsp_kernels.graph.inputs import Example, as_inputs
+from dsp_kernels.graph.network import evaluating
+from dsp_kernels.op.packed import PackedConv2d
+from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.whole_file import whole_file
 
 __all__ = [

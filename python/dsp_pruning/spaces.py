@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dsp_kernels.trace import TracedNetwork
+from dsp_kernels.graph.network import TracedNetwork
 from dsp_pruning.channel_map import ChannelMap
 
 __all__ = ["Spaces"]

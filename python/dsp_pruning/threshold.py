@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_kernels.trace import TracedNetwork
+from dsp_kernels.graph.network import TracedNetwork
 from dsp_pruning.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.masks import candidate_betas, first_reaching

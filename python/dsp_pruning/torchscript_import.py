@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dsp_kernels.errors import DSPFormatError, DSPVerificationError
-from dsp_kernels.graph_check import check_network
+from dsp_kernels.file.check import check_network
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import cifar_resnet

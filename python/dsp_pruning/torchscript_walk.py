@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
-from dsp_kernels.graph_file import LoadedNetwork
+from dsp_kernels.file.decode import LoadedNetwork
 from dsp_pruning.torchscript_archive import Call, State
 
 __all__ = ["NORM", "Branch", "Gathered", "Image", "Owner", "Scatter", "Walk", "copy_state"]

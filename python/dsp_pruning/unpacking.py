@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
-from dsp_kernels.fixed_size import FixedSizeConv2d
+from dsp_kernels.graph.fixed_size import FixedSizeConv2d
 from dsp_pruning.kernel_matrix import dense_weight
 from dsp_pruning.packing_plan import LayerPlan
 from dsp_pruning.packing_report import PackingReport

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.trace import TracedNetwork
+from dsp_kernels.graph.network import TracedNetwork
 from dsp_pruning.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.prunable import mask_matrix

@@ -12,11 +12,11 @@ from dsp_benchmarks.floors import part_floor
 from dsp_benchmarks.networks import NetworkSource, load_network
 from dsp_benchmarks.peaks import Peaks
 
-from dsp_kernels.block_cost import H200, BlockPlan, conv_seconds
-from dsp_kernels.block_plan import plan_blocks, variants
-from dsp_kernels.block_step import blocks_of, residual_last, with_blocks
-from dsp_kernels.executors.gpu_memory import value_shapes
-from dsp_kernels.program import ConvStep, Program
+from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu.cuda.blocks.cost import H200, BlockPlan, conv_seconds
+from dsp_kernels.run.gpu.cuda.blocks.plan import plan_blocks, variants
+from dsp_kernels.run.gpu.cuda.blocks.step import blocks_of, residual_last, with_blocks
+from dsp_kernels.run.gpu.memory import value_shapes
 
 HALF = torch.float16
 # Image size, blocks, of which with a shortcut's convolution, convolutions in each.

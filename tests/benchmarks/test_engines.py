@@ -20,8 +20,8 @@ from dsp_benchmarks.networks import Network
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.planner import plan
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
+from dsp_kernels.program.planner import plan
 
 _FAST = [name for name, engine in ENGINES.items() if not engine.slow_build and engine.device != "cuda"]
 

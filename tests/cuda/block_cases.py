@@ -8,11 +8,11 @@ import torch
 from cases import ONE_TO_ONE, Case
 from torch import Tensor
 
-from dsp_kernels.block_step import BlockStep
-from dsp_kernels.conv_spec import ConvSpec
-from dsp_kernels.program import ConvStep
-from dsp_kernels.reference import gather_grouped_conv2d_reference
-from dsp_kernels.structure import GroupStructure
+from dsp_kernels.op.reference import gather_grouped_conv2d_reference
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.program.steps import ConvStep
+from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 
 Conv = tuple[GroupStructure, int, int]  # structure, kernel, stride
 

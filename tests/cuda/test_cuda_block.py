@@ -10,12 +10,12 @@ from block_cases import BACK, CASES, IDS, NARROW, SQUARE, BlockCase, reference
 from emulation import Emulator
 from torch import Tensor
 
-from dsp_kernels.backends.cuda_block import CudaBlock
-from dsp_kernels.backends.cuda_block_geometry import BlockGeometry
-from dsp_kernels.backends.cuda_block_tables import block_tables
-from dsp_kernels.backends.gpu_layout import GpuLayout
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.structure import GroupStructure
+from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
+from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
+from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
+from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import network_tolerance
 
 CHWN = GpuLayout.CHWN

@@ -11,16 +11,16 @@ from emulation import Emulator
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.backends.cuda_block import CudaBlock
-from dsp_kernels.backends.gpu_layout import GpuLayout
 from dsp_kernels.errors import DSPBackendError, DSPError
-from dsp_kernels.executors import cuda, gpu_blocks
-from dsp_kernels.executors.cuda import CudaExecutor, GpuRunner
-from dsp_kernels.planner import plan
-from dsp_kernels.program import ConvStep, Program
-from dsp_kernels.registry import Registry
+from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.program.planner import plan
+from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
+from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
+from dsp_kernels.run.programs import cuda, gpu_blocks
+from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
-from dsp_kernels.trace import evaluating, trace
 from dsp_pruning.models import cifar_resnet
 
 SIZE = (3, 8, 8)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsp_kernels.backends.cuda import CudaKernels
-from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuLayout
-from dsp_kernels.conv_spec import ConvSpec
-from dsp_kernels.native_cuda import LIBRARY, why_no_cuda
-from dsp_kernels.structure import GroupStructure
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.run.gpu.cuda.conv import CudaKernels
+from dsp_kernels.run.gpu.cuda.library import LIBRARY, why_no_cuda
+from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build_cuda.py"))
@@ -146,7 +146,8 @@ def test_refusals(spec: ConvSpec, dtype: torch.dtype, device: str, text: str) ->
 
 def test_importing_loads_no_cuda_library() -> None:
     code = (
-        "import dsp_kernels, dsp_kernels.backends.cuda\nprint('_C_cuda.so' in open('/proc/self/maps').read())"
+        "import dsp_kernels, dsp_kernels.run.gpu.cuda.conv\n"
+        "print('_C_cuda.so' in open('/proc/self/maps').read())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

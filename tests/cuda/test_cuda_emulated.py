@@ -12,10 +12,10 @@ from cases import CASES, UNEQUAL, WIDE, Case, reference
 from emulation import LEAST_SHARED, MOST_SHARED, Emulator
 
 from dsp_kernels import GroupStructure
-from dsp_kernels.backends import cuda
-from dsp_kernels.backends.cuda import CudaConv
-from dsp_kernels.backends.gpu_layout import GpuLayout
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.run.convs import cuda
+from dsp_kernels.run.gpu.cuda.conv import CudaConv
+from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import op_tolerance
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -8,12 +8,12 @@ import torch
 from block_cases import CASES, IDS, BlockCase, reference
 
 import dsp_kernels
-from dsp_kernels.backends.cuda_block import CudaBlock, why_no_blocks
-from dsp_kernels.backends.cuda_block_geometry import BlockGeometry
-from dsp_kernels.backends.cuda_block_tables import block_tables
-from dsp_kernels.backends.gpu_layout import GpuLayout
-from dsp_kernels.block_cost import best_geometry, device_model
-from dsp_kernels.structure import GroupStructure
+from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
+from dsp_kernels.run.gpu.cuda.blocks.cost import best_geometry, device_model
+from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
+from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
+from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import network_tolerance
 
 HALF = (torch.float16, torch.bfloat16)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from cases import CASES, IDS, Case, reference
 
-import dsp_kernels.backends  # noqa: F401  (registers the kernels)
-from dsp_kernels.backends import cuda
-from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuLayout, layout_for_batch
-from dsp_kernels.native_cuda import has_wgmma
-from dsp_kernels.structure import GroupStructure
+import dsp_kernels.run.convs  # noqa: F401  (registers the kernels)
+from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.run.convs import cuda
+from dsp_kernels.run.gpu.cuda.library import has_wgmma
+from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuLayout, layout_for_batch
 from dsp_kernels.tolerances import op_tolerance
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError
-from dsp_kernels.executors import EXECUTORS
-from dsp_kernels.executors.cuda import GpuRunner
-from dsp_kernels.fuse import FusedNetwork
+from dsp_kernels.program.fuse import FusedNetwork
+from dsp_kernels.run.gpu.program import GpuRunner
+from dsp_kernels.run.programs import EXECUTORS
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning import read_released
 

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsp_kernels.backends.triton_aot import Compiled, compile_config, faults, resident_warps
-from dsp_kernels.backends.triton_config import TritonConfig
+from dsp_kernels.run.gpu.triton.aot import Compiled, compile_config, faults, resident_warps
+from dsp_kernels.run.gpu.triton.config import TritonConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 HALF = torch.float16

@@ -12,12 +12,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dsp_kernels import GroupStructure
-from dsp_kernels.backends import BACKENDS
-from dsp_kernels.backends.gpu_layout import GPU_KERNELS, GpuLayout
-from dsp_kernels.backends.triton import TritonConv
-from dsp_kernels.backends.triton_config import TritonConfig
-from dsp_kernels.backends.triton_tables import reads_runs, writes_runs
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.run.convs import BACKENDS
+from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuLayout
+from dsp_kernels.run.gpu.triton.config import TritonConfig
+from dsp_kernels.run.gpu.triton.conv import TritonConv
+from dsp_kernels.run.gpu.triton.tables import reads_runs, writes_runs
 from dsp_kernels.tolerances import op_tolerance
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
@@ -142,14 +142,14 @@ def test_any_tile(filters: int, bk: int) -> None:
 
 @pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
 def test_64_bit_offsets(layout: GpuLayout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsp_kernels.backends.triton._INT32", 1)
+    monkeypatch.setattr("dsp_kernels.run.gpu.triton.conv._INT32", 1)
     check(RESIDUAL, layout)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_columns_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the input is larger than L2; the last block is a smaller one."""
-    monkeypatch.setattr("dsp_kernels.backends.triton.columns_in_l2", lambda *_: block)
+    monkeypatch.setattr("dsp_kernels.run.gpu.triton.conv.columns_in_l2", lambda *_: block)
     case = Case(
         "", GroupStructure.build(4, 40, [([1, 3], range(20)), ([0], range(20, 40))]), hw=(7, 5), kernel=1
     )
@@ -174,7 +174,7 @@ def test_nan_is_kept_by_every_activation() -> None:
 
 
 def test_tf32_only_where_torch_was_told() -> None:
-    from dsp_kernels.backends.triton import _precision
+    from dsp_kernels.run.gpu.triton.conv import _precision
 
     flag = torch.backends.cuda.matmul
     before = flag.fp32_precision

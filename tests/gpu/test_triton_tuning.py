@@ -13,12 +13,11 @@ from cases import UNEQUAL, WIDE, Case, reference
 pytest.importorskip("triton")
 
 from dsp_kernels import GroupStructure
-from dsp_kernels.backends.gpu_layout import GpuLayout
-from dsp_kernels.backends.triton import TritonConv
-from dsp_kernels.backends.triton_cache import ConfigCache, cache_file
-from dsp_kernels.backends.triton_config import TritonConfig, candidates, choose, choose_packing, shipped
-from dsp_kernels.backends.triton_tune import kept_config, signature, tune
 from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates, choose, choose_packing, shipped
+from dsp_kernels.run.gpu.triton.conv import TritonConv
+from dsp_kernels.run.gpu.triton.tune import ConfigCache, cache_file, kept_config, signature, tune
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
 CASE = Case("", UNEQUAL, batch=8, hw=(3, 4), residual=True)
@@ -64,7 +63,7 @@ def test_tuning_needs_a_gpu_or_a_timer() -> None:
 
 def test_no_tuning_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSP_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr("dsp_kernels.backends.triton_tune.tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr("dsp_kernels.run.gpu.triton.tune.tune", lambda *_, **__: pytest.fail("tuned"))
     conv, x, out, residual = prepared()
     assert kept_config(conv, x, out, residual) is None
     conv(x, out, residual)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dsp_kernels import GroupStructure
-from dsp_kernels.activations import ACTIVATIONS
-from dsp_kernels.conv_spec import ConvSpec
-from dsp_kernels.reference import gather_grouped_conv2d_reference
+from dsp_kernels.op.activations import ACTIVATIONS
+from dsp_kernels.op.reference import gather_grouped_conv2d_reference
+from dsp_kernels.op.spec import ConvSpec
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.executors import EXECUTORS
-from dsp_kernels.native import native
+from dsp_kernels.run.cpu.extension import native
+from dsp_kernels.run.programs import EXECUTORS
 
 # tests/native fails where the native one could be there and is not.
 ON_A_CPU = [

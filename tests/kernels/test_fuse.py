@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import dsp_kernels
-from dsp_kernels.planner import plan
-from dsp_kernels.program import ConvStep, TorchStep
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
+from dsp_kernels.program.planner import plan
+from dsp_kernels.program.steps import ConvStep, TorchStep
 
 
 @pytest.mark.parametrize(

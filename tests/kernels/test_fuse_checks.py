@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError, DSPVerificationError
-from dsp_kernels.program import ConvStep
+from dsp_kernels.program.steps import ConvStep
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_wrong_program_is_never_returned(
     where: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fuse_module = sys.modules["dsp_kernels.fuse"]  # the package's attribute of that name is the function
+    fuse_module = sys.modules["dsp_kernels.program.fuse"]
     right = fuse_module.plan
 
     def wrong(network: object) -> object:

@@ -14,20 +14,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.backends.gpu_layout import GpuLayout, all_groups, layout_for_batch
-from dsp_kernels.conv_spec import ConvSpec
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.executors import cuda
-from dsp_kernels.executors.cuda import CudaExecutor, GpuRunner
-from dsp_kernels.executors.gpu_memory import arena_for, value_shapes
-from dsp_kernels.graphs import LRU
-from dsp_kernels.planner import plan
-from dsp_kernels.program import ConvStep, Program
-from dsp_kernels.reference import gather_grouped_conv2d_reference
-from dsp_kernels.registry import Registry
-from dsp_kernels.structure import GroupStructure
+from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.op.reference import gather_grouped_conv2d_reference
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.program.planner import plan
+from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu.graphs import LRU
+from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, layout_for_batch
+from dsp_kernels.run.gpu.memory import arena_for, value_shapes
+from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
+from dsp_kernels.run.programs import cuda
+from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
-from dsp_kernels.trace import evaluating, trace
 
 
 class PlayedConv:

@@ -8,9 +8,9 @@ from cases import CASES, IDS, UNEQUAL, Case, reference
 from torch import Tensor
 
 import dsp_kernels
-from dsp_kernels.backends import BACKENDS
 from dsp_kernels.errors import DSPBackendError, DSPError, DSPShapeError, DSPStructureError
-from dsp_kernels.ops import index_tensors
+from dsp_kernels.op.torch_op import index_tensors
+from dsp_kernels.run.convs import BACKENDS
 from dsp_kernels.tolerances import op_tolerance
 
 OP = torch.ops.dsp_kernels.gather_grouped_conv2d
@@ -70,7 +70,7 @@ def test_every_backend_is_the_definition(backend: object, case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.structure.read and c.batch], ids=lambda c: c.name)
 def test_every_form_of_the_eager_backend(form: str, case: Case) -> None:
     """The rule picks by size, so that small cases alone would not reach every form."""
-    from dsp_kernels.backends import eager
+    from dsp_kernels.run.convs import eager
 
     a = case.tensors()
     y = eager._FORMS[form](case.spec, a.weights, a.bias)(a.x)

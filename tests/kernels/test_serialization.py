@@ -16,8 +16,8 @@ from torch import nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file_header import FORMAT_VERSION, new_header
-from dsp_kernels.file_version_1 import encode_changes
+from dsp_kernels.file.header import FORMAT_VERSION, new_header
+from dsp_kernels.file.version_1 import encode_changes
 
 
 class Dense(nn.Module):
@@ -104,7 +104,7 @@ def test_loaded_model_trains_and_fuses(saved: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dsp_kernels.serialization as module
+    import dsp_kernels.file.save_load as module
 
     before = saved.read_bytes()
 

@@ -19,7 +19,7 @@ from wild_net import IMAGE, images, wild
 import dsp_kernels
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.graph_modules import Budget
+from dsp_kernels.file.modules import Budget
 
 Header = dict[str, Any]
 HUGE = 10**12

@@ -119,8 +119,8 @@ def test_notices_changed_weights() -> None:
 
 
 def test_residual_and_gradient_go_through_the_op() -> None:
-    read = dsp_kernels.planner.conv_spec_of(PackedConv2d(nets.MIXED, 3, padding=1, bias=True).double())
-    spec, weights, bias = read
+    conv = PackedConv2d(nets.MIXED, 3, padding=1, bias=True).double()
+    spec, weights, bias = dsp_kernels.program.planner.conv_spec_of(conv)
     fused = FusedConv2d(spec.with_activation("relu"), weights, bias)
     x = torch.randn(1, 6, 4, 4, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(1, 8, 4, 4, dtype=torch.float64, requires_grad=True)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPTraceError
-from dsp_kernels.trace import call_graph, trace
-from dsp_kernels.trace_ops import KINDS
+from dsp_kernels.graph.network import call_graph, trace
+from dsp_kernels.graph.operations import KINDS
 
 
 class Spelled(nn.Module):

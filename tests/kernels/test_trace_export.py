@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels import fuse
 from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
 from dsp_pruning import pack, unpack
 from dsp_pruning.export import export_pt2
 

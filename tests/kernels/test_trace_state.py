@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsp_kernels
-from dsp_kernels import GroupStructure, gather_grouped_conv2d, trace_inputs
+from dsp_kernels import GroupStructure, gather_grouped_conv2d
 from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError, DSPVerificationError
-from dsp_kernels.trace import call_graph, trace
+from dsp_kernels.graph import inputs as trace_inputs
+from dsp_kernels.graph.network import call_graph, trace
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsp_kernels.native import native, why_missing
+from dsp_kernels.run.cpu.extension import native, why_missing
 
 # These hold without the extension too.
 ALWAYS = ("test_native_build.py", "test_the_extension_is_built_where_a_compiler_is")

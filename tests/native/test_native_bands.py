@@ -10,9 +10,9 @@ from cases import CASES, Arguments, Case, reference
 from test_native_op import ISAS, need
 
 from dsp_kernels import GroupStructure, fuse
-from dsp_kernels.backends.cpu import add_conv
-from dsp_kernels.native import native
-from dsp_kernels.packed import PackedConv2d
+from dsp_kernels.op.packed import PackedConv2d
+from dsp_kernels.run.cpu.conv import add_conv
+from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.tolerances import op_tolerance
 
 WIDE = GroupStructure.build(13, 21, [(range(0, 13, 2), range(9)), (range(1, 9), range(9, 20)), ([3], [20])])

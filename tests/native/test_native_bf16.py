@@ -16,8 +16,8 @@ from test_native_programs import Mixed, Net
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d, fuse
-from dsp_kernels.backends.cpu import add_conv
-from dsp_kernels.native import native
+from dsp_kernels.run.cpu.conv import add_conv
+from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.tolerances import network_tolerance, op_tolerance
 
 # Input channels 3, 1, 4 and 0 per group: odd counts leave one channel without a partner.

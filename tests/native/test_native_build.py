@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsp_kernels.schema import OP_NAME
+from dsp_kernels.op.torch_op import OP_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 # Runs setup.py as pip does, with something of the machine taken away first.

@@ -9,11 +9,12 @@ import torch
 from cases import CASES, Case, reference
 from torch import Tensor
 
-from dsp_kernels import GroupStructure, gather_grouped_conv2d, plan_cache
-from dsp_kernels.backends import BACKENDS
-from dsp_kernels.backends.cpu import products_per_move
-from dsp_kernels.conv_spec import ConvSpec
-from dsp_kernels.fused_conv import FusedConv2d
+from dsp_kernels import GroupStructure, gather_grouped_conv2d
+from dsp_kernels.op import torch_op as plan_cache
+from dsp_kernels.op.fused_conv import FusedConv2d
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.run.convs import BACKENDS
+from dsp_kernels.run.cpu.conv import products_per_move
 
 LAST, PLAIN = torch.channels_last, torch.contiguous_format
 THIN = GroupStructure.build(64, 64, [(range(18), range(16)), (range(20, 41), range(16, 30))])
@@ -74,7 +75,7 @@ def test_the_op_keeps_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = []
     prepare = type(BACKENDS.choose("cpu", ConvSpec(WIDE, (1, 1)), torch.float32, torch.device("cpu"))).prepare
     monkeypatch.setattr(
-        "dsp_kernels.backends.cpu.CpuBackend.prepare", lambda *a: packed.append(1) or prepare(*a)
+        "dsp_kernels.run.cpu.conv.CpuBackend.prepare", lambda *a: packed.append(1) or prepare(*a)
     )
     weights, x = [torch.randn(64, 64, 1, 1)], torch.randn(1, 64, 4, 4)
     results = [gather_grouped_conv2d(x, weights, WIDE) for _ in range(3)]

@@ -21,7 +21,7 @@ from test_native_programs import Mixed, Net
 from torch import Tensor
 
 from dsp_kernels import GroupStructure, fuse
-from dsp_kernels.native import native
+from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.tolerances import HALF_TERMS, half_sums_tolerance, network_tolerance, op_tolerance
 
 
@@ -38,7 +38,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     if name == half_emulation.ISA:
         module = request.getfixturevalue("emulated")
-        monkeypatch.setattr("dsp_kernels.native._load", lambda: (module, ""))
+        monkeypatch.setattr("dsp_kernels.run.cpu.extension._load", lambda: (module, ""))
     need(name, monkeypatch)
     return name
 

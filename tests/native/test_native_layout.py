@@ -9,9 +9,9 @@ from test_native_op import ISAS, need
 from torch import Tensor, nn
 
 from dsp_kernels import fuse
-from dsp_kernels.executors.cpu import segments
-from dsp_kernels.native import native
-from dsp_kernels.program import TorchStep
+from dsp_kernels.program.steps import TorchStep
+from dsp_kernels.run.cpu.extension import native
+from dsp_kernels.run.cpu.program import segments
 
 
 class Dense(nn.Module):

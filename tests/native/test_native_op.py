@@ -11,10 +11,10 @@ import pytest
 import torch
 from cases import CASES, Case, reference
 
-from dsp_kernels.backends.cpu import CpuBackend
 from dsp_kernels.env import describe_environment
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.native import chosen_isa, native, why_missing
+from dsp_kernels.run.cpu.conv import CpuBackend
+from dsp_kernels.run.cpu.extension import chosen_isa, native, why_missing
 from dsp_kernels.tolerances import op_tolerance
 
 ISAS = ["avx512_fp16", "avx512_bf16", "avx512", "avx2", "base"]
@@ -61,7 +61,7 @@ def test_the_op_on_every_instruction_set(
 def test_every_interleaving_of_images(isa: str, interleave: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with fewer images than a block holds, and with several blocks."""
     need(isa, monkeypatch)
-    from dsp_kernels.backends.cpu import add_conv
+    from dsp_kernels.run.cpu.conv import add_conv
 
     case = next(case for case in CASES if case.name == "batch 17")
     a = case.tensors()
@@ -80,7 +80,7 @@ def test_the_environment_forces_an_instruction_set(isa: str) -> None:
     """In a process of its own, as a user does it."""
     module = native()
     assert module is not None
-    code = "from dsp_kernels.native import chosen_isa; print(chosen_isa())"
+    code = "from dsp_kernels.run.cpu.extension import chosen_isa; print(chosen_isa())"
     environment = {**os.environ, "DSP_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False

@@ -13,8 +13,8 @@ from test_native_op import ISAS, need
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d, fuse
-from dsp_kernels.executors.cpu import segments
-from dsp_kernels.program import TorchStep
+from dsp_kernels.program.steps import TorchStep
+from dsp_kernels.run.cpu.program import segments
 
 
 def random_structure(rng: random.Random, c: int, o: int) -> GroupStructure:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dsp_kernels import fuse
-from dsp_kernels import native as native_module
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
-from dsp_kernels.native import native
+from dsp_kernels.run.cpu import extension as native_module
+from dsp_kernels.run.cpu.extension import native
 
 WEIGHT = np.zeros((2, 3, 3, 3), np.float32)
 CONV = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch._C import parse_schema
 
-from dsp_kernels.schema import NAMESPACE, OP_NAME, SCHEMA
+from dsp_kernels.op.torch_op import NAMESPACE, OP_NAME, SCHEMA
 
 TESTS = Path(__file__).resolve().parents[1]
 WITHOUT = "import sys; sys.modules['dsp_kernels._C'] = None\n"

@@ -14,8 +14,9 @@ import torch
 from test_native_programs import Net
 from torch import Tensor
 
-from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d, plan_cache
-from dsp_kernels.executors.native_builder import build
+from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d
+from dsp_kernels.op import torch_op as plan_cache
+from dsp_kernels.run.cpu.builder import build
 
 
 def network_and_model(seed: int = 1) -> tuple[object, object]:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.packed import PackedConv2d
-from dsp_kernels.structure import GroupStructure
-from dsp_kernels.trace import TracedNetwork, trace
+from dsp_kernels.graph.network import TracedNetwork, trace
+from dsp_kernels.op.packed import PackedConv2d
+from dsp_kernels.op.structure import GroupStructure
 from dsp_pruning.channels import channel_flow
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
 from dsp_pruning.models.cifar import cifar_resnet
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPVerificationError
-from dsp_kernels.trace import trace
+from dsp_kernels.graph.network import trace
 from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.packing_plan import plan_layers

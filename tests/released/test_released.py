@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dsp_kernels
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.native import native
+from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning import build_released, read_released
 

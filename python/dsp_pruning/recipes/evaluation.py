@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsp_kernels.trace import evaluating
+from dsp_kernels.graph.network import evaluating
 from dsp_pruning.data import FolderSplit, Split, TrainingData, evaluation_batches
 from dsp_pruning.distributed import all_reduce_mean, rank, world_size
 

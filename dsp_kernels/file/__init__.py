@@ -1,0 +1,1 @@
+"""Saved networks: what a file holds, how it is written, read and checked."""

@@ -1,0 +1,1 @@
+"""The one operation: gather, grouped convolution, bias, residual, activation, scatter."""

@@ -1,0 +1,52 @@
+"""Batch normalisation in eval mode folded into the convolution before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.op.structure import Group, GroupStructure
+
+__all__ = ["batch_norm_affine", "fold_batch_norm"]
+
+
+def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (channels,) in float64, with norm(x) = x * scale + shift in eval mode."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.detach().double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def fold_batch_norm(
+    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d
+) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
+    """The convolution that equals ``norm(conv(x))``: its spec, weights and bias, in the weights' dtype.
+
+    An absent channel is 0 before the norm and its shift after it. Where that is not 0, a group that reads
+    nothing is added to write it, so that folding is exact for every structure.
+    """
+    structure = spec.structure
+    scale, shift = batch_norm_affine(norm)
+    absent = torch.tensor(structure.absent, dtype=torch.long, device=shift.device)
+    full_bias = shift if bias is None else (bias.detach().double() * scale).index_fill(0, absent, 0.0) + shift
+    folded = [
+        (weight.detach().double() * scale[list(group.out_index)][:, None, None, None]).to(weight.dtype)
+        for group, weight in zip(structure.groups, weights, strict=True)
+    ]
+    dtype = weights[0].dtype if weights else norm.running_var.dtype  # type: ignore[union-attr]
+    constant = tuple(channel for channel in structure.absent if shift[channel] != 0)
+    if constant:
+        groups = (*structure.groups, Group((), constant))
+        structure = GroupStructure(structure.in_channels, structure.out_channels, groups)
+        folded.append(torch.zeros(len(constant), 0, *spec.kernel_size, dtype=dtype, device=shift.device))
+    return replace(spec, structure=structure), tuple(folded), full_bias.to(dtype)

@@ -1,0 +1,122 @@
+"""FusedConv2d: one gather-grouped convolution with all that was folded into it, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsp_kernels.op.spec import ConvSpec, memory_format_of
+from dsp_kernels.op.torch_op import gather_grouped_conv2d_tensors
+from dsp_kernels.run.convs import BACKENDS, ConvPlan
+
+__all__ = ["FusedConv2d"]
+
+
+class FusedConv2d(nn.Module):
+    """y = act(conv(x) + bias (+ residual)) by the best backend; the same tensors in and out as PackedConv2d.
+
+    Input (batch, in_channels, height, width), plain or channels_last; output in the same layout.
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. They are parameters that take no gradient.
+    The weights are arranged once, and again whenever PyTorch counts a change of them; a write through
+    ``.data`` is not counted: call ``reset_plan()`` after one. While torch.compile or torch.export looks on,
+    or a gradient is needed, the module calls the torch op instead. Under autocast it computes in its
+    weights' own dtype.
+    """
+
+    def __init__(
+        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None = None, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        spec.check_constants(weights, bias)
+        self.spec = spec
+        self.backend = BACKENDS.check(backend)
+        self.weights = nn.ParameterList(
+            nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights
+        )
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        device = next((t.device for t in (*weights, *([] if bias is None else [bias]))), None)
+        for number, group in enumerate(spec.structure.groups):
+            for name, index in (("in_index", group.in_index), ("out_index", group.out_index)):
+                tensor = torch.tensor(index, dtype=torch.long, device=device)
+                self.register_buffer(f"{name}_{number}", tensor, persistent=False)
+        self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
+        """input: (batch, in_channels, height, width); residual: like the output, or None."""
+        x = input
+        constants = [*self.weights, *([] if self.bias is None else [self.bias])]
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._run(x, residual, constants)
+        if constants and x.dtype != constants[0].dtype:
+            x = x.to(constants[0].dtype)  # autocast's doing; this module computes as its weights are
+            residual = None if residual is None else residual.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._run(x, residual, constants)
+
+    def _run(self, x: Tensor, residual: Tensor | None, constants: list[Tensor]) -> Tensor:
+        if self._needs_op(x, residual):
+            return self._call_op(x, residual)
+        shape = self.spec.check_input(x, constants, residual)
+        layout = memory_format_of(x)
+        if shape[0] == 0:
+            return x.new_empty(shape).contiguous(memory_format=layout)
+        stamp = (x.dtype, x.device, layout, *(_stamp(constant) for constant in constants))
+        known = self._plan  # one attribute, so that two threads never pair one's plan with the other's stamp
+        if known is None or known[0] != stamp or any(constant.is_inference() for constant in constants):
+            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
+            weights = [weight.detach() for weight in self.weights]
+            bias = None if self.bias is None else self.bias.detach()
+            known = self._plan = stamp, backend.prepare(self.spec, weights, bias)
+        plan = known[1]
+        with torch.no_grad():
+            return plan(x, residual).contiguous(memory_format=layout)
+
+    def reset_plan(self) -> None:
+        """Arrange the weights anew at the next call."""
+        self._plan = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
+        self.reset_plan()
+        super()._apply(fn, recurse)
+        return self
+
+    def _needs_op(self, x: Tensor, residual: Tensor | None) -> bool:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        inputs = (x, residual, self.bias, *self.weights)
+        return any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+    def _call_op(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        count = len(self.weights)
+        return gather_grouped_conv2d_tensors(
+            x,
+            list(self.weights),
+            [self.get_buffer(f"in_index_{number}") for number in range(count)],
+            [self.get_buffer(f"out_index_{number}") for number in range(count)],
+            self.bias,
+            residual,
+            self.spec,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plan is made of closures; a copy makes its own.
+        return {**self.__dict__, "_plan": None}
+
+    def extra_repr(self) -> str:
+        """Structure and settings, for print()."""
+        spec = self.spec
+        return (
+            f"{spec.structure}, kernel_size={spec.kernel_size}, stride={spec.stride}, "
+            f"padding={spec.padding}, dilation={spec.dilation}, activation={spec.activation}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor's memory is replaced or written in place."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,117 @@
+"""ConvSpec: everything about one gather-grouped convolution but its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.activations import check_activation
+from dsp_kernels.op.packed import pair
+from dsp_kernels.op.reference import conv_output_hw
+from dsp_kernels.op.structure import GroupStructure
+
+__all__ = ["ConvSpec", "memory_format_of"]
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The layout that an output gets: channels_last exactly if x (4-D) is that and not plain contiguous."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Structure and settings of one convolution with its activation.
+
+    kernel_size, stride, padding, dilation: (vertical, horizontal); integers are doubled.
+    Raises DSPShapeError for settings that no convolution has.
+    """
+
+    structure: GroupStructure
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    activation: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            object.__setattr__(self, name, pair(getattr(self, name), name, least))
+        check_activation(self.activation)
+
+    def with_activation(self, activation: str) -> ConvSpec:
+        """The same convolution followed by another activation."""
+        return replace(self, activation=activation)
+
+    def output_hw(self, input_hw: Sequence[int]) -> tuple[int, int]:
+        """(height, width) of the output. Raises DSPShapeError if the input is smaller than the kernel."""
+        height, width = conv_output_hw(input_hw, self.kernel_size, self.stride, self.padding, self.dilation)
+        if height < 1 or width < 1:
+            raise DSPShapeError(
+                f"an input of {input_hw[0]}x{input_hw[1]} pixels is too small for a kernel of "
+                f"{self.kernel_size} with padding {self.padding} and dilation {self.dilation}"
+            )
+        return height, width
+
+    def check_constants(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+        """weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. Raises DSPShapeError for others.
+
+        All have to be of one dtype and on one device.
+        """
+        groups = self.structure.groups
+        if len(weights) != len(groups):
+            raise DSPShapeError(
+                f"got {len(weights)} weights for {len(groups)} groups; expected one per group"
+            )
+        for number, (group, weight) in enumerate(zip(groups, weights, strict=True)):
+            expected = (len(group.out_index), len(group.in_index), *self.kernel_size)
+            if tuple(weight.shape) != expected:
+                raise DSPShapeError(
+                    f"weight of group {number} has shape {tuple(weight.shape)}; expected {expected}"
+                )
+        if bias is not None and tuple(bias.shape) != (self.structure.out_channels,):
+            raise DSPShapeError(
+                f"bias has shape {tuple(bias.shape)}; expected ({self.structure.out_channels},)"
+            )
+        kinds = {(t.dtype, t.device) for t in (*weights, *([] if bias is None else [bias]))}
+        if len(kinds) > 1:
+            raise DSPShapeError(f"weights and bias have different dtypes or devices: {_list(kinds)}")
+
+    def check_input(
+        self, x: Tensor, constants: Sequence[Tensor], residual: Tensor | None
+    ) -> tuple[int, int, int, int]:
+        """The output's shape for ``x``: (batch, in_channels, height, width).
+
+        Raises DSPShapeError if x, the constants or the residual do not fit each other.
+        """
+        if x.dim() != 4 or x.shape[1] != self.structure.in_channels:
+            raise DSPShapeError(
+                f"x has shape {tuple(x.shape)}; expected (batch, {self.structure.in_channels}, height, width)"
+            )
+        if not x.dtype.is_floating_point:
+            raise DSPShapeError(f"x has dtype {x.dtype}; expected a floating point dtype")
+        height, width = self.output_hw((x.shape[2], x.shape[3]))
+        shape = (x.shape[0], self.structure.out_channels, height, width)
+        for constant in constants:
+            if constant.dtype != x.dtype or constant.device != x.device:
+                raise DSPShapeError(
+                    f"x is {x.dtype} on {x.device}, but a weight or bias is {constant.dtype} on "
+                    f"{constant.device}; they have to agree"
+                )
+        if residual is not None:
+            if tuple(residual.shape) != shape:
+                raise DSPShapeError(f"residual has shape {tuple(residual.shape)}; expected {shape}")
+            if residual.dtype != x.dtype or residual.device != x.device:
+                raise DSPShapeError(
+                    f"residual is {residual.dtype} on {residual.device}; x is {x.dtype} on {x.device}"
+                )
+        return shape
+
+
+def _list(kinds: set[tuple[torch.dtype, torch.device]]) -> str:
+    return ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))

@@ -1,0 +1,158 @@
+"""The op by the native CPU kernels: one convolution with its layout conversion at both ends.
+
+Input and output are ordinary tensors, plain or channels_last or any view; the kernel reads and writes them by
+their strides. A whole network fused (``dsp_kernels.fuse``) pays for the conversion once instead of per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.spec import ConvSpec, memory_format_of
+from dsp_kernels.run.cpu.extension import native, new_network, why_missing
+
+__all__ = ["CpuBackend", "CpuPlan", "add_conv", "as_array", "products_per_move"]
+
+
+class CpuBackend:
+    """Native kernels, float32, any structure. See the module's text."""
+
+    name = "cpu"
+
+    def can_run(
+        self,
+        spec: ConvSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> tuple[bool, str]:
+        """On the CPU in float32, when the extension is built."""
+        if device.type != "cpu":
+            return False, f"tensors are on {device}"
+        if dtype != torch.float32:
+            # Values are float32 inside: one layer of bfloat16 tensors would be converted at both of its ends.
+            return False, f"dtype {dtype} is not float32; bfloat16 runs in whole networks only (fuse)"
+        return (False, why_missing()) if native() is None else (True, "")
+
+    def is_worth(
+        self,
+        spec: ConvSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> tuple[bool, str]:
+        """Whether it beats plain PyTorch: not for channels_last 1x1 layers with little arithmetic."""
+        moved = products_per_move(spec)
+        if (
+            layout == torch.channels_last
+            and spec.kernel_size == (1, 1)
+            and moved < _PRODUCTS_PER_MOVE
+            and torch.get_num_threads() > 1
+        ):
+            return False, (
+                f"a channels_last 1x1 layer with {moved:.0f} products per moved channel and pixel; "
+                f"below {_PRODUCTS_PER_MOVE} the conversion costs more than it saves"
+            )
+        return True, ""
+
+    def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> CpuPlan:
+        """A function (x, residual) -> y; see ``ConvBackend.prepare``."""
+        return CpuPlan(spec, weights, bias)
+
+
+class CpuPlan:
+    """(x, residual) -> y for one convolution, with its weights packed. Safe to call from many threads."""
+
+    def __init__(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+        self.spec = spec
+        self.weight_bytes = sum(4 * weight.numel() for weight in weights)
+        self._plain = new_network()
+        x = self._plain.input(spec.structure.in_channels)
+        self._value = add_conv(self._plain, spec, weights, bias, x, -1)
+        self._plain.output(self._value)
+        self._with_residual: Any = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: (batch, in_channels, height, width), float32; residual: like the output, or None."""
+        shape = (x.shape[0], self.spec.structure.out_channels, *self.spec.output_hw(x.shape[2:]))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+        if shape[0]:
+            inputs = [tensor.detach().numpy() for tensor in (x, residual) if tensor is not None]
+            try:
+                self._network(residual is not None).run(
+                    inputs, [y.numpy()], torch.get_num_threads(), _interleave(shape[0])
+                )
+            except ValueError as error:
+                raise DSPShapeError(f"this convolution cannot take this input: {error}") from error
+        return y
+
+    def holds(self, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
+        """Whether the plan was made from these very numbers, bit for bit."""
+        arrays = [as_array(weight) for weight in weights]
+        same: bool = self._plain.conv_holds(self._value, arrays, None if bias is None else as_array(bias))
+        return same
+
+    def _network(self, with_residual: bool) -> Any:
+        if not with_residual:
+            return self._plain
+        if self._with_residual is None:
+            made = new_network()
+            x = made.input(self.spec.structure.in_channels)
+            residual = made.input(self.spec.structure.out_channels)
+            made.output(made.conv_like(self._plain, self._value, x, residual))
+            self._with_residual = made
+        return self._with_residual
+
+
+# Products per moved channel and pixel below which plain PyTorch is faster in channels_last. Measured at batch
+# 4 and 8 on the layers of ResNet-50 80 % and on layers like ResNet-56's (2 Zen 5 cores, shared with others,
+# best of many runs, torch 2.15). On 2 threads the 1x1 layers with 6 to 16 ran at 0.61-0.77 of eager, those at
+# 25 at 0.88 and 1.54, from 29 on at 1.16-3.25; of the 3x3 layers only one, with 50, was behind (0.63). On one
+# thread none was behind.
+_PRODUCTS_PER_MOVE = 25
+
+
+def products_per_move(spec: ConvSpec) -> float:
+    """Multiply-adds per channel and pixel that the conversion at both ends of one layer has to move."""
+    structure = spec.structure
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    moved = len(structure.read) * spec.stride[0] * spec.stride[1] + structure.out_channels
+    return structure.kernels * taps / moved
+
+
+def _interleave(images: int) -> int:
+    """One image at a time: interleaving several makes the conversion at both ends cost more than it saves."""
+    return 1 if images >= torch.get_num_threads() else 0
+
+
+def add_conv(
+    network: Any, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: int, residual: int
+) -> int:
+    """Adds the convolution to a native network; x, residual (-1: none) and the result are value numbers."""
+    value: int = network.conv(
+        x,
+        residual,
+        spec.structure.out_channels,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        spec.activation,
+        [group.in_index for group in spec.structure.groups],
+        [group.out_index for group in spec.structure.groups],
+        [as_array(weight) for weight in weights],
+        None if bias is None else as_array(bias),
+    )
+    return value
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The tensor's memory, without a copy where it is contiguous and float32."""
+    array: np.ndarray[Any, np.dtype[np.float32]] = tensor.detach().float().contiguous().numpy()
+    return array

@@ -1,0 +1,1 @@
+"""GPU kernels: memory layouts, networks, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""A residual block as one CUDA kernel."""

@@ -1,0 +1,255 @@
+"""Weights and tiles of one residual block in the order in which its CUDA kernel reads them.
+
+A *slot* is a channel of a map that has a place in shared memory: of the block's input those that anything
+reads, of an inner map those that the next convolution reads; filters that write no slot are not computed.
+Which filters form a tile and what they read does not depend on sizes; where that lies in shared memory does
+(cuda_block_geometry.py). See csrc/common/block_params.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.program.steps import ConvStep
+from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
+from dsp_kernels.run.gpu.cuda.groups import (
+    FilterGroup,
+    bias_per_channel,
+    fragments,
+    groups_of,
+    join_groups,
+)
+
+__all__ = ["STEP", "STEP_CLOCKS", "BlockTables", "Row", "Tile", "block_tables"]
+
+STEP = 16  # rows of the reduction of one mma
+# Clocks of a multiprocessor for one step of a tile at eight chunks, by filters of the tile: 16 are bound by
+# shared memory (128 bytes a clock), 32 by mma.sync. Estimates, not measured; a tile's outputs cost as much as
+# two steps.
+STEP_CLOCKS = {16: 20.0, 32: 24.5}
+_FINISH_STEPS = 2
+
+# A row of the reduction: slot and offset in pixels of the region that it is read from.
+Row = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Filters of one tile: what they read of their own region and of the block's input, what they write.
+
+    rows, second_rows: multiples of 16 in number. targets: slot of the next region or output channel, or -1.
+    """
+
+    rows: tuple[Row, ...]
+    second_rows: tuple[Row, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """What does not depend on sizes.
+
+    tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: per
+    region but the last, how many it has. residual_slots: per output channel the slot of the input that is
+    added to it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
+    """
+
+    step: BlockStep
+    filters: int
+    tiles: tuple[tuple[Tile, ...], ...]
+    channels: tuple[int, ...]
+    slots: tuple[int, ...]
+    residual_slots: tuple[int, ...]
+    weights: Tensor
+    bias: Tensor
+
+    @cached_property
+    def static(self) -> tuple[list[int], list[int]]:
+        """Targets of all rows of all tiles, and the slots that are added to them (-1: none)."""
+        targets = [target for tiles in self.tiles for tile in tiles for target in tile.targets]
+        last = sum(len(tile.targets) for tile in self.tiles[-1])
+        added = [-1] * (len(targets) - last)
+        if self.residual_slots:
+            added += [self.residual_slots[c] if c >= 0 else -1 for c in targets[-last:]]
+        else:
+            added += [-1] * last
+        return targets, added
+
+
+def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
+    """The tables of a block whose tensors are of this dtype on this device."""
+    specs = [conv.spec for conv in step.convs]
+    # What each convolution's source has to hold, in the order of its slots.
+    read = [sorted(spec.structure.read) for spec in specs]
+    first = set(read[0])
+    if step.shortcut:
+        first |= set(step.shortcut.spec.structure.read)
+    if step.adds_input:
+        first |= set(range(specs[-1].structure.out_channels))
+    channels = [sorted(first), *read[1:]]
+    wanted = [*channels[1:], list(range(specs[-1].structure.out_channels))]
+
+    best: tuple[float, int, list[list[FilterGroup]]] | None = None
+    for filters in STEP_CLOCKS:
+        merged, work = [], 0.0
+        for conv, targets in zip(step.convs, wanted, strict=True):
+            taps = conv.spec.kernel_size[0] * conv.spec.kernel_size[1]
+            groups = _merged(_only(groups_of(conv.spec, conv.weights), set(targets)), filters, taps)
+            merged.append(groups)
+            work += sum(_work(len(each.out_index), len(each.in_index), filters, taps) for each in groups)
+        if best is None or work < best[0]:
+            best = work, filters, merged
+    assert best is not None
+    _, filters, merged = best
+
+    all_tiles, weights, bias = [], [], []
+    for number, (conv, groups) in enumerate(zip(step.convs, merged, strict=True)):
+        place = {channel: slot for slot, channel in enumerate(channels[number])}
+        target = {channel: slot for slot, channel in enumerate(wanted[number])}
+        is_last = number + 1 == len(step.convs)
+        shortcut = step.shortcut if is_last else None
+        made = [
+            _tile(group, start, filters, conv.spec, place, shortcut, channels[0])
+            for group in groups
+            for start in range(0, len(group.out_index), filters)
+        ]
+        made.sort(key=lambda entry: -entry[1].shape[1])
+        values = bias_per_channel(conv.spec, conv.bias)
+        if shortcut:
+            values = values + bias_per_channel(shortcut.spec, shortcut.bias)
+        tiles = []
+        for tile, matrix in made:
+            index = torch.tensor(tile.targets)
+            bias.append(torch.where(index >= 0, values[index.clamp(min=0)], 0.0))
+            slots = tuple(target[c] if c >= 0 else -1 for c in tile.targets)
+            tiles.append(Tile(tile.rows, tile.second_rows, slots))
+            weights.append(fragments(matrix))
+        all_tiles.append(tuple(tiles))
+    residual_slots: tuple[int, ...] = ()
+    if step.adds_input:
+        place = {channel: slot for slot, channel in enumerate(channels[0])}
+        residual_slots = tuple(place[channel] for channel in wanted[-1])
+    return BlockTables(
+        step,
+        filters,
+        tuple(all_tiles),
+        tuple(channels[0]),
+        tuple(len(each) for each in channels),
+        residual_slots,
+        torch.cat(weights).to(device, dtype),
+        torch.cat(bias).to(device),
+    )
+
+
+def _work(outputs: int, channels: int, filters: int, taps: int) -> float:
+    """Clocks of a group of filters at eight chunks."""
+    return -(-outputs // filters) * (-(-channels * taps // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
+
+
+def _merged(groups: Sequence[FilterGroup], filters: int, taps: int) -> list[FilterGroup]:
+    """Two groups put into one, the pair that saves most first, for as long as that is less work."""
+    bins = list(groups)
+    work = [_work(len(each.out_index), len(each.in_index), filters, taps) for each in bins]
+    while True:
+        best, pair = 0.0, None
+        for i in range(len(bins)):
+            for j in range(i + 1, len(bins)):
+                outputs = len(bins[i].out_index) + len(bins[j].out_index)
+                channels = len({*bins[i].in_index, *bins[j].in_index})
+                saved = work[i] + work[j] - _work(outputs, channels, filters, taps)
+                if saved > best:
+                    best, pair = saved, (i, j)
+        if pair is None:
+            return bins
+        i, j = pair
+        joined = join_groups([bins[i], bins.pop(j)])
+        work.pop(j)
+        bins[i], work[i] = joined, _work(len(joined.out_index), len(joined.in_index), filters, taps)
+
+
+def _only(groups: Sequence[FilterGroup], wanted: set[int]) -> list[FilterGroup]:
+    """The groups without the filters that nobody reads."""
+    kept = []
+    for group in groups:
+        rows = [row for row, channel in enumerate(group.out_index) if channel in wanted]
+        if rows:
+            outputs = tuple(group.out_index[row] for row in rows)
+            kept.append(FilterGroup(group.in_index, outputs, group.weight[rows]))
+    return kept
+
+
+def _tile(
+    group: FilterGroup,
+    start: int,
+    filters: int,
+    spec: ConvSpec,
+    place: dict[int, int],
+    shortcut: ConvStep | None,
+    input_channels: Sequence[int],
+) -> tuple[Tile, Tensor]:
+    """The tile of a group's filters from ``start`` on, with channels as targets; weights (filters, rows)."""
+    outputs = list(group.out_index[start : start + filters])
+    rows, matrix = _reduction(group.in_index, group.weight[start : start + filters], spec, place)
+    second_rows: list[Row] = []
+    if shortcut:
+        second, weight = _shortcut_of(outputs, shortcut)
+        slots = {channel: slot for slot, channel in enumerate(input_channels)}
+        second_rows, more = _reduction(second, weight, shortcut.spec, slots)
+        matrix = torch.cat([matrix, more], 1)
+    padded = torch.zeros(filters, matrix.shape[1])
+    padded[: len(outputs)] = matrix
+    outputs += [-1] * (filters - len(outputs))
+    return Tile(tuple(rows), tuple(second_rows), tuple(outputs)), padded
+
+
+def _reduction(
+    in_index: Sequence[int], weight: Tensor, spec: ConvSpec, place: dict[int, int]
+) -> tuple[list[Row], Tensor]:
+    """weight: (filters, channels, taps) -> its rows, filled up to a whole step, and (filters, rows).
+
+    Rows that fill up read the last channel again, with weights of zero.
+    """
+    order = _spread([place[channel] for channel in in_index])
+    (kh, kw), (dy, dx) = spec.kernel_size, spec.dilation
+    slots = [place[in_index[i]] for i in order]
+    rows = [(slot, y * dy, x * dx) for y in range(kh) for x in range(kw) for slot in slots]
+    matrix = weight[:, torch.tensor(order, dtype=torch.long)].transpose(1, 2).reshape(len(weight), len(rows))
+    missing = -len(rows) % STEP
+    rows += rows[-1:] * missing
+    return rows, torch.nn.functional.pad(matrix, (0, missing))
+
+
+def _spread(slots: Sequence[int]) -> list[int]:
+    """An order in which eight neighbours differ modulo 8 where possible: so they lie in all banks."""
+    buckets: dict[int, list[int]] = {}
+    for i, slot in enumerate(slots):
+        buckets.setdefault(slot % 8, []).append(i)
+    order = []
+    while buckets:
+        fullest = sorted(buckets, key=lambda key: -len(buckets[key]))
+        order += [buckets[key].pop(0) for key in fullest]
+        buckets = {key: bucket for key, bucket in buckets.items() if bucket}
+    return order
+
+
+def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int, ...], Tensor]:
+    """The channels that the shortcut reads for these outputs; its weights (outputs, channels, taps)."""
+    groups = [
+        (group, [row for row, channel in enumerate(group.out_index) if channel in set(outputs)])
+        for group in groups_of(shortcut.spec, shortcut.weights)
+    ]
+    in_index = tuple(sorted({channel for group, rows in groups if rows for channel in group.in_index}))
+    column = {channel: i for i, channel in enumerate(in_index)}
+    taps = shortcut.spec.kernel_size[0] * shortcut.spec.kernel_size[1]
+    weight = torch.zeros(len(outputs), len(in_index), taps)
+    for group, rows in groups:
+        columns = torch.tensor([column[channel] for channel in group.in_index], dtype=torch.long)
+        for row in rows:
+            weight[outputs.index(group.out_index[row])].index_copy_(0, columns, group.weight[row])
+    return in_index, weight

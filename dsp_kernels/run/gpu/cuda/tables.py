@@ -1,0 +1,264 @@
+"""Weights and tables of one convolution in the order in which the CUDA kernels read them (csrc/common).
+
+A *tile* is up to ``filters`` filters of one group and the list of what they read. One launch runs all tiles
+of all groups; those with the longest reduction come first. Small groups share a tile where that is less work:
+the weights of channels that a filter does not read are then zero, as in a dense convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.run.gpu.cuda.groups import (
+    WEIGHT_ORDERS,
+    FilterGroup,
+    bias_per_channel,
+    groups_of,
+    in_runs,
+    is_run,
+    join_groups,
+)
+
+__all__ = ["KERNELS", "KernelKind", "Tables", "make_tables"]
+
+# Row of the reduction that fills a block: a tap outside of every image (csrc/common/conv_params.h).
+_OUTSIDE = 0x7FFF << 16
+
+
+@dataclass(frozen=True)
+class KernelKind:
+    """One kernel: its number and filters per tile (csrc/common/launch_plan.h), and its reduction.
+
+    rows: rows of the reduction per block; channels: channels of one tap are filled up to a multiple of it.
+    order: how the weights of a tile lie, see WEIGHT_ORDERS.
+    """
+
+    name: str
+    number: int
+    filters: tuple[int, ...]
+    rows: int
+    channels: int = 1
+    order: str = "fragments"
+
+    @property
+    def has_halo(self) -> bool:
+        """Whether it stages channels, in blocks of 16, and finds all taps in what it staged."""
+        return self.name in ("halo", "wgmma_halo")
+
+    def reduction(self, channels: int, taps: int) -> int:
+        """Rows of the reduction, filled up."""
+        return _round_up(_round_up(channels, self.channels) * taps, self.rows)
+
+
+KERNELS = {
+    kind.name: kind
+    for kind in (
+        KernelKind("chwn", 0, (16, 32, 64), 32),
+        KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16),
+        KernelKind("nhwc", 2, (16, 32), 32, 8),
+        KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
+        KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
+        KernelKind("wgmma", 5, (64, 128), 32, order="cores"),
+        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What one launch reads beside x, and how it is found in ``table`` (int32, offsets in numbers).
+
+    weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: tiles, rows, runs, taps, gather.
+    products: of one position, those with what only fills up tiles too.
+    """
+
+    kind: KernelKind
+    filters: int
+    tile_count: int
+    weights: Tensor
+    bias: Tensor
+    table: Tensor
+    rows_at: int
+    runs_at: int
+    taps_at: int
+    gather_at: int
+    products: int
+
+
+def make_tables(
+    kind: KernelKind,
+    spec: ConvSpec,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tables:
+    """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on any device.
+
+    dtype, device: of the tensors that the kernel will get.
+    """
+    groups = groups_of(spec, weights)
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    filters, groups = min(
+        ((count, _merged(groups, kind, count, taps)) for count in kind.filters),
+        key=lambda choice: _work(choice[1], kind, choice[0], taps),
+    )
+    writer = _Writer(kind, spec, filters)
+    for group in groups:
+        writer.add(group)
+    return writer.finish(bias_per_channel(spec, bias), dtype, device)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _tile_work(outputs: int, channels: int, kind: KernelKind, filters: int, taps: int) -> int:
+    """Work of a group, in rows of the reduction times filters.
+
+    A row's activations cost as much as 48 filters (an estimate, not measured: their way through shared memory
+    is the same for any number of filters), and a tile's outputs as much as 16 rows.
+    """
+    tiles = -(-outputs // filters)
+    return tiles * (kind.reduction(channels, taps) + 16) * (filters + 48)
+
+
+def _work(groups: Sequence[FilterGroup], kind: KernelKind, filters: int, taps: int) -> int:
+    return sum(_tile_work(len(group.out_index), len(group.in_index), kind, filters, taps) for group in groups)
+
+
+def _merged(groups: Sequence[FilterGroup], kind: KernelKind, filters: int, taps: int) -> list[FilterGroup]:
+    """Neighbouring groups put into one where that is less work."""
+    bins: list[list[FilterGroup]] = []
+    reads: set[int] = set()
+    writes = 0
+    for group in groups:
+        both, outputs = reads | set(group.in_index), writes + len(group.out_index)
+        apart = _tile_work(writes, len(reads), kind, filters, taps) + _tile_work(
+            len(group.out_index), len(group.in_index), kind, filters, taps
+        )
+        if bins and _tile_work(outputs, len(both), kind, filters, taps) <= apart:
+            bins[-1].append(group)
+            reads, writes = both, outputs
+        else:
+            bins.append([group])
+            reads, writes = set(group.in_index), len(group.out_index)
+    return [join_groups(members) for members in bins]
+
+
+class _Writer:
+    """Collects tiles and writes them down, the longest reduction first."""
+
+    def __init__(self, kind: KernelKind, spec: ConvSpec, filters: int) -> None:
+        self.kind, self.spec, self.filters = kind, spec, filters
+        self.taps: list[Tensor] = []  # int32, flat
+        self.entries = 0  # entries of taps so far; a Pair is one entry
+        self.gather: list[int] = []
+        # blocks of the reduction, first entry of taps, output channels (-1: none), packed weights
+        self.tiles: list[tuple[int, int, list[int], Tensor]] = []
+
+    def add(self, group: FilterGroup) -> None:
+        """All tiles of one group."""
+        structure = self.spec.structure
+        if self.kind.name == "nhwc":
+            group = in_runs(group, structure.in_channels, structure.out_channels)
+        first = self.entries
+        rows = self._write_taps(group.in_index)
+        weight = self._by_row(group.weight, rows)
+        for start in range(0, len(group.out_index), self.filters):
+            outputs = list(group.out_index[start : start + self.filters])
+            padded = torch.zeros(self.filters, rows)
+            padded[: len(outputs)] = weight[start : start + self.filters]
+            outputs += [-1] * (self.filters - len(outputs))
+            packed = WEIGHT_ORDERS[self.kind.order](padded)
+            self.tiles.append((rows // self.kind.rows, first, outputs, packed))
+
+    def _by_row(self, weight: Tensor, rows: int) -> Tensor:
+        """weight: (filters, channels, taps) -> (filters, rows) in the order of the kernel's reduction."""
+        outputs, channels, taps = weight.shape
+        filled = torch.zeros(outputs, _round_up(channels, self.kind.channels), taps)
+        filled[:, :channels] = weight
+        if self.kind.has_halo:  # (block of 16 channels, tap, channel)
+            ordered = filled.view(outputs, -1, 16, taps).transpose(2, 3).reshape(outputs, -1)
+        else:  # (tap, channel)
+            ordered = filled.transpose(1, 2).reshape(outputs, -1)
+        result = torch.zeros(outputs, rows)
+        result[:, : ordered.shape[1]] = ordered
+        return result
+
+    def _write_taps(self, channels: Sequence[int]) -> int:
+        """Appends the entries of one group; the rows of its reduction."""
+        (kh, kw), (dy, dx) = self.spec.kernel_size, self.spec.dilation
+        rows = self.kind.reduction(len(channels), kh * kw)
+        if self.kind.has_halo:
+            entries = torch.tensor(_filled(channels, 16), dtype=torch.int32)
+            self.entries += len(entries)
+            self.taps.append(entries)
+            return rows
+        offsets = torch.tensor([y * dy << 16 | x * dx for y in range(kh) for x in range(kw)])
+        if self.kind.name == "nhwc":
+            firsts, count = torch.tensor(self._octets(channels), dtype=torch.long), rows // 8
+        else:
+            firsts, count = torch.tensor(channels, dtype=torch.long), rows
+        pairs = torch.tensor([[0, _OUTSIDE]]).repeat(count, 1)
+        used = len(firsts) * kh * kw
+        pairs[:used, 0] = firsts.repeat(kh * kw)
+        pairs[:used, 1] = offsets.repeat_interleave(len(firsts))
+        self.entries += count
+        self.taps.append(pairs.to(torch.int32).reshape(-1))
+        return rows
+
+    def _octets(self, channels: Sequence[int]) -> list[int]:
+        """First channel of each aligned run of eight, or -1 - (where its eight channels stand in gather)."""
+        filled, firsts = _filled(channels, 8), []
+        for start in range(0, len(filled), 8):
+            octet = filled[start : start + 8]
+            if is_run(octet, self.spec.structure.in_channels):
+                firsts.append(octet[0])
+            else:
+                firsts.append(-1 - len(self.gather) // 8)
+                self.gather += octet
+        return firsts
+
+    def finish(self, bias: Tensor, dtype: torch.dtype, device: torch.device) -> Tables:
+        """bias: (out_channels,), float32."""
+        tiles = sorted(self.tiles, key=lambda tile: -tile[0])
+        records, rows, start = [], [], 0
+        for blocks, first, outputs, packed in tiles:
+            unit = packed.numel() * dtype.itemsize // 16
+            records += [start, blocks, first, 0]
+            rows += outputs
+            start += unit
+        runs = [
+            octet[0] if is_run(octet, self.spec.structure.out_channels) else -1
+            for octet in (rows[i : i + 8] for i in range(0, len(rows), 8))
+        ]
+        # Filters come in multiples of 16, so every part starts at a multiple of 8 bytes.
+        parts = [torch.tensor(part, dtype=torch.int32) for part in (records, rows, runs)]
+        parts += [torch.cat([*self.taps, torch.zeros(0, dtype=torch.int32)])]
+        starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0).tolist()
+        parts.append(torch.tensor(self.gather, dtype=torch.int32))
+        index = torch.tensor(rows, dtype=torch.long)
+        row_bias = torch.where(index >= 0, bias[index.clamp(min=0)], 0.0)
+        return Tables(
+            self.kind,
+            self.filters,
+            len(tiles),
+            torch.cat([packed for *_, packed in tiles]).to(device, dtype),
+            row_bias.to(device),
+            torch.cat(parts).to(device),
+            rows_at=starts[1],
+            runs_at=starts[2],
+            taps_at=starts[3],
+            gather_at=starts[4],
+            products=sum(packed.numel() for *_, packed in tiles),
+        )
+
+
+def _filled(channels: Sequence[int], multiple: int) -> list[int]:
+    return [*channels, *[-1] * (_round_up(len(channels), multiple) - len(channels))]

@@ -1,0 +1,121 @@
+"""Where the values of a Program lie while it runs on a GPU: shapes, lifetimes, one arena."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.program.steps import (
+    ActivationStep,
+    AddStep,
+    AffineStep,
+    ConcatStep,
+    ConvStep,
+    MulStep,
+    Program,
+    SelectStep,
+    Step,
+)
+from dsp_kernels.run.eager.program import EagerExecutor
+from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
+
+__all__ = ["Arena", "arena_for", "value_shapes"]
+
+_ALIGNMENT = 256  # bytes; what cudaMalloc promises, so that no kernel sees a smaller one
+
+_ELEMENTWISE = (AffineStep, AddStep, ActivationStep, MulStep)
+# Steps that write into memory they are given.
+_WRITERS = (ConvStep, BlockStep, *_ELEMENTWISE, ConcatStep, SelectStep)
+
+
+def value_shapes(
+    program: Program, input_shape: Sequence[int], dtype: torch.dtype
+) -> dict[str, tuple[int, ...] | None]:
+    """The shape of every value for an input of this shape; None for values that are no tensor.
+
+    Computed on the meta device: no numbers, no memory.
+    """
+    eager = EagerExecutor()
+    values: dict[str, Any] = {program.input: torch.empty(*input_shape, dtype=dtype, device="meta")}
+    for step in program.steps:
+        if isinstance(step, ConvStep):
+            x = values[step.inputs[0]]
+            shape = (x.shape[0], step.spec.structure.out_channels, *step.spec.output_hw(x.shape[2:]))
+            values[step.output] = x.new_empty(shape)
+        elif isinstance(step, BlockStep):
+            x = values[step.inputs[0]]
+            values[step.output] = x.new_empty(step.output_shape(x.shape))
+        else:
+            meta = step.map_tensors(lambda tensor: tensor.to("meta"))
+            values[step.output] = eager.call(meta)(values)
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Arena:
+    """bytes: size of the one block of memory; offset: of each value that lies in it."""
+
+    bytes: int
+    offset: Mapping[str, int]
+
+
+def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], itemsize: int) -> Arena:
+    """Places the input and what the steps of _WRITERS make; values that live at once never overlap.
+
+    A residual or the operand of an elementwise step that nobody reads later is overwritten in place.
+    """
+    last_use = program.last_use
+    owner: dict[str, str] = {}  # value -> the value whose place it takes over
+    born = {program.input: -1}
+    for position, step in enumerate(program.steps):
+        shape = shapes[step.output]
+        if not isinstance(step, _WRITERS) or shape is None or len(shape) != 4:
+            continue
+        born[step.output] = position
+        for name in _may_be_overwritten(step):
+            if name in born and shapes[name] == shape and last_use[name] == position:
+                owner[step.output] = owner.get(name, name)
+                break
+        else:
+            owner[step.output] = step.output
+    owner[program.input] = program.input
+
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for name, place in owner.items():
+        first[place] = min(first.get(place, born[name]), born[name])
+        last[place] = max(last.get(place, -1), last_use[name])
+    size = {place: _round_up(math.prod(shapes[place] or ()) * itemsize) for place in first}
+
+    placed: dict[str, int] = {}
+    for place in sorted(first, key=lambda p: (-size[p], first[p])):
+        taken = sorted(
+            (placed[other], placed[other] + size[other])
+            for other in placed
+            if first[other] <= last[place] and first[place] <= last[other]
+        )
+        offset = 0
+        for start, end in taken:
+            if offset + size[place] <= start:
+                break
+            offset = max(offset, end)
+        placed[place] = offset
+    total = max((placed[place] + size[place] for place in placed), default=0)
+    return Arena(total, {name: placed[place] for name, place in owner.items()})
+
+
+def _may_be_overwritten(step: Step) -> tuple[str, ...]:
+    """Inputs of which the step reads every element just before it writes the same element."""
+    if isinstance(step, ConvStep | BlockStep):
+        x, *residual = step.inputs
+        return tuple(name for name in residual if name != x)
+    return step.inputs if isinstance(step, _ELEMENTWISE) else ()
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,161 @@
+"""One step of a Program on values that lie in a GPU layout. Convolutions go to the GPU kernels.
+
+Every 4-D value is a tensor contiguous in the layout; all others are ordinary tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dsp_kernels.op.activations import GATES, activate_
+from dsp_kernels.program.steps import (
+    ActivationStep,
+    AdaptivePoolStep,
+    AddStep,
+    AffineStep,
+    ConcatStep,
+    ConvStep,
+    GateStep,
+    GlobalPoolStep,
+    MulStep,
+    PoolStep,
+    SelectStep,
+    Step,
+)
+from dsp_kernels.run.eager.conv import EagerBackend
+from dsp_kernels.run.eager.program import EagerExecutor
+from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
+
+__all__ = ["EagerGpuConv", "StepCall", "step_call"]
+
+Values = dict[str, Any]
+# Computes one step from the values so far; ``out`` is memory in the layout to write the result to, or None.
+StepCall = Callable[[Values, Tensor | None], Any]
+
+
+class EagerGpuConv:
+    """A convolution that no GPU kernel takes, in plain PyTorch, under the call of the ones that do."""
+
+    def __init__(self, step: ConvStep, layout: GpuLayout) -> None:
+        self._convolve = EagerBackend().prepare(step.spec, step.weights, step.bias)
+        self._layout = layout
+
+    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """x, out, residual: contiguous in the layout; see ``GpuConv``."""
+        nchw = self._layout.as_nchw
+        y = self._convolve(nchw(x), None if residual is None else nchw(residual))
+        nchw(out).copy_(y)
+
+
+def step_call(
+    step: Step,
+    layout: GpuLayout,
+    conv: GpuConv | None,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    device: torch.device,
+) -> StepCall:
+    """The function for one step. conv: the launcher if the step is a convolution or a block of them."""
+    images = all(len(shapes[name] or ()) == 4 for name in (*step.inputs, step.output))
+    if isinstance(step, ConvStep | BlockStep):
+        assert conv is not None
+        return _conv(step, conv)
+    if images and isinstance(step, (AffineStep, AddStep, ActivationStep, MulStep)):
+        return _elementwise(step, layout)
+    if images and isinstance(step, (ConcatStep, SelectStep)):
+        return _channels(step, layout, device)
+    if images and isinstance(step, GateStep):
+        return lambda values, out: GATES[step.kind](values[step.inputs[0]])
+    if images and isinstance(step, (PoolStep, AdaptivePoolStep)):
+        return _pool(step)
+    if isinstance(step, GlobalPoolStep) and len(shapes[step.inputs[0]] or ()) == 4:
+        return _mean(step, layout)
+    return _in_nchw(step, layout)
+
+
+def _conv(step: ConvStep | BlockStep, conv: GpuConv) -> StepCall:
+    def call(values: Values, out: Tensor | None) -> Tensor:
+        assert out is not None
+        conv(values[step.inputs[0]], out, values[step.inputs[1]] if len(step.inputs) == 2 else None)
+        return out
+
+    return call
+
+
+def _elementwise(step: AffineStep | AddStep | ActivationStep | MulStep, layout: GpuLayout) -> StepCall:
+    per_channel = [-1 if axis == 1 else 1 for axis in layout.value]
+
+    def call(values: Values, out: Tensor | None) -> Tensor:
+        x = values[step.inputs[0]]
+        if isinstance(step, AddStep):
+            y = torch.add(x, values[step.inputs[1]], out=out)
+        elif isinstance(step, MulStep):
+            y = torch.mul(x, values[step.inputs[1]], out=out)
+        elif isinstance(step, AffineStep):
+            y = torch.addcmul(step.shift.view(per_channel), x, step.scale.view(per_channel), out=out)
+        else:
+            assert out is not None
+            y = out if out.data_ptr() == x.data_ptr() else out.copy_(x)
+        return activate_(y, step.activation)
+
+    return call
+
+
+def _channels(step: ConcatStep | SelectStep, layout: GpuLayout, device: torch.device) -> StepCall:
+    axis = layout.value.index(1)
+    if isinstance(step, ConcatStep):
+        return lambda values, out: torch.cat([values[name] for name in step.inputs], axis, out=out)
+    # On the device from the start: a copy to it cannot be captured.
+    index = torch.tensor(step.index, device=device)
+    return lambda values, out: torch.index_select(values[step.inputs[0]], axis, index, out=out)
+
+
+def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
+    # Pooling keeps images and channels apart. So CHWN is, to PyTorch, a channels_last tensor of C images with
+    # N channels, and nothing has to be copied.
+    run = EagerExecutor().call(step)
+    source = step.inputs[0]
+
+    def call(values: Values, out: Tensor | None) -> Tensor:
+        pooled: Tensor = run({source: values[source].permute(0, 3, 1, 2)})
+        return pooled.permute(0, 2, 3, 1).contiguous()
+
+    return call
+
+
+def _mean(step: GlobalPoolStep, layout: GpuLayout) -> StepCall:
+    spatial = [layout.value.index(2), layout.value.index(3)]
+
+    def call(values: Values, out: Tensor | None) -> Tensor:
+        x: Tensor = values[step.inputs[0]]
+        if step.keepdim:
+            return x.mean(spatial, keepdim=True)
+        return x.mean(spatial).t() if layout is GpuLayout.CHWN else x.mean(spatial)
+
+    return call
+
+
+def _in_nchw(step: Step, layout: GpuLayout) -> StepCall:
+    """Any other step as the eager executor runs it, on plain tensors.
+
+    They are copies: somebody's ``view`` may need them contiguous.
+    """
+    run = EagerExecutor().call(step)
+
+    def call(values: Values, out: Tensor | None) -> Any:
+        read = {name: pytree.tree_map_only(Tensor, to_nchw, values[name]) for name in step.inputs}
+        result = pytree.tree_map_only(Tensor, to_layout, run(read))
+        return result if out is None else out.copy_(result)
+
+    def to_nchw(value: Tensor) -> Tensor:
+        return layout.as_nchw(value).contiguous() if value.dim() == 4 else value
+
+    def to_layout(value: Tensor) -> Tensor:
+        return layout.from_nchw(value) if value.dim() == 4 else value
+
+    return call

@@ -1,0 +1,242 @@
+"""Convolutions by the Triton kernel: when it can run, and one convolution made ready to launch.
+
+On the CPU the kernel runs in Triton's interpreter: for tests, and only where it is asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuConv, GpuLayout
+from dsp_kernels.run.gpu.triton.config import TritonConfig, choose, choose_packing, columns_in_l2
+from dsp_kernels.run.gpu.triton.tables import (
+    MOST_CHANNELS,
+    MOST_DX,
+    MOST_DY,
+    TritonTables,
+    reads_runs,
+    tables_for,
+    writes_runs,
+)
+from dsp_kernels.run.gpu.triton.tune import kept_config
+
+__all__ = ["TritonConv", "TritonKernels"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INT32 = 1 << 31
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    # Without importing it: that takes long, and most processes never need it.
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+class TritonKernels:
+    """The GpuKernels entry "triton". See the module's text."""
+
+    name = "triton"
+
+    def can_run(
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
+    ) -> tuple[bool, str]:
+        """On a GPU of compute capability 8.0 or newer, where triton is installed; else the reason."""
+        if device.type not in ("cuda", "cpu"):
+            return False, f"tensors are on {device}"
+        if dtype not in _DTYPES:
+            return False, f"dtype {dtype} is not float16, bfloat16 or float32"
+        if not _has_triton():
+            return False, "triton is not installed"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            major, minor = torch.cuda.get_device_capability(device)
+            return False, f"{device} has compute capability {major}.{minor}; 8.0 or newer is needed"
+        if spec.structure.in_channels > MOST_CHANNELS:
+            return False, f"{spec.structure.in_channels} input channels are more than {MOST_CHANNELS}"
+        reach = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
+        if reach[0] > MOST_DY or reach[1] > MOST_DX:
+            return False, f"the kernel reaches {reach} pixels; at most [{MOST_DY}, {MOST_DX}] are possible"
+        return True, ""
+
+    def is_worth(
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
+    ) -> tuple[bool, str]:
+        """Not on the CPU."""
+        return (True, "") if device.type == "cuda" else (False, "on the CPU it runs in Triton's interpreter")
+
+    def prepare(
+        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
+    ) -> GpuConv:
+        """See ``GpuKernels.prepare``."""
+        return TritonConv(spec, weights, bias, layout)
+
+
+class TritonConv:
+    """One convolution, its weights arranged, ready to launch.
+
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; all on one device and of one dtype. config:
+    tile sizes for every launch instead of the rule's and the kept ones.
+    """
+
+    def __init__(
+        self,
+        spec: ConvSpec,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        layout: GpuLayout,
+        config: TritonConfig | None = None,
+    ) -> None:
+        spec.check_constants(weights, bias)
+        self.spec, self.layout, self.config = spec, layout, config
+        constants = [*weights, *([] if bias is None else [bias])]
+        self._flat = [weight.detach().reshape(-1) for weight in weights]
+        self._bias = None if bias is None else bias.detach().float()
+        self.wide_in = layout is GpuLayout.CHWN or reads_runs(spec)
+        self.wide_out = layout is GpuLayout.NHWC and writes_runs(spec)
+        self._configs: dict[tuple[torch.dtype, tuple[int, ...], bool], TritonConfig] = {}
+        self._packed: dict[tuple[int, int], tuple[TritonTables, Tensor, Tensor]] = {}
+        if constants:
+            self._pack(constants[0].dtype, constants[0].device, self.packing(constants[0].dtype))
+
+    def packing(self, dtype: torch.dtype) -> tuple[int, int]:
+        """(filters, bk) of the tiles that the rule chooses."""
+        if self.config is not None:
+            return self.config.filters, self.config.bk
+        return choose_packing(self.spec, dtype, self.layout, self.wide_in)
+
+    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """See ``GpuConv``. Raises DSPShapeError for tensors that do not fit it."""
+        shape = self._check(x, out, residual)
+        if out.numel() == 0:
+            return
+        self.launch(self.config or self._config_for(x, out, residual, shape), x, out, residual)
+
+    def remember(self, x: Tensor, residual: Tensor | None, config: TritonConfig) -> None:
+        """Take this configuration for inputs like these from now on."""
+        self._configs[x.dtype, tuple(x.shape), residual is not None] = config
+
+    def _config_for(
+        self, x: Tensor, out: Tensor, residual: Tensor | None, shape: Sequence[int]
+    ) -> TritonConfig:
+        known = self._configs.get((x.dtype, tuple(x.shape), residual is not None))
+        if known is not None:
+            return known
+        config = self.rule(x, shape)
+        # While a graph is captured nothing is measured, packed anew or remembered.
+        if x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            config = kept_config(self, x, out, residual) or config
+            self.remember(x, residual, config)
+        return config
+
+    def rule(self, x: Tensor, shape: Sequence[int]) -> TritonConfig:
+        """The rule's configuration; shape: (batch, channels, height, width) of the output."""
+        packing = self.packing(x.dtype)
+        hw = (shape[2], shape[3])
+        return choose(self.spec, x.dtype, self.layout, self.wide_in, packing, shape[0], hw)
+
+    def launch(self, config: TritonConfig, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
+        """One launch on the current stream of x's device; the tensors were checked."""
+        batch, _, in_h, in_w = self.layout.as_nchw(x).shape
+        _, out_channels, out_h, out_w = self.layout.as_nchw(out).shape
+        tables, weights, bias = self._pack(x.dtype, x.device, (config.filters, config.bk))
+        col_tiles = _column_tiles(config, batch, out_h * out_w)
+        grid = (tables.n_tiles * col_tiles,)
+        interpreted = x.device.type == "cpu"
+        with nullcontext() if interpreted else torch.cuda.device(x.device):
+            _kernel(interpreted)[grid](
+                *(x, out, out if residual is None else residual, weights, bias),
+                *(tables.k, tables.tiles, tables.filters),
+                *(tables.n_tiles, col_tiles),
+                min(col_tiles, columns_in_l2(config, self.spec, x.element_size())),
+                *(batch, self.spec.structure.in_channels, out_channels, in_h, in_w, out_h, out_w),
+                *self.spec.stride,
+                *self.spec.padding,
+                POINTWISE=self.spec.kernel_size == (1, 1),
+                WIDE_IN=self.layout is GpuLayout.NHWC and self.wide_in,
+                WIDE_OUT=self.wide_out,
+                BIG=max(x.numel(), out.numel()) >= _INT32,
+                HAS_RESIDUAL=residual is not None,
+                ACTIVATION=_activation_code(self.spec.activation),
+                PRECISION=_precision(x.dtype),
+                EXACT=interpreted and x.dtype == torch.bfloat16,
+                **config.constants(),
+                **({} if interpreted else config.options()),
+            )
+
+    def _pack(
+        self, dtype: torch.dtype, device: torch.device, packing: tuple[int, int]
+    ) -> tuple[TritonTables, Tensor, Tensor]:
+        """Tables, packed weights and packed bias of a tile size: one gather each, on the device."""
+        if packing not in self._packed:
+            tables = tables_for(self.spec, self.layout, *packing, device)
+            zero = torch.zeros(1, dtype=dtype, device=device)
+            weights = torch.cat([*self._flat, zero])[tables.weight_index.long()]
+            none = torch.zeros(self.spec.structure.out_channels + 1, device=device)
+            if self._bias is not None:
+                none[:-1] = self._bias
+            self._packed[packing] = (tables, weights, none[tables.bias_index.long()])
+        return self._packed[packing]
+
+    def _check(self, x: Tensor, out: Tensor, residual: Tensor | None) -> tuple[int, ...]:
+        views: dict[str, Tensor] = {}
+        for name, tensor in (("x", x), ("out", out), ("residual", residual)):
+            if tensor is None:
+                continue
+            if tensor.dim() != 4 or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise DSPShapeError(
+                    f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; expected 4 "
+                    f"dimensions, contiguous as {self.layout.name}, at a multiple of 16 bytes"
+                )
+            views[name] = self.layout.as_nchw(tensor)
+        shape = self.spec.check_input(views["x"], self._flat, views.get("residual"))
+        if tuple(views["out"].shape) != shape or out.dtype != x.dtype or out.device != x.device:
+            raise DSPShapeError(
+                f"out is {tuple(views['out'].shape)}, {out.dtype} on {out.device} (batch, channels, height, "
+                f"width); expected {shape}, {x.dtype} on {x.device}"
+            )
+        if self.layout is GpuLayout.CHWN and shape[0] % BATCH_MULTIPLE:
+            raise DSPShapeError(f"CHWN needs a batch that is a multiple of {BATCH_MULTIPLE}; got {shape[0]}")
+        return shape
+
+
+def _column_tiles(config: TritonConfig, batch: int, pixels: int) -> int:
+    if config.chwn:
+        return batch // config.images * -(-pixels // (config.cols // config.images))
+    return -(-batch * pixels // config.cols)
+
+
+def _activation_code(name: str) -> int:
+    from dsp_kernels.run.gpu.triton.kernel import ACTIVATION_CODES
+
+    return ACTIVATION_CODES[name]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """True float32, unless torch was told that matrix products may use tf32 (``fp32_precision``)."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+@lru_cache(maxsize=2)
+def _kernel(interpreted: bool) -> Any:
+    from dsp_kernels.run.gpu.triton.kernel import conv_kernel, conv_kernel_function
+
+    if not interpreted or os.environ.get("TRITON_INTERPRET") == "1":
+        return conv_kernel
+    # Made directly, so that nothing else in the process has to run in the interpreter.
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return InterpretedFunction(conv_kernel_function)

@@ -1,0 +1,209 @@
+"""Measuring the few configurations that suit one convolution and input, and remembering the fastest.
+
+Nothing is measured unless it is asked for: by calling ``tune``, or by DSP_KERNELS_AUTOTUNE=1 in the
+environment, which tunes every convolution at its first launch on an input size. Never while a stream is
+being captured into a CUDA graph: the rule's choice is launched then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates
+from dsp_kernels.whole_file import write_text
+
+__all__ = [
+    "ConfigCache",
+    "cache_file",
+    "cache_folder",
+    "kept_config",
+    "signature",
+    "tune",
+]
+
+if TYPE_CHECKING:
+    from dsp_kernels.run.gpu.triton.conv import TritonConv
+
+
+# A function that runs a launch and answers milliseconds.
+Timer = Callable[[Callable[[], None]], float]
+
+
+def tune(
+    conv: TritonConv,
+    x: Tensor,
+    out: Tensor,
+    residual: Tensor | None = None,
+    *,
+    timer: Timer | None = None,
+    cache: ConfigCache | None = None,
+) -> TritonConfig:
+    """The fastest of at most 12 configurations for these tensors (as in a launch); kept on disk.
+
+    ``out`` keeps its value. Compiling each candidate takes seconds. timer: by default the median of
+    triton.testing.do_bench, which needs a GPU. A candidate that cannot be launched there (too little shared
+    memory) is passed over. Raises DSPBackendError without a GPU and timer, during stream capture, and if no
+    candidate runs.
+    """
+    if timer is None and x.device.type != "cuda":
+        raise DSPBackendError(f"tuning measures on a GPU; the tensors are on {x.device}")
+    if _capturing(x):
+        raise DSPBackendError("tuning while a CUDA graph is being captured; tune before the capture")
+    scratch = torch.empty_like(out)
+    times: dict[TritonConfig, float] = {}
+    for config in _candidates(conv, x, out):
+
+        def launch(config: TritonConfig = config) -> None:
+            conv.launch(config, x, scratch, residual)
+
+        try:
+            times[config] = (timer or _median)(launch)
+        except _out_of_resources():
+            continue
+    if not times:
+        raise DSPBackendError(f"none of the configurations for {conv.spec.structure} can be launched here")
+    best = min(times, key=lambda config: times[config])
+    (cache or _cache_of(x)).put(signature(conv, x, residual), best)
+    conv.remember(x, residual, best)
+    return best
+
+
+def kept_config(
+    conv: TritonConv, x: Tensor, out: Tensor, residual: Tensor | None, cache: ConfigCache | None = None
+) -> TritonConfig | None:
+    """The configuration kept for these tensors, if it is one of the candidates; tuned first if so asked."""
+    config = (cache or _cache_of(x)).get(signature(conv, x, residual))
+    if config is not None and config in _candidates(conv, x, out):
+        return config
+    if os.environ.get("DSP_KERNELS_AUTOTUNE") == "1" and x.device.type == "cuda":
+        return tune(conv, x, out, residual, cache=cache)
+    return None
+
+
+def signature(conv: TritonConv, x: Tensor, residual: Tensor | None) -> str:
+    """What the time of a launch depends on, but GPU and triton, as a short text."""
+    spec = conv.spec
+    told = [
+        spec.structure.to_dict(),
+        *(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.activation),
+        *(conv.layout.name, str(x.dtype), list(x.shape), residual is not None),
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _candidates(conv: TritonConv, x: Tensor, out: Tensor) -> list[TritonConfig]:
+    batch, _, height, width = conv.layout.as_nchw(out).shape
+    return candidates(conv.spec, x.dtype, conv.layout, conv.wide_in, batch, (height, width))
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _median(launch: Callable[[], None]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(launch, return_mode="median"))
+
+
+def _out_of_resources() -> type[Exception]:
+    from triton.runtime.errors import OutOfResources
+
+    kind: type[Exception] = OutOfResources
+    return kind
+
+
+def _cache_of(x: Tensor) -> ConfigCache:
+    import triton
+
+    name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "interpreter"
+    return _opened(str(cache_file(name, triton.__version__)))
+
+
+@lru_cache(maxsize=16)
+def _opened(file: str) -> ConfigCache:
+    return ConfigCache(Path(file))
+
+
+_VERSION = 1
+_MOST_BYTES = 4 << 20
+_MOST_ENTRIES = 8192
+
+
+def cache_folder() -> Path:
+    """$DSP_KERNELS_CACHE, or dsp-kernels in the user's cache folder."""
+    named = os.environ.get("DSP_KERNELS_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
+
+
+def cache_file(gpu: str, triton_version: str) -> Path:
+    """One file per GPU name and triton version."""
+    return cache_folder() / (re.sub(r"[^A-Za-z0-9.]+", "-", f"triton {triton_version} {gpu}") + ".json")
+
+
+class ConfigCache:
+    """signature -> configuration, in one file. A file that is missing, foreign or damaged counts as empty."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._configs: dict[str, TritonConfig] | None = None
+
+    def get(self, signature: str) -> TritonConfig | None:
+        """The configuration kept for a signature; None if there is none."""
+        if self._configs is None:
+            self._configs = _read(self.file)
+        return self._configs.get(signature)
+
+    def put(self, signature: str, config: TritonConfig) -> None:
+        """Keep one beside what other processes wrote. A folder that cannot be written is no error."""
+        configs = _read(self.file)
+        configs.pop(signature, None)
+        configs[signature] = config
+        while len(configs) > _MOST_ENTRIES:
+            configs.pop(next(iter(configs)))
+        self._configs = configs
+        plain = {"version": _VERSION, "configs": {key: kept.to_dict() for key, kept in configs.items()}}
+        with suppress(OSError):
+            write_text(self.file, json.dumps(plain, indent=1))
+
+
+def _read(file: Path) -> dict[str, TritonConfig]:
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            return {}
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(plain, dict) or plain.get("version") != _VERSION:
+        return {}
+    configs = plain.get("configs")
+    if not isinstance(configs, dict):
+        return {}
+    read = {key: _config(entry) for key, entry in list(configs.items())[:_MOST_ENTRIES]}
+    return {key: config for key, config in read.items() if config is not None}
+
+
+def _config(entry: Any) -> TritonConfig | None:
+    """The configuration, if every field is there, of its type, and nothing else is."""
+    kinds = {"bool": bool, "int": int, "str": str}
+    expected: Mapping[str, type] = {field.name: kinds[str(field.type)] for field in fields(TritonConfig)}
+    if not isinstance(entry, dict) or entry.keys() != expected.keys():
+        return None
+    if any(type(entry[name]) is not kind for name, kind in expected.items()):
+        return None
+    return TritonConfig(**entry)

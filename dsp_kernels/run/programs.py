@@ -1,0 +1,53 @@
+"""Ways to run a whole Program; one file per way.
+
+An executor answers ``can_run(program, dtype, device) -> (bool, reason)`` and turns a Program into a function
+x -> y once; the function is called many times, with any batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsp_kernels.program.steps import Program
+from dsp_kernels.run.cpu.program import CpuExecutor
+from dsp_kernels.run.eager.program import EagerExecutor
+from dsp_kernels.run.gpu.program import CudaExecutor
+from dsp_kernels.run.registry import Registry
+
+__all__ = ["EXECUTORS", "Executor", "Runner"]
+
+Runner = Callable[[Tensor], Tensor]
+
+
+class Executor(Protocol):
+    """One way to run a Program."""
+
+    name: str
+    takes_any_dtype: bool  # whether x may be of another floating dtype than the Program's
+
+    def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        """Whether it runs this Program on tensors of this dtype and device; the reason if not."""
+        ...
+
+    def prepare(self, program: Program) -> Runner:
+        """A function x -> y: x (batch, channels, height, width) of the Program's dtype and device."""
+        ...
+
+    def is_native(self, program: Program) -> bool:
+        """Whether it runs this Program without any operation of PyTorch's."""
+        ...
+
+    def describe(self, program: Program) -> list[str]:
+        """Per step, how this executor runs it."""
+        ...
+
+
+EXECUTORS: Registry[Executor] = Registry("backend")
+EXECUTORS.register(CudaExecutor())
+EXECUTORS.register(CudaExecutor("triton", kernels="triton"))
+EXECUTORS.register(CpuExecutor())
+EXECUTORS.register(EagerExecutor())
