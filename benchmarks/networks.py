@@ -18,7 +18,7 @@ from dsp_kernels.program.steps import Program
 from dsp_pruning import build_released
 from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet
-from dsp_pruning.released import read_released_arrays
+from dsp_pruning.released.arrays import read_released_arrays
 
 from .accuracy import Labelled
 from .floors import program_of

@@ -23,7 +23,7 @@ Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 class ReleasedNetwork(nn.Module):
     """x: (batch, 3, 32, 32) -> logits: (batch, classes), in eval mode.
 
-    arrays, meta: as ``dsp_pruning.released.read_released_arrays`` gives them.
+    arrays, meta: as ``dsp_pruning.released.arrays.read_released_arrays`` gives them.
     """
 
     def __init__(self, arrays: Arrays, meta: Mapping[str, Any]) -> None:

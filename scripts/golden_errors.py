@@ -19,7 +19,7 @@ import test_group_learning as learning  # noqa: E402
 import test_penalty  # noqa: E402
 from toy_net import ToyA  # noqa: E402
 
-from dsp_pruning import penalty as terms  # noqa: E402
+from dsp_pruning.learn import penalty as terms  # noqa: E402
 from dsp_pruning.models import cifar_resnet  # noqa: E402
 
 

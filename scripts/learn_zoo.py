@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsp_pruning.groups import GroupWrapper, SecondOrder
+from dsp_pruning.learn.wrapper import GroupWrapper, SecondOrder
 
 # Name -> height and width of the input; as small as the network's strides allow.
 NETWORKS = {

@@ -16,7 +16,7 @@ from torch import nn
 
 from dsp_kernels.errors import DSPError, DSPPruningError
 from dsp_pruning.layers import select_layers
-from dsp_pruning.pruning import PruneWrapper
+from dsp_pruning.prune.wrapper import PruneWrapper
 
 NAMES = (
     *("squeezenet1_0", "squeezenet1_1", "resnet18", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5"),

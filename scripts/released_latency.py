@@ -16,7 +16,7 @@ import torch
 from dsp_benchmarks.released_form import ReleasedNetwork
 
 import dsp_kernels
-from dsp_pruning.released import build_released, read_released_arrays
+from dsp_pruning.released.arrays import build_released, read_released_arrays
 
 SHARED = Path(os.environ.get("DSP_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 ROUNDS = 15

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsp_pruning.groups import GroupWrapper
+from dsp_pruning.learn.wrapper import GroupWrapper
 from dsp_pruning.models import cifar_resnet
 
 MODES = ("plain", "none", "exact")

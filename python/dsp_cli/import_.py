@@ -14,8 +14,8 @@ from dsp_cli.show import console
 from dsp_cli.twin import example_of
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError
-from dsp_pruning.torchscript_archive import is_torchscript
-from dsp_pruning.torchscript_import import load_released, verify_released
+from dsp_pruning.released.archive import is_torchscript
+from dsp_pruning.released.load import load_released, verify_released
 
 
 def import_network(

@@ -11,8 +11,7 @@ from dsp_benchmarks.twin import dense_twin
 import dsp_kernels
 from dsp_cli.show import console, table
 from dsp_cli.twin import example_of
-from dsp_pruning.overview import draw_overview
-from dsp_pruning.report import draw_structures, layer_rows, network_cost
+from dsp_pruning.report import draw_overview, draw_structures, layer_rows, network_cost
 
 
 def inspect(

@@ -11,7 +11,7 @@ import typer
 import dsp_kernels
 from dsp_cli.options import check_packed_name
 from dsp_cli.show import console
-from dsp_pruning import packing
+from dsp_pruning.packing import pack as packing
 from dsp_pruning.recipes.finetune import load_pruned
 from dsp_pruning.recipes.run import image_size_beside
 from dsp_pruning.report import network_cost

@@ -1,11 +1,11 @@
 """Learn groups, prune, pack: from a dense CNN to small grouped convolutions."""
 
-from dsp_pruning.groups import GroupWrapper
-from dsp_pruning.packing import pack
-from dsp_pruning.pruning import PruneWrapper
-from dsp_pruning.released import build_released, read_released
-from dsp_pruning.torchscript_import import load_released
-from dsp_pruning.unpacking import unpack
+from dsp_pruning.learn.wrapper import GroupWrapper
+from dsp_pruning.packing.pack import pack
+from dsp_pruning.packing.unpack import unpack
+from dsp_pruning.prune.wrapper import PruneWrapper
+from dsp_pruning.released.arrays import build_released, read_released
+from dsp_pruning.released.load import load_released
 
 __all__ = [
     "GroupWrapper",

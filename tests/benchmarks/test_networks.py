@@ -23,7 +23,7 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPFormatError, DSPPruningError
 from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet
-from dsp_pruning.released import read_released_arrays
+from dsp_pruning.released.arrays import read_released_arrays
 from dsp_pruning.report import network_cost
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)

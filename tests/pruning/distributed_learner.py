@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toy_net import ToyA
 
 from dsp_pruning import distributed
-from dsp_pruning.groups import GroupWrapper
+from dsp_pruning.learn.wrapper import GroupWrapper
 
 STEPS = 3
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from toy_net import ToyA
 
-from dsp_pruning.groups import GroupWrapper
+from dsp_pruning.learn.wrapper import GroupWrapper
 
 __all__ = ["LAYERS", "MODES", "OPTIMIZERS", "Setup", "everything"]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_pruning.models.cifar import cifar_resnet
-from dsp_pruning.pruning import PruneWrapper
+from dsp_pruning.prune.wrapper import PruneWrapper
 
 __all__ = ["fresh", "learned", "same", "state_of", "train", "zeros"]
 

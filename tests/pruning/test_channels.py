@@ -13,7 +13,7 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.graph.network import TracedNetwork, trace
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.structure import GroupStructure
-from dsp_pruning.channels import channel_flow
+from dsp_pruning.flow.channels import channel_flow
 
 
 class Everything(nn.Module):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from distributed_helpers import HERE, finish, start, tail
 
-from dsp_pruning.penalty import hard_assignment
+from dsp_pruning.learn.penalty import hard_assignment
 
 MODES = ["none", "exact"]
 

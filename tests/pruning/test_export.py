@@ -23,8 +23,7 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_pruning import read_released
 from dsp_pruning.export import export_onnx, export_pt2, export_torchscript, plain_form
-from dsp_pruning.overview import draw_overview
-from dsp_pruning.report import LayerRow, draw_structures
+from dsp_pruning.report import LayerRow, draw_overview, draw_structures
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

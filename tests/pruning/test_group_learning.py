@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy_net import ToyA
 
-from dsp_pruning import penalty as terms
-from dsp_pruning.groups import GroupWrapper
+from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.penalty import hard_assignment
+from dsp_pruning.learn.wrapper import GroupWrapper
 from dsp_pruning.models.cifar import cifar_resnet
-from dsp_pruning.penalty import hard_assignment
 
 # The bounds asked for; two independent implementations agreed to 2e-14 and 8e-15.
 WEIGHTS, LOGITS, BY_NORM = 1e-12, 1e-10, 1e-10

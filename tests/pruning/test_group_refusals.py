@@ -12,7 +12,7 @@ from learning_setup import LAYERS, Setup, everything
 from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTrainingError
-from dsp_pruning.groups import GroupWrapper
+from dsp_pruning.learn.wrapper import GroupWrapper
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning import penalty as terms
-from dsp_pruning.groups import GroupWrapper
+from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.wrapper import GroupWrapper
 
 
 @pytest.mark.parametrize("second_order", MODES)
@@ -160,7 +160,7 @@ def test_initial_logits_are_small_and_untied() -> None:
 
 
 def test_drawn_noise_is_gumbel() -> None:
-    from dsp_pruning.logits import gumbel_noise
+    from dsp_pruning.learn.logits import gumbel_noise
 
     (noise,) = gumbel_noise([torch.Size([400, 500])], torch.Generator().manual_seed(0))
     # Mean 0.5772 and variance pi^2 / 6; the standard errors of 200,000 draws are 0.003 and 0.01.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning import penalty as terms
-from dsp_pruning.groups import GroupWrapper
 from dsp_pruning.layers import survey_layers
-from dsp_pruning.lookahead import look_ahead
+from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.lookahead import look_ahead
+from dsp_pruning.learn.wrapper import GroupWrapper
 
 
 class Plain(nn.Module):

@@ -11,7 +11,7 @@ from learning_setup import LAYERS, MODES, OPTIMIZERS, Setup, everything
 from torch import Tensor, nn
 from toy_net import ToyA
 
-from dsp_pruning.lookahead import look_ahead
+from dsp_pruning.learn.lookahead import look_ahead
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

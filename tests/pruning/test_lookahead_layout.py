@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from learning_setup import Setup
 from torch import Tensor, nn
 
-from dsp_pruning.lookahead import LookAhead, look_ahead
+from dsp_pruning.learn.lookahead import LookAhead, look_ahead
 
 
 class Flattened(nn.Module):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from dsp_pruning.masks import (
+from dsp_pruning.prune.rule import (
     candidate_betas,
     channel_shares,
     filter_shares,

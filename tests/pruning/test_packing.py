@@ -21,7 +21,7 @@ from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPVerificationEr
 from dsp_kernels.graph.network import trace
 from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.models import cifar_resnet
-from dsp_pruning.packing_plan import plan_layers
+from dsp_pruning.packing.plan import plan_layers
 
 
 def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_groups: int = 3) -> nn.Module:
@@ -286,7 +286,7 @@ def test_saves_and_loads(tmp_path: Path) -> None:
 
 
 def test_a_wrong_packing_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dsp_pruning.repacking as module
+    import dsp_pruning.packing.rebuild as module
 
     right = module._convolution
 

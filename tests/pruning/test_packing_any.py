@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d, fuse, swap
 from dsp_pruning import pack
-from dsp_pruning.unpacking import unpack
+from dsp_pruning.packing.unpack import unpack
 
 WIDTH = 12
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError, DSPVerificationError
 from dsp_pruning import GroupWrapper, PruneWrapper, pack
-from dsp_pruning.unpacking import unpack
+from dsp_pruning.packing.unpack import unpack
 
 
 class Two(cases.Net):

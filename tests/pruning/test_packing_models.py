@@ -16,7 +16,7 @@ import dsp_kernels
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPTraceError
 from dsp_pruning import GroupWrapper, pack
-from dsp_pruning.unpacking import unpack
+from dsp_pruning.packing.unpack import unpack
 
 WIDTH = 8
 
@@ -155,7 +155,7 @@ def test_writing_into_a_part_of_a_tensor_is_refused() -> None:
 
 
 def test_a_packed_network_that_cannot_run_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsp_pruning.packing.rebuild", lambda module, plan: nn.Conv2d(1, 1, 1))
+    monkeypatch.setattr("dsp_pruning.packing.pack.rebuild", lambda module, plan: nn.Conv2d(1, 1, 1))
     with pytest.raises(DSPError, match="does not run on the example input"):
         pack(masked(Net()), images())
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPPruningError, DSPTraceError, DSPVerificationError
-from dsp_pruning import pack, packing
-from dsp_pruning.packing_plan import LayerPlan
-from dsp_pruning.unpacking import unpack
+from dsp_pruning import pack
+from dsp_pruning.packing import pack as packing
+from dsp_pruning.packing.plan import LayerPlan
+from dsp_pruning.packing.unpack import unpack
 
 
 def images(batch: int, size: int = 12, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsp_pruning import penalty as terms
+from dsp_pruning.learn import penalty as terms
 
 # Golden values have up to 7 digits before the point: float64 keeps 1e-13 of a value through the sums.
 RELATIVE = 1e-13

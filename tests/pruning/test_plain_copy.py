@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from dsp_pruning.plain_copy import plain_copy
+from dsp_pruning.packing.pack import plain_copy
 
 WAYS: dict[str, Callable[[nn.Module], object]] = {
     "weight norm": parametrizations.weight_norm,

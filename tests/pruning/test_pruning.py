@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning.masks import candidate_betas
 from dsp_pruning.models import cifar_resnet
-from dsp_pruning.pruning import PruneWrapper
+from dsp_pruning.prune.rule import candidate_betas
+from dsp_pruning.prune.wrapper import PruneWrapper
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.73, 0.9])

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from toy_net import ToyA
 
-from dsp_pruning.masks import (
+from dsp_pruning.models.cifar import cifar_resnet
+from dsp_pruning.prune.rule import (
     channel_shares,
     count_below,
     filter_mask,
@@ -21,8 +22,7 @@ from dsp_pruning.masks import (
     hard_groups,
     kernel_energy,
 )
-from dsp_pruning.models.cifar import cifar_resnet
-from dsp_pruning.pruning import PruneWrapper
+from dsp_pruning.prune.wrapper import PruneWrapper
 
 STEPS = [*(f"iter{i}" for i in range(10)), "final"]
 RATES = ("0.3", "0.5", "0.7")

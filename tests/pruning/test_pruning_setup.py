@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError
-from dsp_pruning.pruning import PruneWrapper
+from dsp_pruning.prune.wrapper import PruneWrapper
 
 
 def test_a_published_checkpoint_loads_and_decides_the_groups(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pruner_cases import fresh, learned, same, state_of, train, zeros
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning.pruning import PruneWrapper
+from dsp_pruning.prune.wrapper import PruneWrapper
 
 
 @pytest.mark.parametrize("target", ["macs", "params"])

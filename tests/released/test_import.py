@@ -19,7 +19,7 @@ from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError, DSPVerificationError
 from dsp_pruning import PruneWrapper, pack, read_released
 from dsp_pruning.models import cifar_resnet
-from dsp_pruning.torchscript_import import load_released, verify_released
+from dsp_pruning.released.load import load_released, verify_released
 
 NETS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
 

@@ -6,7 +6,7 @@ import pytest
 import zoo
 
 from dsp_pruning import pack
-from dsp_pruning.unpacking import unpack
+from dsp_pruning.packing.unpack import unpack
 
 torchvision = pytest.importorskip("torchvision")
 

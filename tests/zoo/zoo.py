@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
 from dsp_pruning import pack
-from dsp_pruning.packing_report import PackingReport
+from dsp_pruning.packing.report import PackingReport
 
 MOST_PARAMETERS = 150_000_000
 SEGMENTATION = ("fcn_resnet50", "deeplabv3_resnet50")

@@ -20,8 +20,8 @@ from torch import Tensor
 from dsp_kernels.errors import DSPTrainingError
 from dsp_kernels.whole_file import write_text
 from dsp_pruning.data import ImageData, load_cifar10_jpeg, stratified_split
-from dsp_pruning.groups import SecondOrder
 from dsp_pruning.layers import select_layers
+from dsp_pruning.learn.wrapper import SecondOrder
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.recipes.checkpoint import LAST, PREVIOUS, load_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune

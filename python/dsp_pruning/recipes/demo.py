@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_pruning.data import ImageData, load_digits, normalise
 from dsp_pruning.models.cifar import cifar_resnet
-from dsp_pruning.packing import pack
+from dsp_pruning.packing.pack import pack
 from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups

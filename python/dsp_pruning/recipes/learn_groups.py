@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsp_pruning.data import TrainingData, training_steps
 from dsp_pruning.distributed import world_size
-from dsp_pruning.groups import GroupWrapper, SecondOrder
+from dsp_pruning.learn.wrapper import GroupWrapper, SecondOrder
 from dsp_pruning.recipes.checkpoint import restore_weights
 from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, group_counts, new_model, pick_device

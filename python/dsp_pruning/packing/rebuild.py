@@ -9,8 +9,8 @@ from dsp_kernels import PackedConv2d
 from dsp_kernels.graph.fixed_size import FixedSizeConv2d
 from dsp_kernels.graph.size_check import fixed_size
 from dsp_kernels.program.planner import zero_padding
-from dsp_pruning.kernel_matrix import dense_weight
-from dsp_pruning.packing_plan import LayerPlan
+from dsp_pruning.flow.kernels import dense_weight
+from dsp_pruning.packing.plan import LayerPlan
 
 __all__ = ["rebuild", "replace_module", "set_width"]
 

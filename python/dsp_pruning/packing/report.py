@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsp_pruning.packing_plan import Barrier, LayerPlan
+from dsp_pruning.packing.plan import Barrier, LayerPlan
 
 __all__ = ["PackingReport"]
 

@@ -9,10 +9,9 @@ import torch
 
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.network import TracedNetwork
-from dsp_pruning.channels import channel_flow
+from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
-from dsp_pruning.masks import candidate_betas, first_reaching
-from dsp_pruning.prunable import LayerRule, Masks, Target, kernel_costs
+from dsp_pruning.prune.rule import LayerRule, Masks, Target, candidate_betas, first_reaching, kernel_costs
 
 __all__ = ["ThresholdSearch", "without_dead"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.graph.network import TracedNetwork
-from dsp_pruning.channel_map import ChannelMap
-from dsp_pruning.channel_rules import Rules, Semantics
+from dsp_pruning.flow.map import ChannelMap
+from dsp_pruning.flow.rules import Rules, Semantics
 
 __all__ = ["ChannelFlow", "ChannelState", "Semantics", "channel_flow"]
 

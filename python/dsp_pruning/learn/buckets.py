@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning import penalty as terms
 from dsp_pruning.layers import LayerInfo
-from dsp_pruning.logits import attach_logits, check_logits
+from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.logits import attach_logits, check_logits
 
 __all__ = ["Bucket", "BucketStep", "LearnedLayer", "attach_layers", "make_buckets", "stacked"]
 

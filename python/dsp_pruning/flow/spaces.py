@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.graph.network import TracedNetwork
-from dsp_pruning.channel_map import ChannelMap
+from dsp_pruning.flow.map import ChannelMap
 
 __all__ = ["Spaces"]
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import TracedNetwork
-from dsp_pruning.channels import channel_flow
+from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
-from dsp_pruning.prunable import mask_matrix
+from dsp_pruning.prune.rule import mask_matrix
 
-__all__ = ["Zeros", "clearable", "zeros_of"]
+__all__ = [
+    "Undo",
+    "Zeros",
+    "clearable",
+    "read_state",
+    "zeros_of",
+]
 
 
 @dataclass(frozen=True)
@@ -76,3 +82,38 @@ def clearable(network: TracedNetwork | None) -> list[str]:
         for node in network.of_kind("batch_norm")
         if len(network.calls(node.path)) == 1 and getattr(node.module, "weight", None) is not None
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Undo:
+    """Parameters and buffers, by dotted name, before a change and after it."""
+
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+    def possible(self, model: nn.Module) -> bool:
+        """Whether the model still holds exactly what the change left."""
+        return all(
+            now.shape == left.shape and now.device == left.device and torch.equal(now, left)
+            for now, left in zip(_tensors(model, self.after), self.after.values(), strict=True)
+        )
+
+    @torch.no_grad()
+    def undo(self, model: nn.Module) -> None:
+        """Put the state from before the change back."""
+        for tensor, value in zip(_tensors(model, self.before), self.before.values(), strict=True):
+            tensor.copy_(value)
+
+
+def read_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers of these dotted names."""
+    names = list(names)
+    return {name: tensor.clone() for name, tensor in zip(names, _tensors(model, names), strict=True)}
+
+
+def _tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    found = []
+    for name in names:
+        path, _, last = name.rpartition(".")
+        found.append(getattr(model.get_submodule(path), last).detach())
+    return found

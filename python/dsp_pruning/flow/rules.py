@@ -12,8 +12,8 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.graph.network import TracedNode
 from dsp_kernels.op.activations import activate
 from dsp_kernels.op.packed import PackedConv2d
-from dsp_pruning.channel_map import ChannelMap, norm_of
-from dsp_pruning.kernel_matrix import connections, groups_of, kernel_sums, matrix_shape, nonzero_kernels
+from dsp_pruning.flow.kernels import connections, groups_of, kernel_sums, matrix_shape, nonzero_kernels
+from dsp_pruning.flow.map import ChannelMap, norm_of
 
 __all__ = ["Rules", "Semantics", "keeps_constants"]
 

@@ -13,10 +13,10 @@ from torch import nn
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.graph.inputs import Example
 from dsp_kernels.graph.network import TracedNetwork, trace
-from dsp_pruning.checks import check_kind
-from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
 from dsp_pruning.layers import LayerPredicate, inputs_like, select_layers
-from dsp_pruning.prunable import (
+from dsp_pruning.learn.settings import GroupCount, check_kind, groups_of_layers, named_counts
+from dsp_pruning.prune.report import PruningReport, RoundingCost
+from dsp_pruning.prune.rule import (
     LayerRule,
     Masks,
     Target,
@@ -31,10 +31,8 @@ from dsp_pruning.prunable import (
     register_buffers,
     summary_row,
 )
-from dsp_pruning.pruning_report import PruningReport, RoundingCost
-from dsp_pruning.threshold import ThresholdSearch
-from dsp_pruning.undo import Undo, read_state
-from dsp_pruning.zeros import Zeros, clearable, zeros_of
+from dsp_pruning.prune.search import ThresholdSearch
+from dsp_pruning.prune.zeros import Undo, Zeros, clearable, read_state, zeros_of
 
 __all__ = ["PruneWrapper"]
 

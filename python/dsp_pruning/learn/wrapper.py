@@ -13,20 +13,22 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.inputs import Example
 from dsp_pruning import distributed
-from dsp_pruning import penalty as terms
-from dsp_pruning.buckets import BucketStep, attach_layers, make_buckets, stacked
-from dsp_pruning.checks import (
+from dsp_pruning.layers import LayerPredicate, survey_layers
+from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
+from dsp_pruning.learn.logits import check_noise, gumbel_noise, logit_optimizer, step_logits
+from dsp_pruning.learn.lookahead import Batch, as_batches, check_optimizer, look_ahead
+from dsp_pruning.learn.settings import (
+    GroupCount,
     NonFiniteFlag,
     SecondOrder,
     check_kind,
     check_learning_settings,
+    groups_of_layers,
     held_back,
+    named_counts,
     raise_first_not_finite,
 )
-from dsp_pruning.group_counts import GroupCount, groups_of_layers, named_counts
-from dsp_pruning.layers import LayerPredicate, survey_layers
-from dsp_pruning.logits import check_noise, gumbel_noise, logit_optimizer, step_logits
-from dsp_pruning.lookahead import Batch, as_batches, check_optimizer, look_ahead
 
 __all__ = ["GroupWrapper", "SecondOrder"]
 

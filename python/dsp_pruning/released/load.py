@@ -14,12 +14,11 @@ from dsp_kernels.file.check import check_network
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import cifar_resnet
-from dsp_pruning.packing import pack
+from dsp_pruning.packing.pack import pack
 from dsp_pruning.recipes.finetune import load_pruned
-from dsp_pruning.released import has_released_arrays, read_released
-from dsp_pruning.torchscript_archive import is_torchscript, read_calls
-from dsp_pruning.torchscript_ops import HANDLERS
-from dsp_pruning.torchscript_walk import Walk
+from dsp_pruning.released.archive import is_torchscript, read_calls
+from dsp_pruning.released.arrays import has_released_arrays, read_released
+from dsp_pruning.released.walk import HANDLERS, Walk
 
 __all__ = ["load_released", "verify_released"]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.graph.network import TracedNetwork, TracedNode
-from dsp_pruning.channel_map import ChannelMap, norm_of
-from dsp_pruning.channel_rules import keeps_constants
-from dsp_pruning.channels import ChannelFlow, channel_flow
-from dsp_pruning.kernel_matrix import dense_weight, groups_of, kernel_sums, matrix_shape
-from dsp_pruning.spaces import Spaces
+from dsp_pruning.flow.channels import ChannelFlow, channel_flow
+from dsp_pruning.flow.kernels import dense_weight, groups_of, kernel_sums, matrix_shape
+from dsp_pruning.flow.map import ChannelMap, norm_of
+from dsp_pruning.flow.rules import keeps_constants
+from dsp_pruning.flow.spaces import Spaces
 
 __all__ = ["Barrier", "LayerPlan", "PackingPlan", "plan_layers", "plan_packing"]
 

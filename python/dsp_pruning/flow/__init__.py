@@ -1,0 +1,1 @@
+"""Which channels of a traced network are zero, constant, tied or read."""

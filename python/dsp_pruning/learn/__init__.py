@@ -1,0 +1,1 @@
+"""Learn, beside ordinary training, which filters of a layer form a group."""

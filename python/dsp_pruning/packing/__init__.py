@@ -1,0 +1,1 @@
+"""From a masked dense network to an exact one of small grouped convolutions, and back."""

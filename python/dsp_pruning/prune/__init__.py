@@ -1,0 +1,1 @@
+"""Prune input channels per group, and filters, to a share of the multiply-adds."""

@@ -1,0 +1,1 @@
+"""The networks that the authors of the paper published."""
