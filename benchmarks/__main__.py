@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dsp_kernels.errors import DSPError
 
-from . import commands
+from . import cli as commands
 from .engines import ENGINES
-from .networks import FORMS
+from .subjects.networks import FORMS
 
 __all__ = ["main"]
 

@@ -12,21 +12,27 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError, DSPVerificationError
 
-from .budget import Budget
-from .cases import Case, build_case, case_input, default_cases
-from .cuda_timing import device_times
+from .cases import Case, build_case, case_input, check, default_cases
 from .engines import ENGINES, Runner
-from .floors import floors
-from .gate import check
-from .isolation import IsolatedEngine
-from .networks import REFERENCE, Network, NetworkSource
-from .peaks import Peaks
-from .results import write_json
-from .rows import Row
-from .samples import FEWEST_ROUNDS
-from .timing import LocalTimer, Progress, Timer, TimingRules, measure
+from .measure.cuda_timing import device_times
+from .measure.floors import floors
+from .measure.isolation import IsolatedEngine
+from .measure.peaks import Peaks
+from .measure.samples import FEWEST_ROUNDS
+from .measure.timing import LocalTimer, Progress, Timer, TimingRules, measure
+from .report.results import Row, write_json
+from .subjects.networks import REFERENCE, Network, NetworkSource
 
-__all__ = ["Row", "Told", "choose_cases", "run_cases", "time_runners", "with_floors", "write_json"]
+__all__ = [
+    "Budget",
+    "Row",
+    "Told",
+    "choose_cases",
+    "run_cases",
+    "time_runners",
+    "with_floors",
+    "write_json",
+]
 
 _BUILDING = 0.6  # of the time for a batch size; after it no build begins
 
@@ -212,3 +218,20 @@ def _skipped(case: Case, batch: int, reason: str) -> Row:
 
 def _shifted(progress: Progress, done: int, parts: int) -> Progress:
     return lambda step, steps: progress(done * steps + step, parts * steps)
+
+
+class Budget:
+    """seconds: for everything, from now on; None: no limit. weights: of the parts in order, positive."""
+
+    def __init__(self, seconds: float | None, weights: Sequence[float]) -> None:
+        self.seconds = seconds
+        self._end = None if seconds is None else time.perf_counter() + seconds
+        self._weights = list(weights)
+
+    def next_part(self) -> float | None:
+        """Seconds for the part that begins now: its weight's share of what is left, 0 where nothing is."""
+        weight, left = self._weights[0], sum(self._weights)
+        del self._weights[0]
+        if self._end is None:
+            return None
+        return max(0.0, self._end - time.perf_counter()) * weight / left

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from dsp_benchmarks.engines.base import cuda_available
-from dsp_benchmarks.gpu_layers import layer_times, write_times
-from dsp_benchmarks.networks import NetworkSource, load_network
-from dsp_benchmarks.peaks import measure_peaks
+from dsp_benchmarks.measure.gpu_layers import layer_times, write_times
+from dsp_benchmarks.measure.peaks import measure_peaks
+from dsp_benchmarks.subjects.networks import NetworkSource, load_network
 from tqdm import tqdm
 
 from dsp_kernels.env import describe_environment

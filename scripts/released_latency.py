@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from dsp_benchmarks.released_form import ReleasedNetwork
+from dsp_benchmarks.subjects.released_form import ReleasedNetwork
 
 import dsp_kernels
 from dsp_pruning.released.arrays import build_released, read_released_arrays

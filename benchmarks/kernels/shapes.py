@@ -10,7 +10,7 @@ from torch import Tensor
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.steps import ConvStep
 
-from ..networks import Network, NetworkSource, load_network, shared_folder
+from ..subjects.networks import Network, NetworkSource, load_network, shared_folder
 
 __all__ = ["Layer", "layers"]
 

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import torch
 import typer
-from dsp_benchmarks import commands
+from dsp_benchmarks import cli as commands
+from dsp_benchmarks.cases import allowed_difference
 from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.engines.fused import Fused
-from dsp_benchmarks.floors import program_of
-from dsp_benchmarks.gate import allowed_difference
+from dsp_benchmarks.measure.floors import program_of
+from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.run import Row, time_runners
-from dsp_benchmarks.timing import TimingRules
-from dsp_benchmarks.twin import input_channels
+from dsp_benchmarks.subjects.twin import input_channels
 from torch import nn
 
 from dsp_cli import options as o

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from dsp_benchmarks.twin import dense_twin
+from dsp_benchmarks.subjects.twin import dense_twin
 
 import dsp_kernels
 from dsp_cli.show import console, table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from dsp_benchmarks.twin import input_channels
+from dsp_benchmarks.subjects.twin import input_channels
 from torch import Tensor, nn
 
 __all__ = ["example_of"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from dsp_benchmarks.networks import NetworkSource
-from dsp_benchmarks.rows import Row
-from dsp_benchmarks.samples import Samples
+from dsp_benchmarks.measure.samples import Samples
+from dsp_benchmarks.report.results import Row
+from dsp_benchmarks.subjects.networks import NetworkSource
 
 ENVIRONMENT: dict[str, Any] = {
     "time": "2026-01-02T03:04:05+00:00",

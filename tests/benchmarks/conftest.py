@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from bench_rows import ENVIRONMENT, PEAKS, SMALL, made_row
-from dsp_benchmarks.networks import Network, load_network
-from dsp_benchmarks.results import Result, Run
+from dsp_benchmarks.report.results import Result, Run
+from dsp_benchmarks.subjects.networks import Network, load_network
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dsp_benchmarks.timing import TimingRules
+from dsp_benchmarks.measure.timing import TimingRules
 from torch import Tensor, nn
 
 QUICK = TimingRules(rounds=2, warmup=0.0, gap=0.0, burst=0.0)

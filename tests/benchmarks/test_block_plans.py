@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dsp_benchmarks.floors import part_floor
-from dsp_benchmarks.networks import NetworkSource, load_network
-from dsp_benchmarks.peaks import Peaks
+from dsp_benchmarks.measure.floors import part_floor
+from dsp_benchmarks.measure.peaks import Peaks
+from dsp_benchmarks.subjects.networks import NetworkSource, load_network
 
 from dsp_kernels.program.steps import ConvStep, Program
 from dsp_kernels.run.gpu.cuda.blocks.cost import H200, BlockPlan, conv_seconds

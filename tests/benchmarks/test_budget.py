@@ -8,16 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dsp_benchmarks import budget as budget_module
 from dsp_benchmarks import cases as case_module
+from dsp_benchmarks import run as budget_module
 from dsp_benchmarks import run as run_module
-from dsp_benchmarks import timing
-from dsp_benchmarks.budget import Budget
 from dsp_benchmarks.cases import Case
 from dsp_benchmarks.engines import ENGINES
-from dsp_benchmarks.networks import Network
-from dsp_benchmarks.run import run_cases
-from dsp_benchmarks.timing import TimingRules, shared_rounds
+from dsp_benchmarks.measure import timing
+from dsp_benchmarks.measure.timing import TimingRules, shared_rounds
+from dsp_benchmarks.run import Budget, run_cases
+from dsp_benchmarks.subjects.networks import Network
 from torch import Tensor, nn
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from bench_rows import made_row
 from dsp_benchmarks.__main__ import main
-from dsp_benchmarks.compare import compare_results, compare_samples
-from dsp_benchmarks.results import Result, read_result, write_result
-from dsp_benchmarks.samples import Samples
-from dsp_benchmarks.statistics import mann_whitney, median_interval, ratio_interval
-from dsp_benchmarks.timing import TimingRules
+from dsp_benchmarks.measure.samples import Samples, mann_whitney, median_interval, ratio_interval
+from dsp_benchmarks.measure.timing import TimingRules
+from dsp_benchmarks.report.compare import compare_results, compare_samples
+from dsp_benchmarks.report.results import Result, read_result, write_result
 
 from dsp_kernels.errors import DSPError
 

@@ -16,7 +16,7 @@ from dsp_benchmarks.cases import Case, build_case, case_input
 from dsp_benchmarks.engines import ENGINES, base, fused, openvino, tensorrt, torch_compile
 from dsp_benchmarks.engines.cudnn_fused import CudnnConvs
 from dsp_benchmarks.engines.onnx_file import INPUT, OUTPUT, onnx_bytes
-from dsp_benchmarks.networks import Network
+from dsp_benchmarks.subjects.networks import Network
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError

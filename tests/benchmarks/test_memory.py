@@ -6,7 +6,7 @@ import gc
 import mmap
 from pathlib import Path
 
-from dsp_benchmarks.memory import peak_memory
+from dsp_benchmarks.measure.memory import peak_memory
 
 
 def pages(megabytes: int) -> mmap.mmap:

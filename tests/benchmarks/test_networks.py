@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import dsp_benchmarks.peaks as peaks_module
+import dsp_benchmarks.measure.peaks as peaks_module
 import numpy as np
 import pytest
 import torch
 from bench_rows import SMALL
 from dsp_benchmarks.cases import Case, build_case, case_input
-from dsp_benchmarks.floors import floors, program_of
 from dsp_benchmarks.kernels.shapes import layers
-from dsp_benchmarks.networks import Network, NetworkSource, load_network
-from dsp_benchmarks.peaks import Peaks, measure_peaks
-from dsp_benchmarks.released_form import ReleasedNetwork
-from dsp_benchmarks.structures import apply_structure
+from dsp_benchmarks.measure.floors import floors, program_of
+from dsp_benchmarks.measure.peaks import Peaks, measure_peaks
+from dsp_benchmarks.subjects.networks import Network, NetworkSource, load_network
+from dsp_benchmarks.subjects.released_form import ReleasedNetwork
+from dsp_benchmarks.subjects.structures import apply_structure
 from torch import nn
 
 import dsp_kernels

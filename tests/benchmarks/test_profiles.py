@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from dsp_benchmarks.cases import case_input
 from dsp_benchmarks.engines import ENGINES
-from dsp_benchmarks.networks import Network
-from dsp_benchmarks.peaks import Peaks
-from dsp_benchmarks.profiles import profile_engine
+from dsp_benchmarks.measure.peaks import Peaks
+from dsp_benchmarks.measure.profiles import profile_engine
+from dsp_benchmarks.subjects.networks import Network
 
 PEAKS = Peaks({"float32": 1e12, "bfloat16": 2e12}, 1e11, 0.0, 1, {})
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 from dsp_benchmarks.__main__ import main
-from dsp_benchmarks.commands import README, README_RESULT
-from dsp_benchmarks.html_page import html_page
-from dsp_benchmarks.plots import draw_plots
-from dsp_benchmarks.readme_table import README_MARKERS, put_into_readme, summary
-from dsp_benchmarks.report import COLUMNS, cells, markdown
-from dsp_benchmarks.results import Result, read_result, write_result
+from dsp_benchmarks.cli import README, README_RESULT
+from dsp_benchmarks.report.page import html_page
+from dsp_benchmarks.report.plots import draw_plots
+from dsp_benchmarks.report.results import Result, read_result, write_result
+from dsp_benchmarks.report.tables import COLUMNS, README_MARKERS, cells, markdown, put_into_readme, summary
 
 from dsp_kernels.errors import DSPFormatError
 

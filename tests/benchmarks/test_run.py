@@ -8,12 +8,11 @@ import pytest
 import torch
 from bench_rows import SMALL
 from dsp_benchmarks import cases as case_module
-from dsp_benchmarks.cases import Case, build_case, case_input, default_cases
+from dsp_benchmarks.cases import Case, allowed_difference, build_case, case_input, check, default_cases
 from dsp_benchmarks.engines import ENGINES
-from dsp_benchmarks.gate import allowed_difference, check
-from dsp_benchmarks.isolation import IsolatedEngine
-from dsp_benchmarks.networks import Network
+from dsp_benchmarks.measure.isolation import IsolatedEngine
 from dsp_benchmarks.run import choose_cases, run_cases, time_runners
+from dsp_benchmarks.subjects.networks import Network
 from fake_engine import QUICK, FakeEngine
 from torch import Tensor
 

@@ -11,7 +11,7 @@ import torch
 from bench_rows import SMALL
 from dsp_benchmarks.__main__ import main
 from dsp_benchmarks.engines import ENGINES
-from dsp_benchmarks.results import read_result
+from dsp_benchmarks.report.results import read_result
 from fake_engine import FakeEngine
 
 

@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 
 import pytest
-from dsp_benchmarks import cuda_timing, timing
-from dsp_benchmarks.samples import Samples
-from dsp_benchmarks.timing import LocalTimer, TimingRules, measure
+from dsp_benchmarks.measure import cuda_timing, timing
+from dsp_benchmarks.measure.samples import Samples
+from dsp_benchmarks.measure.timing import LocalTimer, TimingRules, measure
 
 from dsp_kernels.errors import DSPBackendError
 

@@ -124,7 +124,7 @@ def _flops(step: ConvStep, shapes: Shapes) -> int:
 
 
 def block_floor(step: BlockStep, shapes: Shapes, device: DeviceModel) -> float:
-    """Seconds that one kernel for the block cannot go below: benchmarks/floors.py has the same formula."""
+    """Seconds that one kernel for the block cannot go below: measure/floors.py has the same formula."""
     flops = sum(_flops(conv, shapes) for conv in step.members)
     return max(flops / device.peak_flops, _moved(step, shapes) / device.bandwidth) + device.launch
 

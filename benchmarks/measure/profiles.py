@@ -19,9 +19,9 @@ from dsp_kernels.graph.network import trace
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.run.programs import EXECUTORS
 
-from .engines import ENGINES, Runner
-from .engines.fused import Fused
-from .engines.torch_eager import TorchEager
+from ..engines import ENGINES, Runner
+from ..engines.fused import Fused
+from ..engines.torch_eager import TorchEager
 from .floors import program_of, step_floors
 from .peaks import Peaks
 from .timing import LocalTimer, Timer, TimingRules, measure

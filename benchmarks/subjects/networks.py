@@ -20,8 +20,8 @@ from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.released.arrays import read_released_arrays
 
-from .accuracy import Labelled
-from .floors import program_of
+from ..measure.accuracy import Labelled
+from ..measure.floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
 from .structures import apply_structure
@@ -42,7 +42,7 @@ FORMS = tuple(REFERENCE)
 
 def shared_folder() -> Path:
     """Where the real networks are: $DSP_SHARED, else ``shared`` beside the repository."""
-    return Path(os.environ.get("DSP_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    return Path(os.environ.get("DSP_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 
 from dsp_kernels.errors import DSPBackendError
 
-from .cases import Case, build_case, case_input
-from .networks import NetworkSource, load_network
-from .rows import Row
+from ..cases import Case, build_case, case_input
+from ..report.results import Row
+from ..subjects.networks import NetworkSource, load_network
 from .timing import LocalTimer
 
 __all__ = ["IsolatedEngine"]

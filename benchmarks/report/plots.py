@@ -8,8 +8,7 @@ from typing import Any
 
 from dsp_kernels.errors import DSPError
 
-from .results import Result, Run
-from .rows import Row
+from .results import Result, Row, Run
 
 __all__ = ["draw_plots"]
 

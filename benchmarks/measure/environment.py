@@ -54,7 +54,7 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """Of the working tree that this code runs from; "+" where tracked files differ from it."""
-    here = str(Path(__file__).resolve().parent)
+    here = str(Path(__file__).resolve().parents[1])
     commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
     return commit + "+" * bool(commit and changed)

@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,24 +15,21 @@ import torch
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.whole_file import write_bytes, write_text
 
-from . import compare as comparing
-from .budget import Budget
 from .cases import Case, case_input
-from .checks import check_options
-from .compare import MIN_CHANGE, compare_results
 from .engines import ENGINES
-from .environment import environment
-from .html_page import html_page
-from .networks import Network, NetworkSource, load_network, shared_folder
-from .peaks import measure_peaks
-from .plots import draw_plots
-from .profiles import profile_engine
-from .readme_table import put_into_readme
-from .report import COLUMNS, cells, csv_text, machine, markdown
-from .results import Result, Run, read_result, write_result
-from .rows import Row
-from .run import Told, choose_cases, run_cases, with_floors
-from .timing import Progress, TimingRules
+from .engines.base import cuda_available
+from .measure.environment import environment
+from .measure.peaks import measure_peaks
+from .measure.profiles import profile_engine
+from .measure.timing import Progress, TimingRules
+from .report import compare as comparing
+from .report.compare import MIN_CHANGE, compare_results
+from .report.page import html_page
+from .report.plots import draw_plots
+from .report.results import Result, Row, Run, read_result, write_result
+from .report.tables import COLUMNS, cells, csv_text, machine, markdown, put_into_readme
+from .run import Budget, Told, choose_cases, run_cases, with_floors
+from .subjects.networks import Network, NetworkSource, load_network, shared_folder
 
 __all__ = [
     "DEFAULT_RESULT",
@@ -40,6 +37,7 @@ __all__ = [
     "README",
     "README_RESULT",
     "bench_network",
+    "check_options",
     "compare",
     "report",
     "run",
@@ -278,3 +276,32 @@ def _progress() -> Iterator[tuple[Progress, Told]]:
             lambda done, total: bars.update(task, completed=done, total=total),
             lambda text: bars.update(task, description=text),
         )
+
+
+def check_options(options: Namespace) -> None:
+    """Raises DSPError for an option of ``run`` that cannot work here."""
+    for name in ("rounds", "threads", "image_size", "seconds"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise DSPError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
+    _check_device(options.device)
+    if options.profile and "/" not in options.profile:
+        raise DSPError(f"--profile is {options.profile!r}; expected FORM/ENGINE, as packed/fused:cpu")
+
+
+def _check_device(name: str) -> None:
+    device = None
+    with suppress(RuntimeError):
+        device = torch.device(name)
+    # torch keeps eight bits of a number: "cuda:256" would be the first device.
+    wrapped = device is not None and ":" in name and str(device) != name
+    if device is None or wrapped or (device.type != "cuda" and name != "cpu"):
+        raise DSPError(f"--device is {name!r}; expected cpu, cuda or cuda:1")
+    if device.type == "cpu":
+        return
+    able, reason = cuda_available()
+    count = torch.cuda.device_count() if able else 0
+    if able and (device.index or 0) >= count:
+        reason = f"torch finds {count} CUDA device{'s' * (count != 1)}, the last is cuda:{count - 1}"
+    if reason:
+        raise DSPError(f"--device is {name!r}, but {reason}")

@@ -6,8 +6,8 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from .report import COLUMNS, cells, machine
 from .results import Result
+from .tables import COLUMNS, cells, machine
 
 __all__ = ["html_page"]
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from dsp_kernels.errors import DSPError
 
-from .environment import MACHINE_KEYS
+from ..measure.environment import MACHINE_KEYS
+from ..measure.samples import Samples, mann_whitney, median_interval, ratio_interval
 from .results import Result
-from .samples import Samples
-from .statistics import mann_whitney, median_interval, ratio_interval
 
 __all__ = ["Comparison", "compare_results", "compare_samples", "different_machines"]
 

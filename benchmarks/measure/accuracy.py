@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .engines import Runner
+from ..engines import Runner
 
 __all__ = ["Labelled", "accuracy"]
 

@@ -1,0 +1,1 @@
+"""What is measured: networks, and the forms in which each of them can run."""
