@@ -121,7 +121,7 @@ sanitize() {
   local some="(unequal or stage-3 or batch-1 or one-to-one) and float16"
   for tool in memcheck racecheck; do
     timeout "${SANITIZE:-50}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
-      -p no:cacheprovider tests/device/test_convs_on_device.py -k "$some" || return
+      -p no:cacheprovider tests/on_gpu/test_convs_on_device.py -k "$some" || return
   done
 }
 
@@ -139,7 +139,7 @@ sanitize_blocks() {
   local some="test_block and float16 and (unequal or turns or shortcut or bottleneck or residual or stage)"
   for tool in memcheck racecheck; do
     timeout 250 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
-      -p no:cacheprovider tests/device/test_blocks_on_device.py -k "$some" || return
+      -p no:cacheprovider tests/on_gpu/test_blocks_on_device.py -k "$some" || return
   done
 }
 block_times() { "$PYTHON" scripts/gpu_blocks.py --out "$OUT/gpu_blocks.json"; }
@@ -155,8 +155,8 @@ export -f build tests layers time_networks bench rivals rates compile tune sanit
 export -f sanitize_blocks block_times bench_per_conv
 if [ "${DSP_DEVICE:-}" = cpu ]; then
   LINES_SHOWN=24 part build 300 build
-  part table 300 tests table tests/device/test_convs_on_device.py
-  part networks 60 tests networks tests/device/test_networks_on_device.py
+  part table 300 tests table tests/on_gpu/test_convs_on_device.py
+  part networks 60 tests networks tests/on_gpu/test_networks_on_device.py
   part layers 60 refuses "torch finds no CUDA device" layers --net resnet20_g4
   LINES_SHOWN=24 part bench 120 bench
   part sanitize 60 refuses "compute-sanitizer" sanitize
@@ -164,9 +164,9 @@ if [ "${DSP_DEVICE:-}" = cpu ]; then
 else
   export DSP_REQUIRE_GPU=1
   LINES_SHOWN=24 part build 150 build
-  part table 110 tests table tests/device/test_convs_on_device.py
-  LINES_SHOWN=40 part networks 90 tests networks tests/device/test_networks_on_device.py
-  part blocks 80 tests blocks tests/device/test_blocks_on_device.py
+  part table 110 tests table tests/on_gpu/test_convs_on_device.py
+  LINES_SHOWN=40 part networks 90 tests networks tests/on_gpu/test_networks_on_device.py
+  part blocks 80 tests blocks tests/on_gpu/test_blocks_on_device.py
   LINES_SHOWN=24 part layers 70 layers
   LINES_SHOWN=60 part bench 130 bench
   part sanitize 110 sanitize

@@ -1,6 +1,6 @@
 """What float16 by AVX512-FP16 does to the answers of the real networks; its instructions computed in float.
 
-Builds the tests' emulation (tests/native/half_emulation.py) and runs the 1,017 images. A few minutes. Usage:
+Builds the tests' emulation (tests/run_cpu/half_emulation.py) and runs the 1,017 images. A few minutes. Usage:
 DSP_SHARED=... python scripts/half_accuracy.py [--nets resnet20_g4 ...] [--half-terms 32]
 """
 

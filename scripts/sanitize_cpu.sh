@@ -15,4 +15,4 @@ DSP_KERNELS_CUDA=0 CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1" UBSAN_OPTIONS="print_stacktrace=1"
 export PYTHONPATH="$copy:$copy/python" OMP_NUM_THREADS=1
-"$python" -m pytest -q -p no:cacheprovider "${@:-tests/native}"
+"$python" -m pytest -q -p no:cacheprovider "${@:-tests/run_cpu}"

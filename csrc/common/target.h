@@ -1,5 +1,5 @@
 // The kernels are templates over the machine that runs them: a GPU's thread, or the emulation of a whole block of
-// threads on the host (tests/cuda/emulator). These names stand for what the two compilers call differently.
+// threads on the host (tests/cuda_emulated/emulator). These names stand for what the two compilers call differently.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
 // The machine that a kernel template runs on: one thread of a GPU, sm_80 or newer. Names and arguments are those of
-// the emulation on the host (tests/cuda/emulator/host_machine.h).
+// the emulation on the host (tests/cuda_emulated/emulator/host_machine.h).
 #pragma once
 
 #include "../common/numbers.h"

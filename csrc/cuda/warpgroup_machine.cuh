@@ -1,5 +1,5 @@
 // A GPU's warpgroups (sm_90a): wgmma on operands in shared memory. Names and arguments are those of the emulation on
-// the host (tests/cuda/emulator/host_machine.h). Compiled for another chip a kernel that
+// the host (tests/cuda_emulated/emulator/host_machine.h). Compiled for another chip a kernel that
 // needs them is empty, and Python chooses none there.
 #pragma once
 

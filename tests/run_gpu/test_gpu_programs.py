@@ -21,11 +21,11 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.graphs import LRU
 from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
-from dsp_kernels.run.programs import cuda
 from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
 

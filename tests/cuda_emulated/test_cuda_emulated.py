@@ -13,7 +13,7 @@ from emulation import LEAST_SHARED, MOST_SHARED, Emulator
 
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.run.convs import cuda
+from dsp_kernels.run.gpu.cuda import conv as cuda
 from dsp_kernels.run.gpu.cuda.conv import CudaConv
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import op_tolerance

@@ -8,7 +8,7 @@ from cases import CASES, IDS, Case, reference
 
 import dsp_kernels.run.convs  # noqa: F401  (registers the kernels)
 from dsp_kernels.op.structure import GroupStructure
-from dsp_kernels.run.convs import cuda
+from dsp_kernels.run.gpu.cuda import conv as cuda
 from dsp_kernels.run.gpu.cuda.library import has_wgmma
 from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuLayout, layout_for_batch
 from dsp_kernels.tolerances import op_tolerance

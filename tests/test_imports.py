@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {  # folder -> what it may import of the others
     "dsp_kernels": set(),
     "python/dsp_pruning": {"dsp_kernels"},

@@ -15,10 +15,11 @@ from dsp_kernels.errors import DSPBackendError, DSPError
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu import blocks as gpu_blocks
+from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
-from dsp_kernels.run.programs import cuda, gpu_blocks
 from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.models import cifar_resnet

@@ -58,7 +58,7 @@ def test_op_is_its_definition(case: Case, dtype: torch.dtype) -> None:
 def test_every_backend_is_the_definition(backend: object, case: Case) -> None:
     a = case.tensors()
     able, reason = backend.can_run(case.spec, a.x.dtype, a.x.device)  # type: ignore[attr-defined]
-    if not able:  # tests/native fails where the extension could be there and is not
+    if not able:  # tests/run_cpu fails where the extension could be there and is not
         pytest.skip(reason)
     y = BACKENDS.choose(backend.name, case.spec, a.x.dtype, a.x.device).prepare(  # type: ignore[attr-defined]
         case.spec, a.weights, a.bias
@@ -70,7 +70,7 @@ def test_every_backend_is_the_definition(backend: object, case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.structure.read and c.batch], ids=lambda c: c.name)
 def test_every_form_of_the_eager_backend(form: str, case: Case) -> None:
     """The rule picks by size, so that small cases alone would not reach every form."""
-    from dsp_kernels.run.convs import eager
+    from dsp_kernels.run.eager import conv as eager
 
     a = case.tensors()
     y = eager._FORMS[form](case.spec, a.weights, a.bias)(a.x)

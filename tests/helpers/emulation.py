@@ -1,4 +1,4 @@
-"""A launch of a CUDA kernel, run on the host by tests/cuda/emulator with the op's tables and sizes."""
+"""A launch of a CUDA kernel, run by tests/cuda_emulated/emulator with the op's tables and sizes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ namespace {
 using dsp::Bfloat;
 using dsp::Half;
 
-// In the order of Arguments in tests/cuda/emulation.py.
+// In the order of Arguments in tests/helpers/emulation.py.
 struct Arguments {
     int64_t dtype;     // 0 float16, 1 bfloat16, 2 float32
     void* tensors[6];  // x, out, residual, weights, bias, tables; null: none

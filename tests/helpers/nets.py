@@ -13,7 +13,7 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.run.programs import EXECUTORS
 
-# tests/native fails where the native one could be there and is not.
+# tests/run_cpu fails where the native one could be there and is not.
 ON_A_CPU = [
     name
     for name in EXECUTORS.names()
