@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/* csrc/*/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=2.13"
 	# torch first: the extension that registers the op is built with its headers

@@ -19,8 +19,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
-CPU_SOURCES = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").glob("*.cpp"))
-CPU_HEADERS = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").glob("*.h"))
+CPU_SOURCES = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").rglob("*.cpp"))
+CPU_HEADERS = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").rglob("*.h"))
 
 # Native extensions, one entry each.
 NATIVE_EXTENSIONS: list[Extension] = [
@@ -33,7 +33,7 @@ COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-pthread"]
 TORCH_SOURCE = "csrc/torch_op.cpp"
 SCHEMA_FILE = "dsp_kernels/op/torch_op.py"
 # The library of CUDA kernels: dsp_kernels/_C_cuda.so.
-CUDA_BUILD = "csrc/cuda/build_cuda.py"
+CUDA_BUILD = "tools/build_cuda.py"
 OLDEST_TORCH = (2, 10)
 # One file per instruction set; the extension chooses among them when it runs.
 AVX512 = ("f", "dq", "bw", "vl")
@@ -44,10 +44,10 @@ OPTIONAL = {
     "AVX512_FP16": ("-mavx512fp16", "vfmadd231ph"),  # gcc 12, clang 14, binutils 2.38
 }
 ISA_FLAGS = {
-    "kernel_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernel_avx512.cpp": AVX512_FLAGS,
-    "kernel_avx512_bf16.cpp": [*AVX512_FLAGS, OPTIONAL["AVX512_BF16"][0]],
-    "kernel_avx512_fp16.cpp": [*AVX512_FLAGS, *(flag for flag, _ in OPTIONAL.values())],
+    "avx2.cpp": ["-mavx2", "-mfma"],
+    "avx512.cpp": AVX512_FLAGS,
+    "avx512_bf16.cpp": [*AVX512_FLAGS, OPTIONAL["AVX512_BF16"][0]],
+    "avx512_fp16.cpp": [*AVX512_FLAGS, *(flag for flag, _ in OPTIONAL.values())],
 }
 
 

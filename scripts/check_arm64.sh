@@ -24,7 +24,7 @@ compile() { # machine compiler folder extra flags...
     local machine="$1" compiler="$2" folder="$build/$3"
     shift 3
     mkdir -p "$folder"
-    for source in csrc/cpu/*.cpp tests/run_cpu/kernels_alone.cpp; do
+    for source in csrc/cpu/*.cpp csrc/cpu/kernels/*.cpp tests/run_cpu/kernels_alone.cpp; do
         [ "$(basename "$source")" = module.cpp ] && continue # the door to Python
         mapfile -t flags < <(flags_of "$machine" "$source")
         "$compiler" "${flags[@]}" "$@" -Icsrc/cpu -c "$source" -o "$folder/$(basename "$source" .cpp).o"

@@ -3,7 +3,7 @@
 
 #include "ops.h"
 #include "tiling.h"
-#include "winograd.h"
+#include "kernels/winograd.h"
 
 namespace dsp {
 

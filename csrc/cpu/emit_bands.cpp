@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "builder.h"
-#include "winograd.h"
+#include "kernels/winograd.h"
 
 namespace dsp {
 

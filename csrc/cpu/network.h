@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace dsp {
 
@@ -31,7 +31,7 @@ struct FilterTile {
     std::vector<int> channels; // output channels
 };
 
-// A channel, or two channels whose pixels stand in one word (kernel_bf16.h, kernel_fp16.h); other is -1 without a partner.
+// A channel, or two channels whose pixels stand in one word (bf16.h, fp16.h); other is -1 without a partner.
 struct Source {
     int channel, other;
 };

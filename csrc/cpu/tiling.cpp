@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "winograd.h"
+#include "kernels/winograd.h"
 
 namespace dsp {
 

@@ -1,6 +1,6 @@
 // The weights of a convolution in the order in which its microtiles read them, transformed where they are for bands.
 #include "network.h"
-#include "winograd.h"
+#include "kernels/winograd.h"
 
 namespace dsp {
 

@@ -1,7 +1,7 @@
 // Launching one block kernel, with every step checked.
 #pragma once
 
-#include "../common/block_plan.h"
+#include "block_plan.h"
 #include "launch.cuh"
 
 namespace dsp {

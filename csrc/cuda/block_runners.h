@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "../common/block_plan.h"
+#include "block_plan.h"
 
 namespace dsp {
 

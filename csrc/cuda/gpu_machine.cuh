@@ -2,7 +2,7 @@
 // the emulation on the host (tests/cuda_emulated/emulator/host_machine.h).
 #pragma once
 
-#include "../common/numbers.h"
+#include "numbers.h"
 
 namespace dsp {
 

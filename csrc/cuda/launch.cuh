@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../common/launch_plan.h"
+#include "launch_plan.h"
 #include "gpu_machine.cuh"
 
 namespace dsp {

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "../common/launch_plan.h"
+#include "launch_plan.h"
 
 namespace dsp {
 

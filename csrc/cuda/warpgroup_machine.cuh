@@ -3,7 +3,7 @@
 // needs them is empty, and Python chooses none there.
 #pragma once
 
-#include "../common/warpgroup_tile.h"
+#include "warpgroup_tile.h"
 #include "gpu_machine.cuh"
 
 namespace dsp {

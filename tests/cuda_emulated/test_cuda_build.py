@@ -19,7 +19,7 @@ from dsp_kernels.run.gpu.cuda.library import LIBRARY, why_no_cuda
 from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuLayout
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build_cuda.py"))
+BUILD = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))
 RESOURCES = runpy.run_path(str(ROOT / "scripts" / "cuda_resources.py"))
 SPEC = ConvSpec(GroupStructure.dense(2, 2), (3, 3))
 
@@ -96,7 +96,7 @@ def test_resources() -> None:
     kernels = RESOURCES["read_kernels"](LIBRARY, cuobjdump)
     chips = {kernel.arch for kernel in kernels}
     assert len({kernel.name for kernel in kernels}) == (32 if "sm_90a" in chips else 26)
-    # Registers with which as many blocks fit as csrc/common says: kThreads, kBlocks of 65,536 registers.
+    # Registers with which as many blocks fit as csrc/cuda says: kThreads, kBlocks of 65,536 registers.
     most = {"ChwnGemm": 168, "HaloConv": 128, "NhwcGemm": 128, "Fp32Gemm": 128, "FusedBlock": 128}
     most |= {"WgmmaGemm": 128, "WgmmaHalo": 128}
     for kernel in kernels:

@@ -32,12 +32,12 @@ def why_not() -> str:
 
 
 def build(folder: Path, half_terms: int | None = None) -> ModuleType:
-    """Compiles and imports it. half_terms: as in csrc/cpu/kernel.h, instead of the product's."""
+    """Compiles and imports it. half_terms: as in csrc/cpu/kernels/kernel.h, instead of the product's."""
     import pybind11
 
     setup = _setup()
     compiler = setup["find_compiler"]()
-    plain = [source for source in (_ROOT / "csrc" / "cpu").glob("*.cpp") if not _of_an_isa(source)]
+    plain = [source for source in (_ROOT / "csrc" / "cpu").rglob("*.cpp") if not _of_an_isa(source)]
     flags = [*setup["COMMON_FLAGS"], "-fPIC", f"-I{_ROOT / 'csrc' / 'cpu'}", "-Wno-attributes"]
     flags += [f"-I{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
     if half_terms is not None:
@@ -65,7 +65,7 @@ def build(folder: Path, half_terms: int | None = None) -> ModuleType:
 
 
 def _of_an_isa(source: Path) -> bool:
-    return source.name == "isa.cpp" or source.name.startswith("kernel_")
+    return source.name == "isa.cpp" or source.parent.name == "kernels"
 
 
 def _setup() -> dict:

@@ -6,7 +6,7 @@
 #define DSP_FP16 1
 #define DSP_NAME "emulated_fp16"
 #define DSP_TABLE kernels_emulated
-#include "kernel_impl.h"
+#include "kernels/impl.h"
 
 #include "isa.h"
 

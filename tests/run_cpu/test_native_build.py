@@ -104,5 +104,5 @@ def test_a_compiler_that_does_not_know_16_bit(tmp_path: Path) -> None:
     assert len(made) == 1
     asked = [line for line in log.read_text(encoding="utf-8").splitlines() if " -x " not in line]
     for name in ("bf16", "fp16"):
-        assert any(f"kernel_avx512_{name}.cpp" in line for line in asked)
+        assert any(f"kernels/avx512_{name}.cpp" in line for line in asked)
         assert not any(f"{name} " in line or f"AVX512_{name.upper()}" in line for line in asked)

@@ -2,8 +2,8 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/common/block_plan.h"
-#include "../../../csrc/common/launch_plan.h"
+#include "../../../csrc/cuda/block_plan.h"
+#include "../../../csrc/cuda/launch_plan.h"
 #include "host_machine.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// A block of threads on the host, for the kernel templates of csrc/common. Threads run one after another between two
+// A block of threads on the host, for the kernel templates of csrc/cuda. Threads run one after another between two
 // barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
 // so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. A copy counts as a
 // store by its thread where it lands.
@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/common/warpgroup_tile.h"
+#include "../../../csrc/cuda/warpgroup_tile.h"
 #include "shared_memory.h"
 
 namespace dsp {

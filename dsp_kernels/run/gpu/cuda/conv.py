@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# csrc/common/conv_params.h: offsets of taps and heights are packed into 16 bits.
+# csrc/cuda/conv_params.h: offsets of taps and heights are packed into 16 bits.
 _LARGEST_SIDE = 16383
 # Multiprocessors of an H200, which blocks should fill: a halo kernel's are larger than those of the other
 # one, and the NHWC kernel has few where there is one image.
@@ -44,7 +44,7 @@ _NHWC_POSITIONS, _NHWC_SLICED = 64, 7
 # here), so wgmma may multiply that much more zeros to fill its wider tiles.
 _MMA_SHARE = 5 / 8
 
-# (x, out, residual, weights, bias, tables, sizes); sizes: see csrc/common/launch_plan.h, block_plan.h
+# (x, out, residual, weights, bias, tables, sizes); sizes: see csrc/cuda/launch_plan.h, block_plan.h
 Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[int]], None]
 
 

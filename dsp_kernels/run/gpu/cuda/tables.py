@@ -1,4 +1,4 @@
-"""Weights and tables of one convolution in the order in which the CUDA kernels read them (csrc/common).
+"""Weights and tables of one convolution in the order in which the CUDA kernels read them (csrc/cuda).
 
 A *tile* is up to ``filters`` filters of one group and the list of what they read. One launch runs all tiles
 of all groups; those with the longest reduction come first. Small groups share a tile where that is less work:
@@ -26,13 +26,13 @@ from dsp_kernels.run.gpu.cuda.groups import (
 
 __all__ = ["KERNELS", "KernelKind", "Tables", "make_tables"]
 
-# Row of the reduction that fills a block: a tap outside of every image (csrc/common/conv_params.h).
+# Row of the reduction that fills a block: a tap outside of every image (csrc/cuda/conv_params.h).
 _OUTSIDE = 0x7FFF << 16
 
 
 @dataclass(frozen=True)
 class KernelKind:
-    """One kernel: its number and filters per tile (csrc/common/launch_plan.h), and its reduction.
+    """One kernel: its number and filters per tile (csrc/cuda/launch_plan.h), and its reduction.
 
     rows: rows of the reduction per block; channels: channels of one tap are filled up to a multiple of it.
     order: how the weights of a tile lie, see WEIGHT_ORDERS.

@@ -1,4 +1,4 @@
-"""A residual block as one launch of a CUDA kernel (csrc/common/block_kernel.h): CHWN, 16-bit numbers."""
+"""A residual block as one launch of a CUDA kernel (csrc/cuda/block_kernel.h): CHWN, 16-bit numbers."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ __all__ = ["H200", "BlockPlan", "DeviceModel", "block_floor", "block_seconds", "
 
 Shapes = Mapping[str, tuple[int, ...] | None]
 _BYTES = 2  # of one number: the kernel takes 16-bit numbers only
-_WARPS = 8  # of a block of threads; csrc/common/block_kernel.h
+_WARPS = 8  # of a block of threads; csrc/cuda/block_kernel.h
 # Seconds of a turn, and of a kernel, that nothing of the model explains: the first copy's way from memory,
 # barriers, the last store. An estimate.
 _LATENCY = 1e-6
@@ -130,7 +130,7 @@ def block_floor(step: BlockStep, shapes: Shapes, device: DeviceModel) -> float:
 
 
 def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
-    """Predicted for one convolution by a kernel of its own (csrc/common/halo_conv.h, chwn_gemm.h)."""
+    """Predicted for one convolution by a kernel of its own (csrc/cuda/halo_conv.h, chwn_gemm.h)."""
     spec = step.spec
     batch, _, height, width = shapes[step.output] or (0, 0, 0, 0)
     taps = spec.kernel_size[0] * spec.kernel_size[1]

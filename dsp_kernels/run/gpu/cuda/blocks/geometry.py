@@ -15,14 +15,14 @@ from dsp_kernels.run.gpu.cuda.blocks.tables import STEP, BlockTables, Row
 
 __all__ = ["BlockGeometry", "Region"]
 
-# csrc/common/block_params.h
+# csrc/cuda/block_params.h
 MOST_CHUNKS, LARGEST_DIVISOR = 4095, 256
 _PIECE = 16  # bytes of eight images
 
 
 @dataclass(frozen=True)
 class Region:
-    """See BlockRegion in csrc/common/block_params.h; sizes in pixels, offset and channel_bytes in bytes."""
+    """See BlockRegion in csrc/cuda/block_params.h; sizes in pixels, offset and channel_bytes in bytes."""
 
     offset: int
     channel_bytes: int

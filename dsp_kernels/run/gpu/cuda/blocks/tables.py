@@ -3,7 +3,7 @@
 A *slot* is a channel of a map that has a place in shared memory: of the block's input those that anything
 reads, of an inner map those that the next convolution reads; filters that write no slot are not computed.
 Which filters form a tile and what they read does not depend on sizes; where that lies in shared memory does
-(cuda_block_geometry.py). See csrc/common/block_params.h.
+(cuda_block_geometry.py). See csrc/cuda/block_params.h.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// Convolutions in float16, a part of kernel_impl.h for CPUs with AVX512-FP16. A word of 32 bits holds one pixel of two
-// channels, the first in the lower half, as in kernel_bf16.h. One instruction multiplies a vector of words with a word of
+// Convolutions in float16, a part of impl.h for CPUs with AVX512-FP16. A word of 32 bits holds one pixel of two
+// channels, the first in the lower half, as in bf16.h. One instruction multiplies a vector of words with a word of
 // weights and adds to sums that are halves too: of even channels in the lower halves, of odd ones in the upper.
 //
 // Such a sum is rounded to 11 bits at every term, so it goes to a float sum after half_terms terms at most. With

@@ -1,4 +1,4 @@
-// Winograd's method over the rows of a convolution, a part of kernel_impl.h; winograd.h has the formulas.
+// Winograd's method over the rows of a convolution, a part of impl.h; winograd.h has the formulas.
 // A vector never meets a transform: these combine whole rows, so any interleaving and any width works.
 #pragma once
 
@@ -138,7 +138,7 @@ __attribute__((noinline)) void finish_band(const V* sums, int filters, const Ban
 } // namespace
 } // namespace dsp
 
-#include "kernel_patches.h"
+#include "patches.h"
 
 namespace dsp {
 namespace {

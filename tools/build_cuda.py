@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 LIBRARY = "_C_cuda.so"
 # Machine code for A100 and H100/H200; newer chips compile the PTX when they first meet it.
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
@@ -86,7 +86,7 @@ def why_not_cuda(environment: Mapping[str, str], torch: Path | None, without_tor
 
 def sources() -> list[Path]:
     """One file per number format for convolutions and for blocks, and the two ops."""
-    return [*sorted(HERE.glob("*.cu")), HERE / "op.cpp", HERE / "block_op.cpp"]
+    return [*sorted(CUDA.glob("*.cu")), CUDA / "op.cpp", CUDA / "block_op.cpp"]
 
 
 def build(
@@ -106,7 +106,7 @@ def build(
     assert nvcc is not None
     archs = arch_flags(environment.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
     temporary.mkdir(parents=True, exist_ok=True)
-    headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), *(HERE.parent / "common").glob("*.h"), Path(__file__)]
+    headers = [*CUDA.glob("*.h"), *CUDA.glob("*.cuh"), Path(__file__)]
     newest_header = max(path.stat().st_mtime for path in headers)
 
     def compile_one(source: Path) -> str:

@@ -7,5 +7,5 @@
 #define DSP_FP16 1
 #define DSP_NAME "avx512_fp16"
 #define DSP_TABLE kernels_avx512_fp16
-#include "kernel_impl.h"
+#include "impl.h"
 #endif

@@ -129,7 +129,7 @@ struct ThinCall {
     int images;
 };
 
-// A sum of halves goes to a float sum after so many terms at most (kernel_fp16.h). With 8, 32, 64, 128 and all terms the
+// A sum of halves goes to a float sum after so many terms at most (fp16.h). With 8, 32, 64, 128 and all terms the
 // logits of ResNet-56 g=4 have a root mean square error of 0.0036, 0.0044, 0.0047, 0.0050 and 0.0054 (bfloat16: 0.022);
 // 64 costs half as many conversions as 32.
 #if defined(DSP_HALF_TERMS) // for measurements
@@ -157,8 +157,8 @@ struct Kernels {
     int filters;                    // most filters of a tile
     int vectors[max_filters + 1];   // vectors[k]: most vectors of a tile with k filters
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
-    WordKernels bf16; // kernel_bf16.h
-    WordKernels fp16; // kernel_fp16.h; empty without AVX512-FP16
+    WordKernels bf16; // bf16.h
+    WordKernels fp16; // fp16.h; empty without AVX512-FP16
     void (*band_input)(const BandInput&);
     void (*patch_input)(const PatchInput&);
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);

@@ -9,4 +9,4 @@
 #define DSP_FP16 0
 #define DSP_NAME "base"
 #define DSP_TABLE kernels_base
-#include "kernel_impl.h"
+#include "impl.h"

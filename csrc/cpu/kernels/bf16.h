@@ -1,4 +1,4 @@
-// Convolutions in bfloat16, a part of kernel_impl.h. A word of 32 bits holds one pixel of two channels, the first
+// Convolutions in bfloat16, a part of impl.h. A word of 32 bits holds one pixel of two channels, the first
 // in the lower half; a vector holds `lanes` words. Two products are added to a float sum at a time: by one
 // instruction where the CPU has it (DSP_BF16), else as two float products, which round in another order.
 // The instruction takes denormal numbers as 0.

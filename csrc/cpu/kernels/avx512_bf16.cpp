@@ -6,5 +6,5 @@
 #define DSP_FP16 0
 #define DSP_NAME "avx512_bf16"
 #define DSP_TABLE kernels_avx512_bf16
-#include "kernel_impl.h"
+#include "impl.h"
 #endif

@@ -187,11 +187,11 @@ int64_t arithmetic(int64_t turns) {
 } // namespace
 } // namespace dsp
 
-#include "kernel_bands.h"
-#include "kernel_maps.h"
-#include "kernel_bf16.h"
+#include "bands.h"
+#include "maps.h"
+#include "bf16.h"
 #if DSP_FP16
-#include "kernel_fp16.h"
+#include "fp16.h"
 #endif
 
 namespace dsp {

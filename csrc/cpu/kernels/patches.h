@@ -1,4 +1,4 @@
-// Winograd's method over pairs of columns of a band, a part of kernel_bands.h; winograd.h has the formulas.
+// Winograd's method over pairs of columns of a band, a part of bands.h; winograd.h has the formulas.
 #pragma once
 
 namespace dsp {

@@ -6,5 +6,5 @@
 #define DSP_FP16 0
 #define DSP_NAME "avx512"
 #define DSP_TABLE kernels_avx512
-#include "kernel_impl.h"
+#include "impl.h"
 #endif
