@@ -3,8 +3,8 @@
     python scripts/evidence/compare_versions.py OLD/.venv/bin/python NEW/.venv/bin/python --job latency
 
 Jobs: latency (fused ResNet-56 g=4, batch 1, 8, 32) and build (PruneWrapper.initialize, pack and fuse of
-ResNet-50 at 224 x 224). A second child of the old version is the control. Only one child works at a time, in a
-new random order in each block. Prints the median, 10th and 90th percentile of new / old and of old / old.
+ResNet-50 at 224 x 224). A second child of the old version is the control. Only one child works at a time, in
+a new random order per block. Prints the median, 10th and 90th percentile of new / old and of old / old.
 """
 
 from __future__ import annotations
