@@ -184,9 +184,9 @@ def test_one_image_may_go_another_way(tmp_path: Path) -> None:
     assert packed.stem.out_channels == WIDTH - 2  # the number in channel 5 is read in both ways
     for batch in (1, 2, 4):
         close(packed(images(batch)), model(images(batch)))
-    with pytest.raises(DSPTraceError, match="another way for a batch of one"):
+    with pytest.raises(DSPTraceError, match="another branch for a batch of one"):
         fuse(packed, images())
-    with pytest.raises(DSPFormatError, match="another way for a batch of one"):
+    with pytest.raises(DSPFormatError, match="another branch for a batch of one"):
         dsp_kernels.save(packed, tmp_path / "net", images())
 
 
