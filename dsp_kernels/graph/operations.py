@@ -91,8 +91,8 @@ def _is_map(call: Call) -> bool:
     return call.input is not None and len(call.input) == 4
 
 
-def _if_map(attributes: Attributes) -> Callable[[Call], Found]:
-    return lambda call: attributes if _is_map(call) else None
+def _on_map(call: Call) -> Found:
+    return {} if _is_map(call) else None
 
 
 # -- elementwise operations
@@ -200,20 +200,25 @@ def _norm_of_a_module(call: Call) -> Found:
 # -- operations on the feature map: pools, padding, reductions
 
 
-def _pool(**defaults: Any) -> Callable[[Call], Found]:
-    def attributes(call: Call) -> Found:
-        read = call.settings(kernel_size=None, stride=None, padding=0, **defaults)
-        if read.pop("return_indices", False):
-            return None
-        read["stride"] = read["stride"] or read["kernel_size"]
-        for name in {"kernel_size", "stride", "padding", "dilation"} & set(read):
-            sizes = _flat(read[name])
-            if not all(isinstance(size, int) for size in sizes):  # computed from the size of the map
-                return None
-            read[name] = (sizes[0], sizes[-1])
-        return read
+def _max_pool(call: Call) -> Found:
+    names = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    read = call.settings(**names, return_indices=False)
+    return None if read.pop("return_indices") else _with_pairs(read)
 
-    return attributes
+
+def _avg_pool(call: Call) -> Found:
+    names = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
+    return _with_pairs(call.settings(**names, divisor_override=None))
+
+
+def _with_pairs(read: Attributes) -> Found:
+    read["stride"] = read["stride"] or read["kernel_size"]
+    for name in {"kernel_size", "stride", "padding", "dilation"} & set(read):
+        sizes = _flat(read[name])
+        if not all(isinstance(size, int) for size in sizes):  # computed from the size of the map
+            return None
+        read[name] = (sizes[0], sizes[-1])
+    return read
 
 
 def _to_one_pixel(call: Call) -> Found:
@@ -358,6 +363,10 @@ def _full_index(index: Any, dims: int) -> tuple[Any, ...] | None:
     return (*index[: ellipses[0]], *[slice(None)] * skipped, *index[ellipses[0] + 1 :])
 
 
+def _shuffle(call: Call) -> Found:
+    return call.settings(groups=1) if _is_map(call) else None
+
+
 def _reshape_of_channels(before: int, after: int) -> Callable[[Call], Found]:
     """(N, C, H, W) -> (N, g, C / g, H, W) or back. before, after: 4 and 5, or 5 and 4 dimensions."""
 
@@ -434,13 +443,19 @@ _POINTWISE = (
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
 _MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_DROPOUT = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
 _MEAN = (torch.mean, "mean")
 _RESHAPE = (torch.reshape, "view", "reshape")
 _FLATTEN = (torch.flatten, "flatten")
 _TRANSPOSE = (torch.transpose, "transpose")
 _SQUEEZE = (torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze")
+_RESIZE = (*_RESHAPE, *_FLATTEN, *_SQUEEZE, "expand", "expand_as", operator.getitem)
 _PADS = (nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 _CHANNEL_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+_CHANNEL_NORM = (F.group_norm, F.layer_norm, F.local_response_norm, torch.group_norm, torch.layer_norm)
+_ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_ADAPTIVE_POOL = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 
 # The first entry that fits a call is its kind.
 OPERATIONS = (
@@ -451,19 +466,12 @@ OPERATIONS = (
     Operation("linear", (nn.Linear,)),
     Operation("conv_transpose", (nn.ConvTranspose2d,), (), _of_one_group),
     # function: a name in activations.ACTIVATIONS
-    Operation(
-        "activation",
-        (nn.ReLU,),
-        (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
-        _activation("relu"),
-    ),
+    Operation("activation", (nn.ReLU,), _RELU, _activation("relu")),
     Operation("activation", (nn.ReLU6,), (F.relu6,), _activation("relu6")),
     Operation("activation", (nn.SiLU,), (F.silu,), _activation("silu")),
     Operation("activation", (nn.Hardswish,), (F.hardswish,), _activation("hardswish")),
     Operation("identity", (nn.Identity, nn.Dropout, nn.Dropout2d), ("contiguous",)),
-    Operation(
-        "identity", (), (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout), _not_training(2)
-    ),
+    Operation("identity", (), _DROPOUT, _not_training(2)),
     Operation("identity", (), ("torchvision.stochastic_depth",), _not_training(3)),
     Operation("add", (), (*_ADD, "__add__", "__iadd__"), _sum_of_equals),  # of two tensors of one shape
     # apply: the function of one tensor; it may map 0 to something else
@@ -476,59 +484,29 @@ OPERATIONS = (
     Operation("batch_norm", (nn.BatchNorm2d,), (), _with_statistics),
     # module, path: F.batch_norm with the tensors of this module
     Operation("functional_norm", (), (F.batch_norm,), _norm_of_a_module),
-    Operation("instance_norm", (nn.InstanceNorm2d,), (), _if_map({})),
+    Operation("instance_norm", (nn.InstanceNorm2d,), (), _on_map),
     Operation("instance_norm", (nn.GroupNorm,), (), _one_channel_per_group),
-    Operation(  # each channel depends on others
-        "norm_over_channels",
-        _CHANNEL_NORMS,
-        (F.group_norm, F.layer_norm, F.local_response_norm, torch.group_norm, torch.layer_norm),
-    ),
+    Operation("norm_over_channels", _CHANNEL_NORMS, _CHANNEL_NORM),  # each channel depends on others
     # kernel_size, stride, padding, ...: as of nn.MaxPool2d and nn.AvgPool2d, sizes as pairs
-    Operation(
-        "max_pool",
-        (nn.MaxPool2d,),
-        (F.max_pool2d, torch.max_pool2d),
-        _pool(dilation=1, ceil_mode=False, return_indices=False),
-    ),
-    Operation(
-        "avg_pool",
-        (nn.AvgPool2d,),
-        (F.avg_pool2d,),
-        _pool(ceil_mode=False, count_include_pad=True, divisor_override=None),
-    ),
+    Operation("max_pool", (nn.MaxPool2d,), (F.max_pool2d, torch.max_pool2d), _max_pool),
+    Operation("avg_pool", (nn.AvgPool2d,), (F.avg_pool2d,), _avg_pool),
     Operation("global_avg_pool", (nn.AdaptiveAvgPool2d,), (F.adaptive_avg_pool2d,), _to_one_pixel),  # keepdim
     Operation("global_avg_pool", (), _MEAN, _global_mean),
-    Operation(  # to more than one pixel
-        "adaptive_pool",
-        (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
-        (F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
-        _without_indices,
-    ),
+    Operation("adaptive_pool", _ADAPTIVE_POOLS, _ADAPTIVE_POOL, _without_indices),  # to more than one pixel
     Operation("spatial_mean", (), (*_MEAN, torch.amax, "amax", torch.amin, "amin"), _reduction_of_map),
     Operation("pad", _PADS, (F.pad,), _pad),  # mode, value
-    Operation("interpolate", (nn.Upsample,), (F.interpolate,), _if_map({})),
+    Operation("interpolate", (nn.Upsample,), (F.interpolate,), _on_map),
     Operation("flatten", (nn.Flatten,), (*_FLATTEN, *_RESHAPE), _flatten),
     Operation("concat", (), (torch.cat, torch.concat, torch.concatenate), _concat),  # operands
     Operation("split", (), (torch.chunk, "chunk", torch.split, "split"), _split),  # sizes, rigid
     Operation("piece", (), (operator.getitem,), _part_of_split),  # start, stop, rigid
     Operation("piece", (), (operator.getitem,), _slice_of_channels),
-    Operation(
-        "channel_shuffle",
-        (nn.ChannelShuffle,),
-        (),
-        lambda call: call.settings(groups=1) if _is_map(call) else None,
-    ),
+    Operation("channel_shuffle", (nn.ChannelShuffle,), (), _shuffle),  # groups
     # (N, C, H, W) -> (N, a, b, H, W) -> (N, b, a, H, W) -> (N, C, H, W); groups: a
     Operation("split_channels", (), _RESHAPE, _reshape_of_channels(4, 5)),  # groups, rigid
     Operation("swap_channels", (), (*_TRANSPOSE, torch.permute, "permute"), _swap_groups),
     Operation("join_channels", (), _RESHAPE, _reshape_of_channels(5, 4)),  # rigid
-    # rigid
-    Operation(
-        "same_channels",
-        (),
-        (*_RESHAPE, *_FLATTEN, *_SQUEEZE, "expand", "expand_as", operator.getitem),
-        _same_channels,
-    ),
+    Operation("same_channels", (), _RESIZE, _same_channels),  # rigid
 )
 
 # "scalar": not a tensor, such as a size. "output": of one tensor. "opaque": any other call.
