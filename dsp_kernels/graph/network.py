@@ -79,9 +79,6 @@ class TracedNetwork:
     def __iter__(self) -> Iterator[TracedNode]:
         return iter(self.nodes)
 
-    def __len__(self) -> int:
-        return len(self.nodes)
-
     def of_kind(self, *kinds: str) -> tuple[TracedNode, ...]:
         """All nodes of these kinds, in execution order."""
         return tuple(node for node in self.nodes if node.kind in kinds)

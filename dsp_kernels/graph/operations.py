@@ -91,8 +91,9 @@ def _is_map(call: Call) -> bool:
     return call.input is not None and len(call.input) == 4
 
 
-def _on_map(call: Call) -> Found:
-    return {} if _is_map(call) else None
+def _on_map(condition: Callable[[Any], bool] = lambda module: True) -> Callable[[Call], Found]:
+    """condition: on the module that is called."""
+    return lambda call: {} if _is_map(call) and condition(call.module) else None
 
 
 # -- elementwise operations
@@ -165,17 +166,8 @@ def _not_training(place: int) -> Callable[[Call], Found]:
 # -- norms
 
 
-def _with_statistics(call: Call) -> Found:
-    return {} if isinstance(call.module, nn.BatchNorm2d) and call.module.running_mean is not None else None
-
-
-def _one_channel_per_group(call: Call) -> Found:
-    norm = call.module
-    return (
-        {}
-        if isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels and _is_map(call)
-        else None
-    )
+def _has_one_channel_per_group(norm: nn.GroupNorm) -> bool:
+    return norm.num_groups == norm.num_channels
 
 
 def _norm_of_a_module(call: Call) -> Found:
@@ -221,16 +213,16 @@ def _with_pairs(read: Attributes) -> Found:
     return read
 
 
+def _returns_no_indices(pool: nn.Module | None) -> bool:
+    return not getattr(pool, "return_indices", False)
+
+
 def _to_one_pixel(call: Call) -> Found:
     # A size of None keeps the input's.
     size = call.settings(output_size=None)["output_size"]
     return (
         {"keepdim": True} if size == 1 or (isinstance(size, tuple | list) and list(size) == [1, 1]) else None
     )
-
-
-def _without_indices(call: Call) -> Found:
-    return {} if _is_map(call) and not getattr(call.module, "return_indices", False) else None
 
 
 def _global_mean(call: Call) -> Found:
@@ -481,21 +473,23 @@ OPERATIONS = (
     Operation("combine", (), _ADD, _combination("add")),
     Operation("combine", (), _SUBTRACT, _combination("subtract")),
     Operation("combine", (), _MULTIPLY, _combination("multiply")),
-    Operation("batch_norm", (nn.BatchNorm2d,), (), _with_statistics),
+    Operation("batch_norm", (nn.BatchNorm2d,), (), _on_map(lambda norm: norm.running_mean is not None)),
     # module, path: F.batch_norm with the tensors of this module
     Operation("functional_norm", (), (F.batch_norm,), _norm_of_a_module),
-    Operation("instance_norm", (nn.InstanceNorm2d,), (), _on_map),
-    Operation("instance_norm", (nn.GroupNorm,), (), _one_channel_per_group),
+    Operation("instance_norm", (nn.InstanceNorm2d,), (), _on_map()),
+    Operation("instance_norm", (nn.GroupNorm,), (), _on_map(_has_one_channel_per_group)),
     Operation("norm_over_channels", _CHANNEL_NORMS, _CHANNEL_NORM),  # each channel depends on others
     # kernel_size, stride, padding, ...: as of nn.MaxPool2d and nn.AvgPool2d, sizes as pairs
     Operation("max_pool", (nn.MaxPool2d,), (F.max_pool2d, torch.max_pool2d), _max_pool),
     Operation("avg_pool", (nn.AvgPool2d,), (F.avg_pool2d,), _avg_pool),
     Operation("global_avg_pool", (nn.AdaptiveAvgPool2d,), (F.adaptive_avg_pool2d,), _to_one_pixel),  # keepdim
     Operation("global_avg_pool", (), _MEAN, _global_mean),
-    Operation("adaptive_pool", _ADAPTIVE_POOLS, _ADAPTIVE_POOL, _without_indices),  # to more than one pixel
+    Operation(
+        "adaptive_pool", _ADAPTIVE_POOLS, _ADAPTIVE_POOL, _on_map(_returns_no_indices)
+    ),  # to more than one pixel
     Operation("spatial_mean", (), (*_MEAN, torch.amax, "amax", torch.amin, "amin"), _reduction_of_map),
     Operation("pad", _PADS, (F.pad,), _pad),  # mode, value
-    Operation("interpolate", (nn.Upsample,), (F.interpolate,), _on_map),
+    Operation("interpolate", (nn.Upsample,), (F.interpolate,), _on_map()),
     Operation("flatten", (nn.Flatten,), (*_FLATTEN, *_RESHAPE), _flatten),
     Operation("concat", (), (torch.cat, torch.concat, torch.concatenate), _concat),  # operands
     Operation("split", (), (torch.chunk, "chunk", torch.split, "split"), _split),  # sizes, rigid
