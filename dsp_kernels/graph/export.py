@@ -247,11 +247,11 @@ class _Translation:
     def __init__(self, model: nn.Module, program: torch.export.ExportedProgram) -> None:
         self.model, self.program = model, program
         signature = program.graph_signature
-        # placeholder -> path of the parameter or buffer
-        self.held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        # Name of a placeholder -> path of the parameter or buffer.
+        self.parameter_paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.graph = fx.Graph()
         self.made: dict[fx.Node, Any] = {}
-        self.paths: dict[fx.Node, str] = {}
+        self.paths: dict[fx.Node, str] = {}  # of parameters, buffers and constants
         self.constants: dict[str, Tensor] = {}
         self.leaves: dict[str, tuple[str, list[fx.Node]]] = {}  # call of a module -> its path and nodes
         self.leaf_of: dict[fx.Node, str] = {}
@@ -265,7 +265,7 @@ class _Translation:
             name = getattr(node.target, "_opname", "")
             if node.args and isinstance(node.args[0], fx.Node) and name.endswith("_") and name != "detach_":
                 source = self._source(node.args[0])
-                changed.add(self._held(source))
+                changed.add(self._path_of(source))
                 if not node.users and _is_view(source):
                     changed.add(f"a part of a tensor ({name})")
         changed.discard("")
@@ -282,8 +282,8 @@ class _Translation:
         self._find_leaves(nodes)
         for node in nodes:
             if node.op == "placeholder":
-                if node.name in self.held:
-                    self.paths[node] = self.held[node.name]
+                if node.name in self.parameter_paths:
+                    self.paths[node] = self.parameter_paths[node.name]
                 elif node.name in lifted:
                     self.paths[node] = name = f"constant_{lifted[node.name]}".replace(".", "_")
                     self.constants[name] = self.program.constants[lifted[node.name]].detach()
@@ -358,14 +358,18 @@ class _Translation:
         inside, found = set(parts), set()
         for node in parts:
             for source in map(self._source, node.all_input_nodes):
-                own = self._held(source).startswith(f"{path}.")
+                own = self._path_of(source).startswith(f"{path}.")
                 if source not in inside and not own and not _is_number(source):
                     found.add(source)
         return found.pop() if len(found) == 1 else None
 
-    def _held(self, node: Any) -> str:
+    def _path_of(self, node: Any) -> str:
         """Path of the parameter or buffer that a node is, or ""."""
-        return self.held.get(node.name, "") if isinstance(node, fx.Node) and node.op == "placeholder" else ""
+        return (
+            self.parameter_paths.get(node.name, "")
+            if isinstance(node, fx.Node) and node.op == "placeholder"
+            else ""
+        )
 
     def _results(self, parts: list[fx.Node]) -> list[fx.Node]:
         inside = set(parts)
@@ -398,7 +402,7 @@ class _Translation:
         name, args = getattr(node.target, "_opname", ""), list(node.args)
         if name not in ("conv2d", "linear", "batch_norm") or len(args) < 2:
             return None
-        held = [self._held(self._source(arg)) if isinstance(arg, fx.Node) else None for arg in (*args, None)]
+        held = [self._path_of(self._source(a)) if isinstance(a, fx.Node) else None for a in (*args, None)]
         path = (held[1] or "").rpartition(".")[0]
         module = self._leaf(path) if path else None
         bias = None if getattr(module, "bias", None) is None else f"{path}.bias"
