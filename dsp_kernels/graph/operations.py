@@ -328,9 +328,9 @@ def _slice_of_channels(call: Call) -> Found:
     if shape is None or len(shape) not in (2, 4) or not isinstance(index, tuple):
         return None
     index = _full_index(index, len(shape))
-    if not index:
+    if index is None:
         return None
-    batch, channels, *rest = (*index, slice(None))[: max(len(index), 2)]
+    batch, channels, *rest = index
     if any(part != slice(None) for part in (batch, *rest)) or not isinstance(channels, slice):
         return None
     if channels.step not in (None, 1) or not all(
@@ -342,17 +342,15 @@ def _slice_of_channels(call: Call) -> Found:
 
 
 def _full_index(index: Any, dims: int) -> tuple[Any, ...] | None:
-    """An index as a tuple without ellipsis, or None if it holds more than slices, integers and None."""
+    """One entry per dimension, without ellipsis; None if it holds more than slices, integers and None."""
     index = index if isinstance(index, tuple) else (index,)
-    ellipses = [place for place, part in enumerate(index) if part is Ellipsis]
-    if len(ellipses) > 1 or not all(
-        part is None or part is Ellipsis or isinstance(part, slice | int) for part in index
-    ):
+    ellipses = [place for place, part in enumerate(index) if part is Ellipsis] or [len(index)]
+    parts = [part for part in index if part is not Ellipsis]
+    if len(ellipses) > 1 or not all(part is None or isinstance(part, slice | int) for part in parts):
         return None
-    if not ellipses:
-        return index
-    skipped = dims - sum(part is not None for part in index) + 1
-    return (*index[: ellipses[0]], *[slice(None)] * skipped, *index[ellipses[0] + 1 :])
+    skipped = dims - sum(part is not None for part in parts)
+    parts[ellipses[0] : ellipses[0]] = [slice(None)] * skipped
+    return tuple(parts)
 
 
 def _shuffle(call: Call) -> Found:
@@ -403,7 +401,7 @@ def _same_channels(call: Call) -> Found:
         inside = all(isinstance(dim, int) and dim % count >= 2 for dim in dims)
     elif name == "getitem":
         index = _full_index(node.args[1], len(before)) or ()
-        inside = len(index) >= 2 and index[0] == index[1] == slice(None)
+        inside = index[:2] == (slice(None), slice(None))
     else:
         inside = name == "expand_as"
     return {"rigid": False} if inside else None
