@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,6 @@ __all__ = [
     "all_reduce_mean",
     "any_rank",
     "barrier",
-    "broadcast_object",
     "broadcast_tensors",
     "is_distributed",
     "is_main",
@@ -38,7 +37,6 @@ __all__ = [
     "world_size",
 ]
 
-T = TypeVar("T")
 _GLOO_THREAD = "pt_gloo_runloop"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -128,15 +126,6 @@ def _thread_states(name: str) -> list[str]:
             if before.partition("(")[2] == name:
                 states.append(after.split()[0])
     return states
-
-
-def broadcast_object(value: T, source: int = 0) -> T:
-    """The value of process ``source``; it is pickled."""
-    if not is_distributed():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, source, device=_collective_device())
-    return holder[0]
 
 
 def broadcast_tensors(tensors: Sequence[Tensor], source: int = 0) -> None:

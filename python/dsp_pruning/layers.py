@@ -19,7 +19,6 @@ __all__ = [
     "LayerInfo",
     "LayerPredicate",
     "LayerSurvey",
-    "default_example_input",
     "inputs_like",
     "select_layers",
     "survey_layers",
@@ -139,35 +138,21 @@ def survey_layers(
     return LayerSurvey(convs, tuple(infos), excluded, example)
 
 
-def default_example_input(model: nn.Module) -> Tensor:
-    """Zeros of shape (1, C, 32, 32) with C, dtype and device of the first conv.
-
-    Raises DSPPruningError if the model has no ``nn.Conv2d``.
-    """
-    conv = _first_conv(model)
-    return conv.weight.new_zeros(1, conv.in_channels, 32, 32)
-
-
 def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
-    """The tensors of an example (None: the default one) on the device of the model's first conv.
+    """The tensors of an example on the device of the model's first conv; None: zeros of shape (1, C, 32, 32).
 
     The first input, which is the image, and other floating-point inputs are cast to the conv's dtype.
     Raises DSPPruningError if the model has no ``nn.Conv2d``, DSPShapeError if ``example`` is not an example.
     """
-    if example is None:
-        return (default_example_input(model),)
-    weight = _first_conv(model).weight
+    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if conv is None:
+        raise DSPPruningError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to group or prune")
+    inputs = as_inputs(torch.zeros(1, conv.in_channels, 32, 32) if example is None else example)
+    device, dtype = conv.weight.device, conv.weight.dtype
     return tuple(
-        x.detach().to(weight.device, weight.dtype if place == 0 or x.is_floating_point() else None)
-        for place, x in enumerate(as_inputs(example))
+        x.detach().to(device, dtype if place == 0 or x.is_floating_point() else None)
+        for place, x in enumerate(inputs)
     )
-
-
-def _first_conv(model: nn.Module) -> nn.Conv2d:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module
-    raise DSPPruningError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to group or prune")
 
 
 _Size = tuple[tuple[int, int], tuple[int, int]]

@@ -90,9 +90,29 @@ class GroupWrapper:
     ) -> None:
         self._network = distributed.unwrap(model)
         self.layers = survey_layers(self._network, example_input, layers)
-        _check_settings(
-            optimizer, criterion, reg, total_steps, temp, group_optimizer_lr, second_order, generator
+        # A wrapper around an optimizer has param_groups too.
+        for name, kind, expected, valid in (
+            ("optimizer", type(optimizer), "a torch optimizer", hasattr(optimizer, "param_groups")),
+            ("criterion", type(criterion), "a function of the model's output and y", callable(criterion)),
+            (
+                "generator",
+                type(generator),
+                "a torch.Generator",
+                isinstance(generator, torch.Generator | None),
+            ),
+        ):
+            _check(valid, f"{name} is a {kind.__name__}; it must be {expected}")
+        count = isinstance(total_steps, int) and not isinstance(total_steps, bool)
+        _check(
+            count and total_steps > 0, f"total_steps is {total_steps!r}; expected an integer of at least 1"
         )
+        _check(_is_finite(reg) and reg >= 0, f"reg is {reg!r}; expected a finite number of at least 0")
+        for name, value in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
+            _check(_is_finite(value) and value > 0, f"{name} is {value!r}; expected a finite number above 0")
+        modes = get_args(SecondOrder)
+        _check(second_order in modes, f"second_order is {second_order!r}; expected one of {', '.join(modes)}")
+        if second_order != "none":
+            check_optimizer(optimizer)
         counts = groups_of_layers(self.layers.chosen, n_groups)
         self.model = model
         self.optimizer = optimizer
@@ -253,8 +273,9 @@ class GroupWrapper:
 
     def _share_generator(self) -> None:
         """Every process draws what rank 0 draws."""
-        if distributed.is_distributed():
-            self.generator.set_state(distributed.broadcast_object(self.generator.get_state()))
+        state = self.generator.get_state()
+        distributed.broadcast_tensors([state])
+        self.generator.set_state(state)
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = True
@@ -322,37 +343,9 @@ class GroupWrapper:
         raise_first_not_finite(suspects, self._steps - 1)
 
 
-def _check_settings(
-    optimizer: Any,
-    criterion: Any,
-    reg: Any,
-    total_steps: Any,
-    temp: Any,
-    group_optimizer_lr: Any,
-    second_order: Any,
-    generator: Any,
-) -> None:
-    """Raise DSPPruningError for the first invalid setting."""
-    if not hasattr(optimizer, "param_groups"):  # also accepts a wrapper around an optimizer
-        raise DSPPruningError(f"optimizer is a {type(optimizer).__name__}; it must be a torch optimizer")
-    if not callable(criterion):
-        raise DSPPruningError(
-            f"criterion is a {type(criterion).__name__}; it must be a function of the model's output and y"
-        )
-    if not isinstance(generator, torch.Generator | None):
-        raise DSPPruningError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-        raise DSPPruningError(f"total_steps is {total_steps!r}; expected an integer of at least 1")
-    if not (_is_finite(reg) and reg >= 0):
-        raise DSPPruningError(f"reg is {reg!r}; expected a finite number of at least 0")
-    for name, number in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
-        if not (_is_finite(number) and number > 0):
-            raise DSPPruningError(f"{name} is {number!r}; expected a finite number above 0")
-    if second_order not in get_args(SecondOrder):
-        choices = ", ".join(get_args(SecondOrder))
-        raise DSPPruningError(f"second_order is {second_order!r}; expected one of {choices}")
-    if second_order != "none":
-        check_optimizer(optimizer)
+def _check(valid: bool, message: str) -> None:
+    if not valid:
+        raise DSPPruningError(message)
 
 
 def _is_finite(value: Any) -> bool:

@@ -117,17 +117,12 @@ class LayerRule:
     channels: [G, C] shares, filters: [O] shares; None if they are not pruned.
     """
 
-    layer: LayerInfo
+    name: str
     alive: Tensor
     energy: Tensor
     groups: Tensor
     channels: Tensor | None
     filters: Tensor | None
-
-    @property
-    def name(self) -> str:
-        """The layer's."""
-        return self.layer.name
 
     @property
     def shares(self) -> tuple[Tensor, ...]:
@@ -172,4 +167,4 @@ def layer_rule(
     alive = ((weight != 0) & (mask != 0)).flatten(2).any(2).cpu()
     filters = filter_shares(energy) if prunes_filters else None
     channels = channel_shares(energy, groups, len(logits)) if prunes_channels else None
-    return LayerRule(layer, alive, energy, groups, channels, filters)
+    return LayerRule(layer.name, alive, energy, groups, channels, filters)

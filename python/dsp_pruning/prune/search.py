@@ -30,12 +30,13 @@ def kernel_cost(layer: LayerInfo, target: Target) -> int:
 class ThresholdSearch:
     """What each beta would leave of a network with fixed weights. It changes nothing.
 
-    rules: one per layer. network: None if the model cannot be traced. target: what a rate is a share of.
-    multiple: each group keeps a multiple of this many channels.
+    rules: one per layer, in order. network: None if the model cannot be traced.
+    target: what a rate is a share of. multiple: each group keeps a multiple of this many channels.
     """
 
     def __init__(
         self,
+        layers: Sequence[LayerInfo],
         rules: Sequence[LayerRule],
         network: TracedNetwork | None,
         target: Target = "macs",
@@ -46,7 +47,7 @@ class ThresholdSearch:
         self.target = target
         self.multiple = multiple
         self.betas = candidate_betas(shares for rule in rules for shares in rule.shares)
-        self._costs = {rule.name: kernel_cost(rule.layer, target) for rule in rules}
+        self._costs = {layer.name: kernel_cost(layer, target) for layer in layers}
         self._whole = sum(self._costs[rule.name] * rule.alive.numel() for rule in rules)
         self._outcomes: dict[int, tuple[float, bool]] = {}
         self._by_rule_alone: dict[int, float] = {}

@@ -212,7 +212,7 @@ class PruneWrapper:
         """Compared with the smallest beta that prunes as much without rounding."""
         if search.multiple == 1:
             return None
-        plain = ThresholdSearch(search.rules, search.network, search.target)
+        plain = ThresholdSearch(self.layers, search.rules, search.network, search.target)
         span = plain.reachable()
         same = plain.best(min(search.pruned(masks), span[1] if span is not None else 0.0))
         kept = [rule.columns(masks[rule.name]).sum(1) for rule in search.rules]
@@ -241,7 +241,7 @@ class PruneWrapper:
             mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
             prunes_filters = layer.name in self.filter_layers
             rules.append(layer_rule(layer, weight, mask, prunes_filters, self.prune_channels))
-        return ThresholdSearch(rules, self._trace(), self.target, self.channel_multiple)
+        return ThresholdSearch(self.layers, rules, self._trace(), self.target, self.channel_multiple)
 
     @torch.no_grad()
     def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
