@@ -47,9 +47,7 @@ class Golden:
         return {key.removeprefix(prefix): self[key] for key in self.arrays if key.startswith(prefix)}
 
 
-def replay(
-    golden: Golden, model: nn.Module
-) -> Iterator[tuple[int, GroupWrapper, torch.optim.SGD, float]]:
+def replay(golden: Golden, model: nn.Module) -> Iterator[tuple[int, GroupWrapper, torch.optim.SGD, float]]:
     """Train as the file did, with its noise; yields after every step."""
     meta = golden.meta
     model.double().load_state_dict(golden.under("init/"))

@@ -1,4 +1,4 @@
-"""The look-ahead lays images out in channels_last where the network allows it, and says nothing where not."""
+"""The look-ahead converts images to channels_last if the network supports it, and falls back silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsp_pruning.learn.lookahead import LookAhead, look_ahead
 
 
 class Flattened(nn.Module):
-    """``view`` needs channels in front of pixels in memory, ``flatten`` does not."""
+    """``view`` needs contiguous memory, ``flatten`` does not."""
 
     def __init__(self, view: bool) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Flattened(nn.Module):
         return self.fc(x.view(len(x), -1) if self.view else x.flatten(1))
 
 
-def test_a_network_that_does_not_run_in_channels_last_is_looked_at_in_its_own_order() -> None:
+def test_a_network_that_fails_in_channels_last_runs_on_the_images_as_they_are() -> None:
     results, passes = [], []
     for view in (False, True):
         torch.manual_seed(1)
@@ -40,12 +40,12 @@ def test_a_network_that_does_not_run_in_channels_last_is_looked_at_in_its_own_or
             handle.remove()
             passes.append(len(calls))
         results.append([setup.model.conv1.weight, setup.model.conv2.weight])
-    assert passes == [1, 1, 1, 2, 1, 1]  # it is tried once
+    assert passes == [1, 1, 1, 2, 1, 1]  # channels_last is tried once
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_an_error_of_the_network_itself_comes_out_of_the_look_ahead() -> None:
+def test_an_error_of_the_network_itself_is_raised() -> None:
     setup = Setup()
     setup.forward_and_step()
     with pytest.raises(RuntimeError, match=r"size|shape"):
@@ -54,7 +54,7 @@ def test_an_error_of_the_network_itself_comes_out_of_the_look_ahead() -> None:
 
 
 class Picky(nn.Module):
-    """Notes the order of memory of what it is given, and may raise an error of its own about it."""
+    """Records the memory format of its input, and may raise its own error about it."""
 
     def __init__(self, refuses: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def ahead(model: Picky, x: Tensor) -> LookAhead:
 
 
 @pytest.mark.parametrize("refuses", [True, False])
-def test_any_error_about_the_order_leads_back_to_the_caller_s(refuses: bool) -> None:
+def test_any_error_about_the_memory_format_falls_back(refuses: bool) -> None:
     model, x = Picky(refuses), torch.randn(4, 3, 8, 8)
     found = ahead(model, x)
     assert found.refused == refuses
@@ -89,8 +89,8 @@ def test_any_error_about_the_order_leads_back_to_the_caller_s(refuses: bool) -> 
     torch.testing.assert_close(found.loss, expected.detach())
 
 
-def test_an_error_comes_alone() -> None:
-    """Not as one that was met while another was handled, which is about an order nobody asked for."""
+def test_an_error_has_no_context() -> None:
+    """A chained error about a memory format that the caller did not choose would mislead."""
     model = Picky(refuses=True)
     with pytest.raises(RuntimeError, match="too many images") as caught:
         ahead(model, torch.randn(9, 3, 8, 8))
@@ -98,8 +98,8 @@ def test_an_error_comes_alone() -> None:
     assert model.seen == [False, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in-order", "another-dtype"])
-def test_nothing_is_run_twice_in_the_same_order(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["channels-last-already", "float64"])
+def test_nothing_runs_twice_in_the_same_memory_format(dtype: torch.dtype) -> None:
     model = Picky(refuses=False).to(dtype)
     x = torch.randn(9, 3, 8, 8, dtype=dtype)
     if dtype == torch.float32:
