@@ -210,37 +210,3 @@ def test_a_network_that_is_already_pruned(mode: str) -> None:
         assert (conv.weight[~mask] == 0).all()
         assert conv.weight.isfinite().all()
         assert conv.group.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small"])
-@pytest.mark.parametrize("mode", ["none", "exact"])
-def test_networks_of_torchvision_learn(name: str, mode: Any) -> None:
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    torch.manual_seed(0)
-    model = models.get_model(name, weights=None, num_classes=10).train()
-    side = 64 if name == "squeezenet1_1" else 32
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    learner = GroupWrapper(
-        model,
-        optimizer,
-        F.cross_entropy,
-        2e-3,
-        3,
-        lambda name, conv: min(4, conv.out_channels),
-        0.5,
-        example_input=torch.zeros(1, 3, side, side),
-        second_order=mode,
-    )
-    chosen = learner.layers.chosen
-    assert 0 < len(chosen) < len(learner.layers.convs)
-    before = [layer.conv.group.detach().clone() for layer in chosen]
-    for _ in range(3):
-        x, y = torch.randn(4, 3, side, side), torch.randint(10, (4,))
-        learner.initialize()
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(learner(x), y).backward()
-        optimizer.step()
-        learner.after_step(x, y)
-    assert all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *model.buffers()))
-    for layer, start in zip(chosen, before, strict=True):
-        assert layer.conv.group.ne(start).any(), layer.name
