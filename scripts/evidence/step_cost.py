@@ -22,6 +22,7 @@ from dsp_pruning import GroupWrapper
 from dsp_pruning.models import cifar_resnet
 
 MODES = ("plain", "none", "exact")
+_NOTHING = nullcontext()
 
 
 class Count(TorchDispatchMode):
@@ -44,7 +45,7 @@ class Trainer:
         common = self.model, self.optimizer, F.cross_entropy, 2e-3, 1000, 4, 0.5
         self.learner = None if mode == "plain" else GroupWrapper(*common, second_order=mode)
 
-    def step(self, x: Tensor, y: Tensor, own: Any = nullcontext(), plain: Any = nullcontext()) -> None:
+    def step(self, x: Tensor, y: Tensor, own: Any = _NOTHING, plain: Any = _NOTHING) -> None:
         """One training step, the learner's part inside ``own`` and the rest inside ``plain``."""
         with own:
             if self.learner is not None:

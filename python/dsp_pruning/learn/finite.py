@@ -24,9 +24,10 @@ class NonFiniteFlag:
     def __init__(self) -> None:
         self._flag: Tensor | None = None
         self._host: Tensor | None = None
+        self._view: Any = None  # of the host's copy; reading it dispatches no operation
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_flag": None, "_host": None}
+        return {"_flag": None, "_host": None, "_view": None}
 
     def hold(self, values: Sequence[Tensor], overflow: Tensor | None) -> Tensor:
         """Bool scalar: hold this step back. Records values that are not finite without an overflow.
@@ -38,13 +39,14 @@ class NonFiniteFlag:
         if self._flag is None or self._host is None or self._flag.device != bad.device:
             self._flag = torch.zeros((), device=bad.device)
             self._host = torch.zeros((), pin_memory=bad.device.type == "cuda")
+            self._view = self._host.numpy()
         self._flag.add_(bad if overflow is None else bad & (overflow == 0))
         self._host.copy_(self._flag, non_blocking=True)
         return bad if overflow is None else bad | (overflow > 0)
 
     def seen(self) -> bool:
         """Does the host know of a value that was not finite?"""
-        return self._host is not None and bool(self._host.numpy() != 0)
+        return self._view is not None and bool(self._view != 0)
 
     def wait(self) -> bool:
         """Was any recorded value not finite? Waits for the device."""
@@ -52,7 +54,7 @@ class NonFiniteFlag:
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self._flag = self._host = None
+        self._flag = self._host = self._view = None
 
 
 def overflowed(stepped: bool, found: Iterable[Tensor | None], device: torch.device) -> Tensor:
