@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.penalty import Assigned
 
 # Golden values have up to 7 digits before the point: float64 keeps 1e-13 of a value through the sums.
 RELATIVE = 1e-13
@@ -20,7 +21,7 @@ AUTOGRAD = 1e-9  # absolute, at the default eps if the term has no addend
 
 def penalty(prob: Tensor, weight: Tensor, scale: float = 1.0, **eps: float) -> Tensor:
     """scale * dR/dw, [O, C, kh, kw]."""
-    factor = terms.penalty_factor(prob, terms.kernel_energy(weight), scale, **eps)
+    factor = terms.penalty_factor(Assigned(prob), terms.kernel_energy(weight), scale, **eps)
     return weight * factor.to(weight.dtype)[..., None, None]
 
 
@@ -46,18 +47,18 @@ def test_terms_equal_the_golden_numbers(shared: Path, index: int) -> None:
     meta, golden = case(shared, index)
     prob, weight, scale = golden["prob"], golden["w"], float(golden["scale"])
     energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, golden["v"])
-    close(terms.regulariser(prob, energy), golden["R"])
+    close(terms.regulariser(Assigned(prob), energy), golden["R"])
     close(penalty(prob, weight, scale), golden["penalty"])
     close(penalty(prob, weight, eps=0.0), golden["dR_dw_exact_unscaled"])
-    close(terms.first_order(prob, energy), golden["dR_dp"])
-    close(terms.first_order(prob, energy, eps=0.0), golden["dR_dp_exact"])
-    close(terms.second_order_exact(prob, energy, product), golden["second_exact"])
+    close(terms.first_order(Assigned(prob), energy), golden["dR_dp"])
+    close(terms.first_order(Assigned(prob), energy, eps=0.0), golden["dR_dp_exact"])
+    close(terms.second_order_exact(Assigned(prob), energy, product), golden["second_exact"])
     # The published code divides by n without eps in one place, ours never does: 1e-8 / n in that term.
-    close(terms.second_order_original(prob, energy, product), golden["second_upstream"], 1e-7)
-    close(terms.second_order_original(prob, energy, product, eps=1e-300), original(golden), 1e-12)
+    close(terms.second_order_original(Assigned(prob), energy, product), golden["second_upstream"], 1e-7)
+    close(terms.second_order_original(Assigned(prob), energy, product, eps=1e-300), original(golden), 1e-12)
     hard = terms.hard_assignment(golden["logits"])
     assert torch.equal(hard.argmax(0), golden["hard"].long())
-    close(terms.regulariser(hard, energy), golden["R_hard"])
+    close(terms.regulariser(Assigned(hard), energy), golden["R_hard"])
     close(penalty(hard, weight, scale), golden["penalty_hard"])
     close(
         terms.assignment(golden["logits"], torch.zeros(()), meta["temperature"]).sum(0), torch.ones(meta["O"])
@@ -123,10 +124,10 @@ def test_terms_are_the_derivatives(groups: int, filters: int, channels: int, ker
     product = terms.kernel_product(weight, direction)
     # Without eps, because autograd's R has none; the golden numbers pin the default eps.
     for found, wanted in (
-        (terms.regulariser(prob, energy), value),
+        (terms.regulariser(Assigned(prob), energy), value),
         (penalty(prob, weight, eps=0.0), by_weight),
-        (terms.first_order(prob, energy, eps=0.0), by_prob),
-        (terms.second_order_exact(prob, energy, product), mixed),
+        (terms.first_order(Assigned(prob), energy, eps=0.0), by_prob),
+        (terms.second_order_exact(Assigned(prob), energy, product), mixed),
     ):
         assert float((found - wanted.detach()).abs().max()) <= AUTOGRAD
 
@@ -136,7 +137,11 @@ def test_the_default_eps_stays_near_the_derivative() -> None:
     prob, weight, _ = problem(4, 16, 8, (3, 3))
     close(penalty(prob, weight), penalty(prob, weight, eps=0.0), 1e-7)
     energy = terms.kernel_energy(weight)
-    close(prob * terms.first_order(prob, energy), prob * terms.first_order(prob, energy, eps=0.0), 1e-7)
+    close(
+        prob * terms.first_order(Assigned(prob), energy),
+        prob * terms.first_order(Assigned(prob), energy, eps=0.0),
+        1e-7,
+    )
 
 
 def test_logit_gradient_is_that_of_the_softmax() -> None:
@@ -161,16 +166,24 @@ def test_zero_weights_contribute_zero(zeroed: str, dtype: torch.dtype) -> None:
         assert torch.isfinite(shrink).all()
         assert (shrink[where] == 0).all()
         for second in (terms.second_order_exact, terms.second_order_original):
-            assert torch.isfinite(second(assigned, energy, product)).all()
-        assert torch.isfinite(terms.first_order(assigned, energy)).all()
+            assert torch.isfinite(second(Assigned(assigned), energy, product)).all()
+        assert torch.isfinite(terms.first_order(Assigned(assigned), energy)).all()
     if zeroed == "channel":
         kept = torch.arange(6) != 2
         for second in (terms.second_order_exact, terms.second_order_original):
-            close(second(prob, energy, product), second(prob, energy[:, kept], product[:, kept]), 1e-5)
-        close(terms.first_order(prob, energy), terms.first_order(prob, energy[:, kept]), 1e-5)
+            close(
+                second(Assigned(prob), energy, product),
+                second(Assigned(prob), energy[:, kept], product[:, kept]),
+                1e-5,
+            )
+        close(
+            terms.first_order(Assigned(prob), energy),
+            terms.first_order(Assigned(prob), energy[:, kept]),
+            1e-5,
+        )
     if zeroed == "layer":
-        assert (terms.first_order(prob, energy) == 0).all()
-        assert (terms.second_order_exact(prob, energy, product) == 0).all()
+        assert (terms.first_order(Assigned(prob), energy) == 0).all()
+        assert (terms.second_order_exact(Assigned(prob), energy, product) == 0).all()
 
 
 def test_probabilities_of_exactly_zero_stay_finite() -> None:
@@ -178,7 +191,9 @@ def test_probabilities_of_exactly_zero_stay_finite() -> None:
     prob = terms.assignment(torch.tensor([[0.0, 1.0], [500.0, 0.0]]), torch.zeros(2, 2), 0.01)
     assert (prob == 0).any()
     energy = terms.kernel_energy(torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(1)))
-    slope = terms.first_order(prob, energy) + terms.second_order_exact(prob, energy, energy)
+    slope = terms.first_order(Assigned(prob), energy) + terms.second_order_exact(
+        Assigned(prob), energy, energy
+    )
     assert torch.isfinite(terms.logit_gradient(prob, slope, 0.01)).all()
 
 
@@ -195,10 +210,13 @@ def test_layers_of_equal_shape_can_be_stacked() -> None:
     energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, direction)
     for index, (p, w, v) in enumerate(alone):
         m, mv = terms.kernel_energy(w), terms.kernel_product(w, v)
-        close(terms.regulariser(prob, energy)[index], terms.regulariser(p, m))
-        close(terms.penalty_factor(prob, energy)[index], terms.penalty_factor(p, m))
-        close(terms.first_order(prob, energy)[index], terms.first_order(p, m))
-        close(terms.second_order_exact(prob, energy, product)[index], terms.second_order_exact(p, m, mv))
+        close(terms.regulariser(Assigned(prob), energy)[index], terms.regulariser(Assigned(p), m))
+        close(terms.penalty_factor(Assigned(prob), energy)[index], terms.penalty_factor(Assigned(p), m))
+        close(terms.first_order(Assigned(prob), energy)[index], terms.first_order(Assigned(p), m))
+        close(
+            terms.second_order_exact(Assigned(prob), energy, product)[index],
+            terms.second_order_exact(Assigned(p), m, mv),
+        )
 
 
 def test_half_precision_weights_are_squared_in_float32() -> None:

@@ -14,7 +14,7 @@ from pruner_cases import fresh, learned, same, state_of, train, zeros
 from torch import Tensor, nn
 from toy_net import ToyA
 
-from dsp_kernels.errors import DSPPruningError, DSPShapeError
+from dsp_kernels.errors import DSPPruningError
 from dsp_pruning.prune.rule import layer_rule
 from dsp_pruning.prune.wrapper import PruneWrapper
 
@@ -134,10 +134,7 @@ def test_which_layers_prune_filters(settings: dict[str, Any], chosen: list[int])
         ({"fp_layer_indices": 3}, "fp_layer_indices is 3"),
         ({"n_groups": 17}, r"'stage_1\.0\.conv_a' has 16 filters.*n_groups=17"),
         ({"n_groups": 0}, "n_groups is 0"),
-        ({"n_groups": 2.0}, r"n_groups is 2\.0"),
-        ({"n_groups": {NAMES[0]: 2}}, r"missing \['stage_1\.0\.conv_b'"),
         ({"n_groups": dict.fromkeys([*NAMES, "fc"], 2)}, r"unknown \['fc'\]"),
-        ({"n_groups": lambda name, conv: "two"}, "n_groups is 'two' for layer 'stage_1.0.conv_a'"),
         ({"layers": lambda name, conv: False}, "no layer"),
         ({"target": "flops"}, "target is 'flops'"),
         ({"channel_multiple": 0}, "channel_multiple is 0"),
@@ -174,11 +171,6 @@ def test_every_layer_may_have_its_own_number_of_groups(n_groups: Any) -> None:
         assert len(row["group_channels"]) == row["groups_kept"] >= len(kept.unique(dim=0))
     train(pickle.loads(pickle.dumps(pruner)))
     assert pruner.n_groups == dict(zip(NAMES, COUNTS, strict=True))
-
-
-def test_an_example_that_the_model_does_not_support() -> None:
-    with pytest.raises(DSPShapeError):
-        PruneWrapper(fresh(), 2, 2, example_input=torch.zeros(1, 5, 32, 32))
 
 
 def test_existing_logits_for_another_number_of_groups() -> None:

@@ -81,7 +81,7 @@ class Bucket:
     def regulariser(self) -> tuple[Tensor, Tensor]:
         """Sum of scale * R over the layers for the hard groups, and number of filters in each group [G]."""
         hard, energy = terms.hard_assignment(self.logits()), terms.kernel_energy(self.weight())
-        values = terms.regulariser(hard.to(energy), energy)
+        values = terms.regulariser(terms.Assigned(hard.to(energy)), energy)
         return (self.scale.flatten().to(values) * values).sum(), hard.sum(dim=(0, 2))
 
 
@@ -126,14 +126,14 @@ class BucketStep:
 
     def shrink(self, hold: Tensor) -> None:
         """Subtract the penalty of the hard groups from the weights. hold: bool scalar, True for a no-op."""
-        hard = terms.hard_assignment(self.bucket.logits()).to(self.energy.dtype)
+        hard = terms.Assigned(terms.hard_assignment(self.bucket.logits()).to(self.energy.dtype))
         share = self._shrinkage(hard, self.energy).masked_fill(hold.to(self.energy.device), 0)
         weights: list[Tensor] = [layer.weight for layer in self.bucket.layers]
         torch._foreach_addcmul_(weights, weights, list(_per_kernel(share, weights[0]).unbind()), value=-1.0)
 
-    def _shrinkage(self, prob: Tensor | terms.Assigned, energy: Tensor) -> Tensor:
+    def _shrinkage(self, p: terms.Assigned, energy: Tensor) -> Tensor:
         """[L, O, C]: the share of every kernel that the penalty takes away."""
-        return terms.penalty_factor(prob, energy, self.bucket.strength)
+        return terms.penalty_factor(p, energy, self.bucket.strength)
 
 
 def attach_layers(

@@ -6,7 +6,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +97,17 @@ def look_ahead(
     clones = torch._foreach_clone(list(starts.values()))
     leaves = [clone.requires_grad_() for clone in clones]
     copies = dict(zip(starts, leaves, strict=True))
-    passes = partial(_passes, model, criterion, copies, autocast_dtype, scaler, several)
+
+    def loss_of(x: Any, y: Any) -> Tensor:
+        # Without the cast cache: inside an outer autocast it could hold casts of other weights.
+        device_type, enabled = leaves[0].device.type, autocast_dtype is not None
+        with torch.autocast(device_type, autocast_dtype, enabled, cache_enabled=False):
+            return criterion(model(*x) if several else model(x), y)
+
+    def passes(batches: Sequence[Batch]) -> tuple[list[Tensor | None], Tensor]:
+        with torch.enable_grad(), _kept_random_state(leaves[0].device), _substituted(model, copies):
+            return _summed(loss_of, batches, leaves, scaler)
+
     reordered = [(_channels_last(x), y) for x, y in batches] if reorder else batches
     tried = any(ours is not x for (ours, _), (x, _) in zip(reordered, batches, strict=True))
     found = None
@@ -145,31 +154,22 @@ def _channels_last(x: Any) -> Any:
     return x
 
 
-def _passes(
-    model: nn.Module,
-    criterion: Callable[[Any, Any], Tensor],
-    copies: Mapping[Tensor, Tensor],
-    autocast_dtype: torch.dtype | None,
-    scaler: torch.amp.GradScaler | None,
-    several: bool,
+def _summed(
+    loss_of: Callable[[Any, Any], Tensor],
     batches: Sequence[Batch],
+    leaves: Sequence[Tensor],
+    scaler: torch.amp.GradScaler | None,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Gradient of every copy (None if unused) and the loss, each summed over the batches."""
-    leaves = list(copies.values())
-    device = leaves[0].device
-    # Without the cast cache: inside an outer autocast it could hold casts of other weights.
-    autocast = torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
-    total = torch.zeros((), device=device)
+    """Gradient of every leaf (None if unused) and the loss, each summed over the batches."""
+    total = torch.zeros((), device=leaves[0].device)
     sums: list[Tensor | None] = [None] * len(leaves)
-    with torch.enable_grad(), _kept_random_state(device), _substituted(model, copies):
-        for x, y in batches:
-            with autocast:
-                loss = criterion(model(*x) if several else model(x), y)
-            loss = loss if len(batches) == 1 else loss / len(batches)
-            scaled = loss if scaler is None else scaler.scale(loss)
-            new = torch.autograd.grad(scaled, leaves, allow_unused=True)
-            sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, new, strict=True)]
-            total = total.to(loss.dtype) + loss.detach()
+    for x, y in batches:
+        loss = loss_of(x, y)
+        loss = loss if len(batches) == 1 else loss / len(batches)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        new = torch.autograd.grad(scaled, leaves, allow_unused=True)
+        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, new, strict=True)]
+        total = total.to(loss.dtype) + loss.detach()
     return sums, total
 
 

@@ -2,14 +2,14 @@
 
 Shapes, here and in every function below (leading dimensions, equal on all arguments, are a batch):
     prob: [G, O], soft or hard assignment of O filters to G groups; each column sums to 1.
+    p: ``Assigned(prob)``.
     weight: [O, C, kh, kw].
     energy: [O, C], sum of the squared weights of each kernel (``kernel_energy(weight)``).
 
 With P = prob, M = energy:  n = sqrt(P^2 M) [G, C],  S_g = sum_o sqrt(P_go),  s_g = S_g^2,
     R = sum_g s_g sum_c n_gc        (paper, equation 3; derivatives: docs/notes/algorithm.md).
 All functions are pure and work in float32 or float64. Every division is guarded by ``eps``, so that an
-all-zero channel contributes 0. ``Assigned(prob)`` in place of prob computes its roots and squares once for
-several formulas.
+all-zero channel contributes 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Assigned:
-    """An assignment and what the formulas derive from it.
+    """An assignment and its roots and squares, computed once for several formulas.
 
     prob, square = P^2, root = sqrt(P): [G, O]. total = S, size = s = S^2: [G, 1]; for a hard assignment s is
     the squared number of filters.
@@ -96,35 +96,29 @@ def at_least_float(values: Tensor) -> Tensor:
     return values.float() if values.dtype in _HALF else values
 
 
-def regulariser(prob: Tensor | Assigned, energy: Tensor) -> Tensor:
+def regulariser(p: Assigned, energy: Tensor) -> Tensor:
     """R, a scalar (per batch entry), without the layer scale."""
-    p = _assigned(prob)
     return (p.size * _norm(p, energy)).sum(dim=(-2, -1))
 
 
-def penalty_factor(
-    prob: Tensor | Assigned, energy: Tensor, scale: float | Tensor = 1.0, eps: float = _EPS
-) -> Tensor:
+def penalty_factor(p: Assigned, energy: Tensor, scale: float | Tensor = 1.0, eps: float = _EPS) -> Tensor:
     """[O, C]: scale * dR/dw = this factor * w for each kernel; scale * (P^2 diag(s))^T (1 / n)."""
-    p = _assigned(prob)
     inverse = (_norm(p, energy) + eps).reciprocal()
     return _product(((scale * p.size) * p.square).mT, inverse)
 
 
-def first_order(prob: Tensor | Assigned, energy: Tensor, eps: float = _EPS) -> Tensor:
+def first_order(p: Assigned, energy: Tensor, eps: float = _EPS) -> Tensor:
     """[G, O]: dR/dp at fixed weights, without the layer scale."""
-    p = _assigned(prob)
     norm = _norm(p, energy)
     by_norm = p.size * p.prob * _product((norm + eps).reciprocal(), energy.mT)
     return by_norm + _size_slope(p, eps) * norm.sum(dim=-1, keepdim=True)
 
 
-def second_order_exact(prob: Tensor | Assigned, energy: Tensor, product: Tensor, eps: float = _EPS) -> Tensor:
+def second_order_exact(p: Assigned, energy: Tensor, product: Tensor, eps: float = _EPS) -> Tensor:
     """E [G, O] = d/dp <dR/dw(p, w), v> at fixed w and v.
 
     product: [O, C], ``kernel_product(w, v)`` of the weights and the direction.
     """
-    p = _assigned(prob)
     # eps is a lower bound here, not an addend: 1 / sqrt(p) would amplify an addend.
     inverse = _norm(p, energy).clamp_min(eps).reciprocal()
     slope = _product(p.square, product) * inverse  # derivative of n along v
@@ -133,14 +127,11 @@ def second_order_exact(prob: Tensor | Assigned, energy: Tensor, product: Tensor,
     return by_size + p.size * p.prob * by_norm
 
 
-def second_order_original(
-    prob: Tensor | Assigned, energy: Tensor, product: Tensor, eps: float = _EPS
-) -> Tensor:
+def second_order_original(p: Assigned, energy: Tensor, product: Tensor, eps: float = _EPS) -> Tensor:
     """[G, O]: the mixed term of the published implementation, for comparison; arguments as for the exact one.
 
     It is not the derivative, because the cross-filter terms are missing.
     """
-    p = _assigned(prob)
     inverse = (_norm(p, energy) + eps).reciprocal()
     along = _product(inverse, product.mT)  # sum over c, k of w v / n, [G, O]
     own = p.prob * _product(inverse, energy.mT)
@@ -158,10 +149,6 @@ def logit_gradient(prob: Tensor, slope: Tensor, temperature: float) -> Tensor:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Matrix product; bmm, where possible, dispatches one operation instead of six."""
     return torch.bmm(left, right) if left.dim() == right.dim() == 3 else left @ right
-
-
-def _assigned(prob: Tensor | Assigned) -> Assigned:
-    return prob if isinstance(prob, Assigned) else Assigned(prob)
 
 
 def _norm(p: Assigned, energy: Tensor) -> Tensor:

@@ -181,13 +181,8 @@ class PruneWrapper:
         what limits the pruning.
         """
         report = self.report()
-        return {
-            "beta": report.beta,
-            "pruned_flops": report.pruned_flops,
-            "pruned_params": report.pruned_params,
-            "note": report.note,
-            "layers": list(report.layers),
-        }
+        names = ("beta", "pruned_flops", "pruned_params", "note")
+        return {name: getattr(report, name) for name in names} | {"layers": list(report.layers)}
 
     def report(self) -> PruningReport:
         """What the masks on the model keep; ``print`` shows a table."""
