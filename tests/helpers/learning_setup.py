@@ -1,4 +1,4 @@
-"""A toy net that learns groups, ready to be stepped, and all that such a step could change."""
+"""A toy net that learns groups, and all state that a step could change."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Setup:
 
 
 def everything(setup: Setup) -> dict[str, Tensor]:
-    """All tensors that training could have: weights, buffers, gradients, optimizer state, random numbers."""
+    """All state of training: weights, buffers, gradients, optimizer state, random state."""
     found = {f"state/{key}": value for key, value in setup.model.state_dict().items()}
     for name, parameter in setup.model.named_parameters():
         if parameter.grad is not None:

@@ -98,7 +98,7 @@ class PruneWrapper:
         self._example = survey.example
         self._traced: TracedNetwork | None = None
         self._untraced = ""  # why it cannot be traced
-        self._undo: _Undo | None = None
+        self._undo = _Undo({}, {})
         self._zeros: Zeros | None = None
         self._rounding: RoundingCost | None = None
 
@@ -222,7 +222,7 @@ class PruneWrapper:
 
     def _search(self) -> ThresholdSearch:
         """On the state before the last pruning, if that can be undone."""
-        before = self._undo.before if self._undo is not None and self._undo.possible(self._network) else {}
+        before = self._undo.before if self._undo.possible(self._network) else {}
         missing = [layer.name for layer in self.layers if not _has_logits(layer)]
         if missing:
             warnings.warn(
@@ -242,7 +242,7 @@ class PruneWrapper:
     def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
         masks, _ = search.masks(beta)
         self._rounding = self._rounding_cost(search, beta, masks)
-        if self._undo is not None and self._undo.possible(self._network):
+        if self._undo.possible(self._network):
             self._undo.undo(self._network)
         names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
         names += [f"{layer.name}.bias" for layer in self.layers if layer.conv.bias is not None]
@@ -266,7 +266,7 @@ class PruneWrapper:
 
 @dataclass(frozen=True, eq=False)
 class _Undo:
-    """Parameters and buffers by dotted name, before and after a pruning."""
+    """Parameters and buffers by dotted name, before and after the last pruning; empty before the first."""
 
     before: dict[str, Tensor]
     after: dict[str, Tensor]
