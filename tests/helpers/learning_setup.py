@@ -13,7 +13,7 @@ from toy_net import ToyA
 
 from dsp_pruning.learn.wrapper import GroupWrapper
 
-__all__ = ["LAYERS", "MODES", "OPTIMIZERS", "Setup", "everything"]
+__all__ = ["LAYERS", "MODES", "OPTIMIZERS", "Setup", "everything", "regulariser"]
 
 MODES = ("exact", "none", "original")
 LAYERS = ("conv1", "conv2", "conv3")
@@ -61,6 +61,13 @@ class Setup:
 
     def logits(self) -> list[Tensor]:
         return [self.model.get_submodule(name).group.clone() for name in LAYERS]
+
+
+def regulariser(prob: Tensor, weight: Tensor) -> Tensor:
+    """R by its definition (paper, equation 3), with the masked filters of every group written out."""
+    masked = prob[:, :, None, None, None] * weight
+    norms = masked.square().sum(dim=(1, 3, 4)).sqrt()
+    return (prob.sqrt().sum(dim=1).square() * norms.sum(dim=1)).sum()
 
 
 def everything(setup: Setup) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from learning_setup import LAYERS, MODES, OPTIMIZERS, Setup, everything
+from learning_setup import LAYERS, MODES, OPTIMIZERS, Setup, everything, regulariser
 from torch import Tensor, nn
 from toy_net import ToyA
 
@@ -105,13 +105,9 @@ def test_exact_mode_follows_the_derivative() -> None:
     }
     probs = {name: torch.softmax(logits[name] / 0.5, dim=0).requires_grad_() for name in LAYERS}
 
-    def value(prob: Tensor, weight: Tensor) -> Tensor:
-        norms = (prob[:, :, None, None, None] * weight).square().sum(dim=(1, 3, 4)).sqrt()
-        return (prob.sqrt().sum(dim=1).square() * norms.sum(dim=1)).sum()
-
     def shrink(name: str, weight: Tensor) -> Tensor:
         weight = weight.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(value(probs[name].detach(), weight), weight)
+        (slope,) = torch.autograd.grad(regulariser(probs[name].detach(), weight), weight)
         return weight.detach() - 0.05 * 0.05 / 10 * scales[name] * slope  # reg * lr * ramp
 
     twin = copy.deepcopy(setup.model)
@@ -127,9 +123,9 @@ def test_exact_mode_follows_the_derivative() -> None:
         conv, prob = twin.get_submodule(name), probs[name]
         ahead = (conv.weight - 0.05 * conv.weight.grad).detach()
         direction = shrink(name, ahead) - shrunk[name]
-        (first,) = torch.autograd.grad(value(prob, ahead), prob)
+        (first,) = torch.autograd.grad(regulariser(prob, ahead), prob)
         weight = weights[name].clone().requires_grad_()
-        (by_weight,) = torch.autograd.grad(value(prob, weight), weight, create_graph=True)
+        (by_weight,) = torch.autograd.grad(regulariser(prob, weight), weight, create_graph=True)
         (second,) = torch.autograd.grad((by_weight * direction).sum(), prob)
         raw = logits[name].clone().requires_grad_()
         (torch.softmax(raw / 0.5, dim=0) * (first + second)).sum().backward()
@@ -143,7 +139,8 @@ class TestMixedPrecision:
 
     def train(
         self, setup: Setup, scaler: torch.amp.GradScaler, late: bool = False, spoil: bool = False
-    ) -> None:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One step, with an overflow if ``spoil``; all state before and after the learner's part."""
         setup.learner.initialize()
         setup.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
@@ -152,12 +149,13 @@ class TestMixedPrecision:
         if spoil:
             setup.model.fc.weight.grad[0, 0] = float("inf")
         scaler.step(setup.optimizer)
+        if not late:
+            scaler.update()
+        before = everything(setup)
+        setup.learner.after_step(setup.x, setup.y, True, scaler)
         if late:
-            setup.learner.after_step(setup.x, setup.y, True, scaler)
             scaler.update()
-        else:
-            scaler.update()
-            setup.learner.after_step(setup.x, setup.y, True, scaler)
+        return before, everything(setup)
 
     @pytest.mark.parametrize("second_order", ["none", "exact"])
     @pytest.mark.parametrize("optimizer", ["momentum", "adam-fused"])
@@ -168,18 +166,13 @@ class TestMixedPrecision:
         setup = Setup(optimizer, second_order=second_order)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         self.train(setup, scaler, late)
-        before, moments = everything(setup), copy.deepcopy(setup.learner.state_dict()["group_optimizer"])
-        self.train(setup, scaler, late, spoil=True)
-        assert scaler.get_scale() == 512.0
-        after = everything(setup)
-        # Batch-norm statistics, gradients and step counts are the caller's.
-        ours = [
-            key for key in before if key.endswith(("weight", "bias", "group")) and key.startswith("state")
-        ]
-        assert all(torch.equal(before[key], after[key]) for key in ours)
+        moments = copy.deepcopy(setup.learner.state_dict()["group_optimizer"])
+        before, after = self.train(setup, scaler, late, spoil=True)
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
         torch.testing.assert_close(setup.learner.state_dict()["group_optimizer"], moments, rtol=0, atol=0)
-        self.train(setup, scaler, late)
-        assert not torch.equal(after["state/conv1.group"], everything(setup)["state/conv1.group"])
+        assert scaler.get_scale() == 512.0
+        before, after = self.train(setup, scaler, late)
+        assert not torch.equal(before["state/conv1.group"], after["state/conv1.group"])
         stats = setup.learner.stats()
         assert (stats["step"], stats["skipped_steps"]) == (3, 1)
 
@@ -207,10 +200,10 @@ class TestMixedPrecision:
     def test_an_overflow_of_the_look_ahead_alone_is_skipped_too(self) -> None:
         setup, scaler = Setup(), torch.amp.GradScaler("cpu", init_scale=float("inf"))
         setup.forward_and_step()
-        logits = setup.logits()
+        before = everything(setup)
         setup.learner.after_step(setup.x, setup.y, False, scaler)
         assert setup.learner.stats()["skipped_steps"] == 1
-        assert all(torch.equal(a, b) for a, b in zip(logits, setup.logits(), strict=True))
+        assert all(torch.equal(value, before[key]) for key, value in everything(setup).items())
 
     def test_the_terms_are_never_computed_in_half_precision(self) -> None:
         logits = []

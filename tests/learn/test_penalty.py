@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learning_setup import regulariser
 from torch import Tensor
 
 from dsp_pruning.learn import penalty as terms
@@ -105,18 +106,12 @@ def problem(
     return prob, normal(filters, channels, *kernel), normal(filters, channels, *kernel)
 
 
-def regulariser_by_definition(prob: Tensor, weight: Tensor) -> Tensor:
-    masked = prob[:, :, None, None, None] * weight
-    norms = masked.square().sum(dim=(1, 3, 4)).sqrt()
-    return (prob.sqrt().sum(dim=1).square() * norms.sum(dim=1)).sum()
-
-
 @pytest.mark.parametrize(("groups", "filters", "channels", "kernel"), SHAPES)
 def test_terms_are_the_derivatives(groups: int, filters: int, channels: int, kernel: tuple[int, int]) -> None:
     prob, weight, direction = problem(groups, filters, channels, kernel)
     prob.requires_grad_()
     weight.requires_grad_()
-    value = regulariser_by_definition(prob, weight)
+    value = regulariser(prob, weight)
     by_prob, by_weight = torch.autograd.grad(value, (prob, weight), create_graph=True)
     (mixed,) = torch.autograd.grad((by_weight * direction).sum(), prob)
     prob, weight = prob.detach(), weight.detach()

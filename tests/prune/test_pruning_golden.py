@@ -13,14 +13,6 @@ from torch import Tensor, nn
 from toy_net import ToyA
 
 from dsp_pruning.models.cifar import cifar_resnet
-from dsp_pruning.prune.rule import (
-    channel_shares,
-    count_below,
-    filter_shares,
-    hard_groups,
-    keep,
-    kernel_energy,
-)
 from dsp_pruning.prune.wrapper import PruneWrapper
 
 pytestmark = pytest.mark.shared
@@ -73,31 +65,6 @@ def test_resnet20_without_dead_kernels_at_every_beta(shared: Path, rate: str) ->
             if key.startswith(f"{step}/other_kernels/"):
                 weight = pruner.model.get_submodule(key.split("/")[2]).weight
                 assert np.array_equal(weight.flatten(2).any(2).numpy(), golden[key]), (step, key)
-
-
-@pytest.mark.parametrize("net", ["toyA", "resnet20"])
-@pytest.mark.parametrize("rate", RATES)
-def test_the_rule_before_dead_kernels_are_removed(shared: Path, net: str, rate: str) -> None:
-    pruner, golden, meta = load(shared, net, rate)
-    state = {key: value.clone() for key, value in pruner.model.state_dict().items()}
-    for step in STEPS:
-        beta = float(golden[f"{step}/beta"])
-        pruner.prune_at(beta)
-        for layer in pruner.layers:
-            name = layer.name
-            energy, groups = kernel_energy(state[f"{name}.weight"]), hard_groups(state[f"{name}.group"])
-            shares = channel_shares(energy, groups, meta["n_groups"])
-            assert count_below(shares, beta).tolist() == golden[f"{step}/count/{name}"].tolist()
-            mask = keep(shares, beta)[groups]
-            if name in pruner.filter_layers:
-                by_filter = filter_shares(energy)
-                assert int(count_below(by_filter, beta)) == golden[f"{step}/countfp/{name}"]
-                mask &= keep(by_filter, beta)[:, None]
-            kept = torch.from_numpy(golden[f"{step}/kernels/{name}"])
-            assert not (kept & ~mask).any(), (step, name)  # removing dead kernels only shrinks the mask
-            assert not ((layer.conv.mask[:, :, 0, 0] == 1) & ~mask).any(), (step, name)
-            if step == "final":
-                assert np.array_equal(mask.numpy(), golden[f"final/mask0/{name}"]), name
 
 
 @pytest.mark.parametrize(("rate", "kernels"), [("0.3", 229), ("0.5", 167), ("0.7", 75)])
