@@ -19,6 +19,7 @@ __all__ = [
     "LayerInfo",
     "LayerPredicate",
     "LayerSurvey",
+    "check_kind",
     "inputs_like",
     "select_layers",
     "survey_layers",
@@ -105,12 +106,8 @@ def survey_layers(
     Raises DSPPruningError if no layer is chosen or a chosen one is grouped or never runs, DSPShapeError if
     the model does not run on the example.
     """
-    if not isinstance(model, nn.Module):
-        raise DSPPruningError(f"model is a {type(model).__name__}; it must be an nn.Module")
-    if not (layers is None or callable(layers)):
-        raise DSPPruningError(
-            f"layers is a {type(layers).__name__}; it must be a function (name, conv) -> bool"
-        )
+    check_kind(isinstance(model, nn.Module), "model", model, "an nn.Module")
+    check_kind(layers is None or callable(layers), "layers", layers, "a function (name, conv) -> bool")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     example = inputs_like(model, example_input)
     sizes = _measure(model, convs, example)
@@ -136,6 +133,12 @@ def survey_layers(
             LayerInfo(name, conv, conv.in_channels, conv.out_channels, kernel_size, input_hw, output_hw)
         )
     return LayerSurvey(convs, tuple(infos), excluded, example)
+
+
+def check_kind(valid: bool, name: str, value: object, expected: str) -> None:
+    """Raise DSPPruningError, which names the type of the value, unless ``valid``."""
+    if not valid:
+        raise DSPPruningError(f"{name} is a {type(value).__name__}; it must be {expected}")
 
 
 def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:

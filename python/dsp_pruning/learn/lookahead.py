@@ -117,14 +117,12 @@ def look_ahead(
     gradients, loss = passes(batches) if found is None else found
     if distributed.is_distributed():
         # A layer that took part on another process only has no gradient here.
-        gradients = [
-            torch.zeros_like(leaf) if gradient is None else gradient
-            for leaf, gradient in zip(leaves, gradients, strict=True)
-        ]
-        distributed.all_reduce_mean([*(gradient for gradient in gradients if gradient is not None), loss])
+        filled = [torch.zeros_like(a) if g is None else g for a, g in zip(leaves, gradients, strict=True)]
+        distributed.all_reduce_mean([*filled, loss])
+        gradients = [*filled]
     overflow = None
     if scaler is not None:
-        overflow = _unscale([gradient for gradient in gradients if gradient is not None], scaler, loss.device)
+        overflow = _unscale([g for g in gradients if g is not None], scaler, loss.device)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         leaf.grad = gradient
     _scratch_optimizer(optimizer, copies).step()

@@ -14,7 +14,7 @@ from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.inputs import Example
 from dsp_pruning import distributed
 from dsp_pruning.group_counts import GroupCount, groups_of_layers
-from dsp_pruning.layers import LayerPredicate, survey_layers
+from dsp_pruning.layers import LayerPredicate, check_kind, survey_layers
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_finite
@@ -90,27 +90,18 @@ class GroupWrapper:
     ) -> None:
         self._network = distributed.unwrap(model)
         self.layers = survey_layers(self._network, example_input, layers)
-        # A wrapper around an optimizer has param_groups too.
-        for name, kind, expected, valid in (
-            ("optimizer", type(optimizer), "a torch optimizer", hasattr(optimizer, "param_groups")),
-            ("criterion", type(criterion), "a function of the model's output and y", callable(criterion)),
-            (
-                "generator",
-                type(generator),
-                "a torch.Generator",
-                isinstance(generator, torch.Generator | None),
-            ),
-        ):
-            _check(valid, f"{name} is a {kind.__name__}; it must be {expected}")
-        count = isinstance(total_steps, int) and not isinstance(total_steps, bool)
-        _check(
-            count and total_steps > 0, f"total_steps is {total_steps!r}; expected an integer of at least 1"
-        )
-        _check(_is_finite(reg) and reg >= 0, f"reg is {reg!r}; expected a finite number of at least 0")
+        is_optimizer = hasattr(optimizer, "param_groups")  # also true for a wrapper around an optimizer
+        check_kind(is_optimizer, "optimizer", optimizer, "a torch optimizer")
+        check_kind(callable(criterion), "criterion", criterion, "a function of the model's output and y")
+        is_generator = generator is None or isinstance(generator, torch.Generator)
+        check_kind(is_generator, "generator", generator, "a torch.Generator")
+        is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
+        _check(is_count, "total_steps", total_steps, "an integer of at least 1")
+        _check(_is_finite(reg) and reg >= 0, "reg", reg, "a finite number of at least 0")
         for name, value in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
-            _check(_is_finite(value) and value > 0, f"{name} is {value!r}; expected a finite number above 0")
+            _check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
         modes = get_args(SecondOrder)
-        _check(second_order in modes, f"second_order is {second_order!r}; expected one of {', '.join(modes)}")
+        _check(second_order in modes, "second_order", second_order, f"one of {', '.join(modes)}")
         if second_order != "none":
             check_optimizer(optimizer)
         counts = groups_of_layers(self.layers.chosen, n_groups)
@@ -343,9 +334,9 @@ class GroupWrapper:
         raise_first_not_finite(suspects, self._steps - 1)
 
 
-def _check(valid: bool, message: str) -> None:
+def _check(valid: bool, name: str, value: object, expected: str) -> None:
     if not valid:
-        raise DSPPruningError(message)
+        raise DSPPruningError(f"{name} is {value!r}; expected {expected}")
 
 
 def _is_finite(value: Any) -> bool:
