@@ -108,7 +108,7 @@ def penalty_factor(p: Assigned, energy: Tensor, scale: float | Tensor = 1.0, eps
 
 
 def first_order(p: Assigned, energy: Tensor, eps: float = _EPS) -> Tensor:
-    """[G, O]: dR/dp at fixed weights, without the layer scale."""
+    """F [G, O] = dR/dp at fixed weights, without the layer scale."""
     norm = _norm(p, energy)
     by_norm = p.size * p.prob * _product((norm + eps).reciprocal(), energy.mT)
     return by_norm + _size_slope(p, eps) * norm.sum(dim=-1, keepdim=True)
@@ -128,7 +128,7 @@ def second_order_exact(p: Assigned, energy: Tensor, product: Tensor, eps: float 
 
 
 def second_order_original(p: Assigned, energy: Tensor, product: Tensor, eps: float = _EPS) -> Tensor:
-    """[G, O]: the mixed term of the published implementation, for comparison; arguments as for the exact one.
+    """Q [G, O]: the mixed term of the published implementation; arguments as for the exact one.
 
     It is not the derivative, because the cross-filter terms are missing.
     """
