@@ -1,4 +1,4 @@
-"""ToyA, the small network of the golden files (golden README section 4)."""
+"""ToyA, the small network of the golden files."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ from dsp_pruning.data import TrainingData
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet, variant_of
 from dsp_pruning.prune.report import PruningReport
-from dsp_pruning.prune.rule import Target
-from dsp_pruning.prune.wrapper import PruneWrapper
+from dsp_pruning.prune.wrapper import PruneWrapper, Target
 from dsp_pruning.recipes.checkpoint import load_weights, restore_weights
 from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import (

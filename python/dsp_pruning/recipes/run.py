@@ -15,8 +15,8 @@ from dsp_kernels.errors import DSPError, DSPFormatError, DSPTrainingError
 from dsp_kernels.whole_file import write_text
 from dsp_pruning.data import TrainingData
 from dsp_pruning.distributed import is_main, local_rank
+from dsp_pruning.group_counts import GroupCount, by_pattern
 from dsp_pruning.layers import select_layers
-from dsp_pruning.learn.settings import GroupCount, by_pattern
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
 from dsp_pruning.recipes.checkpoint import save_weights

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm under random masks, random norms and an adversary; and how they pack."""
+"""The zoo: networks of torchvision and timm, and what learning, pruning and packing do to them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
-from dsp_pruning import pack
+from dsp_kernels.errors import DSPPruningError
+from dsp_pruning import GroupWrapper, PruneWrapper, pack
 from dsp_pruning.packing.report import PackingReport
+from dsp_pruning.prune.report import PruningReport
 
 MOST_PARAMETERS = 150_000_000
 SEGMENTATION = ("fcn_resnet50", "deeplabv3_resnet50")
@@ -21,29 +23,12 @@ TIMM = (
     *("resnet26d", "seresnet18", "ese_vovnet19b_dw", "ghostnet_100", "dla34", "hrnet_w18_small"),
     *("res2net50_26w_4s", "mobilenetv3_small_100", "efficientnet_lite0", "regnetx_002"),
 )
-# A few of every way in which channels go: streams, concatenation, gates, shuffles, fire, branches, timm.
+# For the test suite: residual streams, concatenation, gates, shuffles, fire modules, branches.
 CI = (
     *("resnet18", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet", "mnasnet0_5"),
     *("regnet_y_400mf", "densenet121"),
 )
-_SMALLEST = {"inception_v3": 96}
-
-
-@dataclass(frozen=True)
-class Result:
-    """One network packed at one rate; errors are relative to the largest output."""
-
-    name: str
-    rate: float
-    removed: int
-    channels: int
-    macs_before: int
-    macs_after: int
-    folded: int
-    barriers: tuple[str, ...]
-    seconds: float
-    error_64: float
-    error_32: float
+_GROUPS = 4
 
 
 def names() -> list[str]:
@@ -62,7 +47,7 @@ def names() -> list[str]:
 def build(name: str) -> nn.Module:
     """The network with random weights, 10 classes, float64 and in eval mode. torchvision's, or "timm/...".
 
-    Auxiliary heads are on where a network has them.
+    It has its auxiliary heads, if any.
     """
     torch.manual_seed(0)
     if name.startswith("timm/"):
@@ -81,11 +66,78 @@ def build(name: str) -> nn.Module:
     return model.double().eval()
 
 
-def scramble(model: nn.Module, rate: float, seed: int, n_groups: int = 4) -> nn.Module:
+def side(name: str) -> int:
+    """Height and width of the network's images here."""
+    return 96 if name == "inception_v3" else 64
+
+
+def images(batch: int, height: int, width: int | None = None) -> Tensor:
+    """(batch, 3, height, width), float64; seeded."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, height, width or height, generator=generator, dtype=torch.float64)
+
+
+def loss_of(output: Any, _: Any = None) -> Tensor:
+    """A scalar that depends on every output, whatever its structure."""
+    return torch.stack([tensor.square().mean() for tensor in _tensors(output)]).sum()
+
+
+def learn(name: str, second_order: Any, steps: int = 3) -> GroupWrapper:
+    """Learn groups. Raises AssertionError if a value is not finite or a layer's logits did not move."""
+    model, size = build(name).float().train(), side(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    learner = GroupWrapper(
+        *(model, optimizer, loss_of, 2e-3, steps, lambda _, conv: min(_GROUPS, conv.out_channels), 0.5),
+        example_input=torch.zeros(1, 3, size, size),
+        second_order=second_order,
+    )
+    before = [layer.conv.group.detach().clone() for layer in learner.layers.chosen]
+    for _ in range(steps):
+        x = torch.randn(4, 3, size, size)
+        learner.initialize()
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(learner(x)).backward()
+        optimizer.step()
+        learner.after_step(x, None)
+    assert all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *model.buffers()))
+    for layer, start in zip(learner.layers.chosen, before, strict=True):
+        assert layer.out_channels == 1 or layer.conv.group.ne(start).any(), layer.name
+    return learner
+
+
+def prune(name: str, rate: float, steps: int = 3) -> tuple[PruningReport, float]:
+    """Prune random weights with random groups, or to the nearest rate within reach, and train a little.
+
+    Returns the report after training, and the seconds that pruning took.
+    """
+    model, size = build(name).float(), side(name)
+    start = time.perf_counter()
+    groups = lambda _, conv: min(_GROUPS, conv.out_channels)  # noqa: E731
+    pruner = PruneWrapper(model, groups, 2, example_input=torch.randn(1, 3, size, size))
+    for layer in pruner.layers:
+        layer.conv.get_buffer("group").normal_()
+    try:
+        flops, _ = pruner.initialize(rate)
+    except DSPPruningError:
+        flops, _ = pruner.initialize(pruner.reachable()[1])
+    seconds = time.perf_counter() - start
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(pruner(torch.randn(2, 3, size, size))).backward()
+        optimizer.step()
+        pruner.after_step()
+    assert all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *model.buffers()))
+    report = pruner.report()
+    assert report.pruned_flops == flops
+    return report, seconds
+
+
+def scramble(model: nn.Module, rate: float, seed: int, n_groups: int = _GROUPS) -> nn.Module:
     """Random group masks on every dense conv but the first, and random norms and biases.
 
-    Of the pruned filters one half has a cleared norm, as the pruner leaves it; the other half is the
-    adversary: a norm with a shift, which is a constant that the filter's readers see.
+    One half of the pruned filters has a cleared norm, as the pruner leaves it. The other half has a norm with
+    a shift, which makes the filter a constant that its readers see.
     """
     generator = torch.Generator().manual_seed(seed)
     gone: Tensor | None = None
@@ -120,44 +172,44 @@ def scramble(model: nn.Module, rate: float, seed: int, n_groups: int = 4) -> nn.
     return model
 
 
-def masked(model: nn.Module) -> nn.Module:
-    """The dense network with its masks multiplied in."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d) and hasattr(module, "mask"):
-                module.weight.mul_(module.mask)
-    return model
+@dataclass(frozen=True)
+class Packed:
+    """One network packed at one rate; errors are relative to the largest output."""
+
+    name: str
+    rate: float
+    removed: int
+    channels: int
+    macs_before: int
+    macs_after: int
+    folded: int
+    barriers: tuple[str, ...]
+    seconds: float
+    error_64: float
+    error_32: float
 
 
-def run(name: str, rate: float, seed: int = 0) -> Result:
-    """Pack a network at a rate and compare it with the masked one, in two precisions, at two sizes."""
+def pack_masked(name: str, rate: float, seed: int = 0) -> Packed:
+    """Pack a network with random masks and compare it with the masked one, in two precisions and sizes."""
     model = scramble(build(name), rate, seed)
-    size = _SMALLEST.get(name, 64)
-    shapes = ((1, size, size), (2, size + 32, size))
-    inputs = [images(batch, height, width) for batch, height, width in shapes]
+    size = side(name)
+    inputs = [images(1, size), images(2, size + 32, size)]
     start = time.perf_counter()
     packed = pack(model, inputs[0])
     seconds = time.perf_counter() - start
     report = packed.packing
     assert isinstance(report, PackingReport)
-    expected = masked(model)
+    expected = copy.deepcopy(model)  # ``scramble`` multiplied the masks into the weights
     before, after = _macs(expected, inputs[0]), _macs(packed, inputs[0])
     error_64 = largest_error(expected, packed, inputs)
     error_32 = largest_error(expected.float(), packed.float(), [x.float() for x in inputs])
     channels = sum(module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     left = sum(m.out_channels for m in packed.modules() if isinstance(m, nn.Conv2d | PackedConv2d))
-    barriers = tuple(_short(barrier.reason) for barrier in report.barriers if barrier.kept)
-    return Result(
+    barriers = tuple(_operation(barrier.reason) for barrier in report.barriers if barrier.kept)
+    return Packed(
         *(name, rate, channels - left, channels, before, after, report.folded, barriers, seconds),
         *(error_64, error_32),
     )
-
-
-def images(batch: int, height: int, width: int | None = None) -> Tensor:
-    """(batch, 3, height, width), float64; seeded."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 3, height, width or height, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -174,8 +226,9 @@ def largest_error(expected: nn.Module, packed: nn.Module, inputs: list[Tensor]) 
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    for part in output.values() if isinstance(output, Mapping) else ():
-        yield from _tensors(part)
+    else:
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 @torch.no_grad()
@@ -199,6 +252,6 @@ def _macs(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def _short(reason: str) -> str:
-    """The operation that a reason names: what it runs, without the node's own name."""
+def _operation(reason: str) -> str:
+    """The operation that a barrier's reason names."""
     return reason.partition("(")[2].partition(",")[0].strip() or reason
