@@ -90,7 +90,7 @@ class _Checker(fx.Interpreter):
         if isinstance(module, FusedConv2d):
             width, shape = module.spec.structure.in_channels, tuple(getattr(args[0], "shape", ()))
             if len(shape) != 4 or shape[1] != width:
-                raise DSPFormatError(f"layer {target!r} of {width} channels reads a value of shape {shape}")
+                raise DSPFormatError(f"layer {target!r} of {width} channels reads a tensor of shape {shape}")
             return module._call_op(
                 *args, *[None] * (2 - len(args))
             )  # its backends have no meta device, its op has

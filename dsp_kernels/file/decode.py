@@ -26,26 +26,25 @@ __all__ = ["LoadedNetwork", "build_network"]
 _MOST_CALLS, _MOST_MODULES, _DEEPEST = 50_000, 20_000, 6
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
+_STATE = ("_modules", "_parameters", "_buffers")
+
 
 class LoadedNetwork(fx.GraphModule):
     """A network whose forward() is the graph of a file; otherwise an ordinary module.
 
-    architecture: what the saved model carried under this name, or None; example_shape: the shape of an
-    input that it was made for; modes: "both", or "eval" where training runs other operations than the file
-    holds, so that ``train()`` raises DSPError.
+    dense_widths: path of a layer -> its (input channels, output channels, groups) before packing, or None.
+    ``train()`` raises DSPError where training mode runs operations that the file does not hold.
     """
+
+    dense_widths: Mapping[str, tuple[int, int, int]] | None
 
     def __init__(self, root: nn.Module, graph: fx.Graph, meta: Mapping[str, Any]) -> None:
         super().__init__(root, graph)
         # All of the root, in its order, and not only what the graph reads.
-        for kind in ("_modules", "_parameters", "_buffers"):
+        for kind in _STATE:
             self.__dict__[kind] = root.__dict__[kind]
         self.meta.update(meta)
-
-    @property
-    def architecture(self) -> Any:
-        """The name and arguments that the saved model carried, or None."""
-        return self.meta["architecture"]
+        self.dense_widths = None
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -73,10 +72,13 @@ class LoadedNetwork(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadedNetwork:
         root = nn.Module()
-        for kind in ("_modules", "_parameters", "_buffers", "training"):
+        for kind in _STATE:
             root.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
-        made = LoadedNetwork(root, copy.deepcopy(self.graph), copy.deepcopy(dict(self.meta)))
+        made = LoadedNetwork(root, copy.deepcopy(self.graph), {})
         memo[id(self)] = made
+        for name, value in self.__dict__.items():
+            if name != "_graph":
+                made.__dict__[name] = copy.deepcopy(value, memo)
         return made
 
 
@@ -156,7 +158,7 @@ def _place(root: nn.Module, path: Any) -> nn.Module:
     for part in parts[:-1]:
         child = parent._modules.get(part)
         if child is None or type(child) not in CONTAINERS.values():
-            raise DSPFormatError(f"{path!r} lies inside of something that the description does not hold")
+            raise DSPFormatError(f"{path!r} is inside a module that is no container")
         parent = child
     _free(parent, parts[-1], path)
     return parent

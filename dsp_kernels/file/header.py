@@ -65,6 +65,11 @@ def read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[st
             raise DSPFormatError(
                 f"{path} has version {version!r}, readable from {least!r}; expected whole numbers"
             )
+    if version == 1:
+        raise DSPFormatError(
+            f"{path} has version 1, which is no longer read; write the network again with a current "
+            "dsp_kernels"
+        )
     if numbers[1] > FORMAT_VERSION:
         raise DSPFormatError(
             f"{path} has version {version}, for readers of version {least} and later; this dsp_kernels reads "

@@ -1,7 +1,6 @@
 """save / load of packed models: tensors in safetensors, the network in its JSON header, no pickle, no code.
 
-Version 2 holds the network itself (see ``graph_file``), version 3 one of several inputs; version 1, a known
-architecture by name, is still read (see ``file_version_1``).
+Version 2 holds a network of one input, version 3 one of several. docs/files.md describes the format.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ from dsp_kernels.file.header import (
     tensor_table,
 )
 from dsp_kernels.file.modules import Budget
-from dsp_kernels.file.version_1 import build_changed, encode_changes
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.program.fuse import FusedNetwork
 from dsp_kernels.whole_file import require_file, whole_file
 
-__all__ = ["FORMAT_VERSION", "load", "save"]
+__all__ = ["FORMAT_VERSION", "input_channels", "load", "save"]
 
 # A structure may have absent channels, which take no byte; so many are allowed in a file of any size.
 _FREE_WIDTHS = 2**20
@@ -52,8 +50,7 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
     tuple of tensors of one floating dtype, the image first, for a network of several inputs (version 3).
 
     The file holds a graph of known operations and modules (version 2). Where torch.fx cannot follow a model,
-    torch.export may, with an example; the file then runs in eval mode only. A model that neither follows is
-    written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
+    torch.export may, with an example; the file then runs in eval mode only.
     Raises DSPFormatError, naming it, for a model with something that a file cannot hold.
     """
     if isinstance(model, FusedNetwork):
@@ -61,13 +58,7 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
     }
-    try:
-        header = _describe(model, tensors, example_input)
-    except DSPFormatError as error:
-        try:
-            header = new_header(1, **encode_changes(model))
-        except DSPFormatError:
-            raise error from None
+    header = _describe(model, tensors, example_input)
     try:
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
@@ -95,14 +86,10 @@ def _load(path: str | Path) -> nn.Module:
             header = read_header(file.metadata(), path)
             table = tensor_table(file, path)
             budget = Budget(Path(path).stat().st_size + _FREE_WIDTHS, len(table))
-            if header["version"] == 1:
-                model = build_changed(header, budget)
-            else:
-                model = _network(header, table, budget)
+            model = _network(header, table, budget)
             check_tensors(model, table, path)
             _check_ties(model, header.get("tied", {}))
-            if isinstance(model, LoadedNetwork):
-                check_network(model.eval(), model.example_shapes, _floating(table))
+            check_network(model.eval(), model.example_shapes, _floating(table))
             # Copies: what safetensors gives is the file itself in memory, which another process may change.
             tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
@@ -119,7 +106,8 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Examp
     if example_input is None and len(known := getattr(model, "example_shapes", ())) > 1:
         example_input = tuple(torch.empty(shape, device="meta") for shape in known)
     parts = encode_network(model, example_input)
-    architecture = getattr(model, "architecture", None)
+    if widths := getattr(model, "dense_widths", None):
+        parts["dense_widths"] = widths
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     shapes, given = _example_shapes(model, example_input)
     errors: list[DSPFormatError] = []
@@ -128,7 +116,7 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Examp
         if len(every) > 1:
             parts["further_shapes"] = [list(shape) for shape in every[1:]]
         version = 2 if len(every) == 1 else 3
-        header = new_header(version, architecture=architecture, example_given=given, **parts)
+        header = new_header(version, example_given=given, **parts)
         header = json.loads(json.dumps(header))  # what a reader gets
         budget = Budget(2**62, 2**62)
         network = _network(header, table, budget)
@@ -151,12 +139,18 @@ def _example_shapes(
     known = getattr(model, "example_shape", None)
     if known is not None and is_example_shape(known):
         return [(tuple(known),)], bool(getattr(model, "example_given", False))
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | PackedConv2d | FusedConv2d))
-    first = next(convolutions, None)
-    if first is None:
-        raise DSPFormatError("the network has no convolution: pass save(..., example_input=...)")
-    channels = first.spec.structure.in_channels if isinstance(first, FusedConv2d) else first.in_channels
+    channels = input_channels(model)
     return [((1, channels, size, size),) for size in _USUAL_SIZES], False
+
+
+def input_channels(model: nn.Module) -> int:
+    """Input channels of the first convolution. Raises DSPFormatError where there is none."""
+    for module in model.modules():
+        if isinstance(module, FusedConv2d):
+            return module.spec.structure.in_channels
+        if isinstance(module, nn.Conv2d | PackedConv2d):
+            return module.in_channels
+    raise DSPFormatError(f"{type(model).__name__} has no convolution, so an example input is needed")
 
 
 def _floating(table: Any) -> torch.dtype:
@@ -174,12 +168,25 @@ def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwor
     if modes not in ("both", "eval"):
         raise DSPFormatError(f"modes is {str(modes)[:80]}; expected both or eval")
     meta = {
-        "architecture": header.get("architecture"),
         "example_shapes": (tuple(shape), *map(tuple, further)),
         "example_given": header.get("example_given") is True,
         "modes": modes,
     }
-    return build_network(header, meta, table, budget)
+    network = build_network(header, meta, table, budget)
+    network.dense_widths = _dense_widths(header)
+    return network
+
+
+def _dense_widths(header: dict[str, Any]) -> dict[str, tuple[int, int, int]] | None:
+    """Path -> (input channels, output channels, groups) before packing; None where the file has none."""
+    widths = header.get("dense_widths")
+    if widths is None:
+        return None
+    for path, sizes in widths.items() if isinstance(widths, dict) else [("", widths)]:
+        fits = isinstance(sizes, list) and len(sizes) == 3 and path in header["modules"]
+        if not fits or not all(type(size) is int and 1 <= size < 2**31 for size in sizes):
+            raise DSPFormatError(f"dense_widths of {path[:80]!r} are {str(sizes)[:80]}; expected three sizes")
+    return {path: tuple(sizes) for path, sizes in widths.items()}
 
 
 def _check_ties(model: nn.Module, tied: Any) -> None:

@@ -132,7 +132,6 @@ class Walk:
             raise DSPFormatError("it holds no convolution")
         size = 224 if self.pooled else 32
         meta = {
-            "architecture": None,
             "example_shapes": ((1, first.in_channels, size, size),),
             "example_given": False,
             "modes": "both",

@@ -1,9 +1,11 @@
-"""Descriptions of networks in files that are hostile or wrong."""
+"""load refuses damaged, foreign and hostile files, and says what is wrong with them."""
 
 from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,20 @@ def _module(path: str, **changes: Any) -> Callable[[Header], Any]:
     return lambda header: header["modules"][path].update(changes)
 
 
+def _set(**parts: Any) -> Callable[[Header], Any]:
+    return lambda header: header.update(parts)
+
+
+def _structure(**parts: Any) -> Callable[[Header], Any]:
+    return lambda header: header["modules"]["packed"]["structure"].update(parts)
+
+
+def _widths(widths: Any) -> tuple[Callable[[Header], Any], str]:
+    return _set(dense_widths=widths), "dense_widths of .*; expected three sizes"
+
+
 def _first(*calls: dict[str, Any]) -> Callable[[Header], Any]:
-    """Put calls after the input; the others keep reading what they read."""
+    """Insert calls after the input and renumber the others."""
 
     def shifted(value: Any) -> Any:
         if isinstance(value, dict):
@@ -79,14 +93,15 @@ def _deep(depth: int) -> Any:
 
 
 HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
-    "function of no table": (
-        _call("function", "torch.cat", function="os.system"),
-        "'os.system', which is not",
-    ),
+    "version 1": (_set(version=1), "version 1, which is no longer read"),
+    "later version": (_set(readable_from=4), "this dsp_kernels reads version 3"),
+    "version of text": (_set(version="2"), "expected whole numbers"),
+    "other format": (_set(format="weights"), "packed model"),
+    "unknown function": (_call("function", "torch.cat", function="os.system"), "'os.system', which is not"),
     "builtin": (_call("function", "torch.cat", function="eval"), "not known"),
     "module as function": (_call("module", "gate", module="shift"), "not known"),
     "container called": (_call("module", "gate", module="stem"), "not known"),
-    "method of no table": (_call("method", "chunk", method="__reduce__"), "not known"),
+    "unknown method": (_call("method", "chunk", method="__reduce__"), "not known"),
     "method of a number": (_first({"method": "abs", "args": [3]}), "not known"),
     "hidden attribute": (_first({"function": "getattr", "args": [X, "__class__"]}), "reads an attribute"),
     "attribute of a node": (_first({"function": "getattr", "args": [X, X]}), "reads an attribute"),
@@ -97,14 +112,11 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
         "is no path",
     ),
     "dunder path": (lambda h: h["modules"].update({"__class__": {"class": "Module"}}), "has already"),
-    "path of the network itself": (
-        lambda h: h["modules"].update({"graph": {"class": "Module"}}),
-        "has already",
-    ),
+    "path of the network itself": (lambda h: h["modules"].update(graph={"class": "Module"}), "has already"),
     "path taken twice": (lambda h: h["tensors"].update({"gate": "parameter"}), "not in the file"),
     "path inside a layer": (
         lambda h: h["modules"].update({"gate.inner": {"class": "Module"}}),
-        "lies inside",
+        "inside a module that is no",
     ),
     "later call": (_call("function", "torch.cat", args=[[{"node": 10**6}]]), "only read earlier ones"),
     "call of itself": (_first({"function": "torch.relu", "args": [{"node": 1}]}), "only read earlier ones"),
@@ -124,24 +136,27 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "modes": (lambda h: h.update(modes="always"), "expected both or eval"),
     "example of terabytes": (lambda h: h.update(example_shape=[1, 3, HUGE, HUGE]), "four sizes"),
     "example of gigabytes": (lambda h: h.update(example_shape=[1, 3, 60_000, 60_000]), "four sizes"),
-    "class of no table": (_module("gate", **{"class": "Bilinear"}), "'Bilinear' is unknown"),
+    "unknown class": (_module("gate", **{"class": "Bilinear"}), "'Bilinear' is unknown"),
     "foreign setting": (_module("gate", hook="x"), "expected"),
     "huge features": (_module("classifier", in_features=HUGE), "no Linear has that"),
     "large features": (_module("classifier", in_features=10**9), "has shape"),
-    "huge width": (
-        _module("packed", structure={"in_channels": 8, "out_channels": HUGE, "groups": []}),
-        "of this size",
-    ),
-    "index out of range": (
-        _module(
-            "packed", structure={"in_channels": 8, "out_channels": 8, "groups": [[[8], [0]], [[1], [1]]]}
-        ),
-        "holds 8, but",
-    ),
+    "huge width": (_structure(out_channels=HUGE), "in a file of this size"),
+    "width of text": (_structure(in_channels="8"), "in_channels is '8'"),
+    "groups that are no list": (_structure(groups=7), "no group structure"),
+    "more groups than tensors": (_structure(groups=[[[0], [0]]] * 99), "more groups than tensors"),
+    "index out of range": (_structure(groups=[[[8], [0]], [[1], [1]]]), "holds 8, but"),
+    "negative index": (_structure(groups=[[[-1], [0]], [[1], [1]]]), "holds -1"),
+    "index of text": (_structure(groups=[["0", [0]], [[1], [1]]]), "expected an integer"),
+    "output channel in two groups": (_structure(groups=[[[0], [1]], [[1], [1]]]), "in group 0 and"),
+    "other group count": (_structure(groups=[[[0, 5, 2], [1, 7, 4]]]), "not of this model"),
+    "dense widths of no form": _widths([3]),
+    "dense widths of text": _widths({"gate": "abc"}),
+    "dense widths of nothing": _widths({"elsewhere": [1, 1, 1]}),
+    "huge dense widths": _widths({"gate": [HUGE, 8, 1]}),
     "huge kernel": (_module("gate", kernel_size=[10**6, 10**6]), "has shape"),
     "huge padding": (_module("gate", padding=[10**6, 10**6]), "alive at one time"),
     "huge packed padding": (_module("packed", padding=[50_000, 50_000]), "alive at one time"),
-    "padding for nobody": (
+    "huge padding that is unused": (
         _first({"function": "torch.nn.functional.pad", "args": [X, [10**5] * 4]}),
         "alive",
     ),
@@ -150,7 +165,7 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
         "alive at one time",
     ),
     "expanded": (_first({"method": "expand", "args": [X, 10**9, 3, 8, 8]}), "does not run|alive"),
-    "many values at one time": (
+    "many tensors at one time": (
         lambda h: (
             _first(*({"function": "torch.nn.functional.pad", "args": [X, [500] * 4]} for _ in range(20)))(h),
             h["calls"][-1].update(output=[{"node": n} for n in range(1, 21)]),
@@ -203,9 +218,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Header, dict[str
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_refuses_hostile_graphs(
-    template: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str
-) -> None:
+def test_a_hostile_description(template: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str) -> None:
     change, message = HOSTILE[name]
     header, tensors = copy.deepcopy(template[0]), template[1]
     change(header)
@@ -214,12 +227,37 @@ def test_refuses_hostile_graphs(
         dsp_kernels.load(tmp_path / "net")
 
 
-def test_the_template_itself_loads(template: tuple[Header, dict[str, Tensor]], tmp_path: Path) -> None:
-    """So that every refusal above is due to its change; unknown parts of a header are ignored."""
-    header = copy.deepcopy(template[0]) | {"comment": "of a later writer"}
+def test_the_description_loads_without_these_changes(
+    template: tuple[Header, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """A later version that says it is compatible may add keys."""
+    header = copy.deepcopy(template[0]) | {"version": 9, "readable_from": 2, "licence": "a new key"}
     _first(*_squares(3))(header)
     save_file(template[1], tmp_path / "net", metadata={"dsp_kernels": json.dumps(header)})
     assert torch.equal(dsp_kernels.load(tmp_path / "net")(images())["map"], wild()(images())["map"])
+
+
+TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (lambda t: t.pop("classifier.bias"), "missing: \\['classifier.bias'\\]"),
+    "foreign": (lambda t: t.update(spy=torch.zeros(1)), "not of this model: \\['spy'\\]"),
+    "shape": (
+        lambda t: t.update({"stem.norm.weight": torch.zeros(5)}),
+        "'stem.norm.weight' has shape \\[5\\]; expected \\[8\\]",
+    ),
+    "integers": (lambda t: t.update({"stem.norm.weight": torch.zeros(8).long()}), "has dtype torch.int64"),
+    "two dtypes": (lambda t: t.update(shift=torch.zeros(8).double()), "several floating dtypes"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_do_not_fit(
+    template: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str
+) -> None:
+    (change, message), tensors = TENSORS[name], dict(template[1])
+    change(tensors)
+    save_file(tensors, tmp_path / "net", metadata={"dsp_kernels": json.dumps(template[0])})
+    with pytest.raises(DSPFormatError, match=message):
+        dsp_kernels.load(tmp_path / "net")
 
 
 def test_widths_of_all_layers_share_one_budget() -> None:
@@ -249,7 +287,7 @@ class _Two(nn.Module):
 
 
 @pytest.mark.parametrize("name", FURTHER)
-def test_refuses_hostile_inputs(tmp_path: Path, name: str) -> None:
+def test_a_hostile_description_of_several_inputs(tmp_path: Path, name: str) -> None:
     path = tmp_path / "net"
     dsp_kernels.save(_Two(), path, (IMAGE, torch.zeros(1, 3)))
     with safe_open(path, framework="pt") as file:
@@ -263,7 +301,7 @@ def test_refuses_hostile_inputs(tmp_path: Path, name: str) -> None:
 
 
 def test_a_fused_layer_of_other_channels_is_refused(tmp_path: Path) -> None:
-    """Its groups read channels that are there, so that only the width itself tells."""
+    """Its groups read only channels that exist."""
     path = tmp_path / "net"
     dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, IMAGE)
     with safe_open(path, framework="pt") as file:
@@ -271,5 +309,45 @@ def test_a_fused_layer_of_other_channels_is_refused(tmp_path: Path) -> None:
     fused = next(m for m in header["modules"].values() if m["class"] == "FusedConv2d")
     fused["structure"]["in_channels"] += 100
     save_file(load_file(path), path, metadata={"dsp_kernels": json.dumps(header)})
-    with pytest.raises(DSPFormatError, match="channels reads a value of shape"):
+    with pytest.raises(DSPFormatError, match="channels reads a tensor of shape"):
         dsp_kernels.load(path)
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    path = tmp_path / "foreign"
+    for metadata, message in (
+        (None, r"not one that dsp_kernels\.save wrote"),
+        ({"dsp_kernels": "{"}, "not JSON"),
+        ({"dsp_kernels": "[" * 100_000}, "readable"),
+    ):
+        save_file({"a": torch.zeros(2)}, path, metadata=metadata)
+        with pytest.raises(DSPFormatError, match=message):
+            dsp_kernels.load(path)
+    torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(DSPFormatError, match=r"not a readable safetensors file \(it is a zip archive"):
+        dsp_kernels.load(path)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        dsp_kernels.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        dsp_kernels.load(tmp_path / "nothing")
+
+
+def test_every_truncation(tmp_path: Path) -> None:
+    path = tmp_path / "net"
+    dsp_kernels.save(nets.make("residual"), path, IMAGE)
+    whole = path.read_bytes()
+    for size in [*range(0, 200, 7), *range(200, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(DSPFormatError):
+            dsp_kernels.load(path)
+
+
+def test_damaged_files_load_completely_or_not_at_all() -> None:
+    """In a process with limited memory; ``scripts/fuzz_files.py --count 20000`` is the long run."""
+    script = Path(__file__).parents[2] / "scripts" / "fuzz_files.py"
+    command = [sys.executable, str(script), "--count", "500"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("500 files")
+    for outcome in ("'refused': ", "'loaded': "):  # both happen, so both were tried
+        assert int(done.stdout.split(outcome)[1].split(",")[0].split("}")[0]) > 5
