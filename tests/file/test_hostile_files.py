@@ -21,7 +21,7 @@ from wild_net import IMAGE, images, wild
 import dsp_kernels
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file.modules import Budget
+from dsp_kernels.file.decode import Budget
 
 Header = dict[str, Any]
 HUGE = 10**12
@@ -187,7 +187,7 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
             {"function": "getattr", "args": [X, "shape"]},
             {"method": "numel", "args": [{"node": 1}]},
         ),
-        "is called of a Size",
+        "is called on a Size",
     ),
     "channels that do not fit": (_call("module", "gate", args=[X]), "does not run on an input"),
     "loose tensor of another kind": (lambda h: h["tensors"].update(scale="code"), "a parameter or a buffer"),

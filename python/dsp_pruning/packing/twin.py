@@ -10,7 +10,8 @@ from torch import nn
 
 from dsp_kernels import FusedConv2d, PackedConv2d
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file.modules import Budget, build_module, encode_module, is_known
+from dsp_kernels.file.decode import Budget, build_module
+from dsp_kernels.file.encode import encode_module, is_known
 from dsp_pruning.packing.plan import LayerPlan
 from dsp_pruning.packing.rebuild import replace_module
 
@@ -99,4 +100,4 @@ def _dense(module: nn.Module, path: str, in_channels: int, out_channels: int, gr
         "groups": groups,
     }
     settings |= {name: width for name, width in widths.items() if name in settings}
-    return build_module(settings, path, Budget(0, 0))
+    return build_module(settings, path, Budget())
