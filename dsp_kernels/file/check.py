@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.format import SCALAR_FUNCTIONS
+from dsp_kernels.graph.compare import tensors_of
 from dsp_kernels.op.fused_conv import FusedConv2d
 
 __all__ = [
@@ -179,7 +180,7 @@ class _Checker(fx.Interpreter):
             raise DSPFormatError(f"more than {_LONGEST_PRODUCT} operations on sizes, one after the other")
 
     def _count(self, n: fx.Node, result: Any) -> None:
-        self._live[n] = sum(tensor.numel() for tensor in _tensors(result))
+        self._live[n] = sum(tensor.numel() for tensor in tensors_of(result))
         self._total += self._live[n]
         if self._total > self._allowed:
             raise DSPFormatError(
@@ -191,13 +192,3 @@ class _Checker(fx.Interpreter):
 
 
 _SCALAR = frozenset(SCALAR_FUNCTIONS.values())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
