@@ -20,7 +20,7 @@ def whole_file(path: str | Path, previous: Path | None = None) -> Iterator[Path]
     """A temporary file beside ``path``, of the same suffix, which replaces ``path`` when the block ends.
 
     If the block raises or the process dies, ``path`` is unchanged. The file keeps the access rights of the
-    one it replaces, else it gets those of any new file (safetensors would make it readable by its owner only).
+    one it replaces, else it gets those of any new file (safetensors lets only its owner read it).
     previous: where to keep the file that is replaced. Raises OSError that names ``path`` if it cannot be
     written.
     """

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, fx, nn
 
@@ -40,6 +40,16 @@ __all__ = [
 TensorMap = Callable[[Tensor], Tensor]
 
 
+def _map_tensors(value: Any, function: TensorMap) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value)._apply(function)
+    if isinstance(value, Step):
+        return value.map_tensors(function)
+    return tuple(_map_tensors(part, function) for part in value) if type(value) is tuple else value
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """Reads the values ``inputs`` and writes the value ``output``."""
@@ -47,9 +57,10 @@ class Step:
     output: str
     inputs: tuple[str, ...]
 
-    def map_tensors(self, function: TensorMap) -> Step:
-        """A copy with ``function`` applied to every tensor of the step."""
-        return self
+    def map_tensors(self, function: TensorMap) -> Self:
+        """A copy with ``function`` applied to every tensor and module of the step."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: _map_tensors(value, function) for name, value in values.items()})
 
     def describe(self) -> str:
         """One line of ``explain()``."""
@@ -66,10 +77,6 @@ class ConvStep(Step):
     spec: ConvSpec
     weights: tuple[Tensor, ...]
     bias: Tensor | None
-
-    def map_tensors(self, function: TensorMap) -> ConvStep:
-        weights = tuple(function(weight) for weight in self.weights)
-        return replace(self, weights=weights, bias=None if self.bias is None else function(self.bias))
 
     def describe(self) -> str:
         spec = self.spec
@@ -89,9 +96,6 @@ class AffineStep(Step):
     scale: Tensor
     shift: Tensor
     activation: str = "none"
-
-    def map_tensors(self, function: TensorMap) -> AffineStep:
-        return replace(self, scale=function(self.scale), shift=function(self.shift))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,10 +188,6 @@ class LinearStep(Step):
     bias: Tensor | None
     activation: str = "none"
 
-    def map_tensors(self, function: TensorMap) -> LinearStep:
-        bias = None if self.bias is None else function(self.bias)
-        return replace(self, weight=function(self.weight), bias=bias)
-
     def describe(self) -> str:
         return f"linear {self.weight.shape[1]}->{self.weight.shape[0]}"
 
@@ -213,11 +213,6 @@ class TorchStep(Step):
     kwargs: Mapping[str, Any]
     held: nn.Module | Tensor | None
     why: str
-
-    def map_tensors(self, function: TensorMap) -> TorchStep:
-        if isinstance(self.held, nn.Module):
-            return replace(self, held=copy.deepcopy(self.held)._apply(function))
-        return self if self.held is None else replace(self, held=function(self.held))
 
     def describe(self) -> str:
         name = type(self.held).__name__ if isinstance(self.held, nn.Module) else self.target
