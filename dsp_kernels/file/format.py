@@ -1,6 +1,6 @@
 """The file format: its JSON header, and the names of functions, methods and modules that a file may use.
 
-A name is looked up in the tables here and nowhere else. docs/files.md describes the format.
+A name is looked up in the tables here and nowhere else. docs/guide/files.md describes the format.
 """
 
 from __future__ import annotations
