@@ -105,13 +105,11 @@ class _Planner:
     def run(self) -> Program:
         inputs, outputs = self.network.of_kind("input"), self.network.of_kind("output")
         if len(inputs) != 1:
-            raise DSPTraceError(
-                f"a network of one input can be fused, this has {len(inputs)}; swap() takes it"
-            )
+            raise DSPTraceError(f"fuse() takes a network of one input, this has {len(inputs)}; use swap()")
         if len(outputs) != 1 or outputs[0].shape is None:
             raise DSPTraceError(
-                "a network whose answer is one tensor can be fused, this one gives several or a container; "
-                "swap() takes it"
+                "fuse() takes a network whose output is one tensor, this one returns several or a container; "
+                "use swap()"
             )
         for node in self.network:
             if node.kind != "output":

@@ -43,6 +43,14 @@ def _set(**parts: Any) -> Callable[[Header], Any]:
     return lambda header: header.update(parts)
 
 
+def _add(path: str, kind: str = "Module", **settings: Any) -> Callable[[Header], Any]:
+    return lambda header: header["modules"].update({path: {"class": kind, **settings}})
+
+
+def _fn(name: str, *args: Any) -> dict[str, Any]:
+    return {"function": name, "args": [*args]}
+
+
 def _structure(**parts: Any) -> Callable[[Header], Any]:
     return lambda header: header["modules"]["packed"]["structure"].update(parts)
 
@@ -79,10 +87,7 @@ def _sizes(condition: Any) -> Callable[[Header], Any]:
 
 def _squares(count: int) -> list[dict[str, Any]]:
     size = {"method": "size", "args": [X, 2]}
-    return [
-        size,
-        *({"function": "operator.mul", "args": [{"node": n}, {"node": n}]} for n in range(1, count + 1)),
-    ]
+    return [size, *(_fn("operator.mul", {"node": n}, {"node": n}) for n in range(1, count + 1))]
 
 
 def _deep(depth: int) -> Any:
@@ -103,39 +108,31 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "container called": (_call("module", "gate", module="stem"), "not known"),
     "unknown method": (_call("method", "chunk", method="__reduce__"), "not known"),
     "method of a number": (_first({"method": "abs", "args": [3]}), "not known"),
-    "hidden attribute": (_first({"function": "getattr", "args": [X, "__class__"]}), "reads an attribute"),
-    "attribute of a node": (_first({"function": "getattr", "args": [X, X]}), "reads an attribute"),
+    "hidden attribute": (_first(_fn("getattr", X, "__class__")), "reads an attribute"),
+    "attribute of a node": (_first(_fn("getattr", X, X)), "reads an attribute"),
     "code as a keyword": (_call("method", "chunk", kwargs={"dim=1)\nimport os#": 1}), "name is no name"),
     "python's keyword": (_call("method", "chunk", kwargs={"if": 1}), "name is no name"),
-    "code as a path": (
-        lambda h: h["modules"].update({'x", os.system("id"))#': {"class": "ReLU", "inplace": False}}),
-        "is no path",
-    ),
-    "dunder path": (lambda h: h["modules"].update({"__class__": {"class": "Module"}}), "has already"),
-    "path of the network itself": (lambda h: h["modules"].update(graph={"class": "Module"}), "has already"),
-    "path taken twice": (lambda h: h["tensors"].update({"gate": "parameter"}), "not in the file"),
-    "path inside a layer": (
-        lambda h: h["modules"].update({"gate.inner": {"class": "Module"}}),
-        "inside a module that is no",
-    ),
+    "code as a path": (_add('x", os.system("id"))#', "ReLU", inplace=False), "is no path"),
+    "dunder path": (_add("__class__"), "has already"),
+    "path of the network itself": (_add("graph"), "has already"),
+    "attribute of the network itself": (_add("dense_widths"), "has already"),
+    "path inside a layer": (_add("gate.inner"), "inside a module that is no"),
+    "tensor of no data": (lambda h: h["tensors"].update({"gate": "parameter"}), "not in the file"),
     "later call": (_call("function", "torch.cat", args=[[{"node": 10**6}]]), "only read earlier ones"),
-    "call of itself": (_first({"function": "torch.relu", "args": [{"node": 1}]}), "only read earlier ones"),
-    "negative call": (_first({"function": "torch.relu", "args": [{"node": -1}]}), "only read earlier ones"),
+    "call of itself": (_first(_fn("torch.relu", {"node": 1})), "only read earlier ones"),
+    "negative call": (_first(_fn("torch.relu", {"node": -1})), "only read earlier ones"),
     "deep argument": (_call("function", "torch.cat", args=[_deep(40)]), "nested more than"),
     "long text": (_first({"method": "to", "args": [X, "a" * 500]}), "text of 500 characters"),
-    "huge number": (_first({"function": "torch.add", "args": [X, 2**80]}), "more than 63 bits"),
-    "unknown form": (
-        _first({"function": "torch.relu", "args": [{"lambda": "x"}]}),
-        "no argument has that form",
-    ),
+    "huge number": (_first(_fn("torch.add", X, 2**80)), "more than 63 bits"),
+    "unknown form": (_first(_fn("torch.relu", {"lambda": "x"})), "no argument has that form"),
     "no output": (lambda h: h["calls"].pop(), "inputs and end with"),
     "two inputs": (_first({"input": 0}), "inputs and end with"),
     "output in the middle": (_first({"output": X}), "expected a name|not known"),
-    "calls that are no list": (lambda h: h.update(calls={}), "no calls"),
-    "too many calls": (lambda h: h.update(calls=[{"input": 0}] * 60_000), "expected at most"),
-    "modes": (lambda h: h.update(modes="always"), "expected both or eval"),
-    "example of terabytes": (lambda h: h.update(example_shape=[1, 3, HUGE, HUGE]), "four sizes"),
-    "example of gigabytes": (lambda h: h.update(example_shape=[1, 3, 60_000, 60_000]), "four sizes"),
+    "calls that are no list": (_set(calls={}), "no calls"),
+    "too many calls": (_set(calls=[{"input": 0}] * 60_000), "expected at most"),
+    "modes": (_set(modes="always"), "expected both or eval"),
+    "example of terabytes": (_set(example_shape=[1, 3, HUGE, HUGE]), "four sizes"),
+    "example of gigabytes": (_set(example_shape=[1, 3, 60_000, 60_000]), "four sizes"),
     "unknown class": (_module("gate", **{"class": "Bilinear"}), "'Bilinear' is unknown"),
     "foreign setting": (_module("gate", hook="x"), "expected"),
     "huge features": (_module("classifier", in_features=HUGE), "no Linear has that"),
@@ -156,55 +153,39 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "huge kernel": (_module("gate", kernel_size=[10**6, 10**6]), "has shape"),
     "huge padding": (_module("gate", padding=[10**6, 10**6]), "alive at one time"),
     "huge packed padding": (_module("packed", padding=[50_000, 50_000]), "alive at one time"),
-    "huge padding that is unused": (
-        _first({"function": "torch.nn.functional.pad", "args": [X, [10**5] * 4]}),
-        "alive",
-    ),
-    "huge resize": (
-        _first({"function": "torch.nn.functional.interpolate", "args": [X, [10**6, 10**6]]}),
-        "alive at one time",
-    ),
+    "huge padding that is unused": (_first(_fn("torch.nn.functional.pad", X, [10**5] * 4)), "alive"),
+    "huge resize": (_first(_fn("torch.nn.functional.interpolate", X, [10**6, 10**6])), "alive at one time"),
     "expanded": (_first({"method": "expand", "args": [X, 10**9, 3, 8, 8]}), "does not run|alive"),
     "many tensors at one time": (
         lambda h: (
-            _first(*({"function": "torch.nn.functional.pad", "args": [X, [500] * 4]} for _ in range(20)))(h),
+            _first(*(_fn("torch.nn.functional.pad", X, [500] * 4) for _ in range(20)))(h),
             h["calls"][-1].update(output=[{"node": n} for n in range(1, 21)]),
         ),
         "alive at one time",
     ),
     "bignum": (_first(*_squares(40)), "operations on sizes"),
-    "repeated text": (_first({"function": "operator.mul", "args": ["a", HUGE]}), "calls and numbers"),
-    "repeated list": (_first({"function": "operator.mul", "args": [[1], HUGE]}), "calls and numbers"),
+    "repeated text": (_first(_fn("operator.mul", "a", HUGE)), "calls and numbers"),
+    "repeated list": (_first(_fn("operator.mul", [1], HUGE)), "calls and numbers"),
     "repeated sizes": (
-        _first(
-            {"function": "getattr", "args": [X, "shape"]},
-            {"function": "operator.mul", "args": [{"node": 1}, HUGE]},
-        ),
+        _first(_fn("getattr", X, "shape"), _fn("operator.mul", {"node": 1}, HUGE)),
         "of \\['Size', 'int'\\]",
     ),
     "sizes as a tensor": (
-        _first(
-            {"function": "getattr", "args": [X, "shape"]},
-            {"method": "numel", "args": [{"node": 1}]},
-        ),
+        _first(_fn("getattr", X, "shape"), {"method": "numel", "args": [{"node": 1}]}),
         "is called on a Size",
     ),
     "channels that do not fit": (_call("module", "gate", args=[X]), "does not run on an input"),
     "loose tensor of another kind": (lambda h: h["tensors"].update(scale="code"), "a parameter or a buffer"),
-    "integers as a parameter": (
-        lambda h: h["tensors"].update({"shift": "parameter", "scale": "buffer", "nothing": "buffer"}),
-        "'nothing' is not in the file",
-    ),
     "code as a condition": (_sizes("__import__('os').system('id') == 0"), "is no condition"),
     "a power as a condition": (_sizes("height ** 9 == 0"), "is no condition"),
     "a division by a size": (_sizes("height // width == 0"), "is no condition"),
     "a deep condition": (_sizes("-" * 150 + "height == 0"), "is no condition"),
     "a condition that is no text": (_sizes(3), "is no condition"),
     "a condition of other sizes": (_sizes("height == 9"), "does not run on an input"),
-    "tied to nothing": (lambda h: h.update(tied={"scale": "nothing"}), "expected two tensors"),
-    "tied to another shape": (lambda h: h.update(tied={"scale": "unused.bias"}), "cannot be the same tensor"),
-    "tied in a circle": (lambda h: h.update(tied={"scale": "scale"}), "expected two tensors"),
-    "ties of no form": (lambda h: h.update(tied=[["scale"]]), "expected two tensors"),
+    "tied to nothing": (_set(tied={"scale": "nothing"}), "expected two tensors"),
+    "tied to another shape": (_set(tied={"scale": "unused.bias"}), "cannot be the same tensor"),
+    "tied in a circle": (_set(tied={"scale": "scale"}), "expected two tensors"),
+    "ties of no form": (_set(tied=[["scale"]]), "expected two tensors"),
     "missing tensor": (lambda h: h["tensors"].pop("unused.bias"), "not of this model: \\['unused.bias'"),
 }
 

@@ -102,7 +102,7 @@ def test_networks_that_cannot_be_fused() -> None:
 
     with pytest.raises(DSPTraceError, match="Undecided cannot be traced"):
         dsp_kernels.fuse(Undecided(), nets.example())
-    with pytest.raises(DSPTraceError, match=r"whose answer is one tensor .*; swap\(\) takes it"):
+    with pytest.raises(DSPTraceError, match=r"whose output is one tensor, .*; use swap\(\)"):
         dsp_kernels.fuse(Pair(), nets.example())
     with pytest.raises(DSPTraceError, match="does not run on an example input of shape \\(2, 5, 8, 8\\)"):
         dsp_kernels.fuse(nets.make("residual"), torch.zeros(2, 5, 8, 8))
