@@ -61,6 +61,7 @@ def networks() -> list[tuple[Header, Tensors]]:
         (dsp_kernels.swap(_Residual().eval()), (image,)),
         (_TwoInputs(), (image, torch.zeros(1, 5))),
     ]
+    bases[0][0].dense_widths = {"packed": (8, 16, 1)}  # type: ignore[assignment]
     for network, example in bases:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "net"

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.file.save_load import input_channels
 from dsp_kernels.program.steps import Program
 from dsp_pruning import build_released
 from dsp_pruning.data import load_cifar10_subset, normalise
 from dsp_pruning.models import cifar_resnet
+from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.released.arrays import read_released_arrays
 
 from ..measure.accuracy import Labelled
@@ -25,7 +27,6 @@ from ..measure.floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
 from .structures import apply_structure
-from .twin import dense_of_one_width, dense_twin, input_channels
 
 __all__ = ["FORMS", "REFERENCE", "Network", "NetworkSource", "load_network", "shared_folder"]
 
@@ -144,11 +145,9 @@ def load_network(source: NetworkSource) -> Network:
         if len(getattr(saved, "example_shapes", ())) > 1:
             raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
         size = source.image_size or _made_for(saved)
-        if getattr(saved, "architecture", None) is None:
-            twin = _seeded(lambda: dense_of_one_width(saved), source.seed)
-            label = f"{path.name} (it names no architecture: dense has the packed widths)"
-            return Network(label, saved, twin, size)
-        return Network(path.name, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
+        known = getattr(saved, "dense_widths", None)
+        label = path.name if known else f"{path.name} (dense has the packed widths: the file holds no others)"
+        return Network(label, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
     if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
         structure = str(shared_folder() / "structures" / f"{name}.npz")
         return load_network(replace(source, name=match[1], structure=structure))

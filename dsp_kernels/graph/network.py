@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPTraceError
+from dsp_kernels.errors import DSPError, DSPTraceError
 from dsp_kernels.graph.capture import symbolic_graph, without_stand_ins
 from dsp_kernels.graph.compare import tensors_of
 from dsp_kernels.graph.export import export_calls, exported_network
@@ -109,7 +109,10 @@ def call_graph(
     """
     inputs = () if example_input is None else as_inputs(example_input)
     with evaluating(model), without_stand_ins(model):
-        model.train(training)
+        try:
+            model.train(training)
+        except DSPError:  # a loaded network whose file holds eval mode only
+            return None
         try:
             return symbolic_graph(model, len(inputs) or None)
         except DSPTraceError:

@@ -16,10 +16,10 @@ from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.measure.floors import program_of
 from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.run import Row, time_runners
-from dsp_benchmarks.subjects.twin import input_channels
 from torch import nn
 
 from dsp_cli import options as o
+from dsp_kernels.file.save_load import input_channels
 from dsp_pruning.recipes.run import pick_device
 
 
@@ -52,7 +52,7 @@ def bench(
 ) -> None:
     """Time a packed network in every engine against its dense original and other pruned forms.
 
-    The dense rows are the same architecture before pruning, with random weights: they are shown for speed.
+    The dense rows are the network before packing, with random weights: they are shown for speed.
     """
     status = commands.run(
         Namespace(

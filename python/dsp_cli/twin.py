@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from dsp_benchmarks.subjects.twin import input_channels
 from torch import Tensor, nn
+
+from dsp_kernels.file.save_load import input_channels
 
 __all__ = ["example_of"]
 

@@ -138,7 +138,7 @@ def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
     assert loaded.macs("dense") == network.macs("dense")
 
 
-def test_a_saved_file_without_an_architecture_is_a_network(tmp_path: Path) -> None:
+def test_a_saved_file_without_dense_widths_is_a_network(tmp_path: Path) -> None:
     """Its original widths are not in the file, so the dense network has the packed ones, and says so."""
     packed = nn.Sequential(
         PackedConv2d(

@@ -271,7 +271,7 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No image size is asked for; a network without an architecture is shown as well."""
+    """No image size is asked for; a network of unknown dense widths is shown as well."""
     network = read_released(shared / "nets" / "resnet56_g4.npz")
     dsp_kernels.save(network, tmp_path / "known", images(1, 32))
     dsp_kernels.save(nets.make("residual"), tmp_path / "graph", images(1, 8))
@@ -287,7 +287,7 @@ def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.Captur
     pruned = totals["upstream_pruned_layers_only"]["pruned_macs_pct"]
     assert f"packed layers: {100 - pruned:.2f} %" in shown["known"]
     assert "images of 8 x 8" in shown["graph"]
-    assert "names no dense" in shown["graph"]
+    assert "does not hold" in shown["graph"]
     assert "does not say how large" in shown["unsized"]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +48,6 @@ def test_a_depth_that_does_not_exist(depth: object) -> None:
 def test_a_count_below_one(name: str, value: object) -> None:
     with pytest.raises(DSPPruningError, match=name):
         cifar_resnet(20, **{name: value})  # type: ignore[arg-type]
-
-
-def test_architecture_rebuilds_the_model() -> None:
-    model = cifar_resnet(8, num_classes=5, in_channels=1)
-    stored = json.loads(json.dumps(model.architecture))
-    assert stored["name"] == "cifar_resnet"
-    cifar_resnet(**stored["args"]).load_state_dict(model.state_dict())
-    assert copy.deepcopy(model).architecture == model.architecture
 
 
 def test_a_generator_decides_the_weights() -> None:

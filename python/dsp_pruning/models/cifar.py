@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,18 +35,11 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """x: (batch, in_channels, height, width) -> logits: (batch, num_classes).
-
-    architecture: name and arguments as plain JSON; it rebuilds the network when a saved one is loaded.
-    """
+    """x: (batch, in_channels, height, width) -> logits: (batch, num_classes)."""
 
     def __init__(self, depth: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.architecture: dict[str, Any] = {
-            "name": "cifar_resnet",
-            "args": {"depth": depth, "num_classes": num_classes, "in_channels": in_channels},
-        }
         self.conv_1_3x3 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn_1 = nn.BatchNorm2d(16)
         self.stage_1 = _stage(16, 16, blocks, stride=1)

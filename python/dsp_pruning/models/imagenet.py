@@ -1,4 +1,4 @@
-"""torchvision's ResNets under a name that a saved file can hold."""
+"""torchvision's ResNets by name."""
 
 from __future__ import annotations
 
@@ -34,12 +34,7 @@ def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn
         raise DSPPruningError(f"num_classes is {num_classes!r}; expected 1 to 1,000,000")
     import torchvision  # an extra: the runtime and CIFAR need no torchvision
 
-    model = getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
-    model.architecture = {
-        "name": "torchvision_resnet",
-        "args": {"variant": variant, "num_classes": num_classes},
-    }
-    return model
+    return getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
 
 
 def published_weights(variant: str) -> dict[str, Tensor]:

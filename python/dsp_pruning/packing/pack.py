@@ -25,6 +25,7 @@ from dsp_pruning.distributed import unwrap
 from dsp_pruning.packing.plan import plan_packing
 from dsp_pruning.packing.rebuild import rebuild, replace_module
 from dsp_pruning.packing.report import PackingReport
+from dsp_pruning.packing.twin import planned_widths
 
 __all__ = [
     "pack",
@@ -83,6 +84,8 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
     for path, layer in plan.layers.items():
         replace_module(packed, path, rebuild(packed.get_submodule(path), layer))
     packed.packing = PackingReport(plan.layers, plan.barriers)  # type: ignore[assignment]
+    before = getattr(model, "dense_widths", None) or {}  # of a network that was packed already
+    packed.dense_widths = {**planned_widths(masked, plan.layers.values()), **before}  # type: ignore[assignment]
     if network.size_check is not None:
         packed.register_forward_pre_hook(_SizesFirst(network.size_check))
     _verify(masked, packed, inputs)

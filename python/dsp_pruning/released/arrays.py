@@ -16,6 +16,7 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
+from dsp_pruning.packing.twin import dense_widths
 
 __all__ = ["build_released", "has_released_arrays", "read_released", "read_released_arrays"]
 
@@ -85,6 +86,7 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
             f"a ResNet-{meta['depth']} has the blocks {expected[0]} to {expected[-1]}; "
             f"the description lists {[name for name, _ in blocks]}"
         )
+    model.dense_widths = dense_widths(model)  # type: ignore[assignment]
     read = _Reader(arrays)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.eps = eps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing.pack import pack
+from dsp_pruning.packing.twin import Widths, dense_widths
 from dsp_pruning.recipes.finetune import load_pruned
 from dsp_pruning.released.archive import is_torchscript, read_calls
 from dsp_pruning.released.arrays import has_released_arrays, read_released
@@ -50,7 +50,7 @@ def load_released(path: str | Path) -> nn.Module:
         check_network(copy.deepcopy(network).eval().to("meta"), network.example_shapes, torch.float32)
     except DSPFormatError as error:
         raise DSPFormatError(f"{path} is not a released network: {error}") from error
-    network.meta["architecture"] = _cifar_architecture(network)
+    network.dense_widths = _cifar_widths(network)
     return network.to("cpu").eval()
 
 
@@ -74,27 +74,21 @@ def verify_released(path: str | Path, network: nn.Module, image_hw: tuple[int, i
     return difference
 
 
-def _cifar_architecture(network: nn.Module) -> dict[str, object] | None:
-    """Name and arguments of the CIFAR ResNet that this was before pruning, where it was one."""
-    paths = {path for path, module in network.named_modules() if not list(module.children())}
-    blocks = {path.split(".")[1] for path in paths if path.startswith("stage_1.")}
+def _cifar_widths(network: nn.Module) -> Widths | None:
+    """The widths of the CIFAR ResNet that this was before pruning, where it was one."""
     modules = dict(network.named_modules())
+    blocks = {path.split(".")[1] for path in modules if path.startswith("stage_1.")}
     first, last = modules.get("conv_1_3x3"), modules.get("classifier")
     if not isinstance(first, nn.Conv2d) or not isinstance(last, nn.Linear) or not blocks:
         return None
-    arguments: dict[str, Any] = {
-        "depth": 6 * len(blocks) + 2,
-        "num_classes": last.out_features,
-        "in_channels": first.in_channels,
-    }
     try:
         with torch.device("meta"):
-            dense = cifar_resnet(**arguments)
+            dense = cifar_resnet(6 * len(blocks) + 2, last.out_features, first.in_channels)
     except (ValueError, TypeError):
         return None
-    originals = {path: module for path, module in dense.named_modules() if isinstance(module, nn.Conv2d)}
-    for path, module in network.named_modules():
+    widths = {path: width for path, width in dense_widths(dense).items() if path in modules}
+    for path, module in modules.items():
         width = getattr(module, "out_channels", None)
-        if isinstance(width, int) and (path not in originals or width > originals[path].out_channels):
+        if isinstance(width, int) and (path not in widths or width > widths[path][1]):
             return None
-    return dict(dense.architecture)
+    return widths

@@ -131,13 +131,7 @@ class Walk:
         if first is None:
             raise DSPFormatError("it holds no convolution")
         size = 224 if self.pooled else 32
-        meta = {
-            "architecture": None,
-            "example_shapes": ((1, first.in_channels, size, size),),
-            "example_given": False,
-            "modes": "both",
-        }
-        return LoadedNetwork(self.root, self.graph, meta)
+        return LoadedNetwork(self.root, self.graph, ((1, first.in_channels, size, size),))
 
     def image(self, value: Any) -> Image:
         """The tensor itself, made of its branches if it still is some."""

@@ -1,8 +1,9 @@
-"""Version 2 of the file: any network, written as its graph."""
+"""save and load: networks come back as they were, and what a file cannot hold is named."""
 
 from __future__ import annotations
 
 import copy
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,12 @@ from dsp_kernels.errors import DSPError, DSPFormatError
 
 def assert_same(left: nn.Module, right: nn.Module) -> None:
     """Equal answers in both modes, equal statistics after a training step, to the last bit."""
+    x = images().to(next(left.parameters()).dtype)
     for training in (False, True):
-        left.train(training)
-        right.train(training)
         answers = []
-        for model in (left, right):
+        for model in (left.train(training), right.train(training)):
             torch.manual_seed(3)
-            answer = model(images())
+            answer = model(x)
             answers.append(answer if isinstance(answer, dict) else {"": answer})
         assert answers[0].keys() == answers[1].keys()
         for name in answers[0]:
@@ -41,9 +41,17 @@ def made(name: str) -> nn.Module:
     return wild() if name == "wild" else nets.make(name)
 
 
-@pytest.mark.parametrize("name", [*nets.NAMES, "wild"])
-def test_any_network_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
-    model, path = made(name), tmp_path / "net"
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in (*nets.NAMES, "wild")),
+        *(("residual", dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
+    ],
+    ids=str,
+)
+def test_any_network_comes_back_as_it_was(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    model, path = made(name).to(dtype), tmp_path / "net"
+    model.dense_widths = {next(path for path, _ in model.named_modules() if path): (3, 9, 1)}
     dsp_kernels.save(model, path, IMAGE)
     loaded = dsp_kernels.load(path)
     assert not loaded.training
@@ -51,8 +59,35 @@ def test_any_network_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     dsp_kernels.save(loaded, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     copied = copy.deepcopy(loaded)
+    assert copied.dense_widths == model.dense_widths
     assert_same(loaded, model)
-    assert_same(copied, made(name))
+    assert_same(copied, made(name).to(dtype))
+
+
+def test_copies_keep_hooks_and_attributes(tmp_path: Path) -> None:
+    dsp_kernels.save(nets.make("residual"), tmp_path / "net", IMAGE)
+    loaded, seen = dsp_kernels.load(tmp_path / "net"), []
+    loaded.note = "mine"
+    loaded.register_forward_pre_hook(lambda *_: seen.append(1))
+    copied = copy.deepcopy(loaded)
+    copied(images())
+    assert (copied.note, seen) == ("mine", [1])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
+    path, model = tmp_path / "net", nets.make("residual")
+    if there:
+        dsp_kernels.save(model, path, IMAGE)
+    before = path.read_bytes() if there else b""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            dsp_kernels.save(model, path, IMAGE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before] * there
 
 
 @pytest.mark.parametrize("name", ["residual", "branching"])
@@ -73,7 +108,7 @@ def test_a_loaded_network_is_an_ordinary_module(tmp_path: Path, name: str) -> No
     assert halved(images().bfloat16()).dtype == torch.bfloat16
 
 
-def test_swapped_networks_are_files_too(tmp_path: Path) -> None:
+def test_swapped_networks_can_be_saved(tmp_path: Path) -> None:
     swapped = dsp_kernels.swap(nets.make("residual"))
     dsp_kernels.save(swapped, tmp_path / "net", IMAGE)
     loaded = dsp_kernels.load(tmp_path / "net")
@@ -86,7 +121,7 @@ class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.head, self.aux = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 2)
-        self.aux.register_buffer("mask", torch.rand(2))  # of a head that packing does not see
+        self.aux.register_buffer("mask", torch.rand(2))  # pack does not reach this head
 
     def forward(self, x: Tensor) -> Any:
         y = self.conv(x).mean((2, 3))
@@ -120,7 +155,7 @@ class Tied(nn.Module):
         return self.again(self.convs[1](self.norm(self.convs[0](x))))
 
 
-def test_what_is_one_tensor_stays_one(tmp_path: Path) -> None:
+def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     model = nets.settled(Tied())
     dsp_kernels.save(model, tmp_path / "net", IMAGE)
     loaded = copy.deepcopy(dsp_kernels.load(tmp_path / "net"))
@@ -160,6 +195,7 @@ REFUSED = {
     "constant": (lambda: Calls(lambda x: x.to(torch.complex64)), "complex64"),
     "control flow": (lambda: Calls(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
     "two inputs": (lambda: nn.Bilinear(3, 3, 3), "takes 2 inputs, the example has 1"),
+    "fused": (lambda: dsp_kernels.fuse(nets.make("pools"), IMAGE), "holds no parameters: save the packed"),
 }
 
 
@@ -174,7 +210,7 @@ def test_save_names_what_a_file_cannot_hold(tmp_path: Path, name: str) -> None:
 def test_an_example_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DSPFormatError, match=r"does not run on an input of shape \(1, 4, 8, 8\)"):
         dsp_kernels.save(wild(), tmp_path / "net", torch.zeros(1, 4, 8, 8))
-    # 8 x 8 is the only usual size that its linear layer takes.
+    # Without an example: 8 x 8 is the only usual size that its linear layer takes.
     dsp_kernels.save(nets.make("pre-activation"), tmp_path / "net")
     assert dsp_kernels.load(tmp_path / "net").example_shape == (1, 3, 8, 8)
 
@@ -196,10 +232,10 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "power": lambda: Calls(lambda x: x**2),
     "matrix product": lambda: Calls(lambda x: x.flatten(2).transpose(1, 2) @ x.flatten(2)),
     "choice": lambda: Calls(lambda x: torch.where(x > 0, x, x.exp())),
-    "normalise": lambda: Calls(lambda x: nn.functional.normalize(x, dim=1)),  # hands on out=None
+    "normalise": lambda: Calls(lambda x: nn.functional.normalize(x, dim=1)),  # passes out=None
     "one dimension": _Rows,
     "hard shrink": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink(0.3)),
-    "round the corner": lambda: nn.Sequential(nn.CircularPad2d(1), nn.Conv2d(3, 4, 3)),
+    "circular padding": lambda: nn.Sequential(nn.CircularPad2d(1), nn.Conv2d(3, 4, 3)),
 }
 
 
