@@ -18,10 +18,8 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPVerificationError
-from dsp_kernels.graph.network import trace
 from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.models import cifar_resnet
-from dsp_pruning.packing.plan import plan_layers
 
 
 def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_groups: int = 3) -> nn.Module:
@@ -131,7 +129,7 @@ def test_golden_logits_and_structure(shared: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(packed(x), torch.from_numpy(file["packed_logits64"]), rtol=0, atol=1e-12)
         torch.testing.assert_close(packed(x), torch.from_numpy(file["dense_logits64"]), rtol=0, atol=1e-12)
-    plans = plan_layers(trace(model, x[:2]))
+    plans = packed.packing.layers
     macs = params = 0
     sizes = {"stage_1": 32, "stage_2": 16, "stage_3": 8}
     for name, branches in meta["branches"].items():

@@ -15,7 +15,7 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPPruningError, DSPTraceError, DSPVerificationError
 from dsp_pruning import pack
 from dsp_pruning.packing import pack as packing
-from dsp_pruning.packing.plan import LayerPlan
+from dsp_pruning.packing.report import LayerPlan
 from dsp_pruning.packing.unpack import unpack
 
 
