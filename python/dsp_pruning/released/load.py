@@ -1,4 +1,4 @@
-"""The authors' published files as ordinary packed networks: TorchScript archives and training checkpoints."""
+"""The authors' published files, TorchScript archives and training checkpoints, as packed networks."""
 
 from __future__ import annotations
 
@@ -16,23 +16,36 @@ from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing.pack import pack
 from dsp_pruning.recipes.finetune import load_pruned
-from dsp_pruning.released.archive import is_torchscript, read_calls
+from dsp_pruning.released.archive import is_torchscript, read_archive
 from dsp_pruning.released.arrays import has_released_arrays, read_released
-from dsp_pruning.released.walk import HANDLERS, Walk
+from dsp_pruning.released.walk import packed_network
 
 __all__ = ["load_released", "verify_released"]
 
 
 def load_released(path: str | Path) -> nn.Module:
-    """The packed network in a file that the authors published, in eval mode.
+    """The packed network in a file that the authors of the paper published, in eval mode.
 
-    A TorchScript archive of a traced network in which branches gather channels, convolve and normalise, and
-    are concatenated or added into an identity: of any depth, width and number of branches. Each set of
-    branches becomes one PackedConv2d with one batch norm. The graph is read, never run (see
-    ``torchscript_archive``). Or a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet
-    with ``<conv>.group`` and ``<conv>.mask``, which is packed. Or the ``.npz`` arrays of ``read_released``.
+    The file is one of
+    - a TorchScript archive of a traced network whose branches gather channels, convolve and normalise, and
+      are concatenated or added into a tensor, of any depth, width and number of branches. Each set of
+      branches
+      becomes one PackedConv2d and one batch norm. The graph is read, its code is never run;
+    - a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet with ``<conv>.group`` and
+      ``<conv>.mask``, which is packed;
+    - the ``.npz`` arrays of ``read_released``.
 
-    Raises FileNotFoundError, and DSPFormatError, with what was found, for a file that does not fit.
+    Raises FileNotFoundError, and DSPFormatError for a file that does not fit, naming what was found.
+
+    >>> import tempfile, torch
+    >>> from dsp_pruning import PruneWrapper, load_released
+    >>> from dsp_pruning.models import cifar_resnet
+    >>> model = cifar_resnet(8)
+    >>> _ = PruneWrapper(model, 2, fp_layer_indices=[], example_input=torch.zeros(1, 3, 32, 32))  # adds masks
+    >>> with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+    ...     torch.save([model.state_dict(), 91.5], file.name)
+    ...     load_released(file.name)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
     """
     require_file(path)
     if has_released_arrays(path):
@@ -41,12 +54,9 @@ def load_released(path: str | Path) -> nn.Module:
         model = load_pruned(path)
         channels = next(model.parameters()).shape[1]
         return pack(model, torch.zeros(1, channels, 32, 32)).eval()
-    (own, x), calls, output, state = read_calls(path)
-    walk = Walk(own, x, state, HANDLERS)
+    archive = read_archive(path)
     try:
-        for call in calls:
-            walk.step(call)
-        network = walk.network(output)
+        network = packed_network(archive)
         check_network(copy.deepcopy(network).eval().to("meta"), network.example_shapes, torch.float32)
     except DSPFormatError as error:
         raise DSPFormatError(f"{path} is not a released network: {error}") from error
@@ -55,9 +65,9 @@ def load_released(path: str | Path) -> nn.Module:
 
 
 def verify_released(path: str | Path, network: nn.Module, image_hw: tuple[int, int]) -> float:
-    """Run the archive, which is code, on random images; the largest difference from ``network``.
+    """Run the archive, which is code, on random images; return its largest difference from ``network``.
 
-    Raises DSPVerificationError if they differ by more than rounding.
+    Raises DSPVerificationError if they differ by more than rounding errors.
     """
     archive = torch.jit.load(str(path), map_location="cpu").eval()
     channels = next(network.parameters()).shape[1]
