@@ -143,7 +143,7 @@ def test_verify_sees_another_network(tmp_path: Path) -> None:
     lookalike.save_traced(lookalike.random_network(2), tmp_path / "net.pt")
     imported = load_released(tmp_path / "net.pt")
     imported.classifier.bias.data[3] += 1
-    with pytest.raises(DSPVerificationError, match="differ by"):
+    with pytest.raises(DSPVerificationError, match="differ on random images by"):
         verify_released(tmp_path / "net.pt", imported, (16, 16))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dsp_kernels.op import dense
 from dsp_kernels.op.packed import PackedConv2d
 
 __all__ = [
@@ -51,11 +52,9 @@ def connections(module: nn.Module | None) -> Tensor:
     shape = matrix_shape(module)
     if not isinstance(module, PackedConv2d):
         return torch.ones(shape, dtype=torch.bool)
-    connected = torch.zeros(shape, dtype=torch.bool)
-    for group in module.structure.groups:
-        rows, columns = torch.tensor(group.out_index), torch.tensor(group.in_index, dtype=torch.long)
-        connected[rows[:, None], columns] = True
-    return connected
+    structure = module.structure
+    ones = [torch.ones(len(g.out_index), len(g.in_index), dtype=torch.bool) for g in structure.groups]
+    return dense.dense_weight(structure, ones, ()).bool()
 
 
 def dense_weight(module: nn.Module | None) -> Tensor:
@@ -70,21 +69,14 @@ def dense_weight(module: nn.Module | None) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return module.weight.detach()
     assert isinstance(module, PackedConv2d)
-    structure = module.structure
-    some = module.weights[0] if len(module.weights) else torch.empty(0)
-    dense = some.new_zeros(structure.out_channels, structure.in_channels, *module.kernel_size)
-    for group, branch in zip(structure.groups, module.weights, strict=True):
-        columns = torch.tensor(group.in_index, dtype=torch.long)
-        dense[torch.tensor(group.out_index)[:, None], columns] = branch.detach()
-    return dense
+    return dense.dense_weight(module.structure, [w.detach() for w in module.weights], module.kernel_size)
 
 
 def own_bias(module: nn.Module | None) -> Tensor:
     """[O] float64 on the CPU; 0 for a layer without bias and for absent channels of a packed convolution."""
     bias = getattr(module, "bias", None)
+    if isinstance(module, PackedConv2d):
+        bias = dense.live_bias(module.structure, module.bias)
     if bias is None:
         return torch.zeros(matrix_shape(module)[0], dtype=torch.float64)
-    own = bias.detach().double().cpu().clone()
-    if isinstance(module, PackedConv2d):
-        own[list(module.structure.absent)] = 0
-    return own
+    return bias.detach().double().cpu().clone()

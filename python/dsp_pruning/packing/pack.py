@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVerificationError
-from dsp_kernels.graph.compare import check_finite
+from dsp_kernels.graph.compare import check_finite, compare_answers, largest_difference, tensors_of
 from dsp_kernels.graph.inputs import Example, as_inputs, check_device
 from dsp_kernels.graph.network import TracedNetwork, call_graph, evaluating, trace
 from dsp_kernels.graph.size_check import SizeCheck
@@ -186,10 +186,10 @@ def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) ->
     bound = network_tolerance(dtype, reduction, len(convolutions))
     with evaluating(masked), evaluating(packed), torch.no_grad():
         for what, given in (("the example input", inputs), ("random images", noise)):
-            expected = _tensors(masked(*(x.clone() for x in given)))
-            check_finite(masked, expected, what)
+            expected = masked(*(x.clone() for x in given))
+            check_finite(masked, tensors_of(expected), what)
             try:
-                got = _tensors(packed(*(x.clone() for x in given)))
+                got = packed(*(x.clone() for x in given))
             except DSPError:
                 raise
             except Exception as broken:  # code of the model that tracing does not see
@@ -197,41 +197,15 @@ def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) ->
                     f"the packed network does not run on {what}, so it was not packed: "
                     f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}"
                 ) from broken
-            scale, error = _largest(expected), _largest_difference(expected, got)
-            if error <= bound * scale:
-                continue
-            allowed = bound * scale
-            if dtype != torch.float64:
+            slack = 0.0
+            difference, scale = largest_difference(expected, got)
+            if not difference <= bound * scale and dtype != torch.float64:
                 doubles = (x.double() if x.is_floating_point() else x.clone() for x in given)
-                exact = _tensors(copy.deepcopy(masked).double()(*doubles))
-                allowed += _ROUNDINGS * _largest_difference(exact, expected)
-                error = _largest_difference(exact, got)
-            if not error <= allowed:
-                raise DSPVerificationError(
-                    f"the packed network differs from the masked one on {what} by {error:.3g} (largest "
-                    f"output {scale:.3g}, allowed {allowed:.3g}); it was not packed"
-                )
-
-
-def _largest(outputs: list[Tensor]) -> float:
-    return max((output.abs().max().item() for output in outputs), default=0.0)
-
-
-def _largest_difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """The largest absolute difference; NaN, which no bound allows, if one answer holds NaN."""
-    worst = [(a - b.to(a.dtype)).abs().max() for a, b in zip(expected, got, strict=True)]
-    return torch.stack([difference.double() for difference in worst]).max().item() if worst else 0.0
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors of a network's output, which may be nested."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [tensor for part in output.values() for tensor in _tensors(part)]
-    if isinstance(output, list | tuple):
-        return [tensor for part in output for tensor in _tensors(part)]
-    return []
+                exact = copy.deepcopy(masked).double()(*doubles)
+                slack = _ROUNDINGS * largest_difference(exact, expected)[0]
+                expected = exact
+            differs = "the packed network differs from the masked one"
+            compare_answers(expected, got, bound, differs, what, slack=slack, advice="; it was not packed")
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

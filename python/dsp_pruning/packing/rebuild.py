@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsp_kernels import PackedConv2d
 from dsp_kernels.graph.fixed_size import FixedSizeConv2d
 from dsp_kernels.graph.size_check import fixed_size
+from dsp_kernels.op.dense import group_weights
 from dsp_kernels.program.planner import zero_padding
 from dsp_pruning.flow.kernels import dense_weight
 from dsp_pruning.packing.report import LayerPlan
@@ -101,8 +102,7 @@ def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Conv2d |
     if whole and plan.bias is None and structure.is_dense:
         return conv
     weight = dense_weight(conv)
-    rows = torch.tensor(plan.out_keep, device=weight.device)
-    columns = torch.tensor(plan.in_keep, device=weight.device)
+    rows, columns = (torch.tensor(keep, device=weight.device) for keep in (plan.out_keep, plan.in_keep))
     bias = torch.tensor(plan.bias, dtype=torch.float64).to(weight) if plan.bias is not None else None
     if bias is None and conv.bias is not None:
         bias = conv.bias.detach()[rows]
@@ -119,9 +119,9 @@ def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Conv2d |
     ).to_empty(device=weight.device)
     made.reset_index(weight.device)
     with torch.no_grad():
-        for group, branch in zip(structure.groups, made.weights, strict=True):
-            read = columns[torch.tensor(group.in_index, dtype=torch.long)]
-            branch.copy_(weight[rows[list(group.out_index)][:, None], read])
+        kept = group_weights(structure, weight.index_select(0, rows).index_select(1, columns))
+        for branch, values in zip(made.weights, kept, strict=True):
+            branch.copy_(values)
         if made.bias is not None and bias is not None:
             made.bias.copy_(bias)
     trained = next((parameter.requires_grad for parameter in conv.parameters()), True)
