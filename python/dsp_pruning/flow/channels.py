@@ -18,14 +18,7 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.graph.network import TracedNetwork, TracedNode
 from dsp_kernels.op.activations import activate
 from dsp_kernels.op.packed import PackedConv2d
-from dsp_pruning.flow.kernels import (
-    connections,
-    groups_of,
-    kernel_sums,
-    matrix_shape,
-    nonzero_kernels,
-    own_bias,
-)
+from dsp_pruning.flow.kernels import connections, dense_weight, groups_of, kernel_sums, own_bias
 from dsp_pruning.flow.map import ChannelMap, norm_of
 
 __all__ = ["ChannelFlow", "ChannelState", "Semantics", "channel_flow", "keeps_constants"]
@@ -226,10 +219,12 @@ class _Rules:
     def _used(self, node: TracedNode) -> Tensor:
         """[O, C / groups] bool: kernels that may be nonzero, whatever feeds and reads them."""
         if node.name not in self._in_use:
-            used = nonzero_kernels(node.module) if self.frozen else connections(node.module)
+            used = connections(node.module)
+            if self.frozen:
+                used = dense_weight(node.module).ne(0).flatten(2).any(2).cpu()
             mask = self.masks.get(node.path)
             if mask is not None:
-                shape = torch.Size(matrix_shape(node.module))
+                shape = used.shape
                 if mask.shape[:2] != shape or mask.numel() != shape.numel():
                     raise DSPShapeError(
                         f"the mask of layer {node.path!r} has shape {tuple(mask.shape)}; "
@@ -276,8 +271,8 @@ def _per_filter(node: TracedNode, channels: Tensor) -> Tensor:
     groups = groups_of(node.module)
     if groups == 1:
         return channels[None]
-    filters = matrix_shape(node.module)[0] // groups
-    return channels.view(groups, 1, -1).expand(-1, filters, -1).reshape(groups * filters, -1)
+    assert isinstance(node.module, nn.Conv2d)
+    return channels.view(groups, -1).repeat_interleave(node.module.out_channels // groups, 0)
 
 
 def _zeros_of(constant: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ __all__ = [
     "dense_weight",
     "groups_of",
     "kernel_sums",
-    "matrix_shape",
-    "nonzero_kernels",
     "own_bias",
 ]
 
@@ -26,19 +24,6 @@ __all__ = [
 def groups_of(module: nn.Module | None) -> int:
     """Groups of an ``nn.Conv2d``; 1 for every other layer."""
     return module.groups if isinstance(module, nn.Conv2d) else 1
-
-
-def matrix_shape(module: nn.Module | None) -> tuple[int, int]:
-    """(O, C / groups)."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    assert isinstance(module, nn.Conv2d | PackedConv2d | nn.ConvTranspose2d)
-    return module.out_channels, module.in_channels // groups_of(module)
-
-
-def nonzero_kernels(module: nn.Module | None) -> Tensor:
-    """[O, C / groups] bool: where at least one weight is not zero."""
-    return dense_weight(module).ne(0).flatten(2).any(2).cpu()
 
 
 def kernel_sums(module: nn.Module | None, columns: Tensor) -> Tensor:
@@ -49,9 +34,8 @@ def kernel_sums(module: nn.Module | None, columns: Tensor) -> Tensor:
 
 def connections(module: nn.Module | None) -> Tensor:
     """[O, C / groups] bool: where the layer has a kernel, whatever its weights."""
-    shape = matrix_shape(module)
     if not isinstance(module, PackedConv2d):
-        return torch.ones(shape, dtype=torch.bool)
+        return torch.ones(dense_weight(module).shape[:2], dtype=torch.bool)
     structure = module.structure
     ones = [torch.ones(len(g.out_index), len(g.in_index), dtype=torch.bool) for g in structure.groups]
     return dense.dense_weight(structure, ones, ()).bool()
@@ -78,5 +62,5 @@ def own_bias(module: nn.Module | None) -> Tensor:
     if isinstance(module, PackedConv2d):
         bias = dense.live_bias(module.structure, module.bias)
     if bias is None:
-        return torch.zeros(matrix_shape(module)[0], dtype=torch.float64)
+        return torch.zeros(len(dense_weight(module)), dtype=torch.float64)
     return bias.detach().double().cpu().clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
         replace_module(packed, path, rebuild(packed.get_submodule(path), plan))
     packed.packing = report  # type: ignore[assignment]
     if network.size_check is not None:
-        packed.register_forward_pre_hook(_CheckSize(network.size_check))
+        packed.register_forward_pre_hook(partial(_check_size, network.size_check))
     _verify(masked, packed, inputs)
     if network.two_ways:
         _verify(masked, packed, (inputs[0][:1],))
@@ -98,15 +99,10 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
     return packed
 
 
-class _CheckSize:
-    """A forward pre-hook that refuses images for which the model's code takes another branch."""
-
-    def __init__(self, check: SizeCheck) -> None:
-        self.check = check
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        for x in args[:1]:
-            self.check(x)
+def _check_size(check: SizeCheck, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A pre-hook that refuses images for which the model's code takes another branch."""
+    for x in args[:1]:
+        check(x)
 
 
 def _check_packable(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPFormatError
 
-__all__ = ["Archive", "Call", "is_torchscript", "read_archive"]
+__all__ = ["Archive", "Call", "is_torchscript", "read_archive", "zip_names"]
 
 _MAX_EXPANSION = 16  # decompressed bytes per byte of the file; archives that torch writes stay below 10
 
@@ -47,13 +47,18 @@ class Archive:
     state: dict[str, Tensor]
 
 
-def is_torchscript(path: str | Path) -> bool:
-    """Whether a file is a zip archive with TorchScript code in it."""
+def zip_names(path: str | Path) -> list[str]:
+    """Names of the parts of a zip archive; [] for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any("/code/" in name for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
+            return archive.namelist()
+    except Exception:  # zipfile raises many kinds for a damaged file
+        return []
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a zip archive with TorchScript code in it."""
+    return any("/code/" in name for name in zip_names(path))
 
 
 def read_archive(path: str | Path) -> Archive:

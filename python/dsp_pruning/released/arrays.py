@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
+from dsp_pruning.released.archive import zip_names
 from dsp_pruning.released.branches import NORM, Branch, NamedTensor, copy_into, joined_conv, joined_norm
 
-__all__ = ["build_released", "has_released_arrays", "read_released", "read_released_arrays"]
+__all__ = ["build_released", "read_released", "read_released_arrays"]
 
 
 def read_released(path: str | Path) -> CifarResNet:
@@ -34,7 +34,7 @@ def read_released(path: str | Path) -> CifarResNet:
 def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """Arrays and ``meta`` as ``build_released`` takes them, with the errors of ``read_released``."""
     require_file(path)
-    if not has_released_arrays(path):
+    if "meta.npy" not in zip_names(path):
         raise DSPFormatError(f"{path} is not an .npz file of a released network: it has no array 'meta'")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -42,15 +42,6 @@ def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, An
             return arrays, dict(json.loads(str(arrays.pop("meta"))))
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not an .npz file of a released network: {error}") from error
-
-
-def has_released_arrays(path: str | Path) -> bool:
-    """Whether a file is an ``.npz`` archive with a description in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "meta.npy" in archive.namelist()
-    except Exception:  # zipfile raises many kinds for a damaged file
-        return False
 
 
 def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> CifarResNet:

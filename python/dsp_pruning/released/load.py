@@ -17,8 +17,8 @@ from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing.pack import pack
 from dsp_pruning.recipes.finetune import load_pruned
-from dsp_pruning.released.archive import is_torchscript, read_archive
-from dsp_pruning.released.arrays import has_released_arrays, read_released
+from dsp_pruning.released.archive import is_torchscript, read_archive, zip_names
+from dsp_pruning.released.arrays import read_released
 from dsp_pruning.released.walk import packed_network
 
 __all__ = ["load_released", "verify_released"]
@@ -49,7 +49,7 @@ def load_released(path: str | Path) -> nn.Module:
     torch.Size([1, 10])
     """
     require_file(path)
-    if has_released_arrays(path):
+    if "meta.npy" in zip_names(path):
         return read_released(path)
     if not is_torchscript(path):
         model = load_pruned(path)

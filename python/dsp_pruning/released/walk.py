@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -44,8 +45,6 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Gathered:
-    """Some channels of a tensor."""
-
     source: _Image
     index: tuple[int, ...]
 
@@ -62,7 +61,7 @@ class _Branch(Branch):
 
 @dataclass(frozen=True)
 class _Scatter:
-    """Branches that are added into a tensor, each at the channels of its list."""
+    """A tensor and branches that are added into it, each at the channels of its list."""
 
     base: _Image
     branches: tuple[_Branch, ...] = ()
@@ -328,6 +327,10 @@ def _add(walk: _Walk, left: Any, right: Any, alpha: float = 1) -> Any:
     return _Image(walk.graph.call_function(torch.add, tuple(i.node for i in images)), images[0].channels)
 
 
+def _call(function: Callable[..., Any], walk: _Walk, value: Any, *operands: Any) -> _Image:
+    return walk.call(function, value, *operands)
+
+
 def _max_pool(walk: _Walk, value: Any, *settings: Any) -> _Image:
     walk.pooled = True
     return walk.call(F.max_pool2d, value, *settings)
@@ -350,23 +353,27 @@ def _transposed(walk: _Walk, value: Any) -> NamedTensor:
     return value  # only addmm reads it
 
 
-def _same(walk: _Walk, value: Any, *_: Any) -> Any:
-    return value
-
-
 def _items(walk: _Walk, values: list[Any]) -> Any:
     return values if len(values) > 1 else values[0]
 
 
+_SAME = (
+    "prim::Constant",
+    "prim::NumToTensor",
+    "aten::Int",
+    "aten::dropout",
+    "aten::contiguous",
+    "aten::detach",
+)
+_PLAIN = (F.adaptive_avg_pool2d, F.avg_pool2d, torch.flatten, torch.squeeze)
 _HANDLERS: dict[str, Callable[..., Any]] = {
-    "prim::Constant": _same,
+    **dict.fromkeys(_SAME, lambda walk, value, *_: value),
+    **{f"aten::{function.__name__}": partial(_call, function) for function in _PLAIN},
     "prim::GetAttr": _attribute,
     "prim::ListConstruct": lambda walk, *values: list(values),
     "prim::TupleConstruct": lambda walk, *values: list(values),
     "prim::ListUnpack": _items,
     "prim::TupleUnpack": _items,
-    "prim::NumToTensor": _same,
-    "aten::Int": _same,
     "aten::size": lambda walk, value, dim: -1 if dim == 0 else math.nan,  # only the batch is needed
     "aten::take_along_dim": _gather,
     "aten::index_select": _gather,
@@ -378,17 +385,10 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "aten::index_add": _index_add,
     "aten::add": _add,
     "aten::max_pool2d": _max_pool,
-    "aten::adaptive_avg_pool2d": lambda walk, *operands: walk.call(F.adaptive_avg_pool2d, *operands),
-    "aten::avg_pool2d": lambda walk, *operands: walk.call(F.avg_pool2d, *operands),
     "aten::mean": _mean,
-    "aten::flatten": lambda walk, *operands: walk.call(torch.flatten, *operands),
     "aten::view": _reshape,
     "aten::reshape": _reshape,
-    "aten::squeeze": lambda walk, *operands: walk.call(torch.squeeze, *operands),
     "aten::linear": _linear,
     "aten::t": _transposed,
     "aten::addmm": lambda walk, bias, value, weight, *_: _linear(walk, value, weight, bias),
-    "aten::dropout": _same,
-    "aten::contiguous": _same,
-    "aten::detach": _same,
 }
