@@ -68,17 +68,18 @@ def export_onnx(
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
 
     def write(temporary: Path) -> None:
-        program = torch.onnx.export(
-            plain,
-            inputs,
-            dynamo=True,
-            opset_version=opset,
-            input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
-            output_names=["output"],
-            dynamic_shapes=_any_batch(inputs),
-            external_data=False,
-            verbose=False,
-        )
+        with torch.no_grad():
+            program = torch.onnx.export(
+                plain,
+                inputs,
+                dynamo=True,
+                opset_version=opset,
+                input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
+                output_names=["output"],
+                dynamic_shapes=_any_batch(inputs),
+                external_data=False,
+                verbose=False,
+            )
         assert program is not None
         program.save(str(temporary), external_data=False)
 

@@ -1,4 +1,4 @@
-"""pack on models as people have them: wrapped, reparametrised, with odd code."""
+"""pack on wrapped models, computed weights and unusual model code."""
 
 from __future__ import annotations
 
@@ -152,12 +152,6 @@ class Writes(Net):
 def test_writing_into_a_part_of_a_tensor_is_refused() -> None:
     with pytest.raises(DSPTraceError, match="writes into a part of a tensor"):
         pack(masked(Writes()), images())
-
-
-def test_a_packed_network_that_cannot_run_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsp_pruning.packing.pack.rebuild", lambda module, plan: nn.Conv2d(1, 1, 1))
-    with pytest.raises(DSPError, match="does not run on the example input"):
-        pack(masked(Net()), images())
 
 
 def test_what_was_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
