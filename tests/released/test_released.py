@@ -125,8 +125,8 @@ def test_a_block_pruned_away_whole(arrays: dict, meta: dict, images: Tensor) -> 
 
 
 NAME = "stage_1.0.conv_a.1"
-# What is replaced in the arrays, by a function of what was there; in the description; and the error.
-DAMAGED: dict[str, tuple[dict[str, Callable[[np.ndarray], Any]], Callable[[dict], Any], str]] = {
+# Changes of arrays, a change of the description (``dict``: none), and the error.
+DAMAGED: dict[str, tuple[dict[str, Callable[[np.ndarray], Any]], Callable[[dict], object], str]] = {
     "index out of bounds": (
         {f"{NAME}.in_index": lambda a: a + 16},
         dict,
@@ -146,11 +146,11 @@ DAMAGED: dict[str, tuple[dict[str, Callable[[np.ndarray], Any]], Callable[[dict]
     "text": ({"stem.conv.weight": lambda a: np.array(["a"])}, dict, "holds <U1; expected numbers"),
     "float index": ({f"{NAME}.in_index": lambda a: a * 1.0}, dict, "expected a list of integers"),
     "short norm": ({f"{NAME}.bn.running_var": lambda a: a[:1]}, dict, r"has shape \(1,\); expected \("),
-    "depth": ({}, lambda meta: meta | {"depth": 21}, "depth is 21"),
-    "a block less": ({}, lambda meta: meta | {"blocks": meta["blocks"][:-1]}, "the description lists"),
+    "depth": ({}, lambda meta: meta.update(depth=21), "depth is 21"),
+    "a block less": ({}, lambda meta: meta["blocks"].pop(), "the description lists"),
     "many groups": ({}, lambda meta: meta["blocks"][0].update(groups_a=10**9), "expected a count"),
-    "no count": ({}, lambda meta: meta["blocks"][0].pop("groups_a") and None, "None branches"),
-    "no blocks": ({}, lambda meta: meta.pop("blocks") and None, "needs blocks; it has bn_eps, "),
+    "no count": ({}, lambda meta: meta["blocks"][0].pop("groups_a"), "None branches"),
+    "no blocks": ({}, lambda meta: meta.pop("blocks"), "needs blocks; it has bn_eps, "),
     "downsample": ({}, lambda meta: meta["blocks"][0].update(downsample=True), "downsample is True"),
 }
 
@@ -159,8 +159,9 @@ DAMAGED: dict[str, tuple[dict[str, Callable[[np.ndarray], Any]], Callable[[dict]
 def test_damaged_networks_are_refused(arrays: dict, meta: dict, name: str) -> None:
     changes, change, message = DAMAGED[name]
     arrays |= {array: replaced(arrays[array]) for array, replaced in changes.items()}
+    change(meta)
     with pytest.raises(DSPFormatError, match=message):
-        build_released(arrays, change(meta) or meta)
+        build_released(arrays, meta)
 
 
 def test_a_missing_array_is_named(arrays: dict, meta: dict) -> None:

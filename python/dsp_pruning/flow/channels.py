@@ -86,7 +86,7 @@ def channel_flow(
       kernel is dead in every layer. This is what packing may rely on.
     - ``"pruning"``: training continues, so only masked kernels are dead; every other kernel, norm and linear
       weight counts as in use. Norm and convolution bias of a channel without input count as 0, because the
-      pruner clears them ("Pruning" in docs/algorithm.md), except for a module that runs more than once: it
+      pruner clears them, except for a module that runs more than once: it
       cannot be cleared for one of its runs.
 
     A kernel that reads a nonzero constant is alive: it contributes to the output, and zero padding makes that
