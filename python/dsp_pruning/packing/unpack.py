@@ -9,7 +9,7 @@ from torch import nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
-from dsp_kernels.graph.fixed_size import FixedSizeConv2d
+from dsp_kernels.graph.size_check import FixedSizeConv2d
 from dsp_pruning.flow.kernels import connections, dense_weight, own_bias
 from dsp_pruning.packing.rebuild import channel_dims, replace_module, replace_tensor, set_widths
 from dsp_pruning.packing.report import LayerPlan, PackingReport
