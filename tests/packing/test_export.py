@@ -130,7 +130,7 @@ for batch in (1, 2, 7):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_onnx_runs_where_our_package_is_not(tmp_path: Path, precision: str) -> None:
+def test_onnx_runs_without_this_package(tmp_path: Path, precision: str) -> None:
     network, path, x = nets.make("residual"), tmp_path / "net.onnx", images(4, 8)
     export_by_command(network, path, "onnx", "--precision", precision)
     half = precision == "fp16"
@@ -140,7 +140,7 @@ def test_onnx_runs_where_our_package_is_not(tmp_path: Path, precision: str) -> N
     subprocess.run(command, check=True, timeout=60, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
 
 
-def awkward() -> nn.Module:
+def unusual() -> nn.Module:
     """Groups that read nothing, no groups, absent channels that a norm shifts, outputs out of order, biases
     of absent channels."""
     torch.manual_seed(1)
@@ -164,8 +164,8 @@ def awkward() -> nn.Module:
     )
 
 
-def test_awkward_structures_are_plain_operations(tmp_path: Path) -> None:
-    network, x = awkward(), images(3, 8)
+def test_unusual_structures_are_plain_operations(tmp_path: Path) -> None:
+    network, x = unusual(), images(3, 8)
     with torch.no_grad():
         expected = network(x)
         torch.testing.assert_close(plain_form(network)(x), expected)
@@ -192,7 +192,7 @@ def test_exported_programs_of_packed_and_swapped_networks(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["residual", "branching"])
-def test_torchscript_is_read_without_our_package(tmp_path: Path, name: str) -> None:
+def test_torchscript_runs_without_this_package(tmp_path: Path, name: str) -> None:
     network = nets.make(name)
     export_by_command(network, tmp_path / "net.pt", "torchscript")
     torch.save([(images(n, 8), network(images(n, 8)).detach()) for n in (1, 5)], tmp_path / "pairs.pt")
@@ -250,7 +250,7 @@ class Undecided(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path) -> None:
+def test_errors_of_exports(tmp_path: Path) -> None:
     network = nets.make("residual")
     with pytest.raises(DSPError, match="export the packed one"):
         export_onnx(dsp_kernels.fuse(network, images(1, 8)), tmp_path / "net.onnx", images(1, 8))
@@ -288,7 +288,7 @@ def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_pictures_of_many_layers(tmp_path: Path) -> None:
-    """A row for each of 130 layers: no label lies on another; empty places of the page stay empty."""
+    """130 layers have 130 rows that do not overlap; unused parts of the page stay empty."""
     rows = [
         LayerRow(f"features.denseblock{n}.denselayer.conv", 2, 3, 8, 4, 8, 10 + n, 200) for n in range(130)
     ]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import masked
+from test_packing_any import images
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -61,18 +62,12 @@ def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_g
     return model
 
 
-def images(batch: int = 2, size: int = 16, seed: int = 0) -> Tensor:
-    return torch.randn(
-        batch, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-
-
 @settings(max_examples=12, deadline=None)
 @given(st.floats(0, 1), st.integers(0, 10**6), st.booleans(), st.integers(1, 5))
 def test_equals_the_masked_network(rate: float, seed: int, clear_norms: bool, n_groups: int) -> None:
     model = scramble(cifar_resnet(8), rate, seed, clear_norms=clear_norms, n_groups=n_groups)
     expected = masked(model)
-    packed = pack(model, images())
+    packed = pack(model, images(2, 16))
     for size in (16, 9):
         x = images(3, size, seed)
         torch.testing.assert_close(packed(x), expected(x), rtol=0, atol=1e-10)
@@ -82,7 +77,7 @@ def test_equals_the_masked_network(rate: float, seed: int, clear_norms: bool, n_
 def test_trains_as_the_masked_network_does() -> None:
     """Same loss and same running statistics in training mode, step after step."""
     model = scramble(cifar_resnet(8), 0.5, 3, clear_norms=True)
-    dense, packed = masked(model), pack(model, images())
+    dense, packed = masked(model), pack(model, images(2, 16))
     masks = {name: m.mask for name, m in dense.named_modules() if hasattr(m, "mask")}
     absent = {n: list(m.structure.absent) for n, m in packed.named_modules() if isinstance(m, PackedConv2d)}
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in (dense, packed)]
@@ -156,7 +151,7 @@ def test_constants_of_shifted_norms(shared: Path) -> None:
             if key.startswith("shifted_bn_bias/"):
                 model.get_parameter(f"{key.split('/')[1]}.bias").copy_(torch.from_numpy(file[key]))
     expected = torch.from_numpy(file["dense_logits64_with_shifted_bn_bias"])
-    assert (expected - torch.from_numpy(file["dense_logits64"])).abs().max() > 1  # the trap is a trap
+    assert (expected - torch.from_numpy(file["dense_logits64"])).abs().max() > 1  # the shifts matter
     packed = pack(model, x[:2])
     with torch.no_grad():
         torch.testing.assert_close(packed(x), expected, rtol=0, atol=1e-12)
@@ -255,24 +250,24 @@ def test_a_network_pruned_away_whole_still_runs() -> None:
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.zero_()
                 module.bias.zero_()
-    packed = pack(model, images())
-    torch.testing.assert_close(packed(images(3)), model(images(3)), rtol=0, atol=1e-12)
-    torch.testing.assert_close(dsp_kernels.fuse(packed, images())(images(3)), model(images(3)))
+    packed = pack(model, images(2, 16))
+    torch.testing.assert_close(packed(images(3, 16)), model(images(3, 16)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(dsp_kernels.fuse(packed, images(2, 16))(images(3, 16)), model(images(3, 16)))
 
 
 def test_packing_a_packed_network_changes_nothing() -> None:
-    packed = pack(scramble(cifar_resnet(8), 0.5, 1, clear_norms=True), images())
-    again = pack(packed, images())
+    packed = pack(scramble(cifar_resnet(8), 0.5, 1, clear_norms=True), images(2, 16))
+    again = pack(packed, images(2, 16))
     assert [m.structure for m in again.modules() if isinstance(m, PackedConv2d)] == [
         m.structure for m in packed.modules() if isinstance(m, PackedConv2d)
     ]
-    assert torch.equal(again(images(3)), packed(images(3)))
+    assert torch.equal(again(images(3, 16)), packed(images(3, 16)))
 
 
 def test_the_model_is_unchanged_and_shares_no_memory() -> None:
     model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True).train()
     state = copy.deepcopy(model.state_dict())
-    packed = pack(model, images())
+    packed = pack(model, images(2, 16))
     assert packed.training
     assert model.training
     assert model.state_dict().keys() == state.keys()
@@ -294,7 +289,7 @@ def test_a_wrong_packed_network_is_never_returned(hook: Callable[..., Tensor], w
     block = model.stage_1[0]
     (block.conv_a if "differs" in words else block.bn_a).register_forward_hook(hook)
     with pytest.raises(DSPVerificationError, match=words):
-        pack(model, images())
+        pack(model, images(2, 16))
 
 
 def test_amplified_rounding_errors_are_accepted() -> None:
@@ -309,7 +304,7 @@ def test_amplified_rounding_errors_are_accepted() -> None:
             return torch.sin(1e4 * self.model(x))
 
     model = Amplified(scramble(cifar_resnet(8), 0.5, 1, clear_norms=True).float())
-    x = images().float()
+    x = images(2, 16).float()
     packed = pack(model, x)
     assert (packed(x) - masked(model)(x)).abs().max() > 2 * network_tolerance(torch.float32, 576, 10)
     model.model.stage_1[0].conv_a.register_forward_hook(lambda module, args, y: 1.001 * y)
@@ -323,24 +318,26 @@ def test_warns_of_weights_that_are_not_0_where_the_mask_is() -> None:
     with torch.no_grad():
         model.stage_1[0].conv_a.weight += 0.01
     with pytest.warns(UserWarning, match=r"'stage_1.0.conv_a' has \d+ weights .*after_step"):
-        packed = pack(model, images())
-    torch.testing.assert_close(packed(images(3)), masked(model)(images(3)), rtol=0, atol=1e-10)
+        packed = pack(model, images(2, 16))
+    torch.testing.assert_close(packed(images(3, 16)), masked(model)(images(3, 16)), rtol=0, atol=1e-10)
     del model.stage_1[0].conv_a.mask
     model.stage_1[0].conv_b.mask = torch.ones(16, 16, 3, 3)
     with pytest.raises(DSPPruningError, match=r"expected \(16, 16, 1, 1\)"):
-        pack(model, images())
+        pack(model, images(2, 16))
 
 
 def test_frozen_parameters_stay_frozen() -> None:
     model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True).requires_grad_(False)
-    assert not any(parameter.requires_grad for parameter in pack(model, images()).parameters())
+    assert not any(parameter.requires_grad for parameter in pack(model, images(2, 16)).parameters())
 
 
 def test_packs_under_autocast_and_from_a_wrapper() -> None:
-    pruner = PruneWrapper(cifar_resnet(8).double(), 2, -1, example_input=images())
+    pruner = PruneWrapper(cifar_resnet(8).double(), 2, -1, example_input=images(2, 16))
     pruner.initialize(0.3)
     with torch.autocast("cpu", torch.bfloat16):
-        packed = pack(pruner, images())
-    torch.testing.assert_close(packed.eval()(images(3)), pruner.model.eval()(images(3)), rtol=0, atol=1e-10)
+        packed = pack(pruner, images(2, 16))
+    torch.testing.assert_close(
+        packed.eval()(images(3, 16)), pruner.model.eval()(images(3, 16)), rtol=0, atol=1e-10
+    )
     with pytest.raises(DSPShapeError, match="expected a tensor"):
         pack(packed, ["images"])  # type: ignore[list-item]

@@ -106,7 +106,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "sigmoid": (lambda m, y: torch.sigmoid(y), WIDTH, "all"),
     "gelu, tanh, scalars": (lambda m, y: 1 - F.gelu(torch.tanh(y) * 3 + 0.5) / 2, WIDTH, "all"),
     "prelu": (lambda m, y: m.prelu(y - 1), WIDTH, "all"),
-    "subtract": (lambda m, y: y - y.mean((2, 3), keepdim=True), WIDTH, "all"),
+    "subtract the mean": (lambda m, y: y - y.mean((2, 3), keepdim=True), WIDTH, "all"),
     "depthwise": (lambda m, y: m.depthwise(y), WIDTH, "some"),
     "depthwise, two per channel": (lambda m, y: F.relu(m.wide(y)), 2 * WIDTH, "some"),
     "grouped": (lambda m, y: m.grouped(y), 8, "none"),
@@ -126,7 +126,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "dropouts": (lambda m, y: F.dropout2d(F.dropout(y, 0.5, m.training), training=m.training), WIDTH, "all"),
     "max pool": (lambda m, y: F.max_pool2d(y - 2, 3, 2, 1, ceil_mode=True), WIDTH, "all"),
     "average pool": (lambda m, y: F.avg_pool2d(y, 3, 2, 1), WIDTH, "some"),
-    "average pool, honest": (
+    "average pool, padding not counted": (
         lambda m, y: F.avg_pool2d(y, 3, 2, 1, ceil_mode=True, count_include_pad=False),
         WIDTH,
         "all",
@@ -157,7 +157,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "residual": (lambda m, y, x: F.relu(y + m.other(x)), WIDTH, "some"),
     "scale by a parameter": (lambda m, y: y * m.scale, WIDTH, "none"),
     "softmax": (lambda m, y: y.softmax(1), WIDTH, "none"),
-    "values of a pair": (lambda m, y: torch.max(y, 3, keepdim=True)[0], WIDTH, "none"),
+    "max with indices": (lambda m, y: torch.max(y, 3, keepdim=True)[0], WIDTH, "none"),
     "permute": (lambda m, y: y.permute(0, 1, 3, 2).permute(0, 1, 3, 2), WIDTH, "none"),
     "twice": (lambda m, y: m.gate(F.relu(m.gate(y))), WIDTH, "some"),
 }
@@ -237,6 +237,6 @@ def test_dead_channels_are_removed_where_possible(name: str) -> None:
     assert ("normalises over several channels together" in str(packed.packing)) == over_channels
 
 
-def images(batch: int, size: int, seed: int = 0) -> Tensor:
+def images(batch: int, size: int = 12, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)

@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def masked(model: nn.Module, gone: tuple[int, ...] = (1, 2, 5)) -> nn.Module:
-    """Filters of ``a`` that are gone with norm and bias; ``b`` reads two patterns of what is left."""
+    """Filters ``gone`` of ``a`` are pruned with norm and bias; ``b`` reads two patterns of the others."""
     torch.manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
@@ -63,7 +63,7 @@ def agree(left: Tensor, right: Tensor) -> bool:
     return bool((left - right).abs().max() <= 1e-12 * left.abs().max())
 
 
-def test_torch_s_own_pruning_is_packed() -> None:
+def test_torch_nn_utils_prune() -> None:
     model = Net().eval()
     prune.ln_structured(model.a, "weight", amount=3, n=2, dim=0)
     prune.ln_structured(model.b, "weight", amount=2, n=2, dim=1)
@@ -86,7 +86,7 @@ def test_torch_s_own_pruning_is_packed() -> None:
 @pytest.mark.filterwarnings(
     "ignore:.*weight_norm.*:FutureWarning", "ignore:.*weights that are not 0:UserWarning"
 )
-def test_computed_weights_become_numbers(reparametrise: Callable[[nn.Module], nn.Module]) -> None:
+def test_computed_weights_become_plain_weights(reparametrise: Callable[[nn.Module], nn.Module]) -> None:
     model = masked(Net())
     reparametrise(model.b)
     model.eval()
@@ -122,7 +122,7 @@ def test_a_wrapped_model_is_unwrapped(wrap: Callable[[nn.Module], Any]) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_cannot_be_packed_is_refused(model: nn.Module, error: type[DSPError], words: str) -> None:
+def test_other_models_are_refused(model: nn.Module, error: type[DSPError], words: str) -> None:
     with pytest.raises(error, match=words):
         pack(model, torch.randn(1, 3, 8, 8))
 
@@ -154,7 +154,7 @@ def test_writing_into_a_part_of_a_tensor_is_refused() -> None:
         pack(masked(Writes()), images())
 
 
-def test_what_was_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
+def test_networks_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
     model = masked(Net())
     with torch.inference_mode():
         packed = pack(model, images())
@@ -166,7 +166,7 @@ def test_what_was_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
         assert all(parameter.grad is not None for parameter in made.parameters())
 
 
-def test_unpack_keeps_the_precision_of_layers_of_which_nothing_is_left() -> None:
+def test_unpack_keeps_the_dtype_of_layers_without_weights() -> None:
     model = masked(Net(), gone=tuple(range(WIDTH)))
     packed = pack(model, images())
     assert not any(weight.numel() for weight in packed.a.weights)

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from test_packing_any import images
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -15,11 +16,6 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import pack
 from dsp_pruning.packing.unpack import unpack
-
-
-def images(batch: int, size: int = 12, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
 
 
 class Heads(nn.Module):
@@ -148,7 +144,7 @@ def test_the_bias_of_an_absent_channel_stays_without_effect() -> None:
 
 
 class Twice(nn.Module):
-    """One conv runs on two values, also under a second name."""
+    """One convolution runs on two tensors, once under a second name."""
 
     def __init__(self, kernel: int) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def images(size: int = 16) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-CASES: dict[str, Callable[[], lookalike.LookAlike]] = {
+CASES: dict[str, Callable[[], nn.Module]] = {
     "1 branch": lambda: lookalike.random_network(1),
     "2 branches": lambda: lookalike.random_network(2),
     "9 branches": lambda: lookalike.random_network(9, widths=(30, 36, 40), blocks=1, classes=100),
@@ -181,7 +181,7 @@ TWICE = torch.tensor([0, 0])
 TWICE_4D = TWICE.view(1, -1, 1, 1)
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "operation": (torch.erf, "aten::erf is not known here"),
-    "gather for nobody": (
+    "gather without convolution": (
         lambda x: torch.relu(torch.take_along_dim(x, TWICE_4D, 1)),
         "read by something other than a convolution",
     ),

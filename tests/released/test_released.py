@@ -44,7 +44,7 @@ def labels(shared: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_packed_and_fused_answers(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
+def test_packed_and_fused_logits(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
     golden = np.load(shared / "golden" / "logits.npz")
     correct = int(golden["correct1017"][list(golden["names"]).index(name)])
     packed = read_released(shared / "nets" / f"{name}.npz")
@@ -60,8 +60,8 @@ def test_packed_and_fused_answers(shared: Path, images: Tensor, labels: Tensor, 
 @pytest.mark.skipif(native() is None, reason="16 bit by the native kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", NETS)
-def test_16_bit_answers(shared: Path, images: Tensor, labels: Tensor, name: str, dtype: torch.dtype) -> None:
-    """As many right answers as in float32, but for two of the 1,017 images."""
+def test_16_bit_classes(shared: Path, images: Tensor, labels: Tensor, name: str, dtype: torch.dtype) -> None:
+    """As many images right as in float32, give or take two of 1,017."""
     golden = np.load(shared / "golden" / "logits.npz")
     correct = int(golden["correct1017"][list(golden["names"]).index(name)])
     packed = read_released(shared / "nets" / f"{name}.npz")
@@ -109,8 +109,7 @@ def meta(shared: Path) -> dict:
     return json.loads(str(np.load(shared / "nets" / "resnet20_g4.npz")["meta"]))
 
 
-def test_a_block_pruned_away_whole(arrays: dict, meta: dict, images: Tensor) -> None:
-    """With no branch left, the block is its shortcut."""
+def test_a_block_without_branches_is_its_shortcut(arrays: dict, meta: dict, images: Tensor) -> None:
     index = next(i for i, block in enumerate(meta["blocks"]) if not block["downsample"])
     name = meta["blocks"][index]["name"]
     meta["blocks"][index] |= {"groups_a": 0, "groups_b": 0}

@@ -219,9 +219,10 @@ class _Rules:
     def _used(self, node: TracedNode) -> Tensor:
         """[O, C / groups] bool: kernels that may be nonzero, whatever feeds and reads them."""
         if node.name not in self._in_use:
-            used = connections(node.module)
             if self.frozen:
                 used = dense_weight(node.module).ne(0).flatten(2).any(2).cpu()
+            else:
+                used = connections(node.module)
             mask = self.masks.get(node.path)
             if mask is not None:
                 shape = used.shape

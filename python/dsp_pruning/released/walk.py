@@ -144,7 +144,7 @@ class _Walk:
             branch = self.joined(value.branches, value.places, width)
             made = _Image(self.graph.call_function(torch.add, (value.base.node, branch.node)), width)
         else:
-            raise DSPFormatError(f"a {type(value).__name__} stands where a tensor is expected")
+            raise DSPFormatError(f"an operand is a {type(value).__name__}; expected a tensor")
         self._replace(value, made)
         return made
 
