@@ -23,7 +23,7 @@ from dsp_kernels.op.dense import live_bias
 from dsp_kernels.op.structure import Group
 from dsp_kernels.whole_file import fill, whole_file
 
-__all__ = ["export_onnx", "export_pt2", "export_torchscript", "plain_form"]
+__all__ = ["export_onnx", "export_pt2", "export_torchscript"]
 
 _LEAST_OPSET = 18
 
@@ -64,7 +64,7 @@ def export_onnx(
     except ImportError as error:
         raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
     _refuse_fused(model)
-    plain = plain_form(model).cpu().to(dtype)
+    plain = _plain_form(model).cpu().to(dtype)
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
 
     def write(temporary: Path) -> None:
@@ -129,7 +129,7 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     torch.Size([5, 8, 14, 14])
     """
     _refuse_fused(model)
-    plain, inputs = plain_form(model), _two_images(example_input)
+    plain, inputs = _plain_form(model), _two_images(example_input)
 
     def write(temporary: Path) -> None:
         # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
@@ -145,7 +145,7 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     return _write(write, model, path, plain, inputs)
 
 
-def plain_form(model: nn.Module) -> nn.Module:
+def _plain_form(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose packed convolutions are gathers and ordinary convolutions, norms folded."""
     plain = swap(copy.deepcopy(model).eval(), backend="eager")
     if isinstance(plain, FusedConv2d):

@@ -242,3 +242,13 @@ def test_unpack_gives_masks_and_widths_back() -> None:
     assert repacked.stem.structure == pack(model, images(2)).stem.structure
     with pytest.raises(DSPPruningError, match="Conv2d carries no PackingReport"):
         unpack(nn.Conv2d(3, 3, 1))
+
+
+def test_a_depthwise_convolution_with_one_channel_left_is_unpacked() -> None:
+    layers = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 4, 1)
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        model[0].weight[1:] = 0
+    packed = pack(model, images(2))
+    assert (packed[1].groups, unpack(packed)[1].groups) == (1, 8)
+    torch.testing.assert_close(unpack(packed)(images(3)), model(images(3)), rtol=0, atol=1e-12)

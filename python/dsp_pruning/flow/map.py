@@ -110,12 +110,12 @@ class ChannelMap:
             self.barriers[node.name] = (
                 f"{node.describe()} normalises over several channels together"
                 if node.kind == "norm_over_channels"
-                else f"packing does not know how channels pass {node.describe()}"
+                else f"pack does not support {node.describe()}"
             )
             return
         self.links[node.name] = links
         if node.attributes.get("rigid") or _hard_codes_width(node):
-            self.rigid[node.name] = f"{node.describe()} names its number of channels in the model's code"
+            self.rigid[node.name] = f"the model's code has the width of {node.describe()} as a literal"
 
     def _channelwise(self, node: TracedNode) -> tuple[Link, ...] | None:
         operands = node.attributes.get("operands") or node.inputs[:1]
