@@ -38,14 +38,14 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
     example_input: (batch, channels, height, width) of the sizes that the network is made for; a tuple of
         tensors for a model of several inputs.
     fixed_size: whether the copy may be limited to images of the example's height and width. Constants are
-        then also folded where their readers pad zeros, into a bias per output position (rule 4), and images
+        then also folded where their readers pad zeros, into a bias per output position, and images
         of other sizes raise DSPShapeError. See ``FixedSizeConv2d``.
 
     Every pruned convolution becomes a PackedConv2d with one group per set of channels that filters read.
     Channels that are zero or not read are removed from all modules: norms, linear layers, residual streams,
     concatenations, gates, depthwise convolutions. A pruned filter whose output is another constant in eval
     mode (a norm's shift, a bias) is removed if all its readers can take the constant into their bias, which
-    needs a reader that pads no zeros (rules 1 to 3 of docs/packing.md). ``pack`` keeps all channels around
+    needs a reader that pads no zeros (docs/guide/packing.md). ``pack`` keeps all channels around
     operations it does not support. ``packed.packing``, a PackingReport, says where and why, and which
     original channels every layer kept.
 
