@@ -196,7 +196,8 @@ def test_exported_programs_of_packed_and_swapped_networks(tmp_path: Path) -> Non
 def test_torchscript_runs_without_this_package(tmp_path: Path, name: str) -> None:
     network = nets.make(name)
     export_by_command(network, tmp_path / "net.pt", "torchscript")
-    torch.save([(images(n, 8), network(images(n, 8)).detach()) for n in (1, 5)], tmp_path / "pairs.pt")
+    inputs = images(1, 8), images(5, 8), images(2, 13)
+    torch.save([(x, network(x).detach()) for x in inputs], tmp_path / "pairs.pt")
     code = (
         "import sys, torch\n"
         "sys.modules.update(dsp_kernels=None, dsp_pruning=None)\n"
@@ -218,7 +219,7 @@ def test_torchscript_runs_without_this_package(tmp_path: Path, name: str) -> Non
         lambda y: sum(part.mean() for part in y.split(4, 2)) * y,
     ],
 )
-def test_torchscript_of_sizes_in_the_code_is_right_or_refused(
+def test_torchscript_of_numbers_computed_from_sizes_is_refused(
     tmp_path: Path, middle: Callable[[Tensor], Tensor]
 ) -> None:
     class Sized(nn.Module):
@@ -229,15 +230,9 @@ def test_torchscript_of_sizes_in_the_code_is_right_or_refused(
         def forward(self, x: Tensor) -> Tensor:
             return middle(self.conv(x))
 
-    model, path = Sized().eval(), tmp_path / "net.pt"
-    try:
-        export_torchscript(model, path, images(1, 8))
-    except DSPError as error:
-        assert "cannot be exported" in str(error)  # noqa: PT017
-        assert not list(tmp_path.iterdir())
-        return
-    for size in (8, 12, 17):
-        torch.testing.assert_close(torch.jit.load(path)(images(2, size)), model(images(2, size)))
+    with pytest.raises(DSPError, match="cannot be exported"):
+        export_torchscript(Sized().eval(), tmp_path / "net.pt", images(1, 8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_float16_onnx_of_operations_without_float16_kernels(tmp_path: Path) -> None:
