@@ -12,8 +12,8 @@ from dsp_kernels import FusedConv2d, PackedConv2d
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.decode import Budget, build_module
 from dsp_kernels.file.encode import encode_module, is_known
-from dsp_pruning.packing.plan import LayerPlan
 from dsp_pruning.packing.rebuild import replace_module
+from dsp_pruning.packing.report import LayerPlan
 
 __all__ = ["Widths", "dense_twin", "dense_widths", "planned_widths"]
 
