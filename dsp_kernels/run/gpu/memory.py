@@ -1,4 +1,4 @@
-"""Where the values of a Program lie while it runs on a GPU: shapes, lifetimes, one arena."""
+"""The memory plan of a Program on a GPU: shapes and lifetimes of its values, placed in one arena."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 
 __all__ = ["Arena", "arena_for", "value_shapes"]
 
-_ALIGNMENT = 256  # bytes; what cudaMalloc promises, so that no kernel sees a smaller one
+_ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 
 _ELEMENTWISE = (AffineStep, AddStep, ActivationStep, MulStep)
-# Steps that write into memory they are given.
+# Steps that write into a given buffer.
 _WRITERS = (ConvStep, BlockStep, *_ELEMENTWISE, ConcatStep, SelectStep)
 
 
 def value_shapes(
     program: Program, input_shape: Sequence[int], dtype: torch.dtype
 ) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every value for an input of this shape; None for values that are no tensor.
+    """The shape of every value for an input of this shape; None for values that are not tensors.
 
-    Computed on the meta device: no numbers, no memory.
+    Computed on the meta device.
     """
     eager = EagerExecutor()
     values: dict[str, Any] = {program.input: torch.empty(*input_shape, dtype=dtype, device="meta")}
@@ -58,19 +58,19 @@ def value_shapes(
 
 @dataclass(frozen=True)
 class Arena:
-    """bytes: size of the one block of memory; offset: of each value that lies in it."""
+    """bytes: size of the one allocation; offset: of each value in it."""
 
     bytes: int
     offset: Mapping[str, int]
 
 
 def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], itemsize: int) -> Arena:
-    """Places the input and what the steps of _WRITERS make; values that live at once never overlap.
+    """Places the input and the results of _WRITERS; values with overlapping lifetimes never overlap in memory.
 
-    A residual or the operand of an elementwise step that nobody reads later is overwritten in place.
+    A residual, or an operand of an elementwise step, is overwritten in place after its last use.
     """
     last_use = program.last_use
-    owner: dict[str, str] = {}  # value -> the value whose place it takes over
+    owner: dict[str, str] = {}  # value -> the value whose memory it reuses
     born = {program.input: -1}
     for position, step in enumerate(program.steps):
         shape = shapes[step.output]
@@ -90,7 +90,9 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
     for name, place in owner.items():
         first[place] = min(first.get(place, born[name]), born[name])
         last[place] = max(last.get(place, -1), last_use[name])
-    size = {place: _round_up(math.prod(shapes[place] or ()) * itemsize) for place in first}
+    size = {
+        place: -(-math.prod(shapes[place] or ()) * itemsize // _ALIGNMENT) * _ALIGNMENT for place in first
+    }
 
     placed: dict[str, int] = {}
     for place in sorted(first, key=lambda p: (-size[p], first[p])):
@@ -110,12 +112,8 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
 
 
 def _may_be_overwritten(step: Step) -> tuple[str, ...]:
-    """Inputs of which the step reads every element just before it writes the same element."""
+    """Inputs of which the step reads every element before it writes the element at the same position."""
     if isinstance(step, ConvStep | BlockStep):
         x, *residual = step.inputs
         return tuple(name for name in residual if name != x)
     return step.inputs if isinstance(step, _ELEMENTWISE) else ()
-
-
-def _round_up(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
