@@ -1,8 +1,8 @@
 """The backends of one gather-grouped convolution.
 
-A backend answers ``can_run(spec, dtype, device, layout) -> (bool, reason)`` and may answer ``is_worth`` for the
-same request (registry.py). ``prepare`` arranges the weights once; the plan it returns, (x, residual) -> y, is
-called many times.
+A backend answers ``can_run(spec, dtype, device, layout) -> (bool, reason)`` and may answer ``is_worth`` for
+the same request (registry.py). ``prepare`` arranges the weights once; the plan it returns, (x, residual) ->
+y, is called many times.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ConvBackend(Protocol):
         ...
 
     def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> ConvPlan:
-        """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None -> the function (x, residual) -> y."""
+        """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None -> (x, residual) -> y."""
         ...
 
 

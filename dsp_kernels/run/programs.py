@@ -1,7 +1,7 @@
 """The executors of a whole Program.
 
-An executor answers ``can_run(program, dtype, device) -> (bool, reason)`` and turns a Program once into a function
-x -> y, which is called many times, with any batch size.
+An executor answers ``can_run(program, dtype, device) -> (bool, reason)`` and turns a Program once into a
+function x -> y, which is called many times, with any batch size.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ __all__ = ["CanRun", "Registry"]
 class CanRun(Protocol):
     """An entry of a registry.
 
-    It may also have ``is_worth(*request)`` with the same kind of answer: "auto" skips an entry that can run but
-    would be slower than the next one. An explicit choice is honoured.
+    It may also have ``is_worth(*request)`` with the same kind of answer: "auto" skips an entry that can run
+    but would be slower than the next one. An explicit choice is honoured.
     """
 
     name: str

@@ -110,11 +110,11 @@ class CpuPlan:
         return self._with_residual
 
 
-# Products per moved channel and pixel below which plain PyTorch is faster in channels_last. Measured at batch
-# 4 and 8 on the layers of ResNet-50 80 % and on layers like ResNet-56's (2 Zen 5 cores, shared with others,
-# best of many runs, torch 2.15). Speed relative to eager on 2 threads: 1x1 layers with 6 to 16 products
-# 0.61-0.77, with 25 0.88 and 1.54, with 29 and more 1.16-3.25; of the 3x3 layers only one, with 50, was slower
-# (0.63). On one thread none was slower.
+# Products per moved channel and pixel below which plain PyTorch is faster in channels_last. Measured at
+# batch 4 and 8 on the layers of ResNet-50 80 % and on layers like ResNet-56's (2 Zen 5 cores, shared with
+# others, best of many runs, torch 2.15). Speed relative to eager on 2 threads: 1x1 layers with 6 to 16
+# products 0.61-0.77, with 25 0.88 and 1.54, with 29 and more 1.16-3.25; of the 3x3 layers only one, with
+# 50, was slower (0.63). On one thread none was slower.
 _PRODUCTS_PER_MOVE = 25
 
 
@@ -127,7 +127,7 @@ def products_per_move(spec: ConvSpec) -> float:
 
 
 def _interleave(images: int) -> int:
-    """1, unless there are more threads than images: interleaved images cost more to convert than they save."""
+    """1 unless threads outnumber images: interleaved images cost more to convert than they save."""
     return 1 if images >= torch.get_num_threads() else 0
 
 

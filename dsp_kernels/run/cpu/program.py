@@ -1,9 +1,9 @@
 """The CPU executor: native kernels, and plain PyTorch for the steps between that have none.
 
 In bfloat16 a convolution rounds its input and multiplies bfloat16 numbers; its sum, bias, residual and
-activation, and all other steps, are float32. float16 does the same on CPUs with AVX512-FP16, except that short
-partial sums of products are float16 too; on other CPUs only the weights are float16 and all arithmetic is
-float32. Input and output may have any floating dtype.
+activation, and all other steps, are float32. float16 does the same on CPUs with AVX512-FP16, except that
+short partial sums of products are float16 too; on other CPUs only the weights are float16 and all
+arithmetic is float32. Input and output may have any floating dtype.
 
 The Program is cut into segments of native steps. Each segment is one native network whose inputs come from
 outside and whose outputs are read later; one thread takes a few images through all its steps.
@@ -124,7 +124,7 @@ def _dtype(program: Program) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive steps that are all native or all not. inputs: values read from outside; outputs: read later."""
+    """Consecutive steps, all native or none. inputs: values made outside; outputs: values read later."""
 
     native: bool
     steps: tuple[Step, ...]

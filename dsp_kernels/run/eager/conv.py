@@ -71,8 +71,8 @@ def form_of(spec: ConvSpec) -> str:
     return min(cost, key=lambda form: cost[form])
 
 
-# Cost of moving one channel of one pixel, in multiply-adds of an efficient convolution. Measured on every conv
-# of ResNet-56 g=4 (batch 1, 32, 128) and ResNet-50 80 % (batch 1, 8), float32, channels_last, 2 Zen 5
+# Cost of moving one channel of one pixel, in multiply-adds of an efficient convolution. Measured on every
+# conv of ResNet-56 g=4 (batch 1, 32, 128) and ResNet-50 80 % (batch 1, 8), float32, channels_last, 2 Zen 5
 # cores, torch 2.15: with 400 the rule costs at most 4 % over the best form of each layer; 200 costs up to
 # 22 %, and always one conv per group 4.7x (ResNet-56, batch 128) and 2.9x (ResNet-50, batch 8).
 _MOVE_COST = 400

@@ -1,7 +1,7 @@
 """The op on ordinary tensors (NCHW or channels_last) by a family of GPU kernels.
 
-The kernels have their own layouts. A channels_last tensor already is NHWC; a contiguous one is converted at both
-ends, which a fused network (``dsp_kernels.fuse``) pays for once instead of per layer.
+The kernels have their own layouts. A channels_last tensor already is NHWC; a contiguous one is converted at
+both ends, which a fused network (``dsp_kernels.fuse``) pays for once instead of per layer.
 """
 
 from __future__ import annotations

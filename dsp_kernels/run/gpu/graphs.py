@@ -23,8 +23,8 @@ def is_capturing(device: torch.device) -> bool:
 def capture(launch: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None] | None:
     """The launches of ``launch`` as one replay on the current stream, or None if they cannot be captured.
 
-    ``launch`` works on fixed buffers and is first run twice. pool: of ``torch.cuda.graph_pool_handle``; graphs
-    that share a pool must not be replayed concurrently. An operation that synchronises, as a user's own module
+    ``launch`` works on fixed buffers and runs twice first. pool: of ``torch.cuda.graph_pool_handle``; graphs
+    that share one must not be replayed concurrently. An operation that synchronises, as a user's own module
     may, cannot be captured.
     """
     with torch.cuda.device(device):

@@ -1,7 +1,7 @@
 """What all GPU kernels share: tensor layouts, the call of a prepared convolution, and its checks.
 
-A gather costs nothing where a channel is a contiguous plane (CHWN), and little where the channels of a pixel are
-contiguous (NHWC). A whole network stays in one of the two from its first convolution to its pool.
+A gather costs nothing where a channel is a contiguous plane (CHWN), and little where the channels of a
+pixel are contiguous (NHWC). A whole network stays in one of the two from its first convolution to its pool.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def layout_for_batch(batch: int) -> GpuLayout:
 def all_groups(structure: GroupStructure) -> tuple[Group, ...]:
     """The groups, and one that reads nothing and writes the absent channels, so that all outputs are written.
 
-    The weights of that group are (absent, 0, kh, kw). An absent channel has no bias, whatever its entry in the
-    bias is (dsp_kernels/op/reference.py).
+    The weights of that group are (absent, 0, kh, kw). An absent channel has no bias, whatever its entry in
+    the bias is (dsp_kernels/op/reference.py).
     """
     if not structure.absent:
         return structure.groups

@@ -65,7 +65,7 @@ class Arena:
 
 
 def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], itemsize: int) -> Arena:
-    """Places the input and the results of _WRITERS; values with overlapping lifetimes never overlap in memory.
+    """Places the input and the results of _WRITERS; values that are live at once never overlap.
 
     A residual, or an operand of an elementwise step, is overwritten in place after its last use.
     """

@@ -1,8 +1,9 @@
 """The GPU executor: one launch per convolution or residual block, one layout, one arena, one CUDA graph.
 
-Per input shape a ``GpuRun`` holds the memory and, if it can be captured, the graph. A batch that is a multiple of 8
-runs in CHWN, any other in NHWC (layout.py), or padded to the next multiple of 8 where running blocks is predicted
-to gain more than the padding costs. DSP_KERNELS_BLOCKS=0 runs every convolution as its own kernel.
+Per input shape a ``GpuRun`` holds the memory and, if it can be captured, the graph. A batch that is a
+multiple of 8 runs in CHWN, any other in NHWC (layout.py), or padded to the next multiple of 8 where running
+blocks is predicted to gain more than the padding costs. DSP_KERNELS_BLOCKS=0 runs every convolution as its
+own kernel.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def _channels(step: ConcatStep | SelectStep, layout: GpuLayout, device: torch.de
 
 
 def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
-    # Pooling treats images and channels alike, so CHWN can be seen as a channels_last tensor of C images with N
-    # channels, without a copy.
+    # Pooling treats images and channels alike, so CHWN can be seen as a channels_last tensor of C images
+    # with N channels, without a copy.
     run = EagerExecutor().call(step)
     source = step.inputs[0]
 

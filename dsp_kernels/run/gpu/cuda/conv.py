@@ -49,6 +49,9 @@ def launch_op(
         raise DSPBackendError(str(error)) from error
 
 
+_LAUNCH: Launch = partial(launch_op, "cuda_conv")
+
+
 class CudaKernels:
     """float16 and bfloat16 on tensor cores, float32 without; compute capability 8.0 or newer."""
 
@@ -78,9 +81,9 @@ class CudaKernels:
 class CudaConv:
     """One convolution, its weights packed and its tables on the device.
 
-    launch: the op, or its emulation in tests. kernel: the only kernel of KERNELS to launch, instead of the one
-    that the rule chooses. wgmma: whether the device has it; None asks the device. DSP_KERNELS_WGMMA=1 prefers
-    wgmma wherever it can run (sm_90, 16-bit dtypes, CHWN), 0 never uses it.
+    launch: the op, or its emulation in tests. kernel: the only kernel of KERNELS to launch, instead of the
+    one that the rule chooses. wgmma: whether the device has it; None asks the device. DSP_KERNELS_WGMMA=1
+    prefers wgmma wherever it can run (sm_90, 16-bit dtypes, CHWN), 0 never uses it.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class CudaConv:
         weights: Sequence[Tensor],
         bias: Tensor | None,
         layout: GpuLayout,
-        launch: Launch = partial(launch_op, "cuda_conv"),
+        launch: Launch = _LAUNCH,
         kernel: str | None = None,
         wgmma: bool | None = None,
     ) -> None:
@@ -119,7 +122,9 @@ class CudaConv:
         has_wgmma_here = self._has_wgmma
         if has_wgmma_here is None:
             has_wgmma_here = device.type == "cuda" and has_wgmma(device.index)
-        names = kernels_for(self.spec, dtype, self.layout, has_wgmma_here and self._prefers_wgmma is not False)
+        names = kernels_for(
+            self.spec, dtype, self.layout, has_wgmma_here and self._prefers_wgmma is not False
+        )
         made: dict[str, Tables] = {}
         for name in names if self._kernel is None else (self._kernel,):
             shared = made.get("nhwc") if name == "nhwc_sliced" else None

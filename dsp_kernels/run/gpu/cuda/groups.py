@@ -34,7 +34,7 @@ class FilterGroup:
 
 
 def groups_of(spec: ConvSpec, weights: Sequence[Tensor]) -> list[FilterGroup]:
-    """weights[g]: (O_g, C_g, kh, kw) on any device -> all groups on the CPU, including the absent channels'."""
+    """weights[g]: (O_g, C_g, kh, kw) on any device -> ``all_groups`` with their weights, on the CPU."""
     flat = [weight.detach().cpu().float().flatten(2) for weight in weights]
     if spec.structure.absent:
         flat.append(torch.zeros(len(spec.structure.absent), 0, spec.kernel_size[0] * spec.kernel_size[1]))

@@ -1,4 +1,4 @@
-"""The table of CUDA convolution kernels: what csrc/cuda/launch_plan.h launches, and which of it can run what."""
+"""The table of CUDA convolution kernels (csrc/cuda/launch_plan.h), and which of them can run what."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class KernelKind:
     """One kernel.
 
     number: in the enum Kernel of csrc/cuda/launch_plan.h. filters: the sizes of its tiles. rows: of the
-    reduction per step; the channels of one tap are padded to a multiple of ``channels``. order: of the weights
-    of a tile, see WEIGHT_ORDERS. outputs: positions (pixels x images) of a thread block, by filters of a tile.
+    reduction per step; the channels of one tap are padded to a multiple of ``channels``. order: of the
+    weights of a tile, see WEIGHT_ORDERS. outputs: positions (pixels x images) of a thread block, by filters
+    of a tile.
     """
 
     name: str
@@ -39,6 +40,11 @@ class KernelKind:
     def has_halo(self) -> bool:
         """Whether it stages blocks of 16 channels with their halo, and reads all taps from there."""
         return self.name in ("halo", "wgmma_halo")
+
+    @property
+    def gathers_runs(self) -> bool:
+        """Whether it reads eight channels at once where they are an aligned run (16-bit NHWC)."""
+        return self.name in ("nhwc", "nhwc_sliced")
 
     def reduction(self, channels: int, taps: int) -> int:
         """Rows of the reduction, with padding."""
@@ -67,7 +73,7 @@ def kernels_for(spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wgmma: bo
         return (f"fp32_{layout.name.lower()}",)
     if layout is GpuLayout.NHWC:
         return "nhwc", "nhwc_sliced"
-    names = ("chwn", "wgmma") if wgmma else ("chwn",)
+    names: tuple[str, ...] = ("chwn", "wgmma") if wgmma else ("chwn",)
     if spec.kernel_size == (3, 3) and spec.stride == spec.dilation == (1, 1):
         names += ("halo", "wgmma_halo") if wgmma else ("halo",)
     return names

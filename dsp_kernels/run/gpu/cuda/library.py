@@ -21,7 +21,7 @@ _FIX = (
 
 @cache
 def why_no_cuda() -> str:
-    """Why the library cannot be used; empty once torch.ops.dsp_kernels has its ops. The first call loads it."""
+    """Why the library cannot be used; empty once its ops are in torch.ops.dsp_kernels (loads it)."""
     if not LIBRARY.is_file():
         return f"the CUDA kernels are not built ({LIBRARY.name} is missing); {_FIX}"
     if torch.version.cuda is None:

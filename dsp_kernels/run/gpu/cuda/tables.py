@@ -1,8 +1,8 @@
 """Weights and tables of one convolution in the order in which the CUDA kernels read them (csrc/cuda).
 
-A *tile* is up to ``filters`` filters of one group and the list of their inputs. One launch runs all tiles of all
-groups, the longest reduction first. Small groups share a tile where that is less work: the weights of channels
-that a filter does not read are then zero, as in a dense convolution.
+A *tile* is up to ``filters`` filters of one group and the list of their inputs. One launch runs all tiles
+of all groups, the longest reduction first. Small groups share a tile where that is less work: the weights
+of channels that a filter does not read are then zero, as in a dense convolution.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dsp_kernels.run.gpu.cuda.groups import (
 from dsp_kernels.run.gpu.cuda.kernels import OUTSIDE, KernelKind, round_up
 
 __all__ = ["Tables", "make_tables"]
+
 
 @dataclass(frozen=True)
 class Tables:
@@ -118,7 +119,7 @@ class _Writer:
     def add(self, group: FilterGroup) -> None:
         """Add all tiles of one group."""
         structure = self.spec.structure
-        if self.kind.name == "nhwc":
+        if self.kind.gathers_runs:
             group = in_runs(group, structure.in_channels, structure.out_channels)
         first = self.entries
         rows = self._write_taps(group.in_index)
@@ -154,7 +155,7 @@ class _Writer:
             self.taps.append(entries)
             return rows
         offsets = torch.tensor([y * dy << 16 | x * dx for y in range(kh) for x in range(kw)])
-        if self.kind.name == "nhwc":
+        if self.kind.gathers_runs:
             firsts, count = torch.tensor(self._octets(channels), dtype=torch.long), rows // 8
         else:
             firsts, count = torch.tensor(channels, dtype=torch.long), rows

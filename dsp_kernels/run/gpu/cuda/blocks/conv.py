@@ -17,7 +17,7 @@ from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands
 
 __all__ = ["CudaBlock", "why_no_blocks"]
 
-_launch: Launch = partial(launch_op, "cuda_block")
+_LAUNCH: Launch = partial(launch_op, "cuda_block")
 
 
 def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
@@ -39,7 +39,7 @@ class CudaBlock:
         step: BlockStep,
         tables: BlockTables,
         geometry: BlockGeometry,
-        launch: Launch = _launch,
+        launch: Launch = _LAUNCH,
     ) -> None:
         self.step, self.tables, self.geometry = step, tables, geometry
         self._launch = launch

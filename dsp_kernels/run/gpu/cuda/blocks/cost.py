@@ -1,8 +1,9 @@
 """Predicted cost of a residual block as one kernel and as one kernel per convolution.
 
 **Every constant here is an estimate or from a data sheet, except where it says measured.** The model counts
-what each multiprocessor has to do (bytes from L2, bytes through shared memory, multiply-adds including padding,
-halo pixels computed twice) and what the GPU's memory has to move; the slowest of these is the time.
+what each multiprocessor has to do (bytes from L2, bytes through shared memory, multiply-adds including
+padding, halo pixels computed twice) and what the GPU's memory has to move; the slowest of these is the
+time.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _flops(step: ConvStep, shapes: Shapes) -> int:
 
 
 def block_floor(step: BlockStep, shapes: Shapes, device: DeviceModel) -> float:
-    """Lower bound of the seconds of one kernel for the block; benchmarks/measure/floors.py has the formula."""
+    """Lower bound in seconds of one kernel for the block; formula of benchmarks/measure/floors.py."""
     flops = sum(_flops(conv, shapes) for conv in step.members)
     return max(flops / device.peak_flops, _moved(step, shapes) / device.bandwidth) + device.launch
 

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -89,11 +88,15 @@ def variants(block: BlockStep) -> list[BlockStep]:
     return found
 
 
+def _half_tables(step: BlockStep) -> BlockTables:
+    return block_tables(step, torch.float16, torch.device("cpu"))
+
+
 def plan_blocks(
     program: Program,
     shapes: Shapes,
     device: DeviceModel,
-    make_tables: MakeTables = partial(block_tables, dtype=torch.float16, device=torch.device("cpu")),
+    make_tables: MakeTables = _half_tables,
 ) -> list[BlockPlan]:
     """A plan per residual block of a Program in the form of ``residual_last``.
 
@@ -157,7 +160,9 @@ class BlockPlanner:
     latest are kept.
     """
 
-    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, wanted: bool = True) -> None:
+    def __init__(
+        self, program: Program, dtype: torch.dtype, device: torch.device, wanted: bool = True
+    ) -> None:
         self._program, self._reordered = program, residual_last(program)
         self._dtype, self._device, self._wanted = dtype, device, wanted
         self._cpu_tables: dict[tuple[str, ...], BlockTables] = {}
@@ -172,8 +177,8 @@ class BlockPlanner:
     def batch_for(self, shape: Sequence[int]) -> int:
         """The batch to run an input of this shape with: its own, or the next multiple of 8 if that is faster.
 
-        The added images are uninitialised; no other image depends on them. A TorchStep may mix images, so such
-        a Program always runs with its own batch.
+        The added images are uninitialised; no other image depends on them. A TorchStep may mix images, so
+        such a Program always runs with its own batch.
         """
         batch, key = shape[0], tuple(shape)
         if batch % BATCH_MULTIPLE == 0 or not self.can_run(GpuLayout.CHWN):

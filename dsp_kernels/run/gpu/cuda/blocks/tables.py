@@ -1,9 +1,9 @@
 """Weights and tiles of one residual block in the order in which its CUDA kernel reads them.
 
-A *slot* is a channel of a map that has a place in shared memory: of the block's input those that anything
-reads, of an inner map those that the next convolution reads; filters that write no slot are not computed.
-Which filters form a tile and what they read does not depend on sizes; where that lies in shared memory does
-(cuda_block_geometry.py). See csrc/cuda/block_params.h.
+A *slot* is a channel of a feature map held in shared memory: channels of the block's input that anything
+reads, and channels of an inner map that the next convolution reads. Filters that write no slot are not
+computed. The tiles do not depend on the input size; addresses in shared memory do (geometry.py). See
+csrc/cuda/block_params.h.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from dsp_kernels.run.gpu.cuda.groups import (
 __all__ = ["STEP", "STEP_CLOCKS", "BlockTables", "Row", "Tile", "block_tables"]
 
 STEP = 16  # rows of the reduction of one mma
-# Clocks of a multiprocessor for one step of a tile at eight chunks, by filters of the tile: 16 are bound by
-# shared memory (128 bytes a clock), 32 by mma.sync. Estimates, not measured; a tile's outputs cost as much as
-# two steps.
+# Clocks of a multiprocessor per step of a tile for eight chunks, by filters of the tile: 16 are bound by
+# shared memory (128 bytes per clock), 32 by mma.sync. Estimates, not measured; the outputs of a tile cost
+# as much as two steps.
 STEP_CLOCKS = {16: 20.0, 32: 24.5}
 _FINISH_STEPS = 2
 
-# A row of the reduction: slot and offset in pixels of the region that it is read from.
+# A row of the reduction: slot, and offset in pixels (vertical, horizontal), in its source region.
 Row = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Filters of one tile: what they read of their own region and of the block's input, what they write.
+    """Filters of one tile. rows: of their own region; second_rows: of the block's input, for the shortcut.
 
-    rows, second_rows: multiples of 16 in number. targets: slot of the next region or output channel, or -1.
+    Both have a multiple of 16 entries. targets: slot of the next region, or output channel, or -1.
     """
 
     rows: tuple[Row, ...]
@@ -53,11 +53,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class BlockTables:
-    """What does not depend on sizes.
+    """The part of a launch that does not depend on the input size.
 
-    tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: per
-    region but the last, how many it has. residual_slots: per output channel the slot of the input that is
-    added to it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
+    tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: number
+    of slots per region but the last. residual_slots: per output channel, the input slot that is added to
+    it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
     """
 
     step: BlockStep
@@ -71,7 +71,7 @@ class BlockTables:
 
     @cached_property
     def static(self) -> tuple[list[int], list[int]]:
-        """Targets of all rows of all tiles, and the slots that are added to them (-1: none)."""
+        """Targets of all filters of all tiles, and the input slots that are added to them (-1: none)."""
         targets = [target for tiles in self.tiles for tile in tiles for target in tile.targets]
         last = sum(len(tile.targets) for tile in self.tiles[-1])
         added = [-1] * (len(targets) - last)
@@ -83,9 +83,9 @@ class BlockTables:
 
 
 def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
-    """The tables of a block whose tensors are of this dtype on this device."""
+    """The tables of a block for tensors of this dtype on this device."""
     specs = [conv.spec for conv in step.convs]
-    # What each convolution's source has to hold, in the order of its slots.
+    # Per convolution, the channels of its source region in the order of the slots.
     read = [sorted(spec.structure.read) for spec in specs]
     first = set(read[0])
     if step.shortcut:
@@ -148,12 +148,12 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
 
 
 def _work(outputs: int, channels: int, filters: int, taps: int) -> float:
-    """Clocks of a group of filters at eight chunks."""
+    """Clocks of a group of filters for eight chunks."""
     return -(-outputs // filters) * (-(-channels * taps // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
 
 
 def _merged(groups: Sequence[FilterGroup], filters: int, taps: int) -> list[FilterGroup]:
-    """Two groups put into one, the pair that saves most first, for as long as that is less work."""
+    """Groups joined pairwise, the pair that saves most first, while that is less work."""
     bins = list(groups)
     work = [_work(len(each.out_index), len(each.in_index), filters, taps) for each in bins]
     while True:
@@ -174,7 +174,7 @@ def _merged(groups: Sequence[FilterGroup], filters: int, taps: int) -> list[Filt
 
 
 def _only(groups: Sequence[FilterGroup], wanted: set[int]) -> list[FilterGroup]:
-    """The groups without the filters that nobody reads."""
+    """The groups without filters whose outputs nothing reads."""
     kept = []
     for group in groups:
         rows = [row for row, channel in enumerate(group.out_index) if channel in wanted]
@@ -211,9 +211,9 @@ def _tile(
 def _reduction(
     in_index: Sequence[int], weight: Tensor, spec: ConvSpec, place: dict[int, int]
 ) -> tuple[list[Row], Tensor]:
-    """weight: (filters, channels, taps) -> its rows, filled up to a whole step, and (filters, rows).
+    """weight: (filters, channels, taps) -> its rows, padded to a multiple of STEP, and (filters, rows).
 
-    Rows that fill up read the last channel again, with weights of zero.
+    Padding rows read the last channel again, with weights of zero.
     """
     order = _spread([place[channel] for channel in in_index])
     (kh, kw), (dy, dx) = spec.kernel_size, spec.dilation
@@ -226,7 +226,7 @@ def _reduction(
 
 
 def _spread(slots: Sequence[int]) -> list[int]:
-    """An order in which eight neighbours differ modulo 8 where possible: so they lie in all banks."""
+    """An order in which any eight neighbours differ modulo 8 where possible, to use all banks."""
     buckets: dict[int, list[int]] = {}
     for i, slot in enumerate(slots):
         buckets.setdefault(slot % 8, []).append(i)
@@ -239,7 +239,7 @@ def _spread(slots: Sequence[int]) -> list[int]:
 
 
 def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int, ...], Tensor]:
-    """The channels that the shortcut reads for these outputs; its weights (outputs, channels, taps)."""
+    """The shortcut's input channels for these outputs, and its weights (outputs, channels, taps)."""
     groups = [
         (group, [row for row, channel in enumerate(group.out_index) if channel in set(outputs)])
         for group in groups_of(shortcut.spec, shortcut.weights)
