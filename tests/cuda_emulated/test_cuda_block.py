@@ -19,6 +19,7 @@ from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import network_tolerance
 
 CHWN = GpuLayout.CHWN
+BY_NAME = {case.name: case for case in CASES}
 
 
 def prepared(case: BlockCase, dtype: torch.dtype, emulator: Emulator) -> CudaBlock:
@@ -53,36 +54,42 @@ def test_block(case: BlockCase, block_emulator: Emulator) -> None:
     check(case, torch.float16, block_emulator)
 
 
-@pytest.mark.parametrize("name", ["unequal groups, absent channels", "bottleneck with stride and shortcut"])
+@pytest.mark.parametrize(
+    "case",
+    named("unequal groups, absent channels", "bottleneck with stride and shortcut"),
+    ids=lambda case: case.name,
+)
 def test_bfloat16(name: str, block_emulator: Emulator) -> None:
-    check(next(case for case in CASES if case.name == name), torch.bfloat16, block_emulator)
+    check(BY_NAME[name], torch.bfloat16, block_emulator)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize("name", ["stride 2, another residual", "bottleneck in turns"])
+@pytest.mark.parametrize(
+    "case", named("stride 2, another residual", "bottleneck in turns"), ids=lambda case: case.name
+)
 def test_copies_and_threads_in_any_order(name: str, late: bool, block_emulator: Emulator) -> None:
-    """Copies land at once or when they are waited for; threads run backwards; out is the residual."""
+    """Asynchronous copies land at once or at the wait; threads run backwards; out is the residual."""
     block_emulator.late, block_emulator.backwards = late, True
     try:
-        check(next(case for case in CASES if case.name == name), torch.float16, block_emulator, in_place=True)
+        check(BY_NAME[name], torch.float16, block_emulator, in_place=True)
     finally:
         block_emulator.late = block_emulator.backwards = False
 
 
-def test_no_bank_conflicts(block_emulator: Emulator) -> None:
-    """Channels that lie in all banks: ldmatrix, sums into the next map, the residual, rows that are kept."""
+def test_few_bank_conflicts(block_emulator: Emulator) -> None:
+    """ldmatrix, sums into the next map, the residual, rows kept for the next turn."""
     dense = GroupStructure.dense(16, 16)
     case = BlockCase("conflicts", ((dense, 3, 1), (dense, 3, 1)), hw=(4, 6), tile=(2, 6, 1), turns=2)
     check(case, torch.float16, block_emulator)
     counts = block_emulator.counts
     assert counts.matrices > 1000
     assert counts.matrix_conflicts == 0
-    # Four chunks of one channel beside four of another: they may begin at the same bank.
+    # Four chunks of one channel next to four of another may begin at the same bank.
     assert counts.load_conflicts <= counts.loads // 4
     assert counts.store_conflicts <= counts.stores // 10
 
 
-def test_other_images_do_not_reach_an_output(block_emulator: Emulator) -> None:
+def test_no_image_affects_another(block_emulator: Emulator) -> None:
     case = BlockCase("infinite", ((SQUARE, 3, 1), (SQUARE, 3, 1)), hw=(3, 4))
     block = prepared(case, torch.float16, block_emulator)
     x = case.input(torch.float16)
@@ -115,7 +122,7 @@ def test_tensors_that_do_not_fit(
         block(*change(x, torch.empty_like(x)))
 
 
-def test_a_shortcut_that_reaches_out_of_the_tile_is_refused() -> None:
+def test_a_shortcut_that_reads_outside_the_tile_has_no_geometry() -> None:
     wide = BlockCase("far", ((NARROW, 3, 1), (BACK, 3, 1)), (GroupStructure.dense(7, 7), 7, 1))
     tables = block_tables(wide.step(torch.float16), torch.float16, torch.device("cpu"))
     assert BlockGeometry.of(tables.step, tables.slots, (8, 8), (4, 4), 1) is None

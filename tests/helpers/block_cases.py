@@ -1,4 +1,4 @@
-"""The table of residual blocks, and what the definition gives for them."""
+"""The table of residual blocks that every implementation has to pass, and the reference result."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Conv = tuple[GroupStructure, int, int]  # structure, kernel, stride
 
 @dataclass(frozen=True)
 class BlockCase:
-    """A block, its input and its tiles. shortcut: a convolution, or "input", "tensor" for what is added."""
+    """A block, its input and its tiles. shortcut: a convolution, or "input" or "tensor" for the residual."""
 
     name: str
     convs: tuple[Conv, ...]
     shortcut: Conv | str = "input"
     batch: int = 8
     hw: tuple[int, int] = (6, 5)
-    tile: tuple[int, int, int] = (4, 4, 1)  # rows, columns, eights of images
+    tile: tuple[int, int, int] = (4, 4, 1)  # rows, columns, multiples of 8 images
     turns: int = 1
     activation: str = "relu"
     inner: str = "relu"
@@ -67,13 +67,13 @@ class BlockCase:
 
     @property
     def reduction(self) -> int:
-        """Products that one output of the longest convolution sums."""
+        """The number of products in the longest sum."""
         convs = [*self.convs, *([] if isinstance(self.shortcut, str) else [self.shortcut])]
         return max(Case("", conv[0], conv[1]).reduction for conv in convs)
 
 
 def reference(step: BlockStep, x: Tensor, residual: Tensor | None) -> Tensor:
-    """The definition's answer in float64, convolution by convolution, nothing rounded in between."""
+    """The result by the definition in float64, without rounding between convolutions."""
 
     def run(conv: ConvStep, value: Tensor, added: Tensor | None) -> Tensor:
         spec = conv.spec
