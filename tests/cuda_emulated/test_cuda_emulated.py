@@ -93,7 +93,7 @@ def runs() -> Iterator[object]:
                 yield pytest.param(replace(case, batch=batch), dtype, kernel, id=name)
 
 
-@pytest.mark.parametrize(("case", "dtype", "kernel"), runs())
+@pytest.mark.parametrize(("case", "dtype", "kernel"), list(runs()))
 def test_convolution(case: Case, dtype: torch.dtype, kernel: str, emulator: Emulator) -> None:
     check(case, dtype, kernel, emulator)
 

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from dsp_kernels.run.gpu.triton.aot import Compiled, compile_config, faults, resident_warps
+
 from dsp_kernels.run.gpu.triton.config import TritonConfig
 
 ROOT = Path(__file__).resolve().parents[2]

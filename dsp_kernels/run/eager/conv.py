@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.activations import activate_
+from dsp_kernels.op.dense import dense_weight, index_tensors, live_bias
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 
-__all__ = ["EagerBackend", "bias_of_live", "form_of", "zero_filled"]
+__all__ = ["EagerBackend", "form_of"]
 
 
 class EagerBackend:
@@ -78,30 +79,12 @@ def form_of(spec: ConvSpec) -> str:
 _MOVE_COST = 400
 
 
-def bias_of_live(spec: ConvSpec, bias: Tensor | None) -> Tensor | None:
-    """(out_channels,): the bias with 0 in the absent channels, which have none by definition."""
-    if bias is None or not spec.structure.absent:
-        return bias
-    return bias.index_fill(0, torch.tensor(spec.structure.absent, device=bias.device), 0.0)
-
-
-def zero_filled(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
-    """(out_channels, in_channels, kh, kw), channels_last: the weights of all groups as one dense kernel."""
-    structure = spec.structure
-    full = weights[0].new_zeros(structure.out_channels, structure.in_channels, *spec.kernel_size)
-    for group, weight in zip(structure.groups, weights, strict=True):
-        rows = torch.tensor(group.out_index, device=full.device)
-        columns = torch.tensor(group.in_index, dtype=torch.long, device=full.device)
-        full[rows[:, None], columns[None, :]] = weight
-    return full.contiguous(memory_format=torch.channels_last)
-
-
 def _constant(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    live_bias = bias_of_live(spec, bias)
+    added = live_bias(spec.structure, bias)
 
     def convolve(x: Tensor) -> Tensor:
         y = x.new_zeros(x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
-        return y if live_bias is None else y.add_(live_bias[:, None, None])
+        return y if added is None else y.add_(added[:, None, None])
 
     return convolve
 
@@ -113,27 +96,29 @@ def _uniform(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> 
 
 
 def _single(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    weight = zero_filled(spec, weights)
-    live_bias = bias_of_live(spec, bias)
-    return lambda x: F.conv2d(x, weight, live_bias, spec.stride, spec.padding, spec.dilation)
+    weight = dense_weight(spec.structure, weights, spec.kernel_size)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    added = live_bias(spec.structure, bias)
+    return lambda x: F.conv2d(x, weight, added, spec.stride, spec.padding, spec.dilation)
 
 
 def _gathered(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     read = torch.tensor(spec.structure.read, device=weights[0].device)
-    weight = zero_filled(spec, weights)[:, read].contiguous(memory_format=torch.channels_last)
-    live_bias = bias_of_live(spec, bias)
+    weight = dense_weight(spec.structure, weights, spec.kernel_size)[:, read]
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    added = live_bias(spec.structure, bias)
     return lambda x: F.conv2d(
-        x.index_select(1, read), weight, live_bias, spec.stride, spec.padding, spec.dilation
+        x.index_select(1, read), weight, added, spec.stride, spec.padding, spec.dilation
     )
 
 
 def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    device = weights[0].device
-    branches = []
-    for group, weight in zip(spec.structure.groups, weights, strict=True):
-        in_index = torch.tensor(group.in_index, dtype=torch.long, device=device)
-        out_index = torch.tensor(group.out_index, dtype=torch.long, device=device)
-        branches.append((in_index, out_index, weight, None if bias is None else bias[out_index]))
+    branches = [
+        (in_index, out_index, weight, None if bias is None else bias[out_index])
+        for in_index, out_index, weight in zip(
+            *index_tensors(spec.structure, weights[0].device), weights, strict=True
+        )
+    ]
 
     def convolve(x: Tensor) -> Tensor:
         shape = (x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsp_kernels.op.dense import live_bias
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.eager.conv import bias_of_live
 from dsp_kernels.run.gpu.layout import all_groups
 
 __all__ = [
@@ -62,7 +62,7 @@ def join_groups(groups: Sequence[FilterGroup]) -> FilterGroup:
 
 def bias_per_channel(spec: ConvSpec, bias: Tensor | None) -> Tensor:
     """bias: (out_channels,) or None -> (out_channels,), float32, on the CPU; 0 in absent channels."""
-    live = bias_of_live(spec, bias)
+    live = live_bias(spec.structure, bias)
     return torch.zeros(spec.structure.out_channels) if live is None else live.detach().cpu().float()
 
 
