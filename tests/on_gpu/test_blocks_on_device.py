@@ -1,4 +1,4 @@
-"""Residual blocks as one kernel on a GPU against the definition, and networks with and without them."""
+"""Residual blocks as one kernel on a GPU against the definition, and networks with and without blocks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from block_cases import CASES, IDS, BlockCase, reference
 import dsp_kernels
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
-from dsp_kernels.run.gpu.cuda.blocks.cost import best_geometry, device_model
+from dsp_kernels.run.gpu.cuda.blocks.cost import device_model
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
+from dsp_kernels.run.gpu.cuda.blocks.plan import best_geometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import network_tolerance
@@ -20,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 CHWN = GpuLayout.CHWN
 FOUR = GroupStructure.uniform(16, 16, 4)
 GROUPS = GroupStructure.build(64, 64, [(range(0, 64, 2), range(0, 40)), (range(3, 60), range(40, 64))])
-# As in real networks: many blocks of threads, tiles that need more than 48 KB of shared memory, many turns.
+# As in real networks: many thread blocks, tiles with more than 48 KB of shared memory, many turns.
 REAL = (
     BlockCase("stage 1", ((FOUR, 3, 1), (FOUR, 3, 1)), batch=64, hw=(32, 32), tile=(8, 16, 1)),
     BlockCase(
