@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from block_cases import BACK, CASES, IDS, NARROW, SQUARE, BlockCase, reference
+from block_cases import BACK, CASES, IDS, NARROW, SQUARE, BlockCase
 from emulation import Emulator
+from gpu_checks import check_block
 from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
@@ -16,7 +17,6 @@ from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.layout import GpuLayout
-from dsp_kernels.tolerances import network_tolerance
 
 CHWN = GpuLayout.CHWN
 BY_NAME = {case.name: case for case in CASES}
@@ -32,20 +32,7 @@ def prepared(case: BlockCase, dtype: torch.dtype, emulator: Emulator) -> CudaBlo
 
 
 def check(case: BlockCase, dtype: torch.dtype, emulator: Emulator, in_place: bool = False) -> None:
-    block = prepared(case, dtype, emulator)
-    x = case.input(dtype)
-    residual = None
-    shape = block.step.output_shape(x.shape)
-    if case.shortcut == "tensor":
-        residual = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = reference(block.step, x, residual)
-    there = None if residual is None else CHWN.from_nchw(residual)
-    out = there if in_place and there is not None else torch.full(CHWN.shape(shape), torch.nan, dtype=dtype)
-    block(CHWN.from_nchw(x), out, there)
-    y = CHWN.as_nchw(out).double()
-    assert torch.isfinite(y).all(), "an output was not written, or shared memory was read before it was"
-    error = (y - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    assert error <= network_tolerance(dtype, case.reduction, len(block.step.members)), f"error {error:.2e}"
+    check_block(prepared(case, dtype, emulator), case, dtype, in_place=in_place)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

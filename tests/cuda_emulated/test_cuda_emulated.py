@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, UNEQUAL, WIDE, Case, reference
+from cases import CASES, UNEQUAL, WIDE, Case
 from emulation import LEAST_SHARED, MOST_SHARED, Emulator
+from gpu_checks import check_conv
 
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.run.gpu.cuda.conv import CudaConv
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, kernels_for
-from dsp_kernels.run.gpu.layout import GPU_DTYPES, GpuLayout
-from dsp_kernels.tolerances import op_tolerance
+from dsp_kernels.run.gpu.layout import ACTIVATION_CODES, GPU_DTYPES, GpuLayout
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
 CPU = torch.device("cpu")
@@ -60,24 +60,10 @@ def in_chwn(case: Case) -> Case:
 
 def check(case: Case, dtype: torch.dtype, kernel: str, emulator: Emulator, in_place: bool = False) -> None:
     layout = layout_of(kernel)
-    if layout is CHWN:
-        case = in_chwn(case)
-    arguments = case.tensors(dtype)
-    conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout, emulator, kernel)
-    expected = reference(case, arguments)
-    x = layout.from_nchw(arguments.x)
-    residual = None if arguments.residual is None else layout.from_nchw(arguments.residual)
-    out = x.new_full(layout.shape(expected.shape), torch.nan)
-    if in_place and residual is not None:
-        out = residual
+    case = in_chwn(case) if layout is CHWN else case
     emulator.launches.clear()
-    conv(x, out, residual)
+    check_conv(lambda *a: CudaConv(*a, layout, emulator, kernel), case, dtype, layout, in_place=in_place)
     assert emulator.launches == ([KERNELS[kernel].number] if case.batch else [])
-    y = layout.as_nchw(out).double()
-    assert torch.isfinite(y).all(), "an output was not written"
-    if y.numel():
-        error = (y - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-        assert error <= op_tolerance(dtype, case.reduction), f"relative error {error:.2e}"
 
 
 def runs() -> Iterator[object]:
@@ -220,8 +206,16 @@ def test_wgmma_only_on_devices_that_have_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(conv.tables(torch.float16, CPU)) == {"halo", "chwn"}
 
 
-def test_kernels_have_the_numbers_of_the_launcher() -> None:
-    header = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "launch_plan.h"
-    names = re.search(r"enum class Kernel \{([^}]*)\}", header.read_text())
+@pytest.mark.parametrize(
+    ("header", "enum", "numbers"),
+    [
+        ("launch_plan.h", "Kernel", {name: kind.number for name, kind in KERNELS.items()}),
+        ("conv_params.h", "Activation", ACTIVATION_CODES),
+    ],
+)
+def test_numbers_agree_with_the_enums_of_csrc(header: str, enum: str, numbers: dict[str, int]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "csrc" / "cuda" / header).read_text()
+    names = re.search(rf"enum class {enum} {{([^}}]*)}}", text)
     assert names
-    assert names[1].replace(" ", "").split(",") == sorted(KERNELS, key=lambda name: KERNELS[name].number)
+    assert names[1].replace(" ", "").split(",") == sorted(numbers, key=lambda name: numbers[name])
+    assert set(numbers.values()) == set(range(len(numbers)))

@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, IDS, Case, reference
+from cases import CASES, IDS, Case
+from gpu_checks import check_conv
+from torch import Tensor
 
+from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.conv import GPU_KERNELS
 from dsp_kernels.run.gpu.cuda.conv import CudaConv
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, kernels_for
 from dsp_kernels.run.gpu.cuda.library import has_wgmma
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GPU_DTYPES, GpuLayout
-from dsp_kernels.tolerances import op_tolerance
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GPU_DTYPES, GpuConv, GpuLayout
 
 # Shapes like those of real networks, with whole tiles and edges.
 HALF = [(range(0, 64, 2), range(0, 40)), (range(3, 60), range(40, 64))]
@@ -47,21 +49,11 @@ def test_convolution(
         pytest.skip(reason)
     if kernel in KERNELS and kernel not in kernels_for(case.spec, dtype, layout, has_wgmma(device.index)):
         pytest.skip("not a kernel for this convolution on this device")
-    arguments = case.tensors(dtype)
-    expected = reference(case, arguments)
-    weights = [weight.to(device) for weight in arguments.weights]
-    bias = None if arguments.bias is None else arguments.bias.to(device)
-    if kernel in KERNELS:
-        conv = CudaConv(case.spec, weights, bias, layout, kernel=kernel)
-    else:
-        conv = kernels.prepare(case.spec, weights, bias, layout)
-    x = layout.from_nchw(arguments.x.to(device))
-    residual = None if arguments.residual is None else layout.from_nchw(arguments.residual.to(device))
-    largest = expected.abs().max().item() if expected.numel() else 0.0
-    bound = op_tolerance(dtype, case.reduction) * max(largest, 1.0)
-    for in_place in (False, True) if residual is not None else (False,):
-        out = torch.full(layout.shape(expected.shape), float("nan"), dtype=dtype, device=device)
-        added = out.copy_(residual) if in_place and residual is not None else residual
-        conv(x, out, added)
-        error = (layout.as_nchw(out).cpu().double() - expected).abs()
-        assert (error <= bound).all(), f"in place {in_place}: {error.max():.3g}"
+
+    def prepare(spec: ConvSpec, weights: list[Tensor], bias: Tensor | None) -> GpuConv:
+        if kernel in KERNELS:
+            return CudaConv(spec, weights, bias, layout, kernel=kernel)
+        return kernels.prepare(spec, weights, bias, layout)
+
+    for in_place in (False, True) if case.residual else (False,):
+        check_conv(prepare, case, dtype, layout, device, in_place)

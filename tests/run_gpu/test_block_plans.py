@@ -26,7 +26,7 @@ NETWORKS = {
     "resnet18_g2_80": (224, 8, 3, 2),
     "resnet50_g2_80": (224, 16, 4, 3),
 }
-PORTABLE = replace(H200, name="sm_86", shared_per_block=101376, shared_per_multiprocessor=102400)
+SM_86 = replace(H200, shared_per_block=101376, shared_per_multiprocessor=102400)
 
 
 @cache
@@ -100,10 +100,10 @@ def test_blocks_that_are_predicted_to_gain(shared: Path) -> None:
 
 
 def test_plans_fit_the_smallest_chip(shared: Path) -> None:
-    plans = plan_blocks(program_of("resnet20_g4"), shapes_of("resnet20_g4", 256), PORTABLE)
+    plans = plan_blocks(program_of("resnet20_g4"), shapes_of("resnet20_g4", 256), SM_86)
     chosen = [plan.geometry for plan in plans if plan.geometry is not None]
     assert len(chosen) >= 4
-    assert all(geometry.shared_bytes <= PORTABLE.shared_per_block for geometry in chosen)
+    assert all(geometry.shared_bytes <= SM_86.shared_per_block for geometry in chosen)
 
 
 def test_variants_of_a_block(shared: Path) -> None:

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from cases import CASES, ONE_TO_ONE, UNEQUAL, WIDE, Arguments, Case, reference
+from gpu_checks import check_conv, launched
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -21,7 +22,6 @@ from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.triton.config import TritonConfig
 from dsp_kernels.run.gpu.triton.conv import TritonConv
 from dsp_kernels.run.gpu.triton.tables import reads_runs, writes_runs
-from dsp_kernels.tolerances import op_tolerance
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -48,32 +48,6 @@ SOME = [
 ]
 
 
-def within_nan(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(a copy of the values, the NaN before and after it in memory)."""
-    memory = torch.full((values.numel() + 128,), torch.nan, dtype=values.dtype)
-    inside = memory[64:-64].view(values.shape)
-    inside.copy_(values)
-    return inside, torch.stack([memory[:64], memory[-64:]])
-
-
-def run(
-    case: Case, a: Arguments, layout: GpuLayout, in_place: bool = False, config: TritonConfig | None = None
-) -> Tensor:
-    """The output as (batch, channels, height, width). in_place: overwrites the residual."""
-    conv = TritonConv(case.spec, a.weights, a.bias, layout, config)
-    x, _ = within_nan(layout.from_nchw(a.x))
-    residual = None if a.residual is None else layout.from_nchw(a.residual)
-    shape = layout.shape((case.batch, case.structure.out_channels, *case.spec.output_hw(case.hw)))
-    out, around = within_nan(torch.full(shape, torch.nan, dtype=a.x.dtype))
-    if in_place:
-        assert residual is not None
-        out.copy_(residual)
-        residual = out
-    conv(x, out, residual)
-    assert around.isnan().all(), "out of bounds write"
-    return layout.as_nchw(out)
-
-
 def check(
     case: Case,
     layout: GpuLayout,
@@ -83,12 +57,12 @@ def check(
 ) -> None:
     if layout is CHWN and case.batch % 8:
         case = replace(case, batch=8)
-    a = case.tensors(dtype)
-    y, expected = run(case, a, layout, in_place, config), reference(case, a)
-    assert y.shape == expected.shape
-    assert not y.isnan().any()
-    error = (y.double() - expected).abs().max().item()
-    assert error <= op_tolerance(dtype, case.reduction) * max(expected.abs().max().item(), 1.0)
+    check_conv(lambda *a: TritonConv(*a, layout, config), case, dtype, layout, in_place=in_place)
+
+
+def run(case: Case, a: Arguments, layout: GpuLayout) -> Tensor:
+    shape = (case.batch, case.structure.out_channels, *case.spec.output_hw(case.hw))
+    return launched(TritonConv(case.spec, a.weights, a.bias, layout), a.x, None, shape, layout, False)
 
 
 @LAYOUTS

@@ -18,6 +18,7 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group, GroupStructure
 
 __all__ = [
+    "ACTIVATION_CODES",
     "BATCH_MULTIPLE",
     "GPU_DTYPES",
     "GpuConv",
@@ -27,9 +28,12 @@ __all__ = [
     "check_conv_operands",
     "check_operands",
     "layout_for_batch",
+    "round_up",
     "why_too_old",
 ]
 
+# The numbers of the activations in the CUDA and Triton kernels.
+ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # CHWN is accessed in 16-byte pieces of eight 16-bit numbers along the batch.
 BATCH_MULTIPLE = 8
@@ -59,6 +63,11 @@ class GpuLayout(Enum):
 def layout_for_batch(batch: int) -> GpuLayout:
     """CHWN for a multiple of 8, else NHWC."""
     return GpuLayout.CHWN if batch and batch % BATCH_MULTIPLE == 0 else GpuLayout.NHWC
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
 
 
 def all_groups(structure: GroupStructure) -> tuple[Group, ...]:

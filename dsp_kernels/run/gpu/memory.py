@@ -23,6 +23,7 @@ from dsp_kernels.program.steps import (
 )
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
+from dsp_kernels.run.gpu.layout import round_up
 
 __all__ = ["Arena", "arena_for", "value_shapes"]
 
@@ -90,9 +91,7 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
     for name, place in owner.items():
         first[place] = min(first.get(place, born[name]), born[name])
         last[place] = max(last.get(place, -1), last_use[name])
-    size = {
-        place: -(-math.prod(shapes[place] or ()) * itemsize // _ALIGNMENT) * _ALIGNMENT for place in first
-    }
+    size = {place: round_up(math.prod(shapes[place] or ()) * itemsize, _ALIGNMENT) for place in first}
 
     placed: dict[str, int] = {}
     for place in sorted(first, key=lambda p: (-size[p], first[p])):

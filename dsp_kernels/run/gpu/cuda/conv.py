@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
-from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for
 from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda, why_not_on
 from dsp_kernels.run.gpu.cuda.tables import Tables, make_tables
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GPU_DTYPES, GpuLayout, check_conv_operands
+from dsp_kernels.run.gpu.layout import (
+    ACTIVATION_CODES,
+    BATCH_MULTIPLE,
+    GPU_DTYPES,
+    GpuLayout,
+    check_conv_operands,
+)
 
 __all__ = ["CudaConv", "CudaKernels", "Launch", "launch_op"]
 
@@ -159,7 +164,7 @@ class CudaConv:
             tables.gather_at,
             *spec.stride,
             *spec.padding,
-            list(ACTIVATIONS).index(spec.activation),
+            ACTIVATION_CODES[spec.activation],
             *shape,
             spec.structure.out_channels,
             *spec.output_hw(shape[2:]),

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.layout import GpuLayout, round_up
 
-__all__ = ["KERNELS", "LARGEST_SIDE", "OUTSIDE", "KernelKind", "kernels_for", "round_up"]
+__all__ = ["KERNELS", "LARGEST_SIDE", "OUTSIDE", "KernelKind", "kernels_for"]
 
 # Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/conv_params.h).
 LARGEST_SIDE = 16383
@@ -77,8 +77,3 @@ def kernels_for(spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wgmma: bo
     if spec.kernel_size == (3, 3) and spec.stride == spec.dilation == (1, 1):
         names += ("halo", "wgmma_halo") if wgmma else ("halo",)
     return names
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-value // multiple) * multiple

@@ -23,7 +23,8 @@ from dsp_kernels.run.gpu.cuda.groups import (
     is_run,
     join_groups,
 )
-from dsp_kernels.run.gpu.cuda.kernels import OUTSIDE, KernelKind, round_up
+from dsp_kernels.run.gpu.cuda.kernels import OUTSIDE, KernelKind
+from dsp_kernels.run.gpu.layout import round_up
 
 __all__ = ["Tables", "make_tables"]
 

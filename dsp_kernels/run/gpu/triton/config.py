@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.gpu.layout import GpuLayout, all_groups
+from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, round_up
 
 __all__ = [
     "TritonConfig",
@@ -82,7 +82,9 @@ def choose_packing(spec: ConvSpec, dtype: torch.dtype, wide: bool) -> tuple[int,
     sizes = [(len(g.out_index), len(g.in_index) * taps) for g in all_groups(spec.structure)]
 
     def moved(filters: int, bk: int) -> int:
-        return sum(_up(o, filters) // filters * _up(depth, bk) * (128 + filters) for o, depth in sizes)
+        return sum(
+            round_up(o, filters) // filters * round_up(depth, bk) * (128 + filters) for o, depth in sizes
+        )
 
     _, widths, depths = tile_sizes(wide, dtype)
     filters = min(widths, key=lambda width: (moved(width, 1), width))
@@ -154,7 +156,3 @@ def columns_in_l2(config: TritonConfig, spec: ConvSpec, itemsize: int) -> int:
     """The number of column tiles of input that fit into the part of L2."""
     per_tile = config.cols * spec.structure.in_channels * spec.stride[0] * spec.stride[1] * itemsize
     return max(1, _L2_BYTES // per_tile)
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

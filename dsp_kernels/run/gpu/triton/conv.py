@@ -17,7 +17,14 @@ from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.graphs import is_capturing
-from dsp_kernels.run.gpu.layout import GPU_DTYPES, GpuConv, GpuLayout, check_conv_operands, why_too_old
+from dsp_kernels.run.gpu.layout import (
+    ACTIVATION_CODES,
+    GPU_DTYPES,
+    GpuConv,
+    GpuLayout,
+    check_conv_operands,
+    why_too_old,
+)
 from dsp_kernels.run.gpu.triton.config import TritonConfig, choose, choose_packing, columns_in_l2
 from dsp_kernels.run.gpu.triton.tables import (
     MOST_CHANNELS,
@@ -165,7 +172,7 @@ class TritonConv:
                 WIDE_OUT=self.wide_out,
                 BIG=max(x.numel(), out.numel()) >= _INT32,
                 HAS_RESIDUAL=residual is not None,
-                ACTIVATION=_activation_code(self.spec.activation),
+                ACTIVATION=ACTIVATION_CODES[self.spec.activation],
                 PRECISION=_precision(x.dtype),
                 EXACT=interpreted and x.dtype == torch.bfloat16,
                 **config.constants(),
@@ -185,12 +192,6 @@ class TritonConv:
                 bias[:-1] = self._bias
             self._packed[packing] = (tables, weights, bias[tables.bias_index.long()])
         return self._packed[packing]
-
-
-def _activation_code(name: str) -> int:
-    from dsp_kernels.run.gpu.triton.kernel import ACTIVATION_CODES
-
-    return ACTIVATION_CODES[name]
 
 
 def _precision(dtype: torch.dtype) -> str:

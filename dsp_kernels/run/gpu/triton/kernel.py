@@ -10,10 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["ACTIVATION_CODES", "INTEGER_ARGUMENTS", "conv_kernel", "conv_kernel_function"]
-
-# Name of an activation -> the constant that the kernel is compiled with.
-ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+__all__ = ["INTEGER_ARGUMENTS", "conv_kernel", "conv_kernel_function"]
 
 # Not specialised, because they differ from layer to layer: the kernel states the divisibility it relies on.
 INTEGER_ARGUMENTS = (

@@ -26,7 +26,7 @@ from dsp_kernels.run.gpu.graphs import is_capturing
 from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates
 from dsp_kernels.whole_file import write_text
 
-__all__ = ["ConfigCache", "cache_file", "cache_folder", "kept_config", "signature", "tune"]
+__all__ = ["ConfigCache", "cache_file", "kept_config", "signature", "tune"]
 
 if TYPE_CHECKING:
     from dsp_kernels.run.gpu.triton.conv import TritonConv
@@ -55,6 +55,9 @@ def tune(
         raise DSPBackendError(f"tuning measures on a GPU; the tensors are on {x.device}")
     if is_capturing(x.device):
         raise DSPBackendError("tuning while a CUDA graph is being captured; tune before the capture")
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
     scratch = torch.empty_like(out)
     times: dict[TritonConfig, float] = {}
     for config in _candidates(conv, x, out):
@@ -63,8 +66,8 @@ def tune(
             conv.launch(config, x, scratch, residual)
 
         try:
-            times[config] = (timer or _median)(launch)
-        except _out_of_resources():
+            times[config] = timer(launch) if timer else float(do_bench(launch, return_mode="median"))
+        except OutOfResources:
             continue
     if not times:
         raise DSPBackendError(f"none of the configurations for {conv.spec.structure} can run on this GPU")
@@ -102,19 +105,6 @@ def _candidates(conv: TritonConv, x: Tensor, out: Tensor) -> list[TritonConfig]:
     return candidates(conv.spec, x.dtype, conv.layout, conv.wide_in, batch, (height, width))
 
 
-def _median(launch: Callable[[], None]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(launch, return_mode="median"))
-
-
-def _out_of_resources() -> type[Exception]:
-    from triton.runtime.errors import OutOfResources
-
-    kind: type[Exception] = OutOfResources
-    return kind
-
-
 def _cache_of(x: Tensor) -> ConfigCache:
     import triton
 
@@ -132,16 +122,11 @@ _MOST_BYTES = 4 << 20
 _MOST_ENTRIES = 8192
 
 
-def cache_folder() -> Path:
-    """$DSP_KERNELS_CACHE, or dsp-kernels in the user's cache folder."""
-    if chosen := os.environ.get("DSP_KERNELS_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
-
-
 def cache_file(gpu: str, triton_version: str) -> Path:
-    """One file per GPU name and triton version."""
-    return cache_folder() / (re.sub(r"[^A-Za-z0-9.]+", "-", f"triton {triton_version} {gpu}") + ".json")
+    """One file per GPU name and triton version, in $DSP_KERNELS_CACHE or the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"triton {triton_version} {gpu}")
+    return Path(os.environ.get("DSP_KERNELS_CACHE") or user) / f"{name}.json"
 
 
 class ConfigCache:

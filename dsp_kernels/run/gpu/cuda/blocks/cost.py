@@ -41,7 +41,6 @@ class DeviceModel:
     flops: of mma.sync; peak_flops: of the fastest instructions, for the floor.
     """
 
-    name: str
     multiprocessors: int
     shared_per_block: int
     shared_per_multiprocessor: int
@@ -56,7 +55,7 @@ class DeviceModel:
 
 # bandwidth, peak_flops: measured on an H200 before the project (docs/gpu-notes-blocks.md); multiprocessors,
 # clock and shared memory: data sheet; launch in a CUDA graph, l2_bandwidth and flops of mma.sync: estimates.
-H200 = DeviceModel("H200", 132, 232448, 233472, 4.3e12, 5.5e12, 6.0e14, 7.9e14, 1.7e9, 2.5e-6)
+H200 = DeviceModel(132, 232448, 233472, 4.3e12, 5.5e12, 6.0e14, 7.9e14, 1.7e9, 2.5e-6)
 
 
 def device_model(device: torch.device) -> DeviceModel:
@@ -66,7 +65,6 @@ def device_model(device: torch.device) -> DeviceModel:
     found = torch.cuda.get_device_properties(device)
     return replace(
         H200,
-        name=found.name,
         multiprocessors=found.multi_processor_count,
         shared_per_block=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         shared_per_multiprocessor=found.shared_memory_per_multiprocessor,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import STEP, BlockTables, Row
+from dsp_kernels.run.gpu.layout import ACTIVATION_CODES
 
 __all__ = ["BlockGeometry", "Region"]
 
@@ -125,7 +125,7 @@ class BlockGeometry:
             conv_sizes.append(
                 [
                     *(len(tiles), len(tile_records), first_row, *spec.stride),
-                    list(ACTIVATIONS).index(spec.activation),
+                    ACTIVATION_CODES[spec.activation],
                 ]
             )
             for tile in tiles:

@@ -23,7 +23,7 @@ from dsp_kernels.run.gpu.cuda.blocks.cost import (
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep, blocks_of, residual_last, with_blocks
 from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables, block_tables
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuConv, GpuLayout, layout_for_batch
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuConv, GpuLayout, layout_for_batch, round_up
 from dsp_kernels.run.gpu.memory import value_shapes
 from dsp_kernels.run.lru import LRU
 
@@ -193,7 +193,7 @@ class BlockPlanner:
             return batch
         device = device_model(self._device)
         convs = [step for step in self._reordered.steps if isinstance(step, ConvStep)]
-        padded_batch = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
+        padded_batch = round_up(batch, BATCH_MULTIPLE)
         own = value_shapes(self._program, shape, self._dtype)
         padded = value_shapes(self._program, (padded_batch, *shape[1:]), self._dtype)
         seconds = sum(conv_seconds(conv, padded, device) for conv in convs)
