@@ -9,7 +9,7 @@ csrc/cuda/block_params.h.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -84,93 +84,85 @@ class BlockTables:
 
 def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
     """The tables of a block for tensors of this dtype on this device."""
-    specs = [conv.spec for conv in step.convs]
-    # Per convolution, the channels of its source region in the order of the slots.
-    read = [sorted(spec.structure.read) for spec in specs]
-    first = set(read[0])
+    outputs = range(step.convs[-1].spec.structure.out_channels)
+    first = set(step.convs[0].spec.structure.read)
     if step.shortcut:
         first |= set(step.shortcut.spec.structure.read)
     if step.adds_input:
-        first |= set(range(specs[-1].structure.out_channels))
-    channels = [sorted(first), *read[1:]]
-    wanted = [*channels[1:], list(range(specs[-1].structure.out_channels))]
+        first |= set(outputs)
+    # Per region, the slot of every channel that it holds.
+    channels = [sorted(first), *(sorted(conv.spec.structure.read) for conv in step.convs[1:]), outputs]
+    slots = [{channel: slot for slot, channel in enumerate(each)} for each in channels]
 
-    best: tuple[float, int, list[list[FilterGroup]]] | None = None
-    for filters in STEP_CLOCKS:
-        merged, work = [], 0.0
-        for conv, targets in zip(step.convs, wanted, strict=True):
-            taps = conv.spec.kernel_size[0] * conv.spec.kernel_size[1]
-            groups = _merged(_only(groups_of(conv.spec, conv.weights), set(targets)), filters, taps)
-            merged.append(groups)
-            work += sum(_work(len(each.out_index), len(each.in_index), filters, taps) for each in groups)
-        if best is None or work < best[0]:
-            best = work, filters, merged
-    assert best is not None
-    _, filters, merged = best
+    def tiled(filters: int) -> list[list[FilterGroup]]:
+        return [
+            _merged(_only(groups_of(conv.spec, conv.weights), set(written)), filters)
+            for conv, written in zip(step.convs, slots[1:], strict=True)
+        ]
 
-    all_tiles, weights, bias = [], [], []
-    for number, (conv, groups) in enumerate(zip(step.convs, merged, strict=True)):
-        place = {channel: slot for slot, channel in enumerate(channels[number])}
-        target = {channel: slot for slot, channel in enumerate(wanted[number])}
-        is_last = number + 1 == len(step.convs)
-        shortcut = step.shortcut if is_last else None
+    filters, convs = min(
+        ((filters, tiled(filters)) for filters in STEP_CLOCKS),
+        key=lambda choice: sum(_work(group, choice[0]) for groups in choice[1] for group in groups),
+    )
+    tiles, weights, bias = [], [], []
+    for conv, groups, read, written in zip(step.convs, convs, slots, slots[1:], strict=False):
+        shortcut = step.shortcut if conv is step.convs[-1] else None
+        values = bias_per_channel(conv.spec, conv.bias)
+        if shortcut:
+            values = values + bias_per_channel(shortcut.spec, shortcut.bias)
         made = [
-            _tile(group, start, filters, conv.spec, place, shortcut, channels[0])
+            _tile(group, start, filters, conv.spec, read, shortcut, slots[0])
             for group in groups
             for start in range(0, len(group.out_index), filters)
         ]
         made.sort(key=lambda entry: -entry[1].shape[1])
-        values = bias_per_channel(conv.spec, conv.bias)
-        if shortcut:
-            values = values + bias_per_channel(shortcut.spec, shortcut.bias)
-        tiles = []
         for tile, matrix in made:
             index = torch.tensor(tile.targets)
             bias.append(torch.where(index >= 0, values[index.clamp(min=0)], 0.0))
-            slots = tuple(target[c] if c >= 0 else -1 for c in tile.targets)
-            tiles.append(Tile(tile.rows, tile.second_rows, slots))
             weights.append(fragments(matrix))
-        all_tiles.append(tuple(tiles))
-    residual_slots: tuple[int, ...] = ()
-    if step.adds_input:
-        place = {channel: slot for slot, channel in enumerate(channels[0])}
-        residual_slots = tuple(place[channel] for channel in wanted[-1])
+        tiles.append(
+            tuple(replace(tile, targets=tuple(written.get(c, -1) for c in tile.targets)) for tile, _ in made)
+        )
     return BlockTables(
         step,
         filters,
-        tuple(all_tiles),
+        tuple(tiles),
         tuple(channels[0]),
-        tuple(len(each) for each in channels),
-        residual_slots,
+        tuple(len(each) for each in channels[:-1]),
+        tuple(slots[0][channel] for channel in outputs) if step.adds_input else (),
         torch.cat(weights).to(device, dtype),
         torch.cat(bias).to(device),
     )
 
 
-def _work(outputs: int, channels: int, filters: int, taps: int) -> float:
-    """Clocks of a group of filters for eight chunks."""
-    return -(-outputs // filters) * (-(-channels * taps // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
+def _work(group: FilterGroup, filters: int) -> float:
+    return _clocks(len(group.out_index), len(group.in_index) * group.weight.shape[2], filters)
 
 
-def _merged(groups: Sequence[FilterGroup], filters: int, taps: int) -> list[FilterGroup]:
+def _clocks(outputs: int, rows: int, filters: int) -> float:
+    """Of filters with ``rows`` rows in their reduction, for eight chunks."""
+    return -(-outputs // filters) * (-(-rows // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
+
+
+def _merged(groups: Sequence[FilterGroup], filters: int) -> list[FilterGroup]:
     """Groups joined pairwise, the pair that saves most first, while that is less work."""
     bins = list(groups)
-    work = [_work(len(each.out_index), len(each.in_index), filters, taps) for each in bins]
+    work = [_work(each, filters) for each in bins]
     while True:
         best, pair = 0.0, None
         for i in range(len(bins)):
             for j in range(i + 1, len(bins)):
                 outputs = len(bins[i].out_index) + len(bins[j].out_index)
-                channels = len({*bins[i].in_index, *bins[j].in_index})
-                saved = work[i] + work[j] - _work(outputs, channels, filters, taps)
+                rows = len({*bins[i].in_index, *bins[j].in_index}) * bins[i].weight.shape[2]
+                saved = work[i] + work[j] - _clocks(outputs, rows, filters)
                 if saved > best:
                     best, pair = saved, (i, j)
         if pair is None:
             return bins
         i, j = pair
-        joined = join_groups([bins[i], bins.pop(j)])
+        bins[i] = join_groups([bins[i], bins.pop(j)])
         work.pop(j)
-        bins[i], work[i] = joined, _work(len(joined.out_index), len(joined.in_index), filters, taps)
+        work[i] = _work(bins[i], filters)
 
 
 def _only(groups: Sequence[FilterGroup], wanted: set[int]) -> list[FilterGroup]:
@@ -191,7 +183,7 @@ def _tile(
     spec: ConvSpec,
     place: dict[int, int],
     shortcut: ConvStep | None,
-    input_channels: Sequence[int],
+    input_slots: dict[int, int],
 ) -> tuple[Tile, Tensor]:
     """The tile of a group's filters from ``start`` on, with channels as targets; weights (filters, rows)."""
     outputs = list(group.out_index[start : start + filters])
@@ -199,8 +191,7 @@ def _tile(
     second_rows: list[Row] = []
     if shortcut:
         second, weight = _shortcut_of(outputs, shortcut)
-        slots = {channel: slot for slot, channel in enumerate(input_channels)}
-        second_rows, more = _reduction(second, weight, shortcut.spec, slots)
+        second_rows, more = _reduction(second, weight, shortcut.spec, input_slots)
         matrix = torch.cat([matrix, more], 1)
     padded = torch.zeros(filters, matrix.shape[1])
     padded[: len(outputs)] = matrix
