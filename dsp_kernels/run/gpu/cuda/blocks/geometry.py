@@ -15,13 +15,13 @@ from dsp_kernels.run.gpu.layout import ACTIVATION_CODES
 
 __all__ = ["BlockGeometry", "Region"]
 
-_MOST_CHUNKS, _LARGEST_DIVISOR = 4095, 256  # csrc/cuda/block_params.h
+_MOST_CHUNKS, _LARGEST_DIVISOR = 4095, 256  # csrc/cuda/block_kernel.h
 _PIECE = 16  # bytes of eight images
 
 
 @dataclass(frozen=True)
 class Region:
-    """See BlockRegion in csrc/cuda/block_params.h; sizes in pixels, offset and channel_bytes in bytes."""
+    """See BlockRegion in csrc/cuda/block_kernel.h; sizes in pixels, offset and channel_bytes in bytes."""
 
     offset: int
     channel_bytes: int

@@ -16,7 +16,7 @@ from dsp_kernels.program.steps import ConvStep, Program, Step, TensorMap
 
 __all__ = ["MOST_CONVS", "BlockStep", "blocks_of", "residual_last", "with_blocks"]
 
-# csrc/cuda/block_params.h: kMostConvs
+# csrc/cuda/block_kernel.h: kMostConvs
 MOST_CONVS = 3
 
 
