@@ -88,26 +88,26 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
 
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for name, place in owner.items():
-        first[place] = min(first.get(place, born[name]), born[name])
-        last[place] = max(last.get(place, -1), last_use[name])
-    size = {place: round_up(math.prod(shapes[place] or ()) * itemsize, _ALIGNMENT) for place in first}
+    for name, buffer in owner.items():
+        first[buffer] = min(first.get(buffer, born[name]), born[name])
+        last[buffer] = max(last.get(buffer, -1), last_use[name])
+    size = {buffer: round_up(math.prod(shapes[buffer] or ()) * itemsize, _ALIGNMENT) for buffer in first}
 
-    placed: dict[str, int] = {}
-    for place in sorted(first, key=lambda p: (-size[p], first[p])):
-        taken = sorted(
-            (placed[other], placed[other] + size[other])
-            for other in placed
-            if first[other] <= last[place] and first[place] <= last[other]
+    offset_of: dict[str, int] = {}
+    for buffer in sorted(first, key=lambda p: (-size[p], first[p])):
+        occupied = sorted(
+            (offset_of[other], offset_of[other] + size[other])
+            for other in offset_of
+            if first[other] <= last[buffer] and first[buffer] <= last[other]
         )
         offset = 0
-        for start, end in taken:
-            if offset + size[place] <= start:
+        for start, end in occupied:
+            if offset + size[buffer] <= start:
                 break
             offset = max(offset, end)
-        placed[place] = offset
-    total = max((placed[place] + size[place] for place in placed), default=0)
-    return Arena(total, {name: placed[place] for name, place in owner.items()})
+        offset_of[buffer] = offset
+    total = max((offset_of[buffer] + size[buffer] for buffer in offset_of), default=0)
+    return Arena(total, {name: offset_of[buffer] for name, buffer in owner.items()})
 
 
 def _may_be_overwritten(step: Step) -> tuple[str, ...]:

@@ -50,11 +50,11 @@ def join_groups(groups: Sequence[FilterGroup]) -> FilterGroup:
         return groups[0]
     in_index = tuple(sorted({channel for group in groups for channel in group.in_index}))
     out_index = tuple(channel for group in groups for channel in group.out_index)
-    place = {channel: column for column, channel in enumerate(in_index)}
+    column = {channel: number for number, channel in enumerate(in_index)}
     weight = torch.zeros(len(out_index), len(in_index), groups[0].weight.shape[2])
     row = 0
     for group in groups:
-        columns = torch.tensor([place[channel] for channel in group.in_index], dtype=torch.long)
+        columns = torch.tensor([column[channel] for channel in group.in_index], dtype=torch.long)
         weight[row : row + len(group.out_index)].index_copy_(1, columns, group.weight)
         row += len(group.out_index)
     return FilterGroup(in_index, out_index, weight)
@@ -85,12 +85,14 @@ def in_runs(group: FilterGroup, in_channels: int, out_channels: int) -> FilterGr
 
 
 def _runs_first(index: Sequence[int], channels: int) -> list[int]:
-    place = {channel: i for i, channel in enumerate(index)}
+    position = {channel: i for i, channel in enumerate(index)}
     octets = range(0, channels, 8) if channels % 8 == 0 else ()
-    whole = [range(first, first + 8) for first in octets if all(c in place for c in range(first, first + 8))]
-    ordered = [place[channel] for run in whole for channel in run]
-    taken = set(ordered)
-    return ordered + [i for i in range(len(index)) if i not in taken]
+    whole = [
+        range(first, first + 8) for first in octets if all(c in position for c in range(first, first + 8))
+    ]
+    ordered = [position[channel] for run in whole for channel in run]
+    first = set(ordered)
+    return ordered + [i for i in range(len(index)) if i not in first]
 
 
 def fragments(weight: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def residual_last(program: Program) -> Program:
     """
     graph = _Graph(program)
     steps = list(program.steps)
-    place = {step.output: position for position, step in enumerate(steps)}
+    index = {step.output: position for position, step in enumerate(steps)}
     for position, step in enumerate(program.steps):
         if not isinstance(step, ConvStep) or len(step.inputs) != 2:
             continue
@@ -77,7 +77,7 @@ def residual_last(program: Program) -> Program:
         if len(chain) < 2 or chain[0].inputs[0] != x:
             continue
         plain = step.spec.with_activation("none")
-        steps[place[name]] = replace(step, output=name, inputs=(x,), spec=plain)
+        steps[index[name]] = replace(step, output=name, inputs=(x,), spec=plain)
         steps[position] = replace(
             main,
             output=step.output,

@@ -165,11 +165,11 @@ def _merged(groups: Sequence[FilterGroup], filters: int) -> list[FilterGroup]:
         work[i] = _work(bins[i], filters)
 
 
-def _only(groups: Sequence[FilterGroup], wanted: set[int]) -> list[FilterGroup]:
+def _only(groups: Sequence[FilterGroup], read: set[int]) -> list[FilterGroup]:
     """The groups without filters whose outputs nothing reads."""
     kept = []
     for group in groups:
-        rows = [row for row, channel in enumerate(group.out_index) if channel in wanted]
+        rows = [row for row, channel in enumerate(group.out_index) if channel in read]
         if rows:
             outputs = tuple(group.out_index[row] for row in rows)
             kept.append(FilterGroup(group.in_index, outputs, group.weight[rows]))
@@ -181,13 +181,13 @@ def _tile(
     start: int,
     filters: int,
     spec: ConvSpec,
-    place: dict[int, int],
+    slot_of: dict[int, int],
     shortcut: ConvStep | None,
     input_slots: dict[int, int],
 ) -> tuple[Tile, Tensor]:
     """The tile of a group's filters from ``start`` on, with channels as targets; weights (filters, rows)."""
     outputs = list(group.out_index[start : start + filters])
-    rows, matrix = _reduction(group.in_index, group.weight[start : start + filters], spec, place)
+    rows, matrix = _reduction(group.in_index, group.weight[start : start + filters], spec, slot_of)
     second_rows: list[Row] = []
     if shortcut:
         second, weight = _shortcut_of(outputs, shortcut)
@@ -200,15 +200,15 @@ def _tile(
 
 
 def _reduction(
-    in_index: Sequence[int], weight: Tensor, spec: ConvSpec, place: dict[int, int]
+    in_index: Sequence[int], weight: Tensor, spec: ConvSpec, slot_of: dict[int, int]
 ) -> tuple[list[Row], Tensor]:
     """weight: (filters, channels, taps) -> its rows, padded to a multiple of STEP, and (filters, rows).
 
     Padding rows read the last channel again, with weights of zero.
     """
-    order = _spread([place[channel] for channel in in_index])
+    order = _spread([slot_of[channel] for channel in in_index])
     (kh, kw), (dy, dx) = spec.kernel_size, spec.dilation
-    slots = [place[in_index[i]] for i in order]
+    slots = [slot_of[in_index[i]] for i in order]
     rows = [(slot, y * dy, x * dx) for y in range(kh) for x in range(kw) for slot in slots]
     matrix = weight[:, torch.tensor(order, dtype=torch.long)].transpose(1, 2).reshape(len(weight), len(rows))
     missing = -len(rows) % STEP
