@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from cases import CASES, IDS, Case
 from gpu_checks import check_conv
-from torch import Tensor
 
-from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.conv import GPU_KERNELS
 from dsp_kernels.run.gpu.cuda.conv import CudaConv
-from dsp_kernels.run.gpu.cuda.kernels import KERNELS, kernels_for
+from dsp_kernels.run.gpu.cuda.kernels import kernels_for
 from dsp_kernels.run.gpu.cuda.library import has_wgmma
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GPU_DTYPES, GpuConv, GpuLayout
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GPU_DTYPES, GpuLayout
 
 # Shapes like those of real networks, with whole tiles and edges.
 HALF = [(range(0, 64, 2), range(0, 40)), (range(3, 60), range(40, 64))]
@@ -32,28 +32,24 @@ REAL = (
 )
 
 
-@pytest.mark.parametrize("layout", GpuLayout, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *REAL], ids=[*IDS, *(case.name.replace(" ", "-") for case in REAL)])
-@pytest.mark.parametrize("kernel", ["triton", "cuda", *KERNELS])
-def test_convolution(
-    kernel: str, case: Case, dtype: torch.dtype, layout: GpuLayout, device: torch.device
-) -> None:
-    """kernel: a family, whose rule chooses the kernel, or one of the CUDA kernels."""
-    if layout is GpuLayout.CHWN and case.batch % BATCH_MULTIPLE:
-        case = replace(case, batch=8)
-    family = "cuda" if kernel in KERNELS else kernel
+@pytest.mark.parametrize("family", ["triton", "cuda"])
+def test_convolution(family: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    """By the kernel that the rule chooses and by every CUDA kernel that can run it; also in place."""
     kernels = next(item for item in GPU_KERNELS if item.name == family)
-    able, reason = kernels.can_run(case.spec, dtype, device, layout)
-    if not able:
-        pytest.skip(reason)
-    if kernel in KERNELS and kernel not in kernels_for(case.spec, dtype, layout, has_wgmma(device.index)):
-        pytest.skip("not a kernel for this convolution on this device")
-
-    def prepare(spec: ConvSpec, weights: list[Tensor], bias: Tensor | None) -> GpuConv:
-        if kernel in KERNELS:
-            return CudaConv(spec, weights, bias, layout, kernel=kernel)
-        return kernels.prepare(spec, weights, bias, layout)
-
-    for in_place in (False, True) if case.residual else (False,):
-        check_conv(prepare, case, dtype, layout, device, in_place)
+    for layout in GpuLayout:
+        able, reason = kernels.can_run(case.spec, dtype, device, layout)
+        if not able:
+            pytest.skip(reason)
+        prepare = [("rule", lambda *a, layout=layout: kernels.prepare(*a, layout))]
+        if family == "cuda":
+            names = kernels_for(case.spec, dtype, layout, has_wgmma(device.index))
+            prepare += [(name, partial(CudaConv, layout=layout, kernel=name)) for name in names]
+        fitting = replace(case, batch=8) if layout is GpuLayout.CHWN and case.batch % BATCH_MULTIPLE else case
+        for (name, made), in_place in product(prepare, (False, True) if case.residual else (False,)):
+            try:
+                check_conv(made, fitting, dtype, layout, device, in_place)
+            except AssertionError as error:
+                error.add_note(f"kernel {name}, {layout.name}, in place {in_place}")
+                raise
