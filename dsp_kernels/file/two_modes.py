@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
-from dsp_kernels.graph.capture import Tracer, without_stand_ins
+from dsp_kernels.graph.capture import Tracer, calls_of, without_stand_ins
 from dsp_kernels.graph.export import SIZE_CHECK
-from dsp_kernels.graph.inputs import Example, as_inputs, calls_of
+from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import evaluating, trace
 
 __all__ = ["TRAINING", "traced_calls"]

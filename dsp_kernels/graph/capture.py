@@ -1,10 +1,15 @@
-"""A model's calls by torch.fx, which runs forward() on stand-ins for tensors; the model stays as it was."""
+"""The graph of a model by torch.fx, which runs forward() on proxies; the model stays as it was."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import os
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import get_ident
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,38 +17,36 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dsp_kernels.errors import DSPTraceError
-from dsp_kernels.graph.export import place_in_user_code
-from dsp_kernels.graph.inputs import calls_of
 from dsp_kernels.graph.operations import LEAF_TYPES
 
 __all__ = [
     "Tracer",
+    "calls_of",
     "is_leaf",
+    "place_in_user_code",
     "symbolic_graph",
     "without_stand_ins",
 ]
 
-_DEVICES = ("cpu", "cuda")
-
 
 class Tracer(fx.Tracer):
-    """Modules that the library knows are one node. Refuses autocast, which a graph does not keep."""
+    """Modules of this library are one node. Refuses autocast, which a graph does not keep."""
 
     def __init__(self) -> None:
         super().__init__()
         self.autocast = _autocast()
-        self.thread = get_ident()
+        self.thread = threading.get_ident()
 
-    # torch.fx looks into every module of the process: those that other threads run are none of its business.
+    # torch.fx patches nn.Module for the whole process: modules that other threads run are not traced.
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if get_ident() != self.thread:
+        if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if get_ident() != self.thread:
+        if threading.get_ident() != self.thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -57,7 +60,7 @@ class Tracer(fx.Tracer):
 
 
 def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
-    return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES)
+    return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
 
 
 def is_leaf(module: nn.Module, path: str) -> bool:
@@ -66,10 +69,7 @@ def is_leaf(module: nn.Module, path: str) -> bool:
 
 
 def symbolic_graph(model: nn.Module, count: int | None) -> fx.Graph:
-    """The calls of forward() in the model's present mode, given ``count`` inputs (None: not known).
-
-    Raises DSPTraceError, naming the line of the model's code, where stand-ins do not do.
-    """
+    """``calls_of`` in the model's present mode. Raises DSPTraceError naming the line of its code."""
     try:
         return calls_of(Tracer(), model, count)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
@@ -79,40 +79,122 @@ def symbolic_graph(model: nn.Module, count: int | None) -> fx.Graph:
         ) from error
 
 
-_CONSTANT = "_tensor_constant"  # torch.fx hangs tensors that forward() makes on the model under such names
+def place_in_user_code(error: BaseException) -> str:
+    """The innermost line of an error's traceback outside torch and this package; "" if there is none."""
+    skipped = Path(__file__).parents[1], Path(torch.__file__).parent, Path(contextlib.__file__)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and not any(path.is_relative_to(place) for place in skipped):
+            return f"line {frame.lineno} of {path.name}: {frame.line}"
+    return ""
+
+
+def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph:
+    """The graph of a model called with ``count`` inputs; other arguments of forward() keep their default.
+
+    count: None if unknown; every argument is an input then.
+    Raises whatever the model's code raises on proxies, which may stay in it: see ``without_stand_ins``.
+    """
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # The class's function, as torch.fx uses, whatever is assigned to the instance.
+    signature = inspect.signature(type(model).forward).parameters.values()
+    # In the order of torch.fx's placeholders; *args and **kwargs come last.
+    arguments = [argument for argument in list(signature)[1:] if argument.kind not in several]
+    given = len(arguments) if count is None else count
+    fixed = {
+        place: argument
+        for place, argument in enumerate(arguments)
+        if (place >= given or (count is not None and argument.kind is argument.KEYWORD_ONLY))
+        and (argument.default is None or isinstance(argument.default, bool | int | float | str))
+    }
+    # ``if mask is not None`` takes the wrong branch for a proxy, which is never None.
+    concrete = {argument.name: argument.default for argument in fixed.values()}
+    with _one_trace_at_a_time():
+        graph = tracer.trace(model, concrete_args=concrete or None)
+    # By position: torch.fx may name the placeholder of ``mask`` "mask_1", like another argument.
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for place in fixed:
+        _erase(graph, placeholders[place])
+    # *args and **kwargs that get nothing.
+    positional = sum(argument.kind is not argument.KEYWORD_ONLY for argument in arguments)
+    for node in placeholders[len(arguments) :]:
+        keywords = str(node.target).startswith("**")
+        if not node.users and (keywords or (count is not None and count <= positional)):
+            graph.erase_node(node)
+    return graph
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node and its users: torch.fx only compares such an argument with its default."""
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
+
+
+_tracing = threading.RLock()
+_methods = nn.Module.__call__, nn.Module.__getattr__  # as they were before the trace that runs
+
+
+@contextmanager
+def _one_trace_at_a_time() -> Iterator[None]:
+    """torch.fx patches two methods of nn.Module; overlapping traces would leave a patch in place."""
+    global _methods
+    with _tracing:
+        outer, _methods = _methods, (nn.Module.__call__, nn.Module.__getattr__)
+        try:
+            yield
+        finally:
+            _restore_methods()
+            _methods = outer
+
+
+def _restore_methods() -> None:
+    nn.Module.__call__, nn.Module.__getattr__ = _methods  # type: ignore[method-assign]
+
+
+def _after_fork() -> None:
+    """The thread that traces does not exist in the child, so it cannot release the lock or undo the patch."""
+    global _tracing
+    _tracing = threading.RLock()
+    _restore_methods()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+_CONSTANT = "_tensor_constant"  # torch.fx stores tensors that forward() makes in the model, by such names
 
 
 @contextmanager
 def without_stand_ins(model: nn.Module) -> Iterator[list[str]]:
-    """Let the block trace ``model``; gives the names of the buffers that forward() wrote into meanwhile.
+    """Undo what tracing ``model`` in this context changes in it: proxies, fake tensors, written buffers.
 
-    The names are there when the block has ended. In whatever way it ends, attributes that hold stand-ins are
-    again what they were, and so are buffers and the numbers of tensors that are none. What forward() makes of
-    real tensors or modules at its first call is left: any call would make it.
+    Yields a list that holds the names of all written buffers when the context has ended. What forward() makes
+    of real tensors or modules at its first call stays, because any call would make it.
     """
-    before = {id(own): dict(own) for _, own in _dictionaries(model)}
-    numbers = [
+    before = {id(own): dict(own) for _, own in _namespaces(model)}
+    copies = [
         (tensor, tensor.detach().clone())
-        for _, own in _dictionaries(model)
+        for _, own in _namespaces(model)
         for tensor in own.values()
         if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
     ]
-    kept = {id(tensor): copy for tensor, copy in numbers}
-    buffers = [(name, kept[id(tensor)]) for name, tensor in model.named_buffers() if id(tensor) in kept]
+    copy_of = {id(tensor): copy for tensor, copy in copies}
+    buffers = [(name, copy_of[id(tensor)]) for name, tensor in model.named_buffers() if id(tensor) in copy_of]
     written: list[str] = []
     try:
         yield written
     finally:
         now = dict(model.named_buffers(remove_duplicate=False))
         written += [name for name, copy in buffers if not _equal(now.get(name), copy)]
-        for tensor, copy in numbers:
+        for tensor, copy in copies:
             if not _equal(tensor, copy):
                 with torch.no_grad():
                     tensor.detach().copy_(copy)
-        for name, own in _dictionaries(model):
+        for name, own in _namespaces(model):
             was = before.get(id(own), {})
             for key, value in list(own.items()):
-                _empty(value)
+                _remove_stand_ins(value)
                 replaced = f"{name}.{key}".lstrip(".") in written
                 if _is_stand_in(value) or replaced or (key.startswith(_CONSTANT) and key not in was):
                     if key in was:
@@ -121,8 +203,8 @@ def without_stand_ins(model: nn.Module) -> Iterator[list[str]]:
                         del own[key]
 
 
-def _dictionaries(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """Where forward() may assign something. A script module runs code of its own, on real tensors."""
+def _namespaces(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """(path, dictionary) for all that forward() may assign to. Script modules run on real tensors only."""
     return [
         (name, own)
         for name, module in model.named_modules()
@@ -137,8 +219,8 @@ def _is_stand_in(value: Any) -> bool:
     return isinstance(value, fx.Proxy | FakeTensor)
 
 
-def _empty(value: Any) -> None:
-    """Take stand-ins out of a list or a dict."""
+def _remove_stand_ins(value: Any) -> None:
+    """From a list or a dict."""
     if type(value) is list and any(map(_is_stand_in, value)):
         value[:] = [part for part in value if not _is_stand_in(part)]
     elif type(value) is dict:
@@ -146,7 +228,7 @@ def _empty(value: Any) -> None:
             del value[key]
 
 
-def _equal(now: Any, kept: Tensor) -> bool:
-    if not isinstance(now, Tensor) or isinstance(now, FakeTensor) or now.shape != kept.shape:
+def _equal(now: Any, before: Tensor) -> bool:
+    if not isinstance(now, Tensor) or isinstance(now, FakeTensor) or now.shape != before.shape:
         return False
-    return kept.is_meta or bool(((now == kept) | ((now != now) & (kept != kept))).all())
+    return before.is_meta or bool(((now == before) | ((now != now) & (before != before))).all())

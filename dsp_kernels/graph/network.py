@@ -1,6 +1,6 @@
-"""The network as data: a torch.fx graph whose nodes carry a known kind, its settings and its output shape.
+"""A model as a graph: torch.fx nodes with a known kind, its attributes and the shape of the result.
 
-``fuse`` and ``pack`` both read this graph, so the table of known operations (``trace_ops``) exists once.
+``fuse``, ``pack`` and ``save`` read this graph, so operations are recognised in one place: operations.py.
 """
 
 from __future__ import annotations
@@ -14,31 +14,25 @@ import torch
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPTraceError
-from dsp_kernels.graph.capture import is_leaf, symbolic_graph, without_stand_ins
+from dsp_kernels.graph.capture import symbolic_graph, without_stand_ins
+from dsp_kernels.graph.compare import tensors_of
 from dsp_kernels.graph.export import export_calls, exported_network
 from dsp_kernels.graph.inputs import Example, as_inputs, check_taken
 from dsp_kernels.graph.operations import classify
 from dsp_kernels.graph.size_check import SizeCheck
 
-__all__ = [
-    "TracedNetwork",
-    "TracedNode",
-    "call_graph",
-    "evaluating",
-    "trace",
-    "works_in_place",
-]
+__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace", "works_in_place"]
 
 
 @dataclass(frozen=True)
 class TracedNode:
     """One operation of a traced network.
 
-    kind: one of ``trace_ops.KINDS``; ``"opaque"`` where the operation is not known.
-    inputs: names of the nodes it reads, in argument order; users: names of the nodes that read it.
-    path: dotted path of the module it calls, "" for functions; module: that module.
-    attributes: settings of the operation in one form, whatever way it was written.
-    shape: shape of its output for the example input, None where it is not a tensor.
+    kind: one of ``operations.KINDS``; "opaque" if the operation is not known. attributes: its settings, in
+    one form however it was written (``operations.OPERATIONS``).
+    inputs: names of the nodes that it reads, in argument order; users: of the nodes that read it.
+    path, module: the module that it calls; "" and None for functions.
+    shape: of the result for the example input; None if it is not a tensor.
     """
 
     name: str
@@ -52,18 +46,18 @@ class TracedNode:
     fx_node: fx.Node = field(repr=False, compare=False)
 
     def describe(self) -> str:
-        """How an error message calls this node: name, what it runs and where in the source it stands."""
+        """Name, callee and shape, for error messages."""
         target = self.path or getattr(self.fx_node.target, "__name__", str(self.fx_node.target))
         what = type(self.module).__name__ if self.module is not None else self.fx_node.op
         return f"node {self.name!r} ({what} {target!r}, output shape {self.shape})"
 
 
 class TracedNetwork:
-    """The nodes of a network in the order in which they run.
+    """The nodes of a network in execution order.
 
     graph_module: the fx graph module; it shares its submodules with the traced model.
-    size_check: which images the graph is right for, where it is not right for all that the model takes.
-    two_ways: whether it computes what the model does with one image and what it does with several.
+    size_check: the image sizes for which the graph is right; None if it is right for all.
+    two_ways: whether it computes both what the model does with one image and what it does with several.
     """
 
     def __init__(
@@ -85,21 +79,18 @@ class TracedNetwork:
     def __iter__(self) -> Iterator[TracedNode]:
         return iter(self.nodes)
 
-    def __len__(self) -> int:
-        return len(self.nodes)
-
     def of_kind(self, *kinds: str) -> tuple[TracedNode, ...]:
         """All nodes of these kinds, in execution order."""
         return tuple(node for node in self.nodes if node.kind in kinds)
 
     def calls(self, path: str) -> tuple[TracedNode, ...]:
-        """All nodes that call the module at this dotted path (more than one where it is reused)."""
+        """All nodes that call the module at this path: several if it is reused."""
         return tuple(node for node in self.nodes if node.path == path)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and give every module its own mode back afterwards."""
+    """Put a model in eval mode; afterwards every module is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -109,90 +100,60 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs the graph once and keeps the shape of every tensor, freeing values as they are used up."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.shapes: dict[str, tuple[int, ...] | None] = {}
-        self.containers: set[str] = set()  # values that are no tensor but hold some
-        self.extra_traceback = False
-        self.running = ""
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.running = n.name
-        result = super().run_node(n)
-        self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
-        if _holds_tensors(result):
-            self.containers.add(n.name)
-        return result
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in value.values())
-    if isinstance(value, tuple | list):
-        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in value)
-    return False
-
-
 def call_graph(
     model: nn.Module, training: bool = False, example_input: Example | None = None
 ) -> fx.Graph | None:
-    """The calls of a model in eval or training mode, without shapes; None if nothing can follow it.
+    """The calls of a model in eval or training mode, without shapes; None if it cannot be traced.
 
-    example_input: (batch, channels, height, width), for models that torch.fx cannot follow; or a tuple.
+    example_input: (batch, channels, height, width) or a tuple; without it torch.export is not tried.
     """
-    inputs = None if example_input is None else as_inputs(example_input)
+    inputs = () if example_input is None else as_inputs(example_input)
     with evaluating(model), without_stand_ins(model):
         model.train(training)
         try:
-            return symbolic_graph(model, None if inputs is None else len(inputs))
+            return symbolic_graph(model, len(inputs) or None)
         except DSPTraceError:
             pass
         try:
-            if inputs is None or len(inputs) != 1:
-                return None
-            return export_calls(model, inputs[0], is_leaf, mutates=True).graph
+            return export_calls(model, inputs[0], mutates=True).graph if len(inputs) == 1 else None
         except DSPTraceError:
             return None
 
 
 def trace(model: nn.Module, example_input: Example, every_path: bool = False) -> TracedNetwork:
-    """Trace ``model`` in eval mode, by torch.fx or, where its code is too much for that, by torch.export.
+    """Trace a model in eval mode, by torch.fx or, if that fails, by torch.export.
 
     example_input: (batch, channels, height, width), on the model's device; or a tuple of tensors, one for
-        each input of forward(), which torch.fx has to be able to follow then.
-    every_path: where forward() goes another way for a batch of one image, trace both ways as one network
-        that gives both answers; otherwise such a model is refused.
+        each input of forward(), which only torch.fx can trace.
+    every_path: if forward() takes another branch for a batch of one image, trace both branches as one network
+        with both answers; without it such a model is refused.
 
-    The model is left as it was: modes, buffers and parameters do not change.
-    Raises DSPTraceError if neither can follow the model, naming the line of its code, or if the model cannot
+    The model's modes, buffers and parameters do not change.
+    Raises DSPTraceError if neither can trace the model, naming the line of its code, or if the model does not
     run on the example; DSPShapeError for an example of more inputs than forward() takes.
     """
     inputs = as_inputs(example_input)
     with evaluating(model), without_stand_ins(model) as written:
-        check = None
+        check, two_ways = None, False
         try:
             graph_module = fx.GraphModule(model, symbolic_graph(model, len(inputs)))
-            two_ways = False
         except DSPTraceError as error:
             if len(inputs) > 1:
                 raise
-            graph_module, check, two_ways = exported_network(model, inputs[0], every_path, is_leaf, error)
+            graph_module, check, two_ways = exported_network(model, inputs[0], every_path, error)
         check_taken(model, graph_module.graph, inputs)
-        _read_results_of_inplace(graph_module.graph, graph_module)
+        _make_inplace_explicit(graph_module)
         graph_module.recompile()
         recorder = _ShapeRecorder(graph_module)
         try:
             with torch.no_grad():
-                # a model may write into its input
+                # A model may write into its input.
                 recorder.run(*(x[:1].clone() if two_ways else x.clone() for x in inputs))
         except Exception as error:
             raise DSPTraceError(
                 f"{type(model).__name__} does not run on an example input of shape "
                 f"{' and '.join(f'{tuple(x.shape)} and dtype {x.dtype}' for x in inputs)}, at "
-                f"{recorder.running!r}: {error}{_hint(model, inputs)}"
+                f"{recorder.running!r}: {error}{_dtype_advice(model, inputs)}"
             ) from error
     if written:
         raise DSPTraceError(
@@ -202,36 +163,55 @@ def trace(model: nn.Module, example_input: Example, every_path: bool = False) ->
     return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check, two_ways)
 
 
-def _hint(model: nn.Module, inputs: Sequence[Tensor]) -> str:
-    """What to do about an example of another floating dtype than the weights'; else nothing."""
+class _ShapeRecorder(fx.Interpreter):
+    """Runs the graph once and keeps the shape of every tensor."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.containers: set[str] = set()  # nodes whose results are containers of tensors
+        self.extra_traceback = False
+        self.running = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.running = n.name
+        result = super().run_node(n)
+        self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
+        if not isinstance(result, Tensor) and tensors_of(result):
+            self.containers.add(n.name)
+        return result
+
+
+def _dtype_advice(model: nn.Module, inputs: Sequence[Tensor]) -> str:
     own = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), None)
     if own is None or all(x.dtype == own or not x.dtype.is_floating_point for x in inputs):
         return ""
     return f". The weights are {own}: give an example of that dtype; fuse(..., dtype=...) computes in another"
 
 
-def _read_results_of_inplace(graph: fx.Graph, model: nn.Module) -> None:
-    """Let whoever reads a tensor after an operation changed it in place read that operation's result.
+def _make_inplace_explicit(graph_module: fx.GraphModule) -> None:
+    """Let nodes that read a tensor after an in-place operation read the result of that operation.
 
-    The graph then says by its edges what the model does by aliasing, and may be rewritten freely.
+    All aliasing is then in the edges of the graph, so nodes can be replaced freely.
     """
+    graph = graph_module.graph
     position = {node: place for place, node in enumerate(graph.nodes)}
-    owner: dict[fx.Node, fx.Node] = {}  # node -> the node whose memory it hands on
-    names: dict[fx.Node, list[fx.Node]] = {}  # owner -> all nodes that are its memory
+    owner: dict[fx.Node, fx.Node] = {}  # node -> first node with the same memory
+    aliases: dict[fx.Node, list[fx.Node]] = {}  # owner -> all nodes with its memory
     for node in graph.nodes:
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        writes = first is not None and works_in_place(node, model)
-        owner[node] = owner[first] if first is not None and (writes or _hands_on(node, model)) else node
+        writes = first is not None and works_in_place(node, graph_module)
+        same_memory = first is not None and (writes or _returns_its_input(node, graph_module))
+        owner[node] = owner[first] if first is not None and same_memory else node
         if writes:
-            for alias in names[owner[node]]:
+            for alias in aliases[owner[node]]:
                 for reader in list(alias.users):
                     if position[reader] > position[node]:
                         reader.replace_input_with(alias, node)
-        names.setdefault(owner[node], []).append(node)
+        aliases.setdefault(owner[node], []).append(node)
 
 
-def _hands_on(node: fx.Node, model: nn.Module) -> bool:
-    """Whether a node's result is its first argument itself, in eval mode."""
+def _returns_its_input(node: fx.Node, model: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(
         model.get_submodule(str(node.target)), nn.Identity | nn.Dropout | nn.Dropout2d
     )
@@ -258,10 +238,10 @@ def works_in_place(node: fx.Node, model: nn.Module) -> bool:
 def _read_nodes(
     graph_module: fx.GraphModule, recorder: _ShapeRecorder, model: nn.Module
 ) -> Iterator[TracedNode]:
-    shapes = recorder.shapes
     for fx_node in graph_module.graph.nodes:
-        module = graph_module.get_submodule(str(fx_node.target)) if fx_node.op == "call_module" else None
-        kind, attributes = classify(fx_node, module, shapes, model)
+        path = str(fx_node.target) if fx_node.op == "call_module" else ""
+        module = graph_module.get_submodule(path) if path else None
+        kind, attributes = classify(fx_node, module, recorder.shapes, model)
         if kind == "scalar" and fx_node.name in recorder.containers:
             kind = "opaque"
         yield TracedNode(
@@ -269,9 +249,9 @@ def _read_nodes(
             kind=kind,
             inputs=tuple(node.name for node in fx_node.all_input_nodes),
             users=tuple(node.name for node in fx_node.users),
-            path=str(fx_node.target) if fx_node.op == "call_module" else "",
+            path=path,
             module=module,
             attributes=attributes,
-            shape=shapes[fx_node.name],
+            shape=recorder.shapes[fx_node.name],
             fx_node=fx_node,
         )

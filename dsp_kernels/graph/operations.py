@@ -6,7 +6,8 @@ Every way of writing an operation (module, function, method) becomes one kind wi
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,251 +18,396 @@ from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = [
-    "CHANNEL_RULES",
-    "KINDS",
-    "LAYOUT_KINDS",
-    "LEAF_TYPES",
-    "Classified",
-    "Shapes",
-    "argument",
-    "classify",
-    "classify_function",
-    "classify_module",
-    "flat",
-    "literal",
-    "source_shape",
-]
-
-LAYOUT_KINDS = (
-    "elementwise",  # attributes: apply, the function of one value; sigmoid(0) is not 0
-    "combine",  # of two tensors that may broadcast over the map: operation ("add", "subtract", "multiply"),
-    # operands
-    "concat",  # along the channels; attributes: operands
-    "split",  # the parts of a tensor along the channels; attributes: sizes, rigid
-    "piece",  # one part of a split, or a slice of channels; attributes: start, stop, rigid
-    "split_channels",  # (N, C, H, W) -> (N, g, C / g, H, W); attributes: groups, rigid
-    "swap_channels",  # (N, a, b, H, W) -> (N, b, a, H, W)
-    "join_channels",  # (N, a, b, H, W) -> (N, a * b, H, W); attributes: rigid
-    "channel_shuffle",  # nn.ChannelShuffle; attributes: groups
-    "conv_transpose",  # nn.ConvTranspose2d
-    "functional_norm",  # F.batch_norm in eval mode with a module's tensors; attributes: module, path
-    "instance_norm",  # nn.InstanceNorm2d, or nn.GroupNorm with one channel per group
-    "norm_over_channels",  # group, layer and local response norms: channels depend on each other
-    "adaptive_pool",  # to more than one place
-    "pad",  # around the map; attributes: mode, value
-    "interpolate",
-    "spatial_mean",  # mean, maximum or minimum over axes of the map
-    "same_channels",  # batch and channels as they are, the map cut, flattened, repeated; attributes: rigid
-)
-
-KINDS = (
-    "input",
-    "conv",  # nn.Conv2d
-    "packed_conv",  # PackedConv2d
-    "fused_conv",  # FusedConv2d
-    "batch_norm",  # nn.BatchNorm2d with running statistics
-    "activation",  # attributes: function, a name in activations.ACTIVATIONS
-    "add",  # of two tensors of one shape
-    "max_pool",  # attributes: kernel_size, stride, padding, dilation, ceil_mode
-    "avg_pool",  # attributes: kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    "global_avg_pool",  # attributes: keepdim
-    "flatten",  # (batch, channels, height, width) -> (batch, channels * height * width)
-    "linear",  # nn.Linear
-    "identity",  # dropout in eval mode, nn.Identity, contiguous()
-    "size_check",  # SizeCheck: the identity, for images of some sizes
-    "scalar",  # sizes and other numbers
-    "output",  # of one tensor
-    *LAYOUT_KINDS,
-    "opaque",  # anything else
-)
+__all__ = ["KINDS", "LEAF_TYPES", "OPERATIONS", "Call", "Operation", "classify"]
 
 LEAF_TYPES: tuple[type[nn.Module], ...] = (PackedConv2d, FusedConv2d, SizeCheck)
 
-_Attributes = dict[str, Any]
-_Classified = tuple[str, _Attributes]
-
-_ACTIVATION_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-}
-_ACTIVATION_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    "relu": "relu",
-    "relu_": "relu",
-}
-_ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__"}
-_RESHAPE_FUNCTIONS = {torch.flatten, torch.reshape, "flatten", "view", "reshape"}
-_MEAN_FUNCTIONS = {torch.mean, "mean"}
-_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-_IDENTITY_FUNCTIONS = {"contiguous"}
+Shape = tuple[int, ...] | None  # None for what is not a tensor
+Attributes = dict[str, Any]
+Found = Attributes | None  # the attributes of a call; None if it is another operation
 
 
-def classify(
-    node: fx.Node,
-    module: nn.Module | None,
-    shapes: Mapping[str, tuple[int, ...] | None],
-    root: nn.Module | None = None,
-) -> _Classified:
-    """Kind and attributes of one fx node; ``shapes`` holds the output shape of it and of all before it.
+@dataclass(frozen=True)
+class Call:
+    """One call of a module, function or method. shapes: of the result of this node and all nodes before it.
 
-    root: the traced model; without it a function that uses a module's own parameters is opaque.
+    root: the traced model. Without it a function that uses parameters of a module is opaque.
     """
-    if node.op == "placeholder":
-        return "input", {}
-    if node.op == "output":
-        return ("output", {}) if isinstance(node.args[0], fx.Node) else ("opaque", {})
-    if module is not None:
-        known = _classify_module(node, module, shapes)
-        return classify_module(node, module, shapes) if known[0] == "opaque" else known
-    if node.op not in ("call_function", "call_method"):
-        return ("scalar", {}) if shapes[node.name] is None else ("opaque", {})
-    if shapes[node.name] is None:
-        layout = classify_function(node, shapes, root)
-        return layout if layout[0] == "split" else ("scalar", {})
-    known = _classify_function(node, shapes)
-    return classify_function(node, shapes, root) if known[0] == "opaque" else known
+
+    node: fx.Node
+    module: nn.Module | None
+    shapes: Mapping[str, Shape]
+    root: nn.Module | None
+
+    @property
+    def input(self) -> Shape:
+        """Shape of the first argument."""
+        return self.shape_of(self.argument(0, "input", None))
+
+    @property
+    def output(self) -> Shape:
+        """Shape of the result."""
+        return self.shapes[self.node.name]
+
+    def shape_of(self, value: Any) -> Shape:
+        """Shape of an argument."""
+        return self.shapes.get(value.name) if isinstance(value, fx.Node) else None
+
+    def argument(self, place: int, name: str, default: Any) -> Any:
+        """An argument, given by position or by name."""
+        return self.node.args[place] if len(self.node.args) > place else self.node.kwargs.get(name, default)
+
+    def settings(self, **defaults: Any) -> Attributes:
+        """The module's settings of these names, or the arguments after the first, in this order."""
+        if self.module is not None:
+            return {name: getattr(self.module, name) for name in defaults}
+        return {
+            name: self.argument(i, name, default) for i, (name, default) in enumerate(defaults.items(), 1)
+        }
 
 
-def _classify_module(node: fx.Node, module: nn.Module, shapes: Mapping[str, Any]) -> _Classified:
-    if isinstance(module, PackedConv2d):
-        return "packed_conv", {}
-    if isinstance(module, FusedConv2d):
-        return "fused_conv", {}
-    if isinstance(module, SizeCheck):
-        return "size_check", {}
-    # A subclass with its own forward is its own operation.
-    if _is(module, nn.Conv2d):
-        return "conv", {}
-    if _is(module, nn.BatchNorm2d) and module.running_mean is not None:
-        return "batch_norm", {}
-    for activation_type, name in _ACTIVATION_MODULES.items():
-        if _is(module, activation_type):
-            return "activation", {"function": name}
-    if _is(module, nn.Linear):
-        return "linear", {}
-    if isinstance(module, _IDENTITY_MODULES):
-        return "identity", {}
-    if _is(module, nn.MaxPool2d) and not module.return_indices:
-        return "max_pool", _pool(module, "dilation", "ceil_mode")
-    if _is(module, nn.AvgPool2d):
-        return "avg_pool", _pool(module, "ceil_mode", "count_include_pad", "divisor_override")
-    if _is(module, nn.AdaptiveAvgPool2d):
-        return _adaptive_average(module.output_size)
-    if _is(module, nn.Flatten):
-        return _reshape(node, shapes)
-    return "opaque", {}
+@dataclass(frozen=True)
+class Operation:
+    """One way to recognise a kind.
+
+    modules: classes; a subclass with a forward() of its own is another operation. calls: functions, and
+    methods by name. attributes: of a call, or None if it is another operation after all.
+    """
+
+    kind: str
+    modules: tuple[type[nn.Module], ...] = ()
+    calls: tuple[Any, ...] = ()
+    attributes: Callable[[Call], Found] = lambda call: {}
 
 
-def _classify_function(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
-    target = node.target
-    if target in _ACTIVATION_FUNCTIONS:
-        return "activation", {"function": _ACTIVATION_FUNCTIONS[target]}
-    if target in _ADD_FUNCTIONS:
-        return _add(node, shapes)
-    if target in _RESHAPE_FUNCTIONS:
-        return _reshape(node, shapes)
-    if target in _MEAN_FUNCTIONS:
-        return _mean(node, shapes)
-    if target in _IDENTITY_FUNCTIONS:
-        return "identity", {}
-    if target is F.dropout:
-        return ("opaque", {}) if _arguments(node, p=0.5, training=True)["training"] else ("identity", {})
-    if target is F.adaptive_avg_pool2d:
-        return _adaptive_average(_arguments(node, output_size=None)["output_size"])
-    if target in (F.max_pool2d, torch.max_pool2d):
-        read = _arguments(
-            node, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-        )
-        return ("opaque", {}) if read.pop("return_indices") else ("max_pool", _pool_pairs(read))
-    if target is F.avg_pool2d:
-        read = _arguments(
-            node,
-            kernel_size=None,
-            stride=None,
-            padding=0,
-            ceil_mode=False,
-            count_include_pad=True,
-            divisor_override=None,
-        )
-        return "avg_pool", _pool_pairs(read)
-    return "opaque", {}
+def _flat(value: Any) -> list[Any]:
+    """All leaves of nested tuples, lists and dicts."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [leaf for part in value for leaf in _flat(part)] if isinstance(value, list | tuple) else [value]
 
 
-def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return isinstance(module, kind) and type(module).forward is kind.forward
+def _is_map(call: Call) -> bool:
+    return call.input is not None and len(call.input) == 4
 
 
-def _add(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
-    operands = node.args[:2]
-    both = len(operands) == 2 and all(isinstance(operand, fx.Node) for operand in operands)
-    if not both or node.kwargs.get("alpha", 1) != 1 or "out" in node.kwargs:
-        return "opaque", {}
+def _on_map(condition: Callable[[Any], bool] = lambda module: True) -> Callable[[Call], Found]:
+    """condition: on the module that is called."""
+    return lambda call: {} if _is_map(call) and condition(call.module) else None
+
+
+# -- elementwise operations
+
+
+def _activation(name: str) -> Callable[[Call], Found]:
+    return lambda call: {"function": name}
+
+
+def _sum_of_equals(call: Call) -> Found:
+    operands = call.node.args[:2]
+    if len(operands) != 2 or call.node.kwargs.get("alpha", 1) != 1 or "out" in call.node.kwargs:
+        return None
+    # A parameter has no batch dimension, even if the example's batch size makes it look like one.
     if any(isinstance(operand, fx.Node) and operand.op == "get_attr" for operand in operands):
-        return "opaque", {}  # a parameter has no batch of its own, whatever the example's is
-    left, right = (shapes[operand.name] for operand in operands if isinstance(operand, fx.Node))
-    return ("add", {}) if left is not None and left == right else ("opaque", {})
+        return None
+    left, right = map(call.shape_of, operands)
+    return {} if left is not None and left == right else None
 
 
-def _adaptive_average(output_size: Any) -> _Classified:
-    # None keeps the input's size: a mean over the map only if that happens to be one pixel.
-    one = output_size == 1 or (isinstance(output_size, tuple | list) and tuple(output_size) == (1, 1))
-    return ("global_avg_pool", {"keepdim": True}) if one else ("opaque", {})
+def _elementwise(call: Call) -> Found:
+    """A function of one tensor, whose other arguments are constants."""
+    node, module = call.node, call.module
+    if module is not None:
+        return {"apply": lambda values: module(values.clone())}
+    leaves = _flat((node.args, node.kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    constant = all(leaf is None or isinstance(leaf, bool | int | float | str | fx.Node) for leaf in leaves)
+    if len(tensors) != 1 or not constant or call.shape_of(tensors[0]) is None or "out" in node.kwargs:
+        return None
+
+    def apply(values: Tensor) -> Tensor:
+        args: Any = fx.node.map_arg(node.args, lambda _: values.clone())
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda _: values.clone())
+        target: Any = node.target
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
+
+    return {"apply": apply}
 
 
-def _mean(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
-    read = _arguments(node, dim=None, keepdim=False, dtype=None)
-    shape = shapes[node.all_input_nodes[0].name]
-    if shape is None or len(shape) != 4 or read["dtype"] is not None or read["dim"] is None:
-        return "opaque", {}
+def _one_slope(call: Call) -> Found:
+    module = call.module
+    if not isinstance(module, nn.PReLU) or module.num_parameters != 1 or not _is_map(call):
+        return None
+    slope = module.weight.detach()
+    return {"apply": lambda values: F.prelu(values, slope.to(values))}
+
+
+def _combination(operation: str) -> Callable[[Call], Found]:
+    def attributes(call: Call) -> Found:
+        operands = call.node.args
+        if len(operands) != 2 or call.node.kwargs:
+            return None
+        left, right = map(call.shape_of, operands)
+        if left is None or right is None or len(left) != len(right) or len(left) < 2 or left[1] != right[1]:
+            return None
+        names = tuple(operand.name for operand in operands if isinstance(operand, fx.Node))
+        return {"operation": operation, "operands": names}
+
+    return attributes
+
+
+def _not_training(place: int) -> Callable[[Call], Found]:
+    """place: of the argument ``training``."""
+    return lambda call: {} if call.argument(place, "training", True) is False else None
+
+
+# -- norms
+
+
+def _has_one_channel_per_group(norm: nn.GroupNorm) -> bool:
+    return norm.num_groups == norm.num_channels
+
+
+def _norm_of_a_module(call: Call) -> Found:
+    """F.batch_norm in eval mode with all tensors of one nn.BatchNorm2d."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names, call.node.args, strict=False)) | call.node.kwargs
+    mean = given.get("running_mean")
+    if not isinstance(mean, fx.Node) or mean.op != "get_attr" or call.root is None:
+        return None
+    path = str(mean.target).rpartition(".")[0]
+    module = call.root.get_submodule(path)
+    if not isinstance(module, nn.BatchNorm2d) or given.get("training", False) is not False:
+        return None
+    for name in ("running_mean", "running_var", *(("weight", "bias") if module.affine else ())):
+        value = given.get(name)
+        if not isinstance(value, fx.Node) or str(value.target) != f"{path}.{name}":
+            return None
+    others = module.affine or (given.get("weight") is None and given.get("bias") is None)
+    return {"module": module, "path": path} if others and given.get("eps", 1e-5) == module.eps else None
+
+
+# -- operations on the feature map: pools, padding, reductions
+
+
+def _max_pool(call: Call) -> Found:
+    names = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    read = call.settings(**names, return_indices=False)
+    return None if read.pop("return_indices") else _with_pairs(read)
+
+
+def _avg_pool(call: Call) -> Found:
+    names = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
+    return _with_pairs(call.settings(**names, divisor_override=None))
+
+
+def _with_pairs(read: Attributes) -> Found:
+    read["stride"] = read["stride"] or read["kernel_size"]
+    for name in {"kernel_size", "stride", "padding", "dilation"} & set(read):
+        sizes = _flat(read[name])
+        if not all(isinstance(size, int) for size in sizes):  # computed from the size of the map
+            return None
+        read[name] = (sizes[0], sizes[-1])
+    return read
+
+
+def _returns_no_indices(pool: nn.Module | None) -> bool:
+    return not getattr(pool, "return_indices", False)
+
+
+def _to_one_pixel(call: Call) -> Found:
+    # A size of None keeps the input's.
+    size = call.settings(output_size=None)["output_size"]
+    return (
+        {"keepdim": True} if size == 1 or (isinstance(size, tuple | list) and list(size) == [1, 1]) else None
+    )
+
+
+def _global_mean(call: Call) -> Found:
+    read = call.settings(dim=None, keepdim=False, dtype=None)
     dims = read["dim"] if isinstance(read["dim"], tuple | list) else (read["dim"],)
-    if sorted(dim % 4 for dim in dims) != [2, 3]:
-        return "opaque", {}
-    return "global_avg_pool", {"keepdim": bool(read["keepdim"])}
+    if not _is_map(call) or read["dtype"] is not None or None in dims:
+        return None
+    return {"keepdim": bool(read["keepdim"])} if sorted(dim % 4 for dim in dims) == [2, 3] else None
 
 
-def _reshape(node: fx.Node, shapes: Mapping[str, Any]) -> _Classified:
-    """A reshape that keeps the batch and flattens the rest; other reshapes move channels and stay opaque."""
-    before, after = shapes[node.all_input_nodes[0].name], shapes[node.name]
-    if before is None or len(before) != 4 or len(after) != 2 or after[0] != before[0]:
-        return "opaque", {}
-    if node.args[1:2] == (-1,) and node.target not in (torch.flatten, "flatten"):
-        return "opaque", {}  # view(-1, n): for images of another size the batch would be another
-    return "flatten", {}
+def _reduction_of_map(call: Call) -> Found:
+    """mean, amax and amin leave a channel that is constant in each map as it is."""
+    shape, dims = call.input, call.argument(1, "dim", None)
+    dims = dims if isinstance(dims, list | tuple) else (dims,)
+    if shape is None or not dims or "dtype" in call.node.kwargs:
+        return None
+    return {} if all(isinstance(dim, int) and dim % len(shape) >= 2 for dim in dims) else None
 
 
-def _pool(module: nn.Module, *names: str) -> _Attributes:
-    read = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", *names)}
-    return _pool_pairs(read)
+def _flatten(call: Call) -> Found:
+    """(batch, channels, height, width) -> (batch, channels * height * width)."""
+    before, after = call.input, call.output
+    if before is None or after is None or len(before) != 4 or len(after) != 2 or after[0] != before[0]:
+        return None
+    # view(-1, n) would have another batch size for images of another size.
+    sizes = _flat((call.node.args[1:], call.argument(1, "shape", ())))
+    return None if call.node.target in _RESHAPE and sizes[:1] == [-1] else {}
 
 
-def _pool_pairs(read: _Attributes) -> _Attributes:
-    if read["stride"] is None or read["stride"] == []:
-        read["stride"] = read["kernel_size"]
-    for name in ("kernel_size", "stride", "padding", "dilation"):
-        if name in read:
-            read[name] = _pair(read[name])
-    return read
+def _pad(call: Call) -> Found:
+    if not _is_map(call):
+        return None
+    if call.module is not None:
+        constant = isinstance(call.module, nn.ConstantPad2d)
+        value = float(call.module.value) if isinstance(call.module, nn.ConstantPad2d) else 0.0
+        return {"mode": "constant" if constant else "other", "value": value}
+    read = call.settings(pad=(), mode="constant", value=None)
+    if (
+        not isinstance(read["pad"], list | tuple)
+        or len(read["pad"]) > 4
+        or isinstance(read["value"], fx.Node)
+    ):
+        return None
+    return {"mode": read["mode"], "value": float(read["value"] or 0.0)}
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+def _of_one_group(call: Call) -> Found:
+    plain = isinstance(call.module, nn.ConvTranspose2d) and call.module.groups == 1
+    return {} if plain and len(call.node.args) == 1 and _is_map(call) else None
 
 
-def _arguments(node: fx.Node, **defaults: Any) -> _Attributes:
-    """The arguments after the tensor, by name, whichever way they were passed."""
-    read = dict(defaults)
-    read.update(zip(defaults, node.args[1:], strict=False))
-    read.update({name: value for name, value in node.kwargs.items() if name in defaults})
-    return read
+# -- channels joined, cut and reordered. rigid: the code names a number of channels or the index of one, so it
+# -- is wrong after channels are removed.
+
+
+def _names_size(size: Any) -> bool:
+    """Whether a size is a number in the model's code: not -1 and not computed from another size."""
+    return isinstance(size, int) and size > 0
+
+
+def _concat(call: Call) -> Found:
+    parts, dim = call.argument(0, "tensors", None), call.argument(1, "dim", call.node.kwargs.get("axis", 0))
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
+        return None
+    if call.output is None or len(call.output) not in (2, 4) or dim not in (1, 1 - len(call.output)):
+        return None
+    return {"operands": tuple(part.name for part in parts)}
+
+
+def _split(call: Call) -> Found:
+    chunks = call.node.target in (torch.chunk, "chunk")
+    shape, dim = call.input, call.argument(2, "dim", 0)
+    if shape is None or len(shape) not in (2, 4) or dim not in (1, 1 - len(shape)):
+        return None
+    amount = call.argument(1, "chunks" if chunks else "split_size_or_sections", None)
+    amount = call.node.kwargs.get("split_size", amount)
+    if isinstance(amount, list | tuple):
+        plain = all(isinstance(size, int) for size in amount)
+        return {"sizes": tuple(amount), "rigid": True} if plain else None
+    if not isinstance(amount, int):
+        return None
+    width = shape[1]
+    step = -(-width // amount) if chunks else amount
+    sizes = tuple(min(step, width - start) for start in range(0, width, step))
+    # Equal chunks stay equal if each loses the same channels.
+    return {"sizes": sizes, "rigid": not chunks or len(sizes) != amount or len(set(sizes)) > 1}
+
+
+def _part_of_split(call: Call) -> Found:
+    source, which = call.node.args[:2]
+    if not isinstance(source, fx.Node) or not isinstance(which, int):
+        return None
+    kind, attributes = classify(source, None, call.shapes)
+    sizes = attributes.get("sizes", ())
+    if kind != "split" or not -len(sizes) <= which < len(sizes):
+        return None
+    start = sum(sizes[: which % len(sizes)])
+    return {"start": start, "stop": start + sizes[which], "rigid": False}
+
+
+def _slice_of_channels(call: Call) -> Found:
+    shape, index = call.input, call.node.args[1]
+    if shape is None or len(shape) not in (2, 4) or not isinstance(index, tuple):
+        return None
+    index = _full_index(index, len(shape))
+    if index is None:
+        return None
+    batch, channels, *rest = index
+    if any(part != slice(None) for part in (batch, *rest)) or not isinstance(channels, slice):
+        return None
+    if channels.step not in (None, 1) or not all(
+        bound is None or isinstance(bound, int) for bound in (channels.start, channels.stop)
+    ):
+        return None
+    start, stop, _ = channels.indices(shape[1])
+    return {"start": start, "stop": stop, "rigid": (start, stop) != (0, shape[1])}
+
+
+def _full_index(index: Any, dims: int) -> tuple[Any, ...] | None:
+    """One entry per dimension, without ellipsis; None if it holds more than slices, integers and None."""
+    index = index if isinstance(index, tuple) else (index,)
+    ellipses = [place for place, part in enumerate(index) if part is Ellipsis] or [len(index)]
+    parts = [part for part in index if part is not Ellipsis]
+    if len(ellipses) > 1 or not all(part is None or isinstance(part, slice | int) for part in parts):
+        return None
+    skipped = dims - sum(part is not None for part in parts)
+    parts[ellipses[0] : ellipses[0]] = [slice(None)] * skipped
+    return tuple(parts)
+
+
+def _shuffle(call: Call) -> Found:
+    return call.settings(groups=1) if _is_map(call) else None
+
+
+def _reshape_of_channels(before: int, after: int) -> Callable[[Call], Found]:
+    """(N, C, H, W) -> (N, g, C / g, H, W) or back. before, after: 4 and 5, or 5 and 4 dimensions."""
+
+    def attributes(call: Call) -> Found:
+        old, new, sizes = call.input, call.output, _flat(call.node.args[1:])
+        if old is None or new is None or (len(old), len(new), len(sizes)) != (before, after, after):
+            return None
+        if old[0] != new[0] or old[-2:] != new[-2:]:
+            return None
+        if after == 5:
+            return {"groups": new[1], "rigid": _names_size(sizes[2])}
+        return {"rigid": _names_size(sizes[1])} if old[1] * old[2] == new[1] else None
+
+    return attributes
+
+
+def _swap_groups(call: Call) -> Found:
+    if call.input is None or call.output is None or not len(call.input) == len(call.output) == 5:
+        return None
+    dims = [dim for dim in _flat(call.node.args[1:]) if isinstance(dim, int)]
+    swaps = {dim % 5 for dim in dims} == {1, 2} if call.node.target in _TRANSPOSE else dims == [0, 2, 1, 3, 4]
+    return {} if swaps else None
+
+
+def _same_channels(call: Call) -> Found:
+    """Batch and channels stay; only the map of each channel is reshaped, cut or repeated."""
+    before, after, node = call.input, call.output, call.node
+    if before is None or after is None or min(len(before), len(after)) < 2 or before[:2] != after[:2]:
+        return None
+    if max(len(before), len(after)) > 4 or "out" in node.kwargs:
+        return None
+    name = str(getattr(node.target, "__name__", node.target))
+    if name in ("reshape", "view", "expand"):  # with equal leading sizes no element changes its channel
+        sizes = _flat(node.args[1:])
+        return {"rigid": _names_size(sizes[1])} if len(sizes) == len(after) and not node.kwargs else None
+    if name == "flatten":
+        first = call.argument(1, "start_dim", 0)
+        inside = isinstance(first, int) and first % len(before) >= 2
+    elif name in ("unsqueeze", "squeeze"):
+        count = len(before) + (name == "unsqueeze")
+        dims = _flat(call.argument(1, "dim", None))
+        inside = all(isinstance(dim, int) and dim % count >= 2 for dim in dims)
+    elif name == "getitem":
+        index = _full_index(node.args[1], len(before)) or ()
+        inside = index[:2] == (slice(None), slice(None))
+    else:
+        inside = name == "expand_as"
+    return {"rigid": False} if inside else None
+
+
+# -- the table
 
 
 _POINTWISE_MODULES = (
@@ -269,337 +415,130 @@ _POINTWISE_MODULES = (
     *(nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
     nn.Threshold,
 )
-_POINTWISE_NAMES = (
-    *("sigmoid", "hardsigmoid", "tanh", "gelu", "elu", "selu", "celu", "leaky_relu", "mish", "hardtanh"),
-    *("softplus", "softsign", "logsigmoid", "relu", "relu6", "silu", "hardswish", "clamp", "clip", "abs"),
-    *("neg", "exp", "sqrt", "square", "pow", "add", "sub", "mul", "div", "clone", "float", "double"),
-)
-_POINTWISE_FUNCTIONS = {
-    getattr(place, name + end)
-    for place in (torch, F)
-    for name in _POINTWISE_NAMES
+_POINTWISE_NAMES = [
+    name + end
+    for name in (
+        *("sigmoid", "hardsigmoid", "tanh", "gelu", "elu", "selu", "celu", "leaky_relu", "mish", "hardtanh"),
+        *("softplus", "softsign", "logsigmoid", "relu", "relu6", "silu", "hardswish", "clamp", "clip", "abs"),
+        *("neg", "exp", "sqrt", "square", "pow", "add", "sub", "mul", "div", "clone", "float", "double"),
+    )
     for end in ("", "_")
-    if hasattr(place, name + end)
-} | {
+]
+_POINTWISE = (
+    *_POINTWISE_NAMES,  # methods
+    *{getattr(place, name) for place in (torch, F) for name in _POINTWISE_NAMES if hasattr(place, name)},
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg),
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
-}
-_POINTWISE_METHODS = {name + end for name in _POINTWISE_NAMES for end in ("", "_")}
-_COMBINATIONS = {
-    function: name
-    for name, functions in {
-        "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
-        "subtract": (operator.sub, operator.isub, torch.sub, "sub", "sub_"),
-        "multiply": (operator.mul, operator.imul, torch.mul, "mul", "mul_"),
-    }.items()
-    for function in functions
-}
-_OVER_THE_MAP = (torch.mean, "mean", torch.amax, "amax", torch.amin, "amin")
-_NORMS_OVER_CHANNELS = (F.group_norm, F.layer_norm, F.local_response_norm, torch.group_norm, torch.layer_norm)
-_PADS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
-# In eval mode these return their input; their argument ``training`` has this place.
-_DROPS = {"dropout2d": 2, "alpha_dropout": 2, "feature_alpha_dropout": 2, "stochastic_depth": 3}
+)
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
+_MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_DROPOUT = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+_MEAN = (torch.mean, "mean")
+_RESHAPE = (torch.reshape, "view", "reshape")
+_FLATTEN = (torch.flatten, "flatten")
+_TRANSPOSE = (torch.transpose, "transpose")
+_SQUEEZE = (torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze")
+_RESIZE = (*_RESHAPE, *_FLATTEN, *_SQUEEZE, "expand", "expand_as", operator.getitem)
+_PADS = (nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
+_CHANNEL_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+_CHANNEL_NORM = (F.group_norm, F.layer_norm, F.local_response_norm, torch.group_norm, torch.layer_norm)
+_ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_ADAPTIVE_POOL = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
+
+# The first entry that fits a call is its kind.
+OPERATIONS = (
+    Operation("packed_conv", (PackedConv2d,)),
+    Operation("fused_conv", (FusedConv2d,)),
+    Operation("size_check", (SizeCheck,)),  # the identity, for images of some sizes
+    Operation("conv", (nn.Conv2d,)),
+    Operation("linear", (nn.Linear,)),
+    Operation("conv_transpose", (nn.ConvTranspose2d,), (), _of_one_group),
+    # function: a name in activations.ACTIVATIONS
+    Operation("activation", (nn.ReLU,), _RELU, _activation("relu")),
+    Operation("activation", (nn.ReLU6,), (F.relu6,), _activation("relu6")),
+    Operation("activation", (nn.SiLU,), (F.silu,), _activation("silu")),
+    Operation("activation", (nn.Hardswish,), (F.hardswish,), _activation("hardswish")),
+    Operation("identity", (nn.Identity, nn.Dropout, nn.Dropout2d), ("contiguous",)),
+    Operation("identity", (), _DROPOUT, _not_training(2)),
+    Operation("identity", (), ("torchvision.stochastic_depth",), _not_training(3)),
+    Operation("add", (), (*_ADD, "__add__", "__iadd__"), _sum_of_equals),  # of two tensors of one shape
+    # apply: the function of one tensor; it may map 0 to something else
+    Operation("elementwise", _POINTWISE_MODULES, _POINTWISE, _elementwise),
+    Operation("elementwise", (nn.PReLU,), (), _one_slope),
+    # operation, operands: of two tensors with as many channels, which may broadcast over the map
+    Operation("combine", (), _ADD, _combination("add")),
+    Operation("combine", (), _SUBTRACT, _combination("subtract")),
+    Operation("combine", (), _MULTIPLY, _combination("multiply")),
+    Operation("batch_norm", (nn.BatchNorm2d,), (), _on_map(lambda norm: norm.running_mean is not None)),
+    # module, path: F.batch_norm with the tensors of this module
+    Operation("functional_norm", (), (F.batch_norm,), _norm_of_a_module),
+    Operation("instance_norm", (nn.InstanceNorm2d,), (), _on_map()),
+    Operation("instance_norm", (nn.GroupNorm,), (), _on_map(_has_one_channel_per_group)),
+    Operation("norm_over_channels", _CHANNEL_NORMS, _CHANNEL_NORM),  # each channel depends on others
+    # kernel_size, stride, padding, ...: as of nn.MaxPool2d and nn.AvgPool2d, sizes as pairs
+    Operation("max_pool", (nn.MaxPool2d,), (F.max_pool2d, torch.max_pool2d), _max_pool),
+    Operation("avg_pool", (nn.AvgPool2d,), (F.avg_pool2d,), _avg_pool),
+    Operation("global_avg_pool", (nn.AdaptiveAvgPool2d,), (F.adaptive_avg_pool2d,), _to_one_pixel),  # keepdim
+    Operation("global_avg_pool", (), _MEAN, _global_mean),
+    Operation(
+        "adaptive_pool", _ADAPTIVE_POOLS, _ADAPTIVE_POOL, _on_map(_returns_no_indices)
+    ),  # to more than one pixel
+    Operation("spatial_mean", (), (*_MEAN, torch.amax, "amax", torch.amin, "amin"), _reduction_of_map),
+    Operation("pad", _PADS, (F.pad,), _pad),  # mode, value
+    Operation("interpolate", (nn.Upsample,), (F.interpolate,), _on_map()),
+    Operation("flatten", (nn.Flatten,), (*_FLATTEN, *_RESHAPE), _flatten),
+    Operation("concat", (), (torch.cat, torch.concat, torch.concatenate), _concat),  # operands
+    Operation("split", (), (torch.chunk, "chunk", torch.split, "split"), _split),  # sizes, rigid
+    Operation("piece", (), (operator.getitem,), _part_of_split),  # start, stop, rigid
+    Operation("piece", (), (operator.getitem,), _slice_of_channels),
+    Operation("channel_shuffle", (nn.ChannelShuffle,), (), _shuffle),  # groups
+    # (N, C, H, W) -> (N, a, b, H, W) -> (N, b, a, H, W) -> (N, C, H, W); groups: a
+    Operation("split_channels", (), _RESHAPE, _reshape_of_channels(4, 5)),  # groups, rigid
+    Operation("swap_channels", (), (*_TRANSPOSE, torch.permute, "permute"), _swap_groups),
+    Operation("join_channels", (), _RESHAPE, _reshape_of_channels(5, 4)),  # rigid
+    Operation("same_channels", (), _RESIZE, _same_channels),  # rigid
+)
+
+# "scalar": not a tensor, such as a size. "output": of one tensor. "opaque": any other call.
+KINDS = tuple(dict.fromkeys(("input", *(entry.kind for entry in OPERATIONS), "scalar", "output", "opaque")))
+
+_BY_CALL: dict[Any, list[Operation]] = {}
+for _entry in OPERATIONS:
+    for _call in _entry.calls:
+        _BY_CALL.setdefault(_call, []).append(_entry)
 
 
-def classify_module(node: fx.Node, module: nn.Module, shapes: Shapes) -> Classified:
-    """Kind and attributes of a call of a module that ``trace_ops`` does not know; opaque if unknown here."""
-    forward, own = type(module).forward, source_shape(node, shapes)
-    if any(forward is kind.forward for kind in _POINTWISE_MODULES if isinstance(module, kind)):
-        return "elementwise", {"apply": lambda values: module(values.clone())}
-    if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.LocalResponseNorm):
-        single = isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
-        plain = forward is nn.GroupNorm.forward and own is not None and len(own) == 4
-        return ("instance_norm", {}) if single and plain else ("norm_over_channels", {})
-    if own is None or len(own) != 4:
-        return "opaque", {}
-    if forward is nn.PReLU.forward and isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        slope = module.weight.detach()
-        return "elementwise", {"apply": lambda values: F.prelu(values, slope.to(values))}
-    if forward is nn.ConvTranspose2d.forward and isinstance(module, nn.ConvTranspose2d):
-        return ("conv_transpose", {}) if module.groups == 1 and len(node.args) == 1 else ("opaque", {})
-    if isinstance(module, nn.InstanceNorm2d):
-        return "instance_norm", {}
-    if isinstance(module, nn.AdaptiveAvgPool2d) or (
-        isinstance(module, nn.AdaptiveMaxPool2d) and not module.return_indices
-    ):
-        return "adaptive_pool", {}
-    if isinstance(module, nn.Upsample):
-        return "interpolate", {}
-    if isinstance(module, nn.ChannelShuffle):
-        return "channel_shuffle", {"groups": module.groups}
-    if isinstance(module, _PADS):
-        plain = isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d)
-        value = float(module.value) if isinstance(module, nn.ConstantPad2d) else 0.0
-        return "pad", {"mode": "constant" if plain else "other", "value": value}
-    return "opaque", {}
+def classify(
+    node: fx.Node, module: nn.Module | None, shapes: Mapping[str, Shape], root: nn.Module | None = None
+) -> tuple[str, Attributes]:
+    """Kind and attributes of an fx node. module: that it calls; shapes, root: see ``Call``."""
+    if node.op == "placeholder":
+        return "input", {}
+    if node.op == "output":
+        return ("output" if isinstance(node.args[0], fx.Node) else "opaque"), {}
+    call = Call(node, module, shapes, root)
+    for entry in _candidates(call):
+        attributes = entry.attributes(call)
+        if attributes is not None:
+            return entry.kind, attributes
+    return ("scalar" if call.output is None and module is None else "opaque"), {}
 
 
-def classify_function(node: fx.Node, shapes: Shapes, root: nn.Module | None) -> Classified:
-    """The same for a function or method. root: the traced model, where names of parameters lead to."""
-    for rule in (_pointwise, _combination, *CHANNEL_RULES, _spatial, _over_the_map):
-        found = rule(node, shapes)
-        if found is not None:
-            return found
-    if node.target in _NORMS_OVER_CHANNELS:
-        return "norm_over_channels", {}
-    return _norm(node, root) or ("opaque", {})
-
-
-def _pointwise(node: fx.Node, shapes: Shapes) -> Classified | None:
-    target = node.target
-    known = target in (_POINTWISE_METHODS if node.op == "call_method" else _POINTWISE_FUNCTIONS)
-    nodes = [value for value in flat((node.args, node.kwargs)) if isinstance(value, fx.Node)]
-    others = [value for value in flat((node.args, node.kwargs)) if not isinstance(value, fx.Node)]
-    plain = all(value is None or isinstance(value, bool | int | float | str) for value in others)
-    if not known or len(nodes) != 1 or not plain or shapes[nodes[0].name] is None or "out" in node.kwargs:
-        return None
-
-    def apply(values: Tensor) -> Tensor:
-        args: Any = fx.node.map_arg(node.args, lambda _: values.clone())
-        kwargs: Any = fx.node.map_arg(node.kwargs, lambda _: values.clone())
-        if node.op == "call_method":
-            return getattr(args[0], str(target))(*args[1:], **kwargs)
-        assert callable(target)
-        return target(*args, **kwargs)
-
-    return "elementwise", {"apply": apply}
-
-
-def _combination(node: fx.Node, shapes: Shapes) -> Classified | None:
-    operation = _COMBINATIONS.get(node.target)
-    operands = node.args[:2]
-    if operation is None or len(operands) != 2 or node.kwargs or len(node.args) > 2:
-        return None
-    names = [operand.name for operand in operands if isinstance(operand, fx.Node)]
-    if len(names) != 2:
-        return None
-    left, right = (shapes[name] for name in names)
-    if left is None or right is None or len(left) != len(right) or len(left) < 2 or left[1] != right[1]:
-        return None
-    return "combine", {"operation": operation, "operands": tuple(names)}
-
-
-def _norm(node: fx.Node, root: nn.Module | None) -> Classified | None:
-    if node.target not in (F.batch_norm, torch.batch_norm):
-        return None
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    read = dict(zip(names, node.args, strict=False)) | node.kwargs
-    held = read.get("running_mean")
-    training = read.get("training", False)
-    if not isinstance(held, fx.Node) or held.op != "get_attr" or training is not False or root is None:
-        return None
-    path = str(held.target).rpartition(".")[0]
-    module = root.get_submodule(path)
-    wanted = {"running_mean": held, "running_var": read.get("running_var")}
-    wanted |= {name: read.get(name) for name in ("weight", "bias") if read.get(name) is not None}
-    own = all(
-        isinstance(value, fx.Node) and str(value.target) == f"{path}.{name}" for name, value in wanted.items()
-    )
-    if not own or not isinstance(module, nn.BatchNorm2d) or read.get("eps", 1e-5) != module.eps:
-        return None
-    if module.affine and len(wanted) != 4:
-        return None
-    return "functional_norm", {"module": module, "path": path}
-
-
-def _spatial(node: fx.Node, shapes: Shapes) -> Classified | None:
-    shape, after = source_shape(node, shapes), shapes[node.name]
-    if shape is None or after is None or len(shape) != 4:
-        return None
-    name = getattr(node.target, "__name__", "")
-    if name in _DROPS and argument(node, _DROPS[name], "training", True) is False:
-        return "identity", {}
-    if node.target is F.interpolate:
-        return "interpolate", {}
-    if node.target is F.adaptive_avg_pool2d or (name == "adaptive_max_pool2d" and len(after) == 4):
-        return "adaptive_pool", {}
-    if node.target is F.pad:
-        amounts = argument(node, 1, "pad", ())
-        if not isinstance(amounts, list | tuple) or len(amounts) > 4:
-            return None
-        mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
-        return "pad", {"mode": mode, "value": 0.0 if value is None else float(value)}
-    return None
-
-
-def _over_the_map(node: fx.Node, shapes: Shapes) -> Classified | None:
-    """A constant map has itself as its mean and its largest value."""
-    shape = source_shape(node, shapes)
-    if (
-        node.target not in _OVER_THE_MAP
-        or shape is None
-        or shapes[node.name] is None
-        or "dtype" in node.kwargs
-    ):
-        return None
-    dims = argument(node, 1, "dim", None)
-    dims = dims if isinstance(dims, list | tuple) else (dims,)
-    inside = bool(dims) and all(isinstance(dim, int) and dim % len(shape) >= 2 for dim in dims)
-    return ("spatial_mean", {}) if inside else None
-
-
-_RESHAPES = (torch.reshape, "view", "reshape")
-
-
-def _concat(node: fx.Node, shapes: Shapes) -> Classified | None:
-    if node.target not in (torch.cat, torch.concat, torch.concatenate):
-        return None
-    parts = node.args[0] if node.args else node.kwargs.get("tensors")
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
-        return None
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    shape = shapes[node.name]
-    if shape is None or len(shape) not in (2, 4) or not isinstance(dim, int) or dim % len(shape) != 1:
-        return None
-    return "concat", {"operands": tuple(part.name for part in parts if isinstance(part, fx.Node))}
-
-
-def _split(node: fx.Node, shapes: Shapes) -> Classified | None:
-    chunks = node.target in (torch.chunk, "chunk")
-    shape = source_shape(node, shapes)
-    if not (chunks or node.target in (torch.split, "split")) or shape is None or len(shape) not in (2, 4):
-        return None
-    amount = argument(node, 1, "chunks" if chunks else "split_size_or_sections", None)
-    amount = node.kwargs.get("split_size", amount)
-    dim = argument(node, 2, "dim", 0)
-    if not isinstance(dim, int) or dim % len(shape) != 1:
-        return None
-    width = shape[1]
-    if isinstance(amount, list | tuple):
-        if not all(isinstance(size, int) for size in amount):
-            return None
-        return "split", {"sizes": tuple(amount), "rigid": True}
-    if not isinstance(amount, int):
-        return None
-    step = -(-width // amount) if chunks else amount
-    sizes = tuple(min(step, width - start) for start in range(0, width, step))
-    # Equal parts stay equal parts if each loses the same channels.
-    return "split", {"sizes": sizes, "rigid": not chunks or len(sizes) != amount or len(set(sizes)) > 1}
-
-
-def _piece(node: fx.Node, shapes: Shapes) -> Classified | None:
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
-        return None
-    source, which = node.args[0], node.args[1]
-    if isinstance(which, int) and shapes.get(source.name) is None:
-        parts = _split(source, shapes)
-        if parts is None or not -len(parts[1]["sizes"]) <= which < len(parts[1]["sizes"]):
-            return None
-        sizes = parts[1]["sizes"]
-        start = sum(sizes[: which % len(sizes)])
-        return "piece", {"start": start, "stop": start + sizes[which], "rigid": False}
-    shape = shapes.get(source.name)
-    if shape is None or len(shape) not in (2, 4) or not isinstance(which, tuple):
-        return None
-    which = _in_full(which, len(shape))
-    if not which:
-        return None
-    channels = which[1] if len(which) > 1 else slice(None)
-    bounds = (channels.start, channels.stop) if isinstance(channels, slice) else (object(),)
-    whole = all(part == slice(None) for part in (which[0], *which[2:]))
-    if not whole or not isinstance(channels, slice) or channels.step not in (None, 1):
-        return None
-    if not all(bound is None or isinstance(bound, int) for bound in bounds):
-        return None
-    start, stop, _ = channels.indices(shape[1])
-    return "piece", {"start": start, "stop": stop, "rigid": (start, stop) != (0, shape[1])}
-
-
-def _channel_reshape(node: fx.Node, shapes: Shapes) -> Classified | None:
-    """Channels into groups of channels, groups exchanged, and back: a shuffle of channels."""
-    before, after = source_shape(node, shapes), shapes[node.name]
-    if before is None or after is None:
-        return None
-    if len(before) == len(after) == 5:
-        dims = tuple(a for a in flat(node.args[1:]) if isinstance(a, int))
-        swaps = node.target in (torch.transpose, "transpose") and {d % 5 for d in dims} == {1, 2}
-        permutes = node.target in (torch.permute, "permute") and dims == (0, 2, 1, 3, 4)
-        return ("swap_channels", {}) if swaps or permutes else None
-    if node.target not in _RESHAPES or before[0] != after[0] or before[-2:] != after[-2:]:
-        return None
-    asked = list(flat(node.args[1:]))
-    if len(asked) != len(after):
-        return None
-    if len(before) == 4 and len(after) == 5:
-        return "split_channels", {"groups": after[1], "rigid": literal(asked[2])}
-    if len(before) == 5 and len(after) == 4 and before[1] * before[2] == after[1]:
-        return "join_channels", {"rigid": literal(asked[1])}
-    return None
-
-
-def _same_channels(node: fx.Node, shapes: Shapes) -> Classified | None:
-    """What only changes the map of each channel, and maps of one place that come and go around a gate."""
-    before, after = source_shape(node, shapes), shapes[node.name]
-    if before is None or after is None or not min(len(before), len(after)) >= 2 or before[:2] != after[:2]:
-        return None
-    if max(len(before), len(after)) > 4 or "out" in node.kwargs:
-        return None
-    asked = list(flat(node.args[1:]))
-    if node.target in (*_RESHAPES, "expand"):  # rows of memory: what follows equal leading sizes stays inside
-        fits = len(asked) == len(after) and not node.kwargs
-        return ("same_channels", {"rigid": literal(asked[1])}) if fits else None
-    name = str(getattr(node.target, "__name__", node.target))
-    if name == "flatten":
-        first = argument(node, 1, "start_dim", 0)
-        inside = isinstance(first, int) and first % len(before) >= 2
-    elif name in ("unsqueeze", "squeeze"):
-        dims = flat(argument(node, 1, "dim", None))
-        count = len(before) + (name == "unsqueeze")
-        inside = all(isinstance(dim, int) and dim % count >= 2 for dim in dims)
-    elif node.target is operator.getitem:
-        inside = _leaves_channels(node.args[1], len(before))
-    else:
-        inside = name == "expand_as"
-    return ("same_channels", {"rigid": False}) if inside else None
-
-
-def _leaves_channels(which: Any, dims: int) -> bool:
-    """Whether an index takes all images and channels, and slices, places or new axes of the map."""
-    parts = _in_full(which if isinstance(which, tuple) else (which,), dims)
-    return parts is not None and len(parts) >= 2 and parts[0] == parts[1] == slice(None)
-
-
-def _in_full(which: tuple[Any, ...], dims: int) -> tuple[Any, ...] | None:
-    """An index with its ellipsis spelled out: x[..., 1:-1] cuts columns. None for another kind."""
-    rests = [place for place, part in enumerate(which) if part is Ellipsis]
-    if len(rests) > 1 or not all(
-        part is None or isinstance(part, slice | int) for part in which if part is not ...
-    ):
-        return None
-    if not rests:
-        return which
-    skipped = dims - sum(part is not None for part in which) + 1
-    return (*which[: rests[0]], *[slice(None)] * skipped, *which[rests[0] + 1 :])
-
-
-# Each gives None for what it does not know.
-CHANNEL_RULES = (_concat, _split, _piece, _channel_reshape, _same_channels)
-
-
-Shapes = Mapping[str, tuple[int, ...] | None]  # node -> shape of its output, None where it is no tensor
-Classified = tuple[str, dict[str, Any]]  # a kind of ``trace_ops.KINDS`` and its attributes
-
-
-def source_shape(node: fx.Node, shapes: Shapes) -> tuple[int, ...] | None:
-    """Shape of the first argument, None where that is no tensor."""
-    source = node.args[0] if node.args else None
-    return shapes.get(source.name) if isinstance(source, fx.Node) else None
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    """The argument at this place, or of this name."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def literal(value: Any) -> bool:
-    """Whether a size is a number in the model's code, and not -1 or one computed from another size."""
-    return isinstance(value, int) and value > 0
-
-
-def flat(value: Any) -> Sequence[Any]:
-    """All leaves of nested tuples, lists and dicts."""
-    if isinstance(value, Mapping):
-        return [leaf for part in value.values() for leaf in flat(part)]
-    if isinstance(value, list | tuple):
-        return [leaf for part in value for leaf in flat(part)]
-    return [value]
+def _candidates(call: Call) -> Sequence[Operation]:
+    if call.module is not None:
+        forward, kinds = type(call.module).forward, type(call.module).__mro__
+        return [
+            entry
+            for entry in OPERATIONS
+            if any(kind in kinds and forward is kind.forward for kind in entry.modules)
+        ]
+    target: Any = call.node.target
+    if call.node.op not in ("call_function", "call_method"):
+        return []
+    if str(getattr(target, "__module__", "")).startswith("torchvision."):  # which need not be installed
+        target = f"torchvision.{target.__name__}"
+    found = _BY_CALL.get(target, [])
+    # A tuple of tensors is known only as the parts of a split.
+    return [entry for entry in found if entry.kind == "split"] if call.output is None else found

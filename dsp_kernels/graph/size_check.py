@@ -1,7 +1,7 @@
-"""SizeCheck: lets images pass whose sizes fulfil conditions, and refuses all others.
+"""Networks that are right for some image sizes only: SizeCheck refuses all others.
 
 A condition is a short text of arithmetic over ``batch``, ``height`` and ``width``: ``height % 2 == 0``.
-It is read into a tree of numbers and operators; nothing is evaluated as Python code.
+It is parsed into a tree of integers and operators; nothing is evaluated as Python code.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = ["SizeCheck", "fixed_size", "holds", "parse_condition"]
+__all__ = ["FixedSizeConv2d", "SizeCheck", "fixed_size", "holds", "parse_condition"]
 
 _NAMES = ("batch", "height", "width")
 _LONGEST, _MOST, _DEEPEST, _LARGEST = 200, 64, 12, 2**31
@@ -37,10 +38,10 @@ _ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], int]] = {
 
 
 class SizeCheck(nn.Module):
-    """The identity on (batch, channels, height, width) of allowed sizes.
+    """The identity on images (batch, channels, height, width) of allowed sizes.
 
-    conditions: texts such as ``"height == 32"``; all have to hold.
-    Raises DSPShapeError for a text that is no condition, and, when called, for an image of another size.
+    conditions: texts such as ``"height == 32"``, all of which must hold.
+    Raises DSPShapeError for an invalid condition and, when called, for an image of another size.
     """
 
     def __init__(self, conditions: Sequence[str]) -> None:
@@ -51,18 +52,15 @@ class SizeCheck(nn.Module):
         self._parsed = tuple(parse_condition(condition) for condition in self.conditions)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself, any dtype."""
-        self.check((x.shape[0], x.shape[-2], x.shape[-1]))
-        return x
-
-    def check(self, sizes: tuple[int, int, int]) -> None:
-        """sizes: (batch, height, width). Raises DSPShapeError where a condition does not hold."""
+        """x, of any dtype."""
+        sizes = x.shape[0], x.shape[-2], x.shape[-1]
         for text, parsed in zip(self.conditions, self._parsed, strict=True):
             if not holds(parsed, sizes):
                 raise DSPShapeError(
                     f"input has (batch, height, width) = {tuple(int(size) for size in sizes)}; this network "
                     f"is right only for {text} at this place"
                 )
+        return x
 
     def extra_repr(self) -> str:
         """The conditions."""
@@ -70,12 +68,31 @@ class SizeCheck(nn.Module):
 
 
 def fixed_size(height: int, width: int) -> SizeCheck:
-    """The check that lets only images of this size pass."""
+    """The check for images of this size only."""
     return SizeCheck((f"height == {height}", f"width == {width}"))
 
 
+class FixedSizeConv2d(nn.Module):
+    """conv(x) + position_bias, for x of one size.
+
+    check: for that size; x of another one raises DSPShapeError.
+    position_bias: (out_channels, out_height, out_width), the contribution of removed constant channels. It
+    varies near the border, where zeros are padded to those channels too.
+    """
+
+    def __init__(self, conv: nn.Conv2d | PackedConv2d, check: SizeCheck, position_bias: Tensor) -> None:
+        super().__init__()
+        self.conv = conv
+        self.check = check
+        self.position_bias = nn.Parameter(position_bias, next(conv.parameters(), position_bias).requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, in_channels, height, width) -> (batch, out_channels, out_height, out_width)."""
+        return self.conv(self.check(x)) + self.position_bias
+
+
 def parse_condition(text: str) -> tuple[Any, ...]:
-    """A comparison of two expressions as (compare, left, right). Raises DSPShapeError for any other text."""
+    """A comparison as (compare, left, right). Raises DSPShapeError for any other text."""
     try:
         if not isinstance(text, str) or len(text) > _LONGEST or not text.isascii():
             raise ValueError("expected a short text")

@@ -19,7 +19,7 @@ __all__ = ["ConvSpec", "memory_format_of", "pair"]
 def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
     """(vertical, horizontal) from one or two integers. Raises DSPShapeError below ``least``."""
     # A SymInt is an int that torch.compile does not know yet.
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    values = (value, value) if isinstance(value, int | float | torch.SymInt) else tuple(value)
     if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) and v >= least for v in values):
         raise DSPShapeError(f"{name} is {value!r}; expected one or two integers of at least {least}")
     return values[0], values[1]

@@ -1,4 +1,4 @@
-"""Networks that torch.fx cannot follow: packed, fused, saved and exported like those that it can."""
+"""Networks that only torch.export can trace are packed, fused, saved and exported like any other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 8
 
 
 class Parts(nn.Module):
-    """conv - norm - relu - reader, with something around them that torch.fx does not follow."""
+    """conv - norm - relu - reader. Subclasses add what torch.fx cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Blocks(Parts):
 
 
 class Nested(Parts):
-    """Answers in a dict; images of other shapes are brought to one size, by an ``if``."""
+    """The answer is a dict; there is a branch for images that are not square."""
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = self.inner(x)
@@ -88,8 +88,8 @@ class Nested(Parts):
         return {"logits": self.head(y), "maps": [y]}
 
 
-class Alone(Parts):
-    """One image goes another way than several."""
+class OneImage(Parts):
+    """Takes another branch for a batch of one image."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
@@ -98,11 +98,11 @@ class Alone(Parts):
         return self.head(y)
 
 
-FOLLOWED = (SizeAssert, Keywords, OtherEntry, Blocks, Nested)
+TRACED = (SizeAssert, Keywords, OtherEntry, Blocks, Nested)
 
 
 def made(kind: type[Parts], seed: int = 0) -> Parts:
-    """float64; filters 1, 2 and 5 of the stem are gone; the norm leaves 0, 0 and a number."""
+    """float64. Filters 1, 2 and 5 of the stem are pruned: after the norm they are 0, 0 and a constant."""
     torch.manual_seed(seed)
     model = kind().double().eval()
     with torch.no_grad():
@@ -131,11 +131,11 @@ def close(left: Any, right: Any) -> None:
     torch.testing.assert_close(left, right, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", FOLLOWED, ids=lambda kind: kind.__name__)
-def test_is_packed_and_saved(kind: type[Parts], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", TRACED, ids=lambda kind: kind.__name__)
+def test_packing_and_saving(kind: type[Parts], tmp_path: Path) -> None:
     model = made(kind)
     packed = pack(model, images())
-    # A chunk keeps equal parts, and what is an answer keeps its width.
+    # Chunks have to stay equal, and an output keeps its channels.
     assert packed.stem.out_channels == (WIDTH if kind in (Blocks, Nested) else WIDTH - 2)
     networks = [packed, copy.deepcopy(packed), unpack(packed)]
     if kind is OtherEntry:  # conv.forward() leaves no trace of the module, so a file cannot name it
@@ -150,43 +150,38 @@ def test_is_packed_and_saved(kind: type[Parts], tmp_path: Path) -> None:
             close(network(x), model(x))
 
 
-def test_gives_the_kinds_that_torch_fx_gives() -> None:
-    kinds = [node.kind for node in trace(made(Parts), images())]
-    exported = trace(made(SizeAssert), images())
-    assert [node.kind for node in exported if node.kind != "size_check"] == kinds
-    assert [node.path for node in exported.of_kind("conv", "batch_norm", "linear")] == [
-        node.path for node in trace(made(Parts), images()).of_kind("conv", "batch_norm", "linear")
-    ]
+def test_the_graph_is_that_of_torch_fx() -> None:
+    nodes = [[(node.kind, node.path) for node in trace(made(kind), images())] for kind in (Parts, SizeAssert)]
+    assert [node for node in nodes[1] if node[0] != "size_check"] == nodes[0]
 
 
-def test_what_the_code_decides_by_size_is_kept(tmp_path: Path) -> None:
+def test_an_assertion_about_sizes_is_kept(tmp_path: Path) -> None:
     model = made(SizeAssert)
     packed = pack(model, images())
     dsp_kernels.save(packed, tmp_path / "net", images())
-    networks = (packed, dsp_kernels.load(tmp_path / "net"), fuse(packed, images(), backend="eager"))
-    for network in networks:
+    for network in (packed, dsp_kernels.load(tmp_path / "net"), fuse(packed, images(), backend="eager")):
         close(network(images(3, 14, 11)), model(images(3, 14, 11)))
         with pytest.raises(DSPShapeError, match="height % 2"):
             network(images(2, 13))
 
 
-def test_another_way_for_other_sizes_is_refused(tmp_path: Path) -> None:
-    """Packing looked at one way of the code alone; along the other it would be wrong."""
+def test_sizes_that_take_another_branch_are_refused() -> None:
+    """Only the traced branch was packed correctly."""
     packed = pack(made(Nested), images())
     for network in (packed, copy.deepcopy(packed)):
         with pytest.raises(DSPShapeError, match="right only for"):
             network(images(2, 12, 14))
 
 
-def test_one_image_may_go_another_way(tmp_path: Path) -> None:
-    model = made(Alone)
+def test_a_branch_for_one_image_is_packed_but_not_fused(tmp_path: Path) -> None:
+    model = made(OneImage)
     packed = pack(model, images())
-    assert packed.stem.out_channels == WIDTH - 2  # the number in channel 5 is read in both ways
+    assert packed.stem.out_channels == WIDTH - 2  # the constant of channel 5 is read in both branches
     for batch in (1, 2, 4):
         close(packed(images(batch)), model(images(batch)))
-    with pytest.raises(DSPTraceError, match="another way for a batch of one"):
+    with pytest.raises(DSPTraceError, match="another branch for a batch of one"):
         fuse(packed, images())
-    with pytest.raises(DSPFormatError, match="another way for a batch of one"):
+    with pytest.raises(DSPFormatError, match="another branch for a batch of one"):
         dsp_kernels.save(packed, tmp_path / "net", images())
 
 
@@ -199,7 +194,7 @@ def test_a_packed_network_is_exported(tmp_path: Path) -> None:
 class ByValue(Parts):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
-        if y.mean() > 0:  # decides
+        if y.mean() > 0:
             y = y + 1
         return self.head(y)
 
@@ -231,7 +226,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
-def test_what_nothing_can_follow_is_named(kind: type[Parts]) -> None:
+def test_the_reason_why_a_model_cannot_be_traced(kind: type[Parts]) -> None:
     model = made(kind)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(DSPTraceError, match=REFUSED[kind]):
@@ -240,7 +235,7 @@ def test_what_nothing_can_follow_is_named(kind: type[Parts]) -> None:
 
 
 class Auxiliary(Keywords):
-    """A head that runs in training only, in a network that torch.fx cannot follow."""
+    """A head that runs in training mode only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +248,7 @@ class Auxiliary(Keywords):
         return self.head(y)
 
 
-def test_a_head_of_training_keeps_its_input() -> None:
+def test_the_input_of_a_head_for_training_keeps_its_channels() -> None:
     model = made(Auxiliary)
     packed = pack(model, images())
     close(packed(images()), model(images()))

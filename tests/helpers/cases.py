@@ -1,8 +1,9 @@
-"""The one table of cases that every way of running the op has to pass against the reference."""
+"""The one table of cases of the op, for every backend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from dsp_kernels.op.spec import ConvSpec
 
 @dataclass(frozen=True)
 class Case:
-    """One convolution and the input it gets."""
+    """One convolution and its input."""
 
     name: str
     structure: GroupStructure
@@ -30,22 +31,22 @@ class Case:
     activation: str = "none"
     channels_last: bool = False
     sliced: bool = False  # x is a view into a larger tensor
-    seed: int = field(default=0)
+    seed: int = 0
 
     @property
     def spec(self) -> ConvSpec:
-        return ConvSpec(
-            self.structure,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.activation,  # type: ignore[arg-type]
-        )
+        sizes: Any = self.kernel, self.stride, self.padding, self.dilation
+        return ConvSpec(self.structure, *sizes, self.activation)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the op."""
+        names = ("kernel_size", "stride", "padding", "dilation", "activation")
+        return {name: getattr(self.spec, name) for name in names}
 
     @property
     def reduction(self) -> int:
-        """Products that one output sums."""
+        """Terms of the sum in one output."""
         longest = max((len(group.in_index) for group in self.structure.groups), default=0)
         return longest * self.spec.kernel_size[0] * self.spec.kernel_size[1] + 2
 
@@ -72,8 +73,6 @@ class Case:
 
 @dataclass(frozen=True)
 class Arguments:
-    """x, one weight per group, bias and residual."""
-
     x: Tensor
     weights: list[Tensor]
     bias: Tensor | None
@@ -81,23 +80,12 @@ class Arguments:
 
 
 def reference(case: Case, arguments: Arguments) -> Tensor:
-    """The definition's answer, computed in float64."""
-
-    def wide(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.double()
-
-    spec = case.spec
+    """The answer of the op's definition, in float64."""
+    a = arguments
+    bias, residual = (None if t is None else t.double() for t in (a.bias, a.residual))
+    weights = [weight.double() for weight in a.weights]
     return gather_grouped_conv2d_reference(
-        arguments.x.double(),
-        [weight.double() for weight in arguments.weights],
-        case.structure,
-        wide(arguments.bias),
-        wide(arguments.residual),
-        kernel_size=spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        activation=spec.activation,
+        a.x.double(), weights, case.structure, bias, residual, **case.settings
     )
 
 

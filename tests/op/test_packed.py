@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, reference
+from cases import CASES, UNEQUAL, Case, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_structure import structures
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.dense import dense_weight, group_weights, live_bias
+
+X = torch.randn(2, 7, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def packed_and_dense(
-    structure: GroupStructure, kernel: int, bias: bool, seed: int
+    structure: GroupStructure = UNEQUAL, kernel: int = 3, bias: bool = True, seed: int = 0
 ) -> tuple[PackedConv2d, Tensor, Tensor | None]:
-    """A float64 packed conv, and the dense weight and bias of the masked conv that it stands for."""
+    """A float64 packed conv, and weight and bias of the masked dense conv that it equals."""
     torch.manual_seed(seed)
     conv = PackedConv2d(structure, kernel, padding=kernel // 2, bias=bias, dtype=torch.float64)
     dense = torch.zeros(structure.out_channels, structure.in_channels, kernel, kernel, dtype=torch.float64)
@@ -44,40 +48,53 @@ def test_equals_the_masked_dense_conv(structure: GroupStructure, kernel: int, bi
     x = torch.randn(2, structure.in_channels, 5, 4, dtype=torch.float64)
     expected = F.conv2d(x, dense, dense_bias, padding=kernel // 2)
     torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-12)
+    if structure.groups:
+        assert torch.equal(dense_weight(structure, list(conv.weights), (kernel, kernel)), dense)
+    assert all(map(torch.equal, group_weights(structure, dense), conv.weights))
+    assert dense_bias is None or torch.equal(live_bias(structure, conv.bias), dense_bias)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_definition(case: Case) -> None:
-    spec = case.spec
+    case = Case(**{**case.__dict__, "residual": False, "activation": "none"})
     a = case.tensors(torch.float64)
-    settings_ = (spec.kernel_size, spec.stride, spec.padding, spec.dilation)
-    conv = PackedConv2d(case.structure, *settings_, bias=case.bias, dtype=torch.float64)
+    sizes = case.kernel, case.stride, case.padding, case.dilation
+    conv = PackedConv2d(case.structure, *sizes, bias=case.bias, dtype=torch.float64)
     state = {f"weights.{number}": weight for number, weight in enumerate(a.weights)}
     if a.bias is not None:
         state["bias"] = a.bias
     conv.load_state_dict(state)
-    plain = Case(**{**case.__dict__, "residual": False, "activation": "none"})
-    torch.testing.assert_close(conv(a.x), reference(plain, plain.tensors(torch.float64)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(conv(a.x), reference(case, a), rtol=0, atol=1e-12)
+
+
+def test_the_bias_of_an_absent_channel_is_ignored() -> None:
+    conv, _, _ = packed_and_dense()
+    expected = conv(X)
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.bias[list(UNEQUAL.absent)] = math.nan
+    assert torch.equal(conv(X), expected)
+    conv(X).sum().backward()
+    assert conv.bias.grad is not None
+    assert conv.bias.grad[list(UNEQUAL.absent)].eq(0).all()
 
 
 def test_copies_are_independent_and_equal() -> None:
-    conv, _, _ = packed_and_dense(CASES[0].structure, 3, True, 0)
-    x = torch.randn(1, 7, 6, 6, dtype=torch.float64)
-    expected = conv(x)
+    conv, _, _ = packed_and_dense()
+    expected = conv(X)
     for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
-        assert torch.equal(other(x), expected)
+        assert torch.equal(other(X), expected)
         torch.nn.init.zeros_(other.weights[0])
-        assert torch.equal(conv(x), expected)
+        assert torch.equal(conv(X), expected)
 
 
 def test_trains() -> None:
-    conv, _, _ = packed_and_dense(CASES[0].structure, 3, True, 0)
+    conv, _, _ = packed_and_dense()
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.5)
-    x, target = torch.randn(8, 7, 6, 6, dtype=torch.float64), torch.zeros(())
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = (conv(x) - target).square().mean()
+        loss = conv(X).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -85,20 +102,18 @@ def test_trains() -> None:
 
 
 def test_exports_and_compiles() -> None:
-    conv, _, _ = packed_and_dense(CASES[0].structure, 3, True, 0)
-    x = torch.randn(2, 7, 6, 6, dtype=torch.float64)
-    compiled = torch.compile(conv, fullgraph=True)
-    torch.testing.assert_close(compiled(x), conv(x))
+    conv, _, _ = packed_and_dense()
+    torch.testing.assert_close(torch.compile(conv, fullgraph=True)(X), conv(X))
     batch = torch.export.Dim("batch", min=1)
-    exported = torch.export.export(conv, (x,), dynamic_shapes={"input": {0: batch}})
-    torch.testing.assert_close(exported.module()(x[:1]), conv(x[:1]))
+    exported = torch.export.export(conv, (X,), dynamic_shapes={"input": {0: batch}})
+    torch.testing.assert_close(exported.module()(X[:1]), conv(X[:1]))
 
 
-def test_refuses_the_wrong_input() -> None:
-    conv, _, _ = packed_and_dense(CASES[0].structure, 3, True, 0)
-    with pytest.raises(DSPShapeError, match="expected \\(batch, 7, height, width\\)"):
-        conv(torch.zeros(1, 6, 5, 5, dtype=torch.float64))
+def test_invalid_input_and_settings() -> None:
+    conv, _, _ = packed_and_dense()
+    with pytest.raises(DSPShapeError, match=r"expected \(batch, 7, height, width\)"):
+        conv(X[:, :6])
     with pytest.raises(DSPShapeError, match="kernel_size is 0"):
-        PackedConv2d(GroupStructure.dense(1, 1), 0)
+        PackedConv2d(UNEQUAL, 0)
     with pytest.raises(DSPShapeError, match="stride is"):
-        PackedConv2d(GroupStructure.dense(1, 1), 3, stride=(1, 2, 3))
+        PackedConv2d(UNEQUAL, 3, stride=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""GroupStructure: what it accepts, what it refuses, what it counts."""
+"""GroupStructure: valid and invalid structures, and what it counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsp_kernels import Group, GroupStructure
-from dsp_kernels.errors import DSPError, DSPStructureError
+from dsp_kernels.errors import DSPStructureError
 
 
 @st.composite
@@ -52,7 +52,7 @@ def test_round_trips(structure: GroupStructure) -> None:
         assert hash(other) == hash(structure)
 
 
-def test_dense_and_uniform() -> None:
+def test_dense_and_uniform_structures() -> None:
     assert GroupStructure.dense(3, 4).is_dense
     assert GroupStructure.uniform(4, 8, 2).groups[1] == Group((2, 3), (4, 5, 6, 7))
     assert GroupStructure.uniform(4, 8, 2).is_uniform
@@ -81,10 +81,7 @@ BAD = {
     "output index too large": ((3, 2, [([0], [2])]), "group 0 out_index holds 2, but out_channels is 2"),
     "input channel twice": ((3, 2, [([1, 1], [0])]), "holds channel 1 twice"),
     "output channel twice": ((3, 2, [([1], [0, 0])]), "holds channel 0 twice"),
-    "output channel in two groups": (
-        (3, 2, [([1], [0]), ([2], [1, 0])]),
-        "channel 0 is in group 0 and in group 1",
-    ),
+    "output channel in two groups": ((3, 2, [([1], [0]), ([2], [1, 0])]), "is in group 0 and in group 1"),
     "group that writes nothing": ((3, 2, [([1], [])]), "group 0 writes no output channel"),
     "no input channels": ((0, 2, []), "in_channels is 0"),
     "negative output channels": ((1, -2, []), "out_channels is -2"),
@@ -95,16 +92,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refuses(name: str) -> None:
+def test_invalid_structures(name: str) -> None:
     arguments, message = BAD[name]
-    with pytest.raises(DSPStructureError, match=message) as caught:
+    with pytest.raises(DSPStructureError, match=message):
         GroupStructure.build(*arguments)
-    assert isinstance(caught.value, DSPError)
 
 
 @pytest.mark.parametrize(
     "data", [{}, [], None, {"in_channels": 1, "out_channels": 1, "groups": [[1]]}, {"groups": 3}]
 )
-def test_from_dict_refuses_what_it_did_not_write(data: object) -> None:
+def test_from_dict_of_anything_else(data: object) -> None:
     with pytest.raises(DSPStructureError):
         GroupStructure.from_dict(data)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels import fuse
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.graph.fixed_size import FixedSizeConv2d
+from dsp_kernels.graph.size_check import FixedSizeConv2d
 from dsp_pruning import pack, unpack
 from dsp_pruning.export import export_pt2
 

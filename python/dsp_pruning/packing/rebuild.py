@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
-from dsp_kernels.graph.fixed_size import FixedSizeConv2d
-from dsp_kernels.graph.size_check import fixed_size
+from dsp_kernels.graph.size_check import FixedSizeConv2d, fixed_size
 from dsp_kernels.program.planner import zero_padding
 from dsp_pruning.flow.kernels import dense_weight
 from dsp_pruning.packing.plan import LayerPlan

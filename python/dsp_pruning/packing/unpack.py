@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
-from dsp_kernels.graph.fixed_size import FixedSizeConv2d
+from dsp_kernels.graph.size_check import FixedSizeConv2d
 from dsp_pruning.flow.kernels import dense_weight
 from dsp_pruning.packing.plan import LayerPlan
 from dsp_pruning.packing.rebuild import replace_module, set_width
