@@ -20,7 +20,7 @@ from dsp_kernels.op.activations import activate_
 from dsp_kernels.op.dense import dense_weight, index_tensors, live_bias
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 
-__all__ = ["EagerBackend", "form_of"]
+__all__ = ["FORMS", "EagerBackend", "form_of"]
 
 
 class EagerBackend:
@@ -42,7 +42,7 @@ class EagerBackend:
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """A function (x, residual) -> y; see ``ConvBackend.prepare``."""
-        convolve = _FORMS[form_of(spec)](spec, weights, bias)
+        convolve = FORMS[form_of(spec)](spec, weights, bias)
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
             y = convolve(x)
@@ -136,7 +136,8 @@ def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -
     return convolve
 
 
-_FORMS = {
+# Name of a form -> (spec, weights, bias) -> the convolution x -> y, without residual and activation.
+FORMS: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
     "constant": _constant,
     "uniform": _uniform,
     "single": _single,
