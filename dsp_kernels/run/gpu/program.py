@@ -25,7 +25,7 @@ from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlanner, blocks_wanted
 from dsp_kernels.run.gpu.graphs import capture, is_capturing
 from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
-from dsp_kernels.run.gpu.steps import EagerGpuConv, step_call
+from dsp_kernels.run.gpu.steps import eager_conv, step_call
 from dsp_kernels.run.lru import LRU
 
 __all__ = ["CudaExecutor", "GpuRun", "GpuRunner"]
@@ -162,7 +162,7 @@ class GpuRunner:
             self._convs[key] = (
                 kernels.prepare(step.spec, step.weights, step.bias, layout)
                 if kernels
-                else EagerGpuConv(step, layout)
+                else eager_conv(step, layout)
             )
         return self._convs[key]
 

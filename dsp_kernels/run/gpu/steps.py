@@ -32,25 +32,21 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
 
-__all__ = ["EagerGpuConv", "StepCall", "step_call"]
+__all__ = ["StepCall", "eager_conv", "step_call"]
 
 Values = dict[str, Any]
 # Computes one step from the values so far; ``out``: a buffer in the layout for the result, or None.
 StepCall = Callable[[Values, Tensor | None], Any]
 
 
-class EagerGpuConv:
-    """A GpuConv in plain PyTorch, for convolutions that no GPU kernel supports."""
+def eager_conv(step: ConvStep, layout: GpuLayout) -> GpuConv:
+    """A convolution in plain PyTorch, for those that no GPU kernel supports."""
+    convolve, nchw = EagerBackend().prepare(step.spec, step.weights, step.bias), layout.as_nchw
 
-    def __init__(self, step: ConvStep, layout: GpuLayout) -> None:
-        self._convolve = EagerBackend().prepare(step.spec, step.weights, step.bias)
-        self._layout = layout
+    def call(x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        nchw(out).copy_(convolve(nchw(x), None if residual is None else nchw(residual)))
 
-    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """x, out, residual: contiguous in the layout; see ``GpuConv``."""
-        nchw = self._layout.as_nchw
-        y = self._convolve(nchw(x), None if residual is None else nchw(residual))
-        nchw(out).copy_(y)
+    return call
 
 
 def step_call(

@@ -35,12 +35,8 @@ class Region:
 
     def numbers(self) -> list[int]:
         """In the order of the op's sizes."""
-        return [
-            *(self.offset, self.channel_bytes, self.rows, self.columns, self.height, self.width),
-            *self.step,
-            *self.shift,
-            self.slots,
-        ]
+        before = self.offset, self.channel_bytes, self.rows, self.columns, self.height, self.width
+        return [*before, *self.step, *self.shift, self.slots]
 
     def kept(self, rows: int) -> int:
         """Rows that the next turn reuses, if each turn computes ``rows`` rows of output."""
