@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Step
-from dsp_kernels.run.eager.conv import bias_of_live, zero_filled
 from dsp_kernels.run.eager.program import EagerExecutor
 
 from .base import Runner, cuda_available
@@ -65,7 +65,9 @@ def _conv(step: ConvStep) -> Callable[[dict[str, Any]], Tensor]:
     added = step.inputs[1:]
     if spec.activation != "relu" and (spec.activation != "none" or added):
         return EagerExecutor().call(step)
-    weight, bias = zero_filled(spec, step.weights), bias_of_live(spec, step.bias)
+    weight = dense_weight(spec.structure, step.weights, spec.kernel_size)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = live_bias(spec.structure, step.bias)
     if bias is None:
         bias = weight.new_zeros(spec.structure.out_channels)
     place = spec.stride, spec.padding, spec.dilation
