@@ -1,4 +1,4 @@
-"""The layer shapes that single-op benchmarks run: one of each kind in the real networks and in ResNet-50."""
+"""The layers of the single-op benchmarks: one of each shape in the released networks and in ResNet-50."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..subjects.networks import Network, NetworkSource, load_network, shared_fol
 
 __all__ = ["Layer", "layers"]
 
-# The g=2 structure of ResNet-50 at 80 % comes from the generator: it needs no file.
 _SOURCES = (
     NetworkSource("resnet20_g4"),
     NetworkSource("resnet56_g4"),
@@ -24,7 +23,7 @@ _SOURCES = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution. shape: how its group is called, ``64x8x8->64 3x3/1``; weights and bias as the op's."""
+    """One convolution. shape: of the dense layer, ``64x8x8->64 3x3/1``; weights, bias: of the op."""
 
     network: str
     name: str
@@ -41,7 +40,7 @@ class Layer:
 
 
 def layers(sources: tuple[NetworkSource, ...] = _SOURCES) -> list[Layer]:
-    """The first layer of every dense shape in each network that is at hand."""
+    """The first layer of every dense shape in each network that exists here."""
     found: list[Layer] = []
     for source in sources:
         if source.structure is None and not (shared_folder() / "nets" / f"{source.name}.npz").is_file():

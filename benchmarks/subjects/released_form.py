@@ -1,8 +1,7 @@
-"""The released networks in the form in which their authors run them: one branch per group.
+"""The released networks as their authors run them: one branch per group.
 
-Each branch gathers its channels, convolves and normalises; the branches of a block's first conv are
-concatenated, those of its second are added into the block's identity. Built from the arrays of a released
-network (``nets/README.md``), it is the baseline that a fused network has to beat.
+Each branch gathers its channels, convolves and normalises. The branches of a block's first convolution are
+concatenated, those of its second are added into the block's identity.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class _Block(nn.Module):
         outer = [branch(inner) for branch in self.branches_b]
         result = self.downsample(x)
         for g, branch in enumerate(outer):
-            # In place: nothing reads the identity any more.
+            # In place: this is the last use of the identity.
             result.index_add_(1, self.get_buffer(f"out_index_{g}"), branch)
         return F.relu(result)
 

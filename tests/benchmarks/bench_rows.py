@@ -45,7 +45,6 @@ def made_row(form: str, runner: str, batch: int, median: float | None, **more: A
         "moved": 1e6 + 1e4 * batch,
         "floor": median / 4,
         "build_seconds": 0.5,
-        "peak_bytes": 2**20,
         "allowed": 1e-4,
     } | more
     return Row(f"{form}/{runner}", batch, samples, 1e-6, form=form, runner=runner, **more)

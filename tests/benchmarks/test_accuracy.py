@@ -13,7 +13,7 @@ from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.measure.accuracy import Labelled, accuracy
 from dsp_benchmarks.run import choose_cases, run_cases
 from dsp_benchmarks.subjects.networks import Network, NetworkSource, load_network
-from fake_engine import QUICK
+from fakes import QUICK
 from torch import Tensor
 
 

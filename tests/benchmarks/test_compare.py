@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bench_rows import made_row
-from dsp_benchmarks.__main__ import main
+from dsp_benchmarks.cli import main
 from dsp_benchmarks.measure.samples import Samples, mann_whitney, median_interval, ratio_interval
 from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.report.compare import compare_results, compare_samples

@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dsp_benchmarks.__main__ import main
-from dsp_benchmarks.cli import README, README_RESULT
+from dsp_benchmarks.cli import README, README_RESULT, main
 from dsp_benchmarks.report.page import html_page
 from dsp_benchmarks.report.plots import draw_plots
 from dsp_benchmarks.report.results import Result, read_result, write_result

@@ -13,7 +13,7 @@ from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.measure.isolation import IsolatedEngine
 from dsp_benchmarks.run import choose_cases, run_cases, time_runners
 from dsp_benchmarks.subjects.networks import Network
-from fake_engine import QUICK, FakeEngine
+from fakes import QUICK, FakeEngine
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError, DSPVerificationError

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from bench_rows import SMALL
-from dsp_benchmarks.__main__ import main
+from dsp_benchmarks.cli import main
 from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.report.results import read_result
-from fake_engine import FakeEngine
+from fakes import FakeEngine
 
 
 def test_a_real_network_through_the_command(
