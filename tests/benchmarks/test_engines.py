@@ -1,4 +1,4 @@
-"""Every engine: the right answer where it can run, its reason where it cannot, and what TensorRT is given."""
+"""Every engine gives the right answer if it can run and the reason if it cannot; TensorRT against a fake."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from dsp_benchmarks.cases import Case, build_case, case_input
-from dsp_benchmarks.engines import ENGINES, base, fused, openvino, tensorrt, torch_compile
-from dsp_benchmarks.engines.cudnn_fused import CudnnConvs
-from dsp_benchmarks.engines.onnx_file import INPUT, OUTPUT, onnx_bytes
+from dsp_benchmarks.engines import ENGINES, tensorrt
+from dsp_benchmarks.engines.cuda_graph import CudnnConvs
+from dsp_benchmarks.engines.fused import Fused
+from dsp_benchmarks.engines.onnx_engines import INPUT, OUTPUT, onnx_bytes
+from dsp_benchmarks.measure.floors import program_of
 from dsp_benchmarks.subjects.networks import Network
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.graph.network import trace
-from dsp_kernels.program.planner import plan
 
 _FAST = [name for name, engine in ENGINES.items() if not engine.slow_build and engine.device != "cuda"]
 
@@ -34,20 +34,19 @@ def test_engines_give_the_right_answer_in_every_form(network: Network, form: str
         pytest.skip(row.reason)
     assert row.status == "ok", row.reason
     assert run is not None
-    assert row.build_seconds is not None
 
 
 def test_compiled_engines_do_not_share_what_they_compiled(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled code is kept per code object; two engines on one network must each compile their own."""
+    """``torch.compile`` caches per code object; each engine must compile a network anew."""
     compiled: list[Any] = []
 
     def compile_(function: Any, **options: Any) -> Any:
         compiled.append((function.__code__, options))
         return function
 
-    monkeypatch.setattr(torch_compile.torch, "compile", compile_)
+    monkeypatch.setattr(torch, "compile", compile_)
     x = case_input(network, 1, 0)
     for name in ("compile", "compile-autotune", "compile-freezing"):
         run = ENGINES[name].prepare(network.form("packed"), x)
@@ -65,8 +64,6 @@ def test_compiled_engines_do_not_share_what_they_compiled(
         ("openvino", "openvino"),
         ("openvino-bf16", "onnx"),
         ("tensorrt", "tensorrt"),
-        ("tensorrt-fp16", "tensorrt"),
-        ("onnxruntime-cuda", "onnxruntime"),
     ],
 )
 def test_a_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch, engine: str, package: str) -> None:
@@ -77,7 +74,7 @@ def test_a_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch, engine
             raise ImportError(f"No module named {name!r}")
         return real(name, *arguments)
 
-    monkeypatch.setattr(base.importlib, "import_module", hidden)
+    monkeypatch.setattr(importlib, "import_module", hidden)
     able, reason = ENGINES[engine].available()
     assert not able
     assert f"the package {package} cannot be imported" in reason
@@ -110,19 +107,14 @@ def test_a_missing_torchscript_is_the_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_processor_without_bfloat16_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
-
-    class Core:
-        def get_property(self, *_: str) -> list[str]:
-            return ["FP32"]
-
-    monkeypatch.setattr(openvino, "_core", Core)
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
     assert ENGINES["openvino-bf16"].available()[1].startswith("this processor has no bfloat16")
     assert ENGINES["openvino"].available() == (True, "")
 
 
-def test_a_signal_finds_its_stack_when_openvino_engines_have_come_and_gone() -> None:
-    """In a process of its own: where it does not, the process dies without a word."""
+def test_a_signal_does_not_kill_the_process_after_openvino_engines_are_gone() -> None:
+    """In a process of its own, which dies silently if the signal stack is unmapped."""
     pytest.importorskip("openvino")
     code = (
         "import faulthandler, gc, signal, torch; faulthandler.enable()\n"
@@ -139,14 +131,14 @@ def test_a_signal_finds_its_stack_when_openvino_engines_have_come_and_gone() -> 
 
 
 def test_a_missing_executor_is_the_reason() -> None:
-    able, reason = fused.Fused("fused:warp", "warp").available()
+    able, reason = Fused("fused:warp", backend="warp").available()
     assert not able
     assert "no executor 'warp'" in reason
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_what_tensorrt_is_given_gives_the_right_answer(
+def test_the_onnx_file_for_tensorrt_gives_the_right_answer(
     network: Network, form: str, dtype: torch.dtype
 ) -> None:
     onnx = pytest.importorskip("onnx")
@@ -166,13 +158,13 @@ def test_what_tensorrt_is_given_gives_the_right_answer(
 
 
 class _FakeTensorRT(types.ModuleType):
-    """As much of TensorRT's builder as its documentation describes; records what it is told."""
+    """The part of TensorRT's builder that the engine uses, as documented; records the calls."""
 
     def __init__(self, version: str, *, parses: bool = True) -> None:
         super().__init__("tensorrt")
         self.__version__ = version
-        self.told: list[Any] = []
-        told = self.told
+        self.calls: list[Any] = []
+        calls = self.calls
         flags = {"STRONGLY_TYPED": 1} if version.startswith("10") else {}
         self.NetworkDefinitionCreationFlag = types.SimpleNamespace(**flags)
         self.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
@@ -191,10 +183,10 @@ class _FakeTensorRT(types.ModuleType):
             def set_memory_pool_limit(self, pool: str, size: int) -> None: ...
 
             def clear_flag(self, flag: str) -> None:
-                told.append(("clear", flag))
+                calls.append(("clear", flag))
 
             def create_timing_cache(self, content: bytes) -> Cache:
-                told.append(("timing cache", content))
+                calls.append(("timing cache", content))
                 return Cache()
 
             def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> None:
@@ -204,14 +196,14 @@ class _FakeTensorRT(types.ModuleType):
             def __init__(self, logger: Logger) -> None: ...
 
             def create_network(self, flags: int) -> str:
-                told.append(("network", flags))
+                calls.append(("network", flags))
                 return "network"
 
             def create_builder_config(self) -> Config:
                 return Config()
 
             def build_serialized_network(self, network: str, config: Config) -> bytes:
-                told.append("built")
+                calls.append("built")
                 return b"plan"
 
         class OnnxParser:
@@ -220,7 +212,7 @@ class _FakeTensorRT(types.ModuleType):
             def __init__(self, network: str, logger: Logger) -> None: ...
 
             def parse(self, content: bytes) -> bool:
-                told.append(("parsed", content))
+                calls.append(("parsed", content))
                 return parses
 
             def get_error(self, number: int) -> str:
@@ -237,20 +229,20 @@ def test_tensorrt_builds_once_strongly_typed_without_tf32(
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     monkeypatch.setenv("DSP_TENSORRT_CACHE", str(tmp_path))
     assert tensorrt.build_engine(b"onnx", "H200") == b"plan"
-    assert fake.told == [
+    assert fake.calls == [
         ("network", flags),
         ("parsed", b"onnx"),
         ("clear", "tf32"),
         ("timing cache", b""),
         "built",
     ]
-    fake.told.clear()
+    fake.calls.clear()
     assert tensorrt.build_engine(b"onnx", "H200") == b"plan"
-    assert fake.told == []  # from the disk
+    assert fake.calls == []  # from the disk
     tensorrt.build_engine(b"onnx", "another GPU")
     tensorrt.build_engine(b"other onnx", "H200")
-    assert fake.told.count("built") == 2
-    assert ("timing cache", b"timings") in fake.told
+    assert fake.calls.count("built") == 2
+    assert ("timing cache", b"timings") in fake.calls
 
 
 def test_tensorrt_that_cannot_parse_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -264,7 +256,7 @@ def test_tensorrt_that_cannot_parse_says_why(monkeypatch: pytest.MonkeyPatch, tm
 def test_cudnns_fused_operations_give_the_right_answer(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Played by plain PyTorch on the CPU; every convolution before a ReLU is one such call."""
+    """Emulated by PyTorch on the CPU; every convolution before a ReLU is one such call."""
     conv2d = torch.nn.functional.conv2d
     called: list[str] = []
 
@@ -282,7 +274,7 @@ def test_cudnns_fused_operations_give_the_right_answer(
     for form in ("dense", "packed", "compacted"):
         called.clear()
         model = network.form(form)
-        run = CudnnConvs().prepare(plan(trace(model, x)))
+        run = CudnnConvs().prepare(program_of(model, x))
         with torch.no_grad():
             got, expected = run(x), model(x)
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -1,4 +1,4 @@
-"""Networks in all their forms, structures, and floors."""
+"""Networks in all their forms, structures, floors and peaks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import torch
 from bench_rows import SMALL
 from dsp_benchmarks.cases import Case, build_case, case_input
 from dsp_benchmarks.kernels.shapes import layers
-from dsp_benchmarks.measure.floors import floors, program_of
+from dsp_benchmarks.measure.floors import compulsory_bytes, part_floor, program_of
 from dsp_benchmarks.measure.peaks import Peaks, measure_peaks
-from dsp_benchmarks.subjects.networks import Network, NetworkSource, load_network
+from dsp_benchmarks.measure.samples import Samples
+from dsp_benchmarks.report.results import Row
+from dsp_benchmarks.run import with_floors
+from dsp_benchmarks.subjects.networks import FORMS, Network, NetworkSource, load_network
 from dsp_benchmarks.subjects.released_form import ReleasedNetwork
 from dsp_benchmarks.subjects.structures import apply_structure
+from fakes import Clock
 from torch import nn
 
 import dsp_kernels
@@ -58,8 +62,8 @@ def test_filter_pruned_has_the_packed_network_s_flops(network: Network) -> None:
 
 
 @pytest.mark.parametrize("form", ["compacted", "filters"])
-def test_a_form_first_asked_for_in_inference_mode_can_be_trained(form: str) -> None:
-    """A form is kept, so whoever asks first must not decide what the others can do with it."""
+def test_a_form_that_was_built_in_inference_mode_can_be_trained(form: str) -> None:
+    """Forms are cached; inference tensors would be useless to the next caller."""
     fresh = load_network(SMALL)
     with torch.inference_mode():
         made = fresh.form(form)
@@ -77,7 +81,7 @@ def test_a_random_structure_has_its_groups_and_its_rate(groups: int, rate: float
     packed = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed=1)
     convs = [module for module in packed.modules() if isinstance(module, PackedConv2d)]
     assert len(convs) == 18
-    # A group that reads what another reads is one with it, one whose filters nobody reads is gone.
+    # Groups with equal inputs are merged, and groups whose filters are not read are removed.
     assert max(len(conv.structure.groups) for conv in convs) == groups
     outside = network_cost(dense, EXAMPLE).macs - sum(
         conv.weight.numel() * size * size
@@ -96,12 +100,6 @@ def test_a_random_structure_has_its_groups_and_its_rate(groups: int, rate: float
     assert structures[0] == structures[1] != structures[2]
 
 
-def test_a_structure_from_our_pruner_reaches_its_rate() -> None:
-    packed = apply_structure(cifar_resnet(8).eval(), EXAMPLE, "pruner:g=2,rate=0.6")
-    dense = network_cost(cifar_resnet(8), EXAMPLE).macs
-    assert network_cost(packed, EXAMPLE).macs < 0.55 * dense
-
-
 def test_a_structure_from_a_file(shared: Path) -> None:
     path = shared / "structures" / "resnet18_g2_80.npz"
     network = load_network(NetworkSource("resnet18", str(path), 64))
@@ -110,7 +108,7 @@ def test_a_structure_from_a_file(shared: Path) -> None:
     assert "resnet18_g2_80.npz (synthetic)" in network.label
 
 
-@pytest.mark.parametrize("structure", ["random", "random:g=2", "other:g=2,rate=0.5", "none.npz"])
+@pytest.mark.parametrize("structure", ["random:g=2", "other:g=2,rate=0.5", "none.npz"])
 def test_an_unknown_structure_is_refused(structure: str) -> None:
     with pytest.raises(DSPFormatError):
         apply_structure(cifar_resnet(8), EXAMPLE, structure)
@@ -171,22 +169,26 @@ def test_floors_by_hand() -> None:
     program = program_of(_net(), torch.zeros(1, 2, 10, 10))
     macs = [4 * 2 * 9 * 100, 8 * 4 * 100]
     numbers = [(2 + 4) * 100 * 5 + 72, (4 + 8) * 100 * 5 + 32]
-    found = floors(program, 5, PEAKS)
-    assert found is not None
-    per_conv = sum(max(2 * 5 * m / 1e9, 4 * n / 1e8) for m, n in zip(macs, numbers, strict=True))
+    for step, count, moved in zip(program.steps, macs, numbers, strict=True):
+        found = part_floor(program, [step], 5, PEAKS)
+        assert found == pytest.approx(max(2 * 5 * count / 1e9, 4 * moved / 1e8))
+        assert compulsory_bytes(program, [step], 5, torch.float16) == 2 * moved
+    # In one kernel the feature map in between does not leave the chip.
     whole = max(2 * 5 * sum(macs) / 1e9, 4 * ((2 + 8) * 100 * 5 + 72 + 32) / 1e8)
-    assert (found.per_conv, found.network) == pytest.approx((per_conv, whole))
-    assert floors(program, 5, PEAKS, torch.bfloat16) is None
+    assert part_floor(program, program.steps, 5, PEAKS) == pytest.approx(whole)
+    assert PEAKS.knows(torch.float32)
+    assert not PEAKS.knows(torch.bfloat16)
 
 
-def test_floors_shrink_as_kernels_grow(network: Network) -> None:
-    slow_launch = Peaks({"float32": 1e12}, 1e11, 1e-6, 1, {})
-    found = floors(network.program("packed"), 8, slow_launch)
-    dense = floors(network.program("dense"), 8, slow_launch)
-    assert found is not None
-    assert dense is not None
-    assert found.network < found.per_block < found.per_conv
-    assert found.network < dense.network
+def test_a_row_has_the_floor_of_its_whole_network(network: Network) -> None:
+    made = [Row(f"{form}/torch", 8, Samples((1.0,)), 0.0, form=form, runner="torch") for form in FORMS[2:]]
+    unknown = Row("packed/openvino-bf16", 8, Samples((1.0,)), 0.0, form="packed", runner="openvino-bf16")
+    packed, compacted, _, bf16 = with_floors([*made, unknown], network, PEAKS)
+    program = network.program("packed")
+    assert packed.floor == compacted.floor == part_floor(program, program.steps, 8, PEAKS)
+    assert packed.of_floor == packed.floor
+    assert packed.moved == compulsory_bytes(program, program.steps, 8, torch.float32)
+    assert bf16.floor is None  # its peak is not known
 
 
 def test_peaks_are_measured_and_the_best_is_kept() -> None:
@@ -199,46 +201,28 @@ def test_peaks_are_measured_and_the_best_is_kept() -> None:
     assert peaks.best(faster).how["float32"] == "told"
 
 
-@pytest.mark.parametrize(("half", "expected"), [(1e9, 1e12), (4e12, 4e12)])
-def test_half_precision_is_never_slower_than_float32(
-    monkeypatch: pytest.MonkeyPatch, half: float, expected: float
+@pytest.mark.parametrize("half_rate", [1e9, 4e12], ids=["in-software", "in-hardware"])
+def test_large_products_are_not_measured_if_small_ones_are_far_slower_than_float32(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, half_rate: float
 ) -> None:
-    """In software it is, and a floor made of that would be one that engines beat."""
-    rates = {torch.float32: 1e12, torch.bfloat16: half}
-    monkeypatch.setattr(peaks_module, "_matmul_peak", lambda dtype, *_: (rates[dtype], "told"))
-    monkeypatch.setattr(peaks_module, "_fma_peak", lambda threads: None)
-    monkeypatch.setattr(peaks_module, "_copy_bandwidth", lambda device: 1e10)
-    peaks = measure_peaks("cpu", (torch.float32, torch.bfloat16))
-    assert peaks.flops == {"float32": 1e12, "bfloat16": expected}
-    assert ("as float32" in peaks.how["bfloat16"]) == (half < 1e12)
-
-
-def test_a_rate_that_is_far_too_low_is_not_measured_for_long() -> None:
-    assert peaks_module._matmul_peak(torch.bfloat16, "cpu", known=1e30) == (0.0, "not measured")
-
-
-@pytest.mark.parametrize(
-    ("slow_calls", "known", "sizes"),
-    [((0,), 1e12, [256, 1024, 2048]), ((0, 1, 2), 1e12, [256]), ((), 0.0, [1024, 2048])],
-    ids=["one slow call", "slow", "nothing known"],
-)
-def test_small_products_decide_once_whether_large_ones_are_measured(
-    monkeypatch: pytest.MonkeyPatch, slow_calls: tuple[int, ...], known: float, sizes: list[int]
-) -> None:
-    """One call that the machine held up is not a slow processor."""
-    now, asked = [0.0], []
+    sizes: list[int] = []
 
     def matmul(left: torch.Tensor, right: torch.Tensor) -> None:
-        timed = len(asked) - 1  # the first call of all is a warm one
-        asked.append(len(left))
-        now[0] += 2 * len(left) ** 3 / (1e9 if timed in slow_calls else 1e12)
+        half = left.dtype == torch.bfloat16
+        if half:
+            sizes.append(len(left))
+        # One call that the machine held up does not make the processor slow.
+        hiccup = half and len(sizes) == 2
+        clock.spend(2 * len(left) ** 3 / (half_rate if half and not hiccup else 1e9 if hiccup else 1e12))
 
     monkeypatch.setattr(torch, "matmul", matmul)
-    monkeypatch.setattr(peaks_module.time, "perf_counter", lambda: now[0])
-    rate, how = peaks_module._matmul_peak(torch.bfloat16, "cpu", known)
-    assert asked == [size for size in sizes for _ in range(4)]
-    assert rate == pytest.approx(0.0 if sizes == [256] else 1e12)
-    assert (how == "not measured") == (sizes == [256])
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda target, _: clock.spend(0.1) or target)
+    monkeypatch.setattr(peaks_module.shutil, "which", lambda _: None)  # no compiler for the multiply-add loop
+    peaks = measure_peaks("cpu", (torch.float32, torch.bfloat16))
+    assert peaks.flops == pytest.approx({"float32": 1e12, "bfloat16": max(half_rate, 1e12)})
+    assert set(sizes) == ({256} if half_rate == 1e9 else {256, 1024, 2048})
+    assert ("as float32" in peaks.how["bfloat16"]) == (half_rate == 1e9)
+    assert peaks.bandwidth == pytest.approx(2 * 256 * 2**20 / 0.1)
 
 
 def test_single_op_layers_are_one_of_each_shape() -> None:
