@@ -1,4 +1,4 @@
-"""The activations that the op can fold, by name. Each of them maps 0 to 0."""
+"""The activations that the op can apply, by name. Each of them maps 0 to 0."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsp_kernels.errors import DSPShapeError
-
-__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_", "activation_gradient", "check_activation"]
+__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_", "activation_gradient"]
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -26,7 +24,7 @@ def _hardswish_gradient(x: Tensor) -> Tensor:
     return ((2 * x + 3) / 6) * ((x > -3) & (x < 3)) + (x >= 3)
 
 
-# name -> (function, the same in place, derivative at the value before the activation)
+# name -> (function, the same in place, derivative as a function of the activation's input)
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "none": (_identity, _identity, torch.ones_like),
     "relu": (F.relu, F.relu_, lambda x: x > 0),
@@ -36,16 +34,9 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Calla
 }
 
 
-# Functions that change 0. They are steps of a Program of their own and not activations of the op: padding and
-# absent channels are zeros.
+# Functions that do not map 0 to 0. The op cannot apply them, because padding and absent channels are zeros:
+# they are separate steps of a Program.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
-
-
-def check_activation(name: str) -> str:
-    """The name itself. Raises DSPShapeError if it is unknown."""
-    if name not in ACTIVATIONS:
-        raise DSPShapeError(f"activation {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
-    return name
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -59,5 +50,5 @@ def activate_(x: Tensor, name: str) -> Tensor:
 
 
 def activation_gradient(before: Tensor, name: str) -> Tensor:
-    """before: any shape, the value that the activation was applied to. The derivative there."""
+    """The derivative at ``before``, the activation's input, of any shape."""
     return ACTIVATIONS[name][2](before)

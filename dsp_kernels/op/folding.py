@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dsp_kernels.op.dense import index_tensors, live_bias
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group, GroupStructure
 
@@ -30,18 +31,18 @@ def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def fold_batch_norm(
     spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d
 ) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
-    """The convolution that equals ``norm(conv(x))``: its spec, weights and bias, in the weights' dtype.
+    """Spec, weights and bias, in the weights' dtype, of the convolution that equals ``norm(conv(x))``.
 
-    An absent channel is 0 before the norm and its shift after it. Where that is not 0, a group that reads
-    nothing is added to write it, so that folding is exact for every structure.
+    An absent channel is 0 before the norm and ``shift`` after it. Where that is not 0, a group that reads no
+    channel is added to write it, so folding is exact for every structure.
     """
     structure = spec.structure
     scale, shift = batch_norm_affine(norm)
-    absent = torch.tensor(structure.absent, dtype=torch.long, device=shift.device)
-    full_bias = shift if bias is None else (bias.detach().double() * scale).index_fill(0, absent, 0.0) + shift
+    folded_bias = live_bias(structure, None if bias is None else bias.detach().double() * scale)
+    _, out_index = index_tensors(structure, scale.device)
     folded = [
-        (weight.detach().double() * scale[list(group.out_index)][:, None, None, None]).to(weight.dtype)
-        for group, weight in zip(structure.groups, weights, strict=True)
+        (weight.detach().double() * scale[rows][:, None, None, None]).to(weight.dtype)
+        for rows, weight in zip(out_index, weights, strict=True)
     ]
     dtype = weights[0].dtype if weights else norm.running_var.dtype  # type: ignore[union-attr]
     constant = tuple(channel for channel in structure.absent if shift[channel] != 0)
@@ -49,4 +50,5 @@ def fold_batch_norm(
         groups = (*structure.groups, Group((), constant))
         structure = GroupStructure(structure.in_channels, structure.out_channels, groups)
         folded.append(torch.zeros(len(constant), 0, *spec.kernel_size, dtype=dtype, device=shift.device))
+    full_bias = shift if folded_bias is None else folded_bias + shift
     return replace(spec, structure=structure), tuple(folded), full_bias.to(dtype)

@@ -1,4 +1,4 @@
-"""FusedConv2d: one gather-grouped convolution with all that was folded into it, for inference."""
+"""FusedConv2d: a gather-grouped convolution with norm, activation and residual add fused, for inference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.torch_op import gather_grouped_conv2d_tensors
 from dsp_kernels.run.convs import BACKENDS, ConvPlan
@@ -16,14 +17,22 @@ __all__ = ["FusedConv2d"]
 
 
 class FusedConv2d(nn.Module):
-    """y = act(conv(x) + bias (+ residual)) by the best backend; the same tensors in and out as PackedConv2d.
+    """y = act(conv(x) + bias (+ residual)) by the fastest backend; the convolution as of PackedConv2d.
 
-    Input (batch, in_channels, height, width), plain or channels_last; output in the same layout.
-    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. They are parameters that take no gradient.
-    The weights are arranged once, and again whenever PyTorch counts a change of them; a write through
-    ``.data`` is not counted: call ``reset_plan()`` after one. While torch.compile or torch.export looks on,
-    or a gradient is needed, the module calls the torch op instead. Under autocast it computes in its
-    weights' own dtype.
+    Input (batch, in_channels, height, width), contiguous or channels_last; output in the same memory format.
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. They become parameters without gradient.
+    backend: "auto" or the name of one.
+    Raises DSPShapeError for tensors that do not fit, DSPBackendError for a backend that cannot run.
+
+    The weights are packed once, and again when PyTorch counts a change of them. A write through ``.data`` is
+    not counted: call ``reset_plan()`` after it. Under torch.compile and torch.export, or where a gradient is
+    needed, the module calls the torch op instead. Under autocast it computes in its weights' dtype.
+
+    >>> from dsp_kernels import GroupStructure
+    >>> spec = ConvSpec(GroupStructure.uniform(4, 2, n_groups=2), (3, 3), padding=(1, 1), activation="relu")
+    >>> conv = FusedConv2d(spec, [torch.ones(1, 2, 3, 3), -torch.ones(1, 2, 3, 3)])
+    >>> conv(torch.ones(1, 4, 3, 3))[0, :, 1, 1]
+    tensor([18.,  0.])
     """
 
     def __init__(
@@ -38,10 +47,11 @@ class FusedConv2d(nn.Module):
         )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         device = next((t.device for t in (*weights, *([] if bias is None else [bias]))), None)
-        for number, group in enumerate(spec.structure.groups):
-            for name, index in (("in_index", group.in_index), ("out_index", group.out_index)):
-                tensor = torch.tensor(index, dtype=torch.long, device=device)
-                self.register_buffer(f"{name}_{number}", tensor, persistent=False)
+        for name, indices in zip(
+            ("in_index", "out_index"), index_tensors(spec.structure, device), strict=True
+        ):
+            for number, index in enumerate(indices):
+                self.register_buffer(f"{name}_{number}", index, persistent=False)
         self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
@@ -51,7 +61,7 @@ class FusedConv2d(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             return self._run(x, residual, constants)
         if constants and x.dtype != constants[0].dtype:
-            x = x.to(constants[0].dtype)  # autocast's doing; this module computes as its weights are
+            x = x.to(constants[0].dtype)
             residual = None if residual is None else residual.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return self._run(x, residual, constants)
@@ -63,19 +73,18 @@ class FusedConv2d(nn.Module):
         layout = memory_format_of(x)
         if shape[0] == 0:
             return x.new_empty(shape).contiguous(memory_format=layout)
-        stamp = (x.dtype, x.device, layout, *(_stamp(constant) for constant in constants))
-        known = self._plan  # one attribute, so that two threads never pair one's plan with the other's stamp
-        if known is None or known[0] != stamp or any(constant.is_inference() for constant in constants):
+        key = (x.dtype, x.device, layout, *(_version(constant) for constant in constants))
+        cached = self._plan  # key and plan in one attribute: another thread may replace both meanwhile
+        if cached is None or cached[0] != key or any(constant.is_inference() for constant in constants):
             backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
             weights = [weight.detach() for weight in self.weights]
             bias = None if self.bias is None else self.bias.detach()
-            known = self._plan = stamp, backend.prepare(self.spec, weights, bias)
-        plan = known[1]
+            cached = self._plan = key, backend.prepare(self.spec, weights, bias)
         with torch.no_grad():
-            return plan(x, residual).contiguous(memory_format=layout)
+            return cached[1](x, residual).contiguous(memory_format=layout)
 
     def reset_plan(self) -> None:
-        """Arrange the weights anew at the next call."""
+        """Pack the weights again at the next call."""
         self._plan = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
@@ -104,7 +113,7 @@ class FusedConv2d(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A plan is made of closures; a copy makes its own.
+        # A plan holds closures and native objects, which cannot be copied.
         return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
@@ -117,6 +126,6 @@ class FusedConv2d(nn.Module):
         )
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
+def _version(tensor: Tensor) -> tuple[int, int]:
     """Changes when the tensor's memory is replaced or written in place."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -10,28 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.reference import conv_output_hw
+from dsp_kernels.op.spec import pair
 from dsp_kernels.op.structure import GroupStructure
 
-__all__ = ["PackedConv2d", "pair"]
-
-
-def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
-    """(vertical, horizontal) from one or two integers. Raises DSPShapeError below ``least``."""
-    # A SymInt is an int that torch.compile does not know yet.
-    values = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) and v >= least for v in values):
-        raise DSPShapeError(f"{name} is {value!r}; expected one or two integers of at least {least}")
-    return values[0], values[1]
+__all__ = ["PackedConv2d"]
 
 
 class PackedConv2d(nn.Module):
-    """A convolution of groups that each read their own input channels; trainable, on any device.
+    """A trainable convolution whose groups each read their own input channels; runs on any device.
 
+    It equals the dense convolution with the same weights and zeros everywhere else.
     Input (batch, structure.in_channels, height, width), output (batch, structure.out_channels, ...).
     ``weights[g]``: (O_g, C_g, kh, kw) for the channels of ``structure.groups[g]``; ``bias``: (out_channels,)
-    or None. Absent output channels hold 0, whatever the bias says there.
-    The zero-padded convolution of every group equals the masked dense convolution.
+    or None. Absent output channels are 0, whatever ``bias`` holds there.
+    kernel_size, stride, padding, dilation: in pixels, as of ``nn.Conv2d``.
+    Raises DSPShapeError for settings or inputs that do not fit.
+
+    >>> structure = GroupStructure.build(4, 3, [([0, 2], [1]), ([3], [0, 2])])
+    >>> conv = PackedConv2d(structure, kernel_size=3, padding=1)
+    >>> [tuple(weight.shape) for weight in conv.weights]
+    [(1, 2, 3, 3), (2, 1, 3, 3)]
+    >>> conv(torch.ones(1, 4, 8, 8)).shape
+    torch.Size([1, 3, 8, 8])
     """
 
     def __init__(
@@ -64,32 +66,29 @@ class PackedConv2d(nn.Module):
 
     @property
     def in_channels(self) -> int:
-        """Width of the input."""
+        """Channels of the input."""
         return self.structure.in_channels
 
     @property
     def out_channels(self) -> int:
-        """Width of the output, absent channels included."""
+        """Channels of the output, absent ones included."""
         return self.structure.out_channels
 
     def reset_index(self, device: torch.device | str | None = None) -> None:
-        """Make the index buffers from the structure."""
+        """Make the index buffers from the structure, for a module that was made on the meta device."""
         # Buffers, so that they follow the module to its device; not in the state dict, because a file's
         # indices would bypass the structure's checks.
         structure = self.structure
-        for number, group in enumerate(structure.groups):
-            in_index = torch.tensor(group.in_index, dtype=torch.long, device=device)
-            self.register_buffer(f"in_index_{number}", in_index, persistent=False)
-        branch_order = [channel for group in structure.groups for channel in group.out_index]
-        position = {channel: place for place, channel in enumerate((*branch_order, *structure.absent))}
-        places = [position[channel] for channel in range(structure.out_channels)]
-        self.outputs_in_order = places == sorted(places)
-        self.register_buffer(
-            "output_place", torch.tensor(places, dtype=torch.long, device=device), persistent=False
-        )
+        for number, index in enumerate(index_tensors(structure, device)[0]):
+            self.register_buffer(f"in_index_{number}", index, persistent=False)
+        # Outputs are computed group by group, then the absent ones. place[c] is where channel c then is.
+        computed = [*(c for group in structure.groups for c in group.out_index), *structure.absent]
+        place = sorted(range(len(computed)), key=computed.__getitem__)
+        self._outputs_in_order = computed == sorted(computed)
+        self.register_buffer("output_place", torch.tensor(place, device=device), persistent=False)
 
     def reset_parameters(self) -> None:
-        """He-uniform weights and zero bias, as a freshly made convolution has them."""
+        """He-uniform weights and zero bias."""
         for weight in self.weights:
             if weight.numel():
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -104,35 +103,31 @@ class PackedConv2d(nn.Module):
                 f"PackedConv2d got an input of shape {tuple(x.shape)}; "
                 f"expected (batch, {self.in_channels}, height, width)"
             )
-        branches = []
+        outputs = []
         for number, weight in enumerate(self.weights):
             if weight.shape[1] == 0:
-                branches.append(self._zeros(x, weight.shape[0]))
+                outputs.append(self._zeros(x, weight.shape[0]))
                 continue
-            gathered = x.index_select(1, getattr(self, f"in_index_{number}"))
-            branches.append(F.conv2d(gathered, weight, None, self.stride, self.padding, self.dilation))
-        if self.structure.absent:
-            branches.append(self._zeros(x, len(self.structure.absent)))
-        y = torch.cat(branches, 1) if len(branches) > 1 else branches[0]
-        if not self.outputs_in_order:
+            gathered = x.index_select(1, self.get_buffer(f"in_index_{number}"))
+            outputs.append(F.conv2d(gathered, weight, None, self.stride, self.padding, self.dilation))
+        absent = len(self.structure.absent)
+        if absent:
+            outputs.append(self._zeros(x, absent))
+        y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        if not self._outputs_in_order:
             y = y.index_select(1, self.get_buffer("output_place"))
         if self.bias is None:
             return y
-        return y + self._live_bias()[:, None, None]
+        bias: Tensor = self.bias
+        if absent:  # dense.live_bias, by a buffer: index tensors made here would be copied to a GPU each call
+            bias = torch.where(self.get_buffer("output_place") < self.out_channels - absent, bias, 0.0)
+        return y + bias[:, None, None]
 
     def _zeros(self, x: Tensor, channels: int) -> Tensor:
         height, width = conv_output_hw(
             x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
         )
         return x.new_zeros(x.shape[0], channels, height, width)
-
-    def _live_bias(self) -> Tensor:
-        """The bias with zeros in the absent channels: those hold 0 by definition."""
-        assert self.bias is not None
-        if not self.structure.absent:
-            return self.bias
-        written = self.get_buffer("output_place") < self.out_channels - len(self.structure.absent)
-        return self.bias * written.to(self.bias.dtype)
 
     def extra_repr(self) -> str:
         """Structure and settings, for print()."""

@@ -1,4 +1,4 @@
-"""The definition of the one operation. Every backend is tested against it."""
+"""The definition of the op. Every backend is tested against it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def conv_output_hw(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, int]:
-    """Height and width of a convolution's output; all arguments are (vertical, horizontal) in pixels."""
+    """(height, width) of a convolution's output; all arguments are (vertical, horizontal) in pixels."""
     height, width = (
         (input_hw[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
@@ -42,11 +42,13 @@ def gather_grouped_conv2d_reference(
     dilation: tuple[int, int] = (1, 1),
     activation: str = "none",
 ) -> Tensor:
-    """x: (batch, in_channels, height, width); weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,).
+    """``gather_grouped_conv2d``, one output channel at a time.
+
+    x: (batch, in_channels, height, width); weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,).
 
     For every group g: y[:, out_g] = act(conv(x[:, in_g], W_g) + bias[out_g] (+ residual[:, out_g])).
-    Absent channels hold act(residual), or act(0). kernel_size is read from the weights; with no groups
-    it has to be given. Computes in float32 at least and returns x's dtype.
+    Absent channels are act(residual), or act(0). kernel_size is required only if there are no weights.
+    Computes in float32 or more precisely; the result has x's dtype.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     kernel_size = kernel_size or (weights[0].shape[2], weights[0].shape[3])

@@ -1,4 +1,4 @@
-"""ConvSpec: everything about one gather-grouped convolution but its numbers."""
+"""ConvSpec: everything about one gather-grouped convolution but its weights and bias."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.op.activations import check_activation
-from dsp_kernels.op.packed import pair
+from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.reference import conv_output_hw
 from dsp_kernels.op.structure import GroupStructure
 
-__all__ = ["ConvSpec", "memory_format_of"]
+__all__ = ["ConvSpec", "memory_format_of", "pair"]
+
+
+def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+    """(vertical, horizontal) from one or two integers. Raises DSPShapeError below ``least``."""
+    # A SymInt is an int that torch.compile does not know yet.
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) and v >= least for v in values):
+        raise DSPShapeError(f"{name} is {value!r}; expected one or two integers of at least {least}")
+    return values[0], values[1]
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The layout that an output gets: channels_last exactly if x (4-D) is that and not plain contiguous."""
+    """The memory format of the op's output: channels_last if x (4-D) is, unless it is also contiguous."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
@@ -26,10 +34,10 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """Structure and settings of one convolution with its activation.
+    """Structure and settings of one convolution and the activation after it.
 
-    kernel_size, stride, padding, dilation: (vertical, horizontal); integers are doubled.
-    Raises DSPShapeError for settings that no convolution has.
+    kernel_size, stride, padding, dilation: (vertical, horizontal) in pixels, or one integer for both.
+    Raises DSPShapeError for invalid settings.
     """
 
     structure: GroupStructure
@@ -42,7 +50,10 @@ class ConvSpec:
     def __post_init__(self) -> None:
         for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
             object.__setattr__(self, name, pair(getattr(self, name), name, least))
-        check_activation(self.activation)
+        if self.activation not in ACTIVATIONS:
+            raise DSPShapeError(
+                f"activation {self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}"
+            )
 
     def with_activation(self, activation: str) -> ConvSpec:
         """The same convolution followed by another activation."""
@@ -59,9 +70,9 @@ class ConvSpec:
         return height, width
 
     def check_constants(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        """weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. Raises DSPShapeError for others.
+        """Check weights[g]: (O_g, C_g, kh, kw) and bias: (out_channels,) or None, of one dtype and device.
 
-        All have to be of one dtype and on one device.
+        Raises DSPShapeError.
         """
         groups = self.structure.groups
         if len(weights) != len(groups):
@@ -80,14 +91,15 @@ class ConvSpec:
             )
         kinds = {(t.dtype, t.device) for t in (*weights, *([] if bias is None else [bias]))}
         if len(kinds) > 1:
-            raise DSPShapeError(f"weights and bias have different dtypes or devices: {_list(kinds)}")
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise DSPShapeError(f"weights and bias have different dtypes or devices: {found}")
 
     def check_input(
         self, x: Tensor, constants: Sequence[Tensor], residual: Tensor | None
     ) -> tuple[int, int, int, int]:
-        """The output's shape for ``x``: (batch, in_channels, height, width).
+        """Shape of the output for x: (batch, in_channels, height, width).
 
-        Raises DSPShapeError if x, the constants or the residual do not fit each other.
+        constants: weights and bias. Raises DSPShapeError if x, the constants or the residual do not match.
         """
         if x.dim() != 4 or x.shape[1] != self.structure.in_channels:
             raise DSPShapeError(
@@ -101,7 +113,7 @@ class ConvSpec:
             if constant.dtype != x.dtype or constant.device != x.device:
                 raise DSPShapeError(
                     f"x is {x.dtype} on {x.device}, but a weight or bias is {constant.dtype} on "
-                    f"{constant.device}; they have to agree"
+                    f"{constant.device}; they must match"
                 )
         if residual is not None:
             if tuple(residual.shape) != shape:
@@ -111,7 +123,3 @@ class ConvSpec:
                     f"residual is {residual.dtype} on {residual.device}; x is {x.dtype} on {x.device}"
                 )
         return shape
-
-
-def _list(kinds: set[tuple[torch.dtype, torch.device]]) -> str:
-    return ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))

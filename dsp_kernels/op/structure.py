@@ -1,6 +1,6 @@
-"""GroupStructure: which channels each group of a multi-branch convolution reads and which it writes.
+"""GroupStructure: which channels each group of a convolution reads and which it writes.
 
-It is checked once, when it is built; no kernel ever sees a bad index.
+It is checked once, when it is built, so no kernel ever gets an index that is out of bounds.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from dsp_kernels.errors import DSPStructureError
 
 __all__ = ["Group", "GroupStructure"]
 
-# Symbols of the text rendering, one per group, then reused.
+# Symbols of ``render``, one per group; reused if there are more groups.
 _MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class Group:
-    """One branch: the input channels that it reads and the output channels that it writes, in weight order.
+    """The input channels that one group reads and the output channels that it writes, in weight order.
 
-    A group may read nothing: its outputs then hold its bias alone. It always writes something.
+    A group may read no channel: its outputs are then its bias. It writes at least one.
+
+    >>> GroupStructure.uniform(4, 8, n_groups=2).groups[1]
+    Group(in_index=(2, 3), out_index=(4, 5, 6, 7))
     """
 
     in_index: tuple[int, ...]
@@ -32,13 +35,20 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupStructure:
-    """The channels of every group of one convolution.
+    """The channels of every group of one convolution; immutable, checked and hashable.
 
-    in_channels, out_channels: widths of the tensors that the convolution reads and writes.
-    groups: any number of groups, none included. An output channel in no group is *absent*.
+    in_channels, out_channels: channels of the tensors that the convolution reads and writes.
+    groups: any number, also none. Groups may share input channels. An output channel in no group is *absent*.
 
-    Raises DSPStructureError if an index is out of range or repeated within its list, an output channel
+    Raises DSPStructureError if an index is out of bounds or repeated within its list, an output channel
     belongs to two groups, or a group writes nothing.
+
+    >>> structure = GroupStructure.build(4, 2, [([0, 2], [1]), ([0, 1, 3], [0])])
+    >>> print(structure.render())
+    11.1
+    0.0.
+    >>> structure.absent, structure.params((3, 3))
+    ((), 45)
     """
 
     in_channels: int
@@ -49,7 +59,7 @@ class GroupStructure:
         for name in ("in_channels", "out_channels"):
             object.__setattr__(self, name, _whole(getattr(self, name), name))
             if getattr(self, name) < 1:
-                raise DSPStructureError(f"{name} is {getattr(self, name)}; a convolution needs at least 1")
+                raise DSPStructureError(f"{name} is {getattr(self, name)}; expected at least 1")
         owner: dict[int, int] = {}
         checked = []
         for number, group in enumerate(self.groups):
@@ -74,14 +84,18 @@ class GroupStructure:
 
     @cached_property
     def _hash(self) -> int:
-        # Thousands of indices: hashed once, because structures are the keys of plan caches.
+        # Cached: there are thousands of indices, and structures are keys of caches.
         return hash((self.in_channels, self.out_channels, self.groups))
 
     @classmethod
     def build(
         cls, in_channels: int, out_channels: int, groups: Iterable[tuple[Sequence[int], Sequence[int]]]
     ) -> GroupStructure:
-        """From plain pairs (in_index, out_index), one per group."""
+        """A structure from pairs (in_index, out_index) of integer sequences, one per group.
+
+        >>> GroupStructure.build(3, 2, [(range(2), [0]), ([2], [1])]).groups[0]
+        Group(in_index=(0, 1), out_index=(0,))
+        """
         return cls(in_channels, out_channels, tuple(Group(tuple(i), tuple(o)) for i, o in groups))
 
     @classmethod
@@ -91,10 +105,10 @@ class GroupStructure:
 
     @classmethod
     def uniform(cls, in_channels: int, out_channels: int, n_groups: int) -> GroupStructure:
-        """Equal neighbouring groups, as ``nn.Conv2d(groups=n_groups)`` has them."""
+        """Equal groups of consecutive channels, as of ``nn.Conv2d(groups=n_groups)``."""
         if n_groups < 1 or in_channels % n_groups or out_channels % n_groups:
             raise DSPStructureError(
-                f"{n_groups} equal groups do not divide {in_channels} -> {out_channels} channels"
+                f"{in_channels} -> {out_channels} channels cannot be divided into {n_groups} equal groups"
             )
         c, o = in_channels // n_groups, out_channels // n_groups
         return cls.build(
@@ -133,15 +147,15 @@ class GroupStructure:
         return self == GroupStructure.uniform(self.in_channels, self.out_channels, n_groups)
 
     def macs(self, kernel_size: tuple[int, int], output_hw: tuple[int, int]) -> int:
-        """Multiply-adds of one image with an output map of ``output_hw`` = (height, width)."""
+        """Multiply-adds for one image with an output of ``output_hw`` = (height, width) pixels."""
         return self.params(kernel_size) * output_hw[0] * output_hw[1]
 
     def params(self, kernel_size: tuple[int, int]) -> int:
-        """Weights of all groups, without bias."""
+        """Number of weights of all groups, without bias."""
         return self.kernels * kernel_size[0] * kernel_size[1]
 
     def render(self) -> str:
-        """The filters x channels matrix as text: a group's symbol where a kernel lives, a dot elsewhere."""
+        """The (out_channels, in_channels) matrix as text: a group's symbol at its kernels, else a dot."""
         rows = [["."] * self.in_channels for _ in range(self.out_channels)]
         for number, group in enumerate(self.groups):
             for out_channel in group.out_index:
@@ -155,7 +169,7 @@ class GroupStructure:
         return f"{self.in_channels}->{self.out_channels} in {len(self.groups)} groups ({sizes}{absent})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; ``from_dict`` builds and checks it again."""
+        """JSON-serializable values for ``from_dict``."""
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
@@ -164,7 +178,7 @@ class GroupStructure:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GroupStructure:
-        """The structure that ``to_dict`` wrote. Raises DSPStructureError for anything else."""
+        """The structure of which ``to_dict`` gave ``data``. Raises DSPStructureError for anything else."""
         try:
             pairs = [(tuple(in_index), tuple(out_index)) for in_index, out_index in data["groups"]]
             widths = data["in_channels"], data["out_channels"]
@@ -176,7 +190,7 @@ class GroupStructure:
 
 
 def _whole(value: Any, what: str) -> int:
-    """An int from anything that is exactly an integer (numpy and 0-d tensor integers included)."""
+    """Convert anything that is exactly an integer: also of numpy, or a 0-d tensor."""
     if isinstance(value, bool):
         raise DSPStructureError(f"{what} is {value!r}; expected an integer")
     try:

@@ -191,7 +191,7 @@ BAD_ARGUMENTS = {
         lambda g: {"weights": [g["weights"][0][:, :2], *g["weights"][1:]]},
         "group 0 has shape",
     ),
-    "weight of another dtype": (lambda g: {"x": g["x"].double()}, "have to agree"),
+    "weight of another dtype": (lambda g: {"x": g["x"].double()}, "must match"),
     "short bias": (lambda g: {"bias": g["bias"][:3]}, "expected \\(9,\\)"),
     "wrong residual": (lambda g: {"residual": g["x"]}, "residual has shape"),
     "residual of another dtype": (lambda g: {"residual": torch.zeros(2, 9, 7, 6).double()}, "residual is"),

@@ -59,7 +59,7 @@ def test_dense_and_uniform() -> None:
     assert not GroupStructure.uniform(4, 8, 2).is_dense
     assert not GroupStructure.build(2, 2, [([1, 0], [0, 1])]).is_dense
     assert not GroupStructure(3, 4).is_uniform
-    with pytest.raises(DSPStructureError, match="3 equal groups do not divide"):
+    with pytest.raises(DSPStructureError, match="cannot be divided into 3 equal groups"):
         GroupStructure.uniform(4, 8, 3)
 
 

@@ -156,7 +156,7 @@ def test_refuses() -> None:
     fused, _ = swapped()
     with pytest.raises(DSPShapeError, match="expected \\(batch, 6"):
         fused.packed(torch.zeros(1, 7, 5, 5, dtype=torch.float64))
-    with pytest.raises(DSPShapeError, match="have to agree"):
+    with pytest.raises(DSPShapeError, match="must match"):
         fused.packed(torch.zeros(1, 6, 5, 5))
     with pytest.raises(DSPBackendError, match="'warp' is unknown"):
         dsp_kernels.swap(nets.make("residual"), backend="warp")

@@ -10,9 +10,9 @@ from cases import CASES, Case, reference
 from torch import Tensor
 
 from dsp_kernels import GroupStructure, gather_grouped_conv2d
-from dsp_kernels.op import torch_op as plan_cache
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.op.torch_op import PLANS
 from dsp_kernels.run.convs import BACKENDS
 from dsp_kernels.run.cpu.conv import products_per_move
 
@@ -25,10 +25,10 @@ WIDE = GroupStructure.dense(64, 64)
 def _two_threads_and_no_plans() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    plan_cache.forget()
+    PLANS.clear()
     yield
     torch.set_num_threads(before)
-    plan_cache.forget()
+    PLANS.clear()
 
 
 def chosen(spec: ConvSpec, layout: torch.memory_format, name: str = "auto") -> str:
@@ -131,10 +131,10 @@ def test_with_and_without_residual_from_one_plan() -> None:
 def test_kept_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 64, 2, 2)
     held = [[torch.randn(64, 64, 1, 1)] for _ in range(6)]
-    monkeypatch.setattr(plan_cache, "_MOST_PLANS", 4)
+    monkeypatch.setattr(PLANS, "limit", 4)
     for weights in held:
         gather_grouped_conv2d(x, weights, WIDE)
-    assert plan_cache.kept() == (4, 4 * 64 * 64 * 4)
-    monkeypatch.setattr(plan_cache, "_MOST_BYTES", 64 * 64 * 4 * 2)
+    assert (len(PLANS), PLANS.total_size) == (4, 4 * 64 * 64 * 4)
+    monkeypatch.setattr(PLANS, "max_size", 64 * 64 * 4 * 2)
     gather_grouped_conv2d(x, held[0], WIDE)
-    assert plan_cache.kept() == (2, 2 * 64 * 64 * 4)
+    assert (len(PLANS), PLANS.total_size) == (2, 2 * 64 * 64 * 4)

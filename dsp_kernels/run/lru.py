@@ -1,0 +1,94 @@
+"""LRU: a bounded cache that evicts the least recently used entries first."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import RLock
+from typing import Generic, TypeVar
+
+__all__ = ["LRU"]
+
+T = TypeVar("T")
+
+# One lock for all caches: it is held for a dictionary access only, never while a value is made. fork() takes
+# it, so no child starts with a cache that another thread had locked or half changed.
+_lock = RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class LRU(Generic[T]):
+    """Thread-safe cache of at most ``limit`` entries and, given ``size_of``, at most ``max_size`` in total.
+
+    A value larger than ``max_size`` is not kept.
+
+    >>> cache: LRU[str] = LRU(2)
+    >>> [cache.get_or_make(n, lambda: "made") for n in (1, 2, 3)]
+    ['made', 'made', 'made']
+    >>> cache.get(1) is None, cache.get(3)
+    (True, 'made')
+    """
+
+    def __init__(
+        self, limit: int, size_of: Callable[[T], int] | None = None, max_size: int | None = None
+    ) -> None:
+        self.limit = limit
+        self.max_size = max_size
+        self._size_of = size_of
+        self._entries: OrderedDict[Hashable, T] = OrderedDict()
+        self._total = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def total_size(self) -> int:
+        """Sum of ``size_of`` over all entries; 0 without ``size_of``."""
+        return self._total
+
+    def get(self, key: Hashable) -> T | None:
+        """The value of a key, which becomes the most recently used one; None if there is none."""
+        with _lock:
+            value = self._entries.get(key)
+            if value is not None:
+                self._entries.move_to_end(key)
+            return value
+
+    def put(self, key: Hashable, value: T) -> None:
+        """Store a value, replacing an older one of this key, and evict what exceeds the limits."""
+        with _lock:
+            self._remove(key)
+            self._entries[key] = value
+            self._total += self._size(value)
+            self._evict(self.limit)
+
+    def get_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key; ``make()`` if there is none. Two threads may both make it; the later one stays.
+
+        The entry that has to go is evicted before ``make()``: both at once may not fit into memory.
+        """
+        value = self.get(key)
+        if value is None:
+            with _lock:
+                self._evict(self.limit - 1)
+            value = make()
+            self.put(key, value)
+        return value
+
+    def clear(self) -> None:
+        """Evict everything."""
+        with _lock:
+            self._entries.clear()
+            self._total = 0
+
+    def _size(self, value: T) -> int:
+        return 0 if self._size_of is None else self._size_of(value)
+
+    def _remove(self, key: Hashable) -> None:
+        if key in self._entries:
+            self._total -= self._size(self._entries.pop(key))
+
+    def _evict(self, limit: int) -> None:
+        while len(self._entries) > limit or (self.max_size is not None and self._total > self.max_size):
+            self._remove(next(iter(self._entries)))
