@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPBackendError, DSPError
+from dsp_kernels.errors import DSPBackendError, DSPError, DSPVerificationError
+from dsp_kernels.graph.compare import largest_difference
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program
 from dsp_kernels.tolerances import network_tolerance
 
@@ -21,7 +22,6 @@ from .subjects.networks import REFERENCE, Network
 
 __all__ = [
     "Case",
-    "Checked",
     "allowed_difference",
     "build_case",
     "case_input",
@@ -143,15 +143,15 @@ def build_case(
             run = engine.prepare(model, x)
             seconds = time.perf_counter() - started
         allowed = allowed_difference(program, engine.dtype, expected)
-        checked = check(case.label, run, x, expected, allowed)
+        difference, wrong = check(case.label, run, x, expected, allowed)
     except DSPError as error:  # a form that the network does not have, an executor that cannot run it, ...
         return replace(row, status="unavailable", reason=" ".join(str(error).split())), None
     except Exception as error:  # an engine may break in any way; the others are still measured
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return replace(row, status="failed", reason=text), None
-    row = replace(row, difference=checked.difference, allowed=allowed, build_seconds=seconds)
-    if checked.error:
-        return replace(row, status="wrong", reason=checked.error), None
+    row = replace(row, difference=difference, allowed=allowed, build_seconds=seconds)
+    if wrong:
+        return replace(row, status="wrong", reason=wrong), None
     if built is not None and engine.any_batch:
         built[case.label] = run, seconds
     counted = engine.dtype.itemsize == 2 or engine.name == "fused:cpu"
@@ -169,14 +169,6 @@ def _reference_output(network: Network, form: str, x: Tensor, answers: dict[str,
     return answers[name]
 
 
-@dataclass(frozen=True)
-class Checked:
-    """difference: the largest from the reference; error: why the answer is wrong, empty if it is right."""
-
-    difference: float
-    error: str = ""
-
-
 def allowed_difference(program: Program, dtype: torch.dtype, expected: Tensor) -> float:
     """How far rounding in ``dtype`` may move an output: the bound of ``dsp_kernels.tolerances``, absolute.
 
@@ -191,12 +183,12 @@ def allowed_difference(program: Program, dtype: torch.dtype, expected: Tensor) -
     return network_tolerance(dtype, max(sizes, default=1), depth) * max(scale, torch.finfo(dtype).tiny)
 
 
-def check(name: str, run: Runner, x: Tensor, expected: Tensor, allowed: float) -> Checked:
-    """Compare the output of ``run`` for ``x`` with ``expected``."""
+def check(name: str, run: Runner, x: Tensor, expected: Tensor, allowed: float) -> tuple[float, str]:
+    """(largest difference from ``expected``, why the output of ``run`` for ``x`` is wrong or "")."""
     got = run(x)
-    if got.shape != expected.shape:
-        shapes = f"{tuple(got.shape)}, it must be {tuple(expected.shape)}"
-        return Checked(math.nan, f"engine {name!r} gives shape {shapes}: it is not timed")
-    difference = float((got.float() - expected.float()).abs().max()) if got.numel() else 0.0
-    error = f"engine {name!r} is off by {difference:.3g}, at most {allowed:.3g} is right: it is not timed"
-    return Checked(difference, "" if difference <= allowed else error)
+    try:
+        difference, _ = largest_difference(expected, got)
+    except DSPVerificationError as error:
+        return math.nan, f"engine {name!r} is not timed: {error}"
+    wrong = f"engine {name!r} is off by {difference:.3g}, at most {allowed:.3g} is right: it is not timed"
+    return difference, "" if difference <= allowed else wrong

@@ -143,10 +143,9 @@ def time_runners(
     differences: dict[str, float | None] = dict.fromkeys(runners)
     for name, run in runners.items():
         if name not in unchecked:
-            checked = check(name, run, x, expected, allowed)
-            if checked.error:
-                raise DSPVerificationError(checked.error)
-            differences[name] = checked.difference
+            differences[name], wrong = check(name, run, x, expected, allowed)
+            if wrong:
+                raise DSPVerificationError(wrong)
     samples = measure({name: _timer(run, x) for name, run in runners.items()}, rules)
     return [Row(name, len(x), samples[name], differences[name]) for name in runners]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import evaluating
+from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.program.steps import ConvStep, Step
-from dsp_kernels.run.eager.conv import bias_of_live, zero_filled
 from dsp_kernels.run.eager.program import EagerExecutor
 
 from ..measure.floors import program_of
@@ -65,7 +65,9 @@ class CudnnConvs(EagerExecutor):
         spec, source, added = step.spec, step.inputs[0], step.inputs[1:]
         if spec.activation != "relu" and (spec.activation != "none" or added):
             return super().call(step)
-        weight, bias = zero_filled(spec, step.weights), bias_of_live(spec, step.bias)
+        weight = dense_weight(spec.structure, step.weights, spec.kernel_size)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = live_bias(spec.structure, step.bias)
         if bias is None:
             bias = weight.new_zeros(spec.structure.out_channels)
         window = spec.stride, spec.padding, spec.dilation

@@ -2,7 +2,6 @@
 
 ``python -m pytest benchmarks/kernels --benchmark-enable --benchmark-group-by=group --benchmark-autosave``
 and compare two runs with ``pytest-benchmark compare``. Without --benchmark-enable each runs once, as a test.
-``--batch`` is the batch size.
 """
 
 from __future__ import annotations
@@ -13,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsp_kernels.op.dense import dense_weight
 from dsp_kernels.op.reference import gather_grouped_conv2d_reference
 from dsp_kernels.run.convs import BACKENDS
-from dsp_kernels.run.eager.conv import zero_filled
 from dsp_kernels.tolerances import op_tolerance
 
 from .shapes import Layer, layers
 
+pytestmark = pytest.mark.parametrize("batch", [1, 8])
 _EACH_LAYER = pytest.mark.parametrize("layer", layers(), ids=lambda layer: f"{layer.network}-{layer.name}")
 
 
@@ -60,7 +60,7 @@ def test_dense_channels_last(benchmark: Any, layer: Layer, batch: int) -> None:
     """The alternative: a dense convolution over the live channels, with zeros between groups."""
     benchmark.group = f"{layer.shape}, batch {batch}"
     spec = layer.spec
-    weight = zero_filled(spec, layer.weights)
+    weight = dense_weight(spec.structure, layer.weights, spec.kernel_size)
     x = layer.example(batch).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         y = benchmark(F.conv2d, x, weight, layer.bias, spec.stride, spec.padding, spec.dilation)

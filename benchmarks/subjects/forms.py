@@ -7,9 +7,8 @@ import copy
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, trace
+from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.op.packed import PackedConv2d
-from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.eager.conv import bias_of_live, zero_filled
 
 __all__ = ["compacted", "filter_pruned", "inner_pairs"]
 
@@ -31,12 +30,10 @@ def compacted(packed: nn.Module) -> nn.Module:
 def _dense(module: PackedConv2d) -> nn.Conv2d:
     window = module.kernel_size, module.stride, module.padding, module.dilation
     conv = nn.Conv2d(module.in_channels, module.out_channels, *window, bias=module.bias is not None)
-    spec = ConvSpec(module.structure, *window)
-    conv.weight = nn.Parameter(zero_filled(spec, [w.detach() for w in module.weights]).contiguous())
-    if module.bias is not None:
-        live = bias_of_live(spec, module.bias.detach())
-        assert live is not None
-        conv.bias = nn.Parameter(live.clone())
+    weights = [weight.detach() for weight in module.weights]
+    conv.weight = nn.Parameter(dense_weight(module.structure, weights, module.kernel_size))
+    if (bias := live_bias(module.structure, module.bias)) is not None:
+        conv.bias = nn.Parameter(bias.detach().clone())
     return conv
 
 
