@@ -73,12 +73,8 @@ class Row:
         """Plain JSON with the samples; times in seconds."""
         found = {_KEYS.get(name, name): getattr(self, name) for name in _PLAIN}
         if (samples := self.samples) is not None:
-            found |= {
-                "median": samples.median,
-                "unstable": samples.unstable,
-                "per_round": samples.per_round,
-                "seconds": [float(f"{second:.6g}") for second in samples.seconds],
-            }
+            found |= {name: getattr(samples, name) for name in ("median", "unstable", "n", "per_round")}
+            found["seconds"] = [float(f"{second:.6g}") for second in samples.seconds]
         return found
 
     @classmethod
