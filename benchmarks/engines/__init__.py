@@ -17,7 +17,7 @@ _HALF = torch.float16
 _AUTOTUNE = {"mode": "max-autotune"}
 _ALL: tuple[Engine, ...] = (
     TorchEager("torch"),
-    TorchEager("torch-nhwc", channels_last=True),
+    TorchEager("torch-nhwc", layout=torch.channels_last),
     TorchScript("torchscript"),
     TorchScript("torchscript-opt", optimize=True),
     TorchCompile("compile"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Engine", "Runner", "converted", "cuda_available", "layout_of", "module_available"]
+__all__ = ["Engine", "Runner", "converted", "cuda_available", "module_available"]
 
 Runner = Callable[[Tensor], Tensor]
 
@@ -41,11 +41,6 @@ class Engine:
         it may return the same memory at every call. ``model`` is not modified.
         """
         raise NotImplementedError
-
-
-def layout_of(channels_last: bool) -> torch.memory_format:
-    """The memory format of weights and feature maps."""
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def converted(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:

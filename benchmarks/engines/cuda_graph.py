@@ -16,7 +16,7 @@ from dsp_kernels.program.steps import ConvStep, Step
 from dsp_kernels.run.eager.program import EagerExecutor
 
 from ..measure.floors import program_of
-from .base import Engine, Runner, converted, layout_of
+from .base import Engine, Runner, converted
 
 __all__ = ["CudaGraph", "CudnnConvs", "CudnnFused", "capture"]
 
@@ -30,7 +30,7 @@ class CudaGraph(Engine):
     device: str = "cuda"
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        network = converted(model, self.dtype, layout_of(channels_last=True)).to(example.device)
+        network = converted(model, self.dtype, torch.channels_last).to(example.device)
         return _replayed(network, example, self.dtype)
 
 

@@ -12,25 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Engine, Runner, converted, layout_of
+from .base import Engine, Runner, converted
 
 __all__ = ["TorchCompile", "TorchEager", "TorchScript"]
 
 
 @dataclass(frozen=True)
 class TorchEager(Engine):
-    """The module as it is. channels_last: of weights and input; the input is converted in the timed call."""
+    """The module as it is. layout: of weights and input; the input is converted in the timed call."""
 
-    channels_last: bool = False
+    layout: torch.memory_format = torch.contiguous_format
     any_batch: bool = True
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        layout = layout_of(self.channels_last)
-        network = converted(model, self.dtype, layout)
+        network = converted(model, self.dtype, self.layout)
 
         def run(x: Tensor) -> Tensor:
             with torch.inference_mode():
-                return network(x.to(self.dtype).contiguous(memory_format=layout)).float()
+                return network(x.to(self.dtype).contiguous(memory_format=self.layout)).float()
 
         return run
 
@@ -93,13 +92,12 @@ class TorchCompile(Engine):
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         from torch._inductor import config
 
-        layout = layout_of(channels_last=True)
-        network = converted(model, self.dtype, layout)
+        network = converted(model, self.dtype, torch.channels_last)
         compiled = torch.compile(_own_code(lambda x: network(x)), dynamic=False, **self.options)
 
         def run(x: Tensor) -> Tensor:
             with torch.no_grad():  # not inference mode, in which freezing is a no-op
-                return compiled(x.to(self.dtype).contiguous(memory_format=layout)).float()
+                return compiled(x.to(self.dtype).contiguous(memory_format=torch.channels_last)).float()
 
         with config.patch(freezing=self.freezing):
             run(example)  # compiles now, so that the first sample does not contain it

@@ -19,7 +19,7 @@ from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.run.programs import EXECUTORS
 
 from ..engines import ENGINES
-from ..engines.base import converted, layout_of
+from ..engines.base import converted
 from ..engines.fused import Fused
 from ..engines.onnx_engines import OpenVINO
 from ..engines.pytorch import TorchEager
@@ -86,9 +86,8 @@ def _steps(engine: Fused, model: nn.Module, x: Tensor, peaks: Peaks) -> list[Par
 
 def _modules(engine: TorchEager, model: nn.Module, x: Tensor) -> list[tuple[str, float]]:
     """Median seconds of each leaf module and packed convolution, by hooks."""
-    layout = layout_of(engine.channels_last)
-    network = converted(model, engine.dtype, layout)
-    x = x.to(engine.dtype).contiguous(memory_format=layout)
+    network = converted(model, engine.dtype, engine.layout)
+    x = x.to(engine.dtype).contiguous(memory_format=engine.layout)
     started: dict[str, float] = {}
     taken: dict[str, list[float]] = defaultdict(list)
 

@@ -231,4 +231,4 @@ def test_single_op_layers_are_one_of_each_shape() -> None:
     assert len(set(shapes)) == len(shapes)
     assert "16x16x16->16 3x3/1" in shapes
     for layer in found:
-        assert layer.spec.structure.in_channels == layer.input_shape[0] == layer.example(3).shape[1]
+        assert layer.step.spec.structure.in_channels == layer.input_shape[0] == layer.example(3).shape[1]
