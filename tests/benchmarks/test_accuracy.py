@@ -41,14 +41,8 @@ def test_16_bit_and_native_rows_of_a_released_network_have_an_accuracy(
     real.labelled = Labelled(real.labelled.images[:40], real.labelled.labels[:40])
     # In plain PyTorch, so that it runs without the extension too.
     monkeypatch.setitem(ENGINES, "fused:cpu", Fused("fused:cpu", backend="eager"))
-    names = [
-        "packed/fused:cpu",
-        "packed/fused:eager",
-        "packed/openvino-bf16",
-        "packed/torch",
-        "dense/fused:cpu",
-    ]
-    rows = run_cases(real, [2, 32], choose_cases(engines=names), QUICK)
+    names = "packed/fused:cpu packed/fused:eager packed/openvino-bf16 packed/torch dense/fused:cpu"
+    rows = run_cases(real, [2, 32], choose_cases(engines=names.split()), QUICK)
     counted = {(row.engine, row.batch): row.accuracy for row in rows}
     assert counted["packed/fused:cpu", 2] == counted["packed/fused:cpu", 32]
     with np.load(shared / "golden" / "logits.npz") as golden:

@@ -35,7 +35,7 @@ PEAKS = Peaks({"float32": 1e9}, 1e8, 0.0, 1, {})
 
 
 @pytest.mark.parametrize("name", ["resnet20_g2", "resnet20_g3", "resnet20_g4", "resnet56_g4"])
-def test_the_released_form_gives_the_golden_logits(shared: Path, name: str) -> None:
+def test_the_released_form_reproduces_the_authors_logits(shared: Path, name: str) -> None:
     network = ReleasedNetwork(*read_released_arrays(shared / "nets" / f"{name}.npz"))
     data = load_cifar10_subset(shared / "data" / "cifar10_subset.npz")
     x = normalise(data.test.images[:8], data.mean, data.std)
@@ -45,7 +45,7 @@ def test_the_released_form_gives_the_golden_logits(shared: Path, name: str) -> N
         assert float((network(x) - expected).abs().max()) <= 2e-5
 
 
-def test_compacted_is_dense_and_gives_what_packed_gives(network: Network) -> None:
+def test_the_compacted_form_is_dense_and_equals_the_packed_one(network: Network) -> None:
     compacted = network.form("compacted")
     assert not any(isinstance(module, PackedConv2d) for module in compacted.modules())
     x = torch.randn(2, 3, 16, 16)
@@ -53,7 +53,7 @@ def test_compacted_is_dense_and_gives_what_packed_gives(network: Network) -> Non
         assert torch.allclose(compacted(x), network.packed(x), atol=1e-5)
 
 
-def test_filter_pruned_has_the_packed_network_s_flops(network: Network) -> None:
+def test_the_filter_pruned_form_has_the_packed_network_s_flops(network: Network) -> None:
     filters = network.form("filters")
     cost = network_cost(filters, network.example).macs
     assert cost == pytest.approx(network.macs("packed"), rel=0.05)
@@ -103,7 +103,7 @@ def test_a_random_structure_has_its_groups_and_its_rate(groups: int, rate: float
 def test_a_structure_from_a_file(shared: Path) -> None:
     path = shared / "structures" / "resnet18_g2_80.npz"
     network = load_network(NetworkSource("resnet18", str(path), 64))
-    # structures/README.md says 3.86 at 224 x 224; the classifier weighs more in 64 x 64 images.
+    # It is 3.86 at 224 x 224; the classifier has a larger share at 64 x 64.
     assert network.macs("dense") / network.macs("packed") == pytest.approx(3.82, abs=0.01)
     assert "resnet18_g2_80.npz (synthetic)" in network.label
 
@@ -138,35 +138,26 @@ def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
 
 def test_a_saved_file_without_an_architecture_is_a_network(tmp_path: Path) -> None:
     """Its original widths are not in the file, so the dense network has the packed ones, and says so."""
-    packed = nn.Sequential(
-        PackedConv2d(
-            GroupStructure.build(3, 6, [([0, 2], [0, 1, 4]), ([1], [2, 3])]), 3, padding=1, bias=True
-        ),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(6 * 64, 2),
-    ).eval()
-    dsp_kernels.save(packed, tmp_path / "own.safetensors", torch.zeros(1, 3, 8, 8))
-    network = load_network(NetworkSource(str(tmp_path / "own.safetensors")))
+    structure = GroupStructure.build(3, 6, [([0, 2], [0, 1, 4]), ([1], [2, 3])])
+    conv = PackedConv2d(structure, 3, padding=1, bias=True)
+    packed = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 2)).eval()
+    source = NetworkSource(str(tmp_path / "own.safetensors"))
+    dsp_kernels.save(packed, source.name, torch.zeros(1, 3, 8, 8))
+    network = load_network(source)
     assert network.image_size == 8
     assert "dense has the packed widths" in network.label
     assert network.macs("dense") == 6 * 3 * 9 * 64 + 6 * 64 * 2
     assert network.macs("packed") == (3 * 2 + 2) * 9 * 64 + 6 * 64 * 2
     row, run = build_case(Case("dense", "torch"), network, case_input(network, 2, 0))
     assert run is not None, row.reason
-    again = load_network(NetworkSource(str(tmp_path / "own.safetensors")))
+    again = load_network(source)
     for a, b in zip(again.dense.parameters(), network.dense.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def _net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 8, 1, bias=False)
-    ).eval()
-
-
 def test_floors_by_hand() -> None:
-    program = program_of(_net(), torch.zeros(1, 2, 10, 10))
+    convs = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Conv2d(4, 8, 1, bias=False)
+    program = program_of(nn.Sequential(convs[0], nn.ReLU(), convs[1]).eval(), torch.zeros(1, 2, 10, 10))
     macs = [4 * 2 * 9 * 100, 8 * 4 * 100]
     numbers = [(2 + 4) * 100 * 5 + 72, (4 + 8) * 100 * 5 + 32]
     for step, count, moved in zip(program.steps, macs, numbers, strict=True):
@@ -196,9 +187,9 @@ def test_peaks_are_measured_and_the_best_is_kept() -> None:
     assert 1e9 < peaks.flops["float32"] < 1e14
     assert 1e8 < peaks.bandwidth < 1e13
     assert peaks.best(PEAKS) == peaks
-    faster = Peaks({"float32": 1e15}, 1e14, 0.0, 1, {"float32": "told"})
+    faster = Peaks({"float32": 1e15}, 1e14, 0.0, 1, {"float32": "known"})
     assert peaks.best(faster).flops == {"float32": 1e15}
-    assert peaks.best(faster).how["float32"] == "told"
+    assert peaks.best(faster).how["float32"] == "known"
 
 
 @pytest.mark.parametrize("half_rate", [1e9, 4e12], ids=["in-software", "in-hardware"])

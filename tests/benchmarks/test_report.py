@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import html
-import os
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from dsp_benchmarks.cli import README, README_RESULT, main
-from dsp_benchmarks.report.page import html_page
 from dsp_benchmarks.report.plots import draw_plots
 from dsp_benchmarks.report.results import Result, read_result, write_result
 from dsp_benchmarks.report.tables import COLUMNS, README_MARKERS, cells, put_into_readme, summary
@@ -66,36 +61,8 @@ def test_a_report_is_a_page_and_tables_beside_the_result(result: Result, tmp_pat
     assert [caption.split()[0].strip(":") for caption in plots] == ["Latency", "Speed-up", "Roofline"]
     assert all(png[:4] == b"\x89PNG" for png in plots.values())
     page = (tmp_path / "a.html").read_text()
-    assert page.count("data:image/png") == 3
+    assert [page.count(text) for text in ("data:image/png", "<table>", '<tr class="fused">')] == [3, 2, 4]
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
-
-
-def test_a_browser_shows_the_page_without_errors(result: Result, tmp_path: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        reason = "no chromium here: apt-get install chromium"
-        if os.environ.get("DSP_REQUIRE_CHROMIUM"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    page = html_page(result, draw_plots(result))
-    # The check runs inside the page, on what the browser made of it.
-    probe = (
-        '<script>addEventListener("error",e=>{document.title="error: "+e.message},true);'
-        'addEventListener("load",()=>{const i=[...document.images];'
-        'document.documentElement.dataset.seen=[document.querySelectorAll("table").length,'
-        'i.filter(x=>x.complete&&x.naturalWidth>100).length,document.querySelectorAll("tr.fused").length]})</script>'
-    )
-    path = tmp_path / "page.html"
-    path.write_text(page.replace("</head>", f"{probe}</head>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    home = ["--user-data-dir=" + str(tmp_path / "profile")]
-    ran = subprocess.run(
-        [chromium, *flags, *home, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    dom = html.unescape(ran.stdout)
-    assert 'data-seen="2,3,4"' in dom, dom[:400]
-    assert "<title>dsp-kernels benchmarks</title>" in dom
-    assert "CONSOLE" not in ran.stderr, ran.stderr
 
 
 def test_the_readme_gets_the_table_between_its_markers(result: Result, tmp_path: Path) -> None:
