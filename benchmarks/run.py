@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -51,7 +51,7 @@ def run_cases(
     """
     rows: list[Row] = []
     kept: dict[str, tuple[Runner, float]] = {}
-    middle = sorted(batches)[len(batches) // 2]
+    slow_batch = sorted(batches)[len(batches) // 2] if short else None
     for batch in batches:
         share = math.inf if budget is None else budget.next_part()
         started = time.perf_counter()
@@ -66,13 +66,7 @@ def run_cases(
                 tell(f"{network.label}, batch {batch}: building {len(cases)} engines")
             for case in sorted(cases, key=lambda case: case.priority):
                 began = time.perf_counter()
-                able = ENGINES[case.engine].available()[0]
-                slow = ENGINES[case.engine].slow_build
-                late = began - started + slow * slowest > _BUILDING * share
-                if able and slow and short and batch != middle:
-                    built[case] = _skipped(case, batch, f"built for batch {middle} only in the short plan")
-                elif able and late and (slow or not case.is_key):
-                    reason = f"building the others took the time: {share:.0f} s for this batch size"
+                if reason := _why_skipped(case, batch, slow_batch, share, began - started, slowest):
                     built[case] = _skipped(case, batch, reason)
                 elif isolate is not None:
                     try:
@@ -80,7 +74,7 @@ def run_cases(
                     except DSPBackendError as error:  # it died while building
                         built[case] = _skipped(case, batch, str(error))
                         continue
-                    stack.enter_context(closing(engine))
+                    stack.callback(engine.close)
                     built[case] = engine.row
                     if engine.row.status == "ok":
                         timers[case.label] = engine
@@ -109,6 +103,25 @@ def run_cases(
             rows.append(row)
     right = {row.engine: row.accuracy for row in rows if row.accuracy is not None}
     return [replace(row, accuracy=right.get(row.engine)) if row.samples else row for row in rows]
+
+
+def _why_skipped(
+    case: Case, batch: int, slow_batch: int | None, share: float, spent: float, slowest: float
+) -> str:
+    """Why a case is not built, or "".
+
+    slow_batch: the only batch size for slow builds, None: all. share, spent, slowest: seconds for this batch
+    size, since it began, and of its slowest build so far.
+    """
+    engine = ENGINES[case.engine]
+    if not engine.available()[0]:
+        return ""  # its row will say more
+    if engine.slow_build and slow_batch not in (None, batch):
+        return f"built for batch {slow_batch} only in the short plan"
+    late = spent + slowest * engine.slow_build > _BUILDING * share
+    if late and (engine.slow_build or not case.is_key):
+        return f"building the others took the time: {share:.0f} s for this batch size"
+    return ""
 
 
 def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row]:

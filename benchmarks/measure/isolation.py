@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -56,13 +56,15 @@ class IsolatedEngine:
 
     def close(self) -> None:
         """End the process, even in the middle of a call."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        if not self._answer.done():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        self._pool.shutdown()
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return self._pool.submit(function, *arguments).result(_PATIENCE)
+            self._answer: Future[Any] = self._pool.submit(function, *arguments)
+            return self._answer.result(_PATIENCE)
         except Exception as error:
             raise DSPBackendError(f"the process of {self._name} failed: {error!r}") from error
 
