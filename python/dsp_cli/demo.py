@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from dsp_benchmarks.run import Row, write_json
+from dsp_benchmarks.report.results import Row, write_json
 from rich.table import Table
 
 from dsp_cli import options as o
