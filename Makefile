@@ -46,7 +46,7 @@ test-zoo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run_zoo.py docs/zoo.md
 
 fuzz: $(INSTALLED)
-	$(BIN)/python scripts/fuzz_files.py --count 20000
+	$(BIN)/python scripts/safety/fuzz_files.py --count 20000
 
 # About five minutes; the page is benchmarks/results/default_cpu.html.
 bench: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Damaged files in a process with limited memory. ``scripts/fuzz_files.py --count 20000`` is the long run."""
+"""Damaged files in a process with limited memory. ``scripts/safety/fuzz_files.py --count 20000`` is the long run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_files.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "safety" / "fuzz_files.py"
 
 
 def test_damaged_files_load_whole_or_not_at_all() -> None:

@@ -1,4 +1,4 @@
-"""What a network reaches on a split of a data set."""
+"""Accuracy and loss of a network on a split of a data set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Score", "evaluate"]
 
 @dataclass(frozen=True)
 class Score:
-    """What a network reaches on a split. accuracy: 0..1; loss: mean cross-entropy in nats; n: images."""
+    """accuracy: 0..1. loss: mean cross-entropy in nats. n: number of images."""
 
     accuracy: float
     loss: float
@@ -30,9 +30,9 @@ class Score:
 def evaluate(model: Callable[[Tensor], Tensor], data: TrainingData, split: Split | FolderSplit) -> Score:
     """Score a network on a split.
 
-    model: images float32 (batch, channels, height, width) -> logits (batch, classes). A module is scored in
-    eval mode and gets its own mode back. Of several processes each scores its share of the images, so all
-    have to call it; all get the same score.
+    model: images float32 (batch, channels, height, width) -> logits (batch, classes). A module runs in eval
+    mode and gets its previous mode back. Collective: with several processes each scores its share of the
+    images, and all get the same result.
     """
     correct, loss = 0, 0.0
     with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
