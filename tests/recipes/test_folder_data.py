@@ -1,4 +1,4 @@
-"""Image files in folders, and the whole way of a torchvision ResNet on them through the command line."""
+"""Image files in folders, and a torchvision ResNet trained on them and packed by the commands."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_files_become_batches_of_their_classes(folder: Path) -> None:
     batches = list(training_batches(data, 10, generator))
     assert [images.shape for images, _ in batches] == [(10, 3, 32, 32), (10, 3, 32, 32), (4, 3, 32, 32)]
     for images, labels in [*batches, *evaluation_batches(data, data.test)]:
-        assert torch.equal(images.mean((2, 3)).argmax(1), labels)  # the brightest colour is the class
+        assert torch.equal(images.mean((2, 3)).argmax(1), labels)  # the class is the brightest colour
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 8, 8]
 
 
-def test_random_crops_follow_the_generator_and_not_the_workers(folder: Path) -> None:
+def test_random_crops_depend_on_the_generator_and_not_on_the_workers(folder: Path) -> None:
     def images(workers: int, seed: int) -> torch.Tensor:
         data = load_folder(folder, image_size=16, workers=workers)
         generator = torch.Generator().manual_seed(seed)
@@ -70,12 +70,12 @@ def test_two_processes_share_every_batch(folder: Path) -> None:
         assert torch.equal(labels[1::2], odd_labels)
 
 
-def test_folders_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DSPFormatError, match="one folder of images for each class"):
+def test_incomplete_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DSPFormatError, match="one folder of images per class"):
         load_folder(tmp_path)
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "val" / "cow").mkdir(parents=True)
-    with pytest.raises(DSPFormatError, match="classes that train has not: cow"):
+    with pytest.raises(DSPFormatError, match="classes that are not in train: cow"):
         load_folder(tmp_path)
 
 
@@ -91,26 +91,10 @@ def test_a_damaged_image_is_named(folder: Path, tmp_path: Path, workers: int) ->
         list(evaluation_batches(data, data.test))
 
 
-@pytest.fixture(scope="module")
-def photographs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real JPEG files of three classes: nine of each to train on and three for ``val``."""
-    root = tmp_path_factory.mktemp("photographs")
-    with np.load(shared / "data" / "cifar10_jpeg.npz") as stored:
-        for source, part, count in (("train", "train", 9), ("test", "val", 3)):
-            content, ends = stored[f"{source}_bytes"], stored[f"{source}_offsets"]
-            labels = stored[f"{source}_labels"]
-            for label, name in ((0, "airplane"), (3, "cat"), (9, "truck")):
-                (root / part / name).mkdir(parents=True)
-                for i in np.flatnonzero(labels == label)[:count]:
-                    path = root / part / name / f"{i}.jpg"
-                    path.write_bytes(content[ends[i] : ends[i + 1]].tobytes())
-    return root
-
-
-def test_a_torchvision_resnet_goes_the_whole_way(photographs: Path, tmp_path: Path) -> None:
-    """Two groups in every layer, but four in those of layer4."""
+def test_a_torchvision_resnet_is_trained_and_packed_by_the_commands(folder: Path, tmp_path: Path) -> None:
+    """Two groups in every layer, but four in layer4."""
     pytest.importorskip("torchvision")
-    flags = ["--arch", "resnet18", "--data", "folder", "--data-root", photographs, "--image-size", "32"]
+    flags = ["--arch", "resnet18", "--data", "folder", "--data-root", folder, "--image-size", "32"]
     flags += ["--epochs", "1", "--batch-size", "12", "--device", "cpu", "--save-dir", tmp_path]
     groups = ["-g", "2", "--layer-groups", "layer4.*=4"]
     commands = [
