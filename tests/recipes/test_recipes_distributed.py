@@ -1,101 +1,120 @@
-"""``dsp learn-groups`` and ``dsp finetune`` as two real processes: who writes, and what a kill costs."""
+"""The training commands in two processes: who writes, and what is lost when a process is killed."""
 
 from __future__ import annotations
 
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from distributed_helpers import HERE, finish, start, tail
+from distributed_recipe import finish, start
 
-from dsp_cli.main import main
 from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights
 
-SCRIPT = "distributed_recipe.py"
 COMMON = ["-l", "8", "--data", "digits", "--batch-size", "256", "--lr", "0.05", "--device", "cpu"]
+LEARN, FINETUNE = "learn_groups_g2", "finetune_g2_p0.5"
 STAGES = {
-    "learn_groups_g2": ["learn-groups", "-g", "2", "-r", "0.02", "--epochs", "3"],
-    "finetune_g2_p0.5": ["finetune", "-g", "2", "-p", "0.5", "--epochs", "3", "--cycles", "3"],
+    "pretrain": ["pretrain", "--epochs", "1"],
+    LEARN: ["learn-groups", "-g", "2", "-r", "0.02", "--epochs", "4"],
+    FINETUNE: ["finetune", "-g", "2", "-p", "0.5", "--epochs", "4", "--cycles", "4"],
 }
 
 
-def flags(stage: str, folder: Path) -> list[str]:
+def command(stage: str, folder: Path) -> list[str]:
     return [*STAGES[stage], *COMMON, "--save-dir", str(folder)]
 
 
-def run(stage: str, folder: Path, *more: str) -> list[str]:
-    """Output of each of two processes that end well."""
-    outputs = []
-    for status, output in finish(start(SCRIPT, 2, folder, "live", *flags(stage, folder), *more), 200):
-        assert status == 0, tail(output)
-        outputs.append(output)
-    return outputs
+def run(folder: Path, *commands: list[str]) -> None:
+    status = finish(start(folder, *commands))
+    assert status == [0, 0], [(folder / f"output{rank}.txt").read_text()[-4000:] for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Both stages as two processes that nobody kills: the folder, the outputs, what each rank held."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of all stages."""
     folder = tmp_path_factory.mktemp("whole")
-    assert main(["pretrain", *COMMON, "--epochs", "1", "--save-dir", str(folder)]) == 0
-    found: dict[str, Any] = {"folder": folder}
-    for stage in STAGES:
-        outputs = run(stage, folder)
-        ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-        found[stage] = (outputs, ranks)
-    return found
+    run(folder, *(command(stage, folder) for stage in STAGES))
+    return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_all_ranks_hold_the_same_and_one_prints_and_writes(whole: dict[str, Any], stage: str) -> None:
-    (first, second), (mine, other) = whole[stage]
-    assert "test:" in first
-    assert "weights:" in first
+def test_one_process_prints_and_writes(whole: Path) -> None:
+    first, second = ((whole / f"output{rank}.txt").read_text() for rank in (0, 1))
+    assert first.count("test:") == first.count("weights:") == len(STAGES)
     assert not [line for line in second.splitlines() if "Warning" not in line and not line.startswith(" ")]
-    assert mine.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in mine.items())
-    written, _ = load_weights(whole["folder"] / stage / "model.pt")
-    assert all(torch.equal(value, mine[name]) for name, value in written.items())
-    if stage.startswith("finetune"):
-        masks = [value for name, value in mine.items() if name.endswith(".mask")]
-        assert len(masks) == 6
-        assert all(0 < float(mask.mean()) < 1 for mask in masks)
-    assert not [path.name for path in whole["folder"].rglob("*.tmp*")]
+    assert not list(whole.rglob("*.tmp*"))
 
 
-@pytest.mark.parametrize(("stage", "by_torchrun"), list(zip(STAGES, (True, False), strict=True)))
-def test_a_killed_rank_ends_the_job_and_resuming_loses_nothing(
-    whole: dict[str, Any], stage: str, by_torchrun: bool, tmp_path: Path
-) -> None:
-    for before in ("pretrain", "learn_groups_g2"):
-        if before != stage:
-            shutil.copytree(whole["folder"] / before, tmp_path / before)
-            (tmp_path / before / "metrics.csv").unlink()  # the child waits for those of its own stage
-    if by_torchrun:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        done = subprocess.run(
-            [*command, str(HERE / SCRIPT), str(tmp_path), "die", *flags(stage, tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
+@pytest.mark.parametrize("stage", [LEARN, FINETUNE])
+def test_all_processes_hold_the_written_model(whole: Path, stage: str) -> None:
+    written, _ = load_weights(whole / stage / "model.pt")
+    for rank in (0, 1):
+        model = torch.load(whole / f"{stage}.rank{rank}.pt", weights_only=True)
+        assert model.keys() == written.keys()
+        assert all(torch.equal(value, written[name]) for name, value in model.items())
+    masks = [value for name, value in written.items() if name.endswith(".mask")]
+    assert len(masks) == (6 if stage == FINETUNE else 0)
+    assert all(0 < float(mask.mean()) < 1 for mask in masks)
+
+
+def kill_after_an_epoch(folder: Path, kill: Callable[[], None]) -> None:
+    metrics, limit = folder / "metrics.csv", time.monotonic() + 200
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 2:
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    kill()
+
+
+def resume(whole: Path, folder: Path, stage: str) -> None:
+    """The killed run resumes and ends with the bits of the uninterrupted one."""
+    assert 1 <= load_checkpoint(folder / stage)["epoch"] < 4
+    assert not (folder / stage / "model.pt").exists()
+    run(folder, [*command(stage, folder), "--resume"])
+    with (folder / stage / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+    resumed, expected = (load_weights(f / stage / "model.pt")[0] for f in (folder, whole))
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+
+
+def test_a_killed_process_ends_the_job_and_resuming_loses_nothing(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / LEARN, tmp_path / LEARN)
+    processes = start(tmp_path, command(FINETUNE, tmp_path))
+    kill_after_an_epoch(tmp_path / FINETUNE, processes[1].kill)
+    survivor, killed = finish(processes)
+    assert killed == -signal.SIGKILL
+    assert survivor
+    resume(whole, tmp_path, FINETUNE)
+
+
+def test_torchrun_ends_a_job_whose_process_is_killed(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "pretrain", tmp_path / "pretrain")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    job = subprocess.Popen(
+        [*torchrun, "-m", "dsp_cli.main", *command(LEARN, tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def kill_rank_1() -> None:
+        (rank_1,) = (
+            int(process)
+            for process in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            if b"\0RANK=1\0" in Path(f"/proc/{process}/environ").read_bytes()
         )
-        assert done.returncode != 0
-        assert "Signal 9 (SIGKILL)" in done.stderr, tail(done.stderr)
-    else:
-        survivor, killed = finish(start(SCRIPT, 2, tmp_path, "die", *flags(stage, tmp_path)), 200)
-        assert killed[0] == -9
-        assert survivor[0] > 0, tail(survivor[1])
-    assert 1 <= load_checkpoint(tmp_path / stage)["epoch"] < 3
-    assert not (tmp_path / stage / "model.pt").exists()
-    run(stage, tmp_path, "--resume")
-    with (tmp_path / stage / "metrics.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
-    again, expected = (load_weights(f / stage / "model.pt")[0] for f in (tmp_path, whole["folder"]))
-    assert all(torch.equal(value, again[name]) for name, value in expected.items())
+        os.kill(rank_1, signal.SIGKILL)
+
+    try:
+        kill_after_an_epoch(tmp_path / LEARN, kill_rank_1)
+        errors = job.communicate(timeout=200)[1]
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors
+    resume(whole, tmp_path, LEARN)
