@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from recipe_cases import TINY, Recipe, few_digits, state
 from torch import Tensor
@@ -28,6 +29,22 @@ def dense(data: ImageData) -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def grouped(data: ImageData, dense: dict[str, Tensor]) -> dict[str, Tensor]:
     return state(learn_groups(data, dense, LearnGroupsConfig(**TINY, groups=2)).model)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEG files of 64 x 48 pixels in three classes of noisy colours."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 9), ("val", 3)):
+        for label, name in enumerate(("cat", "dog", "frog")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 80, (48, 64, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                image.fromarray(pixels).save(root / part / name / f"{i}.jpg", quality=95)
+    return root
 
 
 @pytest.fixture(params=["pretrain", "learn-groups", "finetune"])

@@ -18,17 +18,26 @@ from distributed_recipe import finish, start
 
 from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights
 
-COMMON = ["-l", "8", "--data", "digits", "--batch-size", "256", "--lr", "0.05", "--device", "cpu"]
+COMMON = ["-l", "8", "--data", "folder", "--image-size", "16", "--batch-size", "12", "--device", "cpu"]
 LEARN, FINETUNE = "learn_groups_g2", "finetune_g2_p0.5"
+Command = Callable[[str, Path], list[str]]
 STAGES = {
     "pretrain": ["pretrain", "--epochs", "1"],
-    LEARN: ["learn-groups", "-g", "2", "-r", "0.02", "--epochs", "4"],
-    FINETUNE: ["finetune", "-g", "2", "-p", "0.5", "--epochs", "4", "--cycles", "4"],
+    LEARN: ["learn-groups", "-g", "2", "-r", "0.02", "--epochs", "8"],
+    FINETUNE: ["finetune", "-g", "2", "-p", "0.5", "--epochs", "8", "--cycles", "4"],
 }
 
 
-def command(stage: str, folder: Path) -> list[str]:
-    return [*STAGES[stage], *COMMON, "--save-dir", str(folder)]
+@pytest.fixture(scope="module")
+def command(image_folder: Path) -> Command:
+    return lambda stage, folder: [
+        *STAGES[stage],
+        *COMMON,
+        "--data-root",
+        str(image_folder),
+        "--save-dir",
+        str(folder),
+    ]
 
 
 def run(folder: Path, *commands: list[str]) -> None:
@@ -37,7 +46,7 @@ def run(folder: Path, *commands: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run of all stages."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder, *(command(stage, folder) for stage in STAGES))
@@ -71,28 +80,30 @@ def kill_after_an_epoch(folder: Path, kill: Callable[[], None]) -> None:
     kill()
 
 
-def resume(whole: Path, folder: Path, stage: str) -> None:
+def resume(command: Command, whole: Path, folder: Path, stage: str) -> None:
     """The killed run resumes and ends with the bits of the uninterrupted one."""
-    assert 1 <= load_checkpoint(folder / stage)["epoch"] < 4
+    assert 1 <= load_checkpoint(folder / stage)["epoch"] < 8
     assert not (folder / stage / "model.pt").exists()
     run(folder, [*command(stage, folder), "--resume"])
     with (folder / stage / "metrics.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+        assert [row["epoch"] for row in csv.DictReader(file)] == list("12345678")
     resumed, expected = (load_weights(f / stage / "model.pt")[0] for f in (folder, whole))
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
 
 
-def test_a_killed_process_ends_the_job_and_resuming_loses_nothing(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job_and_resuming_loses_nothing(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
     shutil.copytree(whole / LEARN, tmp_path / LEARN)
     processes = start(tmp_path, command(FINETUNE, tmp_path))
     kill_after_an_epoch(tmp_path / FINETUNE, processes[1].kill)
     survivor, killed = finish(processes)
     assert killed == -signal.SIGKILL
     assert survivor
-    resume(whole, tmp_path, FINETUNE)
+    resume(command, whole, tmp_path, FINETUNE)
 
 
-def test_torchrun_ends_a_job_whose_process_is_killed(whole: Path, tmp_path: Path) -> None:
+def test_torchrun_ends_a_job_whose_process_is_killed(command: Command, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "pretrain", tmp_path / "pretrain")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     job = subprocess.Popen(
@@ -117,4 +128,4 @@ def test_torchrun_ends_a_job_whose_process_is_killed(whole: Path, tmp_path: Path
         job.kill()
     assert job.returncode != 0
     assert "Signal 9 (SIGKILL)" in errors
-    resume(whole, tmp_path, LEARN)
+    resume(command, whole, tmp_path, LEARN)
