@@ -1,13 +1,11 @@
-"""Names that commands make of their options."""
+"""Names of the folders that ``--groups`` and ``--layer-groups`` make."""
 
 from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
 
-import pytest
-
-from dsp_cli.options import groups_folder
+from dsp_cli.train import groups_folder
 
 CHOICES: list[tuple[int, dict[str, int]]] = [
     (4, {}),
@@ -18,7 +16,7 @@ CHOICES: list[tuple[int, dict[str, int]]] = [
     (4, {"stage_3/*": 8}),
     (4, {"stage_3.%2A": 8}),
     (4, {"a": 1, "b": 2}),
-    (4, {"b": 2, "a": 1}),  # the order counts where both fit a layer
+    (4, {"b": 2, "a": 1}),  # the order counts if both match a layer
     (4, {"a=1_b": 2}),
     (4, {"a": 12}),
     (4, {f"layer{number}.*": 2 for number in range(40)}),
@@ -26,16 +24,13 @@ CHOICES: list[tuple[int, dict[str, int]]] = [
 ]
 
 
-def test_other_groups_have_another_folder() -> None:
+def test_different_groups_have_different_valid_folders(tmp_path: Path) -> None:
     for (groups, one), (others, other) in combinations(CHOICES, 2):
         assert groups_folder(groups, one) != groups_folder(others, other), (one, other)
-
-
-@pytest.mark.parametrize(("groups", "by_layer"), CHOICES)
-def test_a_folder_of_that_name_can_be(groups: int, by_layer: dict[str, int], tmp_path: Path) -> None:
-    name = f"learn_groups_{groups_folder(groups, by_layer)}"
-    (tmp_path / name).mkdir()
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    names = {f"learn_groups_{groups_folder(*choice)}" for choice in CHOICES}
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_plain_names_are_readable() -> None:
