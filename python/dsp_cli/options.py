@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -150,9 +149,8 @@ def run_command(defaults: type[RunConfig]) -> Callable[[Callable[..., None]], Ca
 
     defaults: the recipe whose epochs, learning rate and weight decay ``--help`` shows.
     """
-    flag_of = {"epochs": "epochs", "lr": "lr", "weight_decay": "wd"}
-    fields = {field.name: field.default for field in dataclasses.fields(defaults)}
-    shown = {flag: fields[name] for name, flag in flag_of.items()}
+    fields = {"epochs": "epochs", "lr": "lr", "wd": "weight_decay"}
+    shown = {flag: getattr(defaults, name) for flag, name in fields.items()}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]

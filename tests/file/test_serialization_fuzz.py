@@ -1,4 +1,4 @@
-"""Damaged files in a process with limited memory. ``scripts/safety/fuzz_files.py --count 20000`` is the long run."""
+"""Damaged files in a process with limited memory; ``make fuzz`` is the long run."""
 
 from __future__ import annotations
 

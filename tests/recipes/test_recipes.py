@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPError, DSPPruningError, DSPTrainingError
 from dsp_pruning.data import ImageData
 from dsp_pruning.recipes.checkpoint import load_checkpoint
-from dsp_pruning.recipes.evaluation import evaluate
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune, load_pruned
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
 from dsp_pruning.recipes.schedules import cosine, multi_step
+from dsp_pruning.recipes.training import evaluate
 
 
 def test_a_run_leaves_metrics_a_summary_and_weights(recipe: Recipe, tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from torch import nn
 import dsp_kernels
 from dsp_pruning.data import ImageData, load_digits, normalise
 from dsp_pruning.packing.pack import pack
-from dsp_pruning.recipes.evaluation import evaluate
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
-from dsp_pruning.recipes.training import Progress
+from dsp_pruning.recipes.training import Progress, evaluate
 from dsp_pruning.report import network_cost
 
 __all__ = ["PACKED", "DemoConfig", "DemoResult", "run_demo"]

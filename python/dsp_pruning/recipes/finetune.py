@@ -18,11 +18,10 @@ from dsp_pruning.prune.report import PruningReport
 from dsp_pruning.prune.rule import Target
 from dsp_pruning.prune.wrapper import PruneWrapper
 from dsp_pruning.recipes.checkpoint import load_weights, restore_weights
-from dsp_pruning.recipes.evaluation import evaluate
 from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import RunConfig, depth_of, group_counts, new_model, pick_device
 from dsp_pruning.recipes.schedules import cosine
-from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer
+from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer, evaluate
 
 __all__ = ["FinetuneConfig", "finetune", "load_pruned", "preview"]
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPTrainingError
 
-__all__ = ["Precision", "PrecisionName"]
+__all__ = ["Precision"]
 
-PrecisionName = Literal["float32", "bfloat16", "float16"]
+_NAMES = ("float32", "bfloat16", "float16")
 
 
 class Precision:
@@ -23,10 +22,8 @@ class Precision:
     """
 
     def __init__(self, name: str = "float32", device: torch.device | str = "cpu") -> None:
-        if name not in get_args(PrecisionName):
-            raise DSPTrainingError(
-                f"precision is {name!r}; expected one of {', '.join(get_args(PrecisionName))}"
-            )
+        if name not in _NAMES:
+            raise DSPTrainingError(f"precision is {name!r}; expected one of {', '.join(_NAMES)}")
         self.device_type = torch.device(device).type
         self.dtype: torch.dtype = getattr(torch, name)
         self.mixed = name != "float32"

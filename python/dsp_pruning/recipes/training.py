@@ -1,4 +1,4 @@
-"""The training loop of all recipes: epochs, metrics, checkpoints, resuming."""
+"""The training loop of all recipes: epochs, metrics, checkpoints, resuming; and evaluation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dsp_kernels.errors import DSPTrainingError
+from dsp_kernels.graph.network import evaluating
 from dsp_kernels.whole_file import write_text
-from dsp_pruning.data import TrainingData, training_batches, training_steps
+from dsp_pruning.data import (
+    FolderSplit,
+    Split,
+    TrainingData,
+    evaluation_batches,
+    training_batches,
+    training_steps,
+)
 from dsp_pruning.distributed import (
     all_reduce_mean,
     broadcast_tensors,
@@ -29,15 +38,43 @@ from dsp_pruning.distributed import (
     world_size,
 )
 from dsp_pruning.recipes.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint, save_weights
-from dsp_pruning.recipes.evaluation import Score, evaluate
 from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig
 from dsp_pruning.recipes.schedules import Schedule
 
-__all__ = ["Hook", "Progress", "RecipeResult", "Trainer"]
+__all__ = ["Hook", "Progress", "RecipeResult", "Score", "Trainer", "evaluate"]
 
 # Called after every step with (steps done, total steps, text to show).
 Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """accuracy: 0..1. loss: mean cross-entropy in nats. n: number of images."""
+
+    accuracy: float
+    loss: float
+    n: int
+
+
+@torch.inference_mode()
+def evaluate(model: Callable[[Tensor], Tensor], data: TrainingData, split: Split | FolderSplit) -> Score:
+    """Score a network on a split.
+
+    model: images float32 (batch, channels, height, width) -> logits (batch, classes). A module runs in eval
+    mode and gets its previous mode back. Collective: with several processes each scores its share of the
+    images, and all get the same result.
+    """
+    correct, loss = 0, 0.0
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
+        for images, labels in evaluation_batches(data, split, rank=rank(), world_size=world_size()):
+            logits = model(images).float()
+            correct += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    sums = torch.tensor([correct, loss], dtype=torch.float64)
+    all_reduce_mean([sums])
+    accuracy, mean_loss = (sums * world_size() / len(split)).tolist()
+    return Score(accuracy, mean_loss, len(split))
 
 
 @dataclass(frozen=True)
