@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_cli import options
 from dsp_cli.main import main
+from dsp_cli.train import groups_folder
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights
 from dsp_pruning.recipes.training import Progress
@@ -164,7 +165,8 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(
     assert load_checkpoint(tmp_path / "pretrain")["epoch"] == 2
 
 
-# arguments ("TEXT": a text file, "FOLDER": an empty folder), exit status, part of the message
+# Arguments, exit status, part of the message. TEXT is a text file, FOLDER an empty folder, RUN the options of the
+# trained network, PACKED the packed one.
 BAD = [
     ("conquer", 2, "No such command 'conquer'"),
     ("demo --speed", 2, "No such option"),
@@ -175,62 +177,54 @@ BAD = [
     ("pack", 2, "--ckpt"),
     ("pretrain --data cifar10", 1, "needs --data-root"),
     ("pretrain --data folder --data-root FOLDER", 1, "one folder of images per class"),
+    ("pretrain -l 21 --data digits", 1, "depth is 21"),
+    ("pretrain RUN --device cuda:99", 1, "device 'cuda:99' cannot be used"),
+    ("pretrain RUN --resume --lr 0.7", 1, "has lr = 0.1, now it is 0.7"),
     ("learn-groups --save-dir FOLDER", 1, "run `dsp pretrain -l 20` first"),
+    ("learn-groups RUN -g 99", 1, "16 filters"),
+    ("learn-groups RUN -g 2 --layer-groups stage_9.*=3", 1, "stage_9.*"),
+    ("learn-groups RUN -g 2 --layer-groups stage_1", 1, "expected PATTERN=G"),
+    ("finetune RUN -g 2 --layer-groups stage_3.*=4", 1, "-g 2 --layer-groups 'stage_3.*=4'` first"),
+    ("finetune RUN -g 2 -p 1.5", 1, "rate"),
+    ("finetune RUN -g 2 --ckpt TRAINED/pretrain/model.pt", 1, "group is missing"),
     ("finetune --ckpt FOLDER/none.pt", 1, "none.pt: no such file"),
     ("finetune --ckpt TEXT", 1, "is not a readable checkpoint"),
-    ("pretrain -l 21 --data digits", 1, "depth is 21"),
-    ("inspect FOLDER/none", 1, "none"),
-    ("inspect TEXT", 1, "not a readable safetensors file"),
-    ("bench TEXT", 1, "not a readable safetensors file"),
     ("pack --ckpt TEXT --save FOLDER/x", 1, "is not a readable checkpoint"),
     ("pack --ckpt TEXT --save FOLDER/x.pt", 1, "use .safetensors"),
+    ("inspect FOLDER/none", 1, "none"),
+    ("inspect TEXT", 1, "not a readable safetensors file"),
+    ("inspect PACKED --picture FOLDER/picture.doc", 1, "cannot write the picture"),
+    ("bench TEXT", 1, "not a readable safetensors file"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "status", "message"), BAD)
 def test_bad_input_is_one_line(
-    arguments: str, status: int, message: str, dsp: Callable[..., Outcome], tmp_path: Path
+    arguments: str,
+    status: int,
+    message: str,
+    trained: Path,
+    packed_file: Path,
+    dsp: Callable[..., Outcome],
+    tmp_path: Path,
 ) -> None:
     text = tmp_path / "text.safetensors"
     text.write_text("not a network")
-    given = arguments.replace("TEXT", str(text)).replace("FOLDER", str(tmp_path))
-    outcome = dsp(*given.split())
+    (tmp_path / "empty").mkdir()
+    for name, value in (
+        ("RUN", " ".join([*SMALL, "--save-dir", "TRAINED"])),
+        ("TRAINED", trained),
+        ("PACKED", packed_file),
+        ("TEXT", text),
+        ("FOLDER", tmp_path / "empty"),
+    ):
+        arguments = arguments.replace(name, str(value))
+    outcome = dsp(*arguments.split())
     assert outcome.status == status
     assert outcome.error.startswith("error: ")
     assert message in outcome.error
     assert outcome.error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("finetune -g 2 -p 1.5", "rate"),
-        ("finetune -g 2 --ckpt TRAINED/pretrain/model.pt", "group is missing"),
-        ("learn-groups -g 99", "16 filters"),
-        ("learn-groups -g 2 --layer-groups stage_9.*=3", "stage_9.*"),
-        ("learn-groups -g 2 --layer-groups stage_1", "expected PATTERN=G"),
-        ("finetune -g 2 --layer-groups stage_3.*=4", "-g 2 --layer-groups 'stage_3.*=4'` first"),
-        ("pretrain --device cuda:99", "device 'cuda:99' cannot be used"),
-        ("pretrain --resume --lr 0.7", "has lr = 0.1, now it is 0.7"),
-    ],
-)
-def test_bad_settings_of_a_stage_are_one_line(
-    arguments: str, message: str, trained: Path, dsp: Callable[..., Outcome]
-) -> None:
-    command, *own = arguments.replace("TRAINED", str(trained)).split()
-    outcome = dsp(command, *SMALL[:-2], "--save-dir", trained, *own)
-    assert outcome.status == 1
-    assert message in outcome.error
-    assert outcome.error.count("\n") == 1
-
-
-def test_a_picture_of_an_unknown_kind_is_one_line(
-    packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
-) -> None:
-    outcome = dsp("inspect", packed_file, "--picture", tmp_path / "picture.doc")
-    assert outcome.status == 1
-    assert "cannot write the picture" in outcome.error
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_help_names_every_command(dsp: Callable[..., Outcome]) -> None:
@@ -276,3 +270,25 @@ def test_a_network_with_several_inputs_in_every_command(dsp: Callable[..., Outco
     refused = dsp("bench", file, "--out", tmp_path / "b.json")
     assert refused.status
     assert "takes several inputs" in refused.error
+
+
+GROUPS: list[tuple[int, dict[str, int]]] = [
+    (4, {}),
+    (48, {}),
+    *((4, {pattern: 8}) for pattern in ("stage_3.*", "stage_3.?", "stage_3.", "stage_3/*", "stage_3.%2A")),
+    (4, {"a": 1, "b": 2}),
+    (4, {"b": 2, "a": 1}),  # the order counts if both match a layer
+    (4, {"a=1_b": 2}),
+    (4, {"a": 12}),
+    (4, {f"layer{number}.*": 2 for number in range(40)}),
+    (4, {f"layer{number}.?": 2 for number in range(40)}),
+]
+
+
+def test_different_groups_have_different_valid_folders(tmp_path: Path) -> None:
+    names = {f"learn_groups_{groups_folder(*choice)}" for choice in GROUPS}
+    assert len(names) == len(GROUPS)
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert groups_folder(4, {"stage_3.0.conv_a": 8}) == "g4_stage_3.0.conv_a=8"
