@@ -43,7 +43,8 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--ckpt",
-        help="Weights to start from; `torchvision`: its own. Default: the previous stage in --save-dir.",
+        help="Weights to start from; `torchvision` downloads its ImageNet weights for --arch. "
+        "Default: the previous stage in --save-dir.",
     ),
 ]
 

@@ -165,8 +165,8 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(
     assert load_checkpoint(tmp_path / "pretrain")["epoch"] == 2
 
 
-# Arguments, exit status, part of the message. TEXT is a text file, FOLDER an empty folder, RUN the options of the
-# trained network, PACKED the packed one.
+# Arguments, exit status, part of the message. TEXT is a text file, FOLDER an empty folder, RUN stands for the
+# options of the trained network, PACKED for the packed one.
 BAD = [
     ("conquer", 2, "No such command 'conquer'"),
     ("demo --speed", 2, "No such option"),
