@@ -35,10 +35,7 @@ def bench(
         list[str] | None,
         typer.Option("--form", help="dense, packed, compacted or filters; repeatable. Default: all."),
     ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size in the file."),
-    ] = None,
+    image_size: o.ImageSize = None,
     rounds: o.Rounds = 30,
     seed: o.Seed = 0,
     device: o.Device = "cpu",

@@ -10,6 +10,7 @@ import torch
 import typer
 
 import dsp_kernels
+from dsp_cli import options as o
 from dsp_cli.show import console
 from dsp_cli.twin import example_of
 from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
@@ -26,10 +27,7 @@ def export(
         Precision, typer.Option("--precision", help="Of the tensors in an ONNX file.")
     ] = Precision.fp32,
     opset: Annotated[int, typer.Option("--opset", min=18, help="Of an ONNX file.")] = 18,
-    image_size: Annotated[
-        int | None,
-        typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size in the file."),
-    ] = None,
+    image_size: o.ImageSize = None,
 ) -> None:
     """Write a packed network as ONNX of ordinary convolutions, an exported PyTorch program or TorchScript."""
     network = dsp_kernels.load(file)

@@ -19,8 +19,6 @@ from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.recipes.run import RunConfig
 from dsp_pruning.recipes.training import RecipeResult
 
-__all__ = ["Device", "Groups", "Layers", "Rounds", "RunFlags", "Seed", "check_packed_name", "run_command"]
-
 DataName = StrEnum("DataName", "digits cifar10 folder")
 Arch = StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152")
 Precision = StrEnum("Precision", "float32 bfloat16 float16")
@@ -33,6 +31,10 @@ Layers = Annotated[
 Groups = Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups per layer.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of initial weights, splits, shuffling and noise.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size in the file."),
+]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timing samples per network.")]
 
 

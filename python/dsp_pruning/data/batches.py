@@ -21,10 +21,8 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     >>> normalise(torch.full((1, 1, 1, 2), 255, dtype=torch.uint8), (0.5,), (0.25,))
     tensor([[[[2., 2.]]]])
     """
-    shape = (1, len(mean), 1, 1)
-    mean_tensor = torch.tensor(mean, device=images.device).view(shape)
-    std_tensor = torch.tensor(std, device=images.device).view(shape)
-    return (images.float() / 255 - mean_tensor) / std_tensor
+    center, scale = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - center) / scale
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool, crop_padding: int) -> Tensor:

@@ -32,7 +32,7 @@ PREVIOUS = "checkpoint.previous.pt"
 _FORMAT = "dsp-kernels training checkpoint 1"
 
 
-def save_checkpoint(directory: Path, state: Mapping[str, Any]) -> Path:
+def save_checkpoint(directory: Path, state: Mapping[str, Any]) -> None:
     """Write ``state`` as the last checkpoint of ``directory`` and keep the previous one.
 
     state: tensors, numbers, strings and containers of them. A crash at any time leaves a readable file.
@@ -40,7 +40,6 @@ def save_checkpoint(directory: Path, state: Mapping[str, Any]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with whole_file(directory / LAST, directory / PREVIOUS) as temporary:
         fill(temporary, partial(torch.save, {**state, "format": _FORMAT}))
-    return directory / LAST
 
 
 def has_checkpoint(directory: Path) -> bool:

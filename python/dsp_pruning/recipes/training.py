@@ -178,7 +178,9 @@ class Trainer:
         while self.epoch < self.config.epochs:
             self.hook.before_epoch(self.epoch)
             started = time.perf_counter()
-            rate = self._set_rates()
+            factor = self.schedule(self.epoch)
+            for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base * factor
             loss, accuracy = self._train_epoch(progress)
             broadcast_tensors(list(self.model.buffers()))  # batch norm statistics differ between processes
             score = evaluate(self.model, self.data, self.data.validation)
@@ -186,7 +188,7 @@ class Trainer:
             self.history.append(
                 {
                     "epoch": self.epoch,
-                    "lr": rate,
+                    "lr": self._base_rates[0] * factor,
                     "train_loss": loss,
                     "train_accuracy": accuracy,
                     "validation_loss": score.loss,
@@ -275,22 +277,11 @@ class Trainer:
         total_loss, correct_all, seen_all = sums.tolist()
         return total_loss / seen_all, correct_all / seen_all
 
-    def _set_rates(self) -> float:
-        factor = self.schedule(self.epoch)
-        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = base * factor
-        return self._base_rates[0] * factor
-
     def _keep_best(self, score: Score) -> None:
         # On a small split many epochs have the same accuracy; then the lower loss decides.
         if not self.best or (score.accuracy, -score.loss) > (self.best["accuracy"], -self.best["loss"]):
             model = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.best = {
-                "epoch": self.epoch,
-                "accuracy": score.accuracy,
-                "loss": score.loss,
-                "model": model,
-            }
+            self.best = {"epoch": self.epoch, "accuracy": score.accuracy, "loss": score.loss, "model": model}
 
     def _save(self) -> None:
         if self.directory is None or not is_main():
