@@ -58,7 +58,7 @@ def bench(
 ) -> None:
     """Time a packed network in every engine against its dense original and other pruned forms.
 
-    The dense form has the widths before pruning and random weights: only its speed counts.
+    The dense rows are the network before packing, with random weights: they are shown for speed.
     """
     status = commands.run(
         Namespace(

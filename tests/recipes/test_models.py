@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,6 @@ def test_impossible_counts_and_variants_are_refused(value: Any) -> None:
         torchvision_resnet("resnet18", num_classes=value)
     with pytest.raises(DSPPruningError, match=f"'{value}'; expected one of resnet18, resnet34"):
         torchvision_resnet(str(value))
-
-
-def test_the_architecture_rebuilds_the_model() -> None:
-    model = cifar_resnet(8, num_classes=5, in_channels=1)
-    stored = json.loads(json.dumps(model.architecture))
-    assert stored["name"] == "cifar_resnet"
-    cifar_resnet(**stored["args"]).load_state_dict(model.state_dict())
 
 
 def test_initial_weights_are_he_normal_by_fan_out_and_follow_the_generator() -> None:

@@ -1,4 +1,4 @@
-"""Architectures to learn groups in: ResNets for small images and torchvision's ResNets."""
+"""Reference models: CIFAR and torchvision ResNets."""
 
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet

@@ -37,7 +37,13 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Made by ``cifar_resnet``. architecture: name and arguments that rebuild it, as plain JSON."""
+    """The class of ``cifar_resnet``'s models: images (batch, in_channels, height, width) -> logits.
+
+    architecture: name and arguments that rebuild it, as plain JSON.
+
+    >>> isinstance(cifar_resnet(8), CifarResNet)
+    True
+    """
 
     def __init__(self, depth: int, num_classes: int, in_channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torchvision's ResNets and their published weights."""
+"""torchvision's ResNets by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn
     _check(variant)
     if not isinstance(num_classes, int) or not 1 <= num_classes <= 1_000_000:
         raise DSPPruningError(f"num_classes is {num_classes!r}; expected 1 to 1,000,000")
-    import torchvision  # optional dependency
+    import torchvision  # an extra: the runtime and CIFAR need no torchvision
 
     model = getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
     model.architecture = {
