@@ -7,7 +7,7 @@
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
 # make fuzz   damage 20,000 saved files and load them
-# make test-zoo   pack every network of the zoo and write docs/zoo.md (installs timm)
+# make test-zoo   pack every network of the zoo and write docs/notes/zoo.md (installs timm)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -43,10 +43,10 @@ test-triton36: $(INSTALLED)
 
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet timm
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py pack --out docs/zoo.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py pack --out docs/notes/zoo.md
 
 fuzz: $(INSTALLED)
-	$(BIN)/python scripts/fuzz_files.py --count 20000
+	$(BIN)/python scripts/safety/fuzz_files.py --count 20000
 
 # About five minutes; the page is benchmarks/results/default_cpu.html.
 bench: $(INSTALLED)

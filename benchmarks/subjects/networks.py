@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.file.save_load import input_channels
 from dsp_kernels.program.steps import Program
 from dsp_pruning import build_released
-from dsp_pruning.data import load_cifar10_subset, normalise
+from dsp_pruning.data import normalise
+from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.released.arrays import read_released_arrays
@@ -177,8 +179,9 @@ def _labelled(classes: int, image_size: int) -> Labelled | None:
     path = shared_folder() / "data" / "cifar10_subset.npz"
     if classes != 10 or image_size != 32 or not path.is_file():
         return None
-    data = load_cifar10_subset(path)
-    return Labelled(normalise(data.test.images, data.mean, data.std), data.test.labels)
+    with np.load(path) as archive:
+        images, labels = (torch.from_numpy(archive[f"test_{what}"]) for what in ("images", "labels"))
+    return Labelled(normalise(images, CIFAR10_MEAN, CIFAR10_STD), labels.long())
 
 
 def _made_for(saved: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """Pack, learn or prune every network of the zoo and print a table.
 
-``python scripts/zoo/run.py pack --out docs/zoo.md``, or ``learn``, or ``prune``; then names, or none for all.
+``python scripts/zoo/run.py pack --out docs/notes/zoo.md``, or ``learn``, or ``prune``; then names, or none for all.
 """
 
 from __future__ import annotations

@@ -324,8 +324,8 @@ def test_every_truncation(tmp_path: Path) -> None:
 
 
 def test_damaged_files_load_completely_or_not_at_all() -> None:
-    """In a process with limited memory; ``scripts/fuzz_files.py --count 20000`` is the long run."""
-    script = Path(__file__).parents[2] / "scripts" / "fuzz_files.py"
+    """In a process with limited memory; ``scripts/safety/fuzz_files.py --count 20000`` is the long run."""
+    script = Path(__file__).parents[2] / "scripts" / "safety" / "fuzz_files.py"
     command = [sys.executable, str(script), "--count", "500"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """The tile sizes of the Triton kernel, and the rule that chooses among them.
 
-The rule is derived from lower bounds and resource use, not measured on a GPU yet (docs/gpu-notes.md).
+The rule is derived from lower bounds and resource use, not measured on a GPU yet (docs/notes/gpu.md).
 ``tune`` (tune.py) measures instead.
 """
 

@@ -53,7 +53,7 @@ class DeviceModel:
     shared_per_clock: int = 128  # bytes per multiprocessor, including L1
 
 
-# bandwidth, peak_flops: measured on an H200 before the project (docs/gpu-notes-blocks.md); multiprocessors,
+# bandwidth, peak_flops: measured on an H200 before the project (docs/notes/gpu.md); multiprocessors,
 # clock and shared memory: data sheet; launch in a CUDA graph, l2_bandwidth and flops of mma.sync: estimates.
 H200 = DeviceModel(132, 232448, 233472, 4.3e12, 5.5e12, 6.0e14, 7.9e14, 1.7e9, 2.5e-6)
 
@@ -99,7 +99,7 @@ def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
     batch, _, height, width = shapes[step.output] or (0, 0, 0, 0)
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     has_halo = spec.kernel_size == (3, 3) and (spec.stride, spec.dilation) == ((1, 1), (1, 1))
-    # A halo tile reads 1.9 times its pixels instead of 9 times (docs/gpu-notes-cuda.md).
+    # A halo tile reads 1.9 times its pixels instead of 9 times (docs/notes/gpu.md).
     reread = 1.9 / 9 if has_halo else 1.0
     positions = batch * height * width
     best = math.inf

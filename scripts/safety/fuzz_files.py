@@ -1,8 +1,7 @@
-"""Fuzz dsp_kernels.load with mutated files: ``python scripts/fuzz_files.py --count 20000 --seed 0``.
+"""Fuzz dsp_kernels.load with damaged files: ``python scripts/safety/fuzz_files.py --count 20000 --seed 0``.
 
-Every file is loaded in a process with limited memory; one that loads is run on its own example shape. It
-has to load whole or raise DSPFormatError, within a time limit. Prints the counts; exit status 1 for any
-other outcome, with the seed of the file that caused it.
+A file must load completely or raise DSPFormatError, with limited memory and time; a network that loads runs
+on its example shapes. Any other outcome is an error that names the seed of the file.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ import random
 import resource
 import signal
 import struct
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +26,24 @@ import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.graph.size_check import SizeCheck
 
-_SECONDS = 10  # for one file; a good one takes less than 0.1
-_MEMORY = 1 << 30  # beyond what the process holds at the start; the files are smaller than 64 KiB
+_SECONDS = 10  # per file; a good one takes less than 0.1
+_MEMORY = 1 << 30  # bytes on top of what the process has at the start; files are smaller than 64 KiB
 _NUMBERS = (-1, 0, 1, 2, 3, 7, 255, 2**16, 2**20, 2**31, 2**40, 2**63, 10**18, 10**30, 0.5, -1e300, True)
-_WORDS = (
-    "",
-    "os.system",
-    "__class__",
-    "eval",
-    "relu",
-    "x" * 1000,
-    "../../x",
-    "a.b",
-    "\x00",
-    "if",
-    "F64",
-    "same",
-)
+_WORDS = ("", "\x00", "x" * 1000, "os.system", "__class__", "relu", "../../x", "a.b", "if", "F64", "same")
 
 Header = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 
 def networks() -> list[tuple[Header, Tensors]]:
-    """Descriptions and tensors of small networks with every kind of module, call and loose tensor."""
+    """Headers and tensors of small networks with every kind of module, call and tensor attribute."""
     made = []
     torch.manual_seed(0)
-    image = torch.zeros(1, 3, 8, 8)
-    bases: list[tuple[nn.Module, tuple[Tensor, ...]]] = [
-        (_Residual(), (image,)),
-        (dsp_kernels.swap(_Residual().eval()), (image,)),
-        (_TwoInputs(), (image, torch.zeros(1, 5))),
-    ]
-    bases[0][0].dense_widths = {"packed": (8, 16, 1)}  # type: ignore[assignment]
-    for network, example in bases:
+    image, features = torch.zeros(1, 3, 8, 8), torch.zeros(1, 5)
+    first = _Residual()
+    first.dense_widths = {"packed": (8, 16, 1)}  # type: ignore[assignment]
+    for network in (first, dsp_kernels.swap(_Residual().eval()), _TwoInputs()):
+        example = (image, features) if isinstance(network, _TwoInputs) else (image,)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "net"
             dsp_kernels.save(network.eval(), path, example)
@@ -106,7 +87,7 @@ class _TwoInputs(nn.Module):
 
 
 def mutated(header: Header, tensors: Tensors, rng: random.Random) -> bytes:
-    """One damaged file: its bytes, its JSON, its tensors, or its length."""
+    """A file whose bytes, length, JSON header, tensors or safetensors table are damaged."""
     header, tensors = copy.deepcopy(header), dict(tensors)
     kind = rng.choice(("bytes", "header bytes", "length", "json", "json", "json", "tensors", "table"))
     if kind == "json":
@@ -121,15 +102,14 @@ def mutated(header: Header, tensors: Tensors, rng: random.Random) -> bytes:
             data[rng.randrange(len(data))] = rng.randrange(256)
     if kind == "header bytes":
         for _ in range(rng.randint(1, 4)):
-            data[rng.randrange(8 + length)] = rng.choice(
-                (rng.randrange(256), ord(rng.choice('0123456789[]{},:"-')))
-            )
+            replacement = (rng.randrange(256), ord(rng.choice('0123456789[]{},:"-')))
+            data[rng.randrange(8 + length)] = rng.choice(replacement)
     if kind == "length":
         if rng.random() < 0.5:
             del data[rng.randrange(len(data)) :]
         else:
             data[:8] = struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1)))
-    if kind == "table":  # offsets, shapes and dtypes of the container itself
+    if kind == "table":  # offsets, shapes and dtypes of safetensors
         table = json.loads(data[8 : 8 + length])
         _mutate_json(table, rng)
         text = json.dumps(table).encode()
@@ -138,7 +118,7 @@ def mutated(header: Header, tensors: Tensors, rng: random.Random) -> bytes:
 
 
 def _mutate_json(root: Any, rng: random.Random) -> None:
-    """Change, drop, copy or replace one value anywhere in a JSON tree."""
+    """Change, drop, copy or replace one value of a JSON tree."""
     places: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
@@ -148,8 +128,6 @@ def _mutate_json(root: Any, rng: random.Random) -> None:
                 walk(value[key])
 
     walk(root)
-    if not places:
-        return
     parent, key = rng.choice(places)
     old = parent[key]
     action = rng.choice(("number", "number", "word", "drop", "copy", "near", "wrap", "rename"))
@@ -169,11 +147,7 @@ def _mutate_json(root: Any, rng: random.Random) -> None:
         parent[rng.choice(_WORDS)] = parent.pop(key)
     else:
         other, from_key = rng.choice(places)
-        # A branch that was cut off may still be chosen; its value is a value like any other.
-        source = (
-            other.get(from_key) if isinstance(other, dict) else (other[from_key : from_key + 1] or [0])[0]
-        )
-        parent[key] = copy.deepcopy(source)
+        parent[key] = copy.deepcopy(other[from_key])
 
 
 def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
@@ -181,21 +155,20 @@ def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
     tensor = tensors.pop(name)
     action = rng.choice(("drop", "shape", "dtype", "rename", "values", "extra"))
     if action == "shape":
-        tensors[name] = torch.zeros([rng.choice((0, 1, 3, 6, 8)) for _ in range(rng.randint(0, 5))])
+        tensors[name] = torch.zeros(rng.choices((0, 1, 3, 6, 8), k=rng.randint(0, 5)))
     elif action == "dtype":
-        tensors[name] = tensor.to(
-            rng.choice((torch.float16, torch.float64, torch.int32, torch.bool, torch.int64))
-        )
+        dtypes = (torch.float16, torch.float64, torch.int32, torch.bool, torch.int64)
+        tensors[name] = tensor.to(rng.choice(dtypes))
     elif action == "rename":
         tensors[rng.choice([word for word in _WORDS if word])] = tensor
-    elif action != "drop":
-        tensors[name] = tensor if action == "extra" else torch.full_like(tensor, rng.choice((0, 1, 100)))
-        if action == "extra":
-            tensors["extra"] = torch.zeros(3)
+    elif action == "values":
+        tensors[name] = torch.full_like(tensor, rng.choice((0, 1, 100)))
+    elif action == "extra":
+        tensors |= {name: tensor, "extra": torch.zeros(3)}
 
 
 def outcome(path: Path) -> str:
-    """ "refused", "loaded" or, for a network that loads and then refuses its own example, "does not run"."""
+    """ "refused", "loaded", or "does not run" for a network that loads but fails on its own example."""
     try:
         model = dsp_kernels.load(path)
     except DSPFormatError:
@@ -209,8 +182,8 @@ def outcome(path: Path) -> str:
     return "loaded"
 
 
-def fuzz(count: int, seed: int, progress: Callable[[int, Counter[str]], None] | None = None) -> Counter[str]:
-    """Load ``count`` damaged files. Raises whatever is not a DSPFormatError, with the file's seed."""
+def fuzz(count: int, seed: int) -> Counter[str]:
+    """Load ``count`` damaged files. Reraises any error but DSPFormatError with the file's seed."""
     bases = networks()
     signal.signal(signal.SIGALRM, _too_slow)
     counts: Counter[str] = Counter()
@@ -227,8 +200,8 @@ def fuzz(count: int, seed: int, progress: Callable[[int, Counter[str]], None] | 
                 raise
             finally:
                 signal.alarm(0)
-            if progress is not None and (number - seed + 1) % 1000 == 0:
-                progress(number - seed + 1, counts)
+            if (number - seed + 1) % 1000 == 0:
+                print(number - seed + 1, dict(counts), flush=True)
     return counts
 
 
@@ -236,25 +209,19 @@ def _too_slow(number: int, frame: Any) -> None:
     raise TimeoutError(f"a file took more than {_SECONDS} s")
 
 
-def limit_memory() -> None:
-    """Give this process little more address space than it has now."""
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + _MEMORY, held + _MEMORY))
-
-
-def main() -> int:
-    """Run it; the exit status."""
+def main() -> None:
+    """Limit memory and load damaged files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    networks()  # so that what torch loads on its first call is there before memory is limited
-    limit_memory()
-    counts = fuzz(arguments.count, arguments.seed, lambda done, so_far: print(done, dict(so_far), flush=True))
+    networks()  # allocate now what torch allocates on first use
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + _MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    counts = fuzz(arguments.count, arguments.seed)
     print(f"{sum(counts.values())} files: {dict(counts)}; no crash, no hang, no other error")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
