@@ -20,16 +20,6 @@ from .measure.accuracy import accuracy
 from .report.results import Row
 from .subjects.networks import REFERENCE, Network
 
-__all__ = [
-    "Case",
-    "allowed_difference",
-    "build_case",
-    "case_input",
-    "check",
-    "choose_cases",
-    "default_cases",
-]
-
 
 @dataclass(frozen=True)
 class Case:

@@ -31,8 +31,6 @@ from .report.tables import COLUMNS, cells, machine, markdown, put_into_readme
 from .run import Budget, run_cases, with_floors
 from .subjects.networks import FORMS, Network, NetworkSource, load_network, shared_folder
 
-__all__ = ["README", "README_RESULT", "compare", "main", "report", "run"]
-
 _HERE = Path(__file__).resolve().parent
 README = _HERE.parent / "README.md"
 _DEFAULT_RESULT = _HERE / "results" / "default_cpu.json"  # of `make bench`

@@ -24,8 +24,6 @@ from .measure.timing import LocalTimer, Timer, TimingRules, measure
 from .report.results import Row
 from .subjects.networks import Network, NetworkSource
 
-__all__ = ["Budget", "Row", "Told", "run_cases", "time_runners", "with_floors"]
-
 _BUILDING = 0.6  # share of the time for a batch size after which only key engines are still built
 
 Told = Callable[[str], None]  # receives what is being done now

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe_environment"]
-
 _PACKAGES = "dsp-kernels", "torch", "torchvision", "triton", "numpy", "safetensors", "onnxruntime", "openvino"
 
 

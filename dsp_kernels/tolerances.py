@@ -10,8 +10,6 @@ import math
 
 import torch
 
-__all__ = ["ACCUMULATE", "HALF_TERMS", "half_sums_tolerance", "network_tolerance", "op_tolerance"]
-
 # dtype of tensors -> dtype of the accumulator.
 ACCUMULATE: dict[torch.dtype, torch.dtype] = {
     torch.float64: torch.float64,

@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["UNFINISHED", "fill", "require_file", "whole_file", "write_bytes", "write_text"]
-
 UNFINISHED = f".{'[0-9a-f]' * 32}.tmp*"  # left by a killed process
 
 

@@ -1,10 +1,9 @@
 """Compile every shipped configuration of the Triton kernel without a GPU, check it, and print a table.
 
-    python scripts/triton_table.py [--out docs/gpu-notes.md] [--only TEXT] [--capability 80 90]
+    python scripts/triton_table.py [--only TEXT] [--capability 80 90]
 
 The exit status is 1 if a configuration has a fault (spilled registers, narrow accesses, no tensor cores).
---out replaces the table between two marks in a Markdown file. With TRITON_CACHE_DIR set, an interrupted run
-resumes.
+With TRITON_CACHE_DIR set, an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ from triton.compiler import ASTSource
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.triton.config import TritonConfig, config_of, tile_sizes
 from dsp_kernels.run.gpu.triton.kernel import INTEGER_ARGUMENTS, conv_kernel_function
-from dsp_kernels.whole_file import write_text
 
-BEGIN, END = "<!-- table begins -->", "<!-- table ends -->"
 Job = tuple[str, TritonConfig, torch.dtype, dict[str, object], int]
 Result = tuple[list[str], list[str]]
 
@@ -189,17 +186,9 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_table(file: Path, text: str) -> None:
-    """Replaces what is between the two marks of the file."""
-    before, _, rest = file.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text(file, f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="compile kernels whose name and tile contain this text")
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], choices=(80, 90))
     parser.add_argument("--processes", type=int, default=2)
@@ -215,16 +204,13 @@ def main() -> int:
         triton.knobs.cache.dir = os.environ.get("TRITON_CACHE_DIR", cache)
         with multiprocessing.get_context("fork").Pool(options.processes) as pool:
             results = list(tqdm(pool.imap(measure, jobs), total=len(jobs), disable=not sys.stderr.isatty()))
-    text = table([cells for cells, _ in results])
     found = [f"{' '.join(cells[:5])}: {fault}" for cells, bad in results for fault in bad]
-    print(text)
+    print(table([cells for cells, _ in results]))
     print(
         f"\n{len(jobs)} kernels by triton {triton.__version__} in {time.perf_counter() - start:.0f} s; "
         f"{len(found)} faults"
     )
     print("\n".join(found))
-    if options.out is not None:
-        write_table(options.out, text)
     return bool(found)
 
 

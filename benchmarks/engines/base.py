@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Engine", "Runner", "converted", "cuda_available", "module_available"]
-
 Runner = Callable[[Tensor], Tensor]
 
 

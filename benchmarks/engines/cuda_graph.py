@@ -18,8 +18,6 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from ..measure.floors import program_of
 from .base import Engine, Runner, converted
 
-__all__ = ["CudaGraph", "CudnnConvs", "CudnnFused", "capture"]
-
 _WARM_CALLS = 3
 
 

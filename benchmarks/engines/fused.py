@@ -14,8 +14,6 @@ from dsp_kernels.run.programs import EXECUTORS
 from ..measure.floors import program_of
 from .base import Engine, Runner
 
-__all__ = ["Fused", "fused_engines"]
-
 
 @dataclass(frozen=True)
 class Fused(Engine):

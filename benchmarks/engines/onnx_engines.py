@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from .base import Engine, Runner, module_available
 
-__all__ = ["INPUT", "OUTPUT", "OnnxRuntime", "OpenVINO", "any_batch_bytes", "onnx_bytes"]
-
 INPUT, OUTPUT = "x", "logits"
 _BATCH = "batch"  # name of the dynamic first axis
 _OPSET = 20

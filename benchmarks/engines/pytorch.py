@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from .base import Engine, Runner, converted
 
-__all__ = ["TorchCompile", "TorchEager", "TorchScript"]
-
 
 @dataclass(frozen=True)
 class TorchEager(Engine):

@@ -17,8 +17,6 @@ from .base import Engine, Runner, module_available
 from .cuda_graph import capture
 from .onnx_engines import INPUT, OUTPUT, onnx_bytes
 
-__all__ = ["TensorRT", "build_engine", "cache_folder"]
-
 _WORKSPACE_BYTES = 4 << 30
 
 

@@ -11,8 +11,6 @@ from dsp_kernels.program.steps import ConvStep
 
 from ..subjects.networks import NetworkSource, load_network, shared_folder
 
-__all__ = ["Layer", "layers"]
-
 _SOURCES = (
     NetworkSource("resnet20_g4"),
     NetworkSource("resnet56_g4"),

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..engines import Runner
 
-__all__ = ["Labelled", "accuracy"]
-
 
 @dataclass(frozen=True)
 class Labelled:

@@ -11,8 +11,6 @@ import torch
 
 from dsp_kernels.errors import DSPBackendError
 
-__all__ = ["DeviceTimes", "device_times"]
-
 _FLUSH_BYTES = 256 << 20  # several times the L2 cache of any current GPU
 # Clock cycles that the device is kept busy while Python enqueues the timed call: 1 ms at 2 GHz.
 _HEAD_START = 2_000_000

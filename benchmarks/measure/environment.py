@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["MACHINE_KEYS", "environment"]
-
 # Two results are comparable if these are equal.
 MACHINE_KEYS = ("processor", "cores", "threads", "cpu_capability", "accelerator", "device")
 _PACKAGES = ("dsp-kernels", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "triton")

@@ -19,8 +19,6 @@ from dsp_kernels.program.steps import ConvStep, LinearStep, Program, Step
 
 from .peaks import Peaks, dtype_name
 
-__all__ = ["compulsory_bytes", "part_floor", "program_of"]
-
 
 def program_of(model: nn.Module, example: Tensor) -> Program:
     """The steps of a network, batch norms and activations folded. example: (n, channels, height, width)."""

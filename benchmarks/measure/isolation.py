@@ -19,8 +19,6 @@ from ..report.results import Row
 from ..subjects.networks import NetworkSource, load_network
 from .timing import LocalTimer
 
-__all__ = ["IsolatedEngine"]
-
 _PATIENCE = 900.0  # seconds that a build or a burst may take: torch.compile's max-autotune needs minutes
 
 _timer: LocalTimer  # of the process that runs one engine

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Peaks", "dtype_name", "measure_peaks"]
-
 # 12 independent accumulators hide the latency of the multiply-add (4 cycles, 2 per cycle on current cores)
 # and leave registers for the operands, even with 16 registers.
 _SOURCE = """

@@ -27,8 +27,6 @@ from .floors import part_floor, program_of
 from .peaks import Peaks
 from .timing import LocalTimer, TimingRules, measure
 
-__all__ = ["Part", "profile_engine"]
-
 _CALLS = 5
 _STEP_RULES = TimingRules(rounds=15, warmup=0.01, gap=0.0, burst=0.005)
 

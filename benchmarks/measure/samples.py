@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["FEWEST_ROUNDS", "Samples", "mann_whitney", "median_interval", "ratio_interval"]
-
 FEWEST_ROUNDS = 8
 # A median is no verdict if its 95 % interval is wider than this share of it, or if the first and the second
 # half of the run differ by more than this and by more than chance: something else was running.

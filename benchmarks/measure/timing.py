@@ -11,8 +11,6 @@ from typing import Protocol
 
 from .samples import FEWEST_ROUNDS, Samples
 
-__all__ = ["LocalTimer", "Samples", "Timer", "TimingRules", "measure", "shared_rounds"]
-
 # A call this long fills the caches and wakes the threads itself; a warm-up call would only cost time.
 _LONG_CALL = 0.05
 

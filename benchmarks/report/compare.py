@@ -11,8 +11,6 @@ from ..measure.environment import MACHINE_KEYS
 from ..measure.samples import Samples, mann_whitney, ratio_interval
 from .results import Result
 
-__all__ = ["Comparison", "compare_results", "compare_samples", "table"]
-
 _ALPHA = 0.01  # of the U-test
 # A smaller change is "same", however significant: two runs of one program on a quiet machine differ by up to
 # 1.5 % in their medians because memory is allocated at other addresses.

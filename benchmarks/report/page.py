@@ -9,8 +9,6 @@ from html import escape
 from .results import Result
 from .tables import COLUMNS, cells, machine
 
-__all__ = ["html_page"]
-
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:110em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1em 0;display:block;overflow-x:auto}

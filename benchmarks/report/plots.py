@@ -11,8 +11,6 @@ from dsp_kernels.errors import DSPError
 
 from .results import Result, Row, Run
 
-__all__ = ["draw_plots"]
-
 # Colour-blind safe (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one for each network

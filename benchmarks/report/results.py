@@ -15,8 +15,6 @@ from dsp_kernels.whole_file import write_text
 from ..measure.environment import environment
 from ..measure.samples import Samples
 
-__all__ = ["Result", "Row", "Run", "read_result", "write_json", "write_result"]
-
 _FORMAT = 1
 _KEYS = {
     "difference": "max_logit_difference",

@@ -8,8 +8,6 @@ from dsp_kernels.errors import DSPFormatError
 
 from .results import Result, Row, Run
 
-__all__ = ["COLUMNS", "README_MARKERS", "cells", "machine", "markdown", "put_into_readme", "summary"]
-
 COLUMNS = (
     "engine",
     "batch",

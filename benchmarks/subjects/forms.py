@@ -10,8 +10,6 @@ from dsp_kernels.graph.network import TracedNetwork, TracedNode, trace
 from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = ["compacted", "filter_pruned", "inner_pairs"]
-
 _PASSES_CHANNELS = ("batch_norm", "activation", "max_pool", "avg_pool", "identity")
 
 

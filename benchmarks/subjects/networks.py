@@ -30,8 +30,6 @@ from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
 from .structures import apply_structure
 
-__all__ = ["FORMS", "REFERENCE", "Network", "NetworkSource", "load_network", "shared_folder"]
-
 # form -> the form whose output, in plain PyTorch and float32, it must reproduce.
 REFERENCE = {
     "dense": "dense",

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ReleasedNetwork"]
-
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 

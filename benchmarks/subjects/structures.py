@@ -22,8 +22,6 @@ from dsp_pruning.layers import LayerInfo, select_layers
 
 from .forms import inner_pairs
 
-__all__ = ["apply_structure"]
-
 _RULE = re.compile(r"random:g=(\d+),rate=(0?\.\d+)")
 # Of the six released networks: spread of the kept share per layer, least and largest share of removed
 # filters.

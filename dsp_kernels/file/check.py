@@ -20,16 +20,6 @@ from dsp_kernels.file.format import SCALAR_FUNCTIONS
 from dsp_kernels.graph.compare import tensors_of
 from dsp_kernels.op.fused_conv import FusedConv2d
 
-__all__ = [
-    "TensorTable",
-    "check_network",
-    "check_tensors",
-    "check_ties",
-    "floating_dtype",
-    "is_shape",
-    "tensor_table",
-]
-
 TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
 
 _DTYPES = {

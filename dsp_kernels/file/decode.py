@@ -36,8 +36,6 @@ from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 
-__all__ = ["Budget", "LoadedNetwork", "build_module", "build_network"]
-
 _MOST_CALLS, _MOST_MODULES, _MOST_INPUTS, _DEEPEST = 50_000, 20_000, 16, 6
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _STATE = ("_modules", "_parameters", "_buffers")

@@ -25,8 +25,6 @@ from dsp_kernels.graph.inputs import Example
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = ["encode_module", "encode_network", "is_known"]
-
 _CALLS = {
     "call_module": "module",
     "call_function": "function",

@@ -18,24 +18,6 @@ from torch import nn
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.graph.size_check import SizeCheck
 
-__all__ = [
-    "ATTRIBUTES",
-    "CONTAINERS",
-    "CONV_SETTINGS",
-    "DTYPES",
-    "FORMAT_VERSION",
-    "KEY",
-    "METHODS",
-    "MODULES",
-    "SCALAR_FUNCTIONS",
-    "TRAINING",
-    "function_name",
-    "functions",
-    "is_plain",
-    "new_header",
-    "read_header",
-]
-
 FORMAT_VERSION = 3  # several inputs; a network of one input is written as version 2
 KEY = "dsp_kernels"  # of the header in the metadata of a safetensors file
 _FORMAT = "packed model"

@@ -30,8 +30,6 @@ from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.program.fuse import FusedNetwork
 from dsp_kernels.whole_file import require_file, whole_file
 
-__all__ = ["input_channels", "load", "save"]
-
 # A structure may have absent channels, which take no byte; so many are allowed in a file of any size.
 _FREE_WIDTHS = 2**20
 # Tried in this order without an example: small images, MNIST, ImageNet, Inception.

@@ -15,8 +15,6 @@ from dsp_kernels.graph.export import SIZE_CHECK
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import evaluating, trace
 
-__all__ = ["traced_calls"]
-
 _ASSERTS = ("_assert",)  # torch._assert and timm's
 _PURE = {getattr, operator.getitem, *(getattr(operator, n) for n in ("eq", "ne", "lt", "le", "gt", "ge"))}
 

@@ -19,15 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.graph.operations import LEAF_TYPES
 
-__all__ = [
-    "Tracer",
-    "calls_of",
-    "is_leaf",
-    "place_in_user_code",
-    "symbolic_graph",
-    "without_stand_ins",
-]
-
 
 class Tracer(fx.Tracer):
     """Modules of this library are one node. Refuses autocast, which a graph does not keep."""

@@ -25,8 +25,6 @@ from dsp_kernels.graph.compare import compare_answers
 from dsp_kernels.graph.size_check import SizeCheck, holds, parse_condition
 from dsp_kernels.tolerances import network_tolerance
 
-__all__ = ["SIZE_CHECK", "Exported", "export_calls", "exported_network"]
-
 SIZE_CHECK = "size_check"  # path of the SizeCheck in an exported graph
 # For the tolerance: products per sum and layers in a row, more than most networks have.
 _REDUCTION, _DEPTH = 4096, 100

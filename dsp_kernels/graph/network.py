@@ -21,8 +21,6 @@ from dsp_kernels.graph.inputs import Example, as_inputs, check_taken
 from dsp_kernels.graph.operations import classify
 from dsp_kernels.graph.size_check import SizeCheck
 
-__all__ = ["TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace", "works_in_place"]
-
 
 @dataclass(frozen=True)
 class TracedNode:

@@ -20,8 +20,6 @@ from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
 from dsp_kernels.run.programs import EXECUTORS, Runner
 from dsp_kernels.tolerances import network_tolerance
 
-__all__ = ["FusedNetwork", "fuse"]
-
 
 def fuse(
     model: nn.Module, example_input: Example, backend: str = "auto", dtype: torch.dtype | None = None

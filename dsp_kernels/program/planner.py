@@ -43,8 +43,6 @@ from dsp_kernels.program.steps import (
     flattened_maps,
 )
 
-__all__ = ["conv_spec_of", "plan", "zero_padding"]
-
 S = TypeVar("S", bound=Step)
 
 

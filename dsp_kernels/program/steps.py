@@ -15,28 +15,6 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.op.spec import ConvSpec
 
-__all__ = [
-    "ActivationStep",
-    "AdaptivePoolStep",
-    "AddStep",
-    "AffineStep",
-    "ConcatStep",
-    "ConvStep",
-    "FlattenStep",
-    "Flattened",
-    "GateStep",
-    "GlobalPoolStep",
-    "LinearStep",
-    "MulStep",
-    "PoolStep",
-    "Program",
-    "SelectStep",
-    "Step",
-    "TorchStep",
-    "ValueRef",
-    "flattened_maps",
-]
-
 TensorMap = Callable[[Tensor], Tensor]
 
 

@@ -13,8 +13,6 @@ from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.program.planner import conv_spec_of
 
-__all__ = ["swap"]
-
 
 def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Replace every PackedConv2d in ``model`` by a FusedConv2d, in place, and return the model.

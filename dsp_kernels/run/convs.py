@@ -19,8 +19,6 @@ from dsp_kernels.run.eager.conv import EagerBackend
 from dsp_kernels.run.gpu.conv import GPU_KERNELS, GpuBackend
 from dsp_kernels.run.registry import Registry
 
-__all__ = ["BACKENDS", "ConvBackend", "ConvPlan"]
-
 ConvPlan = Callable[[Tensor, Tensor | None], Tensor]
 
 

@@ -18,8 +18,6 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.program import CudaExecutor
 from dsp_kernels.run.registry import Registry
 
-__all__ = ["EXECUTORS", "Executor", "Runner"]
-
 Runner = Callable[[Tensor], Tensor]
 
 

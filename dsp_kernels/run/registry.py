@@ -7,8 +7,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from dsp_kernels.errors import DSPBackendError
 
-__all__ = ["CanRun", "Registry"]
-
 
 class CanRun(Protocol):
     """An entry of a registry.

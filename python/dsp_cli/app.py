@@ -6,8 +6,6 @@ import typer
 
 from dsp_cli import bench, demo, export, import_, inspect, pack, train
 
-__all__ = ["app"]
-
 app = typer.Typer(
     name="dsp",
     help="Learn groups, prune, pack exactly, run fused.",

@@ -15,8 +15,6 @@ from rich.text import Text
 
 from dsp_pruning.recipes.training import Progress, RecipeResult
 
-__all__ = ["console", "print_error", "print_result", "progress_bars", "table"]
-
 console = Console()
 
 

@@ -26,8 +26,6 @@ from dsp_pruning.recipes.learn_groups import LearnGroupsConfig
 from dsp_pruning.recipes.pretrain import PretrainConfig
 from dsp_pruning.recipes.run import MODEL
 
-__all__ = ["finetune", "groups_folder", "learn_groups", "pretrain"]
-
 SecondOrder = StrEnum("SecondOrder", "exact none original")
 Target = StrEnum("Target", "macs params")
 

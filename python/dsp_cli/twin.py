@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from dsp_kernels.file.save_load import input_channels
 
-__all__ = ["example_of"]
-
 _SMALL = 32  # where neither the file nor the user says how large an image is
 
 

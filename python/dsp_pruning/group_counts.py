@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning.layers import LayerInfo
 
-__all__ = ["GroupCount", "by_pattern", "check_existing", "groups_of_layers"]
-
 GroupCount = int | Mapping[str, int] | Callable[[str, nn.Conv2d], int]
 
 

@@ -15,16 +15,6 @@ from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, evaluating, trace
 from dsp_pruning.table import text_table
 
-__all__ = [
-    "LayerInfo",
-    "LayerPredicate",
-    "LayerSurvey",
-    "check_kind",
-    "inputs_like",
-    "select_layers",
-    "survey_layers",
-]
-
 LayerPredicate = Callable[[str, nn.Conv2d], bool]
 
 _KEEPS_CHANNELS = ("batch_norm", "identity")  # allowed between a shortcut conv and its add

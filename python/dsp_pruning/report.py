@@ -20,8 +20,6 @@ from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.whole_file import whole_file
 
-__all__ = ["LayerRow", "NetworkCost", "draw_overview", "draw_structures", "layer_rows", "network_cost"]
-
 # Colour-blind safe (Okabe and Ito 2008), strongest first; reused from the 9th group on.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 _PRUNED, _DENSE = "#EEEEEE", "#DDDDDD"

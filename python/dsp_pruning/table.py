@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["text_table"]
-
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width; the first and the last column are left-aligned, the others right-aligned."""

@@ -1,6 +1,7 @@
 """Pack, learn or prune every network of the zoo and print a table.
 
-``python scripts/zoo/run.py pack --out docs/notes/zoo.md``, or ``learn``, or ``prune``; then names, or none for all.
+``python scripts/zoo/run.py pack --out docs/notes/zoo.md`` (or ``learn``, ``prune``),
+then names, or none for all.
 """
 
 from __future__ import annotations

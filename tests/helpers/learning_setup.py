@@ -13,8 +13,6 @@ from toy_net import ToyA
 
 from dsp_pruning.learn.wrapper import GroupWrapper
 
-__all__ = ["LAYERS", "MODES", "OPTIMIZERS", "Setup", "everything", "regulariser"]
-
 MODES = ("exact", "none", "original")
 LAYERS = ("conv1", "conv2", "conv3")
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.prune.wrapper import PruneWrapper
 
-__all__ = ["fresh", "learned", "same", "state_of", "train", "zeros"]
-
 
 def learned(model: nn.Module, n_groups: Any = 3, seed: int = 0, **options: Any) -> PruneWrapper:
     """A wrapper whose model has random weights, batch norms and group logits."""

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from dsp_pruning.data import ImageData, load_digits
 from dsp_pruning.recipes.training import Progress, RecipeResult
 
-__all__ = ["DEPTH", "TINY", "Recipe", "assert_same", "few_digits", "interrupt_at", "state"]
-
 DEPTH = 8  # the smallest CIFAR ResNet
 TINY: dict[str, Any] = {"depth": DEPTH, "epochs": 3, "batch_size": 16, "device": "cpu", "seed": 7}
 

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ToyA"]
-
 
 class ToyA(nn.Module):
     """conv0 3->8, conv1 8->12 (stride 2), conv2 12->10 (1x1), conv3 10->14 (stride 2), each with BN and ReLU.

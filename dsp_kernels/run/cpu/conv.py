@@ -17,8 +17,6 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.run.cpu.extension import native, new_network, why_missing
 
-__all__ = ["CpuBackend", "CpuPlan", "add_conv", "as_array", "products_per_move"]
-
 
 class CpuBackend:
     """Native kernels, float32, any structure."""

@@ -11,16 +11,6 @@ from typing import Any
 
 from dsp_kernels.errors import DSPBackendError
 
-__all__ = [
-    "adds_in_half",
-    "chosen_isa",
-    "may_use_winograd",
-    "native",
-    "new_network",
-    "warn_if_missing",
-    "why_missing",
-]
-
 _FIX = (
     "install a C++ compiler and run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
     "the repository (with -v it prints what it built, or why it could not)"

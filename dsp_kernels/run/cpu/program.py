@@ -42,8 +42,6 @@ from dsp_kernels.run.cpu.conv import add_conv, as_array
 from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, why_missing
 from dsp_kernels.run.eager.program import EagerExecutor
 
-__all__ = ["CpuExecutor", "Segment", "build", "segments"]
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

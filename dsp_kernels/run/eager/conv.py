@@ -20,8 +20,6 @@ from dsp_kernels.op.activations import activate_
 from dsp_kernels.op.dense import dense_weight, index_tensors, live_bias
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 
-__all__ = ["FORMS", "EagerBackend", "form_of"]
-
 
 class EagerBackend:
     """Plain PyTorch on any device and in any floating dtype."""

@@ -31,8 +31,6 @@ from dsp_kernels.program.steps import (
 )
 from dsp_kernels.run.eager.conv import EagerBackend, form_of
 
-__all__ = ["EagerExecutor"]
-
 _POOLS: dict[str, Callable[..., Tensor]] = {"max_pool": F.max_pool2d, "avg_pool": F.avg_pool2d}
 _LARGEST_VALUE = 4 << 20  # bytes of one value at which the batch is split, see _batch_limit
 

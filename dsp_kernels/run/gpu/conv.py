@@ -17,8 +17,6 @@ from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayout, layout_fo
 from dsp_kernels.run.gpu.triton.conv import TritonKernels
 from dsp_kernels.run.registry import Registry
 
-__all__ = ["GPU_KERNELS", "GpuBackend"]
-
 # The order of preference is not measured yet.
 GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel")
 GPU_KERNELS.register(CudaKernels())

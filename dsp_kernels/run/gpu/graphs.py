@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["capture", "is_capturing"]
-
 _WARM_UP_RUNS = 2  # the first compiles kernels and initialises libraries; the second shows that it worked
 
 

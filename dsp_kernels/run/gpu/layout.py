@@ -17,21 +17,6 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group, GroupStructure
 
-__all__ = [
-    "ACTIVATION_CODES",
-    "BATCH_MULTIPLE",
-    "GPU_DTYPES",
-    "GpuConv",
-    "GpuKernels",
-    "GpuLayout",
-    "all_groups",
-    "check_conv_operands",
-    "check_operands",
-    "layout_for_batch",
-    "round_up",
-    "why_too_old",
-]
-
 # The numbers of the activations in the CUDA and Triton kernels.
 ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

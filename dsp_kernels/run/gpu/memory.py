@@ -25,8 +25,6 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.layout import round_up
 
-__all__ = ["Arena", "arena_for", "value_shapes"]
-
 _ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 
 _ELEMENTWISE = (AffineStep, AddStep, ActivationStep, MulStep)

@@ -28,8 +28,6 @@ from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.steps import eager_conv, step_call
 from dsp_kernels.run.lru import LRU
 
-__all__ = ["CudaExecutor", "GpuRun", "GpuRunner"]
-
 _MOST_RUNS = 8  # input shapes whose memory and graph are kept
 
 

@@ -32,8 +32,6 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
 
-__all__ = ["StepCall", "eager_conv", "step_call"]
-
 Values = dict[str, Any]
 # Computes one step from the values so far; ``out``: a buffer in the layout for the result, or None.
 StepCall = Callable[[Values, Tensor | None], Any]

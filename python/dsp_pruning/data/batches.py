@@ -10,8 +10,6 @@ from torch import Tensor
 from dsp_pruning.data.folder import FolderData, FolderSplit
 from dsp_pruning.data.images import ImageData, Split
 
-__all__ = ["TrainingData", "augment", "evaluation_batches", "normalise", "training_batches", "training_steps"]
-
 TrainingData = ImageData | FolderData
 
 

@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_pruning.data.images import stratified_split
 
-__all__ = ["FolderData", "FolderSplit", "load_folder"]
-
 # Of ImageNet's training images, scaled to 0..1; torchvision's weights expect them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

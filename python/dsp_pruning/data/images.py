@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPFormatError, DSPShapeError
 
-__all__ = ["ImageData", "Split", "stratified_split"]
-
 
 @dataclass(frozen=True)
 class Split:

@@ -12,8 +12,6 @@ from dsp_pruning.data.batches import TrainingData
 from dsp_pruning.data.folder import load_folder
 from dsp_pruning.data.images import ImageData, Split, stratified_split
 
-__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "load", "load_cifar10", "load_digits"]
-
 # Per channel over the training images, after scaling to 0..1.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)

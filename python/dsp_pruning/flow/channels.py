@@ -21,8 +21,6 @@ from dsp_kernels.op.packed import PackedConv2d
 from dsp_pruning.flow.kernels import connections, dense_weight, groups_of, kernel_sums, own_bias
 from dsp_pruning.flow.map import ChannelMap, norm_of
 
-__all__ = ["ChannelFlow", "ChannelState", "Semantics", "channel_flow", "keeps_constants"]
-
 Semantics = Literal["eval", "pruning"]
 
 

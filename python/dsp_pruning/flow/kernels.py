@@ -12,14 +12,6 @@ from torch import Tensor, nn
 from dsp_kernels.op import dense
 from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = [
-    "connections",
-    "dense_weight",
-    "groups_of",
-    "kernel_sums",
-    "own_bias",
-]
-
 
 def groups_of(module: nn.Module | None) -> int:
     """Groups of an ``nn.Conv2d``; 1 for every other layer."""

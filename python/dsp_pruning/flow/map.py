@@ -14,8 +14,6 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.graph.network import TracedNetwork, TracedNode
 
-__all__ = ["ChannelMap", "Link", "norm_of", "tied_and_kept"]
-
 # Every channel of the output depends on the same channel of the inputs and on nothing else.
 _CHANNELWISE = (
     *("batch_norm", "functional_norm", "instance_norm", "activation", "elementwise", "identity", "add"),

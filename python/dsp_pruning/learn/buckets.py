@@ -18,8 +18,6 @@ from dsp_pruning.layers import LayerInfo
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.logits import attach_logits
 
-__all__ = ["Bucket", "BucketStep", "LearnedLayer", "attach_layers", "make_buckets", "stacked"]
-
 
 @dataclass(frozen=True)
 class LearnedLayer:

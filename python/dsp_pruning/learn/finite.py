@@ -11,8 +11,6 @@ from torch import Tensor
 from dsp_kernels.errors import DSPTrainingError
 from dsp_pruning import distributed
 
-__all__ = ["NonFiniteFlag", "overflowed", "raise_first_not_finite"]
-
 
 class NonFiniteFlag:
     """Records on the device whether any value was not finite, with a copy in host memory.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError
 from dsp_pruning.layers import LayerInfo
 
-__all__ = ["attach_logits", "check_noise", "gumbel_noise", "logit_optimizer", "step_logits"]
-
 # With equal logits rounding would decide the first hard groups. This is one Adam step at lr 1e-3: enough to
 # break ties and forgotten after a few steps; the Gumbel noise is a thousand times larger.
 _INITIAL_LOGIT = 1e-3

@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import distributed
 
-__all__ = ["OPTIMIZERS", "Batch", "LookAhead", "as_batches", "check_optimizer", "look_ahead"]
-
 Batch = tuple[Any, Any]
 
 # These update each parameter from its own gradient and state alone, so it is enough to step the weights that

@@ -19,22 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Assigned",
-    "assignment",
-    "at_least_float",
-    "first_order",
-    "hard_assignment",
-    "kernel_energy",
-    "kernel_product",
-    "layer_scale",
-    "logit_gradient",
-    "penalty_factor",
-    "regulariser",
-    "second_order_exact",
-    "second_order_original",
-]
-
 _EPS = 1e-8
 _INPUT_UNIT = 16 * 32 * 32  # input elements of a layer whose scale has sqrt(input_size) = 1
 _HALF = (torch.float16, torch.bfloat16)

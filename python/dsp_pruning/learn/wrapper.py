@@ -21,8 +21,6 @@ from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_
 from dsp_pruning.learn.logits import check_noise, gumbel_noise, logit_optimizer, step_logits
 from dsp_pruning.learn.lookahead import Batch, as_batches, check_optimizer, look_ahead
 
-__all__ = ["GroupWrapper", "SecondOrder"]
-
 SecondOrder = Literal["exact", "none", "original"]
 
 

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError
 
-__all__ = ["CifarResNet", "cifar_resnet"]
-
 _MAX_DEPTH = 1202  # the deepest network in the paper
 
 

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPError, DSPPruningError
 
-__all__ = ["published_weights", "torchvision_resnet", "variant_of"]
-
 # Blocks per stage, and whether they are bottlenecks (He et al. 2016, table 1).
 _VARIANTS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",

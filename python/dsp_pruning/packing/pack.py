@@ -27,8 +27,6 @@ from dsp_pruning.packing.plan import plan_packing
 from dsp_pruning.packing.rebuild import rebuild, replace_module
 from dsp_pruning.packing.twin import planned_widths
 
-__all__ = ["pack", "plain_copy"]
-
 # Rounding errors of two orders of summation are independent and about equal; a larger multiple is an error.
 _ROUNDINGS = 8.0
 

@@ -15,8 +15,6 @@ from dsp_pruning.flow.kernels import dense_weight, groups_of, kernel_sums, own_b
 from dsp_pruning.flow.map import ChannelMap, norm_of, tied_and_kept
 from dsp_pruning.packing.report import Barrier, LayerPlan, PackingReport
 
-__all__ = ["plan_packing"]
-
 _NORMS = ("batch_norm", "functional_norm", "instance_norm")
 # A convolution without a mask whose zero kernels form more patterns than this is unstructured: one group.
 _MOST_PATTERNS = 16

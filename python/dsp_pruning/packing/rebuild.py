@@ -14,8 +14,6 @@ from dsp_kernels.program.planner import zero_padding
 from dsp_pruning.flow.kernels import dense_weight
 from dsp_pruning.packing.report import LayerPlan
 
-__all__ = ["channel_dims", "rebuild", "replace_module", "replace_tensor", "set_widths"]
-
 
 def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
     """The module with the channels of its plan; ``module`` itself, changed, where its class can stay."""

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dsp_kernels import GroupStructure
 
-__all__ = ["Barrier", "LayerPlan", "PackingReport"]
-
 
 @dataclass(frozen=True)
 class LayerPlan:

@@ -15,8 +15,6 @@ from dsp_kernels.file.encode import encode_module, is_known
 from dsp_pruning.packing.rebuild import replace_module
 from dsp_pruning.packing.report import LayerPlan
 
-__all__ = ["Widths", "dense_twin", "dense_widths", "planned_widths"]
-
 Widths = Mapping[str, tuple[int, int, int]]
 
 _MOST_PARAMETERS = 2**30  # of a twin: its widths come from a file that may be hostile

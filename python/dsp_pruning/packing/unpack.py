@@ -14,8 +14,6 @@ from dsp_pruning.flow.kernels import connections, dense_weight, own_bias
 from dsp_pruning.packing.rebuild import channel_dims, replace_module, replace_tensor, set_widths
 from dsp_pruning.packing.report import LayerPlan, PackingReport
 
-__all__ = ["unpack"]
-
 
 def unpack(packed: nn.Module) -> nn.Module:
     """A dense copy of a packed network, with its original widths and the same outputs in eval mode.

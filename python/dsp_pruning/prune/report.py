@@ -13,8 +13,6 @@ from dsp_pruning.prune.rule import Masks, hard_groups
 from dsp_pruning.prune.search import Target, kernel_cost
 from dsp_pruning.table import text_table
 
-__all__ = ["PruningReport", "RoundingCost", "layer_row", "percent_pruned"]
-
 _COLUMNS = ("layer", "filters", "channels", "per group", "kernels", "MACs kept", "note")
 
 

@@ -15,20 +15,6 @@ from dsp_kernels.errors import DSPPruningError
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.learn.penalty import hard_assignment
 
-__all__ = [
-    "LayerRule",
-    "Masks",
-    "candidate_betas",
-    "channel_shares",
-    "count_below",
-    "filter_shares",
-    "hard_groups",
-    "keep",
-    "keep_multiples",
-    "kernel_energy",
-    "layer_rule",
-]
-
 Masks = Mapping[str, Tensor]  # layer name -> [O, C] bool, True for a kernel that is kept
 
 _EPS = 1e-12  # of the published rule: share = energy / (total + eps)

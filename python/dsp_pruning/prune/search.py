@@ -15,8 +15,6 @@ from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas
 
-__all__ = ["Target", "ThresholdSearch", "kernel_cost"]
-
 Target = Literal["macs", "params"]  # what a rate is a share of: multiply-adds, or weights
 
 _GUESSES = 3  # by the rule alone, before the actual search

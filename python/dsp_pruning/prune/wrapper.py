@@ -23,8 +23,6 @@ from dsp_pruning.prune.rule import LayerRule, Masks, layer_rule
 from dsp_pruning.prune.search import Target, ThresholdSearch
 from dsp_pruning.prune.zeros import Zeros, clearable, mask_matrix, zeros_of
 
-__all__ = ["PruneWrapper", "Target"]
-
 
 class PruneWrapper:
     """Group channel pruning and filter pruning of a group-learned model (arXiv 2303.09736).

@@ -12,8 +12,6 @@ from dsp_kernels.graph.network import TracedNetwork
 from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
 
-__all__ = ["Zeros", "clearable", "mask_matrix", "zeros_of"]
-
 
 @dataclass(frozen=True)
 class Zeros:

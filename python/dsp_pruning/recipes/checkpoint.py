@@ -14,18 +14,6 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.whole_file import UNFINISHED, fill, whole_file
 
-__all__ = [
-    "LAST",
-    "PREVIOUS",
-    "has_checkpoint",
-    "load_checkpoint",
-    "load_weights",
-    "remove_unfinished",
-    "restore_weights",
-    "save_checkpoint",
-    "save_weights",
-]
-
 LAST = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 

@@ -19,8 +19,6 @@ from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
 from dsp_pruning.recipes.training import Progress, evaluate
 from dsp_pruning.report import network_cost
 
-__all__ = ["PACKED", "DemoConfig", "DemoResult", "run_demo"]
-
 PACKED = "packed.safetensors"
 
 

@@ -22,8 +22,6 @@ from dsp_pruning.recipes.run import RunConfig, depth_of, group_counts, new_model
 from dsp_pruning.recipes.schedules import cosine
 from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer, evaluate
 
-__all__ = ["FinetuneConfig", "finetune", "load_pruned", "preview"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):

@@ -19,8 +19,6 @@ from dsp_pruning.recipes.run import RunConfig, group_counts, new_model, pick_dev
 from dsp_pruning.recipes.schedules import cosine
 from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer
 
-__all__ = ["LearnGroupsConfig", "learn_groups"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LearnGroupsConfig(RunConfig):

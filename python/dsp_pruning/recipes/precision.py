@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPTrainingError
 
-__all__ = ["Precision"]
-
 _NAMES = ("float32", "bfloat16", "float16")
 
 

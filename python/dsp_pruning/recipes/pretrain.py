@@ -10,8 +10,6 @@ from dsp_pruning.recipes.run import RunConfig, new_model, pick_device
 from dsp_pruning.recipes.schedules import multi_step
 from dsp_pruning.recipes.training import Progress, RecipeResult, Trainer
 
-__all__ = ["PretrainConfig", "pretrain"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):

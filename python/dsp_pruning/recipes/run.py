@@ -19,18 +19,6 @@ from dsp_pruning.layers import select_layers
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
 
-__all__ = [
-    "METRICS",
-    "MODEL",
-    "SUMMARY",
-    "RunConfig",
-    "depth_of",
-    "group_counts",
-    "new_model",
-    "pick_device",
-    "trained_image_size",
-]
-
 MODEL, SUMMARY, METRICS = "model.pt", "summary.json", "metrics.csv"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["Schedule", "cosine", "multi_step"]
-
 Schedule = Callable[[int], float]  # epoch, counted from 0 -> factor
 
 

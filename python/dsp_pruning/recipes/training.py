@@ -42,8 +42,6 @@ from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig
 from dsp_pruning.recipes.schedules import Schedule
 
-__all__ = ["Hook", "Progress", "RecipeResult", "Score", "Trainer", "evaluate"]
-
 # Called after every step with (steps done, total steps, text to show).
 Progress = Callable[[int, int, str], None]
 

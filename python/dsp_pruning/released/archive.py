@@ -18,8 +18,6 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPFormatError
 
-__all__ = ["Archive", "Call", "is_torchscript", "read_archive", "zip_names"]
-
 _MAX_EXPANSION = 16  # decompressed bytes per byte of the file; archives that torch writes stay below 10
 
 

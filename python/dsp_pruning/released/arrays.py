@@ -18,8 +18,6 @@ from dsp_pruning.packing.twin import dense_widths
 from dsp_pruning.released.archive import zip_names
 from dsp_pruning.released.branches import NORM, Branch, NamedTensor, copy_into, joined_conv, joined_norm
 
-__all__ = ["build_released", "read_released", "read_released_arrays"]
-
 
 def read_released(path: str | Path) -> CifarResNet:
     """The network in an ``.npz`` file of the arrays that ``build_released`` takes, in eval mode.

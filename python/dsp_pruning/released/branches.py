@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
 
-__all__ = ["NORM", "Branch", "NamedTensor", "copy_into", "joined_conv", "joined_norm"]
-
 # Tensors of a batch norm, and what they hold for an absent channel: it stays 0.
 NORM = {"weight": 0.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 

@@ -21,8 +21,6 @@ from dsp_pruning.released.archive import is_torchscript, read_archive, zip_names
 from dsp_pruning.released.arrays import read_released
 from dsp_pruning.released.walk import packed_network
 
-__all__ = ["load_released", "verify_released"]
-
 
 def load_released(path: str | Path) -> nn.Module:
     """The packed network in a file that the authors of the paper published, in eval mode.

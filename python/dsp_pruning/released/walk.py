@@ -25,8 +25,6 @@ from dsp_kernels.file.decode import LoadedNetwork
 from dsp_pruning.released.archive import Archive, Call
 from dsp_pruning.released.branches import NORM, Branch, NamedTensor, copy_into, joined_conv, joined_norm
 
-__all__ = ["packed_network"]
-
 
 @dataclass(frozen=True)
 class _Owner:

@@ -22,8 +22,6 @@ from dsp_kernels.run.gpu.layout import (
     check_conv_operands,
 )
 
-__all__ = ["CudaConv", "CudaKernels", "Launch", "launch_op"]
-
 # Thread blocks below which an H200 (132 multiprocessors) is not full.
 _FEW_BLOCKS = 132
 # mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured

@@ -12,17 +12,6 @@ from dsp_kernels.op.dense import live_bias
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.layout import all_groups
 
-__all__ = [
-    "WEIGHT_ORDERS",
-    "FilterGroup",
-    "bias_per_channel",
-    "fragments",
-    "groups_of",
-    "in_runs",
-    "is_run",
-    "join_groups",
-]
-
 
 @dataclass(frozen=True)
 class FilterGroup:

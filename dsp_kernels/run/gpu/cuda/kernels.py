@@ -10,8 +10,6 @@ import torch
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.layout import GpuLayout, round_up
 
-__all__ = ["KERNELS", "LARGEST_SIDE", "OUTSIDE", "KernelKind", "kernels_for"]
-
 # Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/conv_params.h).
 LARGEST_SIDE = 16383
 # The tap of a padding row of the reduction: outside of every image (csrc/cuda/conv_params.h).

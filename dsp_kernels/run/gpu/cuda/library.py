@@ -10,8 +10,6 @@ import torch
 
 from dsp_kernels.run.gpu.layout import why_too_old
 
-__all__ = ["LIBRARY", "has_wgmma", "why_no_cuda", "why_not_on"]
-
 LIBRARY = Path(__file__).resolve().parents[3] / "_C_cuda.so"
 _FIX = (
     "with nvcc and a CUDA torch, run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "

@@ -26,8 +26,6 @@ from dsp_kernels.run.gpu.cuda.groups import (
 from dsp_kernels.run.gpu.cuda.kernels import OUTSIDE, KernelKind
 from dsp_kernels.run.gpu.layout import round_up
 
-__all__ = ["Tables", "make_tables"]
-
 
 @dataclass(frozen=True)
 class Tables:

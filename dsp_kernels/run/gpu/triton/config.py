@@ -13,16 +13,6 @@ import torch
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, round_up
 
-__all__ = [
-    "TritonConfig",
-    "candidates",
-    "choose",
-    "choose_packing",
-    "columns_in_l2",
-    "config_of",
-    "tile_sizes",
-]
-
 # Input columns shared by concurrent programs: a part of the L2 of an A100 (40 MB) or H200 (50 MB).
 _L2_BYTES = 16 << 20
 # With fewer than two programs for each of 132 multiprocessors, smaller tiles fill the GPU better.

@@ -37,8 +37,6 @@ from dsp_kernels.run.gpu.triton.tables import (
 )
 from dsp_kernels.run.gpu.triton.tune import kept_config
 
-__all__ = ["TritonConv", "TritonKernels"]
-
 _INT32 = 1 << 31
 
 

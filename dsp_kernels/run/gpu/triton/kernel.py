@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTEGER_ARGUMENTS", "conv_kernel", "conv_kernel_function"]
-
 # Not specialised, because they differ from layer to layer: the kernel states the divisibility it relies on.
 INTEGER_ARGUMENTS = (
     *("n_tiles", "col_tiles", "block", "batch", "in_channels", "out_channels", "in_h", "in_w", "out_h"),

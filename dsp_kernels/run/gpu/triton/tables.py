@@ -18,8 +18,6 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group
 from dsp_kernels.run.gpu.layout import GpuLayout, all_groups
 
-__all__ = ["MOST_CHANNELS", "MOST_DX", "MOST_DY", "TritonTables", "reads_runs", "tables_for", "writes_runs"]
-
 # An entry of the k table packs channel, dy and dx into 16, 8 and 7 bits; negative entries are padding.
 MOST_CHANNELS, MOST_DY, MOST_DX = 1 << 16, 255, 127
 _CHANNEL_BLOCK = 64  # channels per tap in NHWC before the next tap: 128 bytes of 16-bit numbers

@@ -26,8 +26,6 @@ from dsp_kernels.run.gpu.graphs import is_capturing
 from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates
 from dsp_kernels.whole_file import write_text
 
-__all__ = ["ConfigCache", "cache_file", "kept_config", "signature", "tune"]
-
 if TYPE_CHECKING:
     from dsp_kernels.run.gpu.triton.conv import TritonConv
 

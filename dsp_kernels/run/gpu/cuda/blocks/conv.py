@@ -15,8 +15,6 @@ from dsp_kernels.run.gpu.cuda.conv import Launch, launch_op
 from dsp_kernels.run.gpu.cuda.library import why_no_cuda, why_not_on
 from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands
 
-__all__ = ["CudaBlock", "why_no_blocks"]
-
 _LAUNCH: Launch = partial(launch_op, "cuda_block")
 
 

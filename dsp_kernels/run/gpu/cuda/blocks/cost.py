@@ -20,8 +20,6 @@ from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import STEP, STEP_CLOCKS, BlockTables
 from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, all_groups
 
-__all__ = ["H200", "DeviceModel", "Shapes", "block_floor", "block_seconds", "conv_seconds", "device_model"]
-
 Shapes = Mapping[str, tuple[int, ...] | None]
 _BYTES = 2  # per number: the kernel is for 16-bit dtypes only
 _WARPS = 8  # per thread block; csrc/cuda/block_kernel.h

@@ -13,8 +13,6 @@ from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import STEP, BlockTables, Row
 from dsp_kernels.run.gpu.layout import ACTIVATION_CODES
 
-__all__ = ["BlockGeometry", "Region"]
-
 _MOST_CHUNKS, _LARGEST_DIVISOR = 4095, 256  # csrc/cuda/block_kernel.h
 _PIECE = 16  # bytes of eight images
 

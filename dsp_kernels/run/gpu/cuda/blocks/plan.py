@@ -27,8 +27,6 @@ from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuConv, GpuLayout, layou
 from dsp_kernels.run.gpu.memory import value_shapes
 from dsp_kernels.run.lru import LRU
 
-__all__ = ["BlockPlan", "BlockPlanner", "best_geometry", "blocks_wanted", "plan_blocks", "variants"]
-
 _MOST_SHAPES = 8  # input shapes whose blocks are kept
 
 MakeTables = Callable[[BlockStep], BlockTables]

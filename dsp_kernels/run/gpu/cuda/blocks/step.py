@@ -14,8 +14,6 @@ from typing import Any
 
 from dsp_kernels.program.steps import ConvStep, Program, Step, TensorMap
 
-__all__ = ["MOST_CONVS", "BlockStep", "blocks_of", "residual_last", "with_blocks"]
-
 # csrc/cuda/block_kernel.h: kMostConvs
 MOST_CONVS = 3
 

@@ -26,8 +26,6 @@ from dsp_kernels.run.gpu.cuda.groups import (
     join_groups,
 )
 
-__all__ = ["STEP", "STEP_CLOCKS", "BlockTables", "Row", "Tile", "block_tables"]
-
 STEP = 16  # rows of the reduction of one mma
 # Clocks of a multiprocessor per step of a tile for eight chunks, by filters of the tile: 16 are bound by
 # shared memory (128 bytes per clock), 32 by mma.sync. Estimates, not measured; the outputs of a tile cost
