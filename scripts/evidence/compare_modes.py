@@ -1,6 +1,7 @@
 """Learned groups against their alternatives: from one dense ResNet, every variant at equal pruned FLOPs.
 
-``python scripts/evidence/compare_modes.py --data-root FOLDER --out FOLDER [--page PAGE.md]`` trains on ``cifar10_jpeg.npz`` (JPEG copies of CIFAR-10) and resumes where it was stopped. It prints a table of the
+``python scripts/evidence/compare_modes.py --data-root FOLDER --out FOLDER [--page PAGE.md]`` trains on
+``cifar10_jpeg.npz`` (JPEG copies of CIFAR-10) and resumes where it was stopped. It prints a table of the
 results; ``--page`` also writes it between two marks of that page.
 """
 
