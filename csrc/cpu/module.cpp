@@ -6,9 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
-#include "session.h"
-#include "workers.h"
+#include "run.h"
 
 namespace py = pybind11;
 

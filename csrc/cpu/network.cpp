@@ -1,10 +1,10 @@
 #include "network.h"
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 
-#include "isa.h"
-#include "pairing.h"
+#include "kernels/winograd.h"
 
 namespace dsp {
 
@@ -23,6 +23,64 @@ void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, c
         require(kernel[a] >= 1 && stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1 && kernel[a] < 4096 &&
                     stride[a] < 4096 && padding[a] < 4096 && dilation[a] < 4096,
                 "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
+}
+
+bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
+
+bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid; }
+
+// -- Pairs of channels in one word --
+
+constexpr int64_t most_candidates = 1 << 18; // about 50 ms to sort
+
+// Pairs of the channels that are left in the groups, those that most groups have first.
+std::vector<std::pair<int, int>> candidates(const std::vector<std::set<int>>& left) {
+    int64_t total = 0;
+    for (const auto& group : left) total += int64_t(group.size()) * int64_t(group.size()) / 2;
+    if (total > most_candidates) return {};
+    std::map<std::pair<int, int>, int> shared;
+    for (const auto& group : left)
+        for (auto a = group.begin(); a != group.end(); ++a)
+            for (auto b = std::next(a); b != group.end(); ++b) ++shared[{*a, *b}];
+    std::vector<std::pair<int, int>> pairs;
+    for (const auto& entry : shared) pairs.push_back(entry.first);
+    std::stable_sort(pairs.begin(), pairs.end(),
+                     [&](const auto& a, const auto& b) { return shared.at(a) > shared.at(b); });
+    return pairs;
+}
+
+// groups: the channels that each group reads. Returns for each group its channels in an order in which every two
+// neighbours, the 1st and 2nd, 3rd and 4th and so on, make a pair, such that groups share many pairs: a plane of
+// words is made once per pair. Depends on the sets of channels only, not on their order.
+std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>& groups) {
+    std::map<int, std::vector<int>> readers; // of each channel
+    std::vector<std::set<int>> left;
+    for (size_t g = 0; g < groups.size(); ++g) {
+        left.emplace_back(groups[g].begin(), groups[g].end());
+        for (int c : left.back()) readers[c].push_back(int(g));
+    }
+    std::vector<std::vector<int>> order(groups.size());
+    const auto take = [&](int a, int b) {
+        for (size_t g = 0; g < left.size(); ++g)
+            if (left[g].count(a) && left[g].count(b)) {
+                order[g].insert(order[g].end(), {a, b});
+                left[g].erase(a), left[g].erase(b);
+            }
+    };
+    // Channels that the very same groups read share all their planes.
+    std::map<std::vector<int>, int> waiting;
+    for (const auto& entry : readers) {
+        const auto partner = waiting.find(entry.second);
+        if (partner == waiting.end()) {
+            waiting[entry.second] = entry.first;
+        } else {
+            take(partner->second, entry.first);
+            waiting.erase(partner);
+        }
+    }
+    for (const auto& pair : candidates(left)) take(pair.first, pair.second);
+    for (size_t g = 0; g < left.size(); ++g) order[g].insert(order[g].end(), left[g].begin(), left[g].end());
+    return order;
 }
 
 // Puts each group's channels, and its weights with them, in the order of pair_channels().
@@ -46,9 +104,44 @@ void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
     }
 }
 
-bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
+// -- Packed weights --
 
-bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid; }
+// The weights of one tile as plain sums read them: floats, or words by the kernels' own rounding.
+void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
+    for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
+        for (int64_t j = c; j < c + taps; ++j) {
+            float one[max_filters], other[max_filters];
+            for (int k = 0; k < filters; ++k) {
+                const float* filter = first + k * count;
+                one[k] = filter[j], other[k] = j + taps < count ? filter[j + taps] : 0.0f;
+            }
+            if (step.pairs) step.pairs->pair(one, other, one, filters, 1, 1);
+            to.insert(to.end(), one, one + filters);
+        }
+}
+
+// [sum][channel][filters], in the order of patch_input().
+void pack_patches(std::vector<float>& to, const float* first, int filters, int64_t count) {
+    for (int sum = 0; sum < patch_sums; ++sum)
+        for (int64_t c = 0; c < count; c += 9)
+            for (int k = 0; k < filters; ++k) {
+                const float* tap = first + k * count + c;
+                double column[3];
+                for (int x = 0; x < 3; ++x) column[x] = band_weight(sum / column_sums, tap[x], tap[3 + x], tap[6 + x]);
+                to.push_back(float(patch_weight(sum % column_sums, column[0], column[1], column[2])));
+            }
+}
+
+// [sum][channel, horizontal tap][filters], in the order of band_input().
+void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
+    for (int sum = 0; sum < band_sums; ++sum)
+        for (int64_t c = 0; c < count; c += 3 * columns)
+            for (int64_t x = c; x < c + columns; ++x)
+                for (int k = 0; k < filters; ++k) {
+                    const float* tap = first + k * count + x;
+                    to.push_back(float(band_weight(sum, tap[0], tap[columns], tap[2 * columns])));
+                }
+}
 
 } // namespace
 
@@ -242,6 +335,36 @@ void Network::add_output(int value) {
     step.inputs = {value};
     step.number = outputs++;
     steps.push_back(std::move(step));
+}
+
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, Form form) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& known = packed_[{&step, splits, form}];
+    if (auto found = known.lock()) return found;
+    auto made = std::make_shared<Packed>();
+    for (size_t g = 0; g < step.groups.size(); ++g) {
+        const GroupIndex& group = step.groups[g];
+        const int64_t taps = int64_t(step.kernel[0]) * step.kernel[1], count = int64_t(group.in.size()) * taps;
+        int first = 0;
+        for (int filters : splits[g]) {
+            FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
+            const float* weights = group.weights.data() + first * count;
+            if (form == Form::patches)
+                pack_patches(made->weights, weights, filters, count);
+            else if (form == Form::bands)
+                pack_bands(made->weights, weights, filters, count, step.kernel[1]);
+            else
+                pack_plain(made->weights, step, weights, filters, count, taps);
+            for (int k = 0; k < filters; ++k) {
+                tile.channels.push_back(group.out[first + k]);
+                made->bias.push_back(step.bias[tile.channels.back()]);
+            }
+            first += filters;
+            made->tiles.push_back(std::move(tile));
+        }
+    }
+    known = made;
+    return made;
 }
 
 } // namespace dsp

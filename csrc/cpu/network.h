@@ -15,6 +15,11 @@
 
 namespace dsp {
 
+// Instruction sets that this CPU supports, best first (kernels/isa.cpp).
+std::vector<std::string> available_isas();
+// The kernels of one instruction set; "" is the best. Throws std::invalid_argument if it is unknown or unsupported.
+const Kernels& kernels_for(const std::string& isa);
+
 using Pair = std::array<int, 2>; // vertical, horizontal
 
 struct Size {

@@ -19,7 +19,7 @@ from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.convs import BACKENDS, ConvPlan
 from dsp_kernels.run.cpu.conv import CpuPlan
-from dsp_kernels.run.cpu.extension import chosen_isa, may_use_winograd, native
+from dsp_kernels.run.cpu.extension import chosen_isa, may_use_winograd
 
 __all__ = [
     "NAMESPACE",
@@ -212,9 +212,7 @@ def _two(values: Sequence[int]) -> tuple[int, int]:
 
 def _register() -> None:
     name = f"{NAMESPACE}::{OP_NAME}"
-    # The native extension brings the same schema with it, when it was built where torch is.
-    if native() is None or not hasattr(getattr(torch.ops, NAMESPACE), OP_NAME):
-        torch.library.define(name, SCHEMA)
+    torch.library.define(name, SCHEMA)
     torch.library.impl(name, "default", _run)
     torch.library.register_fake(name, _fake)
     torch.library.register_autograd(name, backward, setup_context=save_context)

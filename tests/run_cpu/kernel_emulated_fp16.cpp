@@ -8,7 +8,7 @@
 #define DSP_TABLE kernels_emulated
 #include "kernels/impl.h"
 
-#include "isa.h"
+#include "network.h"
 
 #include <stdexcept>
 

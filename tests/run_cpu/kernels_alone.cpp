@@ -5,8 +5,7 @@
 #include <cstdlib>
 #include <random>
 
-#include "isa.h"
-#include "session.h"
+#include "run.h"
 
 namespace {
 

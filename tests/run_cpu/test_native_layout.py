@@ -133,7 +133,7 @@ def test_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="changes 0"):
         network.conv(x, -1, 1, (1, 1), (1, 1), (0, 0), (1, 1), "sigmoid", [], [], [], None)
     network.output(network.concat([x, other]))
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="cannot be concatenated"):
         network.output_shapes([(4, 4), (4, 5)])
 
 

@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "../network.h"
 
 #include <stdexcept>
 
