@@ -1,4 +1,4 @@
-// The Python side: numpy arrays in, checked, and the work done without the interpreter's lock.
+// The Python bindings: checked numpy arrays as arguments, work done without the interpreter's lock.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,7 +12,7 @@ namespace py = pybind11;
 
 namespace {
 
-using Array = py::array_t<float>; // no conversion: another dtype is refused below
+using Array = py::array_t<float>; // other dtypes are refused below, not converted
 using dsp::Act;
 using dsp::fail;
 using dsp::Pair;
@@ -36,9 +36,9 @@ dsp::Winograd winograd_of(const std::string& name) {
     fail("winograd is 'never', 'where faster', 'bands' or 'patches', not '" + name + "'");
 }
 
-dsp::Numbers numbers_of(bool bf16, bool fp16) {
-    if (bf16 && fp16) fail("numbers are bfloat16 or float16, not both");
-    return bf16 ? dsp::Numbers::bf16 : fp16 ? dsp::Numbers::fp16 : dsp::Numbers::f32;
+dsp::Precision precision_of(bool bf16, bool fp16) {
+    if (bf16 && fp16) fail("the precision is bfloat16 or float16, not both");
+    return bf16 ? dsp::Precision::bf16 : fp16 ? dsp::Precision::fp16 : dsp::Precision::f32;
 }
 
 std::vector<float> flat(const Array& array) {
@@ -50,11 +50,11 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
     return array ? flat(*array) : std::vector<float>();
 }
 
-// Built step by step, then sealed; after that it can only run.
+// Built step by step; immutable after its first run.
 class Native {
   public:
     Native(const std::string& isa, bool bf16, const std::string& winograd, bool fp16)
-        : network_(std::make_unique<dsp::Network>(isa, numbers_of(bf16, fp16), winograd_of(winograd))) {}
+        : network_(std::make_unique<dsp::Network>(isa, precision_of(bf16, fp16), winograd_of(winograd))) {}
 
     int input(int channels) { return open().add_input(channels); }
 
@@ -65,15 +65,14 @@ class Native {
         if (in_index.size() != out_index.size() || in_index.size() != weights.size())
             fail("in_index, out_index and weights differ in length");
         std::vector<dsp::GroupIndex> groups;
-        for (size_t g = 0; g < in_index.size(); ++g)
-            groups.push_back({in_index[g], out_index[g], flat(weights[g])});
+        for (size_t g = 0; g < in_index.size(); ++g) groups.push_back({in_index[g], out_index[g], flat(weights[g])});
         const auto bias_values = flat_or_empty(bias);
         if (bias && int(bias_values.size()) != out_channels) fail("bias needs one number per output channel");
         return open().add_conv(x, residual, out_channels, kernel, stride, padding, dilation, activation(act),
                                std::move(groups), bias ? bias_values.data() : nullptr);
     }
 
-    // The same convolution as one of another network, with or without a residual.
+    // A copy of a convolution of another network, with or without a residual.
     int conv_like(const Native& other, int value, int x, int residual) {
         const dsp::Step& step = other.conv_step(value);
         const int out_channels = other.network().values[value].channels;
@@ -81,7 +80,7 @@ class Native {
                                step.act, step.groups, step.bias.data());
     }
 
-    // Whether the convolution that makes a value was built from these very numbers, bit for bit.
+    // Whether the convolution that computes a value was built from weights and bias bitwise equal to these.
     bool conv_holds(int value, const std::vector<Array>& weights, const std::optional<Array>& bias) const {
         const dsp::Step& step = conv_step(value);
         const auto same = [](const Array& array, const std::vector<float>& held) {
@@ -138,13 +137,13 @@ class Native {
     }
 
     std::vector<std::tuple<std::string, int, double>> profile(const std::vector<Array>& inputs,
-                                                              std::vector<Array> outputs, int interleave,
-                                                              int repeats) {
+                                                              std::vector<Array> outputs, int interleave, int repeats) {
         const Call call = checked(inputs, outputs, interleave);
         if (call.images == 0 || interleave == 0 || repeats < 1) fail("profiling needs images, interleave and repeats");
         std::vector<std::tuple<std::string, int, double>> list;
         py::gil_scoped_release release;
-        for (const auto& t : session_->profile(call.sizes, call.sources, call.targets, int(call.images), interleave, repeats))
+        for (const auto& t :
+             session_->profile(call.sizes, call.sources, call.targets, int(call.images), interleave, repeats))
             list.emplace_back(t.name, t.value, t.seconds);
         return list;
     }
@@ -159,7 +158,7 @@ class Native {
         std::vector<dsp::Images> sources, targets;
     };
 
-    // Every shape is held against the network; nothing behind this point can be out of range.
+    // Checks every shape against the network, so that nothing can be out of bounds later.
     Call checked(const std::vector<Array>& inputs, std::vector<Array>& outputs, int interleave) {
         dsp::Session& session = sealed();
         const dsp::Network& network = session.network();
@@ -176,7 +175,7 @@ class Native {
             const Array& x = inputs[number++];
             if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != call.images ||
                 x.shape(1) != network.values[step.output].channels)
-                fail("input " + std::to_string(step.number) + " has another shape than its value");
+                fail("input " + std::to_string(step.number) + " has the wrong shape");
             const int h = x.ndim() == 4 ? int(x.shape(2)) : 1, w = x.ndim() == 4 ? int(x.shape(3)) : 1;
             call.sizes.push_back({h, w});
             call.sources.push_back(images_of(x, const_cast<float*>(x.data())));
@@ -186,10 +185,10 @@ class Native {
         for (size_t n = 0; n < outputs.size(); ++n) {
             Array& y = outputs[n];
             const auto& s = shapes[n];
-            const bool fits4 = y.ndim() == 4 && y.shape(0) == call.images && y.shape(1) == s[0] &&
-                               y.shape(2) == s[1] && y.shape(3) == s[2];
+            const bool fits4 = y.ndim() == 4 && y.shape(0) == call.images && y.shape(1) == s[0] && y.shape(2) == s[1] &&
+                               y.shape(3) == s[2];
             const bool fits2 = y.ndim() == 2 && y.shape(0) == call.images && y.shape(1) == s[0] && s[1] * s[2] == 1;
-            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has another shape than its value");
+            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has the wrong shape");
             call.targets.push_back(images_of(y, y.mutable_data()));
         }
         return call;
@@ -202,20 +201,20 @@ class Native {
     const dsp::Step& conv_step(int value) const {
         for (const auto& step : network().steps)
             if (step.kind == dsp::Kind::conv && step.output == value) return step;
-        fail("value " + std::to_string(value) + " is not made by a convolution");
+        fail("value " + std::to_string(value) + " is not the output of a convolution");
     }
     dsp::Network& open() {
-        if (!network_) fail("the network has run already and cannot grow");
+        if (!network_) fail("the network has run and cannot grow");
         return *network_;
     }
-    dsp::Session& sealed() { // called with the interpreter's lock held
+    dsp::Session& sealed() { // called with the interpreter's lock
         if (!session_) session_ = std::make_unique<dsp::Session>(std::move(network_));
         return *session_;
     }
     static dsp::Images images_of(const Array& array, float* base) {
         dsp::Images images{base, {0, 0, 0, 0}};
         for (py::ssize_t d = 0; d < array.ndim(); ++d) {
-            if (array.strides(d) % py::ssize_t(sizeof(float))) fail("strides are no multiples of a float");
+            if (array.strides(d) % py::ssize_t(sizeof(float))) fail("strides are not multiples of a float");
             images.stride[d] = array.strides(d) / py::ssize_t(sizeof(float));
         }
         return images;
@@ -226,15 +225,15 @@ class Native {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels.";
-    m.def("available_isas", &dsp::available_isas, "Instruction sets that are compiled in and run here, best first.");
+    m.def("available_isas", &dsp::available_isas, "Instruction sets of this build that this CPU supports, best first.");
     m.def(
         "arithmetic",
         [](const std::string& isa, int64_t turns, bool bf16, bool fp16) {
             const dsp::Kernels& kernels = dsp::kernels_for(isa);
-            const dsp::WordKernels* words = dsp::words_of(kernels, numbers_of(bf16, fp16));
+            const dsp::WordKernels* words = dsp::words_of(kernels, precision_of(bf16, fp16));
             return words ? words->arithmetic(turns) : kernels.arithmetic(turns);
         },
-        "Runs multiply-adds on registers alone; returns how many.", py::arg("isa"), py::arg("turns"),
+        "Runs multiply-adds on registers; returns their number.", py::arg("isa"), py::arg("turns"),
         py::arg("bf16") = false, py::arg("fp16") = false, py::call_guard<py::gil_scoped_release>());
     m.def(
         "own_products",
@@ -245,7 +244,7 @@ PYBIND11_MODULE(_C, m) {
             if (kernels.fp16.own) names.push_back("float16");
             return names;
         },
-        "The numbers that an instruction set multiplies by instructions for them.");
+        "The dtypes that an instruction set multiplies by instructions of its own.");
     m.attr("half_terms") = dsp::half_terms;
     m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
@@ -266,7 +265,8 @@ PYBIND11_MODULE(_C, m) {
         .def("linear", &Native::linear)
         .def("output", &Native::output)
         .def("output_shapes", &Native::output_shapes)
-        .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"), py::arg("interleave") = 0)
+        .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"),
+             py::arg("interleave") = 0)
         .def("profile", &Native::profile, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(),
              py::arg("interleave"), py::arg("repeats"))
         .def_property_readonly("scratch_bytes", &Native::scratch_bytes)

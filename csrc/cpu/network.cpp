@@ -12,7 +12,7 @@ void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 namespace {
 
-constexpr int64_t most = int64_t(1) << 24; // channels, taps, sizes: nothing real is larger
+constexpr int64_t most = int64_t(1) << 24; // limit of channels, taps and sizes
 
 void require(bool good, const std::string& message) {
     if (!good) fail(message);
@@ -33,7 +33,7 @@ bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid
 
 constexpr int64_t most_candidates = 1 << 18; // about 50 ms to sort
 
-// Pairs of the channels that are left in the groups, those that most groups have first.
+// Pairs of the groups' remaining channels, those shared by most groups first.
 std::vector<std::pair<int, int>> candidates(const std::vector<std::set<int>>& left) {
     int64_t total = 0;
     for (const auto& group : left) total += int64_t(group.size()) * int64_t(group.size()) / 2;
@@ -49,9 +49,9 @@ std::vector<std::pair<int, int>> candidates(const std::vector<std::set<int>>& le
     return pairs;
 }
 
-// groups: the channels that each group reads. Returns for each group its channels in an order in which every two
-// neighbours, the 1st and 2nd, 3rd and 4th and so on, make a pair, such that groups share many pairs: a plane of
-// words is made once per pair. Depends on the sets of channels only, not on their order.
+// groups: the channels that each group reads. Returns the channels of each group in an order whose neighbours, 1st and
+// 2nd, 3rd and 4th and so on, are pairs, such that groups share many pairs: a plane of words is made once per pair.
+// Depends only on the sets of channels, not on their order.
 std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>& groups) {
     std::map<int, std::vector<int>> readers; // of each channel
     std::vector<std::set<int>> left;
@@ -67,7 +67,7 @@ std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>&
                 left[g].erase(a), left[g].erase(b);
             }
     };
-    // Channels that the very same groups read share all their planes.
+    // Channels that exactly the same groups read share all their planes.
     std::map<std::vector<int>, int> waiting;
     for (const auto& entry : readers) {
         const auto partner = waiting.find(entry.second);
@@ -90,7 +90,7 @@ void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
     const auto order = pair_channels(channels);
     for (size_t g = 0; g < groups.size(); ++g) {
         GroupIndex& group = groups[g];
-        if (order[g].size() != group.in.size()) continue; // a channel that is read twice
+        if (order[g].size() != group.in.size()) continue; // a channel is read twice
         std::map<int, int64_t> position;
         for (size_t i = 0; i < group.in.size(); ++i) position[group.in[i]] = int64_t(i);
         const std::vector<float> before = std::move(group.weights);
@@ -106,8 +106,9 @@ void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
 
 // -- Packed weights --
 
-// The weights of one tile as plain sums read them: floats, or words by the kernels' own rounding.
-void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
+// The weights of one tile for plain sums: floats, or words rounded by the kernels.
+void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count,
+                int64_t taps) {
     for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
         for (int64_t j = c; j < c + taps; ++j) {
             float one[max_filters], other[max_filters];
@@ -145,13 +146,13 @@ void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t
 
 } // namespace
 
-const WordKernels* words_of(const Kernels& kernels, Numbers numbers) {
-    if (numbers == Numbers::bf16) return &kernels.bf16;
-    return numbers == Numbers::fp16 && kernels.fp16.own ? &kernels.fp16 : nullptr;
+const WordKernels* words_of(const Kernels& kernels, Precision precision) {
+    if (precision == Precision::bf16) return &kernels.bf16;
+    return precision == Precision::fp16 && kernels.fp16.own ? &kernels.fp16 : nullptr;
 }
 
-Network::Network(const std::string& isa, Numbers numbers, Winograd winograd)
-    : kernels(kernels_for(isa)), words(words_of(kernels, numbers)), winograd(winograd) {}
+Network::Network(const std::string& isa, Precision precision, Winograd winograd)
+    : kernels(kernels_for(isa)), words(words_of(kernels, precision)), winograd(winograd) {}
 
 void Network::check(int value) const {
     require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
@@ -178,7 +179,7 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     require(out_channels >= 1 && out_channels < most, "out_channels is " + std::to_string(out_channels));
     if (residual >= 0) {
         check(residual);
-        require(values[residual].channels == out_channels, "the residual has another number of channels");
+        require(values[residual].channels == out_channels, "the residual has a different number of channels");
     }
     require(keeps_zero(act), "a convolution cannot end in an activation that changes 0");
     const int64_t taps = int64_t(kernel[0]) * kernel[1];
@@ -192,7 +193,8 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
             written[o] = 1;
         }
         const int64_t expected = int64_t(groups[g].in.size()) * int64_t(groups[g].out.size()) * taps;
-        require(int64_t(groups[g].weights.size()) == expected, "group " + std::to_string(g) + " has a weight of another size");
+        require(int64_t(groups[g].weights.size()) == expected,
+                "group " + std::to_string(g) + " has a weight of the wrong size");
     }
     Step step(Kind::conv);
     step.inputs = residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
@@ -203,8 +205,9 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     step.bias.assign(out_channels, 0.0f);
     if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
     step.groups = std::move(groups);
-    // With one channel per group, as in a depthwise convolution, a pair would have no second half.
-    if (std::any_of(step.groups.begin(), step.groups.end(), [](const GroupIndex& group) { return group.in.size() > 1; }))
+    // With one channel per group, as in a depthwise convolution, a pair would be half empty.
+    if (std::any_of(step.groups.begin(), step.groups.end(),
+                    [](const GroupIndex& group) { return group.in.size() > 1; }))
         step.pairs = words;
     if (step.pairs) order_by_pairs(step.groups, taps);
     return make(std::move(step), out_channels, rectifies(act));
@@ -267,7 +270,8 @@ int Network::add_product(int x, int other, Act act) {
 
 int Network::add_adaptive(int x, Pair size) {
     check(x);
-    require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096, "an adaptive pool makes 1 to 4095 rows and columns");
+    require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096,
+            "the output of an adaptive pool has 1 to 4095 rows and columns");
     Step step(Kind::adaptive);
     step.inputs = {x};
     step.kernel = size;
@@ -283,10 +287,6 @@ int Network::add_view(std::vector<int> parts, std::vector<Pair> planes) {
     step.planes = std::move(planes);
     const int channels = int(step.planes.size());
     return make(std::move(step), channels, nonnegative);
-}
-
-int Network::add_flatten(int x) {
-    return add_concat({x});
 }
 
 int Network::add_select(int x, const std::vector<int>& channels) {
@@ -313,8 +313,8 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
     check(x);
     require(out_features >= 1 && out_features < most && in_features >= 1 &&
                 int64_t(weight.size()) == int64_t(out_features) * in_features,
-            "the linear weight has another size");
-    require(in_features % values[x].channels == 0, "in_features is no multiple of the input's channels");
+            "the linear weight has the wrong size");
+    require(in_features % values[x].channels == 0, "in_features is not a multiple of the input's channels");
     // Stored transposed, [in][out padded to 16]: the outputs are the vector.
     Step step(Kind::linear);
     step.inputs = {x};

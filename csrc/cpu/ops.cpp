@@ -20,7 +20,7 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
     for (int c = first; c < last; ++c) {
         float* plane = base + c * g.plane;
         if (columns && pitch > row)
-            for (int64_t y = 0; y + 1 < g.h; ++y) // a few floats: a call would cost more
+            for (int64_t y = 0; y + 1 < g.h; ++y) // a few floats: memset would cost more
                 for (int64_t i = row; i < pitch; ++i) plane[y * pitch + i] = 0.0f;
         const int64_t end = (g.h - 1) * pitch + row;
         const int64_t next = c + 1 < g.channels ? g.plane : g.size - g.lead - c * g.plane;
@@ -37,7 +37,7 @@ constexpr int channel_block = 16; // channels_last: floats of one cache line
 // Rows [first, last) of channels of one image; visit(c, y, count of channels) does one piece.
 template <typename Visit>
 void by_blocks(bool channels_last, int first, int last, int rows, const Visit& visit) {
-    // A pixel's channels lie together in channels_last, so a block of them is moved for a whole row at once.
+    // A pixel's channels are adjacent in channels_last, so a block of them is copied for a whole row at once.
     const int block = channels_last ? channel_block : 1;
     for (int c = first; c < last; c += block)
         for (int y = 0; y < rows; ++y) visit(c, y, std::min(block, last - c));
@@ -96,7 +96,7 @@ void StoreOp::run(int chunk, const Context& context) const {
     });
 }
 
-// Without a stride both planes have one pitch, and the pads between the rows are zeros already.
+// Without a stride both planes have the same pitch, and the pads between rows are zero already.
 void SplitOp::pair_whole(const Plane& plane, const Context& context) const {
     const Geometry& s = from.geometry;
     clear_pads(to, to.in(context), plane.to, plane.to + 1, false);
@@ -120,15 +120,15 @@ void SplitOp::run(int chunk, const Context& context) const {
         const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
         const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
         const int64_t filled_rows = std::min<int64_t>(rows, t.h), filled = std::min<int64_t>(columns, t.w);
-        const float* source =
-            from.plane(context, plane.channel) + s.at(0, plane.row_phase, plane.column_phase);
+        const float* source = from.plane(context, plane.channel) + s.at(0, plane.row_phase, plane.column_phase);
         const int64_t other = plane.other < 0 ? 0 : from.planes[plane.other] - from.planes[plane.channel];
         const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
         float* const target = base + t.at(plane.to, 0, 0);
         if (pairs && filled > 0) {
             for (int64_t y = 0; y < filled_rows; ++y) {
                 const float* row = source + y * source_pitch;
-                pairs->pair(row, plane.other < 0 ? nullptr : row + other, target + y * target_pitch, filled, stride[1], I);
+                pairs->pair(row, plane.other < 0 ? nullptr : row + other, target + y * target_pitch, filled, stride[1],
+                            I);
             }
         } else if (filled_rows > 0 && filled > 0) {
             kernels.thin({source, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
@@ -150,7 +150,7 @@ void ConvOp::prepare(const Chunk& part, const Context& context, bool clear_colum
         if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
         if (has_add) {
             kernels.map({context.arena + add.planes[c], nullptr, out + c * y.geometry.plane, 1.0f, 0.0f,
-                          vectors.at.data(), mask, vectors.count(), step.act});
+                         vectors.at.data(), mask, vectors.count(), step.act});
         } else {
             for (size_t v = 0; v < vectors.at.size(); ++v)
                 std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * kernels.lanes);
@@ -180,8 +180,8 @@ void ConvOp::run(int chunk, const Context& context) const {
             int group_last = group_first;
             while (group_last < part.last_tile && packed->tiles[group_last].group == group) ++group_last;
             const int64_t count = int64_t(off[group].size());
-            // A wide group is summed in passes, so that the planes of one pass stay in the first-level cache
-            // while all filters read them.
+            // A wide group is summed in passes, so that the planes of one pass stay in the first-level cache while all
+            // filters read them.
             int64_t j = 0;
             do {
                 const int64_t end = std::min<int64_t>(j + block_terms[group], count);
@@ -211,7 +211,7 @@ void ConvOp::run(int chunk, const Context& context) const {
     }
 }
 
-// What the sums take from a band, of all channels, from vector `column` of the output on.
+// The sums' inputs from a band, of all channels, from vector `column` of the output on.
 void BandConvOp::transform(float* to, int band, int column, int columns, const Context& context) const {
     const Geometry& g = x.geometry;
     const int I = g.interleave, lanes = kernels.lanes;
@@ -225,9 +225,11 @@ void BandConvOp::transform(float* to, int band, int column, int columns, const C
         }
         float* const out = to + int64_t(n) * channel;
         if (patches)
-            kernels.patch_input({{row[0], row[1], row[2], row[3], row[4], row[5]}, I, at.data() + column, out, pitch, columns});
+            kernels.patch_input(
+                {{row[0], row[1], row[2], row[3], row[4], row[5]}, I, at.data() + column, out, pitch, columns});
         else
-            kernels.band_input({{row[0], row[1], row[2], row[3], row[4], row[5]}, out, pitch, (floats + lanes - 1) / lanes});
+            kernels.band_input(
+                {{row[0], row[1], row[2], row[3], row[4], row[5]}, out, pitch, (floats + lanes - 1) / lanes});
     }
 }
 
@@ -341,14 +343,15 @@ void PoolOp::run(int chunk, const Context& context) const {
                         for (int i = 0; i < I; ++i) {
                             if (step.average) sum[i] += pixel[i];
                             // A NaN wins and stays, as in PyTorch.
-                            else if (!(pixel[i] <= sum[i]) && sum[i] == sum[i]) sum[i] = pixel[i];
+                            else if (!(pixel[i] <= sum[i]) && sum[i] == sum[i])
+                                sum[i] = pixel[i];
                         }
                     }
                 }
                 float* out = plane + t.at(0, oy, ox);
                 float scale = 1.0f;
                 if (step.average) {
-                    // The window's size with the padding it touches, or its real pixels only.
+                    // The window's size with the padding it overlaps, or its pixels inside the map.
                     const int bottom = std::min(top + kh, s.h + step.padding[0]);
                     const int right = std::min(left + kw, s.w + step.padding[1]);
                     int area = (bottom - top) * (right - left);
@@ -412,8 +415,7 @@ void LinearOp::run(int chunk, const Context& context) const {
     const int first = range.first * 64, last = std::min(range.last * 64, t.channels);
     clear_pads(y, y.in(context), first, last, true);
     kernels.linear({context.arena, off.data(), int64_t(off.size()), t.interleave, step.weights.data(),
-                    round_up(t.channels, 16), step.bias.data(), y.in(context), t.plane, first, last,
-                     step.act});
+                    round_up(t.channels, 16), step.bias.data(), y.in(context), t.plane, first, last, step.act});
 }
 
 } // namespace dsp

@@ -91,11 +91,11 @@ struct ConvOp : MapLikeOp {
 // The same by Winograd's method over bands of rows, or over patches of a band; a chunk's vectors are bands.
 struct BandConvOp : ConvOp {
     bool patches = false;
-    std::vector<int> used;    // channels of x that are read
-    std::vector<float> zeros; // a row outside the map
-    std::vector<int32_t> at;  // displacement of each vector of sums in an output row
+    std::vector<int> used;                  // channels of x that are read
+    std::vector<float> zeros;               // a row outside the map
+    std::vector<int32_t> at;                // displacement of each vector of sums in an output row
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
-    int64_t pitch = 0, channel = 0; // floats of the transformed rows from sum to sum and from channel to channel
+    int64_t pitch = 0, channel = 0;        // floats of the transformed rows from sum to sum and from channel to channel
     int64_t scratch = 0, scratch_size = 0; // in the arena, one for each worker
     explicit BandConvOp(const ConvOp& plain) : ConvOp(plain) {}
     void run(int chunk, const Context& context) const override;

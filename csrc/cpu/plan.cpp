@@ -88,10 +88,10 @@ class Builder {
     struct Node {
         int channels, h, w;
         int parent;
-        int buffer;      // the node whose memory it uses; a view has no memory of its own
+        int buffer;                // the node whose memory it uses; a view has no memory of its own
         std::vector<Plane> view{}; // of a view: the source of each channel
-        int first = -1;  // operation that writes the buffer
-        int last = -1;   // last operation that reads it
+        int first = -1;            // operation that writes the buffer
+        int last = -1;             // last operation that reads it
         int64_t offset = 0;
         Geometry geometry{};
     };
@@ -103,7 +103,7 @@ class Builder {
         int node;
         int source;
         Pair stride;
-        const WordKernels* pairs; // packs two channels into each plane, or null
+        const WordKernels* pairs;                            // packs two channels into each plane, or null
         std::map<std::tuple<int, int, int, int>, int> plane; // (row phase, column phase, channel, other) -> plane
         bool emitted = false;
     };
@@ -145,7 +145,8 @@ class Builder {
         if (a == b) return;
         nodes_[b].parent = a;
         Pads &p = pads_[a], &q = pads_[b];
-        p = {std::max(p.top, q.top), std::max(p.bottom, q.bottom), std::max(p.left, q.left), std::max(p.right, q.right)};
+        p = {std::max(p.top, q.top), std::max(p.bottom, q.bottom), std::max(p.left, q.left),
+             std::max(p.right, q.right)};
     }
 
     int add_node(int channels, int h, int w) {
@@ -167,7 +168,8 @@ class Builder {
         const int made = add_node(int(step.planes.size()), first.h, first.w);
         for (const Pair& plane : step.planes) {
             const int node = step.inputs[plane[0]];
-            nodes_[made].view.push_back(nodes_[node].view.empty() ? Plane{node, plane[1]} : nodes_[node].view[plane[1]]);
+            nodes_[made].view.push_back(nodes_[node].view.empty() ? Plane{node, plane[1]}
+                                                                  : nodes_[node].view[plane[1]]);
         }
         for (int input : step.inputs) tie(input, made);
     }
@@ -219,8 +221,8 @@ class Builder {
         case Kind::pool: {
             int size[2];
             for (int a = 0; a < 2; ++a)
-                size[a] = output_size(a ? x.w : x.h, step.kernel[a], step.stride[a], step.padding[a],
-                                      step.dilation[a], step.ceil_mode);
+                size[a] = output_size(a ? x.w : x.h, step.kernel[a], step.stride[a], step.padding[a], step.dilation[a],
+                                      step.ceil_mode);
             if (size[0] < 1 || size[1] < 1)
                 fail("an input of " + text(x.h, x.w) + " pixels is too small for a kernel of " +
                      text(step.kernel[0], step.kernel[1]));
@@ -364,8 +366,8 @@ class Builder {
                 // The output may overwrite this input if no later step reads it and the window does not read it now.
                 const int candidate = step.kind == Kind::conv && step.inputs.size() == 2 ? step.inputs[1]
                                       : step.kind == Kind::map                           ? step.inputs[0]
-                                      : step.kind == Kind::product ? step.inputs[draft.large]
-                                                                   : -1;
+                                      : step.kind == Kind::product                       ? step.inputs[draft.large]
+                                                                                         : -1;
                 if (candidate >= 0 && nodes_[candidate].view.empty()) {
                     const int buffer = nodes_[candidate].buffer;
                     // A window reads other pixels of it, a view other planes, after they were overwritten.
@@ -513,14 +515,13 @@ class Builder {
         op->has_add = step.inputs.size() == 2;
         op->add = op->has_add ? place(step.inputs[1]) : Place{};
         op->in_place = op->has_add && nodes_[step.output].buffer == nodes_[step.inputs[1]].buffer;
-        op->skip_absent = op->in_place && (step.act == Act::none || (step.act == Act::relu &&
-                                                                    network_.values[step.inputs[1]].nonnegative));
-        for (const auto& group : step.groups)
-            op->off.push_back(displacements(draft, Network::sources(step, group.in)));
+        op->skip_absent = op->in_place && (step.act == Act::none ||
+                                           (step.act == Act::relu && network_.values[step.inputs[1]].nonnegative));
+        for (const auto& group : step.groups) op->off.push_back(displacements(draft, Network::sources(step, group.in)));
         std::set<int> rows;
         for (const Tap& tap : draft.taps) rows.insert(tap.dy);
-        return tile_conv(network_, key_, std::move(op), int(rows.size()), draft.split >= 0,
-                         scratch_begin_, scratch_floats_);
+        return tile_conv(network_, key_, std::move(op), int(rows.size()), draft.split >= 0, scratch_begin_,
+                         scratch_floats_);
     }
 
     std::unique_ptr<Op> pool(const Step& step, const Draft& draft) const {

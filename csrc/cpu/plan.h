@@ -52,7 +52,7 @@ struct Context {
 // A tensor in the arena.
 struct Place {
     Geometry geometry;
-    int64_t offset = 0; // of its first pixel in the arena; unused for a view
+    int64_t offset = 0;          // of its first pixel in the arena; unused for a view
     std::vector<int64_t> planes; // of each channel's first pixel in the arena
     float* in(const Context& context) const { return context.arena + offset; }
     float* plane(const Context& context, int channel) const { return context.arena + planes[channel]; }
@@ -71,7 +71,7 @@ class Op {
 struct PlanKey {
     std::vector<Size> sizes; // of each input
     int interleave;
-    int threads; // that share an operation
+    int threads;                                                // that share an operation
     int parts() const { return threads > 1 ? 2 * threads : 1; } // target number of chunks of an operation
     bool operator==(const PlanKey& other) const {
         return interleave == other.interleave && threads == other.threads && sizes == other.sizes;

@@ -232,8 +232,12 @@ void run_apart(const Plan& plan, const Share& share, const std::vector<Images>& 
         Arena arena(plan, threads);
         for (; block < blocks; block = next.fetch_add(1)) {
             const int64_t first = share.first + block * I;
-            const Context context{arena.memory, &inputs, &outputs, first,
-                                  int(std::min<int64_t>(I, share.first + share.count - first)), 0};
+            const Context context{arena.memory,
+                                  &inputs,
+                                  &outputs,
+                                  first,
+                                  int(std::min<int64_t>(I, share.first + share.count - first)),
+                                  0};
             for (const auto& op : plan.ops)
                 for (int chunk = 0; chunk < op->chunks; ++chunk) op->run(chunk, context);
         }

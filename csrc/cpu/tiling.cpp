@@ -27,12 +27,12 @@ struct BandExtent {
     int sums;      // of a vector
     int outputs;   // vectors of pixels computed from them
     int bands;
-    int columns;   // vectors of sums in a row
-    int block;     // vectors that all filters process before the next
-    int pieces;    // of a row that are transformed one after the other
-    int reach;     // vectors that a piece reads beyond its own
+    int columns; // vectors of sums in a row
+    int block;   // vectors that all filters process before the next
+    int pieces;  // of a row that are transformed one after the other
+    int reach;   // vectors that a piece reads beyond its own
     bool aligned;
-    bool partial;  // a row's last vector has lanes that are not pixels
+    bool partial; // a row's last vector has lanes that are not pixels
 };
 
 // Cycles of one term of a tile's sums.
@@ -246,9 +246,16 @@ Tiler::Banding Tiler::banding(const ConvOp& plain, int used, bool patches) const
     const int sum_columns = fitting(16 << 10, int64_t(widest), sums * lanes, 6, row_vectors);
     made.block_columns = fitting(128 << 10, used, sums * lanes, patches ? 6 : 8, row_vectors);
     const int64_t reach = patches ? 0 : int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
-    made.extent = {0, sums, band_rows * (patches ? patch_columns : 1), (y.h + band_rows - 1) / band_rows, row_vectors,
-                   std::min(sum_columns, made.block_columns), (row_vectors + made.block_columns - 1) / made.block_columns,
-                   int((reach + lanes - 1) / lanes), I >= lanes, int64_t(y.w) * I % lanes != 0};
+    made.extent = {0,
+                   sums,
+                   band_rows * (patches ? patch_columns : 1),
+                   (y.h + band_rows - 1) / band_rows,
+                   row_vectors,
+                   std::min(sum_columns, made.block_columns),
+                   (row_vectors + made.block_columns - 1) / made.block_columns,
+                   int((reach + lanes - 1) / lanes),
+                   I >= lanes,
+                   int64_t(y.w) * I % lanes != 0};
     made.pitch = round_up(round_up(int64_t(made.block_columns) * lanes + reach, lanes), 16);
     // Rows at a distance of a power of two would all fall into the same few sets of the cache.
     if (made.pitch / 16 % 2 == 0) made.pitch += 16;
@@ -276,14 +283,15 @@ std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_co
 
     std::unique_ptr<Banding> best;
     for (const bool patches : {false, true}) {
-        // Pairs of columns are pixels in the same lanes only if a pixel's images fill vectors. Sorting columns for fewer
-        // images was no faster than bands: ResNet-56 at I=4, 8x8 maps 156 and 152 % of peak, 16x16 127 and 126.
+        // Pairs of columns are pixels in the same lanes only if a pixel's images fill vectors. Sorting columns for
+        // fewer images was no faster than bands: ResNet-56 at I=4, 8x8 maps 156 and 152 % of peak, 16x16 127 and 126.
         const bool fits = step.kernel[1] == 3 && step.dilation[1] == 1 && key_.interleave >= kernels_.lanes;
         if (patches ? allowed == Winograd::bands || !fits : allowed == Winograd::patches && fits) continue;
         Banding one = banding(plain, int(used.size()), patches);
         if (one.scratch > most_scratch) continue;
         const double bound = best ? best->cost : plain_cost;
-        if (one.cost < bound || (!best && allowed != Winograd::where_faster)) best = std::make_unique<Banding>(std::move(one));
+        if (one.cost < bound || (!best && allowed != Winograd::where_faster))
+            best = std::make_unique<Banding>(std::move(one));
     }
     if (!best) return nullptr;
 
@@ -321,7 +329,8 @@ std::unique_ptr<Op> tile_conv(const Network& network, const PlanKey& key, std::u
     const Tiler tiler(network, key);
     const Step& step = op->step;
     tiler.block(*op, rows);
-    if (network.winograd != Winograd::never && !step.pairs && !is_split && step.kernel[0] == 3 && step.dilation[0] == 1) {
+    if (network.winograd != Winograd::never && !step.pairs && !is_split && step.kernel[0] == 3 &&
+        step.dilation[0] == 1) {
         // The choice must not depend on the number of threads: their results are bitwise equal.
         if (auto in_bands = tiler.in_bands(*op, tiler.plain_cost(*op), scratch_begin)) {
             scratch_floats = std::max(scratch_floats, in_bands->scratch_size * key.threads);

@@ -1,5 +1,5 @@
-// From the op's list of sizes to a block kernel's parameters, grid and shared memory. Host code, used by the launcher
-// and by the emulation.
+// A block kernel's parameters, grid and shared memory from the op's list of sizes. Host code, used by the launcher and by
+// the emulation.
 #pragma once
 
 #include <stdexcept>
@@ -23,7 +23,7 @@ struct BlockSizes {
     static constexpr size_t kHead = 15, kPerRegion = 11, kPerConv = 6;
     std::vector<int64_t> regions, convs;
 
-    // Throws where the list does not have the length that its own number of convolutions asks for.
+    // Throws if the length of the list does not match its number of convolutions.
     explicit BlockSizes(const std::vector<int64_t>& v) {
         if (v.size() < kHead) throw std::runtime_error("dsp_kernels::cuda_block: too few sizes");
         filters = v[0], batch = v[1], in_channels = v[2], out_channels = v[3], tile_n = v[4], turns = v[5];

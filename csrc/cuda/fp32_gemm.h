@@ -3,7 +3,7 @@
 // images of one pixel. taps: one Pair per row of the reduction: {channel, dy << 16 | dx}; weights: [row][filter].
 #pragma once
 
-#include "reduction.h"
+#include "warp_tile.h"
 
 namespace dsp {
 

@@ -1,8 +1,8 @@
 // Implicit GEMM in NHWC, any batch: filters x (image, pixel) positions, the reduction in octets: eight channels at
-// one tap. An octet that is an aligned run of channels moves in one 16-byte access, any other number by number; the
-// next block's numbers wait in registers while this one is multiplied.
-// SLICES: so many times 128 threads share the reduction of one tile, each every SLICES-th block of it, where there are
-// too few tiles to fill a chip; their sums meet in shared memory, always in the same order.
+// one tap. An octet that is an aligned run of channels is one 16-byte access, any other is loaded value by value; the
+// next block's values wait in registers while this one is multiplied.
+// SLICES: groups of 128 threads that share the reduction of one tile, each taking every SLICES-th block, where there are
+// too few tiles to fill a GPU; their sums are added in shared memory, always in the same order.
 // taps: one Pair per octet: {first channel of an aligned run, or -1 - (its place in gather), dy << 16 | dx}.
 #pragma once
 

@@ -1,14 +1,31 @@
-// The two 16-bit formats: conversion to and from float, one number or eight.
+// Types and 16-bit formats for the GPU and for the emulation on the host (tests/cuda_emulated/emulator): the kernels are
+// templates over the machine that runs them, a thread of a GPU or a whole block of threads on the host.
 #pragma once
 
-#include "target.h"
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#define DSP_FN __device__ __forceinline__
+#define DSP_HD __host__ __device__ __forceinline__
+#else
+#define DSP_FN inline
+#define DSP_HD inline
 #endif
 
 namespace dsp {
+
+// One 16-byte access.
+struct alignas(16) Vec16 {
+    uint32_t word[4];
+};
+
+struct alignas(8) Pair {
+    int first, second;
+};
 
 struct Half {
     static constexpr bool is_half = true;

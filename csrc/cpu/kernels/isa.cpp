@@ -25,8 +25,8 @@ std::vector<std::string> available_isas() {
 #if defined(__x86_64__)
     // These ask the operating system too: it must save the wide registers.
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl")) {
 #if defined(DSP_HAS_AVX512_FP16)
         if (has_fp16() && __builtin_cpu_supports("avx512bf16")) names.push_back("avx512_fp16");
 #endif

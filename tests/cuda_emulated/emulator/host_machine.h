@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/warpgroup_tile.h"
+#include "../../../csrc/cuda/wgmma.h"
 #include "shared_memory.h"
 
 namespace dsp {
