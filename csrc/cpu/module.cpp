@@ -17,23 +17,16 @@ using dsp::Act;
 using dsp::fail;
 using dsp::Pair;
 
-Act activation(const std::string& name) {
-    if (name == "none") return Act::none;
-    if (name == "relu") return Act::relu;
-    if (name == "relu6") return Act::relu6;
-    if (name == "silu") return Act::silu;
-    if (name == "hardswish") return Act::hardswish;
-    if (name == "sigmoid") return Act::sigmoid;
-    if (name == "hardsigmoid") return Act::hardsigmoid;
-    fail("activation '" + name + "' is unknown");
+// The enumerator with this name; names are in the order of the enumerators.
+template <typename Enum>
+Enum named(const char* what, std::initializer_list<const char*> names, const std::string& name) {
+    const auto found = std::find(names.begin(), names.end(), name);
+    if (found == names.end()) fail(std::string(what) + " '" + name + "' is unknown");
+    return Enum(found - names.begin());
 }
 
-dsp::Winograd winograd_of(const std::string& name) {
-    if (name == "never") return dsp::Winograd::never;
-    if (name == "where faster") return dsp::Winograd::where_faster;
-    if (name == "bands") return dsp::Winograd::bands;
-    if (name == "patches") return dsp::Winograd::patches;
-    fail("winograd is 'never', 'where faster', 'bands' or 'patches', not '" + name + "'");
+Act activation(const std::string& name) {
+    return named<Act>("activation", {"none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid"}, name);
 }
 
 dsp::Precision precision_of(bool bf16, bool fp16) {
@@ -54,9 +47,14 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 class Native {
   public:
     Native(const std::string& isa, bool bf16, const std::string& winograd, bool fp16)
-        : network_(std::make_unique<dsp::Network>(isa, precision_of(bf16, fp16), winograd_of(winograd))) {}
+        : network_(std::make_unique<dsp::Network>(
+              isa, precision_of(bf16, fp16),
+              named<dsp::Winograd>("winograd", {"never", "where faster", "bands", "patches"}, winograd))) {}
 
-    int input(int channels) { return open().add_input(channels); }
+    dsp::Network& open() {
+        if (!network_) fail("the network has run and cannot grow");
+        return *network_;
+    }
 
     int conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
              const std::string& act, const std::vector<std::vector<int>>& in_index,
@@ -100,17 +98,7 @@ class Native {
         return open().add_map(x, other, flat_or_empty(scale), flat_or_empty(shift), activation(act));
     }
 
-    int pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
-             bool include_pad, int divisor) {
-        return open().add_pool(x, average, kernel, stride, padding, dilation, ceil_mode, include_pad, divisor);
-    }
-
-    int mean(int x) { return open().add_mean(x); }
-    int flatten(int x) { return open().add_flatten(x); }
     int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
-    int adaptive(int x, Pair size) { return open().add_adaptive(x, size); }
-    int select(int x, const std::vector<int>& channels) { return open().add_select(x, channels); }
-    int concat(const std::vector<int>& parts) { return open().add_concat(parts); }
 
     int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
         if (weight.ndim() != 2) fail("a linear weight has two dimensions");
@@ -120,13 +108,8 @@ class Native {
                                  int(weight.shape(1)), activation(act));
     }
 
-    void output(int value) { open().add_output(value); }
-
     std::vector<std::vector<int>> output_shapes(const std::vector<std::pair<int, int>>& sizes) {
-        if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
-        std::vector<dsp::Size> list;
-        for (const auto& size : sizes) list.push_back({size.first, size.second});
-        return sealed().output_shapes(list);
+        return sealed().output_shapes(checked_sizes(sizes));
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
@@ -136,16 +119,11 @@ class Native {
         session_->run(call.sizes, call.images, call.sources, call.targets, threads, interleave);
     }
 
-    std::vector<std::tuple<std::string, int, double>> profile(const std::vector<Array>& inputs,
-                                                              std::vector<Array> outputs, int interleave, int repeats) {
-        const Call call = checked(inputs, outputs, interleave);
-        if (call.images == 0 || interleave == 0 || repeats < 1) fail("profiling needs images, interleave and repeats");
-        std::vector<std::tuple<std::string, int, double>> list;
-        py::gil_scoped_release release;
-        for (const auto& t :
-             session_->profile(call.sizes, call.sources, call.targets, int(call.images), interleave, repeats))
-            list.emplace_back(t.name, t.value, t.seconds);
-        return list;
+    // (name, value) of each operation of a plan for one thread.
+    std::vector<std::pair<std::string, int>> operations(const std::vector<std::pair<int, int>>& sizes, int interleave) {
+        check_interleave(interleave);
+        if (interleave == 0) fail("operations need an interleave");
+        return sealed().operations(checked_sizes(sizes), interleave);
     }
 
     int64_t scratch_bytes() { return sealed().scratch_bytes(); }
@@ -158,15 +136,25 @@ class Native {
         std::vector<dsp::Images> sources, targets;
     };
 
+    static void check_interleave(int interleave) {
+        if (interleave < 0 || interleave > 16 || (interleave & (interleave - 1)))
+            fail("interleave is 0, 1, 2, 4, 8 or 16");
+    }
+
+    std::vector<dsp::Size> checked_sizes(const std::vector<std::pair<int, int>>& sizes) {
+        if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
+        std::vector<dsp::Size> list;
+        for (const auto& size : sizes) list.push_back({size.first, size.second});
+        return list;
+    }
+
     // Checks every shape against the network, so that nothing can be out of bounds later.
     Call checked(const std::vector<Array>& inputs, std::vector<Array>& outputs, int interleave) {
         dsp::Session& session = sealed();
         const dsp::Network& network = session.network();
         if (int(inputs.size()) != network.inputs || int(outputs.size()) != network.outputs || inputs.empty())
             fail("wrong number of inputs or outputs");
-        if (interleave != 0 && interleave != 1 && interleave != 2 && interleave != 4 && interleave != 8 &&
-            interleave != 16)
-            fail("interleave is 0, 1, 2, 4, 8 or 16");
+        check_interleave(interleave);
         Call call;
         call.images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
         int number = 0;
@@ -203,10 +191,6 @@ class Native {
             if (step.kind == dsp::Kind::conv && step.output == value) return step;
         fail("value " + std::to_string(value) + " is not the output of a convolution");
     }
-    dsp::Network& open() {
-        if (!network_) fail("the network has run and cannot grow");
-        return *network_;
-    }
     dsp::Session& sealed() { // called with the interpreter's lock
         if (!session_) session_ = std::make_unique<dsp::Session>(std::move(network_));
         return *session_;
@@ -221,20 +205,19 @@ class Native {
     }
 };
 
+// A method of the network that adds a step whose arguments need no conversion.
+template <typename Result, typename... Arguments>
+auto adds(Result (dsp::Network::*method)(Arguments...)) {
+    return [method](Native& native, Arguments... arguments) {
+        return (native.open().*method)(std::forward<Arguments>(arguments)...);
+    };
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels.";
     m.def("available_isas", &dsp::available_isas, "Instruction sets of this build that this CPU supports, best first.");
-    m.def(
-        "arithmetic",
-        [](const std::string& isa, int64_t turns, bool bf16, bool fp16) {
-            const dsp::Kernels& kernels = dsp::kernels_for(isa);
-            const dsp::WordKernels* words = dsp::words_of(kernels, precision_of(bf16, fp16));
-            return words ? words->arithmetic(turns) : kernels.arithmetic(turns);
-        },
-        "Runs multiply-adds on registers; returns their number.", py::arg("isa"), py::arg("turns"),
-        py::arg("bf16") = false, py::arg("fp16") = false, py::call_guard<py::gil_scoped_release>());
     m.def(
         "own_products",
         [](const std::string& isa) {
@@ -246,29 +229,27 @@ PYBIND11_MODULE(_C, m) {
         },
         "The dtypes that an instruction set multiplies by instructions of its own.");
     m.attr("half_terms") = dsp::half_terms;
-    m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
         .def(py::init<const std::string&, bool, const std::string&, bool>(), py::arg("isa") = "",
              py::arg("bf16") = false, py::arg("winograd") = "where faster", py::arg("fp16") = false)
-        .def("input", &Native::input)
+        .def("input", adds(&dsp::Network::add_input))
         .def("conv", &Native::conv)
         .def("conv_like", &Native::conv_like)
         .def("conv_holds", &Native::conv_holds)
         .def("map", &Native::map)
-        .def("pool", &Native::pool)
-        .def("mean", &Native::mean)
-        .def("flatten", &Native::flatten)
+        .def("pool", adds(&dsp::Network::add_pool))
+        .def("mean", adds(&dsp::Network::add_mean))
+        .def("flatten", adds(&dsp::Network::add_flatten))
         .def("product", &Native::product)
-        .def("adaptive", &Native::adaptive)
-        .def("select", &Native::select)
-        .def("concat", &Native::concat)
+        .def("adaptive", adds(&dsp::Network::add_adaptive))
+        .def("select", adds(&dsp::Network::add_select))
+        .def("concat", adds(&dsp::Network::add_concat))
         .def("linear", &Native::linear)
-        .def("output", &Native::output)
+        .def("output", adds(&dsp::Network::add_output))
         .def("output_shapes", &Native::output_shapes)
         .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"),
              py::arg("interleave") = 0)
-        .def("profile", &Native::profile, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(),
-             py::arg("interleave"), py::arg("repeats"))
+        .def("operations", &Native::operations)
         .def_property_readonly("scratch_bytes", &Native::scratch_bytes)
         .def_property_readonly("plan_count", &Native::plan_count);
 }

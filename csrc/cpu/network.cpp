@@ -196,9 +196,7 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
         require(int64_t(groups[g].weights.size()) == expected,
                 "group " + std::to_string(g) + " has a weight of the wrong size");
     }
-    Step step(Kind::conv);
-    step.inputs = residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
-    step.act = act;
+    Step step(Kind::conv, residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x}, act);
     step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
     for (int o = 0; o < out_channels; ++o)
         if (!written[o]) step.absent.push_back(o);
@@ -226,14 +224,13 @@ int Network::add_map(int x, int other, std::vector<float> scale, std::vector<flo
     const int channels = values[x].channels;
     require(scale.size() == shift.size() && (scale.empty() || int(scale.size()) == channels),
             "scale and shift need one number per channel");
-    Step step(Kind::map);
-    step.inputs = {x};
+    Step step(Kind::map, {x}, act);
     if (other >= 0) {
         check(other);
         require(values[other].channels == channels, "the two operands have different numbers of channels");
         step.inputs.push_back(other);
     }
-    step.scale = std::move(scale), step.shift = std::move(shift), step.act = act;
+    step.scale = std::move(scale), step.shift = std::move(shift);
     return make(std::move(step), channels, rectifies(act));
 }
 
@@ -243,8 +240,7 @@ int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair paddin
     check_window(kernel, stride, padding, dilation);
     require(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], "pool padding is more than half the kernel");
     require(divisor >= 0, "the divisor is negative");
-    Step step(Kind::pool);
-    step.inputs = {x};
+    Step step(Kind::pool, {x});
     step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
     step.average = average, step.ceil_mode = ceil_mode, step.include_pad = include_pad, step.divisor = divisor;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
@@ -252,28 +248,22 @@ int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair paddin
 
 int Network::add_mean(int x) {
     check(x);
-    Step step(Kind::mean);
-    step.inputs = {x};
-    return make(std::move(step), values[x].channels, values[x].nonnegative);
+    return make(Step(Kind::mean, {x}), values[x].channels, values[x].nonnegative);
 }
 
 int Network::add_product(int x, int other, Act act) {
     check(x);
     check(other);
     require(values[x].channels == values[other].channels, "the two factors have different numbers of channels");
-    Step step(Kind::product);
-    step.inputs = {x, other};
-    step.act = act;
-    return make(std::move(step), values[x].channels,
-                rectifies(act) || (act == Act::none && values[x].nonnegative && values[other].nonnegative));
+    const bool nonnegative = act == Act::none && values[x].nonnegative && values[other].nonnegative;
+    return make(Step(Kind::product, {x, other}, act), values[x].channels, rectifies(act) || nonnegative);
 }
 
 int Network::add_adaptive(int x, Pair size) {
     check(x);
     require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096,
             "the output of an adaptive pool has 1 to 4095 rows and columns");
-    Step step(Kind::adaptive);
-    step.inputs = {x};
+    Step step(Kind::adaptive, {x});
     step.kernel = size;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
@@ -282,8 +272,7 @@ int Network::add_view(std::vector<int> parts, std::vector<Pair> planes) {
     require(!planes.empty() && int64_t(planes.size()) < most, "a view needs a channel");
     bool nonnegative = true;
     for (int part : parts) nonnegative = nonnegative && values[part].nonnegative;
-    Step step(Kind::view);
-    step.inputs = std::move(parts);
+    Step step(Kind::view, std::move(parts));
     step.planes = std::move(planes);
     const int channels = int(step.planes.size());
     return make(std::move(step), channels, nonnegative);
@@ -316,9 +305,7 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
             "the linear weight has the wrong size");
     require(in_features % values[x].channels == 0, "in_features is not a multiple of the input's channels");
     // Stored transposed, [in][out padded to 16]: the outputs are the vector.
-    Step step(Kind::linear);
-    step.inputs = {x};
-    step.act = act;
+    Step step(Kind::linear, {x}, act);
     step.number = in_features;
     const int64_t pitch = (int64_t(out_features) + 15) / 16 * 16;
     step.weights.assign(pitch * in_features, 0.0f);
@@ -331,8 +318,7 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
 
 void Network::add_output(int value) {
     check(value);
-    Step step(Kind::output);
-    step.inputs = {value};
+    Step step(Kind::output, {value});
     step.number = outputs++;
     steps.push_back(std::move(step));
 }

@@ -59,11 +59,12 @@ enum class Form { plain, bands, patches };
 enum class Kind { input, conv, map, product, pool, mean, adaptive, view, linear, output };
 
 struct Step {
-    explicit Step(Kind kind) : kind(kind) {}
+    explicit Step(Kind kind, std::vector<int> inputs = {}, Act act = Act::none)
+        : kind(kind), inputs(std::move(inputs)), act(act) {}
     Kind kind;
-    int output = -1;         // value
     std::vector<int> inputs; // values
-    Act act = Act::none;
+    int output = -1;         // value
+    Act act;
     // conv and pool
     Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
     std::vector<GroupIndex> groups;

@@ -19,18 +19,17 @@ struct LoadOp : Op {
     const Place to;
     const int number;             // of the input
     const std::vector<char> used; // per channel; the pixels of others are never read
-    LoadOp(Place to, int number, std::vector<char> used) : to(std::move(to)), number(number), used(std::move(used)) {}
+    LoadOp(Place to, int number, std::vector<char> used)
+        : Op("load"), to(std::move(to)), number(number), used(std::move(used)) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "load"; }
 };
 
 // The planar layout into a caller's tensor (any strides).
 struct StoreOp : Op {
     const Place from;
     const int number; // of the output
-    StoreOp(Place from, int number) : from(std::move(from)), number(number) {}
+    StoreOp(Place from, int number) : Op("store"), from(std::move(from)), number(number) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "store"; }
 };
 
 // Rows and columns sorted by their phase under a stride: plane (phase, c) holds x[c, phase + stride * i]. In pairs, a
@@ -45,9 +44,9 @@ struct SplitOp : Op {
     const WordKernels* const pairs;
     std::vector<Plane> planes;
     SplitOp(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs)
-        : kernels(kernels), from(std::move(from)), to(std::move(to)), stride(stride), pairs(pairs) {}
+        : Op(pairs ? "pair" : "split"), kernels(kernels), from(std::move(from)), to(std::move(to)), stride(stride),
+          pairs(pairs) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return pairs ? "pair" : "split"; }
 
   private:
     void pair_whole(const Plane& plane, const Context& context) const;
@@ -58,8 +57,9 @@ struct MapLikeOp : Op {
     const Kernels& kernels;
     const Place x, y;
     const Vectors vectors;
-    MapLikeOp(const Kernels& kernels, Place x, Place y)
-        : kernels(kernels), x(std::move(x)), y(std::move(y)), vectors(cover(this->y.geometry, kernels.lanes)) {}
+    MapLikeOp(const char* name, const Kernels& kernels, Place x, Place y)
+        : Op(name), kernels(kernels), x(std::move(x)), y(std::move(y)),
+          vectors(cover(this->y.geometry, kernels.lanes)) {}
 };
 
 struct ConvOp : MapLikeOp {
@@ -79,9 +79,8 @@ struct ConvOp : MapLikeOp {
     std::vector<int> block_terms;          // per group: terms of the reduction in one pass
     std::vector<Chunk> parts;
     ConvOp(const Kernels& kernels, const Step& step, Place x, Place y)
-        : MapLikeOp(kernels, std::move(x), std::move(y)), step(step) {}
+        : MapLikeOp("conv", kernels, std::move(x), std::move(y)), step(step) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "conv"; }
 
   protected:
     // Absent channels of a chunk, and the pads of the planes that it writes.
@@ -90,16 +89,17 @@ struct ConvOp : MapLikeOp {
 
 // The same by Winograd's method over bands of rows, or over patches of a band; a chunk's vectors are bands.
 struct BandConvOp : ConvOp {
-    bool patches = false;
+    const bool patches;
     std::vector<int> used;                  // channels of x that are read
     std::vector<float> zeros;               // a row outside the map
     std::vector<int32_t> at;                // displacement of each vector of sums in an output row
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
     int64_t pitch = 0, channel = 0;        // floats of the transformed rows from sum to sum and from channel to channel
     int64_t scratch = 0, scratch_size = 0; // in the arena, one for each worker
-    explicit BandConvOp(const ConvOp& plain) : ConvOp(plain) {}
+    BandConvOp(const ConvOp& plain, bool patches) : ConvOp(plain), patches(patches) {
+        name = patches ? "conv in patches" : "conv in bands";
+    }
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return patches ? "conv in patches" : "conv in bands"; }
 
   private:
     void transform(float* to, int band, int column, int columns, const Context& context) const;
@@ -111,9 +111,8 @@ struct MapOp : MapLikeOp {
     Place b;
     bool has_b = false;
     MapOp(const Kernels& kernels, const Step& step, Place x, Place y)
-        : MapLikeOp(kernels, std::move(x), std::move(y)), step(step) {}
+        : MapLikeOp("map", kernels, std::move(x), std::move(y)), step(step) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "map"; }
 };
 
 // act(x * b); b may be a single pixel.
@@ -121,43 +120,38 @@ struct ProductOp : MapLikeOp {
     const Act act;
     const Place b;
     ProductOp(const Kernels& kernels, Act act, Place x, Place b, Place y)
-        : MapLikeOp(kernels, std::move(x), std::move(y)), act(act), b(std::move(b)) {}
+        : MapLikeOp("product", kernels, std::move(x), std::move(y)), act(act), b(std::move(b)) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "product"; }
 };
 
 // Pools whose pads may count as zeros: by displacements on an input split by phase.
 struct FastPoolOp : MapLikeOp {
-    using MapLikeOp::MapLikeOp;
+    FastPoolOp(const Kernels& kernels, Place x, Place y) : MapLikeOp("pool", kernels, std::move(x), std::move(y)) {}
     std::vector<int32_t> off;
     bool average;
     float scale;
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "pool"; }
 };
 
 // Any other pool: window by window.
 struct PoolOp : Op {
     const Step& step;
     const Place x, y;
-    PoolOp(const Step& step, Place x, Place y) : step(step), x(std::move(x)), y(std::move(y)) {}
+    PoolOp(const Step& step, Place x, Place y) : Op("slow pool"), step(step), x(std::move(x)), y(std::move(y)) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "slow pool"; }
 };
 
 struct MeanOp : Op {
     const Place x, y;
-    MeanOp(Place x, Place y) : x(std::move(x)), y(std::move(y)) {}
+    MeanOp(Place x, Place y) : Op("mean"), x(std::move(x)), y(std::move(y)) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "mean"; }
 };
 
 // The mean of each of h x w parts of the map with PyTorch's borders: parts overlap where sizes do not divide.
 struct AdaptiveOp : Op {
     const Place x, y;
-    AdaptiveOp(Place x, Place y) : x(std::move(x)), y(std::move(y)) {}
+    AdaptiveOp(Place x, Place y) : Op("adaptive"), x(std::move(x)), y(std::move(y)) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "adaptive"; }
 };
 
 struct LinearOp : Op {
@@ -166,9 +160,8 @@ struct LinearOp : Op {
     const Place x, y;
     std::vector<int32_t> off;
     LinearOp(const Kernels& kernels, const Step& step, Place x, Place y)
-        : kernels(kernels), step(step), x(std::move(x)), y(std::move(y)) {}
+        : Op("linear"), kernels(kernels), step(step), x(std::move(x)), y(std::move(y)) {}
     void run(int chunk, const Context& context) const override;
-    const char* name() const override { return "linear"; }
 };
 
 } // namespace dsp

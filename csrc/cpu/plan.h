@@ -61,9 +61,10 @@ struct Place {
 // One operation; its chunks may run concurrently.
 class Op {
   public:
+    explicit Op(const char* name) : name(name) {}
     virtual ~Op() = default;
     virtual void run(int chunk, const Context& context) const = 0;
-    virtual const char* name() const = 0;
+    const char* name;
     int chunks = 1;
     int made = -1; // the network's value that it computes, or -1
 };

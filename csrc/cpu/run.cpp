@@ -92,11 +92,6 @@ class Pool {
         if (error) std::rethrow_exception(error);
     }
 
-    int count() {
-        std::lock_guard<std::mutex> lock(mutex_);
-        return count_;
-    }
-
   private:
     // Signals of the process are left to the program's own threads.
     bool start_helper() {
@@ -306,8 +301,6 @@ void keep(List& list, Item item) {
 
 } // namespace
 
-int worker_count() { return pool().count(); }
-
 Session::Session(std::unique_ptr<Network> network) : network_(std::move(network)) {}
 
 std::shared_ptr<const Plan> Session::plan(const PlanKey& key) {
@@ -346,26 +339,10 @@ void Session::run(const std::vector<Size>& sizes, int64_t images, const std::vec
     }
 }
 
-std::vector<Session::Timing> Session::profile(const std::vector<Size>& sizes, const std::vector<Images>& inputs,
-                                              const std::vector<Images>& outputs, int images, int interleave,
-                                              int repeats) {
-    const auto made = plan({sizes, interleave, 1});
-    Arena arena(*made, 1);
-    const Context context{arena.memory, &inputs, &outputs, 0, std::min(images, interleave), 0};
-    std::vector<std::vector<double>> seconds(made->ops.size());
-    for (int repeat = 0; repeat < repeats; ++repeat)
-        for (size_t n = 0; n < made->ops.size(); ++n) {
-            const auto begin = std::chrono::steady_clock::now();
-            for (int chunk = 0; chunk < made->ops[n]->chunks; ++chunk) made->ops[n]->run(chunk, context);
-            const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
-            seconds[n].push_back(passed.count());
-        }
-    std::vector<Timing> timings;
-    for (size_t n = 0; n < made->ops.size(); ++n) {
-        std::sort(seconds[n].begin(), seconds[n].end());
-        timings.push_back({made->ops[n]->name(), made->ops[n]->made, seconds[n][seconds[n].size() / 2]});
-    }
-    return timings;
+std::vector<std::pair<std::string, int>> Session::operations(const std::vector<Size>& sizes, int interleave) {
+    std::vector<std::pair<std::string, int>> list;
+    for (const auto& op : plan({sizes, interleave, 1})->ops) list.emplace_back(op->name, op->made);
+    return list;
 }
 
 int64_t Session::scratch_bytes() {

@@ -21,13 +21,8 @@ class Session {
     void run(const std::vector<Size>& sizes, int64_t images, const std::vector<Images>& inputs,
              const std::vector<Images>& outputs, int threads, int interleave = 0);
 
-    struct Timing {
-        std::string name;
-        int value;      // computed by the operation, or -1
-        double seconds; // median of one run for `interleave` images on one thread
-    };
-    std::vector<Timing> profile(const std::vector<Size>& sizes, const std::vector<Images>& inputs,
-                                const std::vector<Images>& outputs, int images, int interleave, int repeats);
+    // (name, value or -1) of each operation of a plan for one thread.
+    std::vector<std::pair<std::string, int>> operations(const std::vector<Size>& sizes, int interleave);
 
     int64_t scratch_bytes(); // of idle arenas
     int plan_count();
@@ -47,8 +42,5 @@ class Session {
     std::list<std::shared_ptr<const Plan>> plans_;
     std::list<Shapes> shapes_;
 };
-
-// Helper threads of this process.
-int worker_count();
 
 } // namespace dsp

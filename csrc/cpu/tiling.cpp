@@ -296,8 +296,7 @@ std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_co
     if (!best) return nullptr;
 
     const int I = key_.interleave, lanes = kernels_.lanes;
-    auto op = std::make_unique<BandConvOp>(plain);
-    op->patches = best->patches;
+    auto op = std::make_unique<BandConvOp>(plain, best->patches);
     op->block_columns = best->block_columns, op->sum_columns = best->extent.block;
     op->pitch = best->pitch, op->channel = best->channel;
     for (int v = 0; v < best->extent.columns; ++v)

@@ -16,19 +16,21 @@ struct BlockLaunch {
     int threads, shared_bytes;
 };
 
-// The order of the op's `sizes`; dsp_kernels/run/gpu/cuda/blocks/conv.py writes them in this order.
-struct BlockSizes {
+// The order of the op's `sizes`, before those of regions and convolutions; dsp_kernels/run/gpu/cuda/blocks/conv.py
+// writes them in this order.
+struct BlockHead {
     int64_t filters, batch, in_channels, out_channels, tile_n, turns, shared_bytes, conv_count, residual_kind;
     int64_t channels_at, targets_at, residuals_at, tables, shortcut_stride_y, shortcut_stride_x;
-    static constexpr size_t kHead = 15, kPerRegion = 11, kPerConv = 6;
+};
+
+struct BlockSizes : BlockHead {
+    static constexpr size_t kHead = sizeof(BlockHead) / sizeof(int64_t), kPerRegion = 11, kPerConv = 6;
     std::vector<int64_t> regions, convs;
 
     // Throws if the length of the list does not match its number of convolutions.
     explicit BlockSizes(const std::vector<int64_t>& v) {
         if (v.size() < kHead) throw std::runtime_error("dsp_kernels::cuda_block: too few sizes");
-        filters = v[0], batch = v[1], in_channels = v[2], out_channels = v[3], tile_n = v[4], turns = v[5];
-        shared_bytes = v[6], conv_count = v[7], residual_kind = v[8], channels_at = v[9], targets_at = v[10];
-        residuals_at = v[11], tables = v[12], shortcut_stride_y = v[13], shortcut_stride_x = v[14];
+        std::memcpy(static_cast<BlockHead*>(this), v.data(), sizeof(BlockHead));
         if (conv_count < 1 || conv_count > kMostConvs)
             throw std::runtime_error("dsp_kernels::cuda_block: " + std::to_string(conv_count) + " convolutions");
         const size_t count = static_cast<size_t>(conv_count), middle = kHead + (count + 1) * kPerRegion;

@@ -6,6 +6,18 @@
 
 namespace dsp {
 
+#define DSP_LDMATRIX(TRANSPOSED)                                                                     \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" TRANSPOSED ".shared.b16 {%0, %1, %2, %3}, [%4];"  \
+                 : "=r"(q.word[0]), "=r"(q.word[1]), "=r"(q.word[2]), "=r"(q.word[3])                \
+                 : "r"(row)                                                                          \
+                 : "memory")
+#define DSP_MMA(TYPE)                                                                                               \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                             \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                       \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
+                 : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[first]),              \
+                   "r"(b.word[first + 1]))
+
 struct GpuMachine {
     static constexpr bool can_run = true;  // compiled for this chip
     // Registers of this thread; the emulation has one for every thread or warp.
@@ -19,15 +31,15 @@ struct GpuMachine {
     template <class V>
     using PerLane = PerThread<V>;
 
-    struct Quad {
-        uint32_t word[4];
-    };
+    using Quad = Vec16;
     struct Acc {
         float value[4];
     };
 
     char* shared;
     uint32_t shared_address;
+
+    __device__ __forceinline__ static Vec16 as_vec16(uint4 v) { return {{v.x, v.y, v.z, v.w}}; }
 
     __device__ __forceinline__ explicit GpuMachine(char* memory)
         : shared(memory), shared_address(static_cast<uint32_t>(__cvta_generic_to_shared(memory))) {}
@@ -73,8 +85,7 @@ struct GpuMachine {
         return {both.x, both.y};
     }
     __device__ __forceinline__ Vec16 read(const Vec16* source) {
-        const uint4 all = __ldg(reinterpret_cast<const uint4*>(source));
-        return {{all.x, all.y, all.z, all.w}};
+        return as_vec16(__ldg(reinterpret_cast<const uint4*>(source)));
     }
     // The residual may be the output.
     template <class V>
@@ -82,8 +93,7 @@ struct GpuMachine {
         return *source;
     }
     __device__ __forceinline__ Vec16 read_residual(const Vec16* source) {
-        const uint4 all = *reinterpret_cast<const uint4*>(source);
-        return {{all.x, all.y, all.z, all.w}};
+        return as_vec16(*reinterpret_cast<const uint4*>(source));
     }
     template <class V>
     __device__ __forceinline__ void write(V* target, V value) {
@@ -100,14 +110,13 @@ struct GpuMachine {
         *reinterpret_cast<float2*>(shared + offset) = make_float2(a, b);
     }
     __device__ __forceinline__ void store16(int, int offset, const Vec16& v) {
-        *reinterpret_cast<uint4*>(shared + offset) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+        write(reinterpret_cast<Vec16*>(shared + offset), v);
     }
     __device__ __forceinline__ void store_word(int, int offset, uint32_t v) {
         *reinterpret_cast<uint32_t*>(shared + offset) = v;
     }
     __device__ __forceinline__ Vec16 load16(int, int offset) {
-        const uint4 all = *reinterpret_cast<const uint4*>(shared + offset);
-        return {{all.x, all.y, all.z, all.w}};
+        return as_vec16(*reinterpret_cast<const uint4*>(shared + offset));
     }
     __device__ __forceinline__ void load_four(int, int offset, float (&v)[4]) {
         const float4 all = *reinterpret_cast<const float4*>(shared + offset);
@@ -115,13 +124,11 @@ struct GpuMachine {
     }
     template <class Address>
     __device__ __forceinline__ void load_fragment(int, Quad& q, Address at) {
-        const uint4 all = *reinterpret_cast<const uint4*>(shared + at(static_cast<int>(threadIdx.x) % 32));
-        q.word[0] = all.x, q.word[1] = all.y, q.word[2] = all.z, q.word[3] = all.w;
+        q = load16(0, at(static_cast<int>(threadIdx.x) % 32));
     }
     // The same from constant global memory: 32 lanes read 16 bytes each from `base` on.
     __device__ __forceinline__ void read_fragment(int, Quad& q, const Vec16* base) {
-        const uint4 all = __ldg(reinterpret_cast<const uint4*>(base + threadIdx.x % 32));
-        q.word[0] = all.x, q.word[1] = all.y, q.word[2] = all.z, q.word[3] = all.w;
+        q = read(base + threadIdx.x % 32);
     }
     // Reconverges the lanes, as ldmatrix and mma require.
     __device__ __forceinline__ void converge() { __syncwarp(); }
@@ -133,34 +140,18 @@ struct GpuMachine {
     __device__ __forceinline__ void load_matrices(int, Quad& q, Address at) {
         const uint32_t row = shared_address + at(static_cast<int>(threadIdx.x) % 32);
         if (TRANSPOSED)
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(q.word[0]), "=r"(q.word[1]), "=r"(q.word[2]), "=r"(q.word[3])
-                         : "r"(row)
-                         : "memory");
+            DSP_LDMATRIX(".trans");
         else
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(q.word[0]), "=r"(q.word[1]), "=r"(q.word[2]), "=r"(q.word[3])
-                         : "r"(row)
-                         : "memory");
+            DSP_LDMATRIX("");
     }
     // acc += a * b, where b is two words of a quad from `first` on.
     template <class T>
     __device__ __forceinline__ void multiply(Acc& acc, const Quad& a, const Quad& b, int first) {
         float(&d)[4] = acc.value;
         if (T::is_half)
-            asm volatile(
-                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                "{%0,%1,%2,%3};"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[first]),
-                  "r"(b.word[first + 1]));
+            DSP_MMA("f16");
         else
-            asm volatile(
-                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                "{%0,%1,%2,%3};"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[first]),
-                  "r"(b.word[first + 1]));
+            DSP_MMA("bf16");
     }
     __device__ __forceinline__ static void clear(Acc& acc) {
         acc.value[0] = acc.value[1] = acc.value[2] = acc.value[3] = 0.f;

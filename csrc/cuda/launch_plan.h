@@ -23,12 +23,9 @@ struct Sizes {
     int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
     static constexpr int kCount = 19;
 
-    explicit Sizes(const int64_t* v)
-        : kernel(v[0]), filters(v[1]), tile_count(v[2]), rows_at(v[3]), runs_at(v[4]), taps_at(v[5]),
-          gather_at(v[6]), stride_y(v[7]), stride_x(v[8]), pad_y(v[9]), pad_x(v[10]), activation(v[11]),
-          batch(v[12]), in_channels(v[13]), height(v[14]), width(v[15]), out_channels(v[16]), out_height(v[17]),
-          out_width(v[18]) {}
+    explicit Sizes(const int64_t* v) { std::memcpy(this, v, sizeof *this); }
 };
+static_assert(sizeof(Sizes) == Sizes::kCount * sizeof(int64_t), "one field per size");
 
 struct Launch {
     ConvParams params;

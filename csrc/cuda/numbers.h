@@ -27,25 +27,27 @@ struct alignas(8) Pair {
     int first, second;
 };
 
+template <class To, class From>
+To reinterpret(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 struct Half {
     static constexpr bool is_half = true;
     DSP_FN static float widen(uint16_t bits) {
 #ifdef __CUDACC__
         return __half2float(__ushort_as_half(bits));
 #else
-        _Float16 value;
-        std::memcpy(&value, &bits, 2);
-        return static_cast<float>(value);
+        return static_cast<float>(reinterpret<_Float16>(bits));
 #endif
     }
     DSP_FN static uint16_t narrow(float value) {
 #ifdef __CUDACC__
         return __half_as_ushort(__float2half_rn(value));
 #else
-        const _Float16 rounded = static_cast<_Float16>(value);
-        uint16_t bits;
-        std::memcpy(&bits, &rounded, 2);
-        return bits;
+        return reinterpret<uint16_t>(static_cast<_Float16>(value));
 #endif
     }
 };
@@ -57,17 +59,14 @@ struct Bfloat {
 #ifdef __CUDACC__
         return __uint_as_float(wide);
 #else
-        float value;
-        std::memcpy(&value, &wide, 4);
-        return value;
+        return reinterpret<float>(wide);
 #endif
     }
     DSP_FN static uint16_t narrow(float value) {
 #ifdef __CUDACC__
         return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 #else
-        uint32_t wide;
-        std::memcpy(&wide, &value, 4);
+        const uint32_t wide = reinterpret<uint32_t>(value);
         if ((wide & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // the NaN that the GPU gives
         return static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
 #endif

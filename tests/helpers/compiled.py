@@ -70,11 +70,12 @@ def emulated_fp16() -> ModuleType:
 def _emulated_fp16_library() -> Path:
     import pybind11
 
-    flags = [*_SETUP["COMMON_FLAGS"], "-O1", "-Wno-attributes", f"-I{_CPU}"]
+    flags = [*_SETUP["COMMON_FLAGS"], "-O1", "-Wno-attributes", f"-I{_CPU}", f"-I{_FP16_KERNELS.parent}"]
     flags += [f"-I{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     version = importlib.metadata.version("pybind11")
-    return _build("emulated_fp16", sorted(_CPU.glob("*.cpp")), [_CPU], flags, version, _FP16_KERNELS)
+    folders = [_CPU, _FP16_KERNELS.parent]
+    return _build("emulated_fp16", sorted(_CPU.glob("*.cpp")), folders, flags, version, _FP16_KERNELS)
 
 
 def cuda_emulator() -> Path:

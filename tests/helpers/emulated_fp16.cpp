@@ -1,10 +1,8 @@
-// The float16 kernels with their instructions emulated in float arithmetic, for CPUs without AVX512-FP16. compiled.py
-// builds a test extension with this file in place of csrc/cpu/kernels/*.cpp.
+// The float16 kernels by emulated instructions, for CPUs without AVX512-FP16. compiled.py builds an extension with this
+// file in place of csrc/cpu/kernels/*.cpp.
 #define DSP_LANES 8
 #define DSP_WIDE 1 // tiles for 32 registers, which this CPU spills
-#define DSP_BF16 0
 #define DSP_FP16 1
-#define DSP_NAME "emulated_fp16"
 #define DSP_TABLE kernels_emulated
 #include "kernels/impl.h"
 
@@ -14,10 +12,10 @@
 
 namespace dsp {
 
-std::vector<std::string> available_isas() { return {DSP_NAME}; }
+std::vector<std::string> available_isas() { return {"emulated_fp16"}; }
 
 const Kernels& kernels_for(const std::string& isa) {
-    if (!isa.empty() && isa != DSP_NAME)
+    if (!isa.empty() && isa != "emulated_fp16")
         throw std::invalid_argument("instruction set '" + isa + "' is not in this build");
     return kernels_emulated();
 }

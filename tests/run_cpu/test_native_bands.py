@@ -31,12 +31,17 @@ FORMS = ("bands", "patches")
 TABLE = [case for case in CASES if case.batch] + SIZES + SHAPES
 
 
-def network_of(case: Case, a: Arguments, isa: str, winograd: str) -> Any:
+def network_of(case: Case, a: Arguments, isa: str = "", winograd: str = "where faster") -> Any:
     network = native().Network(isa, False, winograd)  # type: ignore[union-attr]
     x = network.input(case.structure.in_channels)
     residual = -1 if a.residual is None else network.input(case.structure.out_channels)
     network.output(add_conv(network, case.spec, a.weights, a.bias, x, residual))
     return network
+
+
+def forms(network: Any, *hw: tuple[int, int], interleave: int = 16) -> set[str]:
+    """The names of the network's operations."""
+    return {name for name, _ in network.operations(hw, interleave)}
 
 
 def possible(case: Case, form: str) -> bool:
@@ -62,7 +67,8 @@ def test_every_form_is_the_convolution(case: Case, form: str, isa: str) -> None:
         assert error <= allowed, (interleave, threads)
     # Patches need vectors of a pixel's images; with fewer images the form is bands.
     for interleave, form_of_them in ((1, "bands"), (16, form)):
-        names = {name for name, _, _ in network.profile(inputs, [y.numpy()], interleave, 1)}
+        sizes = [case.hw] if a.residual is None else [case.hw, tuple(expected.shape[2:])]
+        names = forms(network, *sizes, interleave=interleave)
         assert (f"conv in {form_of_them}" in names) == possible(case, form_of_them), names
 
 
@@ -95,13 +101,8 @@ def test_chosen_where_it_is_faster_and_not_when_disabled(monkeypatch: pytest.Mon
     wide, thin = GroupStructure.dense(64, 64), GroupStructure.uniform(16, 16, 16)
 
     def names(structure: GroupStructure, **how: str) -> set[str]:
-        case = Case("", structure, hw=(16, 16), batch=16)
-        a = case.tensors()
-        network = native().Network("", **how)  # type: ignore[union-attr]
-        x = network.input(structure.in_channels)
-        network.output(add_conv(network, case.spec, a.weights, a.bias, x, -1))
-        y = torch.empty(16, structure.out_channels, 16, 16)
-        return {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
+        case = Case("", structure)
+        return forms(network_of(case, case.tensors(), **how), (16, 16))
 
     assert "conv in patches" in names(wide)
     assert "conv" in names(thin)
@@ -127,19 +128,14 @@ def test_bands_with_too_much_scratch_are_a_plain_sum() -> None:
     network = network_of(case, a, "", "bands")
     y = torch.full((16, 2, 4, 3), float("nan"))
     network.run([a.x.numpy()], [y.numpy()], 1, 16)
-    names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
-    assert "conv in bands" not in names
+    assert "conv in bands" not in forms(network, (4, 3))
     torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-4)
 
 
 def test_the_cost_of_transforms_includes_columns_between_distant_taps() -> None:
     """Taps 128 columns apart on 64 columns: most transformed columns are read by no output."""
-    case = Case("far", GroupStructure.dense(64, 8), dilation=(1, 64), padding=(1, 64), hw=(8, 64), batch=16)
-    a = case.tensors()
-    network = network_of(case, a, "", "where faster")
-    y = torch.full((16, 8, 8, 64), float("nan"))
-    names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
-    assert "conv" in names
+    case = Case("far", GroupStructure.dense(64, 8), dilation=(1, 64), padding=(1, 64))
+    assert "conv" in forms(network_of(case, case.tensors()), (8, 64))
 
 
 @pytest.mark.parametrize("form", FORMS)

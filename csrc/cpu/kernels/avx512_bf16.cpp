@@ -3,8 +3,6 @@
 #define DSP_LANES 16
 #define DSP_WIDE 1
 #define DSP_BF16 1
-#define DSP_FP16 0
-#define DSP_NAME "avx512_bf16"
 #define DSP_TABLE kernels_avx512_bf16
 #include "impl.h"
 #endif

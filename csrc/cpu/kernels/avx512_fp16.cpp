@@ -5,7 +5,6 @@
 #define DSP_WIDE 1
 #define DSP_BF16 1
 #define DSP_FP16 1
-#define DSP_NAME "avx512_fp16"
 #define DSP_TABLE kernels_avx512_fp16
 #include "impl.h"
 #endif

@@ -101,33 +101,5 @@ void pair(const float* a, const float* b, float* target, int64_t count, int64_t 
     }
 }
 
-// Like arithmetic(), in words; add is one term of the sums, whose type is S.
-template <typename S, auto add>
-int64_t pair_arithmetic(int64_t turns) {
-    constexpr int K = DSP_WIDE ? 8 : 4, P = 3;
-    alignas(64) float words[P * L], weights[K];
-    for (int i = 0; i < P * L; ++i) words[i] = 0.0f;
-    for (int k = 0; k < K; ++k) weights[k] = 0.0f;
-    const float* x[P];
-    for (int p = 0; p < P; ++p) x[p] = words + p * L;
-    S acc[K][P];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = S{};
-    for (int64_t t = 0; t < turns; ++t) {
-        asm volatile("" : : "r"(words), "r"(weights) : "memory"); // otherwise GCC sees that they are zeros
-        add(acc, x, 0, weights);
-    }
-    V total{};
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) total += (V)acc[k][p];
-    volatile float sink = total[0];
-    (void)sink;
-    return turns * K * P * L * 2;
-}
-
 } // namespace
 } // namespace dsp

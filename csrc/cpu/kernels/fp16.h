@@ -42,24 +42,8 @@ inline V widen_sum(H h) {
     return (V)_mm512_maskz_cvtph_ps(all, even) + (V)_mm512_maskz_cvtph_ps(all, odd);
 }
 
-#else // Emulation by F16C with vectors of 8, for tests on other CPUs. A sum is rounded to float first, then to float16.
-
-inline V widen_lower(W words) {
-    const __m256i lower = (__m256i)(words & 0xffffu);
-    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
-    return (V)_mm256_cvtph_ps(halves);
-}
-
-inline W narrow(V v) { return (W)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
-
-inline H multiply_add(H sum, H a, H b) {
-    const V even = widen_lower(sum) + widen_lower(a) * widen_lower(b);
-    const V odd = widen_lower(sum >> 16) + widen_lower(a >> 16) * widen_lower(b >> 16);
-    return narrow(even) | narrow(odd) << 16;
-}
-
-inline V widen_sum(H h) { return widen_lower(h) + widen_lower(h >> 16); }
-
+#else
+#include "emulated_fp16.h" // in tests/helpers
 #endif
 
 inline V pack_halves(V a, V b) { return (V)(narrow(a) | narrow(b) << 16); }

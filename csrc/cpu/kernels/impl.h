@@ -1,11 +1,18 @@
 // The kernels for any vector length. Before including this, the source file of an instruction set defines DSP_LANES
-// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_BF16 and DSP_FP16 (1 with multiply-add instructions
-// for these types), DSP_NAME and DSP_TABLE.
+// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16 and DSP_FP16 to 1 if it has
+// multiply-add instructions for these types.
 // Everything is in an anonymous namespace and no header with inline functions is included: the linker must not pick
 // code compiled for a newer instruction set than the CPU has.
 #pragma once
 
 #include "kernel.h"
+
+#ifndef DSP_BF16
+#define DSP_BF16 0
+#endif
+#ifndef DSP_FP16
+#define DSP_FP16 0
+#endif
 
 namespace dsp {
 namespace {
@@ -163,26 +170,6 @@ void tile(const TileCall& call) {
                              __attribute__((always_inline)) { add_term<K, P>(acc, x, off, w); });
 }
 
-// The peak rate of multiply-adds, to which kernels are compared.
-int64_t arithmetic(int64_t turns) {
-    constexpr int sums = DSP_WIDE ? 24 : 12;
-    V acc[sums];
-#pragma GCC unroll 24
-    for (int s = 0; s < sums; ++s) acc[s] = V{} + float(s);
-    V a = V{} + 0.999f, b = V{} + 1e-3f;
-    for (int64_t t = 0; t < turns; ++t) {
-#pragma GCC unroll 24
-        for (int s = 0; s < sums; ++s) acc[s] = acc[s] * a + b;
-        asm volatile("" : : : "memory");
-    }
-    V total{};
-#pragma GCC unroll 24
-    for (int s = 0; s < sums; ++s) total += acc[s];
-    volatile float sink = total[0];
-    (void)sink;
-    return turns * sums * L;
-}
-
 } // namespace
 } // namespace dsp
 
@@ -216,7 +203,6 @@ void row(Kernels& table) {
 // Microtiles that fit the registers: filters x vectors sums, the loaded vectors and one broadcast weight.
 Kernels make() {
     Kernels table{};
-    table.name = DSP_NAME;
     table.lanes = L;
     table.map = map;
     table.product = product;
@@ -225,14 +211,11 @@ Kernels make() {
     table.thin = thin;
     table.band_input = band_input;
     table.patch_input = patch_input;
-    table.arithmetic = arithmetic;
     table.bf16.own = DSP_BF16, table.bf16.ready = 6.0; // measured on Zen 5
     table.bf16.pair = pair<pack_pair>;
-    table.bf16.arithmetic = pair_arithmetic<V, add_pairs<DSP_WIDE ? 8 : 4, 3>>;
 #if DSP_FP16
     table.fp16.own = true, table.fp16.ready = 4.0; // like float multiply-adds; not measured
     table.fp16.pair = pair<pack_halves>;
-    table.fp16.arithmetic = pair_arithmetic<H, add_halves<DSP_WIDE ? 8 : 4, 3>>;
 #endif
 #if DSP_WIDE
     table.filters = 8;

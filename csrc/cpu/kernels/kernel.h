@@ -144,11 +144,9 @@ struct WordKernels {
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     // target[n][i] = a[n * stride][i] and b[n * stride][i] as one word; b may be null.
     void (*pair)(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images);
-    int64_t (*arithmetic)(int64_t turns); // as in Kernels
 };
 
 struct Kernels {
-    const char* name;
     int lanes;
     int filters;                  // most filters of a tile
     int vectors[max_filters + 1]; // vectors[k]: most vectors of a tile with k filters
@@ -163,7 +161,6 @@ struct Kernels {
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
     void (*thin)(const ThinCall&);
-    int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers; returns their number
 };
 
 const Kernels& kernels_base();

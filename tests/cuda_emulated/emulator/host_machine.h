@@ -228,16 +228,8 @@ struct HostMachine {
     }
     static void clear(Acc& acc) { std::memset(&acc, 0, sizeof acc); }
     static float get(const Acc& acc, int element, int lane) { return acc.value[element][lane]; }
-    static float as_float(uint32_t word) {
-        float value;
-        std::memcpy(&value, &word, 4);
-        return value;
-    }
-    static uint32_t as_word(float value) {
-        uint32_t word;
-        std::memcpy(&word, &value, 4);
-        return word;
-    }
+    static float as_float(uint32_t word) { return reinterpret<float>(word); }
+    static uint32_t as_word(float value) { return reinterpret<uint32_t>(value); }
 
 private:
     static constexpr uint32_t kSharedAddress = 1024;  // where a GPU's first block of shared memory starts
