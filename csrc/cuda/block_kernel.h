@@ -315,7 +315,7 @@ DSP_FN void finish_in_output(M& m, int warp, Sums<M, MT, NT>& sums, const BlockP
 template <class T, int FILTERS>
 struct FusedBlock {
     static constexpr int kThreads = 256, kWarps = kThreads / 32;
-    static constexpr int kBlocks = 2;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = 2;  // resident per multiprocessor; bounds the registers
     static constexpr int kMT = FILTERS / 16, kNT = 8;
 
     template <class M>

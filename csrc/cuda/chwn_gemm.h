@@ -50,7 +50,7 @@ DSP_FN void load_block(M& m, const ConvParams& p, const Tile& tile, Columns& col
 
 template <class T, int FILTERS>
 struct ChwnGemm {
-    static constexpr int kBlocks = 3;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = 3;  // resident per multiprocessor; bounds the registers
     static constexpr int kThreads = 128, kChunks = 16, kRows = 32, kStages = 4;
     static constexpr int kFilters = FILTERS, kMT = FILTERS / 16, kNT = 4;  // of a warp
     static constexpr int kWeightBytes = FILTERS * kRows * 2, kRowBytes = kChunks * 16;

@@ -9,7 +9,7 @@ namespace dsp {
 
 template <bool NHWC>
 struct Fp32Gemm {
-    static constexpr int kBlocks = 4;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = 4;  // resident per multiprocessor; bounds the registers
     static constexpr int kThreads = 128, kFilters = 32, kPositions = 64, kRows = 16, kStages = 3;
     static constexpr int kWeightBytes = kRows * kFilters * 4, kRowBytes = kPositions * 4;
     static constexpr int kStageBytes = kWeightBytes + kRows * kRowBytes;
@@ -115,7 +115,7 @@ struct Fp32Gemm {
         });
     }
 
-    // Four pixels: their numbers lie `out_channels` apart.
+    // Four pixels, `out_channels` values apart.
     template <class M>
     DSP_FN static void finish_apart(M& m, const ConvParams& p, float (&value)[4], int position, int positions,
                                     int channel) {
@@ -132,7 +132,7 @@ struct Fp32Gemm {
                 m.write(static_cast<float*>(p.out) + first + static_cast<int64_t>(j) * p.out_channels, value[j]);
     }
 
-    // Four images of one pixel, which lie together.
+    // Four images of one pixel, which are contiguous.
     template <class M>
     DSP_FN static void finish_four(M& m, const ConvParams& p, float (&value)[4], int64_t unit) {
         if (p.residual) {

@@ -164,7 +164,7 @@ struct GpuMachine {
 // With the warpgroups of sm_90a: wgmma on operands in shared memory. For other architectures a kernel that needs them
 // compiles to nothing, and Python never chooses it there.
 // One wgmma: 64 filters x 128 positions x 16. TYPE: f16 or bf16; a, b: descriptors; the last number of the
-// instruction says that b lies along mn.
+// instruction says that b is along mn.
 #define DSP_FOUR(j) "+f"(s[j].value[0]), "+f"(s[j].value[1]), "+f"(s[j].value[2]), "+f"(s[j].value[3])
 #define DSP_WGMMA(TYPE)                                                                                               \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"\

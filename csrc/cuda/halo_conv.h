@@ -48,7 +48,7 @@ DSP_FN void finish_pixel(M& m, const ConvParams& p, const HaloTile& at, int thre
 
 template <class T, int FILTERS>
 struct HaloConv {
-    static constexpr int kBlocks = 2;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = 2;  // resident per multiprocessor; bounds the registers
     static constexpr int kThreads = 256, kWarps = 8, kStages = 2, kChannels = 16;
     static constexpr int kFilters = FILTERS, kMT = FILTERS / 16, kNT = 16 / kMT;
     static constexpr int kChunks = kWarps * kNT;  // outputs of a block, in chunks of 8 images

@@ -12,7 +12,7 @@ namespace dsp {
 
 template <class T, int FILTERS, int SLICES = 1>
 struct NhwcGemm {
-    static constexpr int kBlocks = SLICES == 1 ? 4 : 1;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = SLICES == 1 ? 4 : 1;  // resident per multiprocessor; bounds the registers
     static constexpr int kSlice = 128, kThreads = SLICES * kSlice, kPositions = 64, kOctets = 4, kStages = 2;
     static constexpr int kMT = FILTERS / 16, kNT = 2;
     static constexpr int kWeightBytes = FILTERS * kOctets * 16;

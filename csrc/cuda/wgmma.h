@@ -71,7 +71,7 @@ DSP_FN void each_block_by_warpgroups(M& m, int k_blocks, S& sums, Load load, Mul
 // taps: as in chwn_gemm.h. Weights of a block: [k / 8][filter][8 numbers along k].
 template <class T, int FILTERS>
 struct WgmmaGemm {
-    static constexpr int kBlocks = FILTERS == 64 ? 4 : 2;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = FILTERS == 64 ? 4 : 2;  // resident per multiprocessor; bounds the registers
     static constexpr int kThreads = FILTERS * 2, kChunks = 16, kRows = 32, kStages = 4;
     static constexpr int kFilters = FILTERS, kNT = kChunks;  // n tiles of a warpgroup
     static constexpr int kWeightBytes = FILTERS * kRows * 2, kAtomBytes = 1024;
@@ -122,12 +122,12 @@ struct WgmmaGemm {
 
 // 3x3, stride 1, CHWN, for sm_90a: a halo tile like halo_conv.h in tiles of 64 filters, multiplied by wgmma straight
 // from shared memory. Each of four warpgroups takes one line of the tile: up to 16 chunks (pixels x pieces of 8
-// images), which lie one after the other in the halo, so that a tap is nothing but another start of the operand.
+// images), which are contiguous in the halo, so that a tap is just another start of the operand.
 // taps: as in halo_conv.h. Weights of a block: [tap][k / 8][filter][8 numbers along k].
 template <class T, int FILTERS>
 struct WgmmaHalo {
     static_assert(FILTERS == 64, "one warpgroup for each line");
-    static constexpr int kBlocks = 1;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = 1;  // resident per multiprocessor; bounds the registers
     static constexpr int kLines = 4, kLineChunks = 16, kThreads = kLines * 128, kStages = 3, kChannels = 16;
     static constexpr int kFilters = FILTERS, kChunks = kLines * kLineChunks;
     static constexpr int kMostHalo = 192, kPerPass = kThreads / 8;  // chunks of the halo that are copied at once

@@ -2,8 +2,8 @@
 // barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
 // so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. A copy counts as a
 // store by its thread where it lands.
-// Products of a warpgroup happen at once where copies land late, and else as late as they may, when whoever
-// overwrites an operand too early has done so.
+// Products of a warpgroup are computed at once in the mode with late copies, otherwise as late as allowed, so that an
+// operand that is overwritten too early gives a wrong answer.
 #pragma once
 
 #include <array>
@@ -235,7 +235,7 @@ private:
     static constexpr uint32_t kSharedAddress = 1024;  // where a GPU's first block of shared memory starts
     int open_products = 0;
 
-    // A number of an operand. PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor"; see warpgroup_tile.h.
+    // A number of an operand. PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor"; see wgmma.h.
     template <class T>
     float element(uint64_t descriptor, Order order, int mn, int k) {
         const auto bytes = [&](int bit) { return static_cast<int>(descriptor >> bit & 0x3fff) * 16; };
