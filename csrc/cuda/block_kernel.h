@@ -1,7 +1,7 @@
 // A residual block as one kernel, CHWN, 16 bit: two or three convolutions of any kernel, stride and groups, and the
-// shortcut's, on a tile of output pixels for tile_n chunks of 8 images. Intermediate feature maps stay in shared memory.
-// A thread block moves down the image in turns and keeps the rows that the next turn needs; only the columns of the halo,
-// and the rows above its first turn, are also computed by its neighbours.
+// shortcut's, on a tile of output pixels for tile_n chunks of 8 images. Intermediate feature maps stay in shared
+// memory. A thread block moves down the image in turns and keeps the rows that the next turn needs; only the columns of
+// the halo, and the rows above its first turn, are also computed by its neighbours.
 //
 // A work item is a tile of filters at kNT chunks of 8 images; one warp computes it, so there is no barrier within a
 // convolution. Weights are read from global memory as fragments, one step ahead; a row of the reduction (one channel at
@@ -14,8 +14,8 @@ namespace dsp {
 
 constexpr int kMostConvs = 3;
 
-// A tile of one feature map in shared memory, [slot of a channel][row][column][chunk of 8 images]. Pixels outside the map
-// are zero: the padding of the convolution that reads them.
+// A tile of one feature map in shared memory, [slot of a channel][row][column][chunk of 8 images]. Pixels outside the
+// map are zero: the padding of the convolution that reads them.
 struct BlockRegion {
     int offset;         // bytes
     int channel_bytes;  // of a slot: an odd number of chunks, so that eight neighbouring slots use all banks
@@ -31,14 +31,14 @@ struct BlockRegion {
 // Reads region i and writes region i + 1; the last one writes `out`.
 struct BlockConv {
     int tile_count;
-    int tiles_at;  // in the tables: BlockTile of each
+    int tiles_at;   // in the tables: BlockTile of each
     int first_row;  // of the table of rows and of the bias: tile_count * filters from here on
     int stride_y, stride_x;
     int activation;
 };
 
-// The filters of one tile. offsets: index in the tables of its rows of the reduction, each the offset in shared memory of
-// one channel at one tap, for the first output of the tile.
+// The filters of one tile. offsets: index in the tables of its rows of the reduction, each the offset in shared memory
+// of one channel at one tap, for the first output of the tile.
 struct alignas(16) BlockTile {
     int weights;       // 16-byte units
     int steps;         // of 16 rows, from the convolution's own region
@@ -60,7 +60,7 @@ struct BlockParams {
     int residuals_at;  // per row of the last convolution: slot of region 0 that is added to it
     int conv_count, residual_kind;
     int shortcut_stride_y, shortcut_stride_x;
-    int chunks_of_batch;            // batch / 8
+    int chunks_of_batch;             // batch / 8
     int tile_n, blocks_x, blocks_n;  // chunks of a block; blocks along a row and along the batch
     int turns;                       // of a block: tiles of output rows, one below the other
     int by_tile_n;                   // see divide_small
@@ -94,9 +94,7 @@ DSP_FN int chunks_of(const BlockParams& p, const BlockRegion& region) {
     return region.rows * region.columns * p.tile_n;
 }
 
-DSP_FN bool is_inside(const BlockRegion& region, int y, int x) {
-    return is_inside(y, x, region.height, region.width);
-}
+DSP_FN bool is_inside(const BlockRegion& region, int y, int x) { return is_inside(y, x, region.height, region.width); }
 
 template <class M>
 DSP_FN BlockTile read_tile(M& m, const int* tiles, int number) {
@@ -187,8 +185,7 @@ DSP_FN void accumulate(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams&
         for (int pair = 0; pair < NT / 2; ++pair) {
             const int chunk = first + pair * 2 + lane / 16;
             const ChunkPlace at = chunk_place(p, target, chunk < chunks ? chunk : 0);
-            base[lane].at[pair] =
-                ((at.row * stride_y * source_columns + at.column * stride_x) * p.tile_n + at.n) * 16;
+            base[lane].at[pair] = ((at.row * stride_y * source_columns + at.column * stride_x) * p.tile_n + at.n) * 16;
         }
     });
     for (int step = 0; step < steps; ++step) {
@@ -203,8 +200,8 @@ DSP_FN void accumulate(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams&
 
 // Bias and activation; stores the sums into the slots of the next region, zeros outside the map.
 template <class T, class M, int MT, int NT>
-DSP_FN void finish_in_shared(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams& p, int first_row,
-                             int activation, const BlockRegion& target, const BlockPlace& place, int first) {
+DSP_FN void finish_in_shared(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams& p, int first_row, int activation,
+                             const BlockRegion& target, const BlockPlace& place, int first) {
     const int chunks = chunks_of(p, target);
     const int y0 = place.y0 * target.step_y + target.shift_y, x0 = place.x0 * target.step_x + target.shift_x;
     m.each_lane(warp, [&](int lane) {
@@ -228,10 +225,9 @@ DSP_FN void finish_in_shared(M& m, int warp, Sums<M, MT, NT>& sums, const BlockP
                     float value[2] = {M::get(sums.at[i][j], 2 * half, lane) + bias,
                                       M::get(sums.at[i][j], 2 * half + 1, lane) + bias};
                     activate(value, activation);
-                    const uint32_t word = static_cast<uint32_t>(T::narrow(value[0])) |
-                                          static_cast<uint32_t>(T::narrow(value[1])) << 16;
-                    if (first + j < chunks)
-                        m.store_word(warp * 32 + lane, offset + j * 16, inside >> j & 1 ? word : 0);
+                    const uint32_t word =
+                        static_cast<uint32_t>(T::narrow(value[0])) | static_cast<uint32_t>(T::narrow(value[1])) << 16;
+                    if (first + j < chunks) m.store_word(warp * 32 + lane, offset + j * 16, inside >> j & 1 ? word : 0);
                 }
             }
     });
@@ -258,8 +254,8 @@ DSP_FN void transpose_four(M& m, int warp, typename M::template PerLane<float> (
 // Bias, residual and activation; stores the sums into `out`: four lanes exchange their pairs of images, so that each
 // has the eight of one chunk and stores 16 bytes.
 template <class T, class M, int MT, int NT>
-DSP_FN void finish_in_output(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams& p, int first_row,
-                             int activation, const BlockRegion& target, const BlockPlace& place, int first) {
+DSP_FN void finish_in_output(M& m, int warp, Sums<M, MT, NT>& sums, const BlockParams& p, int first_row, int activation,
+                             const BlockRegion& target, const BlockPlace& place, int first) {
     const int chunks = chunks_of(p, target);
     const BlockRegion& input = p.regions[0];
 #pragma unroll
@@ -287,9 +283,9 @@ DSP_FN void finish_in_output(M& m, int warp, Sums<M, MT, NT>& sums, const BlockP
                     if (channel < 0 || chunk >= chunks || y >= target.height || x >= target.width ||
                         n >= p.chunks_of_batch)
                         return;
-                    const int64_t unit = static_cast<int64_t>(channel) * target.height * target.width *
-                                             p.chunks_of_batch +
-                                         (y * target.width + x) * p.chunks_of_batch + n;
+                    const int64_t unit =
+                        static_cast<int64_t>(channel) * target.height * target.width * p.chunks_of_batch +
+                        (y * target.width + x) * p.chunks_of_batch + n;
                     const float bias = m.read(p.bias + row);
                     float value[8];
 #pragma unroll

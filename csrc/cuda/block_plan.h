@@ -1,5 +1,5 @@
-// A block kernel's parameters, grid and shared memory from the op's list of sizes. Host code, used by the launcher and by
-// the emulation.
+// A block kernel's parameters, grid and shared memory from the op's list of sizes. Host code, used by the launcher and
+// by the emulation.
 #pragma once
 
 #include <stdexcept>
@@ -59,12 +59,12 @@ inline BlockLaunch block_launch(const BlockSizes& s, const void* x, void* out, c
     for (size_t i = 0; i <= s.last(); ++i) {
         const auto field = [&](size_t number) { return whole(s.region(i, number)); };
         BlockRegion& r = p.regions[i];
-        r = {field(0), field(1), field(2), field(3), field(4), field(5), field(6), field(7), field(8), field(9),
-             field(10), 0, 0};
+        r = {field(0), field(1), field(2), field(3),  field(4), field(5), field(6),
+             field(7), field(8), field(9), field(10), 0,        0};
         r.by_column = divisor_of(r.columns);
         const int64_t chunks = static_cast<int64_t>(r.rows) * r.columns * p.tile_n;
-        if (p.turns < 1 || r.rows < 1 || r.columns < 1 || p.tile_n < 1 || chunks > kMostChunks || r.columns > kLargestDivisor ||
-            p.tile_n > kLargestDivisor)
+        if (p.turns < 1 || r.rows < 1 || r.columns < 1 || p.tile_n < 1 || chunks > kMostChunks ||
+            r.columns > kLargestDivisor || p.tile_n > kLargestDivisor)
             throw std::runtime_error("a tile of " + std::to_string(r.rows) + "x" + std::to_string(r.columns) +
                                      " pixels is too large for the block kernel");
     }
@@ -82,7 +82,8 @@ inline BlockLaunch block_launch(const BlockSizes& s, const void* x, void* out, c
         r.kept = r.rows > further ? r.rows - further : 0;
     }
     p.blocks_x = whole(blocks_x), p.blocks_n = whole(blocks_n);
-    return {p, blocks_along(output.height, static_cast<int64_t>(output.rows) * p.turns) * blocks_x * blocks_n, 0, whole(s.shared_bytes)};
+    return {p, blocks_along(output.height, static_cast<int64_t>(output.rows) * p.turns) * blocks_x * blocks_n, 0,
+            whole(s.shared_bytes)};
 }
 
 // Calls run(kernel, launch) with the kernel of this many filters per tile.

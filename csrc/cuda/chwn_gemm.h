@@ -81,8 +81,7 @@ struct ChwnGemm {
 #pragma unroll
                 for (int step = 0; step < kRows / 16; ++step)
                     multiply_step<T, true>(m, warp, sums[warp], stage, step, [&](int pair, int lane) {
-                        return stage + kWeightBytes +
-                               place(step * 16 + lane % 16, warp * kNT + pair * 2 + lane / 16);
+                        return stage + kWeightBytes + place(step * 16 + lane % 16, warp * kNT + pair * 2 + lane / 16);
                     });
             });
         });

@@ -103,7 +103,7 @@ struct Fp32Gemm {
                 const int row = tile_number * kFilters + thread / 16 * 4 + i;
                 const int channel = m.read(p.rows + row);
                 if (channel < 0) continue;
-                float(&value)[4] = corners[thread].at[i];
+                float (&value)[4] = corners[thread].at[i];
                 const float bias = m.read(p.bias + row);
 #pragma unroll
                 for (float& v : value) v += bias;

@@ -47,8 +47,7 @@ void choose_halo_tile(ConvParams& p, int64_t shared_limit, int64_t& position_blo
             for (int w = 1; w <= K::kChunks && w <= p.out_width; ++w) {
                 const int halo = halo_chunks(h, w, n);
                 if (!K::fits(h, w, n) || halo > K::kMostHalo || K::shared_bytes(halo) > shared_limit) continue;
-                const int64_t blocks =
-                    divide_up(p.out_height, h) * divide_up(p.out_width, w) * divide_up(n8, n);
+                const int64_t blocks = divide_up(p.out_height, h) * divide_up(p.out_width, w) * divide_up(n8, n);
                 const double cost = static_cast<double>(blocks) * (halo * (n == 1 ? 2 : 1) + K::kChunks);
                 if (position_blocks && cost >= best) continue;
                 best = cost, position_blocks = blocks;

@@ -1,5 +1,5 @@
-// Types and 16-bit formats for the GPU and for the emulation on the host (tests/cuda_emulated/emulator): the kernels are
-// templates over the machine that runs them, a thread of a GPU or a whole block of threads on the host.
+// Types and 16-bit formats for the GPU and for the emulation on the host (tests/cuda_emulated/emulator): the kernels
+// are templates over the machine that runs them, a thread of a GPU or a whole block of threads on the host.
 #pragma once
 
 #include <cmath>
@@ -87,8 +87,8 @@ DSP_FN Vec16 narrow_eight(const float (&value)[8]) {
     Vec16 packed;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        packed.word[i] = static_cast<uint32_t>(T::narrow(value[2 * i])) |
-                         static_cast<uint32_t>(T::narrow(value[2 * i + 1])) << 16;
+        packed.word[i] =
+            static_cast<uint32_t>(T::narrow(value[2 * i])) | static_cast<uint32_t>(T::narrow(value[2 * i + 1])) << 16;
     return packed;
 }
 

@@ -1,6 +1,6 @@
-// Shared by the kernels: the reduction of a tile block after block through a ring of stages in shared memory, a k16 step
-// of a warp's tile on tensor cores, and its sums through shared memory into the output.
-// Fragment layouts of mma.m16n8k16: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+// Shared by the kernels: the reduction of a tile block after block through a ring of stages in shared memory, a k16
+// step of a warp's tile on tensor cores, and its sums through shared memory into the output. Fragment layouts of
+// mma.m16n8k16: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
 #pragma once
 
 #include "conv_params.h"
@@ -114,8 +114,7 @@ DSP_FN void store_by_position(M& m, int warp, Sums<M, MT, NT>& sums, int first_p
                 for (int e = 0; e < 4; ++e) {
                     const int filter = i * 16 + e / 2 * 8 + lane / 4;
                     const int position = first_position + j * 8 + lane % 4 * 2 + e % 2;
-                    m.store_one(warp * 32 + lane, (position * stride + filter) * 4,
-                                M::get(sums.at[i][j], e, lane));
+                    m.store_one(warp * 32 + lane, (position * stride + filter) * 4, M::get(sums.at[i][j], e, lane));
                 }
     });
 }

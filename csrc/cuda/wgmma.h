@@ -131,7 +131,7 @@ struct WgmmaHalo {
     static constexpr int kLines = 4, kLineChunks = 16, kThreads = kLines * 128, kStages = 3, kChannels = 16;
     static constexpr int kFilters = FILTERS, kChunks = kLines * kLineChunks;
     static constexpr int kMostHalo = 192, kPerPass = kThreads / 8;  // chunks of the halo that are copied at once
-    static constexpr int kCore = 128;  // bytes of a core matrix: 8 channels of a chunk
+    static constexpr int kCore = 128;                               // bytes of a core matrix: 8 channels of a chunk
     static constexpr int kWeightBytes = 9 * FILTERS * kChannels * 2;
     static constexpr int kSumStride = kChunks * 8 + 8;
     static constexpr int kSumBytes = FILTERS * kSumStride * 4;
