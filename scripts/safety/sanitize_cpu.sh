@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree so that the
-# ordinary build stays. Usage: scripts/sanitize_cpu.sh [pytest arguments]
+# ordinary build stays. Usage: scripts/safety/sanitize_cpu.sh [pytest arguments]
 set -euo pipefail
-root="$(cd "$(dirname "$0")/.." && pwd)"
+root="$(cd "$(dirname "$0")/../.." && pwd)"
 python="${PYTHON:-python}"
 copy="$(mktemp -d)"
 trap 'rm -rf "$copy"' EXIT
