@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from wild_net import IMAGE, images, wild
 
 import dsp_kernels
 from dsp_kernels import GroupStructure
@@ -193,7 +192,7 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Header, dict[str, Tensor]]:
     path = tmp_path_factory.mktemp("template") / "net"
-    dsp_kernels.save(wild(), path, IMAGE)
+    dsp_kernels.save(nets.wild(), path, nets.IMAGE)
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["dsp_kernels"]), load_file(path)
 
@@ -215,7 +214,9 @@ def test_the_description_loads_without_these_changes(
     header = copy.deepcopy(template[0]) | {"version": 9, "readable_from": 2, "licence": "a new key"}
     _first(*_squares(3))(header)
     save_file(template[1], tmp_path / "net", metadata={"dsp_kernels": json.dumps(header)})
-    assert torch.equal(dsp_kernels.load(tmp_path / "net")(images())["map"], wild()(images())["map"])
+    assert torch.equal(
+        dsp_kernels.load(tmp_path / "net")(nets.example(3))["map"], nets.wild()(nets.example(3))["map"]
+    )
 
 
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
@@ -270,7 +271,7 @@ class _Two(nn.Module):
 @pytest.mark.parametrize("name", FURTHER)
 def test_a_hostile_description_of_several_inputs(tmp_path: Path, name: str) -> None:
     path = tmp_path / "net"
-    dsp_kernels.save(_Two(), path, (IMAGE, torch.zeros(1, 3)))
+    dsp_kernels.save(_Two(), path, (nets.IMAGE, torch.zeros(1, 3)))
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["dsp_kernels"])
     assert (header["version"], header["readable_from"]) == (3, 3)
@@ -284,7 +285,7 @@ def test_a_hostile_description_of_several_inputs(tmp_path: Path, name: str) -> N
 def test_a_fused_layer_of_other_channels_is_refused(tmp_path: Path) -> None:
     """Its groups read only channels that exist."""
     path = tmp_path / "net"
-    dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, IMAGE)
+    dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, nets.IMAGE)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["dsp_kernels"])
     fused = next(m for m in header["modules"].values() if m["class"] == "FusedConv2d")
@@ -315,7 +316,7 @@ def test_foreign_files(tmp_path: Path) -> None:
 
 def test_every_truncation(tmp_path: Path) -> None:
     path = tmp_path / "net"
-    dsp_kernels.save(nets.make("residual"), path, IMAGE)
+    dsp_kernels.save(nets.make("residual"), path, nets.IMAGE)
     whole = path.read_bytes()
     for size in [*range(0, 200, 7), *range(200, len(whole), 97), len(whole) - 1]:
         path.write_bytes(whole[:size])

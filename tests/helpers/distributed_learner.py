@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning import distributed
 from dsp_pruning.learn.wrapper import GroupWrapper

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from nets import ToyA
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from toy_net import ToyA
 
 from dsp_pruning.learn.wrapper import GroupWrapper
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import cifar_images
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning.learn.penalty import hard_assignment
 from dsp_pruning.learn.wrapper import GroupWrapper
@@ -21,7 +22,6 @@ from dsp_pruning.models.cifar import cifar_resnet
 # Two independent implementations agreed to 2e-14 and 8e-15.
 WEIGHTS, LOGITS, BY_NORM = 1e-12, 1e-10, 1e-10
 CLEAR_MARGIN = 1e-9  # between the two largest logits; below it rounding decides the group
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Golden:
@@ -34,10 +34,7 @@ class Golden:
         if "x" in loaded:
             self.x = torch.from_numpy(loaded["x"]).double()
         else:
-            images = np.load(shared / "data" / "cifar10_subset.npz")["train_images"]
-            chosen = torch.from_numpy(images[loaded["train_index"]]).double() / 255
-            mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
-            self.x = (chosen - mean) / std
+            self.x = cifar_images(shared, "train", torch.float64)[loaded["train_index"]]
         self.y = torch.from_numpy(loaded["y"])
 
     def __getitem__(self, key: str) -> Tensor:

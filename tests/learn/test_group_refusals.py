@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning_setup import LAYERS, Setup, everything
+from nets import ToyA
 from torch import nn
-from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTrainingError
 from dsp_pruning.learn.finite import NonFiniteFlag

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning_setup import LAYERS, MODES, Setup
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.logits import gumbel_noise

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning_setup import LAYERS, MODES, OPTIMIZERS, Setup, everything, regulariser
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning.learn.lookahead import look_ahead
 from dsp_pruning.learn.penalty import layer_scale

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning_setup import LAYERS, MODES, Setup
+from nets import ToyA
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_net import ToyA
 
 from dsp_pruning.layers import select_layers
 from dsp_pruning.learn.buckets import attach_layers, make_buckets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import cifar_images, golden_counts, golden_logits
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -59,11 +59,8 @@ def test_onnx_of_released_networks(shared: Path, tmp_path: Path, name: str) -> N
     network = read_released(shared / "nets" / f"{name}.npz")
     path = export_onnx(network, tmp_path / "net.onnx", images(1, 32))
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
-    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"][:8]
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
-    x = (torch.from_numpy(data).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    golden = torch.from_numpy(np.load(shared / "golden" / "logits.npz")[name][:8])
-    assert (run(path, x) - golden).abs().max() <= 1e-4
+    golden, _ = golden_logits(shared, name)
+    assert (run(path, cifar_images(shared)[:8]) - golden[:8]).abs().max() <= 1e-4
     assert error(path, network, images(3, 32)) <= 1e-4
     graph = onnx.load(path).graph
     kinds = [node.op_type for node in graph.node]
@@ -222,16 +219,8 @@ def test_torchscript_runs_without_this_package(tmp_path: Path, name: str) -> Non
 def test_torchscript_of_numbers_computed_from_sizes_is_refused(
     tmp_path: Path, middle: Callable[[Tensor], Tensor]
 ) -> None:
-    class Sized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return middle(self.conv(x))
-
     with pytest.raises(DSPError, match="cannot be exported"):
-        export_torchscript(Sized().eval(), tmp_path / "net.pt", images(1, 8))
+        export_torchscript(nets.ConvThen(middle).eval(), tmp_path / "net.pt", images(1, 8))
     assert not list(tmp_path.iterdir())
 
 
@@ -239,11 +228,6 @@ def test_float16_onnx_of_operations_without_float16_kernels(tmp_path: Path) -> N
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2)).eval()
     export_onnx(model, tmp_path / "net.onnx", images(1, 8), dtype=torch.float16)
     assert (tmp_path / "net.onnx").is_file()
-
-
-class Undecided(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
 
 
 def test_errors_of_exports(tmp_path: Path) -> None:
@@ -256,7 +240,7 @@ def test_errors_of_exports(tmp_path: Path) -> None:
         with pytest.raises(DSPShapeError, match=r"does not run on an example of shape \(1, 4, 8, 8\): .*4"):
             write(network, tmp_path / "net", torch.zeros(1, 4, 8, 8))
         with pytest.raises(DSPError, match=r"Undecided cannot be exported to .*net: "):
-            write(Undecided(), tmp_path / "net", images(1, 8))
+            write(nets.Undecided(), tmp_path / "net", images(1, 8))
     with pytest.raises(DSPError, match="the example has shape"):
         export_onnx(network, tmp_path / "net.onnx", torch.zeros(3, 8, 8))
     assert not list(tmp_path.iterdir())
@@ -275,8 +259,7 @@ def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.Captur
         shown[name] = capsys.readouterr().out
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert (tmp_path / f"{name}.pdf").read_bytes().count(b"/Type /Page ") == 1
-    totals = json.loads((shared / "golden" / "structures.json").read_text())["resnet56_g4"]["totals"]
-    pruned = totals["upstream_pruned_layers_only"]["pruned_macs_pct"]
+    pruned = golden_counts(shared, "resnet56_g4")["upstream_pruned_layers_only"]["pruned_macs_pct"]
     assert f"packed layers: {100 - pruned:.2f} %" in shown["known"]
     assert "images of 8 x 8" in shown["graph"]
     assert "does not hold" in shown["graph"]

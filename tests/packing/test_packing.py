@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import cifar_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import masked
@@ -114,10 +115,7 @@ def golden(shared: Path) -> tuple[np.lib.npyio.NpzFile, dict, nn.Module, Tensor]
         key[len("state/") :]: torch.from_numpy(file[key]) for key in file.files if key.startswith("state/")
     }
     model.load_state_dict(state)
-    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"][:32]
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
-    x = (torch.from_numpy(data).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    return file, json.loads(str(file["meta"])), model.double().eval(), x.double()
+    return file, json.loads(str(file["meta"])), model.double().eval(), cifar_images(shared)[:32].double()
 
 
 def test_golden_logits_and_structure(shared: Path) -> None:

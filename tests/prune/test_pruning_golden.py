@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.prune.wrapper import PruneWrapper

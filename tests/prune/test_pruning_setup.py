@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from nets import ToyA
 from pruner_cases import fresh, learned, same, state_of, train, zeros
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning.prune.rule import layer_rule
