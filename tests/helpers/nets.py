@@ -87,8 +87,8 @@ class Branching(nn.Module):
 
 
 class ToyA(nn.Module):
-    """Of the golden files: conv0 3->8, conv1 8->12 (stride 2), conv2 12->10 (1x1), conv3 10->14 (stride 2), all
-    with BN and ReLU.
+    """Of the golden files: conv0 3->8, conv1 8->12 (stride 2), conv2 12->10 (1x1), conv3 10->14 (stride 2),
+    each with BN and ReLU.
 
     x: (batch, 3, height, width) -> logits: (batch, 10).
     """

@@ -199,21 +199,6 @@ def test_equal_logits_go_to_the_lowest_group() -> None:
     assert torch.equal(hard.sum(0), torch.ones(3))
 
 
-def test_layers_of_equal_shape_can_be_stacked() -> None:
-    alone = [problem(3, 8, 5, (3, 3)), tuple(0.5 * value.flip(0) for value in problem(3, 8, 5, (3, 3)))]
-    prob, weight, direction = (torch.stack(values) for values in zip(*alone, strict=True))
-    energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, direction)
-    for index, (p, w, v) in enumerate(alone):
-        m, mv = terms.kernel_energy(w), terms.kernel_product(w, v)
-        close(terms.regulariser(Assigned(prob), energy)[index], terms.regulariser(Assigned(p), m))
-        close(terms.penalty_factor(Assigned(prob), energy)[index], terms.penalty_factor(Assigned(p), m))
-        close(terms.first_order(Assigned(prob), energy)[index], terms.first_order(Assigned(p), m))
-        close(
-            terms.second_order_exact(Assigned(prob), energy, product)[index],
-            terms.second_order_exact(Assigned(p), m, mv),
-        )
-
-
 def test_half_precision_weights_are_squared_in_float32() -> None:
     weight = torch.full((2, 2, 3, 3), 1e-4, dtype=torch.float16)
     energy = terms.kernel_energy(weight)

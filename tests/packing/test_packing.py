@@ -324,11 +324,6 @@ def test_warns_of_weights_that_are_not_0_where_the_mask_is() -> None:
         pack(model, images(2, 16))
 
 
-def test_frozen_parameters_stay_frozen() -> None:
-    model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True).requires_grad_(False)
-    assert not any(parameter.requires_grad for parameter in pack(model, images(2, 16)).parameters())
-
-
 def test_packs_under_autocast_and_from_a_wrapper() -> None:
     pruner = PruneWrapper(cifar_resnet(8).double(), 2, -1, example_input=images(2, 16))
     pruner.initialize(0.3)

@@ -1,9 +1,10 @@
-"""pack with every operation it supports, and constants everywhere: channels are removed exactly or kept."""
+"""pack with every operation it supports: channels are removed exactly or kept, and unpack and dense_twin."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from nets import masked
 from torch import Tensor, nn
 
-from dsp_kernels import PackedConv2d, fuse, swap
+from dsp_kernels import GroupStructure, PackedConv2d, fuse, load, save, swap
+from dsp_kernels.errors import DSPFormatError
 from dsp_pruning import pack
+from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.packing.unpack import unpack
 
 WIDTH = 12
@@ -191,6 +194,11 @@ def net(name: str, kernel: int, seed: int, constant: float | None = None) -> nn.
     return model
 
 
+def images(batch: int, size: int = 12, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
+
+
 def test_a_convolution_called_by_keyword() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -203,20 +211,19 @@ def test_a_convolution_called_by_keyword() -> None:
     model = Named().double().eval()
     with torch.no_grad():
         model.reader.weight[:4, :4] = model.reader.weight[4:, 4:] = 0
-    packed, x = pack(model, images(2, 12)), images(2, 12)
+    packed, x = pack(model, images(2)), images(2)
     assert isinstance(packed.reader, PackedConv2d)
     for other in (packed, fuse(packed, x), swap(copy.deepcopy(packed))):
         torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("kernel", "fixed_size"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_outputs_are_those_of_the_masked_network(name: str, kernel: int, seed: int) -> None:
-    model = net(name, kernel, seed)
-    expected, packed = masked(model), pack(model, images(2, 12))
-    for size in (12, 17 if name != "permute" else 12):
-        x = images(3, size, seed)
+def test_outputs_are_those_of_the_masked_network(name: str, kernel: int, fixed_size: bool) -> None:
+    model = net(name, kernel, seed=kernel)
+    expected, packed = masked(model), pack(model, images(2), fixed_size=fixed_size)
+    for size in (12,) if name == "permute" or fixed_size else (12, 17):
+        x = images(3, size, kernel)
         torch.testing.assert_close(packed(x), expected(x), rtol=0, atol=1e-12)
     torch.testing.assert_close(unpack(packed)(x), expected(x), rtol=0, atol=1e-12)
 
@@ -225,7 +232,7 @@ def test_outputs_are_those_of_the_masked_network(name: str, kernel: int, seed: i
 def test_dead_channels_are_removed_where_possible(name: str) -> None:
     """Zero channels are all removed, unless the operation keeps its channels: then the report names it."""
     model = net(name, 1, 0, constant=0.0)
-    packed = pack(model, images(2, 12))
+    packed = pack(model, images(2))
     stem = packed.stem
     left = stem.out_channels
     allowed = {"all": {WIDTH - 4}, "some": set(range(WIDTH + 1)), "none": {WIDTH}}
@@ -237,6 +244,48 @@ def test_dead_channels_are_removed_where_possible(name: str) -> None:
     assert ("normalises over several channels together" in str(packed.packing)) == over_channels
 
 
-def images(batch: int, size: int = 12, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of the weights that convolutions, linear layers and norms have in any case."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name.endswith("weight")}
+
+
+@pytest.mark.parametrize("fixed_size", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_loaded_network_has_a_twin_of_the_widths_before_packing(
+    tmp_path: Path, name: str, fixed_size: bool
+) -> None:
+    model, x = net(name, 3, 1), images(2)
+    packed = pack(model, x, fixed_size=fixed_size)
+    try:
+        save(packed, tmp_path / "net", x)
+    except DSPFormatError:
+        pytest.skip("a file cannot hold this operation")
+    twin = dense_twin(pack(load(tmp_path / "net"), x))  # packed twice: the first widths count
+    assert not any(isinstance(module, PackedConv2d) for module in twin.modules())
+    original = shapes(model)
+    for path, shape in shapes(twin).items():
+        assert shape == original[path.replace(".conv.", ".")], path  # of a FixedSizeConv2d
+    assert twin(x).isfinite().all()
+
+
+def test_a_network_that_pack_did_not_make_has_a_twin_of_its_present_widths() -> None:
+    structure = GroupStructure.build(3, 6, [([0, 2], [0, 1, 4]), ([1], [2, 3])])
+    packed = nn.Sequential(PackedConv2d(structure, 3, padding=1, bias=True), nn.ReLU())
+    twin = dense_twin(packed)
+    assert shapes(twin) == {"0.weight": (6, 3, 3, 3)}
+    assert twin(torch.zeros(1, 3, 8, 8)).shape == (1, 6, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("widths", "words"),
+    [
+        ({"elsewhere": (3, 6, 1)}, "not in the network: 'elsewhere'"),
+        ({"0": (3, 7, 2)}, "layer '0'"),
+        ({"0": (2**20, 2**20, 1)}, "more than 1073741824 parameters"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(widths: dict[str, tuple[int, int, int]], words: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 1))
+    network.dense_widths = widths
+    with pytest.raises(DSPFormatError, match=words):
+        dense_twin(network)

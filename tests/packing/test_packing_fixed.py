@@ -24,14 +24,6 @@ def padded() -> tuple[nn.Module, nn.Module, Tensor]:
     return model, cases.masked(model), cases.images(3, 12)
 
 
-@pytest.mark.parametrize("name", cases.OPERATIONS)
-def test_outputs_at_the_size_of_the_example(name: str) -> None:
-    model, x = cases.net(name, 3, 1), cases.images(2, 12)
-    packed, expected = pack(model, x, fixed_size=True), cases.masked(model)(x)
-    torch.testing.assert_close(packed(x), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(unpack(packed)(x), expected, rtol=0, atol=1e-12)
-
-
 def test_folds_only_on_request() -> None:
     model, _, x = padded()
     plain, fixed = pack(model, x), pack(model, x, fixed_size=True)

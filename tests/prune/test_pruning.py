@@ -12,7 +12,6 @@ from pruner_cases import fresh, learned, same, state_of, train, zeros
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning.models import cifar_resnet
 from dsp_pruning.prune.wrapper import PruneWrapper
 
 
@@ -236,17 +235,6 @@ def test_a_layer_that_is_called_twice_keeps_what_either_call_needs() -> None:
     assert pruner.model.norm_first.bias[2] == 0
     assert again.mask[:, 2].flatten().tolist() == [1, 1, 1, 1, 0, 1]
     assert torch.equal(pruner.model.norm.bias, bias)
-
-
-@pytest.mark.filterwarnings("ignore:layers .* have no group logits")
-def test_after_step_needs_masks_from_a_pruning_or_a_checkpoint() -> None:
-    pruner = PruneWrapper(cifar_resnet(8), 2, -1)
-    with pytest.raises(DSPPruningError, match=r"call initialize\(rate\) first"):
-        pruner.after_step()
-    pruner.initialize(0.3)
-    resumed = PruneWrapper(cifar_resnet(8), 2, -1)
-    resumed.model.load_state_dict(pruner.model.state_dict())
-    resumed.after_step()
 
 
 def channels_per_group(pruner: PruneWrapper) -> list[list[int]]:

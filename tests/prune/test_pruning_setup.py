@@ -91,13 +91,6 @@ def test_a_wrapped_model_is_pruned_like_the_network_inside(around: Callable[[nn.
     assert same(state_of(network), state_of(plain.model))
 
 
-def test_calling_the_wrapper_calls_the_model() -> None:
-    pruner = learned(fresh())
-    pruner.model.eval()
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(pruner(x), pruner.model(x))
-
-
 NAMES = [f"stage_{stage}.0.conv_{conv}" for stage in (1, 2, 3) for conv in "ab"]
 
 
