@@ -142,11 +142,11 @@ class Wild(nn.Module):
 
 
 class ConvThen(nn.Module):
-    """A convolution from 3 to 4 channels, then any function of its output."""
+    """A convolution of 3 channels, then any function of its output."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], channels: int = 4) -> None:
         super().__init__()
-        self.conv, self.function = nn.Conv2d(3, 4, 3, padding=1), function
+        self.conv, self.function = nn.Conv2d(3, channels, 3, padding=1), function
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self.conv(x))

@@ -100,7 +100,7 @@ def test_an_overflow_of_one_process_holds_back_all(runs: dict[str, Any], mode: s
 
 def test_a_killed_process_ends_the_other_with_an_error(tmp_path: Path) -> None:
     processes = start(SCRIPT, 2, "die", tmp_path)
-    survivor, killed = finish(processes, 60.0)  # the group's own timeout is 20 s
+    survivor, killed = finish(processes)  # the group's own timeout is 20 s
     assert killed[0] == -9
     assert survivor[0] > 0, tail(survivor[1])
     assert "Error" in survivor[1], tail(survivor[1])

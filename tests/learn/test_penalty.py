@@ -127,18 +127,6 @@ def test_terms_are_the_derivatives(groups: int, filters: int, channels: int, ker
         assert float((found - wanted.detach()).abs().max()) <= AUTOGRAD
 
 
-def test_the_default_eps_stays_near_the_derivative() -> None:
-    """It changes what reaches weights (penalty) and logits (prob * dR/dp) by less than 1e-7."""
-    prob, weight, _ = problem(4, 16, 8, (3, 3))
-    close(penalty(prob, weight), penalty(prob, weight, eps=0.0), 1e-7)
-    energy = terms.kernel_energy(weight)
-    close(
-        prob * terms.first_order(Assigned(prob), energy),
-        prob * terms.first_order(Assigned(prob), energy, eps=0.0),
-        1e-7,
-    )
-
-
 def test_logit_gradient_is_that_of_the_softmax() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, noise, slope = torch.randn(3, 4, 9, generator=generator, dtype=torch.float64)

@@ -88,19 +88,6 @@ def test_copies_are_independent_and_equal() -> None:
         assert torch.equal(conv(X), expected)
 
 
-def test_trains() -> None:
-    conv, _, _ = packed_and_dense()
-    optimizer = torch.optim.SGD(conv.parameters(), lr=0.5)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = conv(X).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
 def test_exports_and_compiles() -> None:
     conv, _, _ = packed_and_dense()
     torch.testing.assert_close(torch.compile(conv, fullgraph=True)(X), conv(X))

@@ -31,8 +31,6 @@ def test_it_can_be_traced_compiled_and_exported() -> None:
 
 
 class _Names(TorchDispatchMode):
-    """The operations that run."""
-
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
@@ -44,9 +42,13 @@ class _Names(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", nets.ON_A_CPU)
-def test_a_dispatch_mode_sees_every_operation(name: str) -> None:
-    fused, x = dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=name), nets.example()
+@pytest.fixture(params=nets.ON_A_CPU)
+def fused(request: pytest.FixtureRequest) -> dsp_kernels.FusedNetwork:
+    return dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=request.param)
+
+
+def test_a_dispatch_mode_sees_every_operation(fused: dsp_kernels.FusedNetwork) -> None:
+    x = nets.example()
     expected = fused(x)
     with _Names() as names:
         seen = fused(x)
@@ -65,19 +67,16 @@ def test_operations_of_a_fused_network_can_be_counted(name: str) -> None:
     assert counter.get_total_flops() == 3 * 2 * fused.program.macs
 
 
-@pytest.mark.parametrize("name", nets.ON_A_CPU)
-def test_fake_tensors_give_the_output_shape(name: str) -> None:
-    fused = dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=name)
+def test_fake_tensors_give_the_output_shape(fused: dsp_kernels.FusedNetwork) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         answers: list[Tensor] = [fused(torch.empty(7, 3, 8, 8)), fused(mode.from_tensor(nets.example(7)))]
     assert [type(answer).__name__ for answer in answers] == ["FakeTensor"] * 2
     assert [tuple(answer.shape) for answer in answers] == [(7, 5)] * 2
 
 
-@pytest.mark.parametrize("name", nets.ON_A_CPU)
-def test_one_recorder_does_not_affect_the_next(name: str) -> None:
+def test_one_recorder_does_not_affect_the_next(fused: dsp_kernels.FusedNetwork) -> None:
     """What is prepared under one recorder is kept for later calls."""
-    fused, x = dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=name), nets.example()
+    x = nets.example()
     expected = fused(x)
     fresh = copy.deepcopy(fused)
     with FakeTensorMode(allow_non_fake_inputs=True):
