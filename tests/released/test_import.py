@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lookalike
+import nets
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,6 @@ from dsp_kernels.errors import DSPFormatError, DSPVerificationError
 from dsp_pruning import PruneWrapper, pack, read_released
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.released.load import load_released, verify_released
-
-NETS = ["resnet20_g2", "resnet20_g3", "resnet20_g4", "resnet56_g4"]  # tracing a ResNet-56 takes 4 s
 
 
 def images(size: int = 16) -> Tensor:
@@ -105,7 +104,7 @@ def released_form(arrays: Mapping[str, np.ndarray]) -> lookalike.LookAlike:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ["resnet20_g2", "resnet20_g4"])
 def test_released_networks_from_archives_of_their_form(shared: Path, tmp_path: Path, name: str) -> None:
     path = shared / "nets" / f"{name}.npz"
     lookalike.save_traced(released_form(np.load(path)), tmp_path / "net.pt", 32)
@@ -145,17 +144,6 @@ def test_verify_sees_another_network(tmp_path: Path) -> None:
         verify_released(tmp_path / "net.pt", imported, (16, 16))
 
 
-class _Other(nn.Module):
-    """Something that no released network holds, after a convolution."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv, self.function = nn.Conv2d(3, 4, 3), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.conv(x))
-
-
 class _InPlace(nn.Module):
     """The shortcut is read again after branches were added into it in place."""
 
@@ -193,7 +181,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_archives_of_other_networks(tmp_path: Path, name: str) -> None:
     function, message = REFUSED[name]
-    lookalike.save_traced(_Other(function).eval(), tmp_path / "net.pt")
+    lookalike.save_traced(nets.ConvThen(function).eval(), tmp_path / "net.pt")
     with pytest.raises(DSPFormatError, match=message):
         load_released(tmp_path / "net.pt")
 
