@@ -267,7 +267,7 @@ def test_an_error_of_the_network_itself_is_raised() -> None:
 
 
 class Picky(nn.Module):
-    """Records the memory format of its input, and may raise its own error about it."""
+    """Records whether its input is contiguous, and may refuse one that is not."""
 
     def __init__(self, refuses: bool) -> None:
         super().__init__()
