@@ -33,7 +33,6 @@ def test_an_exported_program_gives_the_same_answers() -> None:
 
 
 def test_an_interrupted_training_run_resumes(tmp_path: Path) -> None:
-    """The run stopped in its second epoch of three."""
     run = tmp_path / "run"
     shutil.copytree(DATA / "learn_groups_run", run)
     weights = state(cifar_resnet(TINY["depth"], in_channels=1))  # replaced by those of the checkpoint

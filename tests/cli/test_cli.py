@@ -46,7 +46,6 @@ def dsp(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of every stage, with the published options."""
     folder = tmp_path_factory.mktemp("runs")
     common = [*SMALL, "--save-dir", str(folder)]
     assert main(["pretrain", *common, "--lr", "0.1", "--momentum", "0.9", "--wd", "1e-4"]) == 0

@@ -53,7 +53,6 @@ def layout_of(kernel: str) -> GpuLayout:
 
 
 def in_chwn(case: Case) -> Case:
-    """With the next batch that CHWN can hold."""
     batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
     return replace(case, batch=batch)
 
@@ -98,7 +97,6 @@ def test_no_stage_is_read_or_overwritten_too_early(kernel: str, mode: str, emula
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if "fp32" not in name])
 def test_every_filter_tile_without_bank_conflicts(kernel: str, emulator: Emulator) -> None:
-    """ldmatrix, asynchronous copies, fragments and sums."""
     seen = set()
     for filters in (9, 30, 64, 128):
         case = Case("conflicts", GroupStructure.dense(16, filters), hw=(4, 8), batch=16, residual=True)

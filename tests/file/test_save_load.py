@@ -141,8 +141,6 @@ def test_a_network_with_another_training_graph_is_for_evaluation(tmp_path: Path)
 
 
 class Tied(nn.Module):
-    """One weight in two layers, one norm under two names."""
-
     def __init__(self) -> None:
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
@@ -209,8 +207,6 @@ def test_an_example_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
 
 
 class _Rows(nn.Module):
-    """Channel attention along the channels, as ECA-Net has it."""
-
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.along = nn.Conv2d(3, 4, 3), nn.Conv1d(1, 1, 3, padding=1)

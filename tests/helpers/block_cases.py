@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from cases import ONE_TO_ONE, Case
+from cases import ONE_TO_ONE, Case, definition
 from torch import Tensor
 
-from dsp_kernels.op.reference import gather_grouped_conv2d_reference
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.steps import ConvStep
@@ -76,22 +75,9 @@ def reference(step: BlockStep, x: Tensor, residual: Tensor | None) -> Tensor:
     """The result by the definition in float64, without rounding between convolutions."""
 
     def run(conv: ConvStep, value: Tensor, added: Tensor | None) -> Tensor:
-        spec = conv.spec
-        return gather_grouped_conv2d_reference(
-            value,
-            [weight.double() for weight in conv.weights],
-            spec.structure,
-            None if conv.bias is None else conv.bias.double(),
-            added,
-            kernel_size=spec.kernel_size,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            activation=spec.activation,
-        )
+        return definition(conv.spec, value, conv.weights, conv.bias, added)
 
-    value = x.double()
-    added = None if residual is None else residual.double()
+    value, added = x, residual
     if step.shortcut:
         added = run(step.shortcut, value, None)
     elif step.adds_input:

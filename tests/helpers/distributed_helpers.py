@@ -47,5 +47,4 @@ def finish(processes: list[subprocess.Popen[str]], seconds: float = 100.0) -> li
 
 
 def tail(output: str, lines: int = 60) -> str:
-    """The end of what a process printed, to be shown where it failed."""
     return "\n".join(output.splitlines()[-lines:])

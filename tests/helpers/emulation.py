@@ -29,8 +29,6 @@ class Counts:
 
 
 class Arguments(ctypes.Structure):
-    """See emulator.cpp."""
-
     _fields_ = (
         ("dtype", ctypes.c_int64),
         ("tensors", ctypes.c_void_p * 6),

@@ -35,8 +35,6 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 class Setup:
-    """A toy net with its optimizer and learner, and seeded batches."""
-
     def __init__(
         self, optimizer: str = "momentum", model: nn.Module | None = None, seed: int = 0, **settings: Any
     ) -> None:

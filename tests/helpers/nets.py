@@ -201,7 +201,6 @@ def masked(model: nn.Module) -> nn.Module:
 
 
 def make(name: str) -> nn.Module:
-    """One of the networks, by name, for inputs of 3x8x8."""
     torch.manual_seed(1)
     makers: dict[str, Callable[[], nn.Module]] = {
         "residual": Residual,
@@ -220,5 +219,4 @@ def wild() -> nn.Module:
 
 
 def example(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Images for each of them."""
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -95,7 +95,6 @@ def test_the_buffer_of_a_pruner_becomes_a_parameter() -> None:
 
 
 def test_resuming_from_state_dicts_gives_the_same_bits() -> None:
-    """Three steps and three after a checkpoint equal six steps."""
     whole, begun = Setup(), Setup()
     for _ in range(6):
         whole.step()

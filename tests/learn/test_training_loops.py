@@ -145,7 +145,6 @@ def test_float32_follows_float64() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_network_that_is_already_pruned(mode: str) -> None:
-    """Filters, input channels and a whole layer are zero: they stay zero, and nothing becomes NaN."""
     setup = Setup(second_order=mode)
     with torch.no_grad():
         for name in LAYERS:

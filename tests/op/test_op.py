@@ -62,7 +62,6 @@ def test_output_has_the_memory_format_of_the_input(layout: torch.memory_format) 
 
 
 def raw_arguments(case: Case, dtype: torch.dtype, requires_grad: bool) -> list[Any]:
-    """Arguments of the torch op."""
     a = case.tensors(dtype)
     for tensor in (a.x, *a.weights, *(t for t in (a.bias, a.residual) if t is not None)):
         tensor.requires_grad_(requires_grad)

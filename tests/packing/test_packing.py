@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from golden import cifar_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import masked
+from nets import masked, settled
 from test_packing_any import images
 from torch import Tensor, nn
 
@@ -47,19 +47,11 @@ def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_g
             conv.register_buffer("mask", mask[:, :, None, None].double())
             conv.weight.mul_(conv.mask)
             gone[name] = ~mask.any(1)
-        for name, norm in model.named_modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                for tensor, low, high in (
-                    (norm.running_mean, -0.3, 0.3),
-                    (norm.running_var, 0.5, 1.5),
-                    (norm.weight, 0.5, 1.5),
-                    (norm.bias, -0.5, 0.5),
-                ):
-                    tensor.uniform_(low, high, generator=generator)
-                conv_name = name.replace("bn_", "conv_").replace("bn", "conv")
-                if clear_norms and conv_name in gone:
-                    for tensor in (norm.weight, norm.bias):
-                        tensor[gone[conv_name]] = 0
+        for name, norm in settled(model, seed).named_modules():
+            conv_name = name.replace("bn_", "conv_").replace("bn", "conv")
+            if clear_norms and isinstance(norm, nn.BatchNorm2d) and conv_name in gone:
+                for tensor in (norm.weight, norm.bias):
+                    tensor[gone[conv_name]] = 0
     return model
 
 
@@ -76,7 +68,6 @@ def test_equals_the_masked_network(rate: float, seed: int, clear_norms: bool, n_
 
 
 def test_trains_as_the_masked_network_does() -> None:
-    """Same loss and same running statistics in training mode, step after step."""
     model = scramble(cifar_resnet(8), 0.5, 3, clear_norms=True)
     dense, packed = masked(model), pack(model, images(2, 16))
     masks = {name: m.mask for name, m in dense.named_modules() if hasattr(m, "mask")}
@@ -169,7 +160,6 @@ def test_torchvision(name: str) -> None:
 
 
 def chain() -> nn.Sequential:
-    """conv - norm - relu - conv - norm - relu - pool - flatten - linear."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
@@ -291,8 +281,6 @@ def test_a_wrong_packed_network_is_never_returned(hook: Callable[..., Tensor], w
 
 
 def test_amplified_rounding_errors_are_accepted() -> None:
-    """Rounding errors that a network amplifies beyond the tolerance show in its float64 output too."""
-
     class Amplified(nn.Module):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
@@ -311,7 +299,6 @@ def test_amplified_rounding_errors_are_accepted() -> None:
 
 
 def test_warns_of_weights_that_are_not_0_where_the_mask_is() -> None:
-    """The packed network is then another one than the one that was evaluated."""
     model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True)
     with torch.no_grad():
         model.stage_1[0].conv_a.weight += 0.01

@@ -245,7 +245,6 @@ def test_dead_channels_are_removed_where_possible(name: str) -> None:
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Of the weights that convolutions, linear layers and norms have in any case."""
     return {name: tensor.shape for name, tensor in model.state_dict().items() if name.endswith("weight")}
 
 

@@ -120,8 +120,6 @@ def test_a_weight_learns_if_a_part_of_it_does() -> None:
 
 
 class Doubled(nn.Module):
-    """Twice what it is given."""
-
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
 
@@ -139,7 +137,6 @@ def test_a_buffer_stays_a_buffer(dtype: torch.dtype) -> None:
 
 
 def learning(model: nn.Module) -> GroupWrapper:
-    """A learner of a model that is wrapped itself."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     settings = {"reg": 0.1, "total_steps": 10, "n_groups": 2, "temp": 0.5, "example_input": images()}
     return GroupWrapper(nn.DataParallel(model), optimizer, F.cross_entropy, **settings)
@@ -169,8 +166,6 @@ def test_other_models_are_refused(model: nn.Module, error: type[DSPError], words
 
 
 class Borrows(Net):
-    """Code that reads the weight of a layer that it also calls."""
-
     def head(self, y: Tensor) -> Tensor:
         return super().head(y) + self.b.weight.square().sum()
 

@@ -109,8 +109,6 @@ def test_constants_that_cancel_are_not_lost() -> None:
 
 
 def test_constants_made_of_constants() -> None:
-    """A kept constant that is computed from a kept constant: neither lost nor counted twice."""
-
     class Chain(nn.Module):
         def __init__(self) -> None:
             super().__init__()

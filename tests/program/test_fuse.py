@@ -132,7 +132,6 @@ def test_threads_may_share_it() -> None:
 
 
 def test_a_large_batch_runs_in_parts() -> None:
-    """The last part is smaller."""
     model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 24 * 24, 2))
     model = nets.settled(model.double())
     x = torch.randn(75, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -188,8 +188,6 @@ def test_a_layer_with_values_that_are_not_finite(name: str) -> None:
 
 
 class Untraceable(ToyA):
-    """Its control flow depends on data."""
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum() < 1e9 else x
 

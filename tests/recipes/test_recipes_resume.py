@@ -63,8 +63,6 @@ def test_what_cannot_be_resumed_is_refused(recipe: Recipe, tmp_path: Path) -> No
 
 
 class _ZeroWeights(Hook):
-    """Sets all weights to zero after every step but the first six."""
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.steps = 0

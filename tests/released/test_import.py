@@ -65,7 +65,6 @@ def test_lookalikes_are_imported(tmp_path: Path, name: str) -> None:
 
 
 def released_form(arrays: Mapping[str, np.ndarray]) -> lookalike.LookAlike:
-    """A released network, from its arrays, as its authors trace it."""
     meta = json.loads(str(arrays["meta"]))
 
     def tensor(name: str) -> Tensor:

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import nets
 import pytest
 import torch
+from cases import definition
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.graph.network import evaluating, trace
-from dsp_kernels.op.reference import gather_grouped_conv2d_reference
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.planner import plan
@@ -43,19 +43,9 @@ class StandInConv:
             assert tensor is None or tensor.is_contiguous()
         assert not _overlap(x, out)
         assert residual is None or residual.data_ptr() == out.data_ptr() or not _overlap(residual, out)
-        spec, nchw = self.spec, self.layout.as_nchw
-        y = gather_grouped_conv2d_reference(
-            nchw(x),
-            self.weights,
-            spec.structure,
-            self.bias,
-            None if residual is None else nchw(residual),
-            kernel_size=spec.kernel_size,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            activation=spec.activation,
-        )
+        nchw = self.layout.as_nchw
+        added = None if residual is None else nchw(residual)
+        y = definition(self.spec, nchw(x), self.weights, self.bias, added)
         out.fill_(float("nan"))
         nchw(out).copy_(y)
 
@@ -145,8 +135,6 @@ def test_the_input_may_have_another_dtype() -> None:
 
 
 class Joined(nn.Module):
-    """Concatenates, splits and gates channels."""
-
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
@@ -202,7 +190,6 @@ def test_concurrent_calls_do_not_mix_their_images() -> None:
 
 
 def test_the_memory_plan_reuses_memory() -> None:
-    """A chain of equal layers needs two buffers, however long it is."""
     convs = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(10)]
     program = program_of(nn.Sequential(*convs).eval(), torch.randn(8, 8, 16, 16))
     arena = arena_for(program, value_shapes(program, (8, 8, 16, 16), torch.float32), 4)

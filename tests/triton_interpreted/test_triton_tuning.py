@@ -41,7 +41,6 @@ def test_tuning_measures_few_keeps_the_fastest_and_does_not_write_out(tmp_path: 
     times: list[float] = []
 
     def timer(launch: Callable[[], None]) -> float:
-        """Every candidate is faster than the ones before."""
         launch()
         times.append(1 / (len(times) + 1))
         return times[-1]
