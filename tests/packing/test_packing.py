@@ -15,7 +15,7 @@ from golden import cifar_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import masked, settled
-from test_packing_any import images
+from test_packing_operations import images
 from torch import Tensor, nn
 
 import dsp_kernels

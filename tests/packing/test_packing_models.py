@@ -214,7 +214,7 @@ def test_unpack_keeps_the_dtype_of_layers_without_weights() -> None:
 
 
 class Two(Net):
-    """An image, a vector of features, and optional arguments that are never passed."""
+    """An image, features, and optional arguments; torch.fx alone takes ``mask is not None`` for true."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,22 +253,6 @@ def test_several_inputs(tmp_path: Path) -> None:
         dsp_kernels.save(packed, tmp_path / "other", given[0])
     with pytest.raises(DSPTraceError):
         dsp_kernels.fuse(packed, given[0])
-
-
-def test_optional_arguments_keep_their_defaults() -> None:
-    """torch.fx alone would take ``mask is not None`` for true."""
-
-    class Optional(Net):
-        def forward(self, x: Tensor, mask: Tensor | None = None, raw: bool = False) -> Tensor:
-            y = F.relu(self.norm(self.a(x)))
-            y = y if mask is None else y * mask
-            return y if raw else self.head(y)
-
-    model, x = masked(Optional()), images()
-    packed = pack(model, x)
-    assert packed.a.out_channels == WIDTH - 3
-    assert agree(model(x), packed(x))
-    assert agree(model(x), dsp_kernels.fuse(packed, x, dtype=torch.float64)(x))
 
 
 def test_an_example_that_does_not_fit_names_the_layer() -> None:

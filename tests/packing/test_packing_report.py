@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing_any import images
+from test_packing_operations import images
 from torch import Tensor, nn
 
 import dsp_kernels

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
 from dsp_kernels.run.gpu import program as cuda
-from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, layout_for_batch
+from dsp_kernels.run.gpu.layout import GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
 from dsp_kernels.run.registry import Registry
@@ -252,14 +251,6 @@ def test_layouts_keep_the_values() -> None:
         assert torch.equal(layout.as_nchw(converted), x)
     chosen = [layout_for_batch(batch).name for batch in (1, 8, 12, 16)]
     assert chosen == ["NHWC", "CHWN", "NHWC", "CHWN"]
-
-
-def test_absent_channels_are_a_group_that_reads_nothing() -> None:
-    structure = GroupStructure.build(4, 5, [([0, 1], [3]), ([2], [0, 4])])
-    written = [channel for group in all_groups(structure) for channel in group.out_index]
-    assert sorted(written) == [0, 1, 2, 3, 4]
-    assert all_groups(structure)[-1].in_index == ()
-    assert all_groups(GroupStructure.dense(4, 5)) == GroupStructure.dense(4, 5).groups
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""pack with every operation it supports: channels are removed exactly or kept, and unpack and dense_twin."""
+"""pack with every operation it supports, for images of any size or of one; unpack and dense_twin."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from nets import masked
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d, fuse, load, save, swap
-from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.errors import DSPFormatError, DSPShapeError
+from dsp_kernels.graph.size_check import FixedSizeConv2d
 from dsp_pruning import pack
+from dsp_pruning.export import export_pt2
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.packing.unpack import unpack
 
@@ -248,22 +250,17 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items() if name.endswith("weight")}
 
 
-@pytest.mark.parametrize("fixed_size", [False, True])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_loaded_network_has_a_twin_of_the_widths_before_packing(
-    tmp_path: Path, name: str, fixed_size: bool
-) -> None:
+def test_a_loaded_network_has_a_twin_of_the_widths_before_packing(tmp_path: Path, name: str) -> None:
     model, x = net(name, 3, 1), images(2)
-    packed = pack(model, x, fixed_size=fixed_size)
     try:
-        save(packed, tmp_path / "net", x)
+        save(pack(model, x), tmp_path / "net", x)
     except DSPFormatError:
         pytest.skip("a file cannot hold this operation")
     twin = dense_twin(pack(load(tmp_path / "net"), x))  # packed twice: the first widths count
     assert not any(isinstance(module, PackedConv2d) for module in twin.modules())
     original = shapes(model)
-    for path, shape in shapes(twin).items():
-        assert shape == original[path.replace(".conv.", ".")], path  # of a FixedSizeConv2d
+    assert all(shape == original[path] for path, shape in shapes(twin).items())
     assert twin(x).isfinite().all()
 
 
@@ -288,3 +285,64 @@ def test_widths_that_do_not_fit_are_refused(widths: dict[str, tuple[int, int, in
     network.dense_widths = widths
     with pytest.raises(DSPFormatError, match=words):
         dense_twin(network)
+
+
+def padded() -> tuple[nn.Module, nn.Module, Tensor]:
+    """A net with two zero channels and two constants in front of a zero-padded 3x3; masked; images."""
+    model = net("nothing", 3, 0)
+    return model, masked(model), images(3, 12)
+
+
+def test_constants_before_zero_padding_are_folded_only_on_request() -> None:
+    model, _, x = padded()
+    plain, fixed = pack(model, x), pack(model, x, fixed_size=True)
+    assert not any(isinstance(module, FixedSizeConv2d) for module in plain.modules())
+    assert plain.stem.out_channels == WIDTH - 2
+    assert fixed.stem.out_channels == WIDTH - 4
+    assert isinstance(fixed.reader, FixedSizeConv2d)
+    assert fixed.packing.layers["reader"].folded == (5, 9)
+    border, middle = fixed.reader.position_bias[:, 0, 0], fixed.reader.position_bias[:, 5, 5]
+    assert (border - middle).abs().max() > 0.01  # one bias per channel would be wrong
+
+
+def test_all_forms_of_a_network_for_one_size_refuse_others(tmp_path: Path) -> None:
+    model, dense, x = padded()
+    packed = pack(model, x, fixed_size=True)
+    save(packed, tmp_path / "net", x)
+    loaded = load(tmp_path / "net")
+    forms = (packed, loaded, fuse(packed, x), fuse(loaded, x), copy.deepcopy(packed), unpack(packed))
+    assert torch.equal(loaded(x), packed(x))
+    assert loaded.example_shape == (1, 3, 12, 12)
+    assert shapes(dense_twin(loaded))["reader.conv.weight"] == model.reader.weight.shape
+    for form in forms:
+        torch.testing.assert_close(form(x), dense(x), rtol=0, atol=1e-12)
+        for height, width in ((11, 12), (12, 13), (24, 24)):
+            with pytest.raises(DSPShapeError, match="right only for"):
+                form(torch.zeros(1, 3, height, width, dtype=x.dtype))
+    save(loaded, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "net").read_bytes()
+
+
+@pytest.mark.parametrize(("stride", "dilation", "kernel"), [(2, 1, 3), (1, 2, 3), (2, 1, 5), (3, 2, 3)])
+def test_constants_before_strides_and_dilations(stride: int, dilation: int, kernel: int) -> None:
+    """With stride 2, images of 11 and of 12 give outputs of one size, but other borders."""
+    model, _, x = padded()
+    conv = nn.Conv2d(WIDTH, 6, kernel, stride, kernel // 2, dilation).double()
+    conv.register_buffer("mask", (torch.rand(6, WIDTH) < 0.7)[:, :, None, None].double())
+    model.reader = conv
+    packed = pack(model, x, fixed_size=True)
+    assert packed.stem.out_channels == WIDTH - 4
+    torch.testing.assert_close(packed(x), masked(model)(x), rtol=0, atol=1e-12)
+    with pytest.raises(DSPShapeError, match="height == 12"):
+        packed(images(3, 11))
+
+
+def test_a_network_for_one_size_trains_exports_and_packs_again(tmp_path: Path) -> None:
+    model, dense, x = padded()
+    packed = pack(model, x, fixed_size=True)
+    export_pt2(packed, tmp_path / "net.pt2", x)
+    torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(x), dense(x))
+    torch.testing.assert_close(pack(packed, x)(x), dense(x), rtol=0, atol=1e-12)  # a packed network again
+    packed.train()(x).square().sum().backward()
+    assert packed.reader.position_bias.grad is not None
+    assert "reader.position_bias" in packed.state_dict()
