@@ -1,7 +1,5 @@
 """Code for the published modules runs; files of older versions (commit a908e13) load and resume."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

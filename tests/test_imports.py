@@ -1,7 +1,5 @@
 """What an import needs, and the direction of imports between rooms."""
 
-from __future__ import annotations
-
 import ast
 import runpy
 import subprocess

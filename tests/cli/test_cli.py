@@ -1,7 +1,5 @@
 """The commands, with small runs: what they write and print, and errors as one line without a traceback."""
 
-from __future__ import annotations
-
 import csv
 import json
 import sys

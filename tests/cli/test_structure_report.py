@@ -1,7 +1,5 @@
 """Counts and pictures of packed networks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The emulations of the CUDA kernels on the host, compiled once per session."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The block kernel's own templates and tables, run on the host thread by thread, against the definition."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

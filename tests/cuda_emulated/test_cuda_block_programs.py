@@ -1,7 +1,5 @@
 """Networks with residual blocks as one kernel: the executor on the CPU, the kernel in the emulator."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """When the CUDA kernels are built, for which GPUs, what the library contains, and the reasons without it."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

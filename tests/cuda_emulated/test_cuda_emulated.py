@@ -1,7 +1,5 @@
 """The CUDA kernels' own templates and tables, run on the host thread by thread, against the definition."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """load refuses damaged, foreign and hostile files, and says what is wrong with them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import subprocess

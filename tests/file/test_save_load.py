@@ -1,7 +1,5 @@
 """save and load: networks come back as they were, and what a file cannot hold is named."""
 
-from __future__ import annotations
-
 import copy
 import resource
 from collections.abc import Callable

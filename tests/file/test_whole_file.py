@@ -1,7 +1,5 @@
 """Files are written completely or not at all, with the access rights of any new file."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The table of residual blocks that every implementation has to pass, and the reference result."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

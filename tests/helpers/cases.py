@@ -1,7 +1,5 @@
 """The one table of cases of the op, for every backend."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,6 +11,14 @@ from dsp_kernels import GroupStructure
 from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.reference import gather_grouped_conv2d_reference
 from dsp_kernels.op.spec import ConvSpec
+
+
+@dataclass(frozen=True)
+class Arguments:
+    x: Tensor
+    weights: list[Tensor]
+    bias: Tensor | None
+    residual: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -65,14 +71,6 @@ class Case:
         bias = draw(self.structure.out_channels) if self.bias else None
         shape = (self.batch, self.structure.out_channels, *spec.output_hw(self.hw))
         return Arguments(x, weights, bias, draw(*shape) if self.residual else None)
-
-
-@dataclass(frozen=True)
-class Arguments:
-    x: Tensor
-    weights: list[Tensor]
-    bias: Tensor | None
-    residual: Tensor | None
 
 
 def settings_of(spec: ConvSpec) -> dict[str, Any]:

@@ -5,8 +5,6 @@ modes none and exact; then a step in which one process alone overflows, and ever
 ``dsp_pruning.distributed``. "die": rank 1 is killed in between.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

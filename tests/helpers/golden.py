@@ -1,7 +1,5 @@
 """The six released networks, their golden numbers, and the images that these were computed on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

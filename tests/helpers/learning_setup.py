@@ -1,7 +1,5 @@
 """A toy net that learns groups, and all state that a step could change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

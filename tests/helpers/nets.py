@@ -1,7 +1,5 @@
 """Small networks that many tests share, most for images of 3 x 8 x 8."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from collections.abc import Callable

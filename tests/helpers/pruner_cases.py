@@ -1,7 +1,5 @@
 """A small network with learned groups to prune, and readings of its state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Data-parallel learning: the helpers alone, and two real processes against one with the doubled batch."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Trajectories of group learning against an independent implementation, in float64 and mode "original"."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

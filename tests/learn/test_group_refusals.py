@@ -1,7 +1,5 @@
 """Invalid input to GroupWrapper: one clear error, and nothing changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """GroupWrapper: what it leaves on the model, copies, checkpoints, random numbers and statistics."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Which layers take part, in networks of several families, and the errors if none can."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The look-ahead: the step it takes, that it changes nothing, mixed precision and memory formats."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

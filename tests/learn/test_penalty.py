@@ -1,7 +1,5 @@
 """The regulariser and its derivatives: against golden numbers and torch.autograd, and at the edges."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The cost of a step: the number of dispatched operations, and that the host waits for none of them."""
 
-from __future__ import annotations
-
 import collections
 
 import pytest

@@ -1,7 +1,5 @@
 """GroupWrapper in other networks and training loops than the published ones, each compared in numbers."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -3,8 +3,6 @@
 DSP_DEVICE=cpu rehearses the table of single convolutions in Triton's interpreter.
 """
 
-from __future__ import annotations
-
 import os
 
 import pytest

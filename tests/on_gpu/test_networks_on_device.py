@@ -1,9 +1,7 @@
 """Whole networks on a GPU: results, CUDA graphs, streams, devices, and invalid inputs."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,7 +59,11 @@ def test_fused_networks(name: str, dtype: torch.dtype, backend: str, gpu: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("name", RELEASED)
 def test_real_networks(
-    name: str, dtype: torch.dtype, gpu: torch.device, shared: Path, record_property: pytest.RecordProperty
+    name: str,
+    dtype: torch.dtype,
+    gpu: torch.device,
+    shared: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     images = cifar_images(shared).to(gpu)
     labels = torch.from_numpy(np.load(shared / "data" / "cifar10_subset.npz")["test_labels"]).to(gpu)

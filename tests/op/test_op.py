@@ -1,7 +1,5 @@
 """The op: every backend against its definition, and what torch expects of an op."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """PackedConv2d equals the masked dense convolution, and behaves like any other module."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

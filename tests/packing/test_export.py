@@ -1,7 +1,5 @@
 """Exported networks give the same outputs in other programs, without this package unless they use its op."""
 
-from __future__ import annotations
-
 import copy
 import math
 import subprocess

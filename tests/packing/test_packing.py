@@ -1,7 +1,5 @@
 """pack gives the masked network's outputs and holds nothing that the masks removed."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """pack on wrapped models, computed weights, unusual code, several inputs and examples that do not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """pack with every operation it supports, for images of any size or of one; unpack and dense_twin."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The packing report, constants, modules that run twice, and unpack."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

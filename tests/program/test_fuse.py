@@ -1,7 +1,5 @@
 """fuse: the same answers as the model, also under tracers and dispatch modes, and everything folded."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

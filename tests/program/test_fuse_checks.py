@@ -1,7 +1,5 @@
 """fuse: what it refuses, and that it never returns a network with other answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import nets

@@ -1,7 +1,5 @@
 """swap: packed convolutions of any model become fused ones, in place, with the same answers."""
 
-from __future__ import annotations
-
 import copy
 
 import nets

@@ -1,7 +1,5 @@
 """PruneWrapper: what is pruned at a rate or a beta, and what stays pruned in training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """PruneWrapper: settings, checkpoints, copies, reports, and models that are out of the ordinary."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

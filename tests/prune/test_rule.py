@@ -1,7 +1,5 @@
 """The pruning rule: monotone in beta, ties by index, and masks and shares equal to the published ones."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data sets in memory and in folders: splits, batches, augmentation and errors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

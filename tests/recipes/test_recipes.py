@@ -1,7 +1,5 @@
 """Recipes: files and numbers that they leave, schedules, and the settings and weights that they refuse."""
 
-from __future__ import annotations
-
 import csv
 import json
 from dataclasses import replace

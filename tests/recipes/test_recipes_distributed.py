@@ -1,7 +1,5 @@
 """The training commands in two processes: who writes, and what is lost when a process is killed."""
 
-from __future__ import annotations
-
 import csv
 import multiprocessing
 import os

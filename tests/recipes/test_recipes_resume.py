@@ -1,7 +1,5 @@
 """Interrupted runs resume without a difference, and the validation split selects the epoch."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Files in the authors' formats: TorchScript archives, training checkpoints and arrays."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The six released networks: logits, classes and counts, packed, fused, swapped and saved."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The cache that keeps the most recently used entries."""
 
-from __future__ import annotations
-
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Which residual blocks of the released networks would run as one kernel; needs neither GPU nor kernels."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

@@ -3,8 +3,6 @@
 PyTorch stands in for the kernels, behind their interface, and checks their operands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 

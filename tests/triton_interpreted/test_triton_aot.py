@@ -1,7 +1,5 @@
 """The Triton kernel compiled for real GPUs, without one (``make test-triton``: every configuration)."""
 
-from __future__ import annotations
-
 import runpy
 import subprocess
 import sys

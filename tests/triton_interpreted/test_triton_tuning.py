@@ -1,7 +1,5 @@
 """Tile sizes: the rule that chooses them, tuning, and its file."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from collections.abc import Callable
