@@ -39,7 +39,7 @@ def test_block(case: BlockCase, block_emulator: Emulator) -> None:
     check(case, torch.float16, block_emulator)
 
 
-@pytest.mark.parametrize("name", ["unequal groups, absent channels", "bottleneck with stride and shortcut"])
+@pytest.mark.parametrize("name", ["unequal groups, absent channels", "strided bottleneck"])
 def test_bfloat16(name: str, block_emulator: Emulator) -> None:
     check(BY_NAME[name], torch.bfloat16, block_emulator)
 

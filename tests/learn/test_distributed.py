@@ -81,10 +81,6 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def tail(output: str, lines: int = 60) -> str:
-    return "\n".join(output.splitlines()[-lines:])
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process found ("1-0"), and each of two ("2-0", "2-1")."""
@@ -94,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, str(SCRIPT), "learn", str(folder)]
     subprocess.run(command, check=True, env=environment | {"OMP_NUM_THREADS": "1"}, timeout=100)
     for status, output in finish(pair):  # 0 also means that leaving the group did not abort the process
-        assert status == 0, tail(output)
+        assert status == 0, output[-4000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")}
 
 
@@ -139,5 +135,5 @@ def test_a_killed_process_ends_the_other_with_an_error(tmp_path: Path) -> None:
     processes = start(2, "die", tmp_path)
     survivor, killed = finish(processes)  # the group's own timeout is 20 s
     assert killed[0] == -9
-    assert survivor[0] > 0, tail(survivor[1])
-    assert "Error" in survivor[1], tail(survivor[1])
+    assert survivor[0] > 0, survivor[1][-4000:]
+    assert "Error" in survivor[1], survivor[1][-4000:]

@@ -33,8 +33,14 @@ def test_every_mode_learns(second_order: str) -> None:
 
 def test_the_model_can_be_copied_at_any_moment() -> None:
     setup = Setup()
-
-    def check() -> None:
+    for act in (
+        lambda: None,
+        setup.learner.initialize,
+        lambda: F.cross_entropy(setup.learner(setup.x), setup.y).backward(),
+        setup.optimizer.step,
+        lambda: setup.learner.after_step(setup.x, setup.y),
+    ):
+        act()
         wanted = setup.model.state_dict()
         buffer = io.BytesIO()
         torch.save(wanted, buffer)
@@ -47,16 +53,6 @@ def test_the_model_can_be_copied_at_any_moment() -> None:
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], value) for key, value in wanted.items())
         assert {key for key in wanted if key.endswith(("group", "mask"))} == {f"{n}.group" for n in LAYERS}
-
-    check()
-    setup.learner.initialize()
-    check()
-    F.cross_entropy(setup.learner(setup.x), setup.y).backward()
-    check()
-    setup.optimizer.step()
-    check()
-    setup.learner.after_step(setup.x, setup.y)
-    check()
 
 
 def test_logits_are_parameters_that_no_optimizer_moves() -> None:
