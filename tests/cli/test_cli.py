@@ -191,20 +191,14 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "status", "message"), BAD)
 def test_bad_input_is_one_line(
-    arguments: str,
-    status: int,
-    message: str,
-    trained: Path,
-    packed_file: Path,
-    dsp: Command,
-    tmp_path: Path,
+    arguments: str, status: int, message: str, packed_file: Path, dsp: Command, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.safetensors"
     text.write_text("not a network")
     (tmp_path / "empty").mkdir()
     for name, value in (
         ("RUN", " ".join([*SMALL, "--save-dir", "TRAINED"])),
-        ("TRAINED", trained),
+        ("TRAINED", packed_file.parent),
         ("PACKED", packed_file),
         ("TEXT", text),
         ("FOLDER", tmp_path / "empty"),

@@ -21,11 +21,11 @@ def emulator_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def emulator(emulator_library: Path) -> Emulator:
     return Emulator(emulator_library, "cuda_conv")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def block_emulator(emulator_library: Path) -> Emulator:
     return Emulator(emulator_library, "cuda_block")

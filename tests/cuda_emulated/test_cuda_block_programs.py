@@ -58,7 +58,6 @@ def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: Emulator) -> I
     )
     monkeypatch.setattr(block_plan, "CudaBlock", partial(CudaBlock, launch=block_emulator))
     monkeypatch.delenv("DSP_KERNELS_BLOCKS", raising=False)
-    block_emulator.launches.clear()
     with torch.no_grad():
         yield
 

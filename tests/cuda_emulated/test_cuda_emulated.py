@@ -11,7 +11,7 @@ import pytest
 import torch
 from block_cases import BACK, NARROW, SQUARE, BlockCase
 from cases import CASES, UNEQUAL, WIDE, Case
-from emulation import LEAST_SHARED, MOST_SHARED, Emulator
+from emulation import LEAST_SHARED, Emulator
 from gpu_checks import check_block, check_conv
 from torch import Tensor
 
@@ -93,10 +93,7 @@ def test_no_stage_is_read_or_overwritten_too_early(kernel: str, mode: str, emula
     """Asynchronous copies land at once or at the wait; threads run in both orders; out is the residual."""
     case = Case("many steps", GroupStructure.dense(70, 20), hw=(4, 4), residual=True, activation="relu")
     emulator.late, emulator.backwards = MODES[mode]
-    try:
-        check(case, torch.float32 if "fp32" in kernel else torch.float16, kernel, emulator, in_place=True)
-    finally:
-        emulator.late = emulator.backwards = False
+    check(case, torch.float32 if "fp32" in kernel else torch.float16, kernel, emulator, in_place=True)
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if "fp32" not in name])
@@ -120,11 +117,8 @@ def test_every_filter_tile_without_bank_conflicts(kernel: str, emulator: Emulato
 
 def test_halo_tiles_fit_the_smallest_chip(emulator: Emulator) -> None:
     emulator.shared_limit = LEAST_SHARED
-    try:
-        case = Case("small chip", GroupStructure.dense(20, 12), hw=(17, 16), batch=16)
-        check(case, torch.bfloat16, "halo", emulator)
-    finally:
-        emulator.shared_limit = MOST_SHARED
+    case = Case("small chip", GroupStructure.dense(20, 12), hw=(17, 16), batch=16)
+    check(case, torch.bfloat16, "halo", emulator)
 
 
 def test_no_image_affects_another(emulator: Emulator) -> None:
@@ -253,10 +247,7 @@ def test_block_in_bfloat16(name: str, block_emulator: Emulator) -> None:
 def test_copies_and_threads_of_a_block_in_any_order(name: str, late: bool, block_emulator: Emulator) -> None:
     """Asynchronous copies land at once or at the wait; threads run backwards; out is the residual."""
     block_emulator.late, block_emulator.backwards = late, True
-    try:
-        check_prepared(BY_NAME[name], torch.float16, block_emulator, in_place=True)
-    finally:
-        block_emulator.late = block_emulator.backwards = False
+    check_prepared(BY_NAME[name], torch.float16, block_emulator, in_place=True)
 
 
 def test_blocks_have_few_bank_conflicts(block_emulator: Emulator) -> None:

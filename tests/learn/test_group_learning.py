@@ -47,24 +47,11 @@ def replay(golden: Golden, model: nn.Module) -> Iterator[tuple[int, GroupWrapper
     meta = golden.meta
     model.double().load_state_dict(golden.under("init/"))
     model.train()
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=meta["lrs"][0],
-        momentum=meta["momentum"],
-        weight_decay=meta["weight_decay"],
-        nesterov=meta["nesterov"],
-    )
-    learner = GroupWrapper(
-        model,
-        optimizer,
-        F.cross_entropy,
-        meta["reg"],
-        meta["total_steps"],
-        meta["n_groups"],
-        meta["temperature"],
-        meta["group_optimizer"]["lr"],
-        second_order="original",
-    )
+    settings = {name: meta[name] for name in ("momentum", "weight_decay", "nesterov")}
+    optimizer = torch.optim.SGD(model.parameters(), lr=meta["lrs"][0], **settings)
+    numbers = [meta[name] for name in ("reg", "total_steps", "n_groups", "temperature")]
+    rate = meta["group_optimizer"]["lr"]
+    learner = GroupWrapper(model, optimizer, F.cross_entropy, *numbers, rate, second_order="original")
     learner.steps = meta["first_step"]
     for layer, logits in golden.under("logits0/").items():
         model.get_submodule(layer).group.copy_(logits)

@@ -324,9 +324,8 @@ def test_an_error_has_no_context() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["channels-last-already", "float64"])
 def test_nothing_runs_twice_in_the_same_memory_format(dtype: torch.dtype) -> None:
     model = Picky(refuses=False).to(dtype)
-    x = torch.randn(9, 3, 8, 8, dtype=dtype)
-    if dtype == torch.float32:
-        x = x.contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if dtype == torch.float32 else torch.contiguous_format
+    x = torch.randn(9, 3, 8, 8, dtype=dtype).contiguous(memory_format=layout)
     with pytest.raises(RuntimeError, match="too many images"):
         ahead(model, x)
     assert len(model.seen) == 1

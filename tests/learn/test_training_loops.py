@@ -95,17 +95,10 @@ def test_layers_of_equal_shape_learn_as_they_would_alone() -> None:
     found = []
     for names in (("1", "2"), ("1",), ("2",)):
         twin = copy.deepcopy(model).double()
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.01)
+        settings = {"layers": lambda name, conv, names=names: name in names, "second_order": "none"}
         learner = GroupWrapper(
-            twin,
-            torch.optim.SGD(twin.parameters(), lr=0.01),
-            F.cross_entropy,
-            0.5,
-            5,
-            2,
-            0.5,
-            example_input=x[:1],
-            layers=lambda name, conv, names=names: name in names,
-            second_order="none",
+            twin, optimizer, F.cross_entropy, 0.5, 5, 2, 0.5, example_input=x[:1], **settings
         )
         with torch.no_grad():
             for name in names:

@@ -297,17 +297,8 @@ def test_learn_prune_and_pack_with_several_inputs(second_order: str) -> None:
     model, given = Deep().double(), two_inputs()
     target = torch.zeros_like(model(*given))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    wrapper = GroupWrapper(
-        model,
-        optimizer,
-        F.mse_loss,
-        1e-2,
-        2,
-        2,
-        1.0,
-        example_input=given,
-        second_order=second_order,  # type: ignore[arg-type]
-    )
+    settings = {"example_input": given, "second_order": second_order}
+    wrapper = GroupWrapper(model, optimizer, F.mse_loss, 1e-2, 2, 2, 1.0, **settings)  # type: ignore[arg-type]
     for _ in range(2):
         wrapper.initialize()
         optimizer.zero_grad()

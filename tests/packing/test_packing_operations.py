@@ -49,13 +49,10 @@ class Net(nn.Module):
         self.classifier = nn.Linear(6, 4, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.middle(self, F.relu(self.norm(self.stem(x))), x) if _takes_image(self.middle) else None
-        y = self.middle(self, F.relu(self.norm(self.stem(x)))) if y is None else y
+        y = F.relu(self.norm(self.stem(x)))
+        takes_image = self.middle.__code__.co_argcount == 3
+        y = self.middle(self, y, x) if takes_image else self.middle(self, y)
         return self.classifier(F.relu(self.reader(y)).mean((2, 3)))
-
-
-def _takes_image(function: Callable[..., Tensor]) -> bool:
-    return function.__code__.co_argcount == 3
 
 
 def shuffle(x: Tensor) -> Tensor:
