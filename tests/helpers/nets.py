@@ -216,5 +216,5 @@ def wild() -> nn.Module:
     return settled(Wild())
 
 
-def example(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def example(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0, size: int = 8) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)

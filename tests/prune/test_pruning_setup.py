@@ -55,11 +55,11 @@ def test_learned_logits_on_the_model_become_buffers() -> None:
     assert not any(name.endswith("group") for name, _ in model.named_parameters())
 
 
-def by_pickle(pruner: PruneWrapper) -> PruneWrapper:
-    return pickle.loads(pickle.dumps(pruner))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda pruner: pickle.loads(pickle.dumps(pruner))],
+    ids=["deepcopy", "pickle"],
+)
 @pytest.mark.parametrize("moment", range(4), ids=["new", "pruned", "stepped", "trained"])
 def test_wrapper_and_model_can_be_copied_at_any_moment(
     duplicate: Callable[[PruneWrapper], PruneWrapper], moment: int

@@ -20,11 +20,6 @@ from dsp_pruning import PruneWrapper, pack, read_released
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.released.load import load_released, verify_released
 
-
-def images(size: int = 16) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
 CASES: dict[str, Callable[[], nn.Module]] = {
     "1 branch": lambda: lookalike.random_network(1),
     "2 branches": lambda: lookalike.random_network(2),
@@ -45,7 +40,7 @@ def test_lookalikes_are_imported(tmp_path: Path, name: str) -> None:
     lookalike.save_traced(network, tmp_path / "net.pt")
     imported = load_released(tmp_path / "net.pt")
     with torch.no_grad():
-        expected, got = network(images()), imported(images())
+        expected, got = network(nets.example(size=16)), imported(nets.example(size=16))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     sets = [
         [len(branch[0].weight) for branch in module]
@@ -56,10 +51,12 @@ def test_lookalikes_are_imported(tmp_path: Path, name: str) -> None:
     assert [[len(group.out_index) for group in conv.structure.groups] for conv in convs] == sets
     # An ordinary packed network: it is saved, fused and trained as any other.
     dsp_kernels.save(imported, tmp_path / "net.safetensors")
-    assert torch.equal(dsp_kernels.load(tmp_path / "net.safetensors")(images()), imported(images()))
-    fused = dsp_kernels.fuse(imported, images())
-    torch.testing.assert_close(fused(images()), expected, rtol=1e-4, atol=1e-4)
-    assert imported.train()(images()).requires_grad
+    assert torch.equal(
+        dsp_kernels.load(tmp_path / "net.safetensors")(nets.example(size=16)), imported(nets.example(size=16))
+    )
+    fused = dsp_kernels.fuse(imported, nets.example(size=16))
+    torch.testing.assert_close(fused(nets.example(size=16)), expected, rtol=1e-4, atol=1e-4)
+    assert imported.train()(nets.example(size=16)).requires_grad
 
 
 def released_form(arrays: Mapping[str, np.ndarray]) -> lookalike.LookAlike:
@@ -116,7 +113,7 @@ def test_released_networks_from_archives_of_their_form(shared: Path, tmp_path: P
         path: m.structure for path, m in imported.named_modules() if isinstance(m, PackedConv2d)
     }
     with torch.no_grad():
-        assert torch.equal(imported(images(32)), expected(images(32)))
+        assert torch.equal(imported(nets.example(size=32)), expected(nets.example(size=32)))
     assert verify_released(tmp_path / "net.pt", imported, (32, 32)) <= 1e-4
 
 
@@ -159,7 +156,9 @@ def test_readers_of_a_tensor_changed_in_place_read_the_result(tmp_path: Path) ->
     network = _InPlace().eval()
     lookalike.save_traced(network, tmp_path / "net.pt")
     with torch.no_grad():
-        torch.testing.assert_close(load_released(tmp_path / "net.pt")(images()), network(images()))
+        torch.testing.assert_close(
+            load_released(tmp_path / "net.pt")(nets.example(size=16)), network(nets.example(size=16))
+        )
 
 
 TWICE = torch.tensor([0, 0])
@@ -254,7 +253,9 @@ def test_a_published_training_checkpoint_is_packed(tmp_path: Path) -> None:
     torch.save([model.state_dict(), 91.5], tmp_path / "ckpt.pt")
     imported = load_released(tmp_path / "ckpt.pt")
     assert any(isinstance(module, PackedConv2d) for module in imported.modules())
-    torch.testing.assert_close(imported(images(32)), pack(model.eval(), example)(images(32)))
+    torch.testing.assert_close(
+        imported(nets.example(size=32)), pack(model.eval(), example)(nets.example(size=32))
+    )
     torch.save([{"weight": torch.zeros(1)}, 91.5], tmp_path / "ckpt.pt")
     with pytest.raises(DSPFormatError):
         load_released(tmp_path / "ckpt.pt")
@@ -268,7 +269,9 @@ def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "8 packed layers of 16 branches" in capsys.readouterr().out
     loaded = dsp_kernels.load(out)
     assert loaded.example_shape == (1, 3, 16, 16)
-    torch.testing.assert_close(loaded(images()), network(images()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        loaded(nets.example(size=16)), network(nets.example(size=16)), rtol=1e-5, atol=1e-5
+    )
     assert main(["import", str(out), str(tmp_path / "again")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
@@ -278,7 +281,7 @@ def test_arrays_from_the_command_line(
 ) -> None:
     arrays, out = shared / "nets" / "resnet20_g2.npz", tmp_path / "net.safetensors"
     assert main(["import", str(arrays), str(out)]) == 0
-    x = images(32)
+    x = nets.example(size=32)
     assert torch.equal(dsp_kernels.load(out)(x), read_released(arrays)(x))
     assert main(["import", str(arrays), str(out), "--verify"]) == 1
     assert "--verify runs a TorchScript archive" in capsys.readouterr().err
