@@ -20,6 +20,7 @@ from dsp_pruning import PruneWrapper, pack, read_released
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.released.load import load_released, verify_released
 
+SMALL, IMAGES = nets.example(size=16), nets.example(size=32)
 CASES: dict[str, Callable[[], nn.Module]] = {
     "1 branch": lambda: lookalike.random_network(1),
     "2 branches": lambda: lookalike.random_network(2),
@@ -40,7 +41,7 @@ def test_lookalikes_are_imported(tmp_path: Path, name: str) -> None:
     lookalike.save_traced(network, tmp_path / "net.pt")
     imported = load_released(tmp_path / "net.pt")
     with torch.no_grad():
-        expected, got = network(nets.example(size=16)), imported(nets.example(size=16))
+        expected, got = network(SMALL), imported(SMALL)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     sets = [
         [len(branch[0].weight) for branch in module]
@@ -51,12 +52,10 @@ def test_lookalikes_are_imported(tmp_path: Path, name: str) -> None:
     assert [[len(group.out_index) for group in conv.structure.groups] for conv in convs] == sets
     # An ordinary packed network: it is saved, fused and trained as any other.
     dsp_kernels.save(imported, tmp_path / "net.safetensors")
-    assert torch.equal(
-        dsp_kernels.load(tmp_path / "net.safetensors")(nets.example(size=16)), imported(nets.example(size=16))
-    )
-    fused = dsp_kernels.fuse(imported, nets.example(size=16))
-    torch.testing.assert_close(fused(nets.example(size=16)), expected, rtol=1e-4, atol=1e-4)
-    assert imported.train()(nets.example(size=16)).requires_grad
+    assert torch.equal(dsp_kernels.load(tmp_path / "net.safetensors")(SMALL), imported(SMALL))
+    fused = dsp_kernels.fuse(imported, SMALL)
+    torch.testing.assert_close(fused(SMALL), expected, rtol=1e-4, atol=1e-4)
+    assert imported.train()(SMALL).requires_grad
 
 
 def released_form(arrays: Mapping[str, np.ndarray]) -> lookalike.LookAlike:
@@ -113,7 +112,7 @@ def test_released_networks_from_archives_of_their_form(shared: Path, tmp_path: P
         path: m.structure for path, m in imported.named_modules() if isinstance(m, PackedConv2d)
     }
     with torch.no_grad():
-        assert torch.equal(imported(nets.example(size=32)), expected(nets.example(size=32)))
+        assert torch.equal(imported(IMAGES), expected(IMAGES))
     assert verify_released(tmp_path / "net.pt", imported, (32, 32)) <= 1e-4
 
 
@@ -156,9 +155,7 @@ def test_readers_of_a_tensor_changed_in_place_read_the_result(tmp_path: Path) ->
     network = _InPlace().eval()
     lookalike.save_traced(network, tmp_path / "net.pt")
     with torch.no_grad():
-        torch.testing.assert_close(
-            load_released(tmp_path / "net.pt")(nets.example(size=16)), network(nets.example(size=16))
-        )
+        torch.testing.assert_close(load_released(tmp_path / "net.pt")(SMALL), network(SMALL))
 
 
 TWICE = torch.tensor([0, 0])
@@ -253,9 +250,7 @@ def test_a_published_training_checkpoint_is_packed(tmp_path: Path) -> None:
     torch.save([model.state_dict(), 91.5], tmp_path / "ckpt.pt")
     imported = load_released(tmp_path / "ckpt.pt")
     assert any(isinstance(module, PackedConv2d) for module in imported.modules())
-    torch.testing.assert_close(
-        imported(nets.example(size=32)), pack(model.eval(), example)(nets.example(size=32))
-    )
+    torch.testing.assert_close(imported(IMAGES), pack(model.eval(), example)(IMAGES))
     torch.save([{"weight": torch.zeros(1)}, 91.5], tmp_path / "ckpt.pt")
     with pytest.raises(DSPFormatError):
         load_released(tmp_path / "ckpt.pt")
@@ -269,9 +264,7 @@ def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "8 packed layers of 16 branches" in capsys.readouterr().out
     loaded = dsp_kernels.load(out)
     assert loaded.example_shape == (1, 3, 16, 16)
-    torch.testing.assert_close(
-        loaded(nets.example(size=16)), network(nets.example(size=16)), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(loaded(SMALL), network(SMALL), rtol=1e-5, atol=1e-5)
     assert main(["import", str(out), str(tmp_path / "again")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
@@ -281,7 +274,7 @@ def test_arrays_from_the_command_line(
 ) -> None:
     arrays, out = shared / "nets" / "resnet20_g2.npz", tmp_path / "net.safetensors"
     assert main(["import", str(arrays), str(out)]) == 0
-    x = nets.example(size=32)
+    x = IMAGES
     assert torch.equal(dsp_kernels.load(out)(x), read_released(arrays)(x))
     assert main(["import", str(arrays), str(out), "--verify"]) == 1
     assert "--verify runs a TorchScript archive" in capsys.readouterr().err
