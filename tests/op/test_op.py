@@ -141,9 +141,6 @@ def test_fake_tensors_leave_nothing_behind() -> None:
         assert gather_grouped_conv2d(x, [weight], structure, padding=1)[0, 1, 2, 2] == 18
 
 
-# -- invalid input: a clear error, never a crash or a wrong answer
-
-
 BAD_ARGUMENTS = {
     "wrong input channels": (lambda g: {"x": g["x"][:, :6]}, r"expected \(batch, 7"),
     "three dimensions": (lambda g: {"x": g["x"][0]}, r"expected \(batch"),
