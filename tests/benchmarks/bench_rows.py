@@ -1,7 +1,5 @@
 """Made-up rows of results, and the name of a small network."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

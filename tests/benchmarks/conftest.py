@@ -1,7 +1,5 @@
 """A fake clock, a small result, and a network that takes milliseconds, for the tests of the benchmarks."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

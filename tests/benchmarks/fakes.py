@@ -1,7 +1,5 @@
 """An engine whose answer is right, wrong or an exception, and a clock that a test moves."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

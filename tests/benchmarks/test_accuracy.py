@@ -1,7 +1,5 @@
 """Rows of 16-bit engines show how many images they classify correctly."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A run ends within its stated time, times the most important engines first, and says what it left out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import pytest

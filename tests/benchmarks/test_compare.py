@@ -1,7 +1,5 @@
 """``compare``: few false alarms, few misses, and never across machines unless asked."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Every engine gives the right answer if it can run and the reason if it cannot; TensorRT against a fake."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import subprocess

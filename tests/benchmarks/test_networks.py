@@ -1,7 +1,5 @@
 """Networks in all their forms, structures, floors and peaks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import dsp_benchmarks.measure.peaks as peaks_module

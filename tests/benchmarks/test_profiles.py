@@ -1,7 +1,5 @@
 """Where one call of an engine spends its time."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from dsp_benchmarks.cases import case_input

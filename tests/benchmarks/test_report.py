@@ -1,7 +1,5 @@
 """Tables, plots and the page; the README's table equals the committed result."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

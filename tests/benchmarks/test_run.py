@@ -1,7 +1,5 @@
 """Which cases are run; only an engine with the right answer is timed; what the rows say."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``run`` as a command: a result file, an exit status, and errors of one line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

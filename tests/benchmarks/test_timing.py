@@ -1,7 +1,5 @@
 """How samples are taken: turns, gaps, warm-up and repeats; and what their statistics say."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

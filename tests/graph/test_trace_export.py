@@ -1,7 +1,5 @@
 """Networks that only torch.export can trace are packed, fused, saved and exported like any other."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

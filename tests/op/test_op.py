@@ -1,7 +1,5 @@
 """The op: every backend against its definition, and what torch expects of an op."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -62,7 +60,6 @@ def test_output_has_the_memory_format_of_the_input(layout: torch.memory_format) 
 
 
 def raw_arguments(case: Case, dtype: torch.dtype, requires_grad: bool) -> list[Any]:
-    """Arguments of the torch op."""
     a = case.tensors(dtype)
     for tensor in (a.x, *a.weights, *(t for t in (a.bias, a.residual) if t is not None)):
         tensor.requires_grad_(requires_grad)
@@ -142,9 +139,6 @@ def test_fake_tensors_leave_nothing_behind() -> None:
             assert gather_grouped_conv2d(x, [weight], structure, padding=1).shape == (1, 4, 5, 5)
         x, weight = torch.ones(1, 3, 5, 5), torch.ones(2, 2, 3, 3)
         assert gather_grouped_conv2d(x, [weight], structure, padding=1)[0, 1, 2, 2] == 18
-
-
-# -- invalid input: a clear error, never a crash or a wrong answer
 
 
 BAD_ARGUMENTS = {

@@ -1,7 +1,5 @@
 """Interrupted runs resume without a difference, and the validation split selects the epoch."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -63,8 +61,6 @@ def test_what_cannot_be_resumed_is_refused(recipe: Recipe, tmp_path: Path) -> No
 
 
 class _ZeroWeights(Hook):
-    """Sets all weights to zero after every step but the first six."""
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.steps = 0

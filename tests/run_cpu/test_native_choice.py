@@ -1,7 +1,5 @@
 """Which layers run natively by default, and the op's cache of plans."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

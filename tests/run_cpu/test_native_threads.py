@@ -1,7 +1,5 @@
 """Concurrent calls, numbers of threads, scratch memory, and helper threads."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Which residual blocks of the released networks would run as one kernel; needs neither GPU nor kernels."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,7 @@ from dsp_benchmarks.subjects.networks import NetworkSource, load_network
 
 from dsp_kernels.program.steps import ConvStep, Program
 from dsp_kernels.run.gpu.cuda.blocks.cost import H200, conv_seconds
-from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlan, plan_blocks, variants
+from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlan, plan_blocks
 from dsp_kernels.run.gpu.cuda.blocks.step import blocks_of, residual_last, with_blocks
 from dsp_kernels.run.gpu.memory import value_shapes
 
@@ -104,14 +102,3 @@ def test_plans_fit_the_smallest_chip(shared: Path) -> None:
     chosen = [plan.geometry for plan in plans if plan.geometry is not None]
     assert len(chosen) >= 4
     assert all(geometry.shared_bytes <= SM_86.shared_per_block for geometry in chosen)
-
-
-def test_variants_of_a_block(shared: Path) -> None:
-    block = blocks_of(program_of("resnet50_g2_80"))[0]
-    whole, without, tail = variants(block)
-    assert whole is block
-    assert block.shortcut is not None
-    assert without.shortcut is None
-    assert without.inputs == (block.inputs[0], block.shortcut.output)
-    assert tail.convs == block.convs[1:]
-    assert tail.inputs == (block.convs[0].output, block.shortcut.output)

@@ -1,7 +1,5 @@
 """The Triton kernel in Triton's interpreter against the reference in float64; outputs start as NaN."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 

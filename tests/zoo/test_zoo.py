@@ -1,7 +1,5 @@
 """Some networks of the zoo: packed and compared, learned, pruned. ``make test-zoo`` packs all of them."""
 
-from __future__ import annotations
-
 import networks
 import pytest
 
