@@ -23,17 +23,13 @@ from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.steps import (
-    ActivationStep,
     AdaptivePoolStep,
-    AddStep,
-    AffineStep,
     ConcatStep,
     ConvStep,
+    ElementwiseStep,
     FlattenStep,
-    GateStep,
     GlobalPoolStep,
     LinearStep,
-    MulStep,
     PoolStep,
     Program,
     SelectStep,
@@ -190,13 +186,13 @@ class _Planner:
         assert node.module.running_var is not None
         dtype = node.module.running_var.dtype
         scale, shift = (part.to(dtype) for part in batch_norm_affine(node.module))
-        return AffineStep(node.name, self._inputs(node), scale, shift)
+        return ElementwiseStep(node.name, self._inputs(node), "affine", scale=scale, shift=shift)
 
     def _activation(self, node: TracedNode) -> Step:
-        function, kinds = node.attributes["function"], (ConvStep, AddStep, MulStep, AffineStep, LinearStep)
-        before: Any = self._extendable(node.inputs[0], *kinds)
+        function = node.attributes["function"]
+        before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep)
         if before is None:
-            return ActivationStep(node.name, self._inputs(node), function)
+            return ElementwiseStep(node.name, self._inputs(node), "activation", function)
         if isinstance(before, ConvStep):
             activated = replace(before, output=node.name, spec=before.spec.with_activation(function))
         else:
@@ -214,7 +210,7 @@ class _Planner:
                 if conv is not None:
                     operands = conv.inputs[0], inputs[1 - side]
                     return self._instead_of(conv, replace(conv, output=node.name, inputs=operands))
-        return AddStep(node.name, (inputs[0], inputs[-1]))
+        return ElementwiseStep(node.name, (inputs[0], inputs[-1]), "add")
 
     def _pool(self, node: TracedNode) -> Step:
         return PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes))
@@ -239,12 +235,13 @@ class _Planner:
 
     def _gate(self, node: TracedNode) -> Step | str:
         target: Any = node.fx_node.target if node.module is None else type(node.module).forward
-        kind = _GATES.get(target)
-        return _UNKNOWN if kind is None else GateStep(node.name, self._inputs(node)[:1], kind)
+        if target not in _GATES:
+            return _UNKNOWN
+        return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", _GATES[target])
 
     def _combine(self, node: TracedNode) -> Step | str:
         known = node.attributes["operation"] == "multiply" and self._can_multiply(node)
-        return MulStep(node.name, self._operands(node)) if known else _UNKNOWN
+        return ElementwiseStep(node.name, self._operands(node), "multiply") if known else _UNKNOWN
 
     def _can_multiply(self, node: TracedNode) -> bool:
         """Whether its operands have one shape, or one is a single pixel per channel."""

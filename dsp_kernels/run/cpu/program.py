@@ -20,23 +20,20 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.program.steps import (
-    ActivationStep,
     AdaptivePoolStep,
-    AddStep,
-    AffineStep,
     ConcatStep,
     ConvStep,
+    ElementwiseStep,
     FlattenStep,
-    GateStep,
     GlobalPoolStep,
     LinearStep,
-    MulStep,
     PoolStep,
     Program,
     SelectStep,
     Step,
     TorchStep,
     flattened_maps,
+    is_activation,
 )
 from dsp_kernels.run.cpu.conv import add_conv, as_array
 from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, why_missing
@@ -170,8 +167,7 @@ def _why_not_native(program: Program) -> list[str]:
         features = {name for name, rank in zip(step.inputs, ranks, strict=False) if rank == 2}
         # The native network keeps a flattened map as its planes: elementwise steps work on it, but its
         # features cannot be indexed.
-        is_unary = isinstance(step, ActivationStep | GateStep)
-        if features & (flattened.derived if is_unary else flattened.maps | flattened.derived):
+        if features & (flattened.derived if is_activation(step) else flattened.maps | flattened.derived):
             return "eager: its features are the numbers of a map of any size"
         return ""
 
@@ -274,6 +270,13 @@ def _conv(network: Any, step: ConvStep, x: int, residual: int = -1) -> int:
     return add_conv(network, step.spec, step.weights, step.bias, x, residual)
 
 
+def _elementwise(network: Any, step: ElementwiseStep, x: int, y: int = -1) -> Any:
+    if step.kind == "multiply":
+        return network.product(x, y, step.activation)
+    scale, shift = (None if part is None else as_array(part) for part in (step.scale, step.shift))
+    return network.map(x, y, scale, shift, step.activation)
+
+
 def _pool(network: Any, step: PoolStep, x: int) -> Any:
     settings = step.settings
     return network.pool(
@@ -297,11 +300,7 @@ def _linear(network: Any, step: LinearStep, x: int) -> Any:
 # (network, step, numbers of its input values) -> number of its output value.
 _NATIVE: dict[type[Step], Callable[..., Any]] = {
     ConvStep: _conv,
-    AffineStep: lambda n, step, x: n.map(x, -1, as_array(step.scale), as_array(step.shift), step.activation),
-    AddStep: lambda n, step, x, y: n.map(x, y, None, None, step.activation),
-    MulStep: lambda n, step, x, y: n.product(x, y, step.activation),
-    ActivationStep: lambda n, step, x: n.map(x, -1, None, None, step.activation),
-    GateStep: lambda n, step, x: n.map(x, -1, None, None, step.kind),
+    ElementwiseStep: _elementwise,
     ConcatStep: lambda n, step, *xs: n.concat(list(xs)),
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,

@@ -12,23 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dsp_kernels.op.activations import GATES, activate_
 from dsp_kernels.program.steps import (
-    ActivationStep,
     AdaptivePoolStep,
-    AddStep,
-    AffineStep,
     ConcatStep,
     ConvStep,
-    GateStep,
+    ElementwiseStep,
     GlobalPoolStep,
-    MulStep,
     PoolStep,
     SelectStep,
     Step,
 )
 from dsp_kernels.run.eager.conv import EagerBackend
-from dsp_kernels.run.eager.program import EagerExecutor
+from dsp_kernels.run.eager.program import EagerExecutor, elementwise
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
 
@@ -59,12 +54,10 @@ def step_call(
     if isinstance(step, ConvStep | BlockStep):
         assert conv is not None
         return _conv(step, conv)
-    if images and isinstance(step, (AffineStep, AddStep, ActivationStep, MulStep)):
-        return _elementwise(step, layout)
+    if images and isinstance(step, ElementwiseStep):
+        return elementwise(step, layout.value.index(1))
     if images and isinstance(step, (ConcatStep, SelectStep)):
         return _channels(step, layout, device)
-    if images and isinstance(step, GateStep):
-        return lambda values, out: GATES[step.kind](values[step.inputs[0]])
     if images and isinstance(step, (PoolStep, AdaptivePoolStep)):
         return _pool(step)
     if isinstance(step, GlobalPoolStep) and len(shapes[step.inputs[0]] or ()) == 4:
@@ -77,25 +70,6 @@ def _conv(step: ConvStep | BlockStep, conv: GpuConv) -> StepCall:
         assert out is not None
         conv(values[step.inputs[0]], out, values[step.inputs[1]] if len(step.inputs) == 2 else None)
         return out
-
-    return call
-
-
-def _elementwise(step: AffineStep | AddStep | ActivationStep | MulStep, layout: GpuLayout) -> StepCall:
-    per_channel = [-1 if axis == 1 else 1 for axis in layout.value]
-
-    def call(values: Values, out: Tensor | None) -> Tensor:
-        x = values[step.inputs[0]]
-        if isinstance(step, AddStep):
-            y = torch.add(x, values[step.inputs[1]], out=out)
-        elif isinstance(step, MulStep):
-            y = torch.mul(x, values[step.inputs[1]], out=out)
-        elif isinstance(step, AffineStep):
-            y = torch.addcmul(step.shift.view(per_channel), x, step.scale.view(per_channel), out=out)
-        else:
-            assert out is not None
-            y = out if out.data_ptr() == x.data_ptr() else out.copy_(x)
-        return activate_(y, step.activation)
 
     return call
 
