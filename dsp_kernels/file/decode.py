@@ -75,7 +75,6 @@ class LoadedNetwork(fx.GraphModule):
         return self.example_shapes[0]
 
     def train(self, mode: bool = True) -> LoadedNetwork:
-        """Training or eval mode, as for every module."""
         if mode and self.modes == "eval":
             raise DSPError(
                 "this network runs other operations in training mode than its file holds (auxiliary heads, "

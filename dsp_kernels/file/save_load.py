@@ -174,8 +174,8 @@ def _input_shapes(
 def input_channels(model: nn.Module) -> int:
     """Input channels of the first convolution. Raises DSPFormatError where there is none."""
     for module in model.modules():
-        if isinstance(module, FusedConv2d):
+        if isinstance(module, PackedConv2d | FusedConv2d):
             return module.spec.structure.in_channels
-        if isinstance(module, nn.Conv2d | PackedConv2d):
+        if isinstance(module, nn.Conv2d):
             return module.in_channels
     raise DSPFormatError(f"{type(model).__name__} has no convolution, so an example input is needed")

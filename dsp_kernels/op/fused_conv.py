@@ -115,7 +115,6 @@ class FusedConv2d(nn.Module):
         return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
-        """Structure and settings, for print()."""
         spec = self.spec
         return (
             f"{spec.structure}, kernel_size={spec.kernel_size}, stride={spec.stride}, "

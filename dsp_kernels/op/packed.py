@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.reference import conv_output_hw
-from dsp_kernels.op.spec import pair
+from dsp_kernels.op.spec import ConvSpec, pair
 from dsp_kernels.op.structure import GroupStructure
 
 
@@ -63,8 +63,12 @@ class PackedConv2d(nn.Module):
         self.reset_parameters()
 
     @property
+    def spec(self) -> ConvSpec:
+        """Structure and settings, as of a FusedConv2d."""
+        return ConvSpec(self.structure, self.kernel_size, self.stride, self.padding, self.dilation)
+
+    @property
     def in_channels(self) -> int:
-        """Channels of the input."""
         return self.structure.in_channels
 
     @property
@@ -128,7 +132,6 @@ class PackedConv2d(nn.Module):
         return x.new_zeros(x.shape[0], channels, height, width)
 
     def extra_repr(self) -> str:
-        """Structure and settings, for print()."""
         return (
             f"{self.structure}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"

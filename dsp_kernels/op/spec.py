@@ -67,6 +67,10 @@ class ConvSpec:
             )
         return height, width
 
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """(batch, out_channels, height, width) for an input of (batch, channels, height, width)."""
+        return (input_shape[0], self.structure.out_channels, *self.output_hw(input_shape[2:]))
+
     def check_constants(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         """Check weights[g]: (O_g, C_g, kh, kw) and bias: (out_channels,) or None, of one dtype and device.
 
@@ -105,8 +109,7 @@ class ConvSpec:
             )
         if not x.dtype.is_floating_point:
             raise DSPShapeError(f"x has dtype {x.dtype}; expected a floating point dtype")
-        height, width = self.output_hw((x.shape[2], x.shape[3]))
-        shape = (x.shape[0], self.structure.out_channels, height, width)
+        shape = self.output_shape(x.shape)
         for constant in constants:
             if constant.dtype != x.dtype or constant.device != x.device:
                 raise DSPShapeError(

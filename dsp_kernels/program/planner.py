@@ -23,7 +23,6 @@ from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.steps import (
-    AdaptivePoolStep,
     ConcatStep,
     ConvStep,
     ElementwiseStep,
@@ -51,12 +50,11 @@ def plan(network: TracedNetwork) -> Program:
 
 
 def conv_spec_of(
-    module: nn.Conv2d | PackedConv2d,
+    module: nn.Conv2d | PackedConv2d | FusedConv2d,
 ) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor | None] | str:
     """Spec, weights and bias of a convolution; a string with the reason where no spec describes it."""
-    if isinstance(module, PackedConv2d):
-        spec = ConvSpec(module.structure, module.kernel_size, module.stride, module.padding, module.dilation)
-        return spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
+    if isinstance(module, PackedConv2d | FusedConv2d):
+        return module.spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
     padding = zero_padding(module)
     if isinstance(padding, str):
         return padding
@@ -168,14 +166,9 @@ class _Planner:
     # -- one handler per kind of node: the step that computes it, or why there is none ---------------------
 
     def _conv(self, node: TracedNode) -> Step | str:
-        assert isinstance(node.module, nn.Conv2d | PackedConv2d)
+        assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
         read = conv_spec_of(node.module)
         return read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read)
-
-    def _fused_conv(self, node: TracedNode) -> Step:
-        assert isinstance(node.module, FusedConv2d)
-        weights, bias = tuple(w.detach() for w in node.module.weights), _detached(node.module.bias)
-        return ConvStep(node.name, self._inputs(node), node.module.spec, weights, bias)
 
     def _batch_norm(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.BatchNorm2d)
@@ -215,15 +208,11 @@ class _Planner:
     def _pool(self, node: TracedNode) -> Step:
         return PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes))
 
-    def _global_pool(self, node: TracedNode) -> Step:
-        return GlobalPoolStep(node.name, self._inputs(node), node.attributes["keepdim"])
-
     def _adaptive_pool(self, node: TracedNode) -> Step | str:
         size = _pool_size(node)
-        return _UNKNOWN if size is None else AdaptivePoolStep(node.name, self._inputs(node)[:1], size)
-
-    def _flatten(self, node: TracedNode) -> Step:
-        return FlattenStep(node.name, self._inputs(node)[:1])
+        if size is None:
+            return _UNKNOWN
+        return PoolStep(node.name, self._inputs(node)[:1], "adaptive_avg_pool", {"output_size": size})
 
     def _linear(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.Linear)
@@ -297,15 +286,17 @@ _UNKNOWN = "not an operation of a Program"
 _HANDLERS: dict[str, Callable[[_Planner, TracedNode], Step | str | None]] = {
     "conv": _Planner._conv,
     "packed_conv": _Planner._conv,
-    "fused_conv": _Planner._fused_conv,
+    "fused_conv": _Planner._conv,
     "batch_norm": _Planner._batch_norm,
     "activation": _Planner._activation,
     "add": _Planner._add,
     "max_pool": _Planner._pool,
     "avg_pool": _Planner._pool,
-    "global_avg_pool": _Planner._global_pool,
+    "global_avg_pool": lambda planner, node: GlobalPoolStep(
+        node.name, planner._inputs(node), node.attributes["keepdim"]
+    ),
     "adaptive_pool": _Planner._adaptive_pool,
-    "flatten": _Planner._flatten,
+    "flatten": lambda planner, node: FlattenStep(node.name, planner._inputs(node)[:1]),
     "linear": _Planner._linear,
     "identity": _Planner._identity,
     "elementwise": _Planner._gate,

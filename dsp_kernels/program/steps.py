@@ -104,13 +104,13 @@ class SelectStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class PoolStep(Step):
-    """Max or average pooling. kind: "max_pool" or "avg_pool"; settings: keyword arguments of the function."""
+    """Pooling. kind: "max_pool", "avg_pool" or "adaptive_avg_pool"; settings: the function's arguments."""
 
     kind: str
     settings: Mapping[str, Any]
 
     def describe(self) -> str:
-        return f"{self.kind} {self.settings['kernel_size']}"
+        return f"{self.kind} {self.settings.get('kernel_size') or self.settings['output_size']}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,16 +118,6 @@ class GlobalPoolStep(Step):
     """The mean of every channel; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
     keepdim: bool
-
-
-@dataclass(frozen=True, eq=False)
-class AdaptivePoolStep(Step):
-    """Adaptive average pooling to size = (height, width)."""
-
-    size: tuple[int, int]
-
-    def describe(self) -> str:
-        return f"adaptive average pool to {self.size[0]}x{self.size[1]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +256,8 @@ def flattened_maps(steps: Sequence[Step], shapes: Mapping[str, tuple[int, ...]])
     derived: set[str] = set()
     for step in steps:
         keeps_size = isinstance(step, _SIZE_KEEPING)
-        if _is_global_pool(step) or (keeps_size and pixels.issuperset(step.inputs)):
+        is_global = isinstance(step, PoolStep) and step.settings.get("output_size") == (1, 1)
+        if is_global or isinstance(step, GlobalPoolStep) or (keeps_size and pixels.issuperset(step.inputs)):
             pixels.add(step.output)
         elif (isinstance(step, FlattenStep) and len(shapes[step.inputs[0]]) == 4) or (
             is_activation(step) and maps.issuperset(step.inputs)
@@ -275,7 +266,3 @@ def flattened_maps(steps: Sequence[Step], shapes: Mapping[str, tuple[int, ...]])
         elif (keeps_size or isinstance(step, TorchStep)) and not (maps | derived).isdisjoint(step.inputs):
             derived.add(step.output)
     return Flattened(maps, derived)
-
-
-def _is_global_pool(step: Step) -> bool:
-    return isinstance(step, GlobalPoolStep) or (isinstance(step, AdaptivePoolStep) and step.size == (1, 1))

@@ -28,11 +28,7 @@ class ConvBackend(Protocol):
     name: str
 
     def can_run(
-        self,
-        spec: ConvSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: torch.memory_format = torch.contiguous_format,
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
         """Whether it runs this convolution on tensors of this dtype, device and layout; the reason if not."""
         ...

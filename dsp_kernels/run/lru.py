@@ -75,7 +75,6 @@ class LRU(Generic[T]):
         return value
 
     def clear(self) -> None:
-        """Evict everything."""
         with _lock:
             self._entries.clear()
             self._total = 0

@@ -44,7 +44,6 @@ class Registry(Generic[T]):
         return entry
 
     def names(self) -> tuple[str, ...]:
-        """Names in order of preference."""
         return tuple(entry.name for entry in self._entries)
 
     def check(self, name: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.program.steps import (
-    AdaptivePoolStep,
     ConcatStep,
     ConvStep,
     ElementwiseStep,
@@ -61,22 +61,18 @@ class CpuExecutor:
         return True, ""
 
     def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
-        """A function x -> y; see ``Executor.prepare``."""
         parts = segments(program)
         dtype = _dtype(program)
         if _is_whole(parts, program):
             return _whole_network(parts[0], program, dtype)
         calls = [_native_call(part, program, dtype) if part.native else _torch_call(part) for part in parts]
         plain_input = any(program.input in part.inputs for part in parts if not part.native)
-        needed_after = [
-            {name for later in parts[n + 1 :] for name in later.inputs} for n in range(len(parts))
-        ]
 
         def run(x: Tensor) -> Tensor:
             values: dict[str, Any] = {program.input: x.to(dtype) if plain_input else x}
-            for call, needed in zip(calls, needed_after, strict=True):
+            for call, part in zip(calls, parts, strict=True):
                 call(values)
-                for name in values.keys() - needed - {program.output}:
+                for name in part.dying:
                     del values[name]
             result: Tensor = values[program.output]
             return result.contiguous()
@@ -119,28 +115,31 @@ def _dtype(program: Program) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive steps, all native or none. inputs: values made outside; outputs: values read later."""
+    """Consecutive steps, all native or none. inputs: values made outside; outputs: values read later.
+
+    dying: those of its inputs, and of the values that its plain PyTorch steps make, that nothing reads later.
+    """
 
     native: bool
     steps: tuple[Step, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    dying: tuple[str, ...]
 
 
 def segments(program: Program) -> tuple[Segment, ...]:
     """The Program as alternating runs of native and plain PyTorch steps, in order."""
-    runs: list[tuple[bool, list[Step]]] = []
-    for step, reason in zip(program.steps, _why_not_native(program), strict=True):
-        if not runs or runs[-1][0] != (not reason):
-            runs.append((not reason, []))
-        runs[-1][1].append(step)
-    parts = []
-    for number, (is_native, steps) in enumerate(runs):
-        made = {step.output for step in steps}
-        later = {name for _, rest in runs[number + 1 :] for step in rest for name in step.inputs}
-        inputs = dict.fromkeys(name for step in steps for name in step.inputs if name not in made)
-        outputs = tuple(step.output for step in steps if step.output in later | {program.output})
-        parts.append(Segment(is_native, tuple(steps), tuple(inputs), outputs))
+    parts, end, last_use = [], 0, program.last_use
+    reasons = zip(_why_not_native(program), program.steps, strict=True)
+    for is_native, run in groupby(reasons, key=lambda pair: not pair[0]):
+        steps = tuple(step for _, step in run)
+        end += len(steps)
+        made = [step.output for step in steps]
+        inputs = tuple(dict.fromkeys(name for step in steps for name in step.inputs if name not in made))
+        outputs = tuple(name for name in made if last_use[name] >= end)
+        held = inputs if is_native else (*inputs, *made)
+        dying = tuple(name for name in held if last_use[name] < end)
+        parts.append(Segment(is_native, steps, inputs, outputs, dying))
     return tuple(parts)
 
 
@@ -279,6 +278,8 @@ def _elementwise(network: Any, step: ElementwiseStep, x: int, y: int = -1) -> An
 
 def _pool(network: Any, step: PoolStep, x: int) -> Any:
     settings = step.settings
+    if step.kind == "adaptive_avg_pool":
+        return network.adaptive(x, settings["output_size"])
     return network.pool(
         x,
         step.kind == "avg_pool",
@@ -305,7 +306,6 @@ _NATIVE: dict[type[Step], Callable[..., Any]] = {
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,
     GlobalPoolStep: lambda n, step, x: n.mean(x),
-    AdaptivePoolStep: lambda n, step, x: n.adaptive(x, step.size),
     FlattenStep: lambda n, step, x: n.flatten(x),
     LinearStep: _linear,
 }

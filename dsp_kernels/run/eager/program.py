@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dsp_kernels.op.activations import activate, activate_
 from dsp_kernels.program.steps import (
-    AdaptivePoolStep,
     ConcatStep,
     ConvStep,
     ElementwiseStep,
@@ -27,7 +26,11 @@ from dsp_kernels.program.steps import (
 )
 from dsp_kernels.run.eager.conv import EagerBackend, form_of
 
-_POOLS: dict[str, Callable[..., Tensor]] = {"max_pool": F.max_pool2d, "avg_pool": F.avg_pool2d}
+_POOLS: dict[str, Callable[..., Tensor]] = {
+    "max_pool": F.max_pool2d,
+    "avg_pool": F.avg_pool2d,
+    "adaptive_avg_pool": F.adaptive_avg_pool2d,
+}
 _LARGEST_VALUE = 4 << 20  # bytes of one value at which the batch is split, see _batch_limit
 
 
@@ -38,11 +41,9 @@ class EagerExecutor:
     takes_any_dtype = False
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """Always, for floating dtypes."""
         return (True, "") if dtype.is_floating_point else (False, f"dtype {dtype} is not a floating dtype")
 
     def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
-        """A function x -> y; see ``Executor.prepare``."""
         calls = [(step, self.call(step)) for step in program.steps]
         dying = program.dying
 
@@ -65,7 +66,6 @@ class EagerExecutor:
         return run_in_parts
 
     def is_native(self, program: Program) -> bool:
-        """Never: every step is a PyTorch operation."""
         return False
 
     def describe(self, program: Program) -> list[str]:
@@ -87,8 +87,6 @@ class EagerExecutor:
             return lambda values: torch.cat([values[name] for name in step.inputs], 1)
         if isinstance(step, SelectStep):
             return _select(source, step.index)
-        if isinstance(step, AdaptivePoolStep):
-            return lambda values: F.adaptive_avg_pool2d(values[source], step.size)
         if isinstance(step, PoolStep):
             pool = _POOLS[step.kind]
             return lambda values: pool(values[source], **step.settings)

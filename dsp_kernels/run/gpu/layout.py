@@ -107,8 +107,8 @@ def check_conv_operands(
     structure = spec.structure
     if x.dim() != 4:
         raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected 4 dimensions in {layout.name}")
-    batch, _, height, width = layout.as_nchw(x).shape
-    expected = layout.shape((batch, structure.out_channels, *spec.output_hw((height, width))))
+    batch, _, height, width = shape = layout.as_nchw(x).shape
+    expected = layout.shape(spec.output_shape(shape))
     operands = {
         "x": (x, layout.shape((batch, structure.in_channels, height, width))),
         "out": (out, expected),

@@ -31,8 +31,7 @@ def value_shapes(
     for step in program.steps:
         if isinstance(step, ConvStep):
             x = values[step.inputs[0]]
-            shape = (x.shape[0], step.spec.structure.out_channels, *step.spec.output_hw(x.shape[2:]))
-            values[step.output] = x.new_empty(shape)
+            values[step.output] = x.new_empty(step.spec.output_shape(x.shape))
         elif isinstance(step, BlockStep):
             x = values[step.inputs[0]]
             values[step.output] = x.new_empty(step.output_shape(x.shape))

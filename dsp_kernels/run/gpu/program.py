@@ -53,7 +53,6 @@ class CudaExecutor:
         return False, reasons[0] if reasons else "the network has no convolution with weights"
 
     def prepare(self, program: Program) -> GpuRunner:
-        """A function x -> y; see ``Executor.prepare``."""
         return GpuRunner(program, self._kernels)
 
     def is_native(self, program: Program) -> bool:
@@ -195,7 +194,6 @@ class GpuRun:
 
     @property
     def is_captured(self) -> bool:
-        """Whether calls replay a CUDA graph."""
         return self._replay is not None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dsp_kernels.program.steps import (
-    AdaptivePoolStep,
     ConcatStep,
     ConvStep,
     ElementwiseStep,
@@ -58,7 +57,7 @@ def step_call(
         return elementwise(step, layout.value.index(1))
     if images and isinstance(step, (ConcatStep, SelectStep)):
         return _channels(step, layout, device)
-    if images and isinstance(step, (PoolStep, AdaptivePoolStep)):
+    if images and isinstance(step, PoolStep):
         return _pool(step)
     if isinstance(step, GlobalPoolStep) and len(shapes[step.inputs[0]] or ()) == 4:
         return _mean(step, layout)
@@ -83,7 +82,7 @@ def _channels(step: ConcatStep | SelectStep, layout: GpuLayout, device: torch.de
     return lambda values, out: torch.index_select(values[step.inputs[0]], axis, index, out=out)
 
 
-def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
+def _pool(step: PoolStep) -> StepCall:
     # Pooling treats images and channels alike, so CHWN can be seen as a channels_last tensor of C images
     # with N channels, without a copy.
     run = EagerExecutor().call(step)

@@ -77,7 +77,6 @@ class CudaKernels:
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
     ) -> CudaConv:
-        """See ``GpuKernels.prepare``."""
         return CudaConv(spec, weights, bias, layout)
 
 

@@ -116,7 +116,6 @@ class _Writer:
         self.tiles: list[tuple[int, int, list[int], Tensor]] = []
 
     def add(self, group: FilterGroup) -> None:
-        """Add all tiles of one group."""
         structure = self.spec.structure
         if self.kind.gathers_runs:
             group = in_runs(group, structure.in_channels, structure.out_channels)
@@ -179,7 +178,6 @@ class _Writer:
         return firsts
 
     def finish(self, bias: Tensor, dtype: torch.dtype, device: torch.device) -> Tables:
-        """bias: (out_channels,), float32."""
         tiles = sorted(self.tiles, key=lambda tile: -tile[0])
         records, rows, start = [], [], 0
         for blocks, first, outputs, packed in tiles:

@@ -41,7 +41,6 @@ class TritonConfig:
     cache: str = ""
 
     def constants(self) -> dict[str, object]:
-        """The constexpr arguments that it sets."""
         return {
             "CHWN": self.chwn,
             "COLS": self.cols,

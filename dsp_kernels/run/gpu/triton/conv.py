@@ -43,10 +43,7 @@ _INT32 = 1 << 31
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
     """Whether it is installed; importing it is slow, and most processes never need it."""
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ImportError:
-        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 class TritonKernels:
@@ -76,13 +73,11 @@ class TritonKernels:
     def is_worth(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
-        """Not on the CPU."""
         return (True, "") if device.type == "cuda" else (False, "on the CPU it runs in Triton's interpreter")
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
     ) -> GpuConv:
-        """See ``GpuKernels.prepare``."""
         return TritonConv(spec, weights, bias, layout)
 
 
@@ -115,7 +110,6 @@ class TritonConv:
             self._pack(*self._kind, self.packing(self._kind[0]))
 
     def packing(self, dtype: torch.dtype) -> tuple[int, int]:
-        """(filters, bk) of the tiles."""
         if self.config is not None:
             return self.config.filters, self.config.bk
         return choose_packing(self.spec, dtype, self.wide_in)

@@ -229,16 +229,7 @@ def _spread(slots: Sequence[int]) -> list[int]:
 
 def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int, ...], Tensor]:
     """The shortcut's input channels for these outputs, and its weights (outputs, channels, taps)."""
-    groups = [
-        (group, [row for row, channel in enumerate(group.out_index) if channel in set(outputs)])
-        for group in groups_of(shortcut.spec, shortcut.weights)
-    ]
-    in_index = tuple(sorted({channel for group, rows in groups if rows for channel in group.in_index}))
-    column = {channel: i for i, channel in enumerate(in_index)}
-    taps = shortcut.spec.kernel_size[0] * shortcut.spec.kernel_size[1]
-    weight = torch.zeros(len(outputs), len(in_index), taps)
-    for group, rows in groups:
-        columns = torch.tensor([column[channel] for channel in group.in_index], dtype=torch.long)
-        for row in rows:
-            weight[outputs.index(group.out_index[row])].index_copy_(0, columns, group.weight[row])
-    return in_index, weight
+    joined = join_groups(_only(groups_of(shortcut.spec, shortcut.weights), set(outputs)))
+    columns = sorted(range(len(joined.in_index)), key=joined.in_index.__getitem__)
+    rows = [joined.out_index.index(channel) for channel in outputs]
+    return tuple(joined.in_index[i] for i in columns), joined.weight[rows][:, columns]
