@@ -274,11 +274,7 @@ _BUILDERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 
 
 def _build_call(
-    graph: fx.Graph,
-    call: Any,
-    nodes: list[fx.Node],
-    last: bool,
-    names: Mapping[str, set[str]],
+    graph: fx.Graph, call: Any, nodes: list[fx.Node], last: bool, names: Mapping[str, set[str]]
 ) -> fx.Node:
     number = len(nodes)
     if not isinstance(call, dict):
@@ -305,15 +301,11 @@ def _build_call(
     function = functions(name) if kind == "function" else None
     if function is None:
         raise DSPFormatError(f"call {number} is of the {kind} {name[:80]!r}, which is not known here")
-    if function is getattr and not (len(arguments) == 2 and not named and _is_attribute(arguments[1])):
-        raise DSPFormatError(f"call {number} reads an attribute other than {', '.join(sorted(ATTRIBUTES))}")
+    if function is getattr and (len(args) != 2 or kwargs or args[1] not in ATTRIBUTES):
+        raise DSPFormatError(f"call {number} reads an attribute other than {', '.join(ATTRIBUTES)}")
     if name in SCALAR_FUNCTIONS and not (arguments and _are_operands(name, arguments)):
         raise DSPFormatError(f"call {number} is {name} of {str(args)[:80]}; expected calls and numbers")
     return graph.call_function(function, arguments, named)
-
-
-def _is_attribute(value: Any) -> bool:
-    return isinstance(value, str) and value in ATTRIBUTES
 
 
 def _are_operands(name: str, arguments: tuple[Any, ...]) -> bool:

@@ -25,12 +25,7 @@ from dsp_kernels.graph.inputs import Example
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 
-_CALLS = {
-    "call_module": "module",
-    "call_function": "function",
-    "call_method": "method",
-    "get_attr": "tensor",
-}
+_CALLS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 
 
 def encode_network(model: nn.Module, example_input: Example | None = None) -> dict[str, Any]:

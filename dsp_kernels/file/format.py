@@ -72,7 +72,7 @@ DTYPES = {
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool)
 }
 # All that getattr may read.
-ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
+ATTRIBUTES = ("device", "dtype", "ndim", "shape")
 
 
 def _names(text: str) -> frozenset[str]:

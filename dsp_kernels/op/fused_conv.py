@@ -44,13 +44,15 @@ class FusedConv2d(nn.Module):
             nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights
         )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        device = next((t.device for t in (*weights, *([] if bias is None else [bias]))), None)
-        for name, indices in zip(
-            ("in_index", "out_index"), index_tensors(spec.structure, device), strict=True
-        ):
-            for number, index in enumerate(indices):
-                self.register_buffer(f"{name}_{number}", index, persistent=False)
+        self.reset_index(next((t.device for t in (*weights, *([] if bias is None else [bias]))), None))
         self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
+
+    def reset_index(self, device: torch.device | str | None = None) -> None:
+        """Make the index buffers from the structure, for a module that was made on the meta device."""
+        indices = index_tensors(self.spec.structure, device)
+        for name, tensors in zip(("in_index", "out_index"), indices, strict=True):
+            for number, index in enumerate(tensors):
+                self.register_buffer(f"{name}_{number}", index, persistent=False)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
         """input: (batch, in_channels, height, width); residual: like the output, or None."""
@@ -67,10 +69,8 @@ class FusedConv2d(nn.Module):
     def _run(self, x: Tensor, residual: Tensor | None, constants: list[Tensor]) -> Tensor:
         if self._needs_op(x, residual):
             return self._call_op(x, residual)
-        shape = self.spec.check_input(x, constants, residual)
+        self.spec.check_input(x, constants, residual)
         layout = memory_format_of(x)
-        if shape[0] == 0:
-            return x.new_empty(shape).contiguous(memory_format=layout)
         key = (x.dtype, x.device, layout, *(_version(constant) for constant in constants))
         cached = self._plan  # key and plan in one attribute: another thread may replace both meanwhile
         if cached is None or cached[0] != key or any(constant.is_inference() for constant in constants):

@@ -129,10 +129,8 @@ def _run(
         raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected (batch, channels, height, width)")
     spec = ConvSpec(_structure_of(in_index, out_index, x.shape[1], out_channels), *settings)
     spec.check_constants(weights, bias)
-    shape = spec.check_input(x, [*weights, *([] if bias is None else [bias])], residual)
+    spec.check_input(x, [*weights, *([] if bias is None else [bias])], residual)
     layout = memory_format_of(x)
-    if shape[0] == 0:
-        return x.new_empty(shape).contiguous(memory_format=layout)
     return _plan_for(spec, weights, bias, x, layout)(x, residual).contiguous(memory_format=layout)
 
 
@@ -218,12 +216,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad_x, grad_weights, nothing, nothing, grad_bias, grad_residual, *[None] * 6)
 
 
-def _register() -> None:
-    name = f"{NAMESPACE}::{OP_NAME}"
-    torch.library.define(name, SCHEMA)
-    torch.library.impl(name, "default", _run)
-    torch.library.register_fake(name, _fake)
-    torch.library.register_autograd(name, _backward, setup_context=_save_context)
+_NAME = f"{NAMESPACE}::{OP_NAME}"
+torch.library.define(_NAME, SCHEMA)
+torch.library.impl(_NAME, "default", _run)
+torch.library.register_fake(_NAME, _fake)
+torch.library.register_autograd(_NAME, _backward, setup_context=_save_context)
 
 
 # -- caches: index tensors -> checked structure; weights -> CPU plan with packed weights
@@ -281,9 +278,8 @@ def _plan_for(
     backend = BACKENDS.choose("auto", spec, x.dtype, x.device, layout)
     if backend.name != "cpu":
         return backend.prepare(spec, weights, bias)
-    constants = [*weights, *([] if bias is None else [bias])]
-    how = chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size
-    key = (*how, *(constant.data_ptr() for constant in constants))
+    addresses = (tensor.data_ptr() for tensor in (*weights, bias) if tensor is not None)
+    key = (chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size, *addresses)
     plan = PLANS.get(key)
     if plan is None or plan.spec != spec or not plan.holds(weights, bias):
         made = backend.prepare(spec, weights, bias)
@@ -291,6 +287,3 @@ def _plan_for(
         plan = made
         PLANS.put(key, plan)
     return plan
-
-
-_register()

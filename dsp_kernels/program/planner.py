@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, works_in_place
-from dsp_kernels.op.folding import batch_norm_affine, fold_batch_norm
+from dsp_kernels.op.dense import batch_norm_affine, fold_batch_norm
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec

@@ -8,7 +8,7 @@ from torch import nn
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.graph.network import call_graph
-from dsp_kernels.op.folding import fold_batch_norm
+from dsp_kernels.op.dense import fold_batch_norm
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.program.planner import conv_spec_of

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d
 from dsp_kernels.op.torch_op import PLANS
-from dsp_kernels.run.cpu.program import build
+from dsp_kernels.run.cpu.program import build, segments
 
 
 def network_and_model(seed: int = 1) -> tuple[object, object]:
     fused = fuse(Net(seed).eval(), torch.randn(1, 3, 20, 20), backend="cpu")
     program = fused.program
-    return fused, build([program.input], [3], program.steps, [program.output])
+    return fused, build(*segments(program), program)
 
 
 def test_many_python_threads_get_the_same_bits_as_one() -> None:

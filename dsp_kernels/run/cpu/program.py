@@ -11,7 +11,7 @@ outside and whose outputs are read later; one thread takes a few images through 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -185,7 +185,7 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
 
 def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """_native_call without the dict of values: at batch 1 every microsecond around the kernels shows."""
-    network = _build(part, program, dtype)
+    network = build(part, program, dtype)
     is_vector = [len(program.shapes[program.output]) == 2]
 
     def run(x: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Calla
 
 
 def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
-    network = _build(part, program, dtype)
+    network = build(part, program, dtype)
     is_vector = [len(program.shapes[name]) == 2 for name in part.outputs]
     # Plain PyTorch steps need the Program's dtype; the network's output stays float32.
     dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]
@@ -211,11 +211,6 @@ def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callabl
             values[name] = result.to(kind)
 
     return call
-
-
-def _build(part: Segment, program: Program, dtype: torch.dtype) -> Any:
-    channels = [program.shapes[name][1] for name in part.inputs]
-    return build(part.inputs, channels, part.steps, part.outputs, dtype)
 
 
 def _compute(network: Any, tensors: list[Tensor], is_vector: list[bool]) -> list[Tensor]:
@@ -245,22 +240,16 @@ def _pixels(tensor: Tensor) -> tuple[int, int]:
     return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else (1, 1)
 
 
-def build(
-    inputs: Sequence[str],
-    channels: Sequence[int],
-    steps: Sequence[Step],
-    outputs: Sequence[str],
-    dtype: torch.dtype = torch.float32,
-) -> Any:
-    """A native Network of these steps. inputs, outputs: values that come from and go to PyTorch.
+def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -> Any:
+    """A native Network of these steps of a Program.
 
     dtype: what convolutions multiply (float16 where the CPU can); all other arithmetic is float32.
     """
     network = new_network(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
-    value = {name: network.input(width) for name, width in zip(inputs, channels, strict=True)}
-    for step in steps:
+    value = {name: network.input(program.shapes[name][1]) for name in part.inputs}
+    for step in part.steps:
         value[step.output] = _NATIVE[type(step)](network, step, *(value[name] for name in step.inputs))
-    for name in outputs:
+    for name in part.outputs:
         network.output(value[name])
     return network
 

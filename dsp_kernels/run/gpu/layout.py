@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -120,13 +121,16 @@ def check_conv_operands(
     return batch, structure.in_channels, height, width
 
 
-def why_too_old(device: torch.device | int | None) -> str:
-    """Why this CUDA device (None: the current one) cannot run the kernels; empty if it can."""
-    major, minor = torch.cuda.get_device_capability(device)
+@cache
+def why_not_on(index: int | None) -> str:
+    """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) >= _OLDEST_CAPABILITY:
         return ""
     return (
-        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the GPU kernels need "
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; the GPU kernels need "
         f"{_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]} or newer"
     )
 

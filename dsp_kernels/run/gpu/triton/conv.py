@@ -23,7 +23,7 @@ from dsp_kernels.run.gpu.layout import (
     GpuConv,
     GpuLayout,
     check_conv_operands,
-    why_too_old,
+    why_not_on,
 )
 from dsp_kernels.run.gpu.triton.config import TritonConfig, choose, choose_packing, columns_in_l2
 from dsp_kernels.run.gpu.triton.tables import (
@@ -61,7 +61,7 @@ class TritonKernels:
             return False, f"dtype {dtype} is not float16, bfloat16 or float32"
         if not _has_triton():
             return False, "triton is not installed"
-        if device.type == "cuda" and (reason := why_too_old(device)):
+        if device.type == "cuda" and (reason := why_not_on(device.index)):
             return False, reason
         if spec.structure.in_channels > MOST_CHANNELS:
             return False, f"{spec.structure.in_channels} input channels are more than {MOST_CHANNELS}"
@@ -148,13 +148,14 @@ class TritonConv:
             col_tiles = batch // config.images * -(-pixels // (config.cols // config.images))
         else:
             col_tiles = -(-batch * pixels // config.cols)
-        grid = (tables.n_tiles * col_tiles,)
+        n_tiles = len(tables.tiles)
+        grid = (n_tiles * col_tiles,)
         interpreted = x.device.type == "cpu"
         with nullcontext() if interpreted else torch.cuda.device(x.device):
             _kernel(interpreted)[grid](
                 *(x, out, out if residual is None else residual, weights, bias),
                 *(tables.k, tables.tiles, tables.filters),
-                *(tables.n_tiles, col_tiles),
+                *(n_tiles, col_tiles),
                 min(col_tiles, columns_in_l2(config, self.spec, x.element_size())),
                 *(batch, self.spec.structure.in_channels, out_channels, in_h, in_w, out_h, out_w),
                 *self.spec.stride,

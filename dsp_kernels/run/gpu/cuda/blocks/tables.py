@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,13 +17,7 @@ from torch import Tensor
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.steps import ConvStep
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
-from dsp_kernels.run.gpu.cuda.groups import (
-    FilterGroup,
-    bias_per_channel,
-    fragments,
-    groups_of,
-    join_groups,
-)
+from dsp_kernels.run.gpu.cuda.groups import FilterGroup, bias_per_channel, fragments, groups_of, join_groups
 
 STEP = 16  # rows of the reduction of one mma
 # Clocks of a multiprocessor per step of a tile for eight chunks, by filters of the tile: 16 are bound by
@@ -54,8 +47,9 @@ class BlockTables:
     """The part of a launch that does not depend on the input size.
 
     tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: number
-    of slots per region but the last. residual_slots: per output channel, the input slot that is added to
-    it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
+    of slots per region but the last. targets: of all filters of all tiles; added: the input slots that are
+    added to them (-1: none). weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every
+    tile.
     """
 
     step: BlockStep
@@ -63,21 +57,10 @@ class BlockTables:
     tiles: tuple[tuple[Tile, ...], ...]
     channels: tuple[int, ...]
     slots: tuple[int, ...]
-    residual_slots: tuple[int, ...]
+    targets: tuple[int, ...]
+    added: tuple[int, ...]
     weights: Tensor
     bias: Tensor
-
-    @cached_property
-    def static(self) -> tuple[list[int], list[int]]:
-        """Targets of all filters of all tiles, and the input slots that are added to them (-1: none)."""
-        targets = [target for tiles in self.tiles for tile in tiles for target in tile.targets]
-        last = sum(len(tile.targets) for tile in self.tiles[-1])
-        added = [-1] * (len(targets) - last)
-        if self.residual_slots:
-            added += [self.residual_slots[c] if c >= 0 else -1 for c in targets[-last:]]
-        else:
-            added += [-1] * last
-        return targets, added
 
 
 def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
@@ -121,13 +104,19 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
         tiles.append(
             tuple(replace(tile, targets=tuple(written.get(c, -1) for c in tile.targets)) for tile, _ in made)
         )
+    targets = [target for made in tiles for tile in made for target in tile.targets]
+    added = [-1] * len(targets)
+    if step.adds_input:
+        last = len(targets) - filters * len(tiles[-1])
+        added[last:] = [slots[0].get(channel, -1) for channel in targets[last:]]
     return BlockTables(
         step,
         filters,
         tuple(tiles),
         tuple(channels[0]),
         tuple(len(each) for each in channels[:-1]),
-        tuple(slots[0][channel] for channel in outputs) if step.adds_input else (),
+        tuple(targets),
+        tuple(added),
         torch.cat(weights).to(device, dtype),
         torch.cat(bias).to(device),
     )
