@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,7 +99,6 @@ class GpuRunner:
         self._prepared: set[GpuLayout] = set()
         self._blocks = _block_planner(program, kernels)
         self._runs: LRU[GpuRun] = LRU(_MOST_RUNS)
-        self._eager: Callable[[Tensor], Tensor] | None = None
         self._lock = threading.Lock()
         self._graph_pool: Any = None
         self._done: torch.cuda.Event | None = None
@@ -106,7 +106,6 @@ class GpuRunner:
     def __call__(self, x: Tensor) -> Tensor:
         """x: (batch, channels, height, width) on the Program's device; the result is a new tensor."""
         if not len(x):
-            self._eager = self._eager or EagerExecutor().prepare(self._program)
             return self._eager(x.to(self._dtype))
         with self._lock:
             if is_capturing(x.device):
@@ -120,6 +119,10 @@ class GpuRunner:
                 y = self._run_for(x)(x)
                 self._done = stream.record_event()
             return y
+
+    @cached_property
+    def _eager(self) -> Callable[[Tensor], Tensor]:
+        return EagerExecutor().prepare(self._program)
 
     def is_captured(self, shape: Sequence[int]) -> bool:
         """Whether calls with an input of this shape replay a CUDA graph."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec
@@ -124,8 +125,7 @@ class _Writer:
         weight = self._by_row(group.weight, rows)
         for start in range(0, len(group.out_index), self.filters):
             outputs = list(group.out_index[start : start + self.filters])
-            padded = torch.zeros(self.filters, rows)
-            padded[: len(outputs)] = weight[start : start + self.filters]
+            padded = F.pad(weight[start : start + self.filters], (0, 0, 0, self.filters - len(outputs)))
             outputs = _filled(outputs, self.filters)
             packed = WEIGHT_ORDERS[self.kind.order](padded)
             self.tiles.append((rows // self.kind.rows, first, outputs, packed))
@@ -133,15 +133,12 @@ class _Writer:
     def _by_row(self, weight: Tensor, rows: int) -> Tensor:
         """weight: (filters, channels, taps) -> (filters, rows) in the order of the kernel's reduction."""
         outputs, channels, taps = weight.shape
-        filled = torch.zeros(outputs, round_up(channels, self.kind.channels), taps)
-        filled[:, :channels] = weight
+        filled = F.pad(weight, (0, 0, 0, round_up(channels, self.kind.channels) - channels))
         if self.kind.has_halo:  # (block of 16 channels, tap, channel)
             ordered = filled.view(outputs, -1, 16, taps).transpose(2, 3).reshape(outputs, -1)
         else:  # (tap, channel)
             ordered = filled.transpose(1, 2).reshape(outputs, -1)
-        result = torch.zeros(outputs, rows)
-        result[:, : ordered.shape[1]] = ordered
-        return result
+        return F.pad(ordered, (0, rows - ordered.shape[1]))
 
     def _write_taps(self, channels: Sequence[int]) -> int:
         """Append the entries of one group; returns the rows of its reduction."""

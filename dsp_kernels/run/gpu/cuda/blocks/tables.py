@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec
@@ -180,10 +181,9 @@ def _tile(
         second, weight = _shortcut_of(outputs, shortcut)
         second_rows, more = _reduction(second, weight, shortcut.spec, input_slots)
         matrix = torch.cat([matrix, more], 1)
-    padded = torch.zeros(filters, matrix.shape[1])
-    padded[: len(outputs)] = matrix
-    outputs += [-1] * (filters - len(outputs))
-    return Tile(tuple(rows), tuple(second_rows), tuple(outputs)), padded
+    missing = filters - len(outputs)
+    tile = Tile(tuple(rows), tuple(second_rows), (*outputs, *[-1] * missing))
+    return tile, F.pad(matrix, (0, 0, 0, missing))
 
 
 def _reduction(
@@ -200,7 +200,7 @@ def _reduction(
     matrix = weight[:, torch.tensor(order, dtype=torch.long)].transpose(1, 2).reshape(len(weight), len(rows))
     missing = -len(rows) % STEP
     rows += rows[-1:] * missing
-    return rows, torch.nn.functional.pad(matrix, (0, missing))
+    return rows, F.pad(matrix, (0, missing))
 
 
 def _spread(slots: Sequence[int]) -> list[int]:
