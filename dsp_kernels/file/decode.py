@@ -140,16 +140,10 @@ def build_network(header: Mapping[str, Any], table: TensorTable, budget: Budget)
     root = nn.Module()
     callable_paths = set()
     for path, settings in modules.items():
-        parent, name = _parent(root, path), path.rpartition(".")[2]
-        bare = (
-            isinstance(settings, dict) and set(settings) == {"class"} and isinstance(settings["class"], str)
-        )
-        container = CONTAINERS.get(settings["class"]) if bare else None
-        if container is None:
+        parent, module = _parent(root, path), build_module(settings, path, budget)
+        parent.add_module(path.rpartition(".")[2], module)
+        if type(module) not in CONTAINERS.values():
             callable_paths.add(path)
-            parent.add_module(name, build_module(settings, path, budget))
-        else:
-            parent.add_module(name, container())
     for path, kind in tensors.items():
         if path not in table:
             raise DSPFormatError(f"tensor {path!r} is not in the file")
@@ -267,6 +261,7 @@ def _fused(
 _PACKED = (*CONV_SETTINGS, "structure", "bias")
 # Class -> the function that makes it, and the settings that it takes.
 _BUILDERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    **{name: (kind, ()) for name, kind in CONTAINERS.items()},
     **{kind.__name__: (kind, settings) for kind, settings in MODULES.items()},
     "PackedConv2d": (PackedConv2d, _PACKED),
     "FusedConv2d": (_fused, (*_PACKED, "activation", "backend")),

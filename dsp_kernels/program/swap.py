@@ -78,13 +78,9 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
             and type(norm).forward is nn.BatchNorm2d.forward
             and norm.running_mean is not None
             and not norm.training
-            and not any(_has_hooks(module) for module in (conv, norm))
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
             and not any(name == path or name.startswith(f"{path}.") for name in read)
             and uses[id(conv)] == uses[id(norm)] == 1
         ):
             found[conv] = norm
     return found
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

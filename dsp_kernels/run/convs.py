@@ -1,9 +1,4 @@
-"""The backends of one gather-grouped convolution.
-
-A backend answers ``can_run(spec, dtype, device, layout) -> (bool, reason)`` and may answer ``is_worth`` for
-the same request (registry.py). ``prepare`` arranges the weights once; the plan it returns, (x, residual) ->
-y, is called many times.
-"""
+"""The backends of one gather-grouped convolution."""
 
 from __future__ import annotations
 
@@ -23,7 +18,7 @@ ConvPlan = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class ConvBackend(Protocol):
-    """One implementation of the op."""
+    """Arranges the weights once in a plan, (x, residual) -> y, which is called many times."""
 
     name: str
 

@@ -217,7 +217,7 @@ def _compute(network: Any, tensors: list[Tensor], is_vector: list[bool]) -> list
     """float32 inputs -> outputs, (batch, features) where is_vector, else (batch, channels, height, width)."""
     images = tensors[0].shape[0]
     try:
-        shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
+        shapes = network.output_shapes([tuple(tensor.shape[2:]) or (1, 1) for tensor in tensors])
         results = []
         for shape, vector in zip(shapes, is_vector, strict=True):
             size = (images, shape[0]) if vector and shape[1] == shape[2] == 1 else (images, *shape)
@@ -234,10 +234,6 @@ def _compute(network: Any, tensors: list[Tensor], is_vector: list[bool]) -> list
         result.flatten(1) if vector and result.dim() > 2 else result
         for result, vector in zip(results, is_vector, strict=True)
     ]
-
-
-def _pixels(tensor: Tensor) -> tuple[int, int]:
-    return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else (1, 1)
 
 
 def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -> Any:

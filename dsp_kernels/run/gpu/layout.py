@@ -6,7 +6,7 @@ pixel are contiguous (NHWC). A whole network stays in one of the two from its fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from typing import Protocol
@@ -135,16 +135,11 @@ def why_not_on(index: int | None) -> str:
     )
 
 
-class GpuConv(Protocol):
-    """One convolution with its weights arranged, ready to launch."""
-
-    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """x, out, residual: contiguous in the layout it was prepared for; all of out is overwritten.
-
-        residual may be ``out`` itself: every element is read before it is written. Launches on the current
-        stream of x's device and returns; can be captured in a CUDA graph (no synchronisation, no allocation).
-        """
-        ...
+# One convolution with its weights arranged: (x, out, residual), contiguous in the layout it was prepared for.
+# All of out is overwritten; residual may be ``out`` itself: every element is read before it is written.
+# Launches on the current stream of x's device; can be captured in a CUDA graph (no synchronisation, no
+# allocation).
+GpuConv = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 class GpuKernels(Protocol):
