@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
-from dsp_kernels.op.torch_op import gather_grouped_conv2d_tensors
+from dsp_kernels.op.torch_op import OP
 from dsp_kernels.run.convs import BACKENDS, ConvPlan
 
 
@@ -99,16 +99,12 @@ class FusedConv2d(nn.Module):
         return any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
     def _call_op(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        count = len(self.weights)
-        return gather_grouped_conv2d_tensors(
-            x,
-            list(self.weights),
-            [self.get_buffer(f"in_index_{number}") for number in range(count)],
-            [self.get_buffer(f"out_index_{number}") for number in range(count)],
-            self.bias,
-            residual,
-            self.spec,
+        in_index, out_index = (
+            [self.get_buffer(f"{name}_{number}") for number in range(len(self.weights))]
+            for name in ("in_index", "out_index")
         )
+        lists = list(self.weights), in_index, out_index
+        return OP(x, *lists, self.bias, residual, self.spec.structure.out_channels, *self.spec.settings)
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds closures and native objects, which cannot be copied.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ class ConvSpec:
     def with_activation(self, activation: str) -> ConvSpec:
         """The same convolution followed by another activation."""
         return replace(self, activation=activation)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All but the structure, in the order of the op's arguments."""
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.activation
 
     def output_hw(self, input_hw: Sequence[int]) -> tuple[int, int]:
         """(height, width) of the output. Raises DSPShapeError if the input is smaller than the kernel."""

@@ -71,24 +71,9 @@ def gather_grouped_conv2d(
     spec = ConvSpec(structure, *settings)
     spec.check_input(x, (), residual)
     # Under a mode that makes other tensors (fake ones), index tensors are fake too and must not be cached.
-    in_index, out_index = (_cached_index if type(x) is Tensor else _new_index)(structure, x.device)
-    return gather_grouped_conv2d_tensors(x, weights, in_index, out_index, bias, residual, spec)
-
-
-def gather_grouped_conv2d_tensors(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    in_index: Sequence[Tensor],
-    out_index: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    spec: ConvSpec,
-) -> Tensor:
-    """Call the torch op with the structure's index tensors."""
-    settings = spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.activation
-    lists = list(weights), list(in_index), list(out_index)
-    op = torch.ops.dsp_kernels.gather_grouped_conv2d
-    return op(x, *lists, bias, residual, spec.structure.out_channels, *settings)
+    indices = (_cached_index if type(x) is Tensor else _new_index)(structure, x.device)
+    lists = list(weights), *map(list, indices)
+    return OP(x, *lists, bias, residual, structure.out_channels, *spec.settings)
 
 
 def _new_index(
@@ -184,10 +169,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weights, in_index, out_index = rest[:n], rest[n : 2 * n], rest[2 * n :]
     if ctx.activation != "none":
         if ctx.activation not in _FROM_OUTPUT:
-            op = torch.ops.dsp_kernels.gather_grouped_conv2d
-            before = op(
-                x, weights, in_index, out_index, bias, residual, ctx.out_channels, *ctx.settings, "none"
-            )
+            indices = in_index, out_index
+            before = OP(x, weights, *indices, bias, residual, ctx.out_channels, *ctx.settings, "none")
         slope = activation_gradient(before, ctx.activation)
         # Not a plain product: an infinite gradient times a slope of 0 would be NaN.
         grad = torch.where(slope != 0, grad * slope, 0.0)
@@ -221,6 +204,7 @@ torch.library.define(_NAME, SCHEMA)
 torch.library.impl(_NAME, "default", _run)
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_autograd(_NAME, _backward, setup_context=_save_context)
+OP = torch.ops.dsp_kernels.gather_grouped_conv2d
 
 
 # -- caches: index tensors -> checked structure; weights -> CPU plan with packed weights

@@ -59,8 +59,6 @@ def step_call(
         return _channels(step, layout, device)
     if images and isinstance(step, PoolStep):
         return _pool(step)
-    if isinstance(step, GlobalPoolStep) and len(shapes[step.inputs[0]] or ()) == 4:
-        return _mean(step, layout)
     return _in_nchw(step, layout)
 
 
@@ -95,20 +93,11 @@ def _pool(step: PoolStep) -> StepCall:
     return call
 
 
-def _mean(step: GlobalPoolStep, layout: GpuLayout) -> StepCall:
-    spatial = [layout.value.index(2), layout.value.index(3)]
-
-    def call(values: Values, out: Tensor | None) -> Tensor:
-        x: Tensor = values[step.inputs[0]]
-        if step.keepdim:
-            return x.mean(spatial, keepdim=True)
-        return x.mean(spatial).t() if layout is GpuLayout.CHWN else x.mean(spatial)
-
-    return call
-
-
 def _in_nchw(step: Step, layout: GpuLayout) -> StepCall:
-    """Any other step as the eager executor runs it, on contiguous NCHW copies: a ``view`` may need those."""
+    """Any other step as the eager executor runs it, on NCHW tensors.
+
+    They are contiguous copies, because a ``view`` may need those; a mean does not.
+    """
     run = EagerExecutor().call(step)
 
     def call(values: Values, out: Tensor | None) -> Any:
@@ -117,7 +106,10 @@ def _in_nchw(step: Step, layout: GpuLayout) -> StepCall:
         return result if out is None else out.copy_(result)
 
     def to_nchw(value: Tensor) -> Tensor:
-        return layout.as_nchw(value).contiguous() if value.dim() == 4 else value
+        if value.dim() != 4:
+            return value
+        nchw = layout.as_nchw(value)
+        return nchw if isinstance(step, GlobalPoolStep) else nchw.contiguous()
 
     def to_layout(value: Tensor) -> Tensor:
         return layout.from_nchw(value) if value.dim() == 4 else value

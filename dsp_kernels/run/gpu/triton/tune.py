@@ -92,7 +92,7 @@ def signature(conv: TritonConv, x: Tensor, residual: Tensor | None) -> str:
     spec = conv.spec
     settings = [
         spec.structure.to_dict(),
-        *(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.activation),
+        *spec.settings,
         *(conv.layout.name, str(x.dtype), list(x.shape), residual is not None),
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
