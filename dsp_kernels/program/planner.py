@@ -6,6 +6,7 @@ made its input instead of adding one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -229,15 +230,12 @@ class _Planner:
         return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", _GATES[target])
 
     def _combine(self, node: TracedNode) -> Step | str:
-        known = node.attributes["operation"] == "multiply" and self._can_multiply(node)
-        return ElementwiseStep(node.name, self._operands(node), "multiply") if known else _UNKNOWN
-
-    def _can_multiply(self, node: TracedNode) -> bool:
-        """Whether its operands have one shape, or one is a single pixel per channel."""
-        a, b = (self.network[name].shape for name in node.attributes["operands"])
-        if a is None or b is None or not self._all_batched(node) or a[:2] != b[:2]:
-            return False
-        return a == b or (len(a) == 4 and (1, 1) in (a[2:], b[2:]))
+        a, b = (self.network[name].shape or () for name in node.attributes["operands"])
+        # One operand may be a single pixel per channel.
+        fits = a and (a == b or (len(a) == 4 and a[:2] == b[:2] and (1, 1) in (a[2:], b[2:])))
+        if node.attributes["operation"] != "multiply" or not fits or not self._all_batched(node):
+            return _UNKNOWN
+        return ElementwiseStep(node.name, self._operands(node), "multiply")
 
     def _all_batched(self, node: TracedNode) -> bool:
         """Whether all its operands have the batch of the input and the same number of dimensions."""
@@ -321,13 +319,12 @@ _GATES: dict[Any, str] = {
 def _count_readers(network: TracedNetwork) -> dict[str, int]:
     """Node -> how many operations read its value, under its own name or through identities."""
     root: dict[str, str] = {}
-    count: dict[str, int] = {}
+    count: Counter[str] = Counter()
     for node in network:
         root[node.name] = root[node.inputs[0]] if node.kind == "identity" else node.name
         if node.kind != "identity":
-            for name in node.inputs:
-                count[root[name]] = count.get(root[name], 0) + 1
-    return {name: count.get(source, 0) for name, source in root.items()}
+            count.update(root[name] for name in node.inputs)
+    return {name: count[source] for name, source in root.items()}
 
 
 def _depend_on_input(network: TracedNetwork) -> set[str]:

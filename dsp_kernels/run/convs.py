@@ -33,8 +33,6 @@ class ConvBackend(Protocol):
         ...
 
 
-BACKENDS: Registry[ConvBackend] = Registry("backend")
-for _kernels in GPU_KERNELS:
-    BACKENDS.register(GpuBackend(_kernels))
-BACKENDS.register(CpuBackend())
-BACKENDS.register(EagerBackend())
+BACKENDS: Registry[ConvBackend] = Registry(
+    "backend", *map(GpuBackend, GPU_KERNELS), CpuBackend(), EagerBackend()
+)

@@ -40,8 +40,6 @@ class Executor(Protocol):
         ...
 
 
-EXECUTORS: Registry[Executor] = Registry("backend")
-EXECUTORS.register(CudaExecutor())
-EXECUTORS.register(CudaExecutor("triton"))
-EXECUTORS.register(CpuExecutor())
-EXECUTORS.register(EagerExecutor())
+EXECUTORS: Registry[Executor] = Registry(
+    "backend", CudaExecutor(), CudaExecutor("triton"), CpuExecutor(), EagerExecutor()
+)

@@ -19,9 +19,9 @@ class Registry(Generic[T]):
     what: what an entry is called in error messages.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *entries: T) -> None:
         self.what = what
-        self._entries: list[Any] = []
+        self._entries: list[Any] = list(entries)
 
     def __iter__(self) -> Iterator[T]:
         return iter(self._entries)

@@ -18,9 +18,7 @@ from dsp_kernels.run.gpu.triton.conv import TritonKernels
 from dsp_kernels.run.registry import Registry
 
 # The order of preference is not measured yet.
-GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel")
-GPU_KERNELS.register(CudaKernels())
-GPU_KERNELS.register(TritonKernels())
+GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel", CudaKernels(), TritonKernels())
 
 
 class GpuBackend:
