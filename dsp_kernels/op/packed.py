@@ -48,6 +48,7 @@ class PackedConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.structure = structure
+        self.in_channels, self.out_channels = structure.in_channels, structure.out_channels
         self.kernel_size = pair(kernel_size, "kernel_size", 1)
         self.stride = pair(stride, "stride", 1)
         self.padding = pair(padding, "padding", 0)
@@ -66,15 +67,6 @@ class PackedConv2d(nn.Module):
     def spec(self) -> ConvSpec:
         """Structure and settings, as of a FusedConv2d."""
         return ConvSpec(self.structure, self.kernel_size, self.stride, self.padding, self.dilation)
-
-    @property
-    def in_channels(self) -> int:
-        return self.structure.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output, absent ones included."""
-        return self.structure.out_channels
 
     def reset_index(self, device: torch.device | str | None = None) -> None:
         """Make the index buffers from the structure, for a module that was made on the meta device."""

@@ -11,7 +11,6 @@ from dsp_kernels.graph.network import call_graph
 from dsp_kernels.op.dense import fold_batch_norm
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
-from dsp_kernels.program.planner import conv_spec_of
 
 
 def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
@@ -51,12 +50,9 @@ def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
 
 
 def _fused(conv: PackedConv2d, norm: nn.BatchNorm2d | None, backend: str) -> FusedConv2d:
-    read = conv_spec_of(conv)
-    assert not isinstance(read, str)  # every PackedConv2d has a spec
-    spec, weights, bias = read
-    if norm is not None:
-        spec, weights, bias = fold_batch_norm(spec, weights, bias, norm)
-    return FusedConv2d(spec, weights, bias, backend).eval()
+    if norm is None:
+        return FusedConv2d(conv.spec, list(conv.weights), conv.bias, backend).eval()
+    return FusedConv2d(*fold_batch_norm(conv.spec, list(conv.weights), conv.bias, norm), backend).eval()
 
 
 def _following_norms(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
