@@ -35,7 +35,7 @@ def test_conv(benchmark: Any, layer: Layer, backend: str, batch: int) -> None:
     benchmark.group = f"{layer.shape}, batch {batch}"
     step = layer.step
     chosen = {item.name: item for item in BACKENDS}[backend]
-    able, reason = chosen.can_run(step.spec, torch.float32, torch.device("cpu"))
+    able, reason = chosen.can_run(step.spec, torch.float32, torch.device("cpu"), torch.contiguous_format)
     if not able:
         pytest.skip(reason)
     x = layer.example(batch)

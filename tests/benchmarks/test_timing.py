@@ -179,7 +179,7 @@ def test_device_times_separate_warm_cold_and_enqueue(monkeypatch: pytest.MonkeyP
         def record(self) -> None:
             self.at = device[0]
 
-        def elapsed_time(self, end: Event) -> float:
+        def elapsed_time(self, end: "Event") -> float:
             return 1e3 * (end.at - self.at)
 
     class Flush:

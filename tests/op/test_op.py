@@ -216,8 +216,8 @@ def test_tensors_on_meta() -> None:
 
 def test_explicit_choice_of_a_backend() -> None:
     spec, cpu = Case("", UNEQUAL).spec, torch.device("cpu")
-    assert BACKENDS.choose("eager", spec, torch.float32, cpu).name == "eager"
+    assert BACKENDS.choose("eager", spec, torch.float32, cpu, torch.contiguous_format).name == "eager"
     with pytest.raises(DSPBackendError, match="'warp' is unknown; known are auto"):
-        BACKENDS.choose("warp", spec, torch.float32, cpu)
+        BACKENDS.choose("warp", spec, torch.float32, cpu, torch.contiguous_format)
     with pytest.raises(DSPBackendError, match="not a floating dtype"):
-        BACKENDS.choose("eager", spec, torch.int8, cpu)
+        BACKENDS.choose("eager", spec, torch.int8, cpu, torch.contiguous_format)
