@@ -29,9 +29,7 @@ def demo(
     ] = DemoConfig.epochs,
     layers: o.Layers = DemoConfig.depth,
     groups: o.Groups = DemoConfig.groups,
-    prune: Annotated[
-        float, typer.Option("--prune", "-p", help="Share of the grouped layers' FLOPs to remove, 0..1.")
-    ] = DemoConfig.prune,
+    prune: o.Prune = DemoConfig.prune,
     rounds: o.Rounds = 30,
     seed: o.Seed = 0,
     device: o.Device = "cpu",

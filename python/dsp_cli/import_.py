@@ -9,7 +9,7 @@ import torch
 import typer
 
 import dsp_kernels
-from dsp_cli.options import check_packed_name
+from dsp_cli import options as o
 from dsp_cli.show import console
 from dsp_cli.twin import example_of
 from dsp_kernels import PackedConv2d
@@ -21,12 +21,7 @@ from dsp_pruning.released.load import load_released, verify_released
 def import_network(
     file: Annotated[Path, typer.Argument(help="A TorchScript archive, a checkpoint or .npz arrays.")],
     out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            "--image-size", min=1, help="Image size in pixels. Default: 32 for CIFAR, 224 for ImageNet."
-        ),
-    ] = None,
+    image_size: o.ImageSize = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -35,7 +30,7 @@ def import_network(
     ] = False,
 ) -> None:
     """Turn a published network into a packed one. The code of an archive is parsed, not run."""
-    check_packed_name(out)
+    o.check_packed_name(out)
     network = load_released(file)
     (example, *_), _ = example_of(network, image_size)
     if verify:
@@ -44,8 +39,7 @@ def import_network(
                 f"--verify runs a TorchScript archive; {file} holds weights only, and packing a checkpoint "
                 "compares by itself"
             )
-        size = (example.shape[2], example.shape[3])
-        difference = verify_released(file, network, size)
+        difference = verify_released(file, network, (example.shape[2], example.shape[3]))
         console.print(f"the archive and the imported network differ by at most {difference:.2g}")
     dsp_kernels.save(network, out, torch.zeros_like(example))
     convs = [module for module in network.modules() if isinstance(module, PackedConv2d)]

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 import dsp_kernels
-from dsp_cli.show import console, table
+from dsp_cli import options as o
+from dsp_cli.show import console
 from dsp_cli.twin import example_of
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.report import draw_overview, draw_structures, layer_rows, network_cost
@@ -20,31 +22,28 @@ def inspect(
     overview: Annotated[
         Path | None, typer.Option("--overview", help="Draw the multiply-adds kept in every layer here.")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option("--image-size", min=1, help="Height and width, if not the file's own.")
-    ] = None,
+    image_size: o.ImageSize = None,
 ) -> None:
     """Show groups, channels, filters and multiply-adds of every packed layer."""
     model = dsp_kernels.load(file)
     dense = dense_twin(model) if getattr(model, "dense_widths", None) else None
     example, known = example_of(model, image_size)
     rows = layer_rows(model, example, dense)
-    columns = ("layer", "groups", "channels read", "filters", "MACs", "MACs kept")
-    cells = [
-        (
+    size = f"{example[0].shape[2]} x {example[0].shape[3]}"
+    table = Table("layer", title=f"{file}, images of {size}", title_justify="left")
+    table.columns[0].overflow = "fold"  # long names are told apart by their ends
+    for column in ("groups", "channels read", "filters", "MACs", "MACs kept"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
             row.name,
-            row.groups,
+            str(row.groups),
             f"{row.channels_read} of {row.in_channels}",
             f"{row.filters} of {row.out_channels}",
             f"{row.macs:,}",
             f"{100 * row.kept:.1f} %",
         )
-        for row in rows
-    ]
-    size = f"{example[0].shape[2]} x {example[0].shape[3]}"
-    shown = table(f"{file}, images of {size}", columns, cells)
-    shown.columns[0].overflow = "fold"  # long names are told apart by their ends
-    console.print(shown)
+    console.print(table)
     if not known:
         console.print(f"the file does not say how large its images are; {size} is one size that fits")
     kept = sum(row.macs for row in rows) / max(sum(row.dense_macs for row in rows), 1)

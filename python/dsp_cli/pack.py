@@ -9,7 +9,7 @@ import torch
 import typer
 
 import dsp_kernels
-from dsp_cli.options import check_packed_name
+from dsp_cli import options as o
 from dsp_cli.show import console
 from dsp_pruning.packing import pack as packing
 from dsp_pruning.recipes.finetune import load_pruned
@@ -22,19 +22,14 @@ _DEFAULT_SIZE = 32  # of images, without a summary beside the weights
 def pack(
     ckpt: Annotated[Path, typer.Option("--ckpt", help="Weights written by dsp finetune.")],
     save: Annotated[Path, typer.Option("--save", help="File to write (.safetensors).")],
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            "--image-size", min=1, help="Image size in pixels. Default: that of the training images."
-        ),
-    ] = None,
+    image_size: o.ImageSize = None,
     fixed_size: Annotated[
         bool,
         typer.Option("--fixed-size", help="Fold more, for images of exactly this size."),
     ] = False,
 ) -> None:
     """Pack a pruned network exactly; the result is compared with it before it is saved."""
-    check_packed_name(save)
+    o.check_packed_name(save)
     size = (image_size, image_size) if image_size else trained_image_size(ckpt) or (_DEFAULT_SIZE,) * 2
     model = load_pruned(ckpt, size)
     channels = next(model.parameters()).shape[1]
