@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError
+from dsp_pruning.checks import is_count
 from dsp_pruning.layers import LayerInfo
 
 GroupCount = int | Mapping[str, int] | Callable[[str, nn.Conv2d], int]
@@ -33,32 +33,14 @@ def groups_of_layers(layers: Sequence[LayerInfo], n_groups: GroupCount) -> dict[
         counts = {layer.name: n_groups for layer in layers}
     for layer in layers:
         count = counts[layer.name]
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            where = "" if isinstance(n_groups, int | float) else f" for layer {layer.name!r}"
+        where = "" if isinstance(n_groups, int | float) else f" for layer {layer.name!r}"
+        if not is_count(count):
             raise DSPPruningError(f"n_groups is {count!r}{where}; expected an integer of at least 1")
         if count > layer.out_channels:
             raise DSPPruningError(
                 f"layer {layer.name!r} has {layer.out_channels} filters, too few for n_groups={count}; use "
                 f"n_groups <= {layer.out_channels} or exclude the layer with layers="
             )
-    return counts
-
-
-def by_pattern(groups: int, patterns: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
-    """Layer name -> the number of the last matching pattern, or ``groups`` where none matches.
-
-    patterns: shell patterns such as ``stage_3.*`` -> number of groups. names: the layers that learn groups.
-    Raises DSPPruningError for a pattern that matches no layer.
-    """
-    counts = dict.fromkeys(names, groups)
-    for pattern, count in patterns.items():
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            raise DSPPruningError(
-                f"the pattern {pattern!r} fits none of the {len(names)} layers that learn groups: "
-                f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-            )
-        counts |= dict.fromkeys(matching, count)
     return counts
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTraceError
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, evaluating, trace
+from dsp_pruning.checks import check_kind
 from dsp_pruning.table import text_table
 
 LayerPredicate = Callable[[str, nn.Conv2d], bool]
@@ -123,12 +124,6 @@ def survey_layers(
             LayerInfo(name, conv, conv.in_channels, conv.out_channels, kernel_size, input_hw, output_hw)
         )
     return LayerSurvey(convs, tuple(infos), excluded, example)
-
-
-def check_kind(valid: bool, name: str, value: object, expected: str) -> None:
-    """Raise DSPPruningError, which names the type of the value, unless ``valid``."""
-    if not valid:
-        raise DSPPruningError(f"{name} is a {type(value).__name__}; it must be {expected}")
 
 
 def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:

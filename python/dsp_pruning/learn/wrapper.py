@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.inputs import Example
 from dsp_pruning import distributed
+from dsp_pruning.checks import check, check_count, check_kind, check_one_of
 from dsp_pruning.group_counts import GroupCount, groups_of_layers
-from dsp_pruning.layers import LayerPredicate, check_kind, survey_layers
+from dsp_pruning.layers import LayerPredicate, survey_layers
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_finite
@@ -93,13 +94,11 @@ class GroupWrapper:
         check_kind(callable(criterion), "criterion", criterion, "a function of the model's output and y")
         is_generator = generator is None or isinstance(generator, torch.Generator)
         check_kind(is_generator, "generator", generator, "a torch.Generator")
-        is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
-        _check(is_count, "total_steps", total_steps, "an integer of at least 1")
-        _check(_is_finite(reg) and reg >= 0, "reg", reg, "a finite number of at least 0")
+        check_count("total_steps", total_steps)
+        check(_is_finite(reg) and reg >= 0, "reg", reg, "a finite number of at least 0")
         for name, value in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
-            _check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
-        modes = get_args(SecondOrder)
-        _check(second_order in modes, "second_order", second_order, f"one of {', '.join(modes)}")
+            check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
+        check_one_of("second_order", second_order, get_args(SecondOrder))
         if second_order != "none":
             check_optimizer(optimizer)
         counts = groups_of_layers(self.layers.chosen, n_groups)
@@ -141,8 +140,7 @@ class GroupWrapper:
 
     @steps.setter
     def steps(self, value: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise DSPPruningError(f"steps is {value!r}; expected an integer of at least 0")
+        check_count("steps", value, least=0)
         self._steps = value
 
     def state_dict(self) -> dict[str, Any]:
@@ -330,11 +328,6 @@ class GroupWrapper:
         suspects += [(f"the logits of layer {layer.info.name!r}", layer.logits) for layer in self._layers]
         suspects += [] if self._loss is None else [("the loss of the look-ahead", self._loss)]
         raise_first_not_finite(suspects, self._steps - 1)
-
-
-def _check(valid: bool, name: str, value: object, expected: str) -> None:
-    if not valid:
-        raise DSPPruningError(f"{name} is {value!r}; expected {expected}")
 
 
 def _is_finite(value: Any) -> bool:

@@ -20,9 +20,15 @@ Target = Literal["macs", "params"]  # what a rate is a share of: multiply-adds, 
 _GUESSES = 3  # by the rule alone, before the actual search
 
 
-def kernel_cost(layer: LayerInfo, target: Target) -> int:
-    """Cost of one 2-D kernel: multiply-adds of one sample, or weights."""
-    return layer.kernel_macs if target == "macs" else math.prod(layer.kernel_size)
+def pruned_share(layers: Sequence[LayerInfo], masks: Masks, target: Target) -> float:
+    """Share of the layers' cost that these masks prune, 0 to 1."""
+    whole = gone = 0
+    for layer in layers:
+        cost = layer.kernel_macs if target == "macs" else math.prod(layer.kernel_size)
+        mask = masks[layer.name]
+        whole += cost * mask.numel()
+        gone += cost * (mask.numel() - int(mask.sum()))
+    return gone / whole
 
 
 class ThresholdSearch:
@@ -45,8 +51,7 @@ class ThresholdSearch:
         self.target = target
         self.multiple = multiple
         self.betas = candidate_betas(shares for rule in rules for shares in rule.shares)
-        self._costs = {layer.name: kernel_cost(layer, target) for layer in layers}
-        self._whole = sum(self._costs[rule.name] * rule.alive.numel() for rule in rules)
+        self.layers = layers
         self._outcomes: dict[int, tuple[float, bool]] = {}
         self._by_rule_alone: dict[int, float] = {}
 
@@ -87,8 +92,7 @@ class ThresholdSearch:
 
     def pruned(self, masks: Masks) -> float:
         """Share of the target's cost that these masks prune, 0 to 1."""
-        kept = sum(cost * int(masks[name].sum()) for name, cost in self._costs.items())
-        return (self._whole - kept) / self._whole
+        return pruned_share(self.layers, masks, self.target)
 
     def pruned_energy(self, masks: Masks) -> float:
         """Share of the layers' sum of squared weights that these masks prune, 0 to 1."""

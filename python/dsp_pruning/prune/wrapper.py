@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.graph.inputs import Example
 from dsp_kernels.graph.network import TracedNetwork, trace
+from dsp_pruning.checks import check, check_count, check_one_of, is_count
 from dsp_pruning.distributed import unwrap
 from dsp_pruning.group_counts import GroupCount, check_existing, groups_of_layers
 from dsp_pruning.layers import LayerInfo, LayerPredicate, inputs_like, survey_layers
@@ -76,7 +77,10 @@ class PruneWrapper:
     ) -> None:
         self._network = unwrap(model)
         survey = survey_layers(self._network, example_input, layers)
-        _check_settings(target, channel_multiple, prune_channels)
+        check_one_of("target", target, get_args(Target))
+        check_count("channel_multiple", channel_multiple)
+        if channel_multiple > 1 and not prune_channels:
+            raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
         self.model = model
         self.rank = rank
         self.prune_channels = prune_channels
@@ -133,7 +137,7 @@ class PruneWrapper:
         search = self._search()
         beta = search.best(_fraction(rate, "the pruning rate"))
         masks, _ = search.masks(beta)
-        return self._describe(masks, beta, self._rounding_cost(search, beta, masks))
+        return self._describe(masks, beta, self._rounding_cost(search, masks))
 
     def reachable(self) -> tuple[float, float]:
         """The smallest and the largest rate that can be reached, 0 to 1. Changes nothing.
@@ -201,20 +205,18 @@ class PruneWrapper:
             rows.append(layer_row(layer, masks[layer.name], prunes_filters, "; ".join(notes)))
         return PruningReport(beta, flops, params, self._untraced, tuple(rows), rounding)
 
-    def _rounding_cost(self, search: ThresholdSearch, beta: float, masks: Masks) -> RoundingCost | None:
+    def _rounding_cost(self, search: ThresholdSearch, masks: Masks) -> RoundingCost | None:
         """Compared with the smallest beta that prunes as much without rounding."""
         if search.multiple == 1:
             return None
         plain = ThresholdSearch(self.layers, search.rules, search.network, search.target)
         span = plain.reachable()
-        same = plain.best(min(search.pruned(masks), span[1] if span is not None else 0.0))
+        beta = plain.best(min(search.pruned(masks), span[1] if span is not None else 0.0))
         kept = [rule.columns(masks[rule.name]).sum(1) for rule in search.rules]
         return RoundingCost(
             search.multiple,
-            beta,
-            same,
             search.pruned_energy(masks),
-            plain.pruned_energy(plain.masks(same)[0]),
+            plain.pruned_energy(plain.masks(beta)[0]),
             sum(int((channels % search.multiple != 0).sum()) for channels in kept),
         )
 
@@ -239,7 +241,7 @@ class PruneWrapper:
     @torch.no_grad()
     def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
         masks, _ = search.masks(beta)
-        self._rounding = self._rounding_cost(search, beta, masks)
+        self._rounding = self._rounding_cost(search, masks)
         if self._undo.possible(self._network):
             self._undo.undo(self._network)
         names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
@@ -312,22 +314,12 @@ def _has_logits(layer: LayerInfo) -> bool:
     return len(logits) == 1 or bool(logits.any())
 
 
-def _check_settings(target: Any, channel_multiple: Any, prune_channels: bool) -> None:
-    if target not in get_args(Target):
-        raise DSPPruningError(f"target is {target!r}; expected one of {', '.join(get_args(Target))}")
-    if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
-        raise DSPPruningError(f"channel_multiple is {channel_multiple!r}; expected an integer of at least 1")
-    if channel_multiple > 1 and not prune_channels:
-        raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
-
-
 def _fraction(value: Any, what: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not 0 <= number <= 1:  # also for NaN
-        raise DSPPruningError(f"{what} is {value!r}; expected a fraction from 0 to 1, for example 0.5")
+    check(0 <= number <= 1, what, value, "a fraction from 0 to 1, for example 0.5")
     return number
 
 
@@ -351,6 +343,6 @@ def _filter_layers(every_nth: Any, indices: Any, n_layers: int) -> Sequence[int]
             "neither fp_every_nth_conv nor fp_layer_indices is given; name the layers that prune filters, "
             "or pass fp_every_nth_conv=-1 to prune none"
         )
-    if isinstance(every_nth, bool) or not isinstance(every_nth, int) or (every_nth < 1 and every_nth != -1):
-        raise DSPPruningError(f"fp_every_nth_conv is {every_nth!r}; expected 1 or more, or -1 for no filters")
+    valid = is_count(every_nth, least=-1) and every_nth != 0
+    check(valid, "fp_every_nth_conv", every_nth, "1 or more, or -1 for no filters")
     return range(every_nth - 1, n_layers, every_nth) if every_nth > 0 else ()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsp_pruning.data import TrainingData
-from dsp_pruning.recipes.run import RunConfig, new_model, pick_device
+from dsp_pruning.recipes.run import RunConfig, start
 from dsp_pruning.recipes.schedules import multi_step
 from dsp_pruning.recipes.training import Progress, RecipeResult, Trainer
 
@@ -41,11 +41,8 @@ def pretrain(
     (1, 544)
     """
     config = config or PretrainConfig()
-    device = pick_device(config.device)
-    data = data.to(device)
-    model = new_model(config, data, device)
+    model, data = start(config, data)
     schedule = multi_step(config.epochs, warmup_epochs=config.warmup_epochs)
     trainer = Trainer(model, config.optimizer(model), data, config, schedule=schedule, directory=directory)
     trainer.run(progress, resume=resume)
-    trainer.load_best()
     return trainer.conclude("pretrain")

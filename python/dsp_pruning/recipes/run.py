@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPError, DSPFormatError, DSPTrainingError
+from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPTrainingError
 from dsp_pruning.data import TrainingData
 from dsp_pruning.distributed import local_rank
-from dsp_pruning.group_counts import GroupCount, by_pattern
+from dsp_pruning.group_counts import GroupCount
 from dsp_pruning.layers import select_layers
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
@@ -69,6 +70,32 @@ class RunConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupedConfig(RunConfig):
+    """groups: G of every layer. layer_groups: shell pattern of layer names (``stage_3.*``) -> another G; the
+    last match counts.
+    """
+
+    groups: int = 4
+    layer_groups: Mapping[str, int] = field(default_factory=dict)
+
+    def counts(self, model: nn.Module, example: Tensor) -> GroupCount:
+        """``n_groups`` of the wrappers. Raises DSPPruningError for a pattern that matches no layer."""
+        if not self.layer_groups:
+            return self.groups
+        names = [layer.name for layer in select_layers(model, example)]
+        counts = dict.fromkeys(names, self.groups)
+        for pattern, count in self.layer_groups.items():
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise DSPPruningError(
+                    f"the pattern {pattern!r} fits none of the {len(names)} layers that learn groups: "
+                    f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+                )
+            counts |= dict.fromkeys(matching, count)
+        return counts
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; ``auto`` is CUDA if available. Raises DSPError if it cannot be used."""
     if name == "auto":
@@ -81,8 +108,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def new_model(config: RunConfig, data: TrainingData, device: torch.device) -> nn.Module:
-    """The network of a run, with initial weights that depend on the seed only."""
+def start(config: RunConfig, data: TrainingData) -> tuple[nn.Module, TrainingData]:
+    """The network of a run, with initial weights that depend on the seed only, and the data on its device."""
+    device = pick_device(config.device)
     if config.arch == "cifar":
         generator = torch.Generator().manual_seed(config.seed)
         model: nn.Module = cifar_resnet(config.depth, data.num_classes, data.channels, generator=generator)
@@ -92,20 +120,7 @@ def new_model(config: RunConfig, data: TrainingData, device: torch.device) -> nn
             model = torchvision_resnet(config.arch, data.num_classes)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
-
-
-def group_counts(
-    model: nn.Module, example: Tensor, groups: int, layer_groups: Mapping[str, int]
-) -> GroupCount:
-    """``n_groups`` of the wrappers: groups for every layer, but for those that match a pattern.
-
-    example: (batch, channels, height, width). layer_groups: pattern of layer names -> G.
-    Raises DSPPruningError for a pattern that matches no layer.
-    """
-    if not layer_groups:
-        return groups
-    return by_pattern(groups, layer_groups, [layer.name for layer in select_layers(model, example)])
+    return model.to(device), data.to(device)
 
 
 def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:

@@ -92,28 +92,21 @@ class RecipeResult:
     extra: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Hook:
-    """What a recipe does around every training step; the default does nothing."""
+    """What a recipe does in the training loop.
 
-    def before_epoch(self, epoch: int) -> None:
-        """Runs before an epoch, counted from 0; a resumed run starts with the epoch that it resumes at."""
+    before_epoch: gets the number of the epoch, counted from 0. after_step: runs after the optimizer's step,
+    before the update of the loss scale. state_dict, load_state_dict: for checkpoints. metrics: additional
+    columns for the metrics of an epoch.
+    """
 
-    def before_forward(self) -> None:
-        """Runs before every forward pass."""
-
-    def after_step(self, images: Tensor, labels: Tensor, precision: Precision) -> None:
-        """Runs after every optimizer step and before the update of the loss scale."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
-
-    def metrics(self) -> dict[str, float]:
-        """Additional columns for the metrics of an epoch."""
-        return {}
+    before_epoch: Callable[[int], None] = lambda epoch: None
+    before_forward: Callable[[], None] = lambda: None
+    after_step: Callable[[Tensor, Tensor, Precision], None] = lambda images, labels, precision: None
+    state_dict: Callable[[], dict[str, Any]] = dict
+    load_state_dict: Callable[[Mapping[str, Any]], None] = lambda state: None
+    metrics: Callable[[], dict[str, float]] = dict
 
 
 class Trainer:
@@ -158,7 +151,9 @@ class Trainer:
         self._steps = training_steps(data, config.batch_size, world_size())
 
     def run(self, progress: Progress | None = None, *, resume: bool = False) -> None:
-        """Train up to the last epoch, from the last checkpoint of the directory if ``resume`` is True.
+        """Train up to the last epoch, then load the best one.
+
+        resume: start from the last checkpoint of the directory.
 
         A run that is interrupted or killed keeps the checkpoint of its last complete epoch.
         Raises DSPTrainingError if the loss is not finite or the checkpoint has other settings, DSPFormatError
@@ -198,9 +193,6 @@ class Trainer:
             if self.epoch > self.choose_from:
                 self._keep_best(score)
             self._save()
-
-    def load_best(self) -> None:
-        """Load the weights of the best epoch into the model."""
         if self.best:
             self.model.load_state_dict(self.best["model"])
 
@@ -240,14 +232,16 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.hook.load_state_dict(state["hook"])
-        if self.precision.scaler is not None:
-            self.precision.scaler.load_state_dict(state["scaler"])
+        self.precision.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        self.epoch, self.history = state["epoch"], state["history"]
+        # Earlier versions also kept epochs before choose_from.
+        self.best = state["best"] if state["best"].get("epoch", 0) > self.choose_from else {}
 
     def _train_epoch(self, progress: Progress | None) -> tuple[float, float]:
         self._forward.train()
+        scaler = self.precision.scaler
         total_loss, correct, seen = 0.0, 0, 0
         batches = training_batches(self.data, self.config.batch_size, self.generator, rank(), world_size())
         for step, (images, labels) in enumerate(batches, start=1):
@@ -261,9 +255,11 @@ class Trainer:
                     f"the loss is {value} at epoch {self.epoch + 1}, step {step} of {self._steps}: "
                     f"a learning rate below {self.optimizer.param_groups[0]['lr']:g} may help"
                 )
-            self.precision.step(loss, self.optimizer)
+            self.optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(self.optimizer)
             self.hook.after_step(images, labels, self.precision)
-            self.precision.update()
+            scaler.update()  # after its last use
             total_loss += value * len(labels)
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(labels)
@@ -292,7 +288,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "hook": self.hook.state_dict(),
-                "scaler": {} if self.precision.scaler is None else self.precision.scaler.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
                 "generator": self.generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
                 "history": self.history,
