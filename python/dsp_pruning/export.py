@@ -47,9 +47,8 @@ def export_onnx(
     onnx and onnxscript are missing or torch cannot export the network, and DSPShapeError if the network does
     not run on the example.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from dsp_kernels import GroupStructure, PackedConv2d
-    >>> from dsp_pruning.export import export_onnx
     >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export_onnx(net, f"{folder}/net.onnx", torch.zeros(1, 4, 8, 8)).name
@@ -93,9 +92,8 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     ``dsp_kernels::gather_grouped_conv2d`` node, so import dsp_kernels before ``torch.export.load``.
     Raises DSPError if torch cannot export the network.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from dsp_kernels import GroupStructure, PackedConv2d
-    >>> from dsp_pruning.export import export_pt2
     >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = export_pt2(net, f"{folder}/net.pt2", torch.zeros(1, 4, 8, 8))
@@ -119,9 +117,8 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     In eval mode, with batch norms folded, for every batch and image size that the network takes. Raises
     DSPError if torch cannot trace the network, or if what its code does depends on these sizes.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from dsp_kernels import GroupStructure, PackedConv2d
-    >>> from dsp_pruning.export import export_torchscript
     >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = export_torchscript(net, f"{folder}/net.pt", torch.zeros(1, 4, 8, 8))

@@ -58,9 +58,6 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
     and DSPVerificationError if the copy and the masked network differ. Warns if weights are not 0 where their
     mask is.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from dsp_pruning import pack
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     >>> _ = model[0].weight.data[:3].zero_(), model[0].bias.data[:3].zero_()  # three pruned filters
     >>> packed = pack(model, torch.zeros(1, 3, 8, 8))

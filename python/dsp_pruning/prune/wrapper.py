@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -100,7 +99,8 @@ class PruneWrapper:
         self._example = survey.example
         self._traced: TracedNetwork | None = None
         self._untraced = ""  # why it cannot be traced
-        self._undo = _Undo({}, {})
+        # Parameter or buffer -> its value before and after the last pruning.
+        self._undo: dict[str, tuple[Tensor, Tensor]] = {}
         self._zeros: Zeros | None = None
         self._rounding: RoundingCost | None = None
 
@@ -222,7 +222,7 @@ class PruneWrapper:
 
     def _search(self) -> ThresholdSearch:
         """On the state before the last pruning, if that can be undone."""
-        before = self._undo.before if self._undo.possible(self._network) else {}
+        before = {name: value for name, (value, _) in self._undo.items()} if self._unchanged() else {}
         missing = [layer.name for layer in self.layers if not _has_logits(layer)]
         if missing:
             warnings.warn(
@@ -242,18 +242,29 @@ class PruneWrapper:
     def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
         masks, _ = search.masks(beta)
         self._rounding = self._rounding_cost(search, masks)
-        if self._undo.possible(self._network):
-            self._undo.undo(self._network)
+        if self._unchanged():
+            for name, (value, _) in self._undo.items():
+                self._tensor(name).copy_(value)
         names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
         names += [f"{layer.name}.bias" for layer in self.layers if layer.conv.bias is not None]
         names += [f"{path}.{kind}" for path in clearable(self._trace()) for kind in ("weight", "bias")]
-        before = _copies(self._network, names)
+        before = {name: self._tensor(name).clone() for name in names}
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
         self.beta = beta
         self.after_step()
-        self._undo = _Undo(before, _copies(self._network, names))
+        self._undo = {name: (value, self._tensor(name).clone()) for name, value in before.items()}
         return percent_pruned(self.layers, masks)
+
+    def _tensor(self, name: str) -> Tensor:
+        return operator.attrgetter(name)(self._network).detach()
+
+    def _unchanged(self) -> bool:
+        """Does the model still hold exactly what the last pruning left?"""
+        return all(
+            now.shape == left.shape and now.device == left.device and torch.equal(now, left)
+            for now, left in ((self._tensor(name), left) for name, (_, left) in self._undo.items())
+        )
 
     def _trace(self) -> TracedNetwork | None:
         if self._traced is None and not self._untraced:
@@ -262,33 +273,6 @@ class PruneWrapper:
             except DSPTraceError as error:
                 self._untraced = f"every layer is pruned by its own mask alone: {error}"
         return self._traced
-
-
-@dataclass(frozen=True, eq=False)
-class _Undo:
-    """Parameters and buffers by dotted name, before and after the last pruning; empty before the first."""
-
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-
-    def possible(self, model: nn.Module) -> bool:
-        """Does the model still hold exactly what the pruning left?"""
-        return all(
-            now.shape == left.shape and now.device == left.device and torch.equal(now, left)
-            for now, left in zip(_tensors(model, self.after), self.after.values(), strict=True)
-        )
-
-    def undo(self, model: nn.Module) -> None:
-        for tensor, value in zip(_tensors(model, self.before), self.before.values(), strict=True):
-            tensor.copy_(value)
-
-
-def _copies(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in zip(names, _tensors(model, names), strict=True)}
-
-
-def _tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    return [operator.attrgetter(name)(model).detach() for name in names]
 
 
 def _register_buffers(layer: LayerInfo, n_groups: int) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ from dsp_pruning.distributed import (
     world_size,
 )
 from dsp_pruning.recipes.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint, save_weights
-from dsp_pruning.recipes.precision import Precision
 from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig
 from dsp_pruning.recipes.schedules import Schedule
+
+_PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Called after every step with (steps done, total steps, text to show).
 Progress = Callable[[int, int, str], None]
@@ -90,6 +91,27 @@ class RecipeResult:
     history: list[dict[str, float]]
     path: Path | None
     extra: dict[str, float] = field(default_factory=dict)
+
+
+class Precision:
+    """dtype of forward and backward passes; weights, optimizer and batch norm stay float32.
+
+    name: ``float16`` scales the loss and skips a step whose gradients overflow. device: of the model.
+    Raises DSPTrainingError for an unknown name.
+    """
+
+    def __init__(self, name: str = "float32", device: torch.device | str = "cpu") -> None:
+        if name not in _PRECISIONS:
+            raise DSPTrainingError(f"precision is {name!r}; expected one of {', '.join(_PRECISIONS)}")
+        self.device_type = torch.device(device).type
+        self.dtype: torch.dtype = getattr(torch, name)
+        self.mixed = name != "float32"
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "float16")
+
+    def autocast(self, enabled: bool = True) -> AbstractContextManager[None]:
+        """Context of a forward pass. enabled=False sets only the dtype for autocast regions inside it."""
+        # Without mixed precision not even a disabled autocast: on a CPU torch warns about float32.
+        return torch.autocast(self.device_type, self.dtype, enabled) if self.mixed else nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)

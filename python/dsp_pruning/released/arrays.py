@@ -24,7 +24,6 @@ def read_released(path: str | Path) -> CifarResNet:
 
     Raises FileNotFoundError, and DSPFormatError for another kind of file.
 
-    >>> from dsp_pruning import read_released
     >>> network = read_released("resnet56_g4.npz")  # doctest: +SKIP
     """
     return build_released(*read_released_arrays(path))
@@ -55,9 +54,6 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
     The branches' batch norms become one per convolution, so that the result is an ordinary packed network.
     Raises DSPFormatError if an array is missing or does not fit.
 
-    >>> import torch
-    >>> from dsp_pruning import build_released
-    >>> from dsp_pruning.models import cifar_resnet
     >>> renamed = {"conv_1_3x3": "stem.conv", "bn_1": "stem.bn", "ple.0": "ple.conv", "ple.1": "ple.bn"}
     >>> arrays = {}
     >>> for name, tensor in cifar_resnet(8).state_dict().items():

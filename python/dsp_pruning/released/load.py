@@ -28,17 +28,15 @@ def load_released(path: str | Path) -> nn.Module:
     The file is one of
     - a TorchScript archive of a traced network whose branches gather channels, convolve and normalise, and
       are concatenated or added into a tensor, of any depth, width and number of branches. Each set of
-      branches
-      becomes one PackedConv2d and one batch norm. The graph is read, its code is never run;
+      branches becomes one PackedConv2d and one batch norm. The graph is read, its code is never run;
     - a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet with ``<conv>.group`` and
       ``<conv>.mask``, which is packed;
     - the ``.npz`` arrays of ``read_released``.
 
     Raises FileNotFoundError, and DSPFormatError for a file that does not fit, naming what was found.
 
-    >>> import tempfile, torch
-    >>> from dsp_pruning import PruneWrapper, load_released
-    >>> from dsp_pruning.models import cifar_resnet
+    >>> import tempfile
+    >>> from dsp_pruning import PruneWrapper
     >>> model = cifar_resnet(8)
     >>> _ = PruneWrapper(model, 2, fp_layer_indices=[], example_input=torch.zeros(1, 3, 32, 32))  # adds masks
     >>> with tempfile.NamedTemporaryFile(suffix=".pt") as file:
