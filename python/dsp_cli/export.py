@@ -12,7 +12,6 @@ import typer
 import dsp_kernels
 from dsp_cli import options as o
 from dsp_cli.show import console
-from dsp_cli.twin import example_of
 from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
 
 Format = StrEnum("Format", "onnx pt2 torchscript")
@@ -31,7 +30,7 @@ def export(
 ) -> None:
     """Write a packed network as ONNX of ordinary convolutions, an exported PyTorch program or TorchScript."""
     network = dsp_kernels.load(file)
-    example, _ = example_of(network, image_size)
+    example, _ = o.example_of(network, image_size)
     if format_ is Format.onnx:
         dtype = torch.float16 if precision is Precision.fp16 else torch.float32
         export_onnx(network, out, example, opset=opset, dtype=dtype)

@@ -11,7 +11,6 @@ import typer
 import dsp_kernels
 from dsp_cli import options as o
 from dsp_cli.show import console
-from dsp_cli.twin import example_of
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError
 from dsp_pruning.released.archive import is_torchscript
@@ -32,7 +31,7 @@ def import_network(
     """Turn a published network into a packed one. The code of an archive is parsed, not run."""
     o.check_packed_name(out)
     network = load_released(file)
-    (example, *_), _ = example_of(network, image_size)
+    (example, *_), _ = o.example_of(network, image_size)
     if verify:
         if not is_torchscript(file):
             raise DSPFormatError(

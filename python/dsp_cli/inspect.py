@@ -11,7 +11,6 @@ from rich.table import Table
 import dsp_kernels
 from dsp_cli import options as o
 from dsp_cli.show import console
-from dsp_cli.twin import example_of
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.report import draw_overview, draw_structures, layer_rows, network_cost
 
@@ -27,7 +26,7 @@ def inspect(
     """Show groups, channels, filters and multiply-adds of every packed layer."""
     model = dsp_kernels.load(file)
     dense = dense_twin(model) if getattr(model, "dense_widths", None) else None
-    example, known = example_of(model, image_size)
+    example, known = o.example_of(model, image_size)
     rows = layer_rows(model, example, dense)
     size = f"{example[0].shape[2]} x {example[0].shape[3]}"
     table = Table("layer", title=f"{file}, images of {size}", title_justify="left")

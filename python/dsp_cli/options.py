@@ -10,10 +10,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
+import torch
 import typer
+from torch import Tensor, nn
 
 from dsp_cli.show import print_result, progress_bars
 from dsp_kernels.errors import DSPFormatError, DSPPruningError
+from dsp_kernels.file.save_load import input_channels
 from dsp_pruning import data as datasets
 from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.recipes.run import RunConfig
@@ -41,6 +44,8 @@ ImageSize = Annotated[
     typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size trained on."),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timing samples per network.")]
+
+_USUAL_SIZE = 32  # where neither the file nor the user says how large an image is
 
 # The settings of the recipes that are options, by name of the field; the default is the field's.
 SETTINGS: dict[str, Any] = {
@@ -102,6 +107,21 @@ def check_packed_name(path: Path) -> None:
         raise DSPFormatError(
             f"{path} would contain safetensors: use .safetensors, or dsp export for another format"
         )
+
+
+def example_of(model: nn.Module, image_size: int | None = None) -> tuple[tuple[Tensor, ...], bool]:
+    """One image of zeros, (1, channels, height, width), and further inputs; and whether its size is known.
+
+    The size is the user's, else the one in the file, else a usual one that fits.
+    """
+    shapes = getattr(model, "example_shapes", ())
+    further = tuple(torch.zeros(shape) for shape in shapes[1:])
+    channels = shapes[0][1] if shapes else input_channels(model)
+    if image_size is not None:
+        return (torch.zeros(1, channels, image_size, image_size), *further), True
+    if shapes:
+        return (torch.zeros(1, *shapes[0][1:]), *further), bool(getattr(model, "example_given", False))
+    return (torch.zeros(1, channels, _USUAL_SIZE, _USUAL_SIZE),), False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,9 +51,9 @@ def load_released(path: str | Path) -> nn.Module:
         model = load_pruned(path)
         channels = next(model.parameters()).shape[1]
         return pack(model, torch.zeros(1, channels, 32, 32)).eval()
-    archive = read_archive(path)
+    graph, state = read_archive(path)
     try:
-        network = packed_network(archive)
+        network = packed_network(graph, state)
         check_network(copy.deepcopy(network).eval().to("meta"), network.example_shapes, torch.float32)
     except DSPFormatError as error:
         raise DSPFormatError(f"{path} is not a released network: {error}") from error
