@@ -70,7 +70,6 @@ def bench(
             form=form,
             mode=mode,
             rounds=rounds,
-            threads=None,
             seed=seed,
             device=str(pick_device(device)),
             isolate=isolate,

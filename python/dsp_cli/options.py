@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import torch
 import typer
@@ -23,22 +23,57 @@ from dsp_pruning.recipes.run import RunConfig
 from dsp_pruning.recipes.training import RecipeResult
 
 DataName = StrEnum("DataName", "digits cifar10 folder")
-Arch = StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152")
-Precision = StrEnum("Precision", "float32 bfloat16 float16")
-SecondOrder = StrEnum("SecondOrder", "exact none original")
-Target = StrEnum("Target", "macs params")
 
 Config = TypeVar("Config", bound=RunConfig)
 
-Layers = Annotated[
-    int, typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110.")
-]
-Groups = Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups per layer.")]
-Prune = Annotated[
-    float, typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Of initial weights, splits, shuffling and noise.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
+# The settings of the recipes that are options, by name of the field, which has the type and the default.
+SETTINGS: dict[str, Any] = {
+    "groups": typer.Option("--groups", "-g", min=1, help="Groups per layer."),
+    "layer_groups": typer.Option(
+        "--layer-groups",
+        metavar="PATTERN=G",
+        help="Another number of groups for layers whose name matches, such as 'stage_3.*=8'; repeatable.",
+    ),
+    "regularize": typer.Option(
+        "--regularize", "-r", help="Strength of the regulariser (lambda of the paper)."
+    ),
+    "temperature": typer.Option("--temperature", help="Of the Gumbel softmax."),
+    "second_order": typer.Option("--second-order", help="Second-order term of the gradient of the logits."),
+    "prune": typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1."),
+    "target": typer.Option("--target", help="That cost: multiply-adds or parameters."),
+    "channel_multiple": typer.Option(
+        "--channel-multiple", min=1, help="Keep a multiple of this many channels per group."
+    ),
+    "fp_every_nth_conv": typer.Option(
+        "--fp-every-nth-conv", help="Also prune filters of every nth layer: 2, bottlenecks 3, none -1."
+    ),
+    "cycles": typer.Option("--cycles", min=1, help="Cosine cycles; each starts by pruning a little more."),
+    "one_shot": typer.Option("--one-shot", help="Prune all in the first cycle."),
+    "depth": typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110."),
+    "arch": typer.Option("--arch", help="cifar, or a torchvision ResNet (which ignores --layers)."),
+    "epochs": typer.Option("--epochs", min=0, help="Epochs to train."),
+    "batch_size": typer.Option("--batch-size", min=1, help="Images per step, summed over all processes."),
+    "lr": typer.Option("--lr", help="Base learning rate."),
+    "momentum": typer.Option("--momentum", help="Momentum of SGD."),
+    "weight_decay": typer.Option("--wd", help="Weight decay of SGD."),
+    "precision": typer.Option("--precision", help="Of forward and backward passes."),
+    "channels_last": typer.Option("--channels-last", help="Memory format of the weights; faster on a CPU."),
+    "seed": typer.Option("--seed", help="Of initial weights, splits, shuffling and noise."),
+    "device": typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto."),
+}
+_CHOICES = {
+    "arch": StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152"),
+    "precision": StrEnum("Precision", "float32 bfloat16 float16"),
+    "second_order": StrEnum("SecondOrder", "exact none original"),
+    "target": StrEnum("Target", "macs params"),
+    "layer_groups": list[str] | None,
+}
+
+Layers = Annotated[int, SETTINGS["depth"]]
+Groups = Annotated[int, SETTINGS["groups"]]
+Prune = Annotated[float, SETTINGS["prune"]]
+Seed = Annotated[int, SETTINGS["seed"]]
+Device = Annotated[str, SETTINGS["device"]]
 ImageSize = Annotated[
     int | None,
     typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size trained on."),
@@ -46,59 +81,6 @@ ImageSize = Annotated[
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timing samples per network.")]
 
 _USUAL_SIZE = 32  # where neither the file nor the user says how large an image is
-
-# The settings of the recipes that are options, by name of the field; the default is the field's.
-SETTINGS: dict[str, Any] = {
-    "groups": Groups,
-    "layer_groups": Annotated[
-        list[str] | None,
-        typer.Option(
-            "--layer-groups",
-            metavar="PATTERN=G",
-            help="Another number of groups for layers whose name matches, such as 'stage_3.*=8'; repeatable.",
-        ),
-    ],
-    "regularize": Annotated[
-        float, typer.Option("--regularize", "-r", help="Strength of the regulariser (lambda of the paper).")
-    ],
-    "temperature": Annotated[float, typer.Option("--temperature", help="Of the Gumbel softmax.")],
-    "second_order": Annotated[
-        SecondOrder, typer.Option("--second-order", help="Second-order term of the gradient of the logits.")
-    ],
-    "prune": Prune,
-    "target": Annotated[Target, typer.Option("--target", help="That cost: multiply-adds or parameters.")],
-    "channel_multiple": Annotated[
-        int,
-        typer.Option("--channel-multiple", min=1, help="Keep a multiple of this many channels per group."),
-    ],
-    "fp_every_nth_conv": Annotated[
-        int,
-        typer.Option(
-            "--fp-every-nth-conv", help="Also prune filters of every nth layer: 2, bottlenecks 3, none -1."
-        ),
-    ],
-    "cycles": Annotated[
-        int, typer.Option("--cycles", min=1, help="Cosine cycles; each starts by pruning a little more.")
-    ],
-    "one_shot": Annotated[bool, typer.Option("--one-shot", help="Prune all in the first cycle.")],
-    "depth": Layers,
-    "arch": Annotated[
-        Arch, typer.Option("--arch", help="cifar, or a torchvision ResNet (which ignores --layers).")
-    ],
-    "epochs": Annotated[int, typer.Option("--epochs", min=0, help="Epochs to train.")],
-    "batch_size": Annotated[
-        int, typer.Option("--batch-size", min=1, help="Images per step, summed over all processes.")
-    ],
-    "lr": Annotated[float, typer.Option("--lr", help="Base learning rate.")],
-    "momentum": Annotated[float, typer.Option("--momentum", help="Momentum of SGD.")],
-    "weight_decay": Annotated[float, typer.Option("--wd", help="Weight decay of SGD.")],
-    "precision": Annotated[Precision, typer.Option("--precision", help="Of forward and backward passes.")],
-    "channels_last": Annotated[
-        bool, typer.Option("--channels-last", help="Memory format of the weights; faster on a CPU.")
-    ],
-    "seed": Seed,
-    "device": Device,
-}
 
 
 def check_packed_name(path: Path) -> None:
@@ -152,7 +134,6 @@ class RunFlags(Generic[Config]):
     ] = False
 
     def images(self) -> datasets.TrainingData:
-        """The data set."""
         return datasets.load(
             self.data.value,
             self.data_root,
@@ -165,13 +146,13 @@ class RunFlags(Generic[Config]):
     @property
     def network(self) -> str:
         """Options that select the same network."""
-        cifar = self.config.arch == Arch.cifar
+        cifar = self.config.arch == "cifar"
         return f"-l {self.config.depth}" if cifar else f"--arch {self.config.arch}"
 
     @property
     def folder(self) -> Path:
         """Folder of all stages of a network."""
-        name = f"resnet{self.config.depth}" if self.config.arch == Arch.cifar else self.config.arch
+        name = f"resnet{self.config.depth}" if self.config.arch == "cifar" else self.config.arch
         return self.save_dir or Path("runs") / f"{name}_{self.data.value}"
 
     def train(self, stage: str, folder: str, recipe: Callable[..., RecipeResult], **more: Any) -> None:
@@ -198,15 +179,16 @@ class RunFlags(Generic[Config]):
 
 def run_command(kind: type[RunConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the options of RunFlags and of a recipe's settings to a command that takes a RunFlags first."""
+    types = get_type_hints(kind)
     settings = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=getattr(kind, name, None),
-            annotation=SETTINGS[name],
+            annotation=Annotated[_CHOICES.get(name, types[name]), option],
         )
-        for name in SETTINGS
-        if name in {field.name for field in fields(kind)}
+        for name, option in SETTINGS.items()
+        if name in types
     ]
     _, *common = inspect.signature(RunFlags, eval_str=True).parameters.values()
 

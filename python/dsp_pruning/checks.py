@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from dsp_kernels.errors import DSPPruningError
 
 
@@ -20,6 +22,13 @@ def check_kind(valid: bool, name: str, value: object, expected: str) -> None:
 def check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise DSPPruningError unless the value is one of the choices."""
     check(value in choices, name, value, f"one of {', '.join(choices)}")
+
+
+def check_names(what: str, given: Set[str], expected: Set[str]) -> None:
+    """Raise DSPPruningError unless there is one value for every layer."""
+    if given != expected:
+        missing, unknown = sorted(expected - given), sorted(given - expected)
+        raise DSPPruningError(f"{what} for every layer: missing {missing}, unknown {unknown}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -1,9 +1,9 @@
-"""Which convolutions take part in learning and pruning, and how large they are."""
+"""Which convolutions take part in learning and pruning, how large they are, and how many groups they have."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTraceError
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, evaluating, trace
-from dsp_pruning.checks import check_kind
+from dsp_pruning.checks import check_kind, check_names, is_count
 from dsp_pruning.table import text_table
 
 LayerPredicate = Callable[[str, nn.Conv2d], bool]
+GroupCount = int | Mapping[str, int] | Callable[[str, nn.Conv2d], int]
 
 _KEEPS_CHANNELS = ("batch_norm", "identity")  # allowed between a shortcut conv and its add
 _SHORTCUT_NAMES = ("downsample", "shortcut")
@@ -130,6 +131,42 @@ def survey_layers(
             LayerInfo(name, conv, conv.in_channels, conv.out_channels, kernel_size, input_hw, output_hw)
         )
     return LayerSurvey(convs, tuple(infos), excluded, example)
+
+
+def groups_of_layers(layers: Sequence[LayerInfo], n_groups: GroupCount) -> dict[str, int]:
+    """Layer name -> number of groups, from one number, a mapping by name or ``(name, conv) -> number``.
+
+    Raises DSPPruningError for a number below 1 or above the layer's filters, and for a mapping whose keys
+    are not exactly the names of the layers.
+    """
+    if isinstance(n_groups, Mapping):
+        check_names("n_groups needs one number", set(n_groups), {layer.name for layer in layers})
+        counts = {layer.name: n_groups[layer.name] for layer in layers}
+    elif callable(n_groups):
+        counts = {layer.name: n_groups(layer.name, layer.conv) for layer in layers}
+    else:
+        counts = {layer.name: n_groups for layer in layers}
+    for layer in layers:
+        count = counts[layer.name]
+        where = "" if isinstance(n_groups, int | float) else f" for layer {layer.name!r}"
+        if not is_count(count):
+            raise DSPPruningError(f"n_groups is {count!r}{where}; expected an integer of at least 1")
+        if count > layer.out_channels:
+            raise DSPPruningError(
+                f"layer {layer.name!r} has {layer.out_channels} filters, too few for n_groups={count}; use "
+                f"n_groups <= {layer.out_channels} or exclude the layer with layers="
+            )
+    return counts
+
+
+def check_existing(layer: LayerInfo, name: str, shape: tuple[int, ...]) -> None:
+    """Raise DSPPruningError if the conv has an attribute ``name`` that is not a tensor of this shape."""
+    value = getattr(layer.conv, name, None)
+    if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise DSPPruningError(
+            f"layer {layer.name!r} already has a {name!r} of {found}; this n_groups needs shape {shape}"
+        )
 
 
 def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:

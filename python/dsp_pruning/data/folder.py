@@ -59,7 +59,6 @@ class FolderData:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.classes)
 
     @property
@@ -69,7 +68,6 @@ class FolderData:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width of a crop."""
         return self.image_size, self.image_size
 
     def to(self, device: torch.device | str) -> FolderData:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning.group_counts import check_existing
-from dsp_pruning.layers import LayerInfo
+from dsp_pruning.layers import LayerInfo, check_existing
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.logits import attach_logits
 
@@ -64,7 +63,6 @@ class Bucket:
         torch.mul(self.scale, strength, out=self.strength)
 
     def assigned(self) -> Tensor:
-        """The soft assignment that ``start`` drew."""
         assert self.prob is not None
         return self.prob
 

@@ -51,7 +51,6 @@ class NonFiniteFlag:
         return self._flag is not None and bool(self._flag.item() != 0)
 
     def clear(self) -> None:
-        """Forget what was recorded."""
         self._flag = self._host = self._view = None
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPPruningError, DSPShapeError
+from dsp_kernels.errors import DSPShapeError
+from dsp_pruning.checks import check_names
 from dsp_pruning.layers import LayerInfo
 
 # With equal logits rounding would decide the first hard groups. This is one Adam step at lr 1e-3: enough to
@@ -53,9 +54,7 @@ def gumbel_noise(
 
 def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     """Raise unless ``noise`` holds one tensor of the right shape for every layer name in ``shapes``."""
-    if set(noise) != set(shapes):
-        missing, unknown = sorted(set(shapes) - set(noise)), sorted(set(noise) - set(shapes))
-        raise DSPPruningError(f"noise needs one tensor for every layer: missing {missing}, unknown {unknown}")
+    check_names("noise needs one tensor", noise.keys(), shapes.keys())
     for name, shape in shapes.items():
         if noise[name].shape != shape:
             raise DSPShapeError(

@@ -14,8 +14,7 @@ from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.inputs import Example
 from dsp_pruning import distributed
 from dsp_pruning.checks import check, check_count, check_kind, check_one_of
-from dsp_pruning.group_counts import GroupCount, groups_of_layers
-from dsp_pruning.layers import LayerPredicate, survey_layers
+from dsp_pruning.layers import GroupCount, LayerPredicate, groups_of_layers, survey_layers
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_finite
@@ -130,7 +129,6 @@ class GroupWrapper:
         self.optimizer.register_step_post_hook(self._note_step)  # a copied optimizer has no hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
         return self.model(*args, **kwargs)
 
     @property

@@ -16,8 +16,15 @@ from dsp_kernels.graph.inputs import Example
 from dsp_kernels.graph.network import TracedNetwork, trace
 from dsp_pruning.checks import check, check_count, check_one_of, is_count
 from dsp_pruning.distributed import unwrap
-from dsp_pruning.group_counts import GroupCount, check_existing, groups_of_layers
-from dsp_pruning.layers import LayerInfo, LayerPredicate, inputs_like, survey_layers
+from dsp_pruning.layers import (
+    GroupCount,
+    LayerInfo,
+    LayerPredicate,
+    check_existing,
+    groups_of_layers,
+    inputs_like,
+    survey_layers,
+)
 from dsp_pruning.prune.report import PruningReport, RoundingCost, layer_row, percent_pruned
 from dsp_pruning.prune.rule import LayerRule, Masks, layer_rule
 from dsp_pruning.prune.search import Target, ThresholdSearch
@@ -105,7 +112,6 @@ class PruneWrapper:
         self._rounding: RoundingCost | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
         return self.model(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

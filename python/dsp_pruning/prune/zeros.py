@@ -34,7 +34,6 @@ class Zeros:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write the zeros."""
         for module, name, gone in self.places:
             module.get_parameter(name).masked_fill_(gone, 0)
 

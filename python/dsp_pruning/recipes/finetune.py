@@ -107,16 +107,6 @@ def finetune(
     ``accuracy_before_finetuning`` (0..1, on the test split right after the last pruning).
     Raises DSPFormatError if the weights do not fit, DSPPruningError for an unreachable rate, DSPTrainingError
     if the loss is not finite or the checkpoint has other settings.
-
-    >>> from dsp_pruning.data import load_digits
-    >>> from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
-    >>> from dsp_pruning.models import cifar_resnet
-    >>> data, common = load_digits(size=8), {"depth": 8, "groups": 2, "epochs": 0, "device": "cpu"}
-    >>> dense = cifar_resnet(8, in_channels=1).state_dict()
-    >>> learned = learn_groups(data, dense, LearnGroupsConfig(**common)).model.state_dict()
-    >>> result = finetune(data, learned, FinetuneConfig(**common, prune=0.5))
-    >>> 50 <= result.extra["pruned_flops"] < 60
-    True
     """
     config = config or FinetuneConfig()
     pruner, data = _pruner(data, weights, config, source)

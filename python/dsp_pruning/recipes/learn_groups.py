@@ -52,13 +52,6 @@ def learn_groups(
     directory, resume: as in ``pretrain``.
     Raises DSPFormatError if the weights do not fit, DSPPruningError for more groups than filters,
     DSPTrainingError if the loss is not finite or the checkpoint has other settings.
-
-    >>> from dsp_pruning.data import load_digits
-    >>> from dsp_pruning.models import cifar_resnet
-    >>> config = LearnGroupsConfig(depth=8, groups=2, epochs=0, device="cpu")
-    >>> result = learn_groups(load_digits(), cifar_resnet(8, in_channels=1).state_dict(), config)
-    >>> result.model.state_dict()["stage_1.0.conv_a.group"].shape  # logits [G, O]
-    torch.Size([2, 16])
     """
     config = config or LearnGroupsConfig()
     model, data = start(config, data)

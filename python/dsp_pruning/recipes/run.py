@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPTrainingError
 from dsp_pruning.data import TrainingData
 from dsp_pruning.distributed import local_rank
-from dsp_pruning.group_counts import GroupCount
-from dsp_pruning.layers import select_layers
+from dsp_pruning.layers import GroupCount, select_layers
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
 
@@ -64,7 +63,6 @@ class RunConfig:
         return {**plain, "data": data.name, "train_images": len(data.train)}
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """SGD over all parameters of the model."""
         return torch.optim.SGD(
             model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )

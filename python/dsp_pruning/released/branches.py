@@ -37,7 +37,6 @@ class Branch:
 
     @property
     def filters(self) -> int:
-        """Number of output channels."""
         return len(self.weight.tensor)
 
 

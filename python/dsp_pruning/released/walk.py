@@ -27,8 +27,6 @@ from dsp_pruning.released.branches import NORM, Branch, NamedTensor, copy_into, 
 
 @dataclass(frozen=True)
 class _Owner:
-    """A module of the archive."""
-
     path: str
 
 
