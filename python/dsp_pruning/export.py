@@ -62,9 +62,8 @@ def export_onnx(
         import onnxscript  # noqa: F401  # torch needs it to write ONNX
     except ImportError as error:
         raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
-    _refuse_fused(model)
+    inputs = tuple(x.cpu().to(dtype) for x in _two_images(model, example_input))
     plain = _plain_form(model).cpu().to(dtype)
-    inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
 
     def write(temporary: Path) -> None:
         with torch.no_grad():
@@ -100,8 +99,7 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     ...     torch.export.load(path).module()(torch.zeros(5, 4, 8, 8)).shape
     torch.Size([5, 8, 6, 6])
     """
-    _refuse_fused(model)
-    copied, inputs = copy.deepcopy(model).eval(), _two_images(example_input)
+    inputs, copied = _two_images(model, example_input), copy.deepcopy(model).eval()
 
     def write(temporary: Path) -> None:
         with torch.no_grad():
@@ -125,8 +123,7 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     ...     torch.jit.load(path)(torch.zeros(5, 4, 16, 16)).shape
     torch.Size([5, 8, 14, 14])
     """
-    _refuse_fused(model)
-    plain, inputs = _plain_form(model), _two_images(example_input)
+    inputs, plain = _two_images(model, example_input), _plain_form(model)
 
     def write(temporary: Path) -> None:
         # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
@@ -211,8 +208,10 @@ class _PlainConv(nn.Module):
         return activate(y, self.activation)
 
 
-def _two_images(example_input: Example) -> tuple[Tensor, ...]:
-    """Batches of two: torch takes a batch of one for a constant."""
+def _two_images(model: nn.Module, example_input: Example) -> tuple[Tensor, ...]:
+    """Batches of two: torch takes a batch of one for a constant. Raises DSPError for a fused network."""
+    if isinstance(model, FusedNetwork):
+        raise DSPError("a fused network is for this machine: export the packed one that it was made from")
     inputs = as_inputs(example_input)
     if inputs[0].dim() != 4:
         raise DSPShapeError(
@@ -224,11 +223,6 @@ def _two_images(example_input: Example) -> tuple[Tensor, ...]:
 def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
     batch = torch.export.Dim("batch")
     return tuple({0: batch} for _ in inputs)
-
-
-def _refuse_fused(model: nn.Module) -> None:
-    if isinstance(model, FusedNetwork):
-        raise DSPError("a fused network is for this machine: export the packed one that it was made from")
 
 
 def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...]) -> None:

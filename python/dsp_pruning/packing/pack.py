@@ -23,7 +23,7 @@ from dsp_kernels.graph.network import TracedNetwork, call_graph, evaluating, tra
 from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.distributed import unwrap
-from dsp_pruning.packing.plan import plan_packing
+from dsp_pruning.packing.plan import Planner
 from dsp_pruning.packing.rebuild import rebuild, replace_module
 from dsp_pruning.packing.twin import planned_widths
 
@@ -82,7 +82,7 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
     masked = _masked_copy(model)
     packed = copy.deepcopy(masked)
     network = trace(packed, inputs, every_path=True)
-    report = plan_packing(network, _read_in_training(packed, network, inputs), fixed_size)
+    report = Planner(network, _read_in_training(packed, network, inputs), fixed_size).plan()
     for path, plan in report.layers.items():
         replace_module(packed, path, rebuild(packed.get_submodule(path), plan))
     packed.packing = report  # type: ignore[assignment]

@@ -110,11 +110,6 @@ class LayerRule:
     channels: Tensor | None
     filters: Tensor | None
 
-    @property
-    def shares(self) -> tuple[Tensor, ...]:
-        """All shares that beta cuts."""
-        return tuple(shares for shares in (self.channels, self.filters) if shares is not None)
-
     def mask(self, beta: float, multiple: int = 1, barred: Tensor | None = None) -> Tensor:
         """[O, C] bool: the kernels that are kept, before dead ones are removed.
 

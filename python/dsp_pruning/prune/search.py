@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -31,6 +33,7 @@ def pruned_share(layers: Sequence[LayerInfo], masks: Masks, target: Target) -> f
     return gone / whole
 
 
+@dataclass(frozen=True, eq=False)
 class ThresholdSearch:
     """What each beta would leave of a network with fixed weights. It changes nothing.
 
@@ -38,22 +41,19 @@ class ThresholdSearch:
     target: what a rate is a share of. multiple: each group keeps a multiple of this many channels.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerInfo],
-        rules: Sequence[LayerRule],
-        network: TracedNetwork | None,
-        target: Target = "macs",
-        multiple: int = 1,
-    ) -> None:
-        self.rules = rules
-        self.network = network
-        self.target = target
-        self.multiple = multiple
-        self.betas = candidate_betas(shares for rule in rules for shares in rule.shares)
-        self.layers = layers
-        self._outcomes: dict[int, tuple[float, bool]] = {}
-        self._by_rule_alone: dict[int, float] = {}
+    layers: Sequence[LayerInfo]
+    rules: Sequence[LayerRule]
+    network: TracedNetwork | None
+    target: Target
+    multiple: int = 1
+    _outcomes: dict[int, tuple[float, bool]] = field(default_factory=dict, init=False)
+    _by_rule_alone: dict[int, float] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def betas(self) -> list[float]:
+        return candidate_betas(
+            shares for rule in self.rules for shares in (rule.channels, rule.filters) if shares is not None
+        )
 
     def masks(self, beta: float) -> tuple[Masks, bool]:
         """The masks at beta without dead kernels, and whether the output still depends on the input."""

@@ -60,7 +60,7 @@ class DemoResult:
 
 def run_demo(
     directory: Path,
-    config: DemoConfig | None = None,
+    config: DemoConfig,
     progress: Callable[[str], Progress | None] = lambda stage: None,
 ) -> DemoResult:
     """Run every stage.
@@ -69,7 +69,6 @@ def run_demo(
     progress: stage name -> progress callback.
     Raises the errors of the stages: DSPTrainingError, DSPPruningError, DSPVerificationError.
     """
-    config = config or DemoConfig()
     data = load_digits(config.seed)
     common = asdict(config)
     epochs, groups, prune = (common.pop(name) for name in ("epochs", "groups", "prune"))

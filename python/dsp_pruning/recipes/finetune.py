@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,15 @@ class FinetuneConfig(GroupedConfig):
         return 1 if self.one_shot else max(1, min(self.cycles, self.epochs))
 
 
-class _PruneHook:
-    """Prunes at the start of every cycle and keeps pruned weights at zero."""
+@dataclass
+class _Cycles:
+    """Prunes at the start of every cycle. just_pruned: numbers of the last pruning."""
 
-    def __init__(self, pruner: PruneWrapper, config: FinetuneConfig, data: TrainingData) -> None:
-        self.pruner = pruner
-        self.config = config
-        self.data = data
-        self.prunings_done = 0
-        self.just_pruned: dict[str, float] = {}
+    pruner: PruneWrapper
+    config: FinetuneConfig
+    data: TrainingData
+    prunings_done: int = 0
+    just_pruned: dict[str, float] = field(default_factory=dict)
 
     def cycle(self, epoch: int) -> int:
         return epoch * self.config.prunings // max(1, self.config.epochs)
@@ -92,7 +92,7 @@ class _PruneHook:
 def finetune(
     data: TrainingData,
     weights: Mapping[str, Tensor],
-    config: FinetuneConfig | None = None,
+    config: FinetuneConfig,
     directory: Path | None = None,
     *,
     source: str | Path = "the given weights",
@@ -108,10 +108,9 @@ def finetune(
     Raises DSPFormatError if the weights do not fit, DSPPruningError for an unreachable rate, DSPTrainingError
     if the loss is not finite or the checkpoint has other settings.
     """
-    config = config or FinetuneConfig()
     pruner, data = _pruner(data, weights, config, source)
     pruner.preview(config.prune)  # raise for an unreachable rate now, not in the last cycle
-    hook = _PruneHook(pruner, config, data)
+    cycles = _Cycles(pruner, config, data)
     trainer = Trainer(
         pruner.model,
         config.optimizer(pruner.model),
@@ -119,24 +118,24 @@ def finetune(
         config,
         schedule=cosine(config.epochs, cycles=config.cycles),
         hook=Hook(
-            before_epoch=hook.before_epoch,
+            before_epoch=cycles.before_epoch,
             after_step=lambda *_: pruner.after_step(),
-            state_dict=hook.state_dict,
-            load_state_dict=hook.load_state_dict,
+            state_dict=cycles.state_dict,
+            load_state_dict=cycles.load_state_dict,
         ),
         directory=directory,
-        choose_from=next((e for e in range(config.epochs) if hook.cycle(e) == config.prunings - 1), 0),
+        choose_from=next((e for e in range(config.epochs) if cycles.cycle(e) == config.prunings - 1), 0),
     )
     trainer.run(progress, resume=resume)
-    if hook.prunings_done < config.prunings:  # with 0 epochs no cycle has started
-        hook.prune(config.prunings - 1)
-    return trainer.conclude("finetune", hook.just_pruned)
+    if cycles.prunings_done < config.prunings:  # with 0 epochs no cycle has started
+        cycles.prune(config.prunings - 1)
+    return trainer.conclude("finetune", cycles.just_pruned)
 
 
 def preview(
     data: TrainingData,
     weights: Mapping[str, Tensor],
-    config: FinetuneConfig | None = None,
+    config: FinetuneConfig,
     *,
     source: str | Path = "the given weights",
 ) -> tuple[tuple[float, float], PruningReport | None]:
@@ -145,7 +144,6 @@ def preview(
     Trains and writes nothing. The report is None if the rate is unreachable.
     Raises DSPPruningError if no rate is reachable.
     """
-    config = config or FinetuneConfig()
     pruner, _ = _pruner(data, weights, config, source)
     low, high = pruner.reachable()
     return (low, high), pruner.preview(config.prune) if config.prune <= high else None

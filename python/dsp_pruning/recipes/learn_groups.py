@@ -39,7 +39,7 @@ class LearnGroupsConfig(GroupedConfig):
 def learn_groups(
     data: TrainingData,
     weights: Mapping[str, Tensor],
-    config: LearnGroupsConfig | None = None,
+    config: LearnGroupsConfig,
     directory: Path | None = None,
     *,
     source: str | Path = "the given weights",
@@ -53,7 +53,6 @@ def learn_groups(
     Raises DSPFormatError if the weights do not fit, DSPPruningError for more groups than filters,
     DSPTrainingError if the loss is not finite or the checkpoint has other settings.
     """
-    config = config or LearnGroupsConfig()
     model, data = start(config, data)
     optimizer, example = config.optimizer(model), data.example()
     learner = GroupWrapper(

@@ -23,7 +23,7 @@ class PretrainConfig(RunConfig):
 
 def pretrain(
     data: TrainingData,
-    config: PretrainConfig | None = None,
+    config: PretrainConfig,
     directory: Path | None = None,
     *,
     resume: bool = False,
@@ -40,7 +40,6 @@ def pretrain(
     >>> len(result.history), result.test.n
     (1, 544)
     """
-    config = config or PretrainConfig()
     model, data = start(config, data)
     schedule = multi_step(config.epochs, warmup_epochs=config.warmup_epochs)
     trainer = Trainer(model, config.optimizer(model), data, config, schedule=schedule, directory=directory)

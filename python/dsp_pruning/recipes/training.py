@@ -131,6 +131,7 @@ class Hook:
     metrics: Callable[[], dict[str, float]] = dict
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains a model, keeps the best epoch by validation accuracy, and can be stopped and resumed.
 
@@ -143,34 +144,24 @@ class Trainer:
     rank 0 writes files. On a CPU, a run that was stopped and resumed equals an uninterrupted one bit for bit.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        data: TrainingData,
-        config: RunConfig,
-        *,
-        schedule: Schedule,
-        hook: Hook | None = None,
-        directory: Path | None = None,
-        choose_from: int = 0,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.data = data
-        self.config = config
-        self.schedule = schedule
-        self.hook = hook or Hook()
-        self.directory = directory
-        self.choose_from = choose_from
-        self.generator = torch.Generator().manual_seed(config.seed)  # of shuffling and augmentation
-        self.precision = Precision(config.precision, next(model.parameters()).device)
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: TrainingData
+    config: RunConfig
+    schedule: Schedule
+    hook: Hook = field(default_factory=Hook)
+    directory: Path | None = None
+    choose_from: int = 0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.config.seed)  # of shuffling and augmentation
+        self.precision = Precision(self.config.precision, next(self.model.parameters()).device)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
-        self._forward = model
-        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._steps = training_steps(data, config.batch_size, world_size())
+        self._forward = self.model
+        self._base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._steps = training_steps(self.data, self.config.batch_size, world_size())
 
     def run(self, progress: Progress | None = None, *, resume: bool = False) -> None:
         """Train up to the last epoch, then load the best one.
