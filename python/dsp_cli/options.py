@@ -92,10 +92,7 @@ def check_packed_name(path: Path) -> None:
 
 
 def example_of(model: nn.Module, image_size: int | None = None) -> tuple[tuple[Tensor, ...], bool]:
-    """One image of zeros, (1, channels, height, width), and further inputs; and whether its size is known.
-
-    The size is the user's, else the one in the file, else a usual one that fits.
-    """
+    """One image of zeros, of the user's, the file's or a usual size, and further inputs; is it known?"""
     shapes = getattr(model, "example_shapes", ())
     further = tuple(torch.zeros(shape) for shape in shapes[1:])
     channels = shapes[0][1] if shapes else input_channels(model)
@@ -156,10 +153,7 @@ class RunFlags(Generic[Config]):
         return self.save_dir or Path("runs") / f"{name}_{self.data.value}"
 
     def train(self, stage: str, folder: str, recipe: Callable[..., RecipeResult], **more: Any) -> None:
-        """Run a recipe, in torchrun's process group if there is one; rank 0 shows progress and the result.
-
-        folder: of the stage. more: arguments of the recipe.
-        """
+        """Run a recipe, in torchrun's process group if there is one; rank 0 shows progress and the result."""
         with process_group():
             run = functools.partial(
                 recipe,

@@ -134,11 +134,7 @@ def survey_layers(
 
 
 def groups_of_layers(layers: Sequence[LayerInfo], n_groups: GroupCount) -> dict[str, int]:
-    """Layer name -> number of groups, from one number, a mapping by name or ``(name, conv) -> number``.
-
-    Raises DSPPruningError for a number below 1 or above the layer's filters, and for a mapping whose keys
-    are not exactly the names of the layers.
-    """
+    """Layer name -> number of groups, from one number, a mapping by name or ``(name, conv) -> number``."""
     if isinstance(n_groups, Mapping):
         check_names("n_groups needs one number", set(n_groups), {layer.name for layer in layers})
         counts = {layer.name: n_groups[layer.name] for layer in layers}

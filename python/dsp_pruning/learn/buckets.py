@@ -135,11 +135,7 @@ class BucketStep:
 def attach_layers(
     infos: Sequence[LayerInfo], counts: Mapping[str, int], optimizer: Optimizer, generator: torch.Generator
 ) -> list[LearnedLayer]:
-    """Attach logits to every layer, or to none if one of the layers cannot take part.
-
-    counts: layer name -> number of groups. Raises DSPPruningError for a weight that is frozen or not in the
-    optimizer, and for a layer that already has a ``group`` of another shape.
-    """
+    """Attach logits to every layer, or to none if one of them cannot take part. counts: layer name -> G."""
     holders = {
         parameter: index
         for index, group in enumerate(optimizer.param_groups)

@@ -71,10 +71,8 @@ def logit_optimizer(logits: Sequence[nn.Parameter], lr: float) -> torch.optim.Ad
 def step_logits(
     optimizer: torch.optim.Adam, logits: Sequence[nn.Parameter], gradients: Sequence[Tensor], hold: Tensor
 ) -> None:
-    """One step. Outside of it the logits have no gradient, so that no other optimizer moves them.
-
-    gradients: one per logits tensor. hold: float32 scalar, 1 to skip the step.
-    """
+    """One step, skipped if the float32 scalar ``hold`` is 1."""
+    # Outside of the step the logits have no gradient, so that no other optimizer moves them.
     optimizer.found_inf = hold  # type: ignore[attr-defined]
     try:
         for own, gradient in zip(logits, gradients, strict=True):

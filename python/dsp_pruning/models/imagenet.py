@@ -37,10 +37,7 @@ def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn
 
 
 def published_weights(variant: str) -> dict[str, Tensor]:
-    """State dict of a variant trained on ImageNet by torchvision, downloaded once.
-
-    Raises DSPPruningError for an unknown variant, DSPError if the download fails.
-    """
+    """State dict of a variant trained on ImageNet by torchvision, downloaded once."""
     check_one_of("variant", variant, tuple(_VARIANTS.values()))
     import torchvision
 

@@ -139,10 +139,7 @@ def _masked_copy(model: nn.Module) -> nn.Module:
 
 
 def _read_in_training(model: nn.Module, network: TracedNetwork, inputs: tuple[Tensor, ...]) -> dict[str, str]:
-    """Node -> reason, for tensors read by modules that run in training mode only (auxiliary heads).
-
-    Such a module is left as it is, so its input keeps its width.
-    """
+    """Node -> reason, for tensors whose width auxiliary heads, which run in training mode only, rely on."""
     graph = call_graph(model, training=True, example_input=inputs)
     held: dict[str, str] = {}
     for node in graph.nodes if graph is not None else ():

@@ -73,11 +73,7 @@ class ThresholdSearch:
                 return live, connected
 
     def _without_dead(self, masks: Masks) -> tuple[Masks, bool]:
-        """Remove kernels that read nothing or are read by nothing.
-
-        A conv that is called more than once keeps what any of its calls needs. Layers that the traced network
-        does not call keep their own mask.
-        """
+        """Remove kernels that read nothing or are read by nothing, in any call of their layer."""
         if self.network is None:
             return masks, True
         flow = channel_flow(self.network, masks, "pruning")
@@ -106,10 +102,7 @@ class ThresholdSearch:
         return (self._outcome(0)[0], self._outcome(cut - 1)[0]) if cut else None
 
     def best(self, rate: float) -> float:
-        """The smallest beta that prunes at least ``rate``, 0 to 1.
-
-        Raises DSPPruningError for a rate that cannot be reached, with the range that can.
-        """
+        """The smallest beta that prunes at least ``rate``, 0 to 1."""
         # Both the pruned share and whether the network is cut in two are monotone in beta.
         found = self._first_pruning(rate)
         if rate < 1 and found < len(self.betas) and self._outcome(found)[1]:

@@ -282,10 +282,7 @@ class PruneWrapper:
 
 
 def _register_buffers(layer: LayerInfo, n_groups: int) -> None:
-    """Put ``group`` [G, O] and ``mask`` [O, C, 1, 1] on the conv; existing values are kept.
-
-    A ``group`` that was a parameter during group learning becomes a buffer.
-    """
+    """Put the buffers ``group`` [G, O] and ``mask`` [O, C, 1, 1] on the conv; existing values are kept."""
     conv = layer.conv
     # Logits stay in float32 or better: half precision would make ties of what was learned.
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)

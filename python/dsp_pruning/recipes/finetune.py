@@ -139,11 +139,7 @@ def preview(
     *,
     source: str | Path = "the given weights",
 ) -> tuple[tuple[float, float], PruningReport | None]:
-    """Lowest and highest reachable rate, 0..1, and what ``finetune`` would keep at the rate of the config.
-
-    Trains and writes nothing. The report is None if the rate is unreachable.
-    Raises DSPPruningError if no rate is reachable.
-    """
+    """Lowest and highest reachable rate, 0..1, and what ``finetune`` would keep; None for a rate beyond."""
     pruner, _ = _pruner(data, weights, config, source)
     low, high = pruner.reachable()
     return (low, high), pruner.preview(config.prune) if config.prune <= high else None
@@ -168,9 +164,8 @@ def _pruner(
 
 
 def load_pruned(path: str | Path, image_hw: tuple[int, int] = (32, 32)) -> nn.Module:
-    """The masked network in a file that ``finetune`` wrote, in eval mode, ready for ``pack``.
+    """The masked network in a file that ``finetune`` wrote, in eval mode, for images of this size.
 
-    image_hw: height and width of the images.
     Raises DSPFormatError if the file contains no pruned ResNet for CIFAR or of torchvision.
     """
     weights, _ = load_weights(path)

@@ -122,10 +122,7 @@ def start(config: RunConfig, data: TrainingData) -> tuple[nn.Module, TrainingDat
 
 
 def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:
-    """Depth of the CIFAR ResNet that a state dict belongs to, from its names.
-
-    Raises DSPFormatError for the state dict of another network.
-    """
+    """Depth of the CIFAR ResNet that a state dict belongs to. Raises DSPFormatError for another network."""
     blocks = {name.split(".")[1] for name in weights if name.startswith("stage_1.")}
     if not blocks or "conv_1_3x3.weight" not in weights:
         first = ", ".join(list(weights)[:3])

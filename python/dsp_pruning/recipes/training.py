@@ -210,10 +210,7 @@ class Trainer:
             self.model.load_state_dict(self.best["model"])
 
     def conclude(self, recipe: str, extra: Mapping[str, float] | None = None) -> RecipeResult:
-        """Score the model in its current state and write ``model.pt`` and ``summary.json``.
-
-        extra: numbers of the recipe for the summary.
-        """
+        """Score the model and write ``model.pt`` and ``summary.json``, with the numbers in ``extra``."""
         data = self.data
         validation, test = (evaluate(self.model, data, split) for split in (data.validation, data.test))
         path = None if self.directory is None else self.directory / MODEL
