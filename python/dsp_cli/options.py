@@ -10,13 +10,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
-import torch
 import typer
-from torch import Tensor, nn
 
 from dsp_cli.show import print_result, progress_bars
-from dsp_kernels.errors import DSPFormatError, DSPPruningError
-from dsp_kernels.file.save_load import input_channels
+from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import data as datasets
 from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.recipes.run import RunConfig
@@ -74,33 +71,12 @@ Groups = Annotated[int, SETTINGS["groups"]]
 Prune = Annotated[float, SETTINGS["prune"]]
 Seed = Annotated[int, SETTINGS["seed"]]
 Device = Annotated[str, SETTINGS["device"]]
+File = Annotated[Path, typer.Argument(help="A packed network (.safetensors).")]
 ImageSize = Annotated[
     int | None,
     typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size trained on."),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timing samples per network.")]
-
-_USUAL_SIZE = 32  # where neither the file nor the user says how large an image is
-
-
-def check_packed_name(path: Path) -> None:
-    """Raise DSPFormatError for a path with the suffix of another format."""
-    if path.suffix in (".pt", ".pth", ".pt2", ".onnx", ".npz"):
-        raise DSPFormatError(
-            f"{path} would contain safetensors: use .safetensors, or dsp export for another format"
-        )
-
-
-def example_of(model: nn.Module, image_size: int | None = None) -> tuple[tuple[Tensor, ...], bool]:
-    """One image of zeros, of the user's, the file's or a usual size, and further inputs; is it known?"""
-    shapes = getattr(model, "example_shapes", ())
-    further = tuple(torch.zeros(shape) for shape in shapes[1:])
-    channels = shapes[0][1] if shapes else input_channels(model)
-    if image_size is not None:
-        return (torch.zeros(1, channels, image_size, image_size), *further), True
-    if shapes:
-        return (torch.zeros(1, *shapes[0][1:]), *further), bool(getattr(model, "example_given", False))
-    return (torch.zeros(1, channels, _USUAL_SIZE, _USUAL_SIZE),), False
 
 
 @dataclass(frozen=True, kw_only=True)
