@@ -37,8 +37,7 @@ def pack(
     save: Annotated[Path, typer.Option("--save", help="File to write (.safetensors).")],
     image_size: o.ImageSize = None,
     fixed_size: Annotated[
-        bool,
-        typer.Option("--fixed-size", help="Fold more, for images of exactly this size."),
+        bool, typer.Option("--fixed-size", help="Fold more, for images of exactly this size.")
     ] = False,
 ) -> None:
     """Pack a pruned network exactly; the result is compared with it before it is saved."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,23 +66,21 @@ def export_onnx(
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(model, example_input))
     plain = _plain_form(model).cpu().to(dtype)
 
-    def write(temporary: Path) -> None:
-        with torch.no_grad():
-            program = torch.onnx.export(
-                plain,
-                inputs,
-                dynamo=True,
-                opset_version=opset,
-                input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
-                output_names=["output"],
-                dynamic_shapes=_any_batch(inputs),
-                external_data=False,
-                verbose=False,
-            )
+    with _exporting(model, path, plain, inputs) as temporary:
+        program = torch.onnx.export(
+            plain,
+            inputs,
+            dynamo=True,
+            opset_version=opset,
+            input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
+            output_names=["output"],
+            dynamic_shapes=_any_batch(inputs),
+            external_data=False,
+            verbose=False,
+        )
         assert program is not None
         program.save(str(temporary), external_data=False)
-
-    return _write(write, model, path, plain, inputs)
+    return Path(path)
 
 
 def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Path:
@@ -100,13 +99,10 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     torch.Size([5, 8, 6, 6])
     """
     inputs, copied = _two_images(model, example_input), copy.deepcopy(model).eval()
-
-    def write(temporary: Path) -> None:
-        with torch.no_grad():
-            program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
+    with _exporting(model, path, copied, inputs) as temporary:
+        program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
         fill(temporary, partial(torch.export.save, program))
-
-    return _write(write, model, path, copied, inputs)
+    return Path(path)
 
 
 def export_torchscript(model: nn.Module, path: str | Path, example_input: Example) -> Path:
@@ -124,19 +120,17 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     torch.Size([5, 8, 14, 14])
     """
     inputs, plain = _two_images(model, example_input), _plain_form(model)
-
-    def write(temporary: Path) -> None:
+    with _exporting(model, path, plain, inputs) as temporary:
         # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
         network = trace(model, inputs, every_path=True)
         if network.two_ways or network.size_check is not None:
             raise DSPError("what forward() does depends on the number or the size of the images")
-        with torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)
             traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)
         _check_other_sizes(traced, plain, inputs)
         fill(temporary, partial(torch.jit.save, traced))
-
-    return _write(write, model, path, plain, inputs)
+    return Path(path)
 
 
 def _plain_form(model: nn.Module) -> nn.Module:
@@ -241,20 +235,18 @@ def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor
             raise DSPError(f"it would be wrong for images of another size: {error}") from error
 
 
-def _write(
-    write: Callable[[Path], None],
-    model: nn.Module,
-    path: str | Path,
-    exported: nn.Module,
-    inputs: tuple[Tensor, ...],
-) -> Path:
+@contextmanager
+def _exporting(
+    model: nn.Module, path: str | Path, exported: nn.Module, inputs: tuple[Tensor, ...]
+) -> Iterator[Path]:
+    """A temporary file that becomes ``path``, or a DSPError."""
     logger = logging.getLogger("torch.onnx")  # torch reports its progress there, and in warnings
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with whole_file(path) as temporary, warnings.catch_warnings():
+        with whole_file(path) as temporary, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            write(temporary)
+            yield temporary
     except OSError:
         raise
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
@@ -269,4 +261,3 @@ def _write(
         raise DSPError(f"{type(model).__name__} cannot be exported to {path}: {str(error)[:400]}") from error
     finally:
         logger.setLevel(level)
-    return Path(path)

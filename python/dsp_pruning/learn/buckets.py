@@ -93,10 +93,6 @@ class BucketStep:
         self.energy = terms.kernel_energy(self.weight)
         self.soft = terms.Assigned(bucket.assigned())
 
-    def first_slope(self) -> Tensor:
-        """[L, G, O]: gradient of the regulariser by the assignment, at the current weights."""
-        return terms.first_order(self.soft, self.energy)
-
     def penalised(self) -> Tensor:
         """[L, O, C, kh, kw]: the weights after the soft penalty, in the memory format of the layers."""
         share = _per_kernel(self._shrinkage(self.soft, self.energy), self.weight)

@@ -15,8 +15,6 @@ from dsp_pruning.layers import LayerInfo
 # break ties and forgotten after a few steps; the Gumbel noise is a thousand times larger.
 _INITIAL_LOGIT = 1e-3
 
-_ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-12
-
 
 def attach_logits(info: LayerInfo, n_groups: int, generator: torch.Generator) -> nn.Parameter:
     """Make ``conv.group`` [n_groups, O] a parameter without gradient, in float32 or better.
@@ -65,7 +63,7 @@ def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
 def logit_optimizer(logits: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     """The logits' own Adam."""
     # Only the fused form takes a tensor that says whether to skip a step, so that the host need not wait.
-    return torch.optim.Adam(logits, lr, _ADAM_BETAS, _ADAM_EPS, fused=True, capturable=True)
+    return torch.optim.Adam(logits, lr, eps=1e-12, fused=True, capturable=True)
 
 
 def step_logits(

@@ -240,8 +240,7 @@ class GroupWrapper:
 
         Raises DSPTrainingError if any step so far was not finite.
         """
-        if self._not_finite.wait():
-            self._raise_not_finite()
+        self._require_finite(wait=True)
         total, counts = 0.0, torch.zeros(max(layer.logits.shape[0] for layer in self._layers)).double()
         for bucket in self._buckets:
             value, filters = bucket.regulariser()
@@ -277,7 +276,7 @@ class GroupWrapper:
         """Gradient [L, G, O] of each bucket's regulariser by its assignment; overflow of the look-ahead."""
         if self.second_order == "none":
             self._loss = None
-            return [step.first_slope() for step in steps], None
+            return [terms.first_order(step.soft, step.energy) for step in steps], None
         starts = [step.penalised() for step in steps]
         ahead = look_ahead(
             self._network,
@@ -316,11 +315,9 @@ class GroupWrapper:
         ]
         step_logits(self._group_optimizer, logits, each, hold.float())
 
-    def _require_finite(self) -> None:
-        if self._not_finite.seen():
-            self._raise_not_finite()
-
-    def _raise_not_finite(self) -> None:
+    def _require_finite(self, wait: bool = False) -> None:
+        if not (self._not_finite.wait() if wait else self._not_finite.seen()):
+            return
         self._not_finite.clear()
         suspects = [(f"the weight of layer {layer.info.name!r}", layer.weight) for layer in self._layers]
         suspects += [(f"the logits of layer {layer.info.name!r}", layer.logits) for layer in self._layers]

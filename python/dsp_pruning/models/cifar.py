@@ -57,11 +57,7 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(
-    depth: int,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    *,
-    generator: torch.Generator | None = None,
+    depth: int, num_classes: int = 10, in_channels: int = 3, *, generator: torch.Generator | None = None
 ) -> CifarResNet:
     """ResNet for CIFAR: float32 images (batch, in_channels, height, width) -> logits (batch, num_classes).
 

@@ -132,9 +132,7 @@ class PruneWrapper:
         unchanged.
         """
         if not (isinstance(cycle, int) and isinstance(cycles, int) and 0 <= cycle < cycles):
-            raise DSPPruningError(
-                f"cycle {cycle!r} of {cycles!r}: expected 0 to one below the number of cycles"
-            )
+            raise DSPPruningError(f"cycle {cycle!r} of {cycles!r}: expected a cycle from 0 to cycles - 1")
         search = self._search()
         return self._prune(search, search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles))
 

@@ -59,9 +59,7 @@ class DemoResult:
 
 
 def run_demo(
-    directory: Path,
-    config: DemoConfig,
-    progress: Callable[[str], Progress | None] = lambda stage: None,
+    directory: Path, config: DemoConfig, progress: Callable[[str], Progress | None] = lambda stage: None
 ) -> DemoResult:
     """Run every stage.
 
@@ -73,10 +71,7 @@ def run_demo(
     common = asdict(config)
     epochs, groups, prune = (common.pop(name) for name in ("epochs", "groups", "prune"))
     trained = pretrain(
-        data,
-        PretrainConfig(**common, epochs=epochs),
-        directory / "pretrain",
-        progress=progress("pretrain"),
+        data, PretrainConfig(**common, epochs=epochs), directory / "pretrain", progress=progress("pretrain")
     )
     learned = learn_groups(
         data,

@@ -17,8 +17,7 @@ from dsp_pruning.models.imagenet import torchvision_resnet, variant_of
 from dsp_pruning.prune.report import PruningReport
 from dsp_pruning.prune.wrapper import PruneWrapper, Target
 from dsp_pruning.recipes.checkpoint import load_weights, restore_weights
-from dsp_pruning.recipes.run import GroupedConfig, depth_of, start
-from dsp_pruning.recipes.schedules import cosine
+from dsp_pruning.recipes.run import GroupedConfig, cosine, depth_of, start
 from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer, evaluate
 
 

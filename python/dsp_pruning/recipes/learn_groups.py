@@ -14,8 +14,7 @@ from dsp_pruning.data import TrainingData, training_steps
 from dsp_pruning.distributed import world_size
 from dsp_pruning.learn.wrapper import GroupWrapper, SecondOrder
 from dsp_pruning.recipes.checkpoint import restore_weights
-from dsp_pruning.recipes.run import GroupedConfig, start
-from dsp_pruning.recipes.schedules import cosine
+from dsp_pruning.recipes.run import GroupedConfig, cosine, start
 from dsp_pruning.recipes.training import Hook, Precision, Progress, RecipeResult, Trainer
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsp_pruning.data import TrainingData
-from dsp_pruning.recipes.run import RunConfig, start
-from dsp_pruning.recipes.schedules import multi_step
+from dsp_pruning.recipes.run import RunConfig, multi_step, start
 from dsp_pruning.recipes.training import Progress, RecipeResult, Trainer
 
 
@@ -34,11 +33,6 @@ def pretrain(
     directory: gets checkpoints, ``metrics.csv``, ``summary.json`` and ``model.pt`` = [state_dict, accuracy].
     resume: continue from the last checkpoint in it.
     Raises DSPTrainingError if the loss is not finite or the checkpoint has other settings.
-
-    >>> from dsp_pruning.data import load_digits
-    >>> result = pretrain(load_digits(size=8), PretrainConfig(depth=8, epochs=1, device="cpu"))
-    >>> len(result.history), result.test.n
-    (1, 544)
     """
     model, data = start(config, data)
     schedule = multi_step(config.epochs, warmup_epochs=config.warmup_epochs)

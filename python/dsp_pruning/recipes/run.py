@@ -1,9 +1,10 @@
-"""What the recipes share: settings, device, network, and the names of the files that a run leaves."""
+"""What the recipes share: settings, device, network, learning rate schedules, names of files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +19,8 @@ from dsp_pruning.distributed import local_rank
 from dsp_pruning.layers import GroupCount, select_layers
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
+
+Schedule = Callable[[int], float]  # epoch, counted from 0 -> factor of the base learning rate
 
 MODEL, SUMMARY, METRICS = "model.pt", "summary.json", "metrics.csv"
 
@@ -119,6 +122,33 @@ def start(config: RunConfig, data: TrainingData) -> tuple[nn.Module, TrainingDat
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device), data.to(device)
+
+
+def multi_step(epochs: int, *, warmup_epochs: int = 0) -> Schedule:
+    """1, 0.1 after half of the epochs and 0.01 after three quarters; 0.25 in the warm-up epochs.
+
+    >>> factor = multi_step(100, warmup_epochs=2)
+    >>> [round(factor(epoch), 4) for epoch in (0, 2, 50, 75)]
+    [0.25, 1.0, 0.1, 0.01]
+    """
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup_epochs:
+            return 0.25
+        return 0.1 ** sum(epoch >= share * epochs for share in (0.5, 0.75))
+
+    return factor
+
+
+def cosine(epochs: int, *, cycles: int = 1) -> Schedule:
+    """Half a cosine from 1 towards 0, repeated ``cycles`` times (Loshchilov and Hutter 2017).
+
+    >>> factor = cosine(10, cycles=2)
+    >>> [round(factor(epoch), 4) for epoch in (0, 4, 5)]
+    [1.0, 0.0955, 1.0]
+    """
+    length = epochs / cycles
+    return lambda epoch: 0.5 * (1 + math.cos(math.pi * (epoch % length) / length))
 
 
 def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:

@@ -21,25 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dsp_kernels.errors import DSPTrainingError
 from dsp_kernels.graph.network import evaluating
 from dsp_kernels.whole_file import write_text
-from dsp_pruning.data import (
-    FolderSplit,
-    Split,
-    TrainingData,
-    evaluation_batches,
-    training_batches,
-    training_steps,
-)
-from dsp_pruning.distributed import (
-    all_reduce_mean,
-    broadcast_tensors,
-    is_distributed,
-    is_main,
-    rank,
-    world_size,
-)
+from dsp_pruning import distributed
+from dsp_pruning.data import FolderSplit, Split, TrainingData
+from dsp_pruning.data.batches import evaluation_batches, training_batches, training_steps
+from dsp_pruning.distributed import is_main, rank, world_size
 from dsp_pruning.recipes.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint, save_weights
-from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig
-from dsp_pruning.recipes.schedules import Schedule
+from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig, Schedule
 
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -71,7 +58,7 @@ def evaluate(model: Callable[[Tensor], Tensor], data: TrainingData, split: Split
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     sums = torch.tensor([correct, loss], dtype=torch.float64)
-    all_reduce_mean([sums])
+    distributed.all_reduce_mean([sums])
     accuracy, mean_loss = (sums * world_size() / len(split)).tolist()
     return Score(accuracy, mean_loss, len(split))
 
@@ -176,7 +163,7 @@ class Trainer:
             self._resume()
         elif not self.history:
             self._save()
-        if self.epoch < self.config.epochs and is_distributed():
+        if self.epoch < self.config.epochs and distributed.is_distributed():
             device = next(self.model.parameters()).device
             self._forward = DistributedDataParallel(
                 self.model, device_ids=[device] if device.type == "cuda" else None
@@ -188,7 +175,7 @@ class Trainer:
             for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base * factor
             loss, accuracy = self._train_epoch(progress)
-            broadcast_tensors(list(self.model.buffers()))  # batch norm statistics differ between processes
+            distributed.broadcast_tensors(list(self.model.buffers()))  # processes differ in statistics
             score = evaluate(self.model, self.data, self.data.validation)
             self.epoch += 1
             self.history.append(
@@ -277,7 +264,7 @@ class Trainer:
                 shown = f"epoch {self.epoch + 1}/{self.config.epochs}, loss {total_loss / seen:.3f}"
                 progress(self.epoch * self._steps + step, self.config.epochs * self._steps, shown)
         sums = torch.tensor([total_loss, correct, seen], dtype=torch.float64)
-        all_reduce_mean([sums])
+        distributed.all_reduce_mean([sums])
         total_loss, correct_all, seen_all = sums.tolist()
         return total_loss / seen_all, correct_all / seen_all
 

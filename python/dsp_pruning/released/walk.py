@@ -79,10 +79,7 @@ class _Walk:
         self.placed: set[str] = set()
         self.pooled = False
         network, images = _names(graph.inputs())
-        self.values: dict[str, Any] = {
-            network: _Owner(""),
-            images: _Image(self.graph.placeholder("x"), None),
-        }
+        self.values: dict[str, Any] = {network: _Owner(""), images: _Image(self.graph.placeholder("x"), None)}
 
     def step(self, call: Any) -> None:
         """Follow a ``torch._C.Node``."""
