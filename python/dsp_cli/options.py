@@ -58,7 +58,8 @@ SETTINGS: dict[str, Any] = {
     "seed": typer.Option("--seed", help="Of initial weights, splits, shuffling and noise."),
     "device": typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto."),
 }
-_CHOICES = {
+# Types for typer where the field has another one.
+_TYPES = {
     "arch": StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152"),
     "precision": StrEnum("Precision", "float32 bfloat16 float16"),
     "second_order": StrEnum("SecondOrder", "exact none original"),
@@ -155,7 +156,7 @@ def run_command(kind: type[RunConfig]) -> Callable[[Callable[..., None]], Callab
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=getattr(kind, name, None),
-            annotation=Annotated[_CHOICES.get(name, types[name]), option],
+            annotation=Annotated[_TYPES.get(name, types[name]), option],
         )
         for name, option in SETTINGS.items()
         if name in types
