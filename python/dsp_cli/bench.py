@@ -24,7 +24,7 @@ from dsp_pruning.recipes.run import pick_device
 
 
 def bench(
-    file: Annotated[Path, typer.Argument(help="A packed network (.safetensors).")],
+    file: o.File,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", help="Batch size; repeatable. Default: 1 and 32.")
     ] = None,
@@ -70,7 +70,6 @@ def bench(
             form=form,
             mode=mode,
             rounds=rounds,
-            threads=None,
             seed=seed,
             device=str(pick_device(device)),
             isolate=isolate,

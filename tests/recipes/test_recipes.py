@@ -17,8 +17,7 @@ from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights, restor
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune, load_pruned
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
-from dsp_pruning.recipes.run import depth_of
-from dsp_pruning.recipes.schedules import cosine, multi_step
+from dsp_pruning.recipes.run import cosine, depth_of, multi_step
 from dsp_pruning.recipes.training import evaluate
 
 
