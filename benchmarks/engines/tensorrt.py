@@ -14,7 +14,7 @@ from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.whole_file import write_bytes
 
 from .base import Engine, Runner, module_available
-from .cuda_graph import capture
+from .cuda_graph import replayed
 from .onnx_engines import INPUT, OUTPUT, onnx_bytes
 
 _WORKSPACE_BYTES = 4 << 30
@@ -45,27 +45,17 @@ class TensorRT(Engine):
         plan = build_engine(onnx_bytes(model, example, self.dtype), gpu)
         engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan)
         context = engine.create_execution_context()
-        static_input = example.to(self.dtype).contiguous().clone()
         shape = tuple(engine.get_tensor_shape(OUTPUT))
-        static_output = torch.empty(shape, dtype=self.dtype, device=example.device)
-        context.set_tensor_address(INPUT, static_input.data_ptr())
-        context.set_tensor_address(OUTPUT, static_output.data_ptr())
+        output = torch.empty(shape, dtype=self.dtype, device=example.device)
+        context.set_tensor_address(OUTPUT, output.data_ptr())
 
-        def execute() -> Tensor:
+        def execute(x: Tensor) -> Tensor:
+            context.set_tensor_address(INPUT, x.data_ptr())
             if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
                 raise DSPBackendError("TensorRT could not enqueue the network")
-            return static_output
+            return output
 
-        graph, _ = capture(execute)
-
-        def run(x: Tensor) -> Tensor:
-            static_input.copy_(x)
-            graph.replay()
-            return static_output.float()
-
-        # The context and engine must outlive the graph that holds their kernels.
-        run.keep = (engine, context)  # type: ignore[attr-defined]
-        return run
+        return replayed(execute, example, self.dtype, torch.contiguous_format)
 
 
 def build_engine(network: bytes, gpu: str) -> bytes:

@@ -18,38 +18,16 @@ import torch
 # 12 independent accumulators hide the latency of the multiply-add (4 cycles, 2 per cycle on current cores)
 # and leave registers for the operands, even with 16 registers.
 _SOURCE = """
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-typedef float vec __attribute__((vector_size(BYTES)));
-#define ALL(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
+typedef float vec __attribute__((vector_size(__BIGGEST_ALIGNMENT__)));
 double fma_flops(long turns, float *out) {
-  vec a = {}, b = {};
+  vec s[12], a = {}, b = {};
   a += 0.999f; b += 0.001f;
-#define START(i) vec s##i = b + (float)i;
-  ALL(START)
-  for (long t = 0; t < turns; ++t) {
-#define STEP(i) s##i = s##i * a + b; __asm__ volatile("" : KEEP(s##i));
-#define KEEP(x) "+x"(x)
-#if BYTES == 64
-#undef KEEP
-#define KEEP(x) "+v"(x)
-#endif
-#if !defined(__x86_64__)
-#undef STEP
-#define STEP(i) s##i = s##i * a + b;
-#endif
-    ALL(STEP)
-  }
-  vec s = b;
-#define SUM(i) s += s##i;
-  ALL(SUM)
-  for (int i = 0; i < BYTES / 4; ++i) out[i] = s[i];
-  return 12.0 * 2.0 * (BYTES / 4) * turns;
+  for (int i = 0; i < 12; ++i) s[i] = b + (float)i;
+  for (long t = 0; t < turns; ++t)
+    for (int i = 0; i < 12; ++i) s[i] = s[i] * a + b;
+  for (int i = 1; i < 12; ++i) s[0] += s[i];
+  for (int i = 0; i < (int)sizeof(vec) / 4; ++i) out[i] = s[0][i];
+  return 12.0 * 2.0 * (sizeof(vec) / 4) * turns;
 }
 """
 _PROBE_SIZE = 256

@@ -37,8 +37,8 @@ class Row:
 
     engine: str
     batch: int
-    samples: Samples | None
-    difference: float | None
+    samples: Samples | None = None
+    difference: float | None = None
     status: str = "ok"
     reason: str = ""
     form: str = ""

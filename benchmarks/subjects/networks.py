@@ -24,7 +24,6 @@ from dsp_pruning.models import cifar_resnet
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.released.arrays import read_released_arrays
 
-from ..measure.accuracy import Labelled
 from ..measure.floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
@@ -48,7 +47,7 @@ def shared_folder() -> Path:
 
 @dataclass(frozen=True)
 class NetworkSource:
-    """What to measure, as plain data, so that another process can build the same network.
+    """What to measure.
 
     name: a released network (``resnet56_g4``), an architecture with a shared structure (``resnet50_g2_80``),
     an architecture (``cifar_resnet56``, ``resnet50``) or a file (.npz of a released network, .safetensors of
@@ -60,6 +59,14 @@ class NetworkSource:
     structure: str | None = None
     image_size: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """images: (n, channels, height, width), float32, normalised as in training; labels: (n,), int64."""
+
+    images: Tensor
+    labels: Tensor
 
 
 class Network:

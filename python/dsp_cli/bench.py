@@ -44,7 +44,6 @@ def bench(
     profile: Annotated[
         str | None, typer.Option("--profile", help="FORM/ENGINE: only show its time per layer.")
     ] = None,
-    isolate: Annotated[bool, typer.Option("--isolate", help="Run each engine in its own process.")] = False,
     short: Annotated[
         bool,
         typer.Option("--short/--full", help="Run engines that are slow to build at one batch size only."),
@@ -70,10 +69,8 @@ def bench(
             form=form,
             mode=mode,
             rounds=rounds,
-            threads=None,
             seed=seed,
             device=str(pick_device(device)),
-            isolate=isolate,
             short=short,
             seconds=seconds,
             profile=profile,

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dsp_benchmarks.cases import Case, build_case, case_input, choose_cases
+from dsp_benchmarks.cases import Case, accuracy, build_case, case_input, choose_cases
 from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.engines.fused import Fused
-from dsp_benchmarks.measure.accuracy import Labelled, accuracy
 from dsp_benchmarks.run import run_cases
-from dsp_benchmarks.subjects.networks import Network, NetworkSource, load_network
+from dsp_benchmarks.subjects.networks import Labelled, Network, NetworkSource, load_network
 from fakes import QUICK
 from torch import Tensor
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bench_rows import SMALL
 from dsp_benchmarks.cases import Case, build_case, case_input
-from dsp_benchmarks.kernels.shapes import layers
+from dsp_benchmarks.kernels.test_convs import layers
 from dsp_benchmarks.measure.floors import compulsory_bytes, part_floor, program_of
 from dsp_benchmarks.measure.peaks import Peaks, measure_peaks
 from dsp_benchmarks.measure.samples import Samples

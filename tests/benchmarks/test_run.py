@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
-from contextlib import closing
 
 import pytest
 import torch
-from bench_rows import SMALL
 from dsp_benchmarks.cases import (
     Case,
     allowed_difference,
@@ -20,7 +16,6 @@ from dsp_benchmarks.cases import (
     default_cases,
 )
 from dsp_benchmarks.engines import ENGINES
-from dsp_benchmarks.measure.isolation import IsolatedEngine
 from dsp_benchmarks.run import run_cases, time_runners
 from dsp_benchmarks.subjects.networks import Network
 from fakes import QUICK, FakeEngine
@@ -122,18 +117,6 @@ def test_a_short_plan_builds_slow_engines_once(network: Network, monkeypatch: py
 def test_the_input_is_the_same_everywhere(network: Network) -> None:
     assert torch.equal(case_input(network, 3, 7), case_input(network, 3, 7))
     assert not torch.equal(case_input(network, 3, 7), case_input(network, 3, 8))
-
-
-def test_an_isolated_engine_answers_from_its_own_process_and_says_that_it_died() -> None:
-    with closing(IsolatedEngine(SMALL, Case("packed", "torch"), 2)) as engine:
-        assert engine.row.status == "ok"
-        assert engine.row.difference == 0.0
-        assert engine.warm_up(0.0) > 0
-        assert len(engine.burst(1, 3, 1)) == 3
-        assert engine.pid != os.getpid()
-        os.kill(engine.pid, signal.SIGKILL)
-        with pytest.raises(DSPBackendError, match="the process of packed/torch failed"):
-            engine.burst(1, 3, 1)
 
 
 def test_choosing_cases() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from dsp_benchmarks.measure.cuda_timing import device_times
 from dsp_benchmarks.measure.samples import Samples
-from dsp_benchmarks.measure.timing import LocalTimer, TimingRules, measure
+from dsp_benchmarks.measure.timing import Timer, TimingRules, measure
 from fakes import Clock
 
 from dsp_kernels.errors import DSPBackendError
@@ -17,8 +17,8 @@ from dsp_kernels.errors import DSPBackendError
 
 def test_each_engine_reads_its_own_time(clock: Clock) -> None:
     timers = {
-        "slow": LocalTimer(lambda: clock.spend(0.25)),
-        "fast": LocalTimer(lambda: clock.spend(0.125)),
+        "slow": Timer(lambda: clock.spend(0.25)),
+        "fast": Timer(lambda: clock.spend(0.125)),
     }
     samples = measure(timers, TimingRules(rounds=4, warmup=0.5))
     assert samples["slow"].seconds == (0.25,) * 4
@@ -37,7 +37,7 @@ def test_a_turn_is_a_gap_warm_calls_and_as_many_timed_calls_as_fit(clock: Clock)
         gaps = len(clock.slept)
 
     rules = TimingRules(rounds=3, warmup=0, burst=2**-6, warm_calls=2, settle=3 * 2**-8, gap=0.5)
-    samples = measure({"one": LocalTimer(call)}, rules)
+    samples = measure({"one": Timer(call)}, rules)
     assert samples["one"].per_round == 4
     assert samples["one"].seconds == (2**-8,) * 12  # the slow call was a warm one
     assert next(calls) == 2 + 3 * (3 + 4)  # three warm calls fill the time to settle
@@ -64,7 +64,7 @@ def test_one_sample_is_the_mean_of_repeated_calls(
         next(calls)
         clock.spend(once)
 
-    samples = measure({"one": LocalTimer(call)}, rules)
+    samples = measure({"one": Timer(call)}, rules)
     assert samples["one"].seconds == pytest.approx((once,) * 3)
     assert next(calls) == warm + 3 * repeats
 
@@ -76,7 +76,7 @@ def test_the_rounds_of_a_slow_engine_fit_the_time_and_below_eight_it_is_left_out
         next(calls)
         clock.spend(1)
 
-    timers = {"one": LocalTimer(call)}
+    timers = {"one": Timer(call)}
     rules = TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=9)
     assert measure(timers, rules)["one"].n == 8
     assert next(calls) == 1 + 8  # a long call is warmed up once and has no warm call in its turns
@@ -86,8 +86,8 @@ def test_the_rounds_of_a_slow_engine_fit_the_time_and_below_eight_it_is_left_out
 
 
 def test_the_first_engines_are_kept_and_later_ones_if_they_fit(clock: Clock) -> None:
-    def timer(seconds: float) -> LocalTimer:
-        return LocalTimer(lambda: clock.spend(seconds))
+    def timer(seconds: float) -> Timer:
+        return Timer(lambda: clock.spend(seconds))
 
     timers = {"slow": timer(1), "as slow": timer(1), "quick": timer(0.1)}
     rules = TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=14)
@@ -96,7 +96,7 @@ def test_the_first_engines_are_kept_and_later_ones_if_they_fit(clock: Clock) -> 
 
 def test_a_machine_that_slows_down_ends_the_rounds_early(clock: Clock) -> None:
     calls = itertools.count()
-    timer = LocalTimer(lambda: clock.spend(1 if next(calls) < 5 else 2))
+    timer = Timer(lambda: clock.spend(1 if next(calls) < 5 else 2))
     samples = measure({"one": timer}, TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=21))
     assert 8 <= samples["one"].n < 20
     assert clock.now <= 2 * 21
@@ -110,7 +110,7 @@ def test_a_round_runs_every_engine_once_in_a_random_order_of_the_seed(clock: Clo
             seen.append(name)
             clock.spend(1)
 
-        timers = {name: LocalTimer(lambda name=name: call(name)) for name in "abcd"}
+        timers = {name: Timer(lambda name=name: call(name)) for name in "abcd"}
         measure(timers, TimingRules(rounds=20, warmup=0, warm_calls=0, seed=seed))
         return seen[4:]  # after the warm-up: one call of each, they are long
 
@@ -129,7 +129,7 @@ def test_the_clock_stops_after_the_device_has_finished(clock: Clock) -> None:
         while queued:
             clock.spend(queued.pop())
 
-    timer = LocalTimer(lambda: queued.append(0.5), synchronize)
+    timer = Timer(lambda: queued.append(0.5), synchronize)
     assert measure({"queues": timer}, TimingRules(rounds=2, warmup=0))["queues"].seconds == (0.5, 0.5)
 
 
