@@ -55,7 +55,7 @@ _STRONGEST = ("openvino", "onnxruntime", "cudnn-fused-fp16", "cuda-graph-fp16")
 _CPU = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
 _GPU = ("cuda-graph", "cuda-graph-fp16", "cudnn-fused-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
 _COMPILED = ("compile", "compile-autotune", "compile-freezing", "compile-autotune-fp16")
-_FUSED = tuple(name for name in ENGINES if name.startswith("fused"))
+_FUSED = tuple(name for name in ENGINES if name.startswith("fused:"))
 _PLAN = {
     "dense": ("torch", *_CPU, *_COMPILED, *_GPU),
     "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),

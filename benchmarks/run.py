@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPVerificationError
-
-from .cases import Case, build_case, case_input, check
+from .cases import Case, build_case, case_input
 from .engines import ENGINES, Runner
 from .measure.cuda_timing import device_times
 from .measure.floors import compulsory_bytes, part_floor
@@ -121,31 +119,6 @@ def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row
             row = replace(row, floor=floor, moved=moved)
         made.append(row)
     return made
-
-
-def time_runners(
-    runners: Mapping[str, Runner],
-    x: Tensor,
-    expected: Tensor,
-    allowed: float,
-    *,
-    unchecked: Sequence[str] = (),
-    rules: TimingRules | None = None,
-) -> list[Row]:
-    """Check callables on ``x``, then time all of them side by side.
-
-    x: (batch, channels, height, width); expected: (batch, classes); allowed: the largest difference from it.
-    unchecked: callables that are another network, shown for their speed alone.
-    Raises DSPVerificationError before anything is timed.
-    """
-    differences: dict[str, float | None] = dict.fromkeys(runners)
-    for name, run in runners.items():
-        if name not in unchecked:
-            differences[name], wrong = check(name, run, x, expected, allowed)
-            if wrong:
-                raise DSPVerificationError(wrong)
-    samples = measure({name: _timer(run, x) for name, run in runners.items()}, rules)
-    return [Row(name, len(x), samples[name], differences[name]) for name in runners]
 
 
 def _timer(run: Runner, x: Tensor) -> Timer:

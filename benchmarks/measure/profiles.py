@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -128,7 +129,6 @@ def _layer_floors(model: nn.Module, x: Tensor, peaks: Peaks, dtype: torch.dtype)
 
 def _module_path(part: str) -> str:
     """Of a part named by module path, or as the ONNX exporter does: /stage_1/stage_1.0/conv_a/Conv ..."""
-    *scopes, operation = part.split("/")
-    if scopes and operation.startswith(("Conv", "Gemm")):
-        return ".".join(scope.rpartition(".")[2] for scope in scopes[1:])
+    if found := re.match(r"/(.+?)/(?:Conv|Gemm)", part):
+        return ".".join(scope.rpartition(".")[2] for scope in found[1].split("/"))
     return part

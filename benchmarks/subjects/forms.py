@@ -48,7 +48,7 @@ def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
     """
     model = copy.deepcopy(dense).eval()
     network = trace(model, example)
-    pairs = inner_pairs(network)
+    pairs = _inner_pairs(network)
     costs = {
         node.name: node.module.get_parameter("weight").numel() * math.prod(node.shape[2:])
         for node in network.of_kind("conv", "linear")
@@ -71,7 +71,7 @@ def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
     return compacted(pack(model, example))
 
 
-def inner_pairs(network: TracedNetwork) -> list[tuple[TracedNode, list[TracedNode], TracedNode]]:
+def _inner_pairs(network: TracedNetwork) -> list[tuple[TracedNode, list[TracedNode], TracedNode]]:
     """(conv, nodes between, conv) where the second is the only reader of the first."""
     pairs = []
     for first in network.of_kind("conv"):

@@ -211,12 +211,13 @@ def _short(name: str, most: int) -> str:
 
 
 def _output_sizes(model: nn.Module, example_input: Example) -> dict[nn.Module, tuple[int, int]]:
-    """(height, width) of the output of each convolution and linear layer; (1, 1) for a linear one."""
+    """(height, width) of the output of each convolution; (1, vectors per image) of a linear layer."""
     sizes: dict[nn.Module, tuple[int, int]] = {}
     inputs = as_inputs(example_input)
 
     def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        sizes[module] = (output.shape[2], output.shape[3]) if output.ndim == 4 else (1, 1)
+        linear = isinstance(module, nn.Linear)
+        sizes[module] = (1, output[0, ..., 0].numel()) if linear else (output.shape[2], output.shape[3])
 
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating(model))

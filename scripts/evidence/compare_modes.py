@@ -45,17 +45,17 @@ class Variant:
     """groups: ``learned``, ``contiguous``, ``random``, or ``none``: filters by magnitude, no penalty."""
 
     label: str
-    second_order: SecondOrder
     groups: str
+    second_order: SecondOrder = "none"
 
 
-VARIANTS: dict[str, Variant] = {
-    "none": Variant("learned groups, mode `none`", "none", "learned"),
-    "exact": Variant("learned groups, mode `exact`", "exact", "learned"),
-    "original": Variant("learned groups, mode `original`", "original", "learned"),
-    "filters": Variant("filter pruning by magnitude", "none", "none"),
-    "contiguous": Variant("fixed contiguous groups", "none", "contiguous"),
-    "random": Variant("fixed random groups", "none", "random"),
+VARIANTS = {
+    "none": Variant("learned groups, mode `none`", "learned"),
+    "exact": Variant("learned groups, mode `exact`", "learned", "exact"),
+    "original": Variant("learned groups, mode `original`", "learned", "original"),
+    "filters": Variant("filter pruning by magnitude", "none"),
+    "contiguous": Variant("fixed contiguous groups", "contiguous"),
+    "random": Variant("fixed random groups", "random"),
 }
 
 
@@ -96,7 +96,7 @@ def compare(
         raise DSPTrainingError(f"{directory} contains a comparison with other settings: {found}")
     write_text(path, json.dumps(settings, indent=2) + "\n")
 
-    common: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "batch_size")}
+    common: dict[str, Any] = {"depth": config.depth, "batch_size": config.batch_size}
     common |= {"device": "cpu", "channels_last": True}
     pretraining = PretrainConfig(epochs=config.dense_epochs, seed=0, **common)
     dense = _once(directory / "dense", partial(pretrain, data, pretraining), stage("dense"))
@@ -125,17 +125,11 @@ def compare(
             learned = _once(folder / "learn", run, stage(f"{name}, seed {seed}: learn"))
             run = partial(finetune, data, learned["weights"], pruning)
             pruned = _once(folder / "finetune", run, stage(f"{name}, seed {seed}: finetune"))
-            rows.append(
-                {
-                    "variant": name,
-                    "seed": seed,
-                    "pruned_flops": pruned["pruned_flops"],
-                    "pruned_params": pruned["pruned_params"],
-                    "just_pruned": pruned["accuracy_before_finetuning"],
-                    "accuracy": pruned["test"]["accuracy"],
-                    "learn_seconds": learned["seconds"],
-                }
-            )
+            row = {"variant": name, "seed": seed}
+            row |= {what: pruned[what] for what in ("pruned_flops", "pruned_params")}
+            row |= {"just_pruned": pruned["accuracy_before_finetuning"]}
+            row |= {"accuracy": pruned["test"]["accuracy"], "learn_seconds": learned["seconds"]}
+            rows.append(row)
             accuracy = dense["test"]["accuracy"]
             content = {"config": asdict(config), "data": data.name, "dense": accuracy, "rows": rows}
             write_text(directory / RESULTS, json.dumps(content, indent=2) + "\n")

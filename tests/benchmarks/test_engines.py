@@ -92,11 +92,6 @@ def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> No
     assert ENGINES["compile"].available() == (False, "Inductor finds no C++ compiler (no compiler found)")
 
 
-def test_a_missing_torchscript_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.jit, "optimize_for_inference")
-    assert ENGINES["torchscript-opt"].available() == (False, "this torch has no TorchScript")
-
-
 def test_a_processor_without_bfloat16_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     openvino = pytest.importorskip("openvino")
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])

@@ -24,7 +24,7 @@ from torch import nn
 
 import dsp_kernels
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.errors import DSPFormatError, DSPPruningError
+from dsp_kernels.errors import DSPFormatError
 from dsp_pruning.data import normalise
 from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet
@@ -77,7 +77,7 @@ def test_a_form_that_was_built_in_inference_mode_can_be_trained(form: str) -> No
     assert not fresh.example.is_inference()
 
 
-@pytest.mark.parametrize(("groups", "rate"), [(1, 0.5), (2, 0.7), (4, 0.6)])
+@pytest.mark.parametrize(("groups", "rate"), [(1, 0.5), (2, 0.8), (4, 0.6)])
 def test_a_random_structure_has_its_groups_and_its_rate(groups: int, rate: float) -> None:
     dense = cifar_resnet(20).eval()
     packed = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed=1)
@@ -92,14 +92,14 @@ def test_a_random_structure_has_its_groups_and_its_rate(groups: int, rate: float
         for conv in (block.conv_a, block.conv_b)
     )
     total, left = network_cost(dense, EXAMPLE).macs - outside, network_cost(packed, EXAMPLE).macs - outside
-    if rate >= 0.6:
-        assert 1 - left / total == pytest.approx(rate, abs=0.03)
+    assert 1 - left / total == pytest.approx(rate, abs=0.01)
     again = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed=1)
     other = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed=2)
     structures = [
         [m.structure for m in net.modules() if isinstance(m, PackedConv2d)] for net in (packed, again, other)
     ]
-    assert structures[0] == structures[1] != structures[2]
+    assert structures[0] == structures[1]
+    assert groups == 1 or structures[0] != structures[2]
 
 
 def test_a_structure_from_a_file(shared: Path) -> None:
@@ -123,11 +123,6 @@ def test_a_structure_of_another_network_is_refused(tmp_path: Path) -> None:
         np.savez(tmp_path / "s.npz", meta="{}", **arrays)
         with pytest.raises(DSPFormatError, match=words):
             apply_structure(cifar_resnet(8), EXAMPLE, str(tmp_path / "s.npz"))
-
-
-def test_an_impossible_rate_is_refused() -> None:
-    with pytest.raises(DSPPruningError, match=r"rate 0\.1"):
-        apply_structure(cifar_resnet(8), EXAMPLE, "random:g=2,rate=0.1")
 
 
 def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
