@@ -24,9 +24,9 @@ _RULE = re.compile(r"random:g=(\d+),rate=(0?\.\d+)")
 def apply_structure(dense: nn.Module, example: Tensor, structure: str, seed: int = 0) -> nn.Module:
     """A packed copy of ``dense`` with this structure.
 
-    example: (1, channels, height, width). structure: ``random:g=2,rate=0.8`` (filters in random groups, pruned
-    by ``PruneWrapper``; rate is the share of the grouped layers' FLOPs that is removed) or an .npz file with
-    ``<conv>.<g>.in_index`` and ``.out_index``.
+    example: (1, channels, height, width). structure: ``random:g=2,rate=0.8`` (filters in random groups,
+    pruned by ``PruneWrapper``; rate is the share of the grouped layers' FLOPs that is removed) or an .npz
+    file with ``<conv>.<g>.in_index`` and ``.out_index``.
     Raises DSPFormatError for another text or a file that does not fit, DSPPruningError for a rate out of
     reach.
     """

@@ -9,8 +9,9 @@ from typing import Annotated
 import torch
 import typer
 from dsp_benchmarks.cases import Case
+from dsp_benchmarks.measure.environment import environment
 from dsp_benchmarks.measure.timing import TimingRules
-from dsp_benchmarks.report.results import Row, write_json
+from dsp_benchmarks.report.results import Result, Row, Run, write_result
 from dsp_benchmarks.run import run_cases
 from dsp_benchmarks.subjects.networks import Network
 from rich.table import Table
@@ -55,7 +56,8 @@ def demo(
     if bad := [f"{row.engine}: {row.reason}" for row in rows if row.samples is None]:
         raise DSPVerificationError("; ".join(bad))
     picture = draw_structures(result.packed, save_dir / "structure.png", f"ResNet-{config.depth}, digits")
-    raw = write_json(save_dir / "latency.json", rows, net=f"resnet{config.depth}_digits")
+    run = Run(f"resnet{config.depth}_digits", network.label, "latency", None, tuple(rows))
+    raw = write_result(save_dir / "latency.json", Result(environment(), None, (run,)))
     console.print(_table(result, config, rows))
     seconds = time.perf_counter() - started
     console.print(f"{result.path}, {picture}, {raw}; {seconds:.0f} s in total", soft_wrap=True)

@@ -1,6 +1,6 @@
 """Pack every network of the zoo, or the named ones, and print a table.
 
-``python scripts/zoo/run.py --out docs/notes/zoo.md``. The exit status is 1 if a network fails or is not exact.
+``python scripts/zoo/run.py --out docs/notes/zoo.md``. Exit status 1 if a network fails or is not exact.
 """
 
 from __future__ import annotations

@@ -20,13 +20,7 @@ ENVIRONMENT: dict[str, Any] = {
     "cpu_capability": "AVX512",
     "device": "cpu",
 }
-PEAKS: dict[str, Any] = {
-    "flops": {"float32": 4e11},
-    "bandwidth": 3e10,
-    "launch": 0.0,
-    "threads": 2,
-    "how": {},
-}
+PEAKS: dict[str, Any] = {"flops": {"float32": 4e11}, "bandwidth": 3e10, "launch": 0.0}
 
 
 def made_samples(median: float, rounds: int = 20, per_round: int = 3, seed: int = 0) -> Samples:

@@ -14,7 +14,7 @@ from torch import nn
 
 from dsp_kernels.errors import DSPError
 
-PEAKS = Peaks({"float32": 1e12, "bfloat16": 2e12}, 1e11, 0.0, 1, {})
+PEAKS = Peaks({"float32": 1e12, "bfloat16": 2e12}, 1e11)
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])

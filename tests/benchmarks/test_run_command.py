@@ -22,7 +22,7 @@ SMALL_FLAGS = ["--net", SMALL.name, "--structure", str(SMALL.structure)]
 @pytest.fixture
 def known_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring them takes seconds."""
-    monkeypatch.setattr(cli, "measure_peaks", lambda *_: Peaks({"float32": 1e11}, 1e10, 0.0, 1, {}))
+    monkeypatch.setattr(cli, "measure_peaks", lambda *_: Peaks({"float32": 1e11}, 1e10))
 
 
 @pytest.mark.usefixtures("known_peaks")
