@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .report.page import html_page
 from .report.plots import draw_plots
 from .report.results import Result, Run, read_result, write_result
 from .report.tables import COLUMNS, cells, machine, markdown, put_into_readme
-from .run import Budget, run_cases, with_floors
+from .run import run_cases, time_shares, with_floors
 from .subjects.networks import FORMS, Network, NetworkSource, load_network, shared_folder
 
 _HERE = Path(__file__).resolve().parent
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.function(options)
-    except (DSPError, OSError) as error:  # OSError: a file that does not exist or may not be written
+    except (DSPError, OSError, ImportError) as error:  # also a missing file, and a missing package
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -128,7 +128,7 @@ def run(options: Namespace) -> int:
     seconds = options.seconds or (_SHORT_SECONDS if options.short else None)
     if seconds is not None:
         seconds = max(0.0, seconds - _RESERVE - (time.perf_counter() - started))
-    budget = Budget(seconds, _weights([network for _, network, _ in parts], cases, options))
+    budget = time_shares(seconds, _weights([network for _, network, _ in parts], cases, options))
     measured = _run_parts(parts, cases, options, budget)
     # Measured again at the end: a busy machine would make floors that engines beat.
     peaks = before.best(measure_peaks(options.device, _dtypes(cases)))
@@ -151,7 +151,10 @@ def run(options: Namespace) -> int:
 
 
 def _run_parts(
-    parts: Sequence[tuple[NetworkSource, Network, str]], cases: list[Case], options: Namespace, budget: Budget
+    parts: Sequence[tuple[NetworkSource, Network, str]],
+    cases: list[Case],
+    options: Namespace,
+    budget: Iterator[float],
 ) -> list[Run]:
     """Measure each network in its mode, with a progress bar on a terminal."""
     from tqdm import tqdm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -32,20 +32,20 @@ def run_cases(
     *,
     device: str = "cpu",
     short: bool = False,
-    budget: Budget | None = None,
+    budget: Iterator[float] | None = None,
     step: Callable[[str], object] = lambda text: None,
 ) -> list[Row]:
     """One row for each case and batch size; a case that cannot run or is wrong is a row with the reason.
 
-    short: engines that are slow to build are built for the middle batch size only. budget: its next parts are
-    these batch sizes. What does not fit into a part is a row that says so; only key cases (``Case.is_key``)
-    are timed in any case. step: receives what is being done, once for each case and round of a batch size.
+    short: engines that are slow to build are built for the middle batch size only. budget: seconds
+    for each batch size. What does not fit is a row that says so; only key cases (``Case.is_key``) are timed
+    in any case. step: receives what is being done, once for each case and round of a batch size.
     """
     rows: list[Row] = []
     kept: dict[str, tuple[Runner, float]] = {}
     slow_batch = sorted(batches)[len(batches) // 2] if short else None
     for batch in batches:
-        share = math.inf if budget is None else budget.next_part()
+        share = math.inf if budget is None else next(budget)
         started = time.perf_counter()
         x = case_input(network, batch, rules.seed, device)
         answers: dict[str, Tensor] = {}
@@ -125,18 +125,11 @@ def _timer(run: Runner, x: Tensor) -> Timer:
     return Timer(partial(run, x), torch.cuda.synchronize if x.is_cuda else None)
 
 
-class Budget:
-    """Shares a time among parts.
+def time_shares(seconds: float | None, weights: Sequence[float]) -> Iterator[float]:
+    """Yield the seconds for each part when it begins: its weight's share of what is left, 0 if nothing is.
 
-    seconds: for all parts, from now on; None: no limit. weights: of the parts in order, positive.
+    seconds: for all parts; None: no limit. weights: of the parts in order, positive.
     """
-
-    def __init__(self, seconds: float | None, weights: Sequence[float]) -> None:
-        self._end = math.inf if seconds is None else time.perf_counter() + seconds
-        self._weights = list(weights)
-
-    def next_part(self) -> float:
-        """Seconds for the part that begins now: its weight's share of what is left, 0 if nothing is."""
-        share = self._weights[0] / sum(self._weights)
-        del self._weights[0]
-        return max(0.0, self._end - time.perf_counter()) * share
+    end = math.inf if seconds is None else time.perf_counter() + seconds
+    for place, weight in enumerate(weights):
+        yield max(0.0, end - time.perf_counter()) * weight / sum(weights[place:])

@@ -21,7 +21,7 @@ _WORKSPACE_BYTES = 4 << 30
 
 
 def cache_folder() -> Path:
-    """Built engines and the timing cache: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels/tensorrt."""
+    """Built engines: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels/tensorrt."""
     return Path(os.environ.get("DSP_TENSORRT_CACHE") or Path.home() / ".cache" / "dsp-kernels" / "tensorrt")
 
 
@@ -81,12 +81,8 @@ def build_engine(network: bytes, gpu: str) -> bytes:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
     config.clear_flag(tensorrt.BuilderFlag.TF32)
-    timings = cache_folder() / f"timing-{tensorrt.__version__}.cache"
-    cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-    config.set_timing_cache(cache, False)
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
         raise DSPBackendError("TensorRT could not build the network; its log on standard error says why")
-    write_bytes(timings, bytes(cache.serialize()))
     write_bytes(path, bytes(plan))
     return bytes(plan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +30,9 @@ def part_floor(
     program: Program, part: Sequence[Step], batch: int, peaks: Peaks, dtype: torch.dtype = torch.float32
 ) -> float:
     """Seconds of some steps of a program as one kernel. dtype: one that ``peaks.knows``."""
-    flops = 2 * batch * sum(_macs(program, step) for step in part)
+    flops = 2 * batch * replace(program, steps=tuple(part)).macs
     moved = compulsory_bytes(program, part, batch, dtype)
     return max(flops / peaks.flops[dtype_name(dtype)], moved / peaks.bandwidth) + peaks.launch
-
-
-def _macs(program: Program, step: Step) -> int:
-    if isinstance(step, ConvStep):
-        height, width = program.shapes[step.output][2:]
-        return step.spec.structure.macs(step.spec.kernel_size, (height, width))
-    return step.weight.numel() if isinstance(step, LinearStep) else 0
 
 
 def compulsory_bytes(program: Program, part: Sequence[Step], batch: int, dtype: torch.dtype) -> int:

@@ -152,18 +152,11 @@ def measure(
 def shared_rounds(turn: Mapping[str, float], rounds: int, seconds: float) -> dict[str, int]:
     """Rounds of each engine, at least eight, so that all fit into ``seconds`` if possible.
 
-    turn: seconds of one turn of each. Every engine may use the same time.
+    turn: seconds of one turn of each. Every engine may use the same time; what a quick one leaves is shared.
     """
-    if seconds == math.inf:
-        return dict.fromkeys(turn, rounds)
-    fewest = min(rounds, FEWEST_ROUNDS)
-
-    def given(allowance: float) -> dict[str, int]:
-        return {name: min(rounds, max(fewest, int(allowance / once + 1e-6))) for name, once in turn.items()}
-
-    low, high = 0.0, max(0.0, seconds)
-    for _ in range(30):
-        middle = (low + high) / 2
-        fits = sum(count * turn[name] for name, count in given(middle).items()) <= seconds
-        low, high = (middle, high) if fits else (low, middle)
-    return given(low)
+    shared = {}
+    for place, (name, once) in enumerate(sorted(turn.items(), key=lambda item: item[1])):
+        fitting = max(0.0, seconds) / (len(turn) - place) / once + 1e-6
+        shared[name] = int(min(rounds, max(FEWEST_ROUNDS, fitting)))
+        seconds -= shared[name] * once
+    return shared

@@ -9,7 +9,7 @@ from dsp_benchmarks.cases import Case
 from dsp_benchmarks.engines import ENGINES, Engine, Runner
 from dsp_benchmarks.measure.timing import TimingRules, shared_rounds
 from dsp_benchmarks.report.results import Row
-from dsp_benchmarks.run import Budget, run_cases
+from dsp_benchmarks.run import run_cases, time_shares
 from dsp_benchmarks.subjects.networks import Network
 from fakes import Clock
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Bench:
         for case, engine in zip(cases, engines.values(), strict=True):
             made = replace(engine, name=case.engine, clock=self.clock)
             self.monkeypatch.setitem(ENGINES, case.engine, made)
-        budget = Budget(seconds, [1.0, 2.0])
+        budget = time_shares(seconds, [1.0, 2.0])
         rows = run_cases(self.network, [1, 8], cases, RULES, short=True, budget=budget)
         assert len(rows) == 2 * len(cases)
         assert all(row.samples is not None or row.reason for row in rows)
@@ -146,13 +146,13 @@ def test_an_engine_for_any_batch_size_is_built_once(bench: Bench) -> None:
 
 
 def test_time_that_one_part_leaves_goes_to_the_next(clock: Clock) -> None:
-    budget = Budget(12.0, [1.0, 2.0, 3.0])
-    assert budget.next_part() == pytest.approx(2.0)
+    shares = time_shares(12.0, [1.0, 2.0, 3.0])
+    assert next(shares) == pytest.approx(2.0)
     clock.sleep(1.0)
-    assert budget.next_part() == pytest.approx(11 * 2 / 5)
+    assert next(shares) == pytest.approx(11 * 2 / 5)
     clock.sleep(20.0)
-    assert budget.next_part() == 0.0
-    assert Budget(None, [1.0]).next_part() == float("inf")
+    assert next(shares) == 0.0
+    assert next(time_shares(None, [1.0])) == float("inf")
 
 
 def test_rounds_are_shared_by_time() -> None:
@@ -160,3 +160,4 @@ def test_rounds_are_shared_by_time() -> None:
     assert shared_rounds({"a": 0.1, "b": 1.0}, 20, 14.5) == {"a": 20, "b": 12}
     assert shared_rounds({"a": 0.1, "b": 1.0}, 20, 1.0) == {"a": 8, "b": 8}
     assert shared_rounds({"a": 0.1}, 3, 0.5) == {"a": 3}
+    assert shared_rounds({"a": 0.1}, 20, float("inf")) == {"a": 20}
