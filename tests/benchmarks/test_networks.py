@@ -10,7 +10,6 @@ import pytest
 import torch
 from bench_rows import SMALL
 from dsp_benchmarks.cases import Case, build_case, case_input
-from dsp_benchmarks.kernels.test_convs import layers
 from dsp_benchmarks.measure.floors import compulsory_bytes, part_floor, program_of
 from dsp_benchmarks.measure.peaks import Peaks, measure_peaks
 from dsp_benchmarks.measure.samples import Samples
@@ -209,12 +208,3 @@ def test_large_products_are_not_measured_if_small_ones_are_far_slower_than_float
     assert peaks.flops == pytest.approx({"float32": 1e12, "bfloat16": max(half_rate, 1e12)})
     assert set(sizes) == ({256} if half_rate == 1e9 else {256, 1024, 2048})
     assert peaks.bandwidth == pytest.approx(2 * 256 * 2**20 / 0.1)
-
-
-def test_single_op_layers_are_one_of_each_shape() -> None:
-    found = layers((NetworkSource("cifar_resnet8", "random:g=2,rate=0.6", 16),))
-    shapes = [layer.shape for layer in found]
-    assert len(set(shapes)) == len(shapes)
-    assert "16x16x16->16 3x3/1" in shapes
-    for layer in found:
-        assert layer.step.spec.structure.in_channels == layer.input_shape[0] == layer.example(3).shape[1]

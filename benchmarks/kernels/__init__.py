@@ -1,1 +1,0 @@
-"""Single convolutions with pytest-benchmark: ``pytest benchmarks/kernels --benchmark-enable``."""
