@@ -39,8 +39,7 @@ def compulsory_bytes(program: Program, part: Sequence[Step], batch: int, dtype: 
     """Bytes that must be read and written if no tensor inside ``part`` leaves the chip."""
     written = {step.output for step in part}
     read = {name for step in part for name in step.inputs} - written
-    inside = {id(step) for step in part}
-    outside = {name for step in program.steps if id(step) not in inside for name in step.inputs}
+    outside = {name for step in program.steps if step.output not in written for name in step.inputs}
     tensors = read | (written & (outside | {program.output}))
     numbers = sum(batch * math.prod(program.shapes[name][1:]) for name in tensors if name in program.shapes)
     for step in part:

@@ -146,7 +146,7 @@ def load_network(source: NetworkSource) -> Network:
         saved = dsp_kernels.load(path)
         if len(getattr(saved, "example_shapes", ())) > 1:
             raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
-        shape = getattr(saved, "example_shape", None) or ()
+        shape: tuple[int, ...] = getattr(saved, "example_shape", None) or ()
         size = source.image_size or (int(shape[2]) if len(shape) == 4 else 32)
         known = getattr(saved, "dense_widths", None)
         label = path.name if known else f"{path.name} (dense has the packed widths: the file holds no others)"

@@ -1,8 +1,7 @@
 """Learned groups against their alternatives: from one dense ResNet, every variant at equal pruned FLOPs.
 
-``python scripts/evidence/compare_modes.py --data-root FOLDER --out FOLDER [--page PAGE.md]`` trains on
-``cifar10_jpeg.npz`` (JPEG copies of CIFAR-10) and resumes where it was stopped. It prints a table of the
-results; ``--page`` also writes it between two marks of that page.
+``python scripts/evidence/compare_modes.py --data-root FOLDER --out FOLDER`` trains on ``cifar10_jpeg.npz``
+(JPEG copies of CIFAR-10), resumes where it was stopped, and prints a table of the results.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY
 from dsp_pruning.recipes.training import Progress, RecipeResult
 
 RESULTS, TABLE, SETTINGS = "results.json", "results.md", "settings.json"
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 FIXED_LOGIT = 200.0  # the softmax stays 0 or 1 for any Gumbel noise and after 1e4 steps of Adam
 
 
@@ -125,11 +123,9 @@ def compare(
             learned = _once(folder / "learn", run, stage(f"{name}, seed {seed}: learn"))
             run = partial(finetune, data, learned["weights"], pruning)
             pruned = _once(folder / "finetune", run, stage(f"{name}, seed {seed}: finetune"))
-            row = {"variant": name, "seed": seed}
+            row = {"variant": name, "seed": seed, "just_pruned": pruned["accuracy_before_finetuning"]}
             row |= {what: pruned[what] for what in ("pruned_flops", "pruned_params")}
-            row |= {"just_pruned": pruned["accuracy_before_finetuning"]}
-            row |= {"accuracy": pruned["test"]["accuracy"], "learn_seconds": learned["seconds"]}
-            rows.append(row)
+            rows.append(row | {"accuracy": pruned["test"]["accuracy"], "learn_seconds": learned["seconds"]})
             accuracy = dense["test"]["accuracy"]
             content = {"config": asdict(config), "data": data.name, "dense": accuracy, "rows": rows}
             write_text(directory / RESULTS, json.dumps(content, indent=2) + "\n")
@@ -215,27 +211,18 @@ def decode(archive: Mapping[str, Any], part: str, positions: Tensor) -> Split:
 
 
 def main() -> None:
-    """Compare, print the table, and put it into a page."""
+    """Compare and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, required=True, help="folder of cifar10_jpeg.npz")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
-    parser.add_argument("--page", type=Path, help="page with the marks of the table")
     for name, value in asdict(CompareConfig()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args())
-    root, out, page = given.pop("data_root"), given.pop("out"), given.pop("page")
+    root, out = given.pop("data_root"), given.pop("out")
     config = CompareConfig(**given)
-
     data = load_jpeg(root / "cifar10_jpeg.npz", config.train_images)
     compare(data, config, out, lambda name: lambda done, total, text: print(name, text))
-    table = (out / TABLE).read_text(encoding="utf-8")
-    print(table)
-    if page is not None:
-        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        _, marked, after = rest.partition(END)
-        if not marked:
-            raise SystemExit(f"{page} has no {BEGIN} ... {END}")
-        write_text(page, f"{before}{BEGIN}\n{table}{END}{after}")
+    print((out / TABLE).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dsp_benchmarks.cases import Case, accuracy, build_case, case_input, choose_cases
+from dsp_benchmarks.cases import accuracy, choose_cases
 from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.run import run_cases
-from dsp_benchmarks.subjects.networks import Labelled, Network, NetworkSource, load_network
+from dsp_benchmarks.subjects.networks import Labelled, NetworkSource, load_network
 from fakes import QUICK
 from torch import Tensor
 
@@ -53,10 +53,3 @@ def test_16_bit_and_native_rows_of_a_released_network_have_an_accuracy(
     assert counted["packed/torch", 32] is None  # the reference itself
     assert counted["packed/fused:eager", 32] is None  # not counted: slow, and as exact as the native one
     assert counted["dense/fused:cpu", 32] is None  # random weights
-
-
-def test_the_native_16_bit_engine_is_available_or_gives_its_reason(network: Network) -> None:
-    able, reason = ENGINES["fused:cpu:bf16"].available()
-    row, _ = build_case(Case("packed", "fused:cpu:bf16"), network, case_input(network, 1, 0))
-    assert row.status == ("ok" if able else "unavailable"), row.reason
-    assert able or reason == row.reason != ""

@@ -86,23 +86,11 @@ def test_a_run_ends_within_its_time(bench: Bench, seconds: float) -> None:
         assert all(len(rows["packed/quick", batch].timed.rounds) >= 8 for batch in (1, 8))
 
 
-def test_slow_engines_skip_rounds_but_take_part_in_eight(bench: Bench) -> None:
-    rows = bench(22.0, {"packed/quick": Sleeper(), "packed/slow": Sleeper(per_image=0.1)})
-    assert len(rows["packed/quick", 8].timed.rounds) == 20
-    assert 8 <= len(rows["packed/slow", 8].timed.rounds) < 20
-    assert bench.clock.now <= 22
-
-
 def test_an_engine_that_does_not_fit_is_skipped_with_a_reason(bench: Bench) -> None:
     rows = bench(24.0, {"packed/quick": Sleeper(), "packed/slow": Sleeper(per_image=1.0)})
     assert rows["packed/quick", 8].status == "ok"
     assert rows["packed/slow", 8].status == "skipped"
     assert "8 rounds do not fit" in rows["packed/slow", 8].reason
-
-
-def test_a_build_that_overruns_does_not_cost_the_others_their_timing(bench: Bench) -> None:
-    rows = bench(30.0, {"packed/quick": Sleeper(), "packed/late": Sleeper(build=30.0)})
-    assert rows["packed/quick", 1].status == "ok"
 
 
 KEY = ("dense/openvino", "dense/onnxruntime", "packed/fused:cpu")

@@ -16,7 +16,6 @@ import torch
 from dsp_benchmarks.cases import Case, build_case, case_input
 from dsp_benchmarks.engines import ENGINES, tensorrt
 from dsp_benchmarks.engines.cuda_graph import CudnnConvs
-from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.engines.onnx_engines import INPUT, OUTPUT, onnx_bytes
 from dsp_benchmarks.measure.floors import program_of
 from dsp_benchmarks.subjects.networks import Network
@@ -114,12 +113,6 @@ def test_a_signal_does_not_kill_the_process_after_openvino_engines_are_gone() ->
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr
-
-
-def test_a_missing_executor_is_the_reason() -> None:
-    able, reason = Fused("fused:warp", backend="warp").available()
-    assert not able
-    assert "no executor 'warp'" in reason
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])

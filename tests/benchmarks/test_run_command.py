@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench_rows import SMALL
 from dsp_benchmarks import cli
 from dsp_benchmarks.cli import main
 from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.measure.peaks import Peaks
 from dsp_benchmarks.report.results import read_result
-from fakes import FakeEngine
+from fakes import SMALL, FakeEngine
 
 SMALL_FLAGS = ["--net", SMALL.name, "--structure", str(SMALL.structure)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,15 +84,6 @@ def test_the_rounds_of_a_slow_engine_fit_the_time_and_below_eight_it_is_left_out
     assert measure(timers, replace(rules, most_seconds=0), always=["one"])["one"].n == 8
 
 
-def test_the_first_engines_are_kept_and_later_ones_if_they_fit(clock: Clock) -> None:
-    def timer(seconds: float) -> Timer:
-        return Timer(lambda: clock.spend(seconds))
-
-    timers = {"slow": timer(1), "as slow": timer(1), "quick": timer(0.1)}
-    rules = TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=14)
-    assert list(measure(timers, rules)) == ["slow", "quick"]
-
-
 def test_a_machine_that_slows_down_ends_the_rounds_early(clock: Clock) -> None:
     calls = itertools.count()
     timer = Timer(lambda: clock.spend(1 if next(calls) < 5 else 2))
@@ -131,15 +123,11 @@ def test_the_clock_stops_after_the_device_has_finished(clock: Clock) -> None:
     assert measure({"queues": timer}, TimingRules(rounds=2, warmup=0))["queues"].seconds == (0.5, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "median", "p10", "p90"),
-    [((3.0,), 3.0, 3.0, 3.0), (tuple(range(11)), 5, 1, 9), ((4.0, 0.0), 2.0, 0.4, 3.6)],
-    ids=["one", "eleven", "two-unsorted"],
-)
-def test_quantiles(seconds: tuple[float, ...], median: float, p10: float, p90: float) -> None:
-    samples = Samples(seconds)
-    found = samples.median, samples.quantile(0.1), samples.quantile(0.9)
-    assert (samples.n, *found) == pytest.approx((len(seconds), median, p10, p90))
+def test_quantiles() -> None:
+    samples = Samples((4.0, 0.0))
+    assert samples.median == 2
+    assert [samples.quantile(share) for share in (0.1, 0.9)] == pytest.approx([0.4, 3.6])
+    assert Samples((3.0,)).quantile(0.1) == 3
 
 
 @pytest.mark.parametrize(
@@ -164,31 +152,23 @@ def test_a_round_is_the_median_of_its_calls() -> None:
 
 def test_device_times_separate_warm_cold_and_enqueue(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     """A fake CUDA stream: enqueueing takes 1 ms, running 4 ms with a warm L2 cache and 6 ms after a flush."""
-    device, cold, slept = [0.0], [False], []
+    device, cache = [0.0], ["warm"]
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
+    class Event(SimpleNamespace):
         def record(self) -> None:
             self.at = device[0]
 
         def elapsed_time(self, end: Event) -> float:
             return 1e3 * (end.at - self.at)
 
-    class Flush:
-        def zero_(self) -> None:
-            device[0] += 0.1
-            cold[0] = True
-
     def call() -> None:
         clock.spend(0.001)
-        device[0] += 0.006 if cold[0] else 0.004
-        cold[0] = False
+        device[0] += 0.004 if cache == ["warm"] else 0.006
+        cache[:] = ["warm"]
 
+    flush = SimpleNamespace(zero_=lambda: cache.append("flushed"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles))
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Flush())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: flush)
     assert device_times(call, repeats=5) == pytest.approx((0.004, 0.006, 0.001))
-    assert len(slept) == 10  # every timed call begins while the device is busy
