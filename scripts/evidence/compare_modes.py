@@ -129,28 +129,20 @@ def compare(
             accuracy = dense["test"]["accuracy"]
             content = {"config": asdict(config), "data": data.name, "dense": accuracy, "rows": rows}
             write_text(directory / RESULTS, json.dumps(content, indent=2) + "\n")
-            write_text(directory / TABLE, markdown(config, data, accuracy, rows))
+            write_text(directory / TABLE, markdown(rows, config.learn_epochs))
     return rows
 
 
-def markdown(config: CompareConfig, data: ImageData, dense: float, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The schedule and a table of the results. dense: test accuracy of the dense network, 0..1."""
-    interval = 100 * 1.96 * (dense * (1 - dense) / len(data.test)) ** 0.5
+def markdown(rows: Sequence[Mapping[str, Any]], learn_epochs: int) -> str:
+    """A table of the results."""
     lines = [
-        f"ResNet-{config.depth}, {len(data.train):,} training images, {len(data.validation):,} for "
-        f"validation, all {len(data.test):,} test images of {data.name}; batch {config.batch_size}; "
-        f"dense {config.dense_epochs} epochs, then {config.learn_epochs} epochs of learning (lambda "
-        f"{config.regularize:g}, logits at {config.group_lr:g}) and {config.finetune_epochs} of finetuning "
-        f"in one cosine; G = {config.groups}. One dense network for all: {100 * dense:.2f} % "
-        f"(95 % interval of one accuracy: +-{interval:.1f}).",
-        "",
         "| variant | seed | pruned FLOPs | pruned params | just pruned | finetuned | s/epoch learning |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {VARIANTS[row['variant']].label} | {row['seed']} | {row['pruned_flops']:.1f} % "
         f"| {row['pruned_params']:.1f} % | {100 * row['just_pruned']:.2f} % | {100 * row['accuracy']:.2f} % "
-        f"| {row['learn_seconds'] / config.learn_epochs:.0f} |"
+        f"| {row['learn_seconds'] / learn_epochs:.0f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
