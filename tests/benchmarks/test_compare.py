@@ -19,7 +19,6 @@ from fakes import made_row
 from dsp_kernels.errors import DSPError
 
 NOISE = Path(__file__).with_name("noise.json")
-_TRIALS = 100
 
 
 def _drawn(noise: list[list[float]], generator: random.Random, scale: float = 1.0) -> Samples:
@@ -39,7 +38,7 @@ def test_error_rates_on_measured_noise(noises: dict[str, list[list[float]]], nam
     noise, generator = noises[name], random.Random(1)
 
     def verdicts(scale: float) -> list[str]:
-        pairs = ((_drawn(noise, generator), _drawn(noise, generator, scale)) for _ in range(_TRIALS))
+        pairs = ((_drawn(noise, generator), _drawn(noise, generator, scale)) for _ in range(100))
         return [compare_samples(name, *pair).verdict for pair in pairs]
 
     assert sum(verdict in ("slower", "faster") for verdict in verdicts(1.0)) <= 2

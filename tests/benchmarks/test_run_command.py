@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +43,8 @@ def test_a_released_network_through_the_command(
     ]
     assert all(row.difference is not None and row.difference <= 2e-5 for row in run.rows)
     assert all(row.floor and row.build_seconds for row in run.rows)
-    about = json.loads(out.read_text())["environment"]
-    assert about["torch"] == torch.__version__
-    assert about["commit"]
+    about = read_result(out).environment
+    assert (about["torch"], bool(about["commit"])) == (torch.__version__, True)
 
 
 @pytest.mark.usefixtures("known_peaks")
