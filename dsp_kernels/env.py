@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = "dsp-kernels", "torch", "torchvision", "triton", "numpy", "safetensors", "onnxruntime", "openvino"
+_PACKAGES = (
+    *("dsp-kernels", "torch", "torchvision", "triton", "numpy", "safetensors"),
+    *("onnx", "onnxruntime", "openvino", "tensorrt"),
+)
 
 
 def describe_environment() -> dict[str, str]:

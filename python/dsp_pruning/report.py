@@ -210,9 +210,10 @@ def _short(name: str, most: int) -> str:
 
 
 def _output_sizes(model: nn.Module, example_input: Example) -> dict[nn.Module, tuple[int, int]]:
-    """(height, width) of the output of each convolution and linear layer; (1, 1) for a linear one."""
+    """(height, width) of the output of each convolution; (1, vectors per image) of a linear layer."""
     layers = [m for m in model.modules() if isinstance(m, PackedConv2d | nn.Conv2d | nn.Linear)]
+    shapes = run_shapes(model, layers, as_inputs(example_input)).items()
     return {
-        layer: (output[2], output[3]) if len(output) == 4 else (1, 1)
-        for layer, (_, output) in run_shapes(model, layers, as_inputs(example_input)).items()
+        layer: (1, math.prod(output[1:-1])) if isinstance(layer, nn.Linear) else (output[2], output[3])
+        for layer, (_, output) in shapes
     }

@@ -66,7 +66,7 @@ def test_every_residual_block_is_found(name: str, shared: Path) -> None:
 )
 def test_plans_agree_with_floors_costs_and_limits(name: str, batch: int, shared: Path) -> None:
     program, shapes = program_of(name), shapes_of(name, batch)
-    peaks = Peaks({"float16": H200.peak_flops}, H200.bandwidth, H200.launch, 1, {})
+    peaks = Peaks({"float16": H200.peak_flops}, H200.bandwidth, H200.launch)
     sized = replace(program, shapes={key: shape for key, shape in shapes.items() if shape})
     for plan in plans_of(name, batch):
         assert plan.floor < plan.seconds <= plan.per_conv
