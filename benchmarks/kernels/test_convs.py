@@ -75,7 +75,7 @@ def test_conv(benchmark: Any, layer: Layer, backend: str, batch: int) -> None:
     benchmark.group = f"{layer.shape}, batch {batch}"
     step, x = layer.step, layer.example(batch)
     (chosen,) = (item for item in BACKENDS if item.name == backend)
-    able, reason = chosen.can_run(step.spec, torch.float32, torch.device("cpu"))
+    able, reason = chosen.can_run(step.spec, torch.float32, torch.device("cpu"), torch.contiguous_format)
     if not able:
         pytest.skip(reason)
     with torch.inference_mode():
