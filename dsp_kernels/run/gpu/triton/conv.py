@@ -43,7 +43,10 @@ _INT32 = 1 << 31
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
     """Whether it is installed; importing it is slow, and most processes never need it."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # of an import hook that hides it
+        return False
 
 
 class TritonKernels:
