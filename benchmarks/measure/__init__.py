@@ -1,1 +1,1 @@
-"""How a number is taken: time, memory, accuracy, peaks of the machine."""
+"""How a number is taken: times, samples, profiles, peaks and floors of the machine."""
