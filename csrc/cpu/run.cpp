@@ -53,7 +53,7 @@ bool briefly(const Ready& ready) {
     return false;
 }
 
-// No exception may leave a helper, or skip the removal of a job from the list.
+// An exception must not leave a helper thread, and the job must always be removed from the list.
 std::exception_ptr attempt(const std::function<void()>& body) {
     try {
         body();

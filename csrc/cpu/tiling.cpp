@@ -18,7 +18,7 @@ struct Extent {
     int vectors;   // in one chunk
     int block;     // vectors that all filters process before the next
     bool aligned;  // vector loads never straddle two cache lines
-    double ready;  // cycles until a sum can take its next term
+    double add_latency;  // cycles until a sum can take its next term
 };
 
 // The same by Winograd's method.
@@ -36,10 +36,10 @@ struct BandExtent {
 };
 
 // Cycles of one term of a tile's sums.
-double term_cost(double arithmetic, double loads, double ready) {
+double term_cost(double arithmetic, double loads, double add_latency) {
     // The smaller of the two is not fully hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4,
     // which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
-    return std::max({arithmetic, loads, ready}) + 0.5 * std::min(arithmetic, loads);
+    return std::max({arithmetic, loads, add_latency}) + 0.5 * std::min(arithmetic, loads);
 }
 
 // Calls visit(width, whether it is the last) for every pass of a tile of `filters` filters over `vectors` vectors in
@@ -56,16 +56,16 @@ void each_pass(const Kernels& kernels, int filters, int vectors, int block, cons
 
 // Two multiply-adds and two loads per cycle; three of four vector loads straddle two cache lines when fewer images
 // than lanes are interleaved.
-double pass_cost(int filters, int width, bool aligned, double ready) {
+double pass_cost(int filters, int width, bool aligned, double add_latency) {
     const double load = aligned ? 1.0 : 1.75;
-    return term_cost(0.5 * filters * width, 0.5 * (load * width + filters), ready);
+    return term_cost(0.5 * filters * width, 0.5 * (load * width + filters), add_latency);
 }
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     double total = 0.0;
     each_pass(kernels, filters, extent.vectors, extent.block, [&](int width, bool) {
         // An output costs a load, a store and a few instructions; a pass a call and a mispredicted loop end.
-        total += extent.count * pass_cost(filters, width, extent.aligned, extent.ready) + 1.5 * filters * width + 25.0;
+        total += extent.count * pass_cost(filters, width, extent.aligned, extent.add_latency) + 1.5 * filters * width + 25.0;
     });
     return total;
 }
@@ -184,7 +184,7 @@ class Tiler {
     Extent extent(const ConvOp& op, size_t group, int pieces) const {
         const int vectors = int(op.vectors.at.size());
         return {int64_t(op.off[group].size()), (vectors + pieces - 1) / pieces, op.block_vectors,
-                key_.interleave >= kernels_.lanes, op.step.pairs ? op.step.pairs->ready : 4.0};
+                key_.interleave >= kernels_.lanes, op.step.pairs ? op.step.pairs->add_latency : 4.0};
     }
 
     // Places the tiles and cuts chunks of about equal work: ranges of units (vectors or bands) where there are many,

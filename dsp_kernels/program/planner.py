@@ -93,7 +93,7 @@ class _Planner:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.readers = _count_readers(network)
         self.batched = _depend_on_input(network)
-        self.settled = 0  # steps before this index must not move
+        self.first_movable = 0  # steps before it must not move
 
     def run(self) -> Program:
         inputs, outputs = self.network.of_kind("input"), self.network.of_kind("output")
@@ -121,7 +121,7 @@ class _Planner:
             self.steps.append(step)
             if isinstance(step, TorchStep) and works_in_place(node.fx_node, self.network.graph_module):
                 # An earlier step may read what it overwrites, so that step must stay before it.
-                self.settled = len(self.steps)
+                self.first_movable = len(self.steps)
         self.value_of[node.name] = node.name
         if node.shape is not None:
             self.shapes[node.name] = node.shape
@@ -153,7 +153,7 @@ class _Planner:
         if self.readers[name] != 1:
             return None
         value = self.value_of[name]
-        step = next((step for step in reversed(self.steps[self.settled :]) if step.output == value), None)
+        step = next((step for step in reversed(self.steps[self.first_movable :]) if step.output == value), None)
         if not isinstance(step, kinds):
             return None
         has_activation: Any = step.spec if isinstance(step, ConvStep) else step

@@ -98,7 +98,7 @@ struct Bounds {
     }
 };
 
-// These two are costly: inside every tile they would bloat the code, so they run after it.
+// SiLU and hardswish are costly: inside every tile they would bloat the code, so they run after it.
 inline bool is_late(Act act) { return act == Act::silu || act == Act::hardswish; }
 
 // Bias, residual, activation and the store of a tile.
@@ -211,10 +211,10 @@ Kernels make() {
     table.thin = thin;
     table.band_input = band_input;
     table.patch_input = patch_input;
-    table.bf16.own = DSP_BF16, table.bf16.ready = 6.0; // measured on Zen 5
+    table.bf16.own = DSP_BF16, table.bf16.add_latency = 6.0; // measured on Zen 5
     table.bf16.pair = pair<pack_pair>;
 #if DSP_FP16
-    table.fp16.own = true, table.fp16.ready = 4.0; // like float multiply-adds; not measured
+    table.fp16.own = true, table.fp16.add_latency = 4.0; // like float multiply-adds; not measured
     table.fp16.pair = pair<pack_halves>;
 #endif
 #if DSP_WIDE

@@ -140,7 +140,7 @@ constexpr int max_vectors = 8; // columns of the widest one
 // Convolutions over words of two channels: x and w of a TileCall are words, all else is float.
 struct WordKernels {
     bool own;     // the CPU has an instruction for them
-    double ready; // cycles until a sum can take its next term
+    double add_latency; // cycles until a sum can take its next term
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     // target[n][i] = a[n * stride][i] and b[n * stride][i] as one word; b may be null.
     void (*pair)(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images);
