@@ -10,9 +10,8 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
 from dsp_kernels.graph.capture import Tracer, calls_of, without_stand_ins
-from dsp_kernels.graph.export import SIZE_CHECK
 from dsp_kernels.graph.inputs import Example, as_inputs
-from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.graph.network import SIZE_CHECK, evaluating, trace
 
 __all__ = ["TRAINING", "traced_calls"]
 

@@ -22,31 +22,39 @@ from dsp_kernels.graph.operations import LEAF_TYPES
 __all__ = [
     "Tracer",
     "calls_of",
-    "is_leaf",
     "place_in_user_code",
     "symbolic_graph",
     "without_stand_ins",
 ]
 
+_CHUNKS = (torch.chunk, "chunk")
+_SPLITS = (torch.split, "split", "split_with_sizes")
+_TENSOR_SPLITS = (torch.tensor_split, "tensor_split")
+
 
 class Tracer(fx.Tracer):
     """Modules of this library are one node. Refuses autocast, which a graph does not keep."""
+
+    executing = False  # whether an operation runs beside being recorded
 
     def __init__(self) -> None:
         super().__init__()
         self.autocast = _autocast()
         self.thread = threading.get_ident()
 
-    # torch.fx patches nn.Module for the whole process: modules that other threads run are not traced.
+    def is_outside(self) -> bool:
+        """Whether the code that runs is not traced. torch.fx patches nn.Module for the whole process."""
+        return self.executing or threading.get_ident() != self.thread
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self.thread:
+        if self.is_outside():
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
+        if self.is_outside():
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -58,24 +66,50 @@ class Tracer(fx.Tracer):
             raise DSPTraceError("forward() turns autocast on by itself; trace it without")
         return super().create_node(*args, **kwargs)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def length_of(self, obj: fx.Proxy) -> int | None:
+        """Number of parts of a result; None if its call does not tell."""
+        node = obj.node
+        named = (value for name, value in node.kwargs.items() if name not in ("input", "dim"))
+        amount: Any = next(iter((*node.args[1:2], *named)), None)
+        if isinstance(amount, list | tuple) and node.target in (*_SPLITS, *_TENSOR_SPLITS):
+            return len(amount) + (node.target in _TENSOR_SPLITS)
+        return amount if isinstance(amount, int) and node.target in (*_CHUNKS, *_TENSOR_SPLITS) else None
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        length = self.length_of(obj)
+        if length is None:
+            return super().iter(obj)
+        return (obj[place] for place in range(length))  # type: ignore[index]
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        # A traced call gives no keywords to **kwargs.
+        return [] if obj.node.op == "placeholder" and str(obj.node.target)[:2] == "**" else super().keys(obj)
+
+
+class _Proxy(fx.Proxy):
+    def __len__(self) -> int:
+        length = self.tracer.length_of(self)  # type: ignore[attr-defined]
+        return super().__len__() if length is None else length
+
 
 def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
     return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
 
 
-def is_leaf(module: nn.Module, path: str) -> bool:
-    """Whether a call of this module is one node of a graph."""
-    return Tracer().is_leaf_module(module, path)
-
-
-def symbolic_graph(model: nn.Module, count: int | None) -> fx.Graph:
+def symbolic_graph(model: nn.Module, count: int | None, tracer: Tracer | None = None) -> fx.Graph:
     """``calls_of`` in the model's present mode. Raises DSPTraceError naming the line of its code."""
     try:
-        return calls_of(Tracer(), model, count)
+        return calls_of(tracer or Tracer(), model, count)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
         place = place_in_user_code(error)
+        reason = str(error).strip().partition("\n")[0][:300]
+        if not isinstance(error, fx.proxy.TraceError | DSPTraceError):
+            reason += "; move what torch.fx cannot record there out of forward()"
         raise DSPTraceError(
-            f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {error}"
+            f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {reason}"
         ) from error
 
 
@@ -85,7 +119,7 @@ def place_in_user_code(error: BaseException) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_file() and not any(path.is_relative_to(place) for place in skipped):
-            return f"line {frame.lineno} of {path.name}: {frame.line}"
+            return f"line {frame.lineno} of {path.name}: {(frame.line or '').rstrip(':')}"
     return ""
 
 

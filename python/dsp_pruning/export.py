@@ -105,8 +105,8 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
 
     def write(temporary: Path) -> None:
         # TorchScript keeps one way through the code, and numbers that were computed from sizes as they were.
-        ways = trace(model, inputs, every_path=True)
-        if ways.two_ways or ways.size_check is not None:
+        ways = trace(model, inputs)
+        if ways.size_check is not None:
             raise DSPError("what forward() does depends on the number or the size of the images")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)
