@@ -1,5 +1,6 @@
 # make demo   install into .venv, then the whole way on real data
-# make test   the same install, then the test suite
+# make test   the same install, then the test suite: the base and the best instruction set of this CPU
+# make test-all   the same with every instruction set
 # make bench  every engine that runs here, side by side, with a page of results
 # make bench-readme  the engines of the README's table, and the table
 # make bench-cpu-large  ResNet-18 and ResNet-50 against the strongest dense engines
@@ -7,21 +8,21 @@
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
 # make fuzz   damage 20,000 saved files and load them
-# make test-zoo   pack every network of the zoo and write docs/zoo.md (installs timm)
+# make test-zoo   pack every network of the zoo and write docs/notes/zoo.md (installs timm)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
+.PHONY: demo test test-all test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/* csrc/*/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=2.13"
-	# torch first: the extension that registers the op is built with its headers
+	# torch first: the CUDA kernels are built with its headers
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
@@ -30,9 +31,13 @@ demo: $(INSTALLED)
 	$(BIN)/dsp demo
 
 # One thread per process: two torch processes that both use two cores slow each other down many times. A process
-# that dies ends the run and is named; replaced near the end, xdist would wait for the new one for ever.
+# that dies ends the run and is named; pytest-xdist would otherwise wait for its replacement for ever.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	$(BIN)/python tests/helpers/compiled.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 10
+
+test-all: export DSP_TEST_ALL_ISAS = 1
+test-all: test
 
 test-triton: $(INSTALLED)
 	$(BIN)/python scripts/triton_table.py
@@ -43,10 +48,10 @@ test-triton36: $(INSTALLED)
 
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet timm
-	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run_zoo.py docs/zoo.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py pack --out docs/notes/zoo.md
 
 fuzz: $(INSTALLED)
-	$(BIN)/python scripts/fuzz_files.py --count 20000
+	$(BIN)/python scripts/safety/fuzz_files.py --count 20000
 
 # About five minutes; the page is benchmarks/results/default_cpu.html.
 bench: $(INSTALLED)

@@ -1,33 +1,24 @@
-"""One case: a form of a network in an engine, prepared and held against its reference."""
+"""One case is a form of a network in an engine: chosen, built, and checked against its reference."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsp_kernels.errors import DSPError
+from dsp_kernels.errors import DSPBackendError, DSPError, DSPVerificationError
+from dsp_kernels.graph.compare import largest_difference
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program
 from dsp_kernels.tolerances import network_tolerance
 
-from .engines import ENGINES, Engine, Runner
+from .engines import ENGINES, Runner
 from .measure.accuracy import accuracy
-from .measure.memory import peak_memory
 from .report.results import Row
 from .subjects.networks import REFERENCE, Network
-
-__all__ = [
-    "Case",
-    "Checked",
-    "allowed_difference",
-    "build_case",
-    "case_input",
-    "check",
-    "default_cases",
-]
 
 
 @dataclass(frozen=True)
@@ -39,32 +30,65 @@ class Case:
 
     @property
     def label(self) -> str:
-        """As shown in tables."""
+        """As in tables."""
         return f"{self.form}/{self.engine}"
 
+    @property
+    def is_key(self) -> bool:
+        """Whether a result is of no use without it: the strongest dense engines, the native fused network."""
+        if self.form == "packed":
+            return self.engine.startswith("fused:") and self.engine != "fused:eager"
+        return self.form == "dense" and self.engine in _STRONGEST
 
-# What is worth comparing: the dense network and the plain dense forms of the pruned one in strong engines,
-# the pruned one as it is shipped and as exporters take it, and ours.
-_STRONG = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
+    @property
+    def priority(self) -> tuple[bool, bool, bool]:
+        """The smallest is built first; whatever is slow to build comes last."""
+        return ENGINES[self.engine].slow_build, not self.is_key, not self.engine.startswith("fused")
+
+
+_STRONGEST = ("openvino", "onnxruntime", "cudnn-fused-fp16", "cuda-graph-fp16")
+# Worth comparing: the dense network and dense forms of the pruned one in strong engines, the pruned one as it
+# is released and as exporters take it, and ours.
+_CPU = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
 _GPU = ("cuda-graph", "cuda-graph-fp16", "cudnn-fused-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
-_NATIVE = "fused:cpu"
-_COMPILED = ("compile", "compile-autotune", "compile-freezing")
+_COMPILED = ("compile", "compile-autotune", "compile-freezing", "compile-autotune-fp16")
+_FUSED = tuple(name for name in ENGINES if name.startswith("fused"))
+_PLAN = {
+    "dense": ("torch", *_CPU, *_COMPILED, *_GPU),
+    "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),
+    "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *_FUSED),
+    "compacted": (*_CPU, "compile-freezing", *_GPU),
+    "filters": ("torch-nhwc", "onnxruntime", "openvino", *_GPU),
+}
 
 
 def default_cases(device: str = "cpu") -> list[Case]:
-    """The default plan, strongest dense baselines first and ours last."""
-    fused = [name for name in ENGINES if name.startswith("fused")]
-    plan = {
-        "dense": ("torch", *_STRONG, *_COMPILED, "compile-autotune-fp16", *_GPU),
-        "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),
-        "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *fused),
-        "compacted": (*_STRONG, "compile-freezing", *_GPU),
-        "filters": ("torch-nhwc", "onnxruntime", "openvino", *_GPU),
-    }
-    cases = [Case(form, engine) for form, engines in plan.items() for engine in engines]
-    if device == "cpu":  # one row says that the GPU engines cannot run; not one for each form
+    """The default plan, in the order of its rows."""
+    cases = [Case(form, engine) for form, engines in _PLAN.items() for engine in engines]
+    if device == "cpu":  # that GPU engines cannot run is shown once, not for each form
         return [case for case in cases if ENGINES[case.engine].device != "cuda" or case.form == "dense"]
     return [case for case in cases if ENGINES[case.engine].device != "cpu"]
+
+
+def choose_cases(device: str = "cpu", engines: Sequence[str] = (), forms: Sequence[str] = ()) -> list[Case]:
+    """The default plan, or every given form (default: all but "released") in every given engine.
+
+    engines: names, or ``form/engine`` for one form only. Raises DSPBackendError for an unknown name.
+    """
+    exact = [Case(*name.split("/", 1)) for name in engines if "/" in name]
+    plain = [name for name in engines if "/" not in name]
+    _check_known(ENGINES, *plain, *(case.engine for case in exact))
+    _check_known(REFERENCE, *forms, *(case.form for case in exact))
+    if not engines:
+        return [case for case in default_cases(device) if not forms or case.form in forms]
+    chosen = forms or [form for form in REFERENCE if form != "released"]
+    return [*exact, *(Case(form, engine) for form in chosen for engine in plain)]
+
+
+def _check_known(known: Collection[str], *names: str) -> None:
+    for name in names:
+        if name not in known:
+            raise DSPBackendError(f"unknown engine or form {name!r}; known are {', '.join(known)}")
 
 
 def case_input(network: Network, batch: int, seed: int, device: str = "cpu") -> Tensor:
@@ -77,17 +101,17 @@ def build_case(
     case: Case,
     network: Network,
     x: Tensor,
-    expected: Tensor | None = None,
     *,
+    answers: dict[str, Tensor] | None = None,
     built: dict[str, tuple[Runner, float]] | None = None,
     count_right: bool = False,
 ) -> tuple[Row, Runner | None]:
-    """The row so far and, only where the engine can run and gives the right answer, its callable.
+    """The row without times and, only if the engine runs and gives the right answer, its callable.
 
-    x: (batch, channels, height, width); expected: the reference's answer where it is known already.
-    built: callables and seconds, by label, of engines that run any batch size; read and added to.
-    count_right: fill in the accuracy of 16-bit engines and, beside them, of the native one, where the network
-    has labelled images. Not of all: a thousand images in a slow engine take longer than its timing.
+    x: (batch, channels, height, width). answers: reference outputs for x by form, read and added to.
+    built: callables and build seconds, by label, of engines that run any batch size; read and added to.
+    count_right: fill in the accuracy of 16-bit engines and of the native one, if the network has labelled
+    images. Not of all: a thousand images in a slow engine take longer than its timing.
     """
     row = Row(case.label, len(x), None, None, form=case.form, runner=case.engine)
     engine = ENGINES[case.engine]
@@ -97,81 +121,64 @@ def build_case(
     if not able:
         return replace(row, status="unavailable", reason=reason), None
     try:
-        model = network.form(case.form)
-        reference = network.reference(case.form)
-    except DSPError as error:
-        return replace(row, status="unavailable", reason=str(error)), None
-    program = network.program(REFERENCE[case.form])
-    row = replace(row, macs=program.macs)
-    if expected is None:
-        reference = reference.to(x.device)
-        with torch.inference_mode():
-            expected = reference(x)
-    try:
-        with peak_memory(x.device) as memory:
-            run, build_seconds = (built or {}).get(case.label) or _prepare(engine, model, x)
-            allowed = allowed_difference(program, engine.dtype, expected)
-            checked = check(case.label, run, x, expected, allowed)
-    except DSPError as error:  # ours say what is wrong: an executor that cannot run this network, ...
+        model = network.form(case.form).to(x.device)
+        program = network.program(case.form)
+        row = replace(row, macs=program.macs)
+        expected = _reference_output(network, case.form, x, {} if answers is None else answers)
+        seconds = 0.0
+        if built is not None and case.label in built:
+            run, seconds = built[case.label]
+        else:
+            started = time.perf_counter()
+            run = engine.prepare(model, x)
+            seconds = time.perf_counter() - started
+        allowed = allowed_difference(program, engine.dtype, expected)
+        difference, wrong = check(case.label, run, x, expected, allowed)
+    except DSPError as error:  # a form that the network does not have, an executor that cannot run it, ...
         return replace(row, status="unavailable", reason=" ".join(str(error).split())), None
-    except Exception as error:  # an engine may break in any way; the other engines are still measured
+    except Exception as error:  # an engine may break in any way; the others are still measured
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return replace(row, status="failed", reason=text), None
-    row = replace(
-        row,
-        difference=checked.difference,
-        allowed=allowed,
-        build_seconds=build_seconds,
-        peak_bytes=memory.bytes,
-    )
-    if checked.error:
-        return replace(row, status="wrong", reason=checked.error), None
+    row = replace(row, difference=difference, allowed=allowed, build_seconds=seconds)
+    if wrong:
+        return replace(row, status="wrong", reason=wrong), None
     if built is not None and engine.any_batch:
-        built[case.label] = run, build_seconds
-    telling = engine.dtype.itemsize == 2 or engine.name == _NATIVE
-    if count_right and telling and network.labelled is not None and REFERENCE[case.form] == "packed":
+        built[case.label] = run, seconds
+    counted = engine.dtype.itemsize == 2 or engine.name == "fused:cpu"
+    if count_right and counted and network.labelled is not None and REFERENCE[case.form] == "packed":
         row = replace(row, accuracy=accuracy(run, network.labelled, len(x)))
     return row, run
 
 
-def _prepare(engine: Engine, model: nn.Module, x: Tensor) -> tuple[Runner, float]:
-    started = time.perf_counter()
-    run = engine.prepare(model.to(x.device), x)
-    return run, time.perf_counter() - started
-
-
-@dataclass(frozen=True)
-class Checked:
-    """difference: the largest from the reference; error: why the answer is wrong, empty where it is right."""
-
-    difference: float
-    error: str = ""
+def _reference_output(network: Network, form: str, x: Tensor, answers: dict[str, Tensor]) -> Tensor:
+    name = REFERENCE[form]
+    if name not in answers:
+        reference = network.form(name).to(x.device)
+        with torch.inference_mode():
+            answers[name] = reference(x)
+    return answers[name]
 
 
 def allowed_difference(program: Program, dtype: torch.dtype, expected: Tensor) -> float:
     """How far rounding in ``dtype`` may move an output: the bound of ``dsp_kernels.tolerances``, absolute.
 
-    program: of the network; expected: its reference output, whose largest value the bound is relative to.
+    program: of the network; expected: its reference output, to whose largest value the bound is relative.
     """
     convs = [step for step in program.steps if isinstance(step, ConvStep)]
     linears = [step for step in program.steps if isinstance(step, LinearStep)]
-    # Not the kernels of a group but of the whole layer: other forms sum over all live channels.
+    # Of the whole layer, not of a group: other forms sum over all live channels.
     sizes = [step.spec.structure.in_channels * math.prod(step.spec.kernel_size) for step in convs]
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     depth = len(convs) + len(linears)
     return network_tolerance(dtype, max(sizes, default=1), depth) * max(scale, torch.finfo(dtype).tiny)
 
 
-def check(name: str, run: Runner, x: Tensor, expected: Tensor, allowed: float) -> Checked:
-    """Compare what ``run`` gives for ``x`` with ``expected``; both outputs have the same shape if right."""
+def check(name: str, run: Runner, x: Tensor, expected: Tensor, allowed: float) -> tuple[float, str]:
+    """(largest difference from ``expected``, why the output of ``run`` for ``x`` is wrong or "")."""
     got = run(x)
-    if got.shape != expected.shape:
-        shapes = f"{tuple(got.shape)}, it must be {tuple(expected.shape)}"
-        return Checked(math.nan, f"engine {name!r} gives shape {shapes}: it is not timed")
-    difference = float((got.float() - expected.float()).abs().max()) if got.numel() else 0.0
-    if not difference <= allowed:
-        return Checked(
-            difference,
-            f"engine {name!r} is off by {difference:.3g}, at most {allowed:.3g} is right: it is not timed",
-        )
-    return Checked(difference)
+    try:
+        difference, _ = largest_difference(expected, got)
+    except DSPVerificationError as error:
+        return math.nan, f"engine {name!r} is not timed: {error}"
+    wrong = f"engine {name!r} is off by {difference:.3g}, at most {allowed:.3g} is right: it is not timed"
+    return difference, "" if difference <= allowed else wrong

@@ -1,201 +1,218 @@
-"""What the commands of ``python -m dsp_benchmarks`` do with their options."""
+"""``python -m dsp_benchmarks run | compare | report``: the parser and the commands."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from dsp_kernels.errors import DSPError, DSPFormatError
-from dsp_kernels.whole_file import write_bytes, write_text
+from dsp_kernels.whole_file import write_text
 
-from .cases import Case, case_input
+from .cases import Case, case_input, choose_cases
 from .engines import ENGINES
 from .engines.base import cuda_available
 from .measure.environment import environment
 from .measure.peaks import measure_peaks
 from .measure.profiles import profile_engine
-from .measure.timing import Progress, TimingRules
+from .measure.timing import TimingRules
 from .report import compare as comparing
-from .report.compare import MIN_CHANGE, compare_results
 from .report.page import html_page
 from .report.plots import draw_plots
-from .report.results import Result, Row, Run, read_result, write_result
-from .report.tables import COLUMNS, cells, csv_text, machine, markdown, put_into_readme
-from .run import Budget, Told, choose_cases, run_cases, with_floors
-from .subjects.networks import Network, NetworkSource, load_network, shared_folder
+from .report.results import Result, Run, read_result, write_result
+from .report.tables import COLUMNS, cells, machine, markdown, put_into_readme
+from .run import Budget, run_cases, with_floors
+from .subjects.networks import FORMS, Network, NetworkSource, load_network, shared_folder
 
-__all__ = [
-    "DEFAULT_RESULT",
-    "MIN_CHANGE",
-    "README",
-    "README_RESULT",
-    "bench_network",
-    "check_options",
-    "compare",
-    "report",
-    "run",
-    "write_report",
-]
-
-HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-DEFAULT_RESULT = HERE / "results" / "default_cpu.json"  # of `make bench`
-README_RESULT = HERE / "results" / "real_cpu.json"  # of `make bench-readme`: fewer engines, more samples
+_HERE = Path(__file__).resolve().parent
+README = _HERE.parent / "README.md"
+_DEFAULT_RESULT = _HERE / "results" / "default_cpu.json"  # of `make bench`
+README_RESULT = _HERE / "results" / "real_cpu.json"  # of `make bench-readme`: fewer engines, more samples
 _BATCHES = (1, 8, 32, 128)
-_SHORT_SECONDS = 270.0  # of the five-minute plan; starting Python and writing the page take the rest
-_SHORT_WARMUP = 0.1  # seconds of each engine in that plan
-_RESERVE = 15.0  # of the time, for measuring the peaks again, and for the page
+_SHORT_SECONDS = 270.0  # of `make bench`'s five minutes; starting Python and writing the page take the rest
+_SHORT_WARMUP = 0.1  # seconds of each engine with --short
+_RESERVE = 15.0  # of the time, for measuring the peaks again and for the page
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. An error of ours is one line and status 2.
+
+    ``run`` returns 1 if an engine was wrong or broke, ``compare`` 1 if something became slower.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.function(options)
+    except (DSPError, OSError) as error:  # OSError: a file that does not exist or may not be written
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dsp_benchmarks")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="time networks in many engines")
+    one.set_defaults(function=run)
+    add = one.add_argument
+    nets = "such as resnet56_g4, resnet50_g2_80, cifar_resnet56, resnet18 or a file; repeat it, or use commas"
+    add("--net", "--networks", action="extend", type=_names, help=nets)
+    add("--structure", help="of an unpruned network: random:g=2,rate=0.7 or an .npz file")
+    add("--image-size", type=int, help="default: 32 for CIFAR networks, else 224")
+    add("--batch", "--batches", type=_counts, action="extend", help="default: 1,8,32,128")
+    engines = f"of {', '.join(ENGINES)}, or form/engine; default: all that are worth comparing"
+    add("--engine", "--engines", type=_names, action="extend", help=engines)
+    add("--form", "--forms", type=_names, action="extend", help=f"of {', '.join(FORMS)}")
+    mode = "time of one call, or calls per time when they follow back to back"
+    add("--mode", choices=("latency", "throughput", "both"), default="latency", help=mode)
+    add("--rounds", type=int, default=50, help="turns of each engine")
+    add("--seed", type=int, default=0, help="of images, weights, random structures and the order of engines")
+    add("--device", default="cpu", help="cpu, cuda or cuda:1")
+    add("--isolate", action="store_true", help="run each engine in a process of its own")
+    short = "take 270 seconds: torch.compile for one batch size only, fewer rounds of slow engines"
+    add("--short", action="store_true", help=short)
+    seconds = "for everything; an engine that does not fit is shown as skipped"
+    add("--seconds", type=float, help=seconds)
+    profile = "show the time per layer of one engine at the first batch size instead"
+    add("--profile", metavar="FORM/ENGINE", help=profile)
+    add("--out", type=Path, help="result file; default: benchmarks/results/<net>_<device>.json")
+    add("--report", action="store_true", help="write an .html page and .md tables beside the result file")
+
+    two = commands.add_parser("compare", help="has the second result become slower than the first?")
+    two.set_defaults(function=compare)
+    two.add_argument("first", type=Path)
+    two.add_argument("second", type=Path)
+    two.add_argument("--other-machine", action="store_true", help="compare even if the machines differ")
+
+    three = commands.add_parser("report", help="write an .html page and .md tables beside a result file")
+    three.set_defaults(function=report)
+    three.add_argument("result", type=Path, nargs="?", help="default: the committed one")
+    table = "write the table of the README between its markers instead"
+    three.add_argument("--readme", type=Path, nargs="?", const=README, help=table)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _counts(text: str) -> list[int]:
+    names = _names(text)
+    if not names or not all(name.isdecimal() and int(name) > 0 for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers above 0, with commas between")
+    return [int(name) for name in names]
 
 
 def run(options: Namespace) -> int:
-    """Time networks; the exit status is 1 where an engine was wrong or broke."""
+    """Time networks; the exit status is 1 if an engine was wrong or broke."""
     started = time.perf_counter()
-    check_options(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    _check_options(options)
     if options.device != "cpu":  # float32 means float32 in every row
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    sources = [
-        NetworkSource(name, options.structure, options.image_size, options.seed)
-        for name in options.net or _default_networks()
-    ]
+    names = options.net or _default_networks()
+    sources = [NetworkSource(name, options.structure, options.image_size, options.seed) for name in names]
     if options.profile:
         return _profile(sources[0], options)
     cases = choose_cases(options.device, options.engine or (), options.form or ())
-    networks = [(source, load_network(source)) for source in sources]
     modes = ("latency", "throughput") if options.mode == "both" else (options.mode,)
+    parts = [(source, load_network(source), mode) for source in sources for mode in modes]
     before = measure_peaks(options.device, _dtypes(cases))
     seconds = options.seconds or (_SHORT_SECONDS if options.short else None)
     if seconds is not None:
         seconds = max(0.0, seconds - _RESERVE - (time.perf_counter() - started))
-    budget = Budget(seconds, _weights([net for _, net in networks for _ in modes], cases, options))
-    measured: list[tuple[Network, Run]] = []
-    with _progress() as (progress, tell):
-        for source, network in networks:
-            for mode in modes:
-                one = bench_network(
-                    network, source, mode, options, cases, budget=budget, progress=progress, tell=tell
-                )
-                measured.append((network, one))
-    # Measured again at the end: a machine that was busy once would make floors that engines beat.
+    budget = Budget(seconds, _weights([network for _, network, _ in parts], cases, options))
+    measured = [_run_network(*part, cases, options, budget) for part in parts]
+    # Measured again at the end: a busy machine would make floors that engines beat.
     peaks = before.best(measure_peaks(options.device, _dtypes(cases)))
-    runs = [replace(one, rows=tuple(with_floors(one.rows, net, peaks))) for net, one in measured]
-    result = Result(environment(options.device), peaks.as_json(), tuple(runs))
+    runs = [
+        replace(one, rows=tuple(with_floors(one.rows, network, peaks)))
+        for one, (_, network, _) in zip(measured, parts, strict=True)
+    ]
+    result = Result(environment(options.device), asdict(peaks), tuple(runs))
     for one in runs:
         _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(one))
     print(machine(result))
-    target = options.out or _default_target(sources, options.device)
-    print(f"raw samples: {write_result(target, result)}")
+    target = options.out or _default_target(names, options.device)
+    print(f"result: {write_result(target, result)}")
     if options.report:
-        print(f"page: {write_report(target, result)}")
+        print(f"page: {_write_report(target, result)}")
     broken = [row for one in runs for row in one.rows if row.status in ("wrong", "failed")]
     for row in broken:
         print(f"error: {row.engine}, batch {row.batch}: {row.reason}", file=sys.stderr)
     return 1 if broken else 0
 
 
-def bench_network(
-    network: Network,
-    source: NetworkSource,
-    mode: str,
-    options: Namespace,
-    cases: Sequence[Case],
-    *,
-    budget: Budget | None = None,
-    progress: Progress | None = None,
-    tell: Told | None = None,
+def _run_network(
+    source: NetworkSource, network: Network, mode: str, cases: list[Case], options: Namespace, budget: Budget
 ) -> Run:
-    """One network in one mode ("latency" or "throughput")."""
-    rules = TimingRules.throughput(rounds=min(options.rounds, 10)) if mode == "throughput" else TimingRules()
-    if mode == "latency":
-        rules = rules.with_rounds(options.rounds)
-    rows: list[Row] = run_cases(
+    if mode == "throughput":
+        rules = TimingRules.throughput(rounds=min(options.rounds, 10), seed=options.seed)
+    else:
+        rules = TimingRules(rounds=options.rounds, seed=options.seed)
+    if options.short:
+        rules = replace(rules, warmup=_SHORT_WARMUP)
+    rows = run_cases(
         network,
         sorted(options.batch or _BATCHES),
         cases,
-        replace(rules, seed=options.seed, warmup=_SHORT_WARMUP if options.short else rules.warmup),
+        rules,
         device=options.device,
         isolate=source if options.isolate else None,
         short=options.short,
         budget=budget,
-        progress=progress,
-        tell=tell,
+        tell=lambda text: print(text, file=sys.stderr),
     )
     ratio = network.macs("dense") / network.macs("packed")
     return Run(Path(source.name).stem, network.label, mode, ratio, tuple(rows))
 
 
 def compare(options: Namespace) -> int:
-    """Hold two results against each other; the exit status is 1 where something became slower."""
-    found = compare_results(
-        read_result(options.first),
-        read_result(options.second),
-        alpha=options.alpha,
-        min_change=options.min_change,
-        other_machine=options.other_machine,
-    )
+    """Compare two results; the exit status is 1 if something became slower."""
+    first, second = read_result(options.first), read_result(options.second)
+    found = comparing.compare_results(first, second, other_machine=options.other_machine)
     _print(f"{options.second} against {options.first}", *comparing.table(found))
-    slower = [one for one in found if one.verdict == "slower"]
+    slower = sum(one.verdict == "slower" for one in found)
     undecided = sum(one.verdict.startswith("no verdict") for one in found)
-    print(f"{len(slower)} slower, {undecided} without verdict, of {len(found)}")
+    print(f"{slower} slower, {undecided} without verdict, of {len(found)}")
     return 1 if slower else 0
 
 
 def report(options: Namespace) -> int:
-    """Write what was asked for from a result; without any flag, everything beside it."""
-    source = options.result or (README_RESULT if options.readme else DEFAULT_RESULT)
+    """Write the page and tables beside a result file, or the table of the README."""
+    source = options.result or (README_RESULT if options.readme else _DEFAULT_RESULT)
     result = read_result(source)
-    asked = (options.html, options.csv, options.markdown, options.plots, options.readme)
-    if not any(asked):
-        print(f"page: {write_report(source, result)}")
-    if options.html:
-        write_text(options.html, html_page(result, draw_plots(result)))
-    if options.csv:
-        write_text(options.csv, csv_text(result))
-    if options.markdown:
-        write_text(options.markdown, markdown(result))
-    if options.plots:
-        _write_pictures(options.plots, draw_plots(result))
     if options.readme:
-        try:
-            text = options.readme.read_text(encoding="utf-8")
-        except OSError as error:
-            raise DSPFormatError(f"cannot read {options.readme}: {error}") from error
+        text = options.readme.read_text(encoding="utf-8")
         write_text(options.readme, put_into_readme(text, result))
+    else:
+        print(f"page: {_write_report(source, result)}")
     return 0
 
 
-def write_report(json_file: Path, result: Result) -> Path:
-    """The .html, .csv and .md files and the pictures beside a JSON file; gives the page's path."""
-    pictures = draw_plots(result)
-    write_text(json_file.with_suffix(".csv"), csv_text(result))
+def _write_report(json_file: Path, result: Result) -> Path:
+    """The .html and .md files beside a result file; returns the page's path."""
     write_text(json_file.with_suffix(".md"), markdown(result))
-    _write_pictures(json_file.with_suffix(""), pictures)
-    return write_text(json_file.with_suffix(".html"), html_page(result, pictures))
-
-
-def _write_pictures(folder: Path, pictures: dict[str, bytes]) -> None:
-    for name, png in pictures.items():
-        write_bytes(folder / f"{name}.png", png)
+    return write_text(json_file.with_suffix(".html"), html_page(result, draw_plots(result)))
 
 
 def _profile(source: NetworkSource, options: Namespace) -> int:
-    form, _, engine = options.profile.partition("/")
-    (case,) = choose_cases(options.device, [engine], [form])
+    (case,) = choose_cases(options.device, [options.profile])
     able, reason = ENGINES[case.engine].available()
     if not able:
         raise DSPError(f"{case.label} cannot run here: {reason}")
     network = load_network(source)
     x = case_input(network, (options.batch or [1])[0], options.seed, options.device)
     peaks = measure_peaks(options.device, _dtypes([case]))
-    parts = profile_engine(case.engine, network.form(form).to(x.device), x, peaks)
+    parts = profile_engine(case.engine, network.form(case.form).to(x.device), x, peaks)
     total = sum(part.seconds for part in parts)
     lines = [
         (
@@ -213,18 +230,18 @@ def _profile(source: NetworkSource, options: Namespace) -> int:
 
 
 def _default_networks() -> list[str]:
-    """The two real networks with four groups. Raises DSPFormatError where they are not there."""
+    """The two released networks with four groups. Raises DSPFormatError if they are missing."""
     if not (shared_folder() / "nets").is_dir():
         raise DSPFormatError(
-            f"no real networks at {shared_folder()} (DSP_SHARED names their folder); name one with --net, "
+            f"no released networks at {shared_folder()} (see DSP_SHARED); name another with --net, "
             "for example --net cifar_resnet56 --structure random:g=4,rate=0.65"
         )
     return ["resnet20_g4", "resnet56_g4"]
 
 
-def _default_target(sources: Sequence[NetworkSource], device: str) -> Path:
-    names = "_".join(Path(source.name).stem for source in sources)
-    return HERE / "results" / f"{names}_{device.replace(':', '')}.json"
+def _default_target(names: Sequence[str], device: str) -> Path:
+    stems = "_".join(Path(name).stem for name in names)
+    return _HERE / "results" / f"{stems}_{device.replace(':', '')}.json"
 
 
 def _dtypes(cases: Iterable[Case]) -> tuple[torch.dtype, ...]:
@@ -233,21 +250,21 @@ def _dtypes(cases: Iterable[Case]) -> tuple[torch.dtype, ...]:
 
 
 def _weights(networks: Sequence[Network], cases: Iterable[Case], options: Namespace) -> list[float]:
-    """How long each batch size of each network takes beside the others, guessed from its multiply-adds.
+    """Expected time of each batch size of each network, relative to the others, from its multiply-adds.
 
-    A part that is the same for all, the timing of the largest as three of those, compiling at one batch size
-    as four, and building all else with the first batch size as two.
+    A constant, plus three times that for timing the largest batch of the largest network, four times for slow
+    builds at one batch size, and twice for all other builds, at the first batch size.
     """
     batches = sorted(options.batch or _BATCHES)
     slow = any(ENGINES[case.engine].slow_build and ENGINES[case.engine].available()[0] for case in cases)
     macs = [network.macs("dense") for network in networks]
-    made = []
+    weights = []
     for count in macs:
         size = count / max(macs)
-        for place, batch in enumerate(batches):
-            compiles = slow and (not options.short or place == len(batches) // 2)
-            made.append(1 + size * (3 * batch / batches[-1] + 4 * compiles + 2 * (place == 0)))
-    return made
+        for number, batch in enumerate(batches):
+            compiles = slow and (not options.short or number == len(batches) // 2)
+            weights.append(1 + size * (3 * batch / batches[-1] + 4 * compiles + 2 * (number == 0)))
+    return weights
 
 
 def _print(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
@@ -260,27 +277,13 @@ def _print(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -
     for line in lines:
         table.add_row(*line)
     console = Console()
-    # A file or a pipe has no width: whole lines are worth more there than eighty columns.
+    # A file or a pipe has no width: do not fold lines at eighty columns there.
     Console(width=None if console.is_terminal else 220).print(table)
 
 
-@contextmanager
-def _progress() -> Iterator[tuple[Progress, Told]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("starting", total=None)
-        yield (
-            lambda done, total: bars.update(task, completed=done, total=total),
-            lambda text: bars.update(task, description=text),
-        )
-
-
-def check_options(options: Namespace) -> None:
+def _check_options(options: Namespace) -> None:
     """Raises DSPError for an option of ``run`` that cannot work here."""
-    for name in ("rounds", "threads", "image_size", "seconds"):
+    for name in ("rounds", "image_size", "seconds"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise DSPError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
@@ -293,7 +296,7 @@ def _check_device(name: str) -> None:
     device = None
     with suppress(RuntimeError):
         device = torch.device(name)
-    # torch keeps eight bits of a number: "cuda:256" would be the first device.
+    # torch keeps eight bits of the index: "cuda:256" would be the first device.
     wrapped = device is not None and ":" in name and str(device) != name
     if device is None or wrapped or (device.type != "cuda" and name != "cpu"):
         raise DSPError(f"--device is {name!r}; expected cpu, cuda or cuda:1")

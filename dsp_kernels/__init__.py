@@ -1,6 +1,5 @@
 """Run pruned, multi-branch CNNs at the speed their FLOPs promise."""
 
-from dsp_kernels.architectures import register_architecture
 from dsp_kernels.errors import DSPError
 from dsp_kernels.file.save_load import load, save
 from dsp_kernels.op.fused_conv import FusedConv2d
@@ -22,7 +21,6 @@ __all__ = [
     "fuse",
     "gather_grouped_conv2d",
     "load",
-    "register_architecture",
     "save",
     "swap",
 ]

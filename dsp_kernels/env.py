@@ -1,4 +1,4 @@
-"""What a bug report needs: ``python -m dsp_kernels.env`` prints it."""
+"""The environment for a bug report: ``python -m dsp_kernels.env``."""
 
 from __future__ import annotations
 
@@ -10,22 +10,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe_environment"]
-
-_PACKAGES = (
-    "dsp-kernels",
-    "torch",
-    "torchvision",
-    "triton",
-    "numpy",
-    "safetensors",
-    "onnxruntime",
-    "openvino",
-)
+_PACKAGES = "dsp-kernels", "torch", "torchvision", "triton", "numpy", "safetensors", "onnxruntime", "openvino"
 
 
 def describe_environment() -> dict[str, str]:
-    """Name -> value of everything that decides what runs and how fast, as text."""
+    """Name -> value, as text, of what decides which kernels run and how fast."""
     from dsp_kernels.run.convs import BACKENDS
     from dsp_kernels.run.cpu.extension import chosen_isa, native, why_missing
     from dsp_kernels.run.programs import EXECUTORS

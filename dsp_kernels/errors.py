@@ -1,10 +1,18 @@
-"""Every error that the packages raise on purpose, so that a caller can catch one family."""
+"""The errors that the packages raise on purpose: one family, so that a caller can catch them all."""
 
 from __future__ import annotations
 
 
 class DSPError(Exception):
-    """Base of all errors raised on purpose; it names the layer, the value and what would be right."""
+    """Base class. The message names the layer or argument, its value and what was expected.
+
+    >>> import dsp_kernels
+    >>> try:
+    ...     dsp_kernels.GroupStructure.build(3, 4, [([0, 3], [0])])
+    ... except dsp_kernels.DSPError as error:
+    ...     print(type(error).__name__)
+    DSPStructureError
+    """
 
 
 class DSPStructureError(DSPError, ValueError):
@@ -12,28 +20,28 @@ class DSPStructureError(DSPError, ValueError):
 
 
 class DSPShapeError(DSPError, ValueError):
-    """A tensor whose shape, dtype or device does not fit the structure or the model it is given to."""
+    """A tensor whose shape, dtype or device does not fit the structure or model that gets it."""
 
 
 class DSPTraceError(DSPError):
-    """A model that cannot be traced, or a node that the asked-for operation does not understand."""
+    """A model that cannot be traced, or whose graph the requested operation does not support."""
 
 
 class DSPBackendError(DSPError, RuntimeError):
-    """A backend asked for by name that cannot run here; the message holds its reason."""
+    """A backend that cannot run here; the message holds the reason."""
 
 
 class DSPVerificationError(DSPError):
-    """A rewritten network whose answer differs from the network it was made from."""
+    """A rewritten network whose output differs from the original's by more than rounding."""
 
 
 class DSPFormatError(DSPError, ValueError):
-    """A file that is truncated, foreign, of an unknown version, or that contradicts itself."""
+    """A file that is truncated, foreign, of an unknown version or inconsistent."""
 
 
 class DSPPruningError(DSPError, ValueError):
-    """Learning or pruning asked for something impossible: no layer, too many groups, an unreachable rate."""
+    """Learning or pruning with impossible settings: no layer, too many groups, an unreachable rate."""
 
 
 class DSPTrainingError(DSPError, RuntimeError):
-    """Training that cannot go on: the loss or a weight is no longer finite."""
+    """Training that cannot continue: the loss or a weight is no longer finite."""

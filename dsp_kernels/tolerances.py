@@ -1,4 +1,4 @@
-"""How far two correct computations of the same thing may differ. The one table; every check reads it here.
+"""The largest allowed difference between two correct computations of the same result.
 
 Rounding errors of a sum of K products grow like sqrt(K) (random signs), those of a chain of layers like
 sqrt(depth). The factor is four standard deviations. All bounds are relative to the largest absolute output.
@@ -10,35 +10,33 @@ import math
 
 import torch
 
-__all__ = ["ACCUMULATE", "HALF_TERMS", "half_sums_tolerance", "network_tolerance", "op_tolerance"]
-
-# dtype of tensors -> dtype in which a sum is accumulated.
+# dtype of tensors -> dtype of the accumulator.
 ACCUMULATE: dict[torch.dtype, torch.dtype] = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-# Products that the native float16 kernels add up in float16 before the sum goes to a float32 one.
+# Products that the native float16 kernels add in float16 before they are added to a float32 accumulator.
 HALF_TERMS = 64
 _DEVIATIONS = 4.0
 
 
 def op_tolerance(dtype: torch.dtype, reduction: int) -> float:
-    """For one convolution in which every output is a sum of ``reduction`` products.
+    """For one convolution whose outputs are sums of ``reduction`` products.
 
-    One rounding of the result to ``dtype`` and sqrt(reduction) roundings of the accumulator.
+    One rounding of the result to ``dtype``, and sqrt(reduction) roundings of the accumulator.
     """
     rounding = 0.0 if ACCUMULATE[dtype] == dtype else torch.finfo(dtype).eps
     return rounding + _DEVIATIONS * torch.finfo(ACCUMULATE[dtype]).eps * math.sqrt(max(reduction, 1))
 
 
 def half_sums_tolerance(reduction: int, terms: int = HALF_TERMS) -> float:
-    """As op_tolerance for factors in float16 whose products are summed ``terms`` at a time in float16.
+    """As ``op_tolerance``, for float16 products that are summed ``terms`` at a time in float16.
 
     Of n terms of random signs, the i-th partial sum is about sqrt(i / n) of the whole; rounding it adds an
     error of at most eps / 2 of that, eps / sqrt(12) in the root mean square. Together: eps / 2 * sqrt(n / 6).
-    A longer sum has as large an error in proportion, because those of its parts are independent.
+    A longer sum has the same relative error, because the errors of its parts are independent.
     """
     eps = torch.finfo(torch.float16).eps
     parts = _DEVIATIONS * eps / 2 * math.sqrt(min(max(reduction, 1), terms) / 6)
@@ -46,10 +44,9 @@ def half_sums_tolerance(reduction: int, terms: int = HALF_TERMS) -> float:
 
 
 def network_tolerance(dtype: torch.dtype, reduction: int, depth: int, half_sums: bool = False) -> float:
-    """For ``depth`` layers, none of which sums more than ``reduction`` products per output.
+    """For ``depth`` layers whose outputs are sums of at most ``reduction`` products.
 
-    Each layer adds its own error, and folding rounds each weight once more. half_sums: products are added in
-    float16 (half_sums_tolerance).
+    Folding rounds each weight once more. half_sums: see ``half_sums_tolerance``.
     """
     layer = op_tolerance(dtype, reduction)
     if half_sums:

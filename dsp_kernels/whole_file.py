@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever reads or kills meanwhile."""
+"""Atomic writes: a file is there completely or not at all, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["UNFINISHED", "fill", "require_file", "whole_file", "write_bytes", "write_text"]
-
-UNFINISHED = f".{'[0-9a-f]' * 32}.tmp*"  # what a killed process leaves
+UNFINISHED = f".{'[0-9a-f]' * 32}.tmp*"  # left by a killed process
 
 
 @contextmanager
 def whole_file(path: str | Path, previous: Path | None = None) -> Iterator[Path]:
-    """A file beside ``path``, with its ending, to write to; it takes that place when the block ends.
+    """A temporary file beside ``path``, of the same suffix, which replaces ``path`` when the block ends.
 
-    Where the block raises or the process dies, ``path`` is what it was. Access rights are those of the file
-    that was there, else of any new file; safetensors would let nobody but the owner read it.
-    previous: where the file that was there goes, at the last moment.
-    Raises OSError, which names ``path``, where nothing can be written.
+    If the block raises or the process dies, ``path`` is unchanged. The file keeps the access rights of the
+    one it replaces, else it gets those of any new file (safetensors lets only its owner read it).
+    previous: where to keep the file that is replaced. Raises OSError that names ``path`` if it cannot be
+    written.
     """
     target = Path(path)
-    if target.is_symlink():  # what it points to is written
+    if target.is_symlink():  # write its target
         target = target.resolve()
     if not target.name or target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; expected the name of a file")
@@ -42,7 +40,7 @@ def whole_file(path: str | Path, previous: Path | None = None) -> Iterator[Path]
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         if stat.S_IMODE(temporary.stat().st_mode) != mode:
-            with suppress(PermissionError):  # of a file system that has no such rights
+            with suppress(PermissionError):  # a file system without access rights
                 temporary.chmod(mode)
         if previous is not None and target.exists():
             target.replace(previous)
@@ -52,20 +50,20 @@ def whole_file(path: str | Path, previous: Path | None = None) -> Iterator[Path]
 
 
 def fill(temporary: Path, save: Callable[[io.BytesIO], object]) -> None:
-    """By way of memory: where the disk is full torch's own writers raise no OSError, or end the process."""
+    """Write through memory: on a full disk torch's own writers raise no OSError, or end the process."""
     memory = io.BytesIO()
     save(memory)
     temporary.write_bytes(memory.getbuffer())
 
 
 def require_file(path: str | Path) -> None:
-    """Raise FileNotFoundError, in plain words, where there is no file to read."""
+    """Raise FileNotFoundError if there is no file to read."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is a folder" if Path(path).is_dir() else f"no file {path}")
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file and the folders that it needs."""
+    """Write a file; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
@@ -73,5 +71,5 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file in UTF-8 and the folders that it needs."""
+    """Write a text file in UTF-8; missing folders are made."""
     return write_bytes(path, text.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""What the CUDA kernels take of a multiprocessor, and instructions that matter, read from the library.
+"""Registers, stack and selected instructions of the CUDA kernels, read from the library.
 
 Usage: python scripts/cuda_resources.py [library]. Needs cuobjdump (CUDA toolkit or triton's), no GPU.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# cuobjdump's name of an instruction -> what the table calls it.
+# Column of the table -> pattern of the instruction in cuobjdump's disassembly.
 COUNTED = {
     "HMMA": r"\bHMMA\.",
     "HGMMA": r"\bHGMMA\.",
@@ -42,7 +42,7 @@ class Kernel:
 
 
 def find_cuobjdump() -> str | None:
-    """That of PATH, else the one in triton's package."""
+    """The one on PATH, else the one in triton's package."""
     found = shutil.which("cuobjdump")
     if found:
         return found
@@ -95,7 +95,7 @@ def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line):
             for what, pattern in patterns.items():
                 kernels[arch, name].instructions[what] += bool(pattern.search(line))
-    # Kernels of wgmma are empty for any other chip.
+    # wgmma kernels are compiled empty for other chips.
     kept = [kernel for kernel in kernels.values() if "Wgmma" not in kernel.name or kernel.arch == "sm_90a"]
     return sorted(kept, key=lambda kernel: (kernel.arch, kernel.name))
 

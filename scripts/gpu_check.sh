@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, offline, in under nine minutes: build, check, time, sanitize.
+# Everything that needs a GPU, offline, in under nine minutes: build, test, time, sanitize.
 #
 #   scripts/gpu_check.sh                 the parts: build table networks blocks layers bench sanitize
-#   scripts/gpu_check.sh --only PART     one of them (or several: --only "build table"), or one of the long ones:
+#   scripts/gpu_check.sh --only PART     one or several of them (--only "build table"), or one of the long ones:
 #                                        rivals (every engine, four networks), rates (70 and 90 %, batch 256),
 #                                        compile (torch.compile max-autotune, batch 256), tune (Triton's autotune),
 #                                        block_times, bench_per_conv (networks without blocks), sanitize_blocks
-#   scripts/gpu_check.sh --pack          copy what the tests read from ../shared into .shared (git ignores it),
-#                                        for a machine to which only the repository travels
+#   scripts/gpu_check.sh --pack          copy the test data from ../shared into .shared (ignored by git), for a
+#                                        machine that gets only the repository
 #
-# PYTHON: the interpreter (python3). OUT: where JSON and logs go (gpu_results). DSP_SHARED: real nets and images.
+# PYTHON: the interpreter (python3). OUT: folder of JSON and logs (gpu_results). DSP_SHARED: released nets and images.
 # BUDGET: seconds for all parts together (535); a part gets what is left, at most its own limit.
-# DSP_DEVICE=cpu rehearses all that runs without a GPU: the table in Triton's interpreter, the benchmarks on the CPU,
-# and that what needs a GPU says so.
+# DSP_DEVICE=cpu rehearses without a GPU: the table in Triton's interpreter, the benchmarks on the CPU, and the errors
+# of the parts that need a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,7 +50,7 @@ fi
 export DSP_REQUIRE_SHARED=1
 failed=()
 
-part() { # part NAME SECONDS COMMAND...: run it if it is wanted, keep its log, go on after a failure
+part() { # part NAME SECONDS COMMAND...: run it if selected, keep its log, continue after a failure
   local name=$1 limit=$2
   shift 2
   case " ${only:-$PARTS} " in *" $name "*) ;; *) return 0 ;; esac
@@ -74,19 +74,19 @@ build() {
     "$PYTHON" -m dsp_kernels.env
 }
 
-tests() { # tests NAME FILE: what it recorded is in NAME.xml, the accuracies of the networks too
+tests() { # tests NAME FILE: results, including the accuracies of the networks, are in NAME.xml
   "$PYTHON" -m pytest -q -p no:cacheprovider -s --junitxml "$OUT/$1.xml" "$2"
 }
 
-layers() { # once by the rule, and once without wgmma where the chip has it
-  "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers.json" "$@" &&
-    DSP_KERNELS_WGMMA=0 "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers_mma_sync.json" --batch 256 "$@" &&
-    "$PYTHON" scripts/gpu_layers.py --out "$OUT/gpu_layers_triton.json" --kernels triton --batch 256 "$@"
+layers() { # the kernels that the rule chooses, without wgmma, and Triton's
+  "$PYTHON" scripts/gpu_times.py layers --out "$OUT/gpu_layers.json" "$@" &&
+    DSP_KERNELS_WGMMA=0 "$PYTHON" scripts/gpu_times.py layers --out "$OUT/gpu_layers_mma_sync.json" --batch 256 "$@" &&
+    "$PYTHON" scripts/gpu_times.py layers --out "$OUT/gpu_layers_triton.json" --kernels triton --batch 256 "$@"
 }
 
 time_networks() { # time_networks NAME SECONDS NETWORKS BATCHES ENGINES
   local device=cuda seconds=$2 networks=$3 batches=$4 rounds=50
-  [ "${DSP_DEVICE:-}" = cpu ] && device=cpu seconds=30 networks=resnet20_g4 batches=1 rounds=2 # only to see it run
+  [ "${DSP_DEVICE:-}" = cpu ] && device=cpu seconds=30 networks=resnet20_g4 batches=1 rounds=2 # a smoke test
   "$PYTHON" -m dsp_benchmarks run --device "$device" --networks "$networks" --batches "$batches" --engines "$5" \
     --rounds "$rounds" --seconds "$seconds" --out "$OUT/$1.json"
 }
@@ -110,22 +110,29 @@ compile() {
   time_networks gpu_compile 500 resnet56_g4,resnet18_g2_80,resnet50_g2_80 256 \
     "$OURS,dense/cuda-graph-fp16,dense/compile-autotune-fp16,compacted/compile-autotune-fp16"
 }
-tune() { # what the configurations of the Triton kernel gain by being measured; kept in OUT for a shipped table
+tune() { # the gain of tuning the Triton kernel; the configurations are kept in OUT for a shipped table
   DSP_KERNELS_AUTOTUNE=1 DSP_KERNELS_CACHE="$OUT/tuned" time_networks gpu_tuned 480 \
     resnet56_g4,resnet50_g2_80 256 packed/fused:triton:fp16
 }
 
-sanitize() {
+sanitize_tests() { # sanitize_tests SECONDS FILE TESTS: memcheck and racecheck
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor is an allocation of its own, whose ends are guarded
-  local some="(unequal or stage-3 or batch-1 or one-to-one) and float16"
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor is an allocation of its own, with guarded bounds
   for tool in memcheck racecheck; do
-    timeout "${SANITIZE:-50}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
-      -p no:cacheprovider tests/on_gpu/test_convs_on_device.py -k "$some" || return
+    timeout "$1" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x -p no:cacheprovider \
+      "$2" -k "$3" || return
   done
 }
+sanitize() {
+  sanitize_tests "${SANITIZE:-50}" tests/on_gpu/test_convs_on_device.py \
+    "(unequal or stage-3 or batch-1 or one-to-one) and float16"
+}
+sanitize_blocks() {
+  sanitize_tests 250 tests/on_gpu/test_blocks_on_device.py \
+    "test_block and float16 and (unequal or turns or shortcut or bottleneck or residual or stage)"
+}
 
-refuses() { # refuses TEXT COMMAND...: it fails, and says why
+refuses() { # refuses TEXT COMMAND...: it fails with this text
   local text=$1
   shift
   "$@" >"$OUT/refusal.log" 2>&1 && { echo "no refusal: $*"; return 1; }
@@ -133,26 +140,17 @@ refuses() { # refuses TEXT COMMAND...: it fails, and says why
   echo "refused as it should: $(grep -m1 "$text" "$OUT/refusal.log")"
 }
 
-sanitize_blocks() {
-  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  local some="test_block and float16 and (unequal or turns or shortcut or bottleneck or residual or stage)"
-  for tool in memcheck racecheck; do
-    timeout 250 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
-      -p no:cacheprovider tests/on_gpu/test_blocks_on_device.py -k "$some" || return
-  done
-}
-block_times() { "$PYTHON" scripts/gpu_blocks.py --out "$OUT/gpu_blocks.json"; }
-bench_per_conv() { # the networks of bench without blocks
+block_times() { "$PYTHON" scripts/gpu_times.py blocks --out "$OUT/gpu_blocks.json"; }
+bench_per_conv() { # networks without blocks
   export DSP_KERNELS_BLOCKS=0
   time_networks gpu_cifar_per_conv 60 resnet20_g4,resnet56_g4 32,256 packed/fused:cuda:fp16 &&
     time_networks gpu_imagenet_per_conv 90 resnet18_g2_80,resnet50_g2_80 32,256 packed/fused:cuda:fp16
 }
 
 export PYTHON OUT OURS DENSE RELEASED TENSORRT
-# For timeout's shell.
+# For the shell that timeout starts.
 export -f build tests layers time_networks bench rivals rates compile tune sanitize refuses
-export -f sanitize_blocks block_times bench_per_conv
+export -f sanitize_tests sanitize_blocks block_times bench_per_conv
 if [ "${DSP_DEVICE:-}" = cpu ]; then
   LINES_SHOWN=24 part build 300 build
   part table 300 tests table tests/on_gpu/test_convs_on_device.py

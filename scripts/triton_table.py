@@ -1,10 +1,9 @@
 """Compile every shipped configuration of the Triton kernel without a GPU, check it, and print a table.
 
-    python scripts/triton_table.py [--out docs/gpu-notes.md] [--only TEXT] [--capability 80 90]
+    python scripts/triton_table.py [--only TEXT] [--capability 80 90]
 
 The exit status is 1 if a configuration has a fault (spilled registers, narrow accesses, no tensor cores).
---out replaces the table between the two marks in a Markdown file. With TRITON_CACHE_DIR set, a run that was
-stopped goes on where it was.
+With TRITON_CACHE_DIR set, an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -12,22 +11,157 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 import triton
 from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from dsp_kernels.run.gpu.triton.aot import compile_config, faults, resident_warps
-from dsp_kernels.run.gpu.triton.config import TritonConfig, shipped
-from dsp_kernels.whole_file import write_text
+from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.triton.config import TritonConfig, config_of, tile_sizes
+from dsp_kernels.run.gpu.triton.kernel import INTEGER_ARGUMENTS, conv_kernel_function
 
-BEGIN, END = "<!-- table begins -->", "<!-- table ends -->"
 Job = tuple[str, TritonConfig, torch.dtype, dict[str, object], int]
 Result = tuple[list[str], list[str]]
+
+# Of a multiprocessor: registers; bytes of shared memory by capability (each program reserves 1 KiB more);
+# warps.
+_REGISTERS, _SHARED, _WARPS = 1 << 16, {80: 164 << 10, 90: 228 << 10}, 64
+# Warps that a multiprocessor should hold: three for each of its four schedulers, so that two can wait for
+# memory or a barrier while one issues; two where the sums of a tile take 64 registers of every thread.
+_WARPS_WANTED, _WARPS_WANTED_WIDE, _WIDE = 12, 8, 64 * 128
+_ASYNC_16_BYTES = r"cp\.async\.c[ga]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?:0x10|16)\b"
+
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Registers per thread, shared memory and spilled (local) memory in bytes, and the code."""
+
+    registers: int
+    shared: int
+    spill: int
+    ptx: str
+    sass: str
+
+    def count(self, pattern: str) -> int:
+        """Occurrences of a regular expression in the PTX."""
+        return len(re.findall(pattern, self.ptx))
+
+
+def compile_config(config: TritonConfig, dtype: torch.dtype, capability: int, **flags: object) -> Compiled:
+    """The kernel for compute capability 80 or 90. flags: constexpr arguments that the configuration lacks."""
+    constants: dict[str, object] = {
+        "POINTWISE": False,
+        "WIDE_IN": False,
+        "WIDE_OUT": False,
+        "BIG": False,
+        "HAS_RESIDUAL": True,
+        "ACTIVATION": 1,
+        "PRECISION": "ieee",
+        "EXACT": False,
+        **config.constants(),
+        **flags,
+    }
+    element = _TYPES[dtype]
+    kernel = triton.runtime.jit.JITFunction(conv_kernel_function)
+    pointers = {
+        **dict.fromkeys(("x_ptr", "out_ptr", "residual_ptr", "w_ptr"), f"*{element}"),
+        "bias_ptr": "*fp32",
+        **dict.fromkeys(("k_ptr", "tile_ptr", "filter_ptr"), "*i32"),
+    }
+    kinds = {**pointers, **dict.fromkeys(INTEGER_ARGUMENTS, "i32"), **dict.fromkeys(constants, "constexpr")}
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: kinds[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=config.options())
+    usage, sass = _inspect(binary.asm["cubin"])
+    return Compiled(
+        int(usage["REG"]),
+        int(binary.metadata.shared),
+        int(usage["STACK"]) + int(usage["LOCAL"]),
+        binary.asm["ptx"],
+        sass,
+    )
+
+
+def _inspect(cubin: bytes) -> tuple[dict[str, str], str]:
+    """Resource usage and disassembly, by the tools in triton's package."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([cuobjdump, what, file], check=True, capture_output=True, text=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    return dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)), sass
+
+
+def resident_warps(made: Compiled, config: TritonConfig, capability: int) -> int:
+    """Warps of such programs that fit one multiprocessor. Registers are allocated in multiples of 8."""
+    per_program = config.warps * 32 * -(-made.registers // 8) * 8
+    shared = _SHARED[90 if capability >= 90 else 80]
+    programs = min(_REGISTERS // per_program, shared // (made.shared + 1024), _WARPS // config.warps)
+    return config.warps * programs
+
+
+def faults(made: Compiled, config: TritonConfig, dtype: torch.dtype, capability: int) -> list[str]:
+    """What is wrong with a compiled configuration."""
+    found = []
+    if made.spill:
+        found.append(f"{made.spill} bytes of registers are spilled")
+    warps = resident_warps(made, config, capability)
+    wanted = _WARPS_WANTED_WIDE if config.cols * config.filters >= _WIDE else _WARPS_WANTED
+    if warps < wanted:
+        found.append(
+            f"{made.registers} registers and {made.shared} bytes of shared memory leave {warps} warps on a "
+            f"multiprocessor; {wanted} are wanted"
+        )
+    if dtype != torch.float32:
+        tensor_core = r"wgmma\.mma_async" if capability >= 90 else r"mma\.sync"
+        if not made.count(tensor_core) or ("HGMMA" if capability >= 90 else "HMMA") not in made.sass:
+            found.append(f"no {tensor_core} instructions")
+        if config.chwn:
+            if not made.count(_ASYNC_16_BYTES):
+                found.append("no asynchronous 16-byte reads")
+            if re.search(r"LDG\.E\.U16", made.sass):
+                found.append("activations are read 2 bytes at a time")
+    if config.chwn:
+        stores, wide = made.count(r"st\.global"), made.count(r"st\.global[.\w]*\.v4\.b32")
+        if stores != wide:
+            found.append(f"only {wide} of {stores} stores are of 16 bytes")
+    return found
+
+
+def shipped() -> Iterator[tuple[str, TritonConfig, torch.dtype, dict[str, object]]]:
+    """Every configuration that the rule can choose, at batch 256: (name, configuration, dtype, flags)."""
+    for layout, wide in ((GpuLayout.CHWN, True), (GpuLayout.NHWC, True), (GpuLayout.NHWC, False)):
+        kind = layout.name if wide else f"{layout.name} by channel"
+        flags: dict[str, object] = {"WIDE_IN": False, "WIDE_OUT": False}
+        if layout is GpuLayout.NHWC:
+            flags = {"WIDE_IN": wide, "WIDE_OUT": wide}
+        for dtype in (torch.float16, torch.float32):
+            for pointwise in (False, True) if dtype == torch.float16 else (False,):
+                name = f"{kind} {'1x1' if pointwise else 'k x k'}"
+                for cols, filters, bk in product(*tile_sizes(wide, dtype)):
+                    config = config_of(layout, pointwise, cols, filters, bk, 256)
+                    yield name, config, dtype, {**flags, "POINTWISE": pointwise}
 
 
 def measure(job: Job) -> Result:
@@ -52,18 +186,10 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_table(file: Path, text: str) -> None:
-    """Between the two marks of the file."""
-    before, _, rest = file.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text(file, f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="a text that the kernel's name and tile must hold")
+    parser.add_argument("--only", default="", help="compile kernels whose name and tile contain this text")
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], choices=(80, 90))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -78,16 +204,13 @@ def main() -> int:
         triton.knobs.cache.dir = os.environ.get("TRITON_CACHE_DIR", cache)
         with multiprocessing.get_context("fork").Pool(options.processes) as pool:
             results = list(tqdm(pool.imap(measure, jobs), total=len(jobs), disable=not sys.stderr.isatty()))
-    text = table([cells for cells, _ in results])
     found = [f"{' '.join(cells[:5])}: {fault}" for cells, bad in results for fault in bad]
-    print(text)
+    print(table([cells for cells, _ in results]))
     print(
         f"\n{len(jobs)} kernels by triton {triton.__version__} in {time.perf_counter() - start:.0f} s; "
         f"{len(found)} faults"
     )
     print("\n".join(found))
-    if options.out is not None:
-        write_table(options.out, text)
     return bool(found)
 
 

@@ -1,4 +1,4 @@
-"""What importing needs, and in which direction the rooms know each other."""
+"""What an import needs, and the direction of imports between rooms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {  # folder -> what it may import of the others
+ROOMS = {  # folder -> the packages it may import
     "dsp_kernels": set(),
     "python/dsp_pruning": {"dsp_kernels"},
     "benchmarks": {"dsp_kernels", "dsp_pruning"},

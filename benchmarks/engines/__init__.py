@@ -1,43 +1,40 @@
-"""Ways of running a network, one file each: ``available()`` says whether here, ``prepare()`` builds."""
+"""Ways of running a network side by side: ``available()`` says whether here, ``prepare()`` builds."""
 
 from __future__ import annotations
 
 import torch
 
 from .base import Engine, Runner
-from .cuda_graph import CudaGraph
-from .cudnn_fused import CudnnFused
+from .cuda_graph import CudaGraph, CudnnFused
 from .fused import fused_engines
-from .onnxruntime import OnnxRuntime
-from .openvino import OpenVINO
+from .onnx_engines import OnnxRuntime, OpenVINO
+from .pytorch import TorchCompile, TorchEager, TorchScript
 from .tensorrt import TensorRT
-from .torch_compile import TorchCompile
-from .torch_eager import TorchEager
-from .torchscript import TorchScript
 
 __all__ = ["ENGINES", "Engine", "Runner"]
 
+_HALF = torch.float16
+_AUTOTUNE = {"mode": "max-autotune"}
 _ALL: tuple[Engine, ...] = (
     TorchEager("torch"),
-    TorchEager("torch-nhwc", channels_last=True),
+    TorchEager("torch-nhwc", layout=torch.channels_last),
     TorchScript("torchscript"),
     TorchScript("torchscript-opt", optimize=True),
     TorchCompile("compile"),
-    TorchCompile("compile-autotune", {"mode": "max-autotune"}),
-    TorchCompile("compile-freezing", freezing=True, device="cpu"),
+    TorchCompile("compile-autotune", options=_AUTOTUNE),
+    TorchCompile("compile-freezing", device="cpu", freezing=True),
     OnnxRuntime("onnxruntime"),
     OpenVINO("openvino"),
     OpenVINO("openvino-bf16", torch.bfloat16),
     CudaGraph("cuda-graph"),
-    CudaGraph("cuda-graph-fp16", torch.float16),
-    CudnnFused("cudnn-fused-fp16"),
-    TorchEager("torch-fp16", dtype=torch.float16, device="cuda"),
-    TorchCompile("compile-autotune-fp16", {"mode": "max-autotune"}, device="cuda", dtype=torch.float16),
-    OnnxRuntime("onnxruntime-cuda", "cuda"),
+    CudaGraph("cuda-graph-fp16", _HALF),
+    CudnnFused("cudnn-fused-fp16", _HALF),
+    TorchEager("torch-fp16", _HALF, "cuda"),
+    TorchCompile("compile-autotune-fp16", _HALF, "cuda", options=_AUTOTUNE),
+    OnnxRuntime("onnxruntime-cuda", device="cuda"),
     TensorRT("tensorrt"),
-    TensorRT("tensorrt-fp16", torch.float16),
+    TensorRT("tensorrt-fp16", _HALF),
     *fused_engines(),
 )
 
-# name -> engine; the ones of our own stand last. On a GPU torch counts as TF32-free: see run.py.
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in _ALL}

@@ -1,46 +1,86 @@
-"""PyTorch captured once in a CUDA graph and replayed: no launch overhead from Python."""
+"""Dense networks in half precision as a CUDA graph: PyTorch's own kernels, or cuDNN's fused convolutions."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Runner, cuda_available
+from dsp_kernels.graph.network import evaluating
+from dsp_kernels.op.dense import dense_weight, live_bias
+from dsp_kernels.program.steps import ConvStep, Step
+from dsp_kernels.run.eager.program import EagerExecutor
 
-__all__ = ["CudaGraph", "capture", "replayed"]
+from ..measure.floors import program_of
+from .base import Engine, Runner, converted
 
 _WARM_CALLS = 3
 
 
 @dataclass(frozen=True)
-class CudaGraph:
-    """dtype: of weights and activations; channels_last: the layout that tensor cores read directly."""
+class CudaGraph(Engine):
+    """PyTorch in channels_last, captured once and replayed: no launch overhead from Python."""
 
-    name: str = "cuda-graph"
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = True
     device: str = "cuda"
-    slow_build: bool = False
-    any_batch: bool = False
-
-    def available(self) -> tuple[bool, str]:
-        """Where torch finds a CUDA device."""
-        return cuda_available()
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        """Captures the model on the example's shape; input and output are copied outside the graph."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        network = copy.deepcopy(model).eval().to(example.device, self.dtype).to(memory_format=layout)
-        return replayed(network, example, self.dtype, layout)
+        network = converted(model, self.dtype, torch.channels_last).to(example.device)
+        return _replayed(network, example, self.dtype)
 
 
-def replayed(network: Runner, example: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Runner:
-    """The network captured on the example's shape; input and float32 answer are copied outside the graph."""
-    static_input = example.to(dtype).contiguous(memory_format=layout).clone()
+@dataclass(frozen=True)
+class CudnnFused(Engine):
+    """Batch norms folded, and cuDNN's fused convolution + bias (+ residual) + ReLU, as a CUDA graph.
+
+    The fastest way to run a dense network in torch without compiling it.
+    """
+
+    device: str = "cuda"
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
+        def moved(tensor: Tensor) -> Tensor:
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.detach().to(dtype, copy=True)
+
+        with evaluating(model):
+            program = program_of(model, example).map_tensors(moved)
+        return _replayed(CudnnConvs().prepare(program), example, self.dtype)
+
+
+class CudnnConvs(EagerExecutor):
+    """The eager executor with cuDNN's fused convolutions.
+
+    Groups of packed convolutions become dense weights with zeros: cuDNN has no groups of unequal size.
+    """
+
+    def call(self, step: Step) -> Callable[[dict[str, Any]], Any]:
+        if not isinstance(step, ConvStep) or not step.spec.structure.read:
+            return super().call(step)
+        spec, source, added = step.spec, step.inputs[0], step.inputs[1:]
+        if spec.activation != "relu" and (spec.activation != "none" or added):
+            return super().call(step)
+        weight = dense_weight(spec.structure, step.weights, spec.kernel_size)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = live_bias(spec.structure, step.bias)
+        if bias is None:
+            bias = weight.new_zeros(spec.structure.out_channels)
+        window = spec.stride, spec.padding, spec.dilation
+        if spec.activation == "none":
+            return lambda values: F.conv2d(values[source], weight, bias, *window)
+        if not added:
+            return lambda values: torch.cudnn_convolution_relu(values[source], weight, bias, *window, 1)
+        return lambda values: torch.cudnn_convolution_add_relu(
+            values[source], weight, values[added[0]], 1.0, bias, *window, 1
+        )
+
+
+def _replayed(network: Runner, example: Tensor, dtype: torch.dtype) -> Runner:
+    """Captured on the example's shape; input and output are copied outside the graph."""
+    static_input = example.to(dtype).contiguous(memory_format=torch.channels_last).clone()
     graph, static_output = capture(lambda: network(static_input))
 
     def run(x: Tensor) -> Tensor:
@@ -52,11 +92,11 @@ def replayed(network: Runner, example: Tensor, dtype: torch.dtype, layout: torch
 
 
 def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of one call without arguments, and the tensor in which every replay leaves its result."""
+    """The graph of one call, and the tensor that holds the output of each replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(_WARM_CALLS):  # cuDNN and cuBLAS allocate and choose here, which no graph may do
+        for _ in range(_WARM_CALLS):  # cuDNN and cuBLAS allocate and choose here, which a graph may not do
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

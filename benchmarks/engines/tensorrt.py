@@ -1,4 +1,4 @@
-"""TensorRT 10.x and 11.x: ONNX in, strongly typed network, engine cached on disk, run in a CUDA graph."""
+"""TensorRT 10.x and 11.x: reads ONNX, caches the built engine on disk, runs as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,52 +13,41 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.whole_file import write_bytes
 
-from .base import Runner, cuda_available, module_available
+from .base import Engine, Runner, module_available
 from .cuda_graph import capture
-from .onnx_file import INPUT, OUTPUT, can_export, onnx_bytes
-
-__all__ = ["TensorRT", "build_engine", "cache_folder"]
+from .onnx_engines import INPUT, OUTPUT, onnx_bytes
 
 _WORKSPACE_BYTES = 4 << 30
 
 
 def cache_folder() -> Path:
-    """Where built engines and the timing cache are kept: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels."""
+    """Built engines and the timing cache: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels/tensorrt."""
     return Path(os.environ.get("DSP_TENSORRT_CACHE") or Path.home() / ".cache" / "dsp-kernels" / "tensorrt")
 
 
 @dataclass(frozen=True)
-class TensorRT:
-    """dtype: float32 (TF32 off, so that it is what it says) or float16."""
+class TensorRT(Engine):
+    """Strongly typed: float32 (TF32 off) or float16."""
 
-    name: str = "tensorrt"
-    dtype: torch.dtype = torch.float32
     device: str = "cuda"
     slow_build: bool = True
-    any_batch: bool = False
 
     def available(self) -> tuple[bool, str]:
-        """Where the tensorrt package, onnx and a CUDA device are there."""
-        if not (found := module_available("tensorrt", extra=""))[0]:
-            return False, f"{found[1]}; it comes from NVIDIA's own index"
-        for able, reason in (can_export(), cuda_available()):
-            if not able:
-                return False, reason
-        return True, ""
+        able, reason = module_available("tensorrt", hint="; it comes from NVIDIA's own index")
+        if able:
+            able, reason = module_available("onnx")
+        return super().available() if able else (able, reason)
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        """Builds or reads the engine for the example's shape and captures its execution in a CUDA graph."""
         import tensorrt
 
-        plan = build_engine(
-            onnx_bytes(model, example, self.dtype), torch.cuda.get_device_name(example.device)
-        )
+        gpu = torch.cuda.get_device_name(example.device)
+        plan = build_engine(onnx_bytes(model, example, self.dtype), gpu)
         engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan)
         context = engine.create_execution_context()
         static_input = example.to(self.dtype).contiguous().clone()
-        static_output = torch.empty(
-            tuple(engine.get_tensor_shape(OUTPUT)), dtype=self.dtype, device=example.device
-        )
+        shape = tuple(engine.get_tensor_shape(OUTPUT))
+        static_output = torch.empty(shape, dtype=self.dtype, device=example.device)
         context.set_tensor_address(INPUT, static_input.data_ptr())
         context.set_tensor_address(OUTPUT, static_output.data_ptr())
 
@@ -81,10 +69,9 @@ class TensorRT:
 
 
 def build_engine(network: bytes, gpu: str) -> bytes:
-    """The serialized engine of an ONNX network, from the disk cache where it was built before.
+    """The serialized engine of an ONNX network, cached by ONNX bytes, TensorRT version and GPU name.
 
-    The key is the content: ONNX bytes, TensorRT's version, the GPU's name.
-    Raises DSPBackendError where TensorRT cannot parse or build it, with its own message.
+    Raises DSPBackendError with TensorRT's message if it cannot parse or build the network.
     """
     import tensorrt
 
@@ -94,7 +81,9 @@ def build_engine(network: bytes, gpu: str) -> bytes:
         return path.read_bytes()
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
-    definition = builder.create_network(_creation_flags(tensorrt))
+    # 10.x must be asked for a strongly typed network; 11.x knows no other kind and has dropped the flag.
+    typed = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    definition = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = tensorrt.OnnxParser(definition, logger)
     if not parser.parse(network):
         errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
@@ -111,9 +100,3 @@ def build_engine(network: bytes, gpu: str) -> bytes:
     write_bytes(timings, bytes(cache.serialize()))
     write_bytes(path, bytes(plan))
     return bytes(plan)
-
-
-def _creation_flags(tensorrt: Any) -> int:
-    # 10.x has to be asked for a strongly typed network; 11.x knows no other kind and drops the flag.
-    flag = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)

@@ -1,4 +1,4 @@
-"""The layer shapes that single-op benchmarks run: one of each kind in the real networks and in ResNet-50."""
+"""The layers of the single-op benchmarks: one of each shape in the released networks and in ResNet-50."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.steps import ConvStep
 
-from ..subjects.networks import Network, NetworkSource, load_network, shared_folder
+from ..subjects.networks import NetworkSource, load_network, shared_folder
 
-__all__ = ["Layer", "layers"]
-
-# The g=2 structure of ResNet-50 at 80 % comes from the generator: it needs no file.
 _SOURCES = (
     NetworkSource("resnet20_g4"),
     NetworkSource("resnet56_g4"),
@@ -24,15 +20,12 @@ _SOURCES = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution. shape: how its group is called, ``64x8x8->64 3x3/1``; weights and bias as the op's."""
+    """One packed convolution. shape: of the dense layer, ``64x8x8->64 3x3/1``; input_shape: of one image."""
 
     network: str
-    name: str
     shape: str
-    input_shape: tuple[int, int, int]
-    spec: ConvSpec
-    weights: tuple[Tensor, ...]
-    bias: Tensor | None
+    input_shape: tuple[int, ...]
+    step: ConvStep
 
     def example(self, batch: int, seed: int = 0) -> Tensor:
         """(batch, channels, height, width), standard normal."""
@@ -41,31 +34,19 @@ class Layer:
 
 
 def layers(sources: tuple[NetworkSource, ...] = _SOURCES) -> list[Layer]:
-    """The first layer of every dense shape in each network that is at hand."""
-    found: list[Layer] = []
+    """The first layer of every dense shape in each network that exists here."""
+    found: dict[tuple[str, str], Layer] = {}
     for source in sources:
         if source.structure is None and not (shared_folder() / "nets" / f"{source.name}.npz").is_file():
             continue
-        seen: set[str] = set()
-        for layer in _of_network(source.name, load_network(source)):
-            if layer.shape not in seen:
-                seen.add(layer.shape)
-                found.append(layer)
-    return found
-
-
-def _of_network(name: str, network: Network) -> list[Layer]:
-    dense, packed = network.program("dense"), network.program("packed")
-    wide = {step.output: step for step in dense.steps if isinstance(step, ConvStep)}
-    made = []
-    for step in packed.steps:
-        if not isinstance(step, ConvStep) or step.output not in wide:
-            continue
-        _, channels, height, width = packed.shapes[step.inputs[0]]
-        structure, kernel = wide[step.output].spec.structure, step.spec.kernel_size
-        shape = f"{structure.in_channels}x{height}x{width}->{structure.out_channels} "
-        shape += f"{kernel[0]}x{kernel[1]}/{step.spec.stride[0]}"
-        made.append(
-            Layer(name, step.output, shape, (channels, height, width), step.spec, step.weights, step.bias)
-        )
-    return made
+        network = load_network(source)
+        dense, packed = network.program("dense"), network.program("packed")
+        wide = {step.output: step.spec for step in dense.steps if isinstance(step, ConvStep)}
+        for step in packed.steps:
+            if isinstance(step, ConvStep) and step.output in wide:
+                spec, input_shape = wide[step.output], packed.shapes[step.inputs[0]][1:]
+                size = "x".join(str(length) for length in (spec.structure.in_channels, *input_shape[1:]))
+                kernel = "x".join(str(length) for length in spec.kernel_size)
+                shape = f"{size}->{spec.structure.out_channels} {kernel}/{spec.stride[0]}"
+                found.setdefault((source.name, shape), Layer(source.name, shape, input_shape, step))
+    return list(found.values())

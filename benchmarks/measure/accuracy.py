@@ -1,4 +1,4 @@
-"""How many labelled images an engine gets right: what a precision costs stands beside what it gains."""
+"""How many labelled images an engine classifies correctly: what a precision costs, beside what it gains."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from torch import Tensor
 
 from ..engines import Runner
 
-__all__ = ["Labelled", "accuracy"]
-
 
 @dataclass(frozen=True)
 class Labelled:
-    """images: (n, channels, height, width), float32, normalised as the network wants; labels: (n,), int64."""
+    """images: (n, channels, height, width), float32, normalised as in training; labels: (n,), int64."""
 
     images: Tensor
     labels: Tensor
 
 
 def accuracy(run: Runner, labelled: Labelled, batch: int) -> float:
-    """The share (0..1) that ``run`` gets right; it is called with ``batch`` images each time."""
-    right = 0
-    device = labelled.images.device
+    """The share (0..1) of correct answers; ``run`` is called with ``batch`` images each time."""
+    correct = 0
     for images, labels in zip(labelled.images.split(batch), labelled.labels.split(batch), strict=True):
-        # An engine built for one batch size takes no other: the last images are repeated and not counted.
-        places = torch.arange(batch, device=device).clamp(max=len(images) - 1)
+        # An engine may be built for this batch size only: the last batch is padded with repeated images.
+        places = torch.arange(batch, device=images.device).clamp(max=len(images) - 1)
         found = run(images[places].contiguous())[: len(images)].argmax(1)
-        right += int((found == labels).sum())
-    return right / len(labelled.labels)
+        correct += int((found == labels).sum())
+    return correct / len(labelled.labels)

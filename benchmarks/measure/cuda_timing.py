@@ -1,4 +1,4 @@
-"""Times of one call on a GPU, taken apart: device time with warm and cold L2, and the time to enqueue."""
+"""Times of one call on a GPU: device time with a warm and a cold L2 cache, and the time to enqueue."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from dsp_kernels.errors import DSPBackendError
 
-__all__ = ["DeviceTimes", "device_times"]
-
-_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU now
-# Clock cycles that the device is kept busy while Python enqueues what is to be timed: 1 ms at 2 GHz.
+_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any current GPU
+# Clock cycles that the device is kept busy while Python enqueues the timed call: 1 ms at 2 GHz.
 _HEAD_START = 2_000_000
 
 
 @dataclass(frozen=True)
 class DeviceTimes:
-    """Seconds of one call, each a median. warm, cold: between two events on the device, with the L2 cache as
-    the call before left it, and after it was overwritten. enqueue: until the call returned to Python.
+    """Seconds of one call, each a median.
+
+    warm, cold: between two events on the device, with the L2 cache as the previous call left it, and flushed.
+    enqueue: until the call returned to Python.
     """
 
     warm: float
@@ -30,12 +30,11 @@ class DeviceTimes:
 
 
 def device_times(call: Callable[[], object], repeats: int = 50) -> DeviceTimes:
-    """Time ``call`` by events on the current CUDA stream.
+    """Time ``call`` with events on the current CUDA stream.
 
-    The device works before the first event while Python enqueues the call: else it would wait for Python
-    between the two events. A call that takes longer to enqueue than that head start still has Python's time
-    in it.
-    Raises DSPBackendError where torch finds no CUDA device.
+    The device is kept busy while Python enqueues the first event and the call, so that it does not wait for
+    Python between the two events. Only a call that takes longer to enqueue than that includes Python's time.
+    Raises DSPBackendError without a CUDA device.
     """
     if not torch.cuda.is_available():
         raise DSPBackendError("device times need a CUDA device, and torch finds none")
@@ -48,7 +47,7 @@ def device_times(call: Callable[[], object], repeats: int = 50) -> DeviceTimes:
 def _enqueue(call: Callable[[], object], repeats: int) -> float:
     taken = []
     for _ in range(repeats):
-        # The device is idle when the call is enqueued: otherwise a full queue would count as enqueue time.
+        # On an idle device: otherwise a full queue would count as enqueue time.
         torch.cuda.synchronize()
         began = time.perf_counter()
         call()

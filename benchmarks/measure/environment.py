@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["MACHINE_KEYS", "environment"]
-
-# Two files are comparable where these agree.
+# Two results are comparable if these are equal.
 MACHINE_KEYS = ("processor", "cores", "threads", "cpu_capability", "accelerator", "device")
 _PACKAGES = ("dsp-kernels", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "triton")
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Plain JSON: time, versions, commit, processor and its clocks, threads, and the accelerator if used."""
+    """Plain JSON: time, versions, commit, processor, threads, and the accelerator if it is used."""
     found: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -28,9 +26,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "packages": {name: number for name in _PACKAGES if (number := _version(name))},
         "commit": _commit(),
         "platform": platform.platform(),
-        "processor": _cpuinfo("model name") or platform.processor(),
-        "clock_mhz": _cpuinfo("cpu MHz"),
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -53,11 +49,11 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of the working tree that this code runs from; "+" where tracked files differ from it."""
+    """Of the working tree that this code runs from; "+" if tracked files are modified."""
     here = str(Path(__file__).resolve().parents[1])
     commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
-    return commit + "+" * bool(commit and changed)
+    modified = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    return commit + "+" * bool(commit and modified)
 
 
 def _output(*command: str) -> str:
@@ -67,13 +63,8 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _cpuinfo(field: str) -> str:
-    lines = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith(field)]
-    return lines[0].split(":", 1)[1].strip() if lines else ""
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: copy bandwidth and multiply-add rate."""
+"""Measured peaks of this machine: copy bandwidth and multiply-add rate."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-__all__ = ["Peaks", "measure_peaks"]
-
 # 12 independent accumulators hide the latency of the multiply-add (4 cycles, 2 per cycle on current cores)
-# and leave registers for the operands, with 16 registers too.
+# and leave registers for the operands, even with 16 registers.
 _SOURCE = """
 #if defined(__AVX512F__)
 #define BYTES 64
@@ -57,15 +54,14 @@ double fma_flops(long turns, float *out) {
 """
 _PROBE_SIZE = 256
 _COPY_BYTES = 256 << 20  # far above any last-level cache
-_KERNEL_SECONDS = (
-    2.5e-6  # of one kernel inside a CUDA graph: assumed (KERNELS.md), no GPU was here to measure
-)
+_KERNEL_SECONDS = 2.5e-6  # launch of one kernel inside a CUDA graph: assumed, not measured
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """flops: per dtype name, per second (a multiply-add counts two); bandwidth: bytes read plus written per
-    second; launch: seconds that starting one kernel costs; how: where each number comes from.
+    """flops: by dtype name, per second (a multiply-add is two). bandwidth: bytes read and written per second.
+
+    launch: seconds that starting one kernel costs. how: where each number comes from.
     """
 
     flops: dict[str, float]
@@ -74,17 +70,21 @@ class Peaks:
     threads: int
     how: dict[str, str]
 
+    def knows(self, dtype: torch.dtype) -> bool:
+        """Whether the peak of this dtype was measured."""
+        return dtype_name(dtype) in self.flops
+
     def best(self, other: Peaks) -> Peaks:
         """The higher of each number of two measurements of one machine."""
-        flops = {name: max(value, other.flops.get(name, 0.0)) for name, value in self.flops.items()}
-        how = self.how | {
-            name: other.how[name] for name, value in self.flops.items() if other.flops.get(name, 0.0) > value
-        }
-        return replace(self, flops=flops, bandwidth=max(self.bandwidth, other.bandwidth), how=how)
+        higher = {name: rate for name, rate in other.flops.items() if rate > self.flops.get(name, 0.0)}
+        how = self.how | {name: other.how[name] for name in higher}
+        bandwidth = max(self.bandwidth, other.bandwidth)
+        return replace(self, flops=self.flops | higher, bandwidth=bandwidth, how=how)
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As ``Peaks.flops`` and result files name it: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def measure_peaks(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Peaks:
@@ -92,11 +92,11 @@ def measure_peaks(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.
     flops: dict[str, float] = {}
     how: dict[str, str] = {}
     for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         flops[name], how[name] = _matmul_peak(dtype, device, flops.get("float32", 0.0))
         if dtype == torch.float32 and device == "cpu" and (found := _fma_peak(torch.get_num_threads())):
             flops[name], how[name] = max((found, "loop of multiply-adds"), (flops[name], how[name]))
-        # 16-bit products in software are slower than float32, and no engine has to compute them so.
+        # 16-bit products in software are slower than float32 ones, and no engine needs them.
         elif device == "cpu" and flops[name] < flops.get("float32", 0.0):
             flops[name], how[name] = flops["float32"], "as float32: this processor has no faster arithmetic"
     bandwidth = _copy_bandwidth(device)
@@ -106,17 +106,15 @@ def measure_peaks(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.
 
 
 def _best(call: Callable[[], object], device: str, times: int = 5) -> float:
-    """Seconds of the fastest of a few calls: a peak is what the machine can do, not what it usually does."""
-    wait = torch.cuda.synchronize if device != "cpu" else _nothing
-    call()
-    wait()
+    """Seconds of the fastest of a few calls: a peak is the machine's best, not its median."""
     taken = []
-    for _ in range(times):
+    for _ in range(times + 1):
         started = time.perf_counter()
         call()
-        wait()
+        if device != "cpu":
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return min(taken)
+    return min(taken[1:])  # the first warms up
 
 
 def _copy_bandwidth(device: str) -> float:
@@ -128,8 +126,8 @@ def _copy_bandwidth(device: str) -> float:
 def _matmul_peak(dtype: torch.dtype, device: str, known: float = 0.0) -> tuple[float, str]:
     """The higher rate of two sizes, and where it is from.
 
-    known: the rate of float32. On a CPU a small product is tried first, once, as the best of three calls; if
-    that is below an eighth of it, the large ones could take a minute: the answer is (0, "not measured").
+    known: the rate of float32. If a small product on a CPU runs at less than an eighth of it, the large ones
+    could take a minute and are not measured.
     """
     if known and device == "cpu" and _matmul_rate(_PROBE_SIZE, dtype, device) < known / 8:
         return 0.0, "not measured"
@@ -144,7 +142,7 @@ def _matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
 
 
 def _fma_peak(threads: int) -> float | None:
-    """Floating point operations per second of a loop of vector multiply-adds; None without a C compiler."""
+    """FLOP/s of a loop of vector multiply-adds; None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -160,14 +158,10 @@ def _fma_peak(threads: int) -> float | None:
     function.argtypes = [ctypes.c_long, ctypes.c_void_p]
     outs = [(ctypes.c_float * 16)() for _ in range(threads)]
     turns = 1 << 21  # about 3 ms
-    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter lock
+    with ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
 
         def run() -> list[float]:
             return list(pool.map(lambda out: function(turns, ctypes.addressof(out)), outs))
 
         seconds = _best(run, "cpu", 60)
         return sum(run()) / seconds
-
-
-def _nothing() -> None:
-    pass

@@ -1,38 +1,33 @@
-"""How one number is taken: engines in turn, in a new random order every round, each settled first."""
+"""How samples are taken: engines take turns in random order, and each is warm before it is timed."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from .samples import FEWEST_ROUNDS, Samples
 
-__all__ = ["LocalTimer", "Progress", "Samples", "Timer", "TimingRules", "measure", "shared_rounds"]
-
-Progress = Callable[[int, int], None]
-
-# A call this long fills the caches and wakes the threads itself; a warm one before it would only cost time.
+# A call this long fills the caches and wakes the threads itself; a warm-up call would only cost time.
 _LONG_CALL = 0.05
 
 
 @dataclass(frozen=True)
 class TimingRules:
-    """How long everything lasts, in seconds, and how often it is repeated.
+    """How long everything takes, in seconds, and how often it is repeated.
 
-    rounds: how often each engine has its turn; 50 find a slowdown of 10 % in 98 of 100 runs here (tests).
-    warmup: how long each runs before the first round.
-    gap: idle time before a turn, in which the worker threads of the engine before stop spinning. Those of
-    ONNX Runtime spin for more than 20 ms: ResNet-50 read 12.8 ms after such a gap, 10.7 after a longer one.
-    warm_calls, settle: untimed calls at the beginning of a turn, so many at least and for so long: after the
-    gap, a call of 0.3 ms needs about ten to be as fast as in a loop. None where a call is longer than 50 ms.
-    burst: how long the timed calls of a turn last, if that takes no more than ``most_calls``.
-    shortest: a call shorter than this is repeated within one sample and the mean taken: below it the clock
-    and the loop would show. most_seconds: for all engines together, see ``shared_rounds``; an engine that
-    cannot have eight rounds in it is left out.
+    rounds: turns of each engine; 50 find a slowdown of 10 % in 98 of 100 runs here (tests).
+    warmup: how long each engine runs before the first round.
+    gap: idle time before a turn, in which the previous engine's worker threads stop spinning. Those of ONNX
+    Runtime spin for more than 20 ms: ResNet-50 took 12.8 ms after such a gap, 10.7 ms after a longer one.
+    warm_calls, settle: untimed calls at the start of a turn, at least so many and for so long: after the gap
+    a call of 0.3 ms needs about ten to be as fast as in a loop. None if a call takes more than 50 ms.
+    burst: how long the timed calls of a turn last, at most ``most_calls`` of them.
+    shortest: calls that take less are repeated within one sample, as the clock and the loop would show.
+    most_seconds: for all engines together, see ``measure``.
     """
 
     rounds: int = 50
@@ -44,33 +39,29 @@ class TimingRules:
     most_calls: int = 10
     shortest: float = 2e-4
     seed: int = 0
-    most_seconds: float | None = None
+    most_seconds: float = math.inf
 
     @classmethod
     def throughput(cls, rounds: int = 10, window: float = 0.25, seed: int = 0) -> TimingRules:
-        """Calls back to back for ``window`` seconds are one sample: how much is done, not how soon."""
+        """One sample is ``window`` seconds of back-to-back calls."""
         return cls(rounds=rounds, burst=0.0, most_calls=1, shortest=window, seed=seed)
-
-    def with_rounds(self, rounds: int) -> TimingRules:
-        """The same with another number of rounds."""
-        return replace(self, rounds=rounds)
 
 
 class Timer(Protocol):
-    """Something that can time one engine, here or in another process."""
+    """Times one engine, in this process or another."""
 
     def warm_up(self, seconds: float) -> float:
-        """Run for a while, twice at least, once if that is long; the seconds of the fastest call."""
+        """Run for a while, at least twice, once if a call is long; the seconds of the fastest call."""
         ...
 
     def burst(self, warm_calls: int, calls: int, repeats: int) -> list[float]:
-        """Seconds of each of ``calls`` samples of ``repeats`` calls, after some untimed ones."""
+        """Seconds per call of ``calls`` samples of ``repeats`` calls, after some untimed ones."""
         ...
 
 
 @dataclass(frozen=True)
 class LocalTimer:
-    """Times a callable in this process. synchronize waits for the device before the clock stops."""
+    """Times a callable in this process. synchronize: waits for the device before the clock stops."""
 
     call: Callable[[], object]
     synchronize: Callable[[], None] | None = None
@@ -90,78 +81,94 @@ class LocalTimer:
         return [self._sample(repeats) for _ in range(calls)]
 
     def _sample(self, repeats: int) -> float:
-        call = self.call
         started = time.perf_counter()
         for _ in range(repeats):
-            call()
+            self.call()
         if self.synchronize is not None:
             self.synchronize()
         return (time.perf_counter() - started) / repeats
 
 
-def measure(
-    timers: Mapping[str, Timer], rules: TimingRules | None = None, progress: Progress | None = None
-) -> dict[str, Samples]:
-    """Seconds per call of every entry of ``timers``, taken side by side.
+@dataclass(frozen=True)
+class _Turn:
+    """What an engine does in one round, and how long that takes."""
 
-    Each round gives every engine one turn, in an order drawn from the seed, so that a machine that slows
-    down slows all of them down. A turn: idle gap, warm calls, timed calls. Where the time is limited, slow
-    engines sit out some rounds, evenly over the whole run; entries that did not fit are not in the result.
+    warm_calls: int
+    calls: int
+    repeats: int
+    seconds: float
+
+    @classmethod
+    def of(cls, once: float, rules: TimingRules) -> _Turn:
+        """once: seconds of one call."""
+        once = max(once, 1e-9)
+        repeats = max(1, round(rules.shortest / once))
+        calls = min(rules.most_calls, max(1, round(rules.burst / (once * repeats))))
+        warm = max(rules.warm_calls, round(rules.settle / once)) if once < _LONG_CALL else 0
+        return cls(warm, calls, repeats, rules.gap + once * (warm + repeats * calls))
+
+
+def measure(
+    timers: Mapping[str, Timer], rules: TimingRules | None = None, *, always: Collection[str] = ()
+) -> dict[str, Samples]:
+    """Seconds per call of each engine, taken side by side.
+
+    Each round gives every engine one turn (idle gap, warm-up calls, timed calls), in an order drawn from the
+    seed, so that a machine that slows down slows down all of them.
+
+    If the time is limited, slow engines skip rounds, evenly over the run, but take part in eight at least.
+    ``timers`` holds the most important engines first: one whose eight rounds do not fit beside those of the
+    engines before it is left out. always: engines that get eight rounds in any case.
     """
     rules = rules or TimingRules()
+    fewest = min(rules.rounds, FEWEST_ROUNDS)
     started = time.perf_counter()
-    calls, repeats, warm, turn = {}, {}, {}, {}
+
+    def left(share: float = 1.0) -> float:
+        return share * rules.most_seconds - (time.perf_counter() - started)
+
+    turns: dict[str, _Turn] = {}
+    needed = 0.0  # seconds of the fewest rounds of the engines in ``turns``
     for name, timer in timers.items():
-        once = max(timer.warm_up(rules.warmup), 1e-9)
-        repeats[name] = max(1, round(rules.shortest / once))
-        calls[name] = min(rules.most_calls, max(1, round(rules.burst / (once * repeats[name]))))
-        warm[name] = max(rules.warm_calls, round(rules.settle / once)) if once < _LONG_CALL else 0
-        turn[name] = rules.gap + once * (warm[name] + repeats[name] * calls[name])
-    most = math.inf if rules.most_seconds is None else rules.most_seconds
-    left = most - (time.perf_counter() - started)
-    rounds = shared_rounds(turn, rules.rounds, left)
-    order = list(rounds)
+        if name not in always and needed > left():
+            continue
+        turn = _Turn.of(timer.warm_up(rules.warmup), rules)
+        if name in always or needed + fewest * turn.seconds <= left():
+            turns[name] = turn
+            needed += fewest * turn.seconds
+    rounds = shared_rounds({name: turn.seconds for name, turn in turns.items()}, rules.rounds, left())
+    order = list(turns)
     shuffle = random.Random(rules.seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in order}
-    for done in range(rules.rounds):
+    for done in range(1, rules.rounds + 1):
         shuffle(order)
-        spent = time.perf_counter() - started
-        if spent > 2 * most:
-            break
         for name in order:
-            taken = len(seconds[name]) // calls[name]
-            # Of R rounds it takes part in r, every (R / r)-th; a machine that slowed down ends it at eight.
-            if (done + 1) * rounds[name] // rules.rounds <= taken or (
-                spent > most and taken >= FEWEST_ROUNDS
-            ):
+            turn = turns[name]
+            taken = len(seconds[name]) // turn.calls
+            # If the machine has slowed down: no more than eight rounds, and none after twice the time.
+            late = (taken >= fewest and left() < 0) or (name not in always and left(2) < 0)
+            if late or done * rounds[name] // rules.rounds <= taken:
                 continue
             time.sleep(rules.gap)
-            seconds[name] += timers[name].burst(warm[name], calls[name], repeats[name])
-        if progress is not None:
-            progress(done + 1, rules.rounds)
-    return {name: Samples(tuple(values), calls[name]) for name, values in seconds.items()}
+            seconds[name] += timers[name].burst(turn.warm_calls, turn.calls, turn.repeats)
+    return {name: Samples(tuple(values), turns[name].calls) for name, values in seconds.items() if values}
 
 
 def shared_rounds(turn: Mapping[str, float], rounds: int, seconds: float) -> dict[str, int]:
-    """How many rounds each engine takes part in, so that all of them fit into ``seconds`` together.
+    """Rounds of each engine, at least eight, so that all fit into ``seconds`` if possible.
 
-    turn: seconds of one turn of each. Every engine may use the same time, and at least what eight rounds
-    need; where even that is too much, the slowest are left out, so the result may lack them.
+    turn: seconds of one turn of each. Every engine may use the same time.
     """
     if seconds == math.inf:
         return dict.fromkeys(turn, rounds)
     fewest = min(rounds, FEWEST_ROUNDS)
-    kept = sorted(turn, key=turn.__getitem__)
-    while kept and fewest * sum(turn[name] for name in kept) > seconds:
-        kept.pop()
 
     def given(allowance: float) -> dict[str, int]:
-        return {name: min(rounds, max(fewest, int(allowance / turn[name] + 1e-6))) for name in kept}
+        return {name: min(rounds, max(fewest, int(allowance / once + 1e-6))) for name, once in turn.items()}
 
-    low, high = 0.0, seconds
+    low, high = 0.0, max(0.0, seconds)
     for _ in range(30):
         middle = (low + high) / 2
         fits = sum(count * turn[name] for name, count in given(middle).items()) <= seconds
         low, high = (middle, high) if fits else (low, middle)
-    found = given(low)
-    return {name: found[name] for name in turn if name in found}
+    return given(low)

@@ -1,4 +1,4 @@
-"""Two results held against each other: has anything become slower, beyond what noise explains?"""
+"""Two results compared: has anything become slower, beyond what noise explains?"""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from dsp_kernels.errors import DSPError
 
 from ..measure.environment import MACHINE_KEYS
-from ..measure.samples import Samples, mann_whitney, median_interval, ratio_interval
+from ..measure.samples import Samples, mann_whitney, ratio_interval
 from .results import Result
 
-__all__ = ["Comparison", "compare_results", "compare_samples", "different_machines"]
-
-# A change smaller than this is not called one, however sure: two runs of one program on a quiet machine
-# differ by up to 1.5 % in their medians because memory lands elsewhere.
-MIN_CHANGE = 0.03
+_ALPHA = 0.01  # of the U-test
+# A smaller change is "same", however significant: two runs of one program on a quiet machine differ by up to
+# 1.5 % in their medians because memory is allocated at other addresses.
+_MIN_CHANGE = 0.03
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Comparison:
     """One engine, network and batch size in both results.
 
     ratio, low, high: times of the second over the first, Hodges-Lehmann estimate and 95 % interval.
-    verdict: "slower", "faster", "same" or "no verdict: ..." where one of the two is unstable.
+    verdict: "slower", "faster", "same" or "no verdict: ..." if one of the two is unstable.
     """
 
     name: str
@@ -35,45 +34,30 @@ class Comparison:
     high: float
     verdict: str
 
-    @property
-    def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """95 % intervals of both medians, seconds."""
-        return median_interval(self.first.rounds), median_interval(self.second.rounds)
 
-
-def compare_samples(
-    name: str, first: Samples, second: Samples, alpha: float = 0.01, min_change: float = MIN_CHANGE
-) -> Comparison:
-    """U-test on the medians of rounds: calls of one round are not independent of each other."""
+def compare_samples(name: str, first: Samples, second: Samples) -> Comparison:
+    """U-test on the medians of rounds, as calls of one round are not independent of each other."""
     a, b = first.rounds, second.rounds
     p = mann_whitney(a, b)
     low, ratio, high = ratio_interval(a, b)
     verdict = "same"
     if unstable := first.unstable or second.unstable:
         verdict = f"no verdict: {unstable}"
-    elif p < alpha and abs(ratio - 1) > min_change:
+    elif p < _ALPHA and abs(ratio - 1) > _MIN_CHANGE:
         verdict = "slower" if ratio > 1 else "faster"
     return Comparison(name, first, second, p, ratio, low, high, verdict)
 
 
-def different_machines(first: Result, second: Result) -> list[str]:
-    """In what the machines differ, in words; empty where they are the same."""
-    a, b = first.environment, second.environment
-    return [f"{key}: {a.get(key)} and {b.get(key)}" for key in MACHINE_KEYS if a.get(key) != b.get(key)]
+def compare_results(first: Result, second: Result, *, other_machine: bool = False) -> list[Comparison]:
+    """Every engine that both have timed.
 
-
-def compare_results(
-    first: Result,
-    second: Result,
-    *,
-    alpha: float = 0.01,
-    min_change: float = MIN_CHANGE,
-    other_machine: bool = False,
-) -> list[Comparison]:
-    """Every engine that both have timed. Raises DSPError for different machines, unless told to go on, and
-    where nothing is common to both.
+    Raises DSPError if the machines differ (unless ``other_machine``) or the results have nothing in common.
     """
-    if (differences := different_machines(first, second)) and not other_machine:
+    a, b = first.environment, second.environment
+    differences = [
+        f"{key}: {a.get(key)} and {b.get(key)}" for key in MACHINE_KEYS if a.get(key) != b.get(key)
+    ]
+    if differences and not other_machine:
         raise DSPError(
             f"the results come from different machines ({'; '.join(differences)}); "
             "--other-machine compares anyway"
@@ -82,10 +66,7 @@ def compare_results(
     common = [key for key in ours if key in theirs]
     if not common:
         raise DSPError("the two results have no engine, network and batch size in common")
-    return [
-        compare_samples(" ".join(key), ours[key], theirs[key], alpha=alpha, min_change=min_change)
-        for key in common
-    ]
+    return [compare_samples(" ".join(key), ours[key], theirs[key]) for key in common]
 
 
 def _timed(result: Result) -> dict[tuple[str, ...], Samples]:
@@ -98,7 +79,7 @@ def _timed(result: Result) -> dict[tuple[str, ...], Samples]:
 
 
 def table(comparisons: Sequence[Comparison]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and text cells."""
+    """Columns, and cells as text."""
     columns = ("what", "first ms", "second ms", "second : first", "95 % interval", "p", "verdict")
     lines: list[tuple[str, ...]] = [
         (

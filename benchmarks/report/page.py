@@ -1,4 +1,4 @@
-"""A result as one HTML file that needs no network: tables, pictures and the environment in it."""
+"""A result as one self-contained HTML file: tables, plots and the environment."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from html import escape
 from .results import Result
 from .tables import COLUMNS, cells, machine
 
-__all__ = ["html_page"]
-
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:110em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1em 0;display:block;overflow-x:auto}
@@ -20,27 +18,21 @@ th{position:sticky;top:0;background:#f3f4f6}tr:hover{background:#f8fafc}
 td:last-child{white-space:normal;color:#666;min-width:26em}
 tr.fused td:first-child{font-weight:600}img{max-width:100%;height:auto}
 """
-_CAPTIONS = {
-    "latency": "Latency over batch size, of each form the fastest engine and all of ours",
-    "throughput": "Throughput over batch size",
-    "speed_up": "Speed-up against FLOP ratio",
-    "roofline": "Roofline: useful FLOP/s against arithmetic intensity, with the measured peak and bandwidth",
-}
 
 
-def html_page(result: Result, pictures: Mapping[str, bytes]) -> str:
-    """The whole page. pictures: PNG files by name."""
-    figures = "".join(
-        f'<figure><img alt="{escape(_CAPTIONS.get(name, name))}" src="data:image/png;base64,'
-        f'{base64.b64encode(png).decode("ascii")}"><figcaption>{escape(_CAPTIONS.get(name, name))}'
-        "</figcaption></figure>"
-        for name, png in pictures.items()
-    )
-    tables = "".join(
-        f"<h2>{escape(run.label)}, {escape(run.mode)}</h2>{_flops(run.flop_ratio)}"
-        f"{_table(COLUMNS, cells(run))}"
-        for run in result.runs
-    )
+def html_page(result: Result, plots: Mapping[str, bytes]) -> str:
+    """The whole page. plots: PNG files by caption."""
+    figures = ""
+    for caption, png in plots.items():
+        source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+        text = escape(caption)
+        figures += f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+    tables = ""
+    for run in result.runs:
+        tables += f"<h2>{escape(run.label)}, {escape(run.mode)}</h2>"
+        if run.flop_ratio is not None:
+            tables += f"<p>The FLOPs alone promise {run.flop_ratio:.2f} times the dense speed.</p>"
+        tables += _table(COLUMNS, cells(run))
     about = _table(("environment", ""), [(key, str(value)) for key, value in result.environment.items()])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dsp-kernels benchmarks</title>'
@@ -49,19 +41,10 @@ def html_page(result: Result, pictures: Mapping[str, bytes]) -> str:
     )
 
 
-def _flops(ratio: float | None) -> str:
-    return "" if ratio is None else f"<p>The FLOPs alone promise {ratio:.2f} times the dense speed.</p>"
-
-
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        f"<tr{_CLASS if 'fused' in line[0] else ''}>"
-        + "".join(f"<td>{escape(text)}</td>" for text in line)
-        + "</tr>"
-        for line in lines
-    )
+    body = ""
+    for line in lines:
+        fused = ' class="fused"' if "fused" in line[0] else ""
+        body += f"<tr{fused}>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-_CLASS = ' class="fused"'

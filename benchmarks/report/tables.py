@@ -1,27 +1,12 @@
-"""Results as text: cells of a table, CSV and Markdown."""
+"""Results as text: the cells of a table, Markdown, and the table of the README."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Iterable, Sequence
 
 from dsp_kernels.errors import DSPFormatError
 
 from .results import Result, Row, Run
-
-__all__ = [
-    "COLUMNS",
-    "README_MARKERS",
-    "cells",
-    "csv_text",
-    "machine",
-    "markdown",
-    "put_into_readme",
-    "summary",
-    "table",
-]
 
 COLUMNS = (
     "engine",
@@ -40,23 +25,21 @@ COLUMNS = (
     "accuracy %",
     "max difference",
     "build s",
-    "peak MiB",
     "note",
 )
 
 
 def cells(run: Run) -> list[tuple[str, ...]]:
-    """One line of text cells for each row, in COLUMNS; faster is against ``Run.baseline``."""
+    """One line of text cells in COLUMNS for each row; "times faster" is against ``Run.baseline``."""
     return [_line(run, row) for row in run.rows]
 
 
 def _line(run: Run, row: Row) -> tuple[str, ...]:
     difference = "not compared" if row.difference is None else f"{row.difference:.1e}"
-    if row.samples is None:
-        empty = [""] * 12
-        return (row.engine, str(row.batch), *empty, difference, "", "", f"{row.status}: {row.reason}")
-    samples = row.samples
-    times = (samples.median, samples.p10, samples.p90, samples.p99)
+    if (samples := row.samples) is None:
+        return (row.engine, str(row.batch), *[""] * 12, difference, "", f"{row.status}: {row.reason}")
+    times = (samples.median, *(samples.quantile(share) for share in (0.1, 0.9, 0.99)))
+    faster, ideal = run.speed_up(row), run.ideal(row)
     return (
         row.engine,
         str(row.batch),
@@ -64,14 +47,13 @@ def _line(run: Run, row: Row) -> tuple[str, ...]:
         f"{100 * samples.variation:.1f}",
         str(samples.n),
         f"{row.batch / samples.median:.0f}",
-        _number(run.speed_up(row), ".2f"),
-        _number(run.ideal(row), ".2f"),
-        _percent(_of_ideal(run, row), ".0f"),
-        _percent(row.of_floor, ".0f"),
-        _percent(row.accuracy, ".2f"),
+        _number(faster, ".2f"),
+        _number(ideal, ".2f"),
+        _number(100 * faster / ideal if faster and ideal else None, ".0f"),
+        _number(None if row.of_floor is None else 100 * row.of_floor, ".0f"),
+        _number(None if row.accuracy is None else 100 * row.accuracy, ".2f"),
         difference,
         _number(row.build_seconds, ".1f"),
-        _number(None if row.peak_bytes is None else row.peak_bytes / 2**20, ".0f"),
         f"no verdict: {samples.unstable}" if samples.unstable else "",
     )
 
@@ -80,35 +62,15 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _percent(share: float | None, form: str) -> str:
-    return _number(None if share is None else 100 * share, form)
-
-
-def _of_ideal(run: Run, row: Row) -> float | None:
-    """The speed-up over the one that the FLOPs alone promise."""
-    faster, ideal = run.speed_up(row), run.ideal(row)
-    return None if faster is None or not ideal else faster / ideal
-
-
-def csv_text(result: Result) -> str:
-    """Every row of every run with all its numbers, one header."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("network", "mode", *COLUMNS))
-    for run in result.runs:
-        writer.writerows((run.name, run.mode, *line) for line in cells(run))
-    return file.getvalue()
-
-
 def markdown(result: Result) -> str:
-    """A document with the machine and a whole table for each run."""
+    """A document with the machine and the whole table of each run."""
     parts = [f"# Benchmarks\n\n{machine(result)}\n"]
-    parts += [f"## {run.label}, {run.mode}\n\n{table(COLUMNS, cells(run))}" for run in result.runs]
+    parts += [f"## {run.label}, {run.mode}\n\n{_table(COLUMNS, cells(run))}" for run in result.runs]
     return "\n".join(parts)
 
 
 def machine(result: Result) -> str:
-    """One sentence: where, with what, when."""
+    """One sentence: processor, versions, date, commit, peaks."""
     about = result.environment
     where = about.get("accelerator") or f"{about['processor']}, {about['threads']} threads"
     packages = about.get("packages", {})
@@ -116,70 +78,75 @@ def machine(result: Result) -> str:
     versions += [f"{name} {packages[name]}" for name in ("openvino", "onnxruntime") if name in packages]
     text = f"{where}; {', '.join(versions)}; {about['time'][:10]}, commit {about.get('commit') or 'unknown'}."
     if result.peaks is not None:
-        flops = ", ".join(
-            f"{1e-9 * value:.0f} GFLOP/s {name}" for name, value in result.peaks["flops"].items()
-        )
-        text += f" Measured peaks: {flops}, {1e-9 * result.peaks['bandwidth']:.0f} GB/s copy."
+        rates = [f"{1e-9 * value:.0f} GFLOP/s {name}" for name, value in result.peaks["flops"].items()]
+        copied = f"{1e-9 * result.peaks['bandwidth']:.0f} GB/s copy"
+        text += f" Measured peaks: {', '.join([*rates, copied])}."
     return text
 
 
-def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, numbers to the right."""
 
     def row(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
-    rule = "|" + "|".join("---" if not number else "---:" for number in range(len(columns))) + "|"
+    rule = "|---|" + "---:|" * (len(columns) - 1)
     return "\n".join([row(columns), rule, *(row(line) for line in lines)]) + "\n"
 
 
 README_MARKERS = ("<!-- results -->", "<!-- /results -->")
-_OURS = "packed/fused:cpu"
+_RELEASED, _OURS = "released/torchscript", "packed/fused:cpu"
 _SHOWN = {
-    "released form": "released/torchscript",
+    "released form": _RELEASED,
     "packed, torch": "packed/torch",
     "fused, eager": "packed/fused:eager",
     "fused, native": _OURS,
 }
+_README_COLUMNS = (
+    "network",
+    "batch",
+    "dense, fastest",
+    *_SHOWN,
+    "native : dense",
+    "native : released",
+    "FLOP ratio",
+    "share of the arithmetic floor (above 100 %: Winograd does fewer multiplications than the floor counts)",
+)
 
 
 def summary(result: Result) -> str:
-    """Median milliseconds of one batch, and how many times as fast the native fused network is."""
-    lines, unsure = [], False
-    for run in result.runs:
-        for batch in run.batches:
-            rows = {row.engine: row for row in run.rows if row.batch == batch and row.samples is not None}
-            best = run.baseline(batch)
-            ours = rows.get(_OURS)
-            unsure = unsure or any(rows[name].timed.unstable for name in _SHOWN.values() if name in rows)
-            lines.append(
-                (
-                    run.name if run.mode == "latency" else f"{run.name}, {run.mode}",
-                    str(batch),
-                    "-" if best is None else f"{_median(best)} ({best.runner})",
-                    *(_median(rows.get(name)) for name in _SHOWN.values()),
-                    _ratio(best, ours),
-                    _ratio(rows.get(_SHOWN["released form"]), ours),
-                    "-" if run.flop_ratio is None else f"{run.flop_ratio:.2f}x",
-                    "-" if ours is None or ours.of_floor is None else f"{100 * ours.of_floor:.0f} %",
-                )
-            )
-    columns = ("network", "batch", "dense, fastest", *_SHOWN)
-    columns += ("native : dense", "native : released", "FLOP ratio", "of floor")
-    text = f"{machine(result)} Median milliseconds of a batch, float32.\n\n{table(columns, lines)}"
-    if unsure:
+    """The README's table: median milliseconds of a batch, and how much faster the native fused network is."""
+    lines = [_summary_line(run, batch) for run in result.runs for batch in run.batches]
+    head = f"{machine(result)} Median milliseconds of a batch, float32."
+    text = f"{head}\n\n{_table(_README_COLUMNS, lines)}"
+    if any("~" in cell for line in lines for cell in line):
         text += "\n~: the samples spread or drift too much for a verdict.\n"
     return text
 
 
+def _summary_line(run: Run, batch: int) -> tuple[str, ...]:
+    rows = {row.engine: row for row in run.rows if row.batch == batch and row.samples is not None}
+    best, ours = run.baseline(batch), rows.get(_OURS)
+    return (
+        run.name if run.mode == "latency" else f"{run.name}, {run.mode}",
+        str(batch),
+        "-" if best is None else f"{_median(best)} ({best.runner})",
+        *(_median(rows.get(name)) for name in _SHOWN.values()),
+        _ratio(best, ours),
+        _ratio(rows.get(_RELEASED), ours),
+        "-" if run.flop_ratio is None else f"{run.flop_ratio:.2f}x",
+        "-" if ours is None or ours.of_floor is None else f"{100 * ours.of_floor:.0f} %",
+    )
+
+
 def put_into_readme(readme: str, result: Result) -> str:
-    """The README with ``summary`` between its markers. Raises DSPFormatError where they are missing."""
+    """The README with ``summary`` between its markers. Raises DSPFormatError if they are missing."""
     start, end = README_MARKERS
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(readme):
+    before, _, rest = readme.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
         raise DSPFormatError(f"the README has no place for results: expected {start} ... {end}")
-    block = f"{start}\n{summary(result)}{end}"
-    return pattern.sub(lambda _: block, readme, count=1)
+    return f"{before}{start}\n{summary(result)}{end}{after}"
 
 
 def _median(row: Row | None) -> str:

@@ -1,62 +1,46 @@
-"""The same pruned network in other forms: the honest alternatives that a fused kernel has to beat."""
+"""Other forms of a pruned network: the alternatives that a fused kernel has to beat."""
 
 from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, trace
+from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.op.packed import PackedConv2d
-
-__all__ = ["compacted", "filter_pruned", "inner_pairs"]
 
 _PASSES_CHANNELS = ("batch_norm", "activation", "max_pool", "avg_pool", "identity")
 
 
 def compacted(packed: nn.Module) -> nn.Module:
-    """One ordinary convolution per layer over the live channels, zeros where no kernel lives.
+    """A copy with one dense convolution per packed one, over the live channels, with zeros between groups.
 
-    Gives what ``packed`` gives; any engine runs it as a dense network.
+    It computes what ``packed`` computes, and any engine runs it as a dense network.
     """
     model = copy.deepcopy(packed).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedConv2d):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _zeros_in_place(module))
+            model.set_submodule(name, _dense(module))
     return model
 
 
-def _zeros_in_place(module: PackedConv2d) -> nn.Conv2d:
-    structure = module.structure
-    conv = nn.Conv2d(
-        structure.in_channels,
-        structure.out_channels,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        bias=module.bias is not None,
-        device=module.get_buffer("output_place").device,
-    )
-    with torch.no_grad():
-        conv.weight.zero_()
-        for group, weight in zip(structure.groups, module.weights, strict=True):
-            rows, columns = torch.tensor(group.out_index), torch.tensor(group.in_index, dtype=torch.long)
-            conv.weight[rows[:, None], columns[None, :]] = weight
-        if module.bias is not None and conv.bias is not None:
-            conv.bias.copy_(module.bias)
-            conv.bias[list(structure.absent)] = 0
+def _dense(module: PackedConv2d) -> nn.Conv2d:
+    window = module.kernel_size, module.stride, module.padding, module.dilation
+    conv = nn.Conv2d(module.in_channels, module.out_channels, *window, bias=module.bias is not None)
+    weights = [weight.detach() for weight in module.weights]
+    conv.weight = nn.Parameter(dense_weight(module.structure, weights, module.kernel_size))
+    if (bias := live_bias(module.structure, module.bias)) is not None:
+        conv.bias = nn.Parameter(bias.detach().clone())
     return conv
 
 
 def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
-    """``dense`` with the inner width of every block cut by one factor, so that about ``macs`` are left.
+    """``dense`` with the inner width of every block scaled by one factor, so that about ``macs`` are left.
 
-    example: (1, channels, height, width); macs: multiply-adds of one image. What ordinary filter pruning
-    gives: a smaller dense network. Widths that a residual addition ties stay whole. Its accuracy is
-    another than the packed network's; it is shown for its speed at equal FLOPs.
+    example: (1, channels, height, width); macs: multiply-adds of one image. This is what ordinary filter
+    pruning gives: a smaller dense network. Widths tied by a residual addition are kept. Its accuracy is not
+    the packed network's; it is shown for its speed at equal FLOPs.
     """
     model = copy.deepcopy(dense).eval()
     network = trace(model, example)
@@ -78,7 +62,7 @@ def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
 
 
 def inner_pairs(network: TracedNetwork) -> list[tuple[TracedNode, list[TracedNode], TracedNode]]:
-    """(conv, what stands between, conv) wherever the second alone reads what the first writes."""
+    """(conv, nodes between, conv) where the second is the only reader of the first."""
     pairs = []
     for first in network.of_kind("conv"):
         between, users = [], first.users

@@ -9,15 +9,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.file.save_load import input_channels
 from dsp_kernels.program.steps import Program
 from dsp_pruning import build_released
-from dsp_pruning.data import load_cifar10_subset, normalise
+from dsp_pruning.data import normalise
+from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet
+from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.released.arrays import read_released_arrays
 
 from ..measure.accuracy import Labelled
@@ -25,11 +29,8 @@ from ..measure.floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
 from .structures import apply_structure
-from .twin import dense_of_one_width, dense_twin, input_channels
 
-__all__ = ["FORMS", "REFERENCE", "Network", "NetworkSource", "load_network", "shared_folder"]
-
-# form -> the form whose answer, in plain PyTorch and float32, it must give.
+# form -> the form whose output, in plain PyTorch and float32, it must reproduce.
 REFERENCE = {
     "dense": "dense",
     "released": "packed",
@@ -41,18 +42,18 @@ FORMS = tuple(REFERENCE)
 
 
 def shared_folder() -> Path:
-    """Where the real networks are: $DSP_SHARED, else ``shared`` beside the repository."""
+    """The folder of the released networks: $DSP_SHARED, else ``shared`` beside the repository."""
     return Path(os.environ.get("DSP_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 
 
 @dataclass(frozen=True)
 class NetworkSource:
-    """What to measure, as plain text, so that another process can build the same.
+    """What to measure, as plain data, so that another process can build the same network.
 
-    name: a real network (``resnet56_g4``), an architecture with a shared structure (``resnet50_g2_80``), an
-    architecture alone (``cifar_resnet56``, ``resnet50``, ``vgg16``), or a file (.npz of a released network,
-    .safetensors of a saved one). structure: how an architecture is
-    pruned, see ``structures.apply_structure``; images are image_size x image_size (None: as usual for it).
+    name: a released network (``resnet56_g4``), an architecture with a shared structure (``resnet50_g2_80``),
+    an architecture (``cifar_resnet56``, ``resnet50``) or a file (.npz of a released network, .safetensors of
+    a saved one). structure: how an architecture is pruned, see ``structures.apply_structure``. image_size:
+    height and width; None: the usual one.
     """
 
     name: str
@@ -62,9 +63,9 @@ class NetworkSource:
 
 
 class Network:
-    """One network in all its forms, built when first asked for; all are in eval mode on the CPU.
+    """One network in all its forms, each built when first used, in eval mode on the CPU.
 
-    label: what it is and where its structure comes from. labelled: images that it was trained for, or None.
+    label: what it is and where its structure comes from. labelled: images of its data set, or None.
     """
 
     def __init__(
@@ -81,53 +82,48 @@ class Network:
         self.dense = dense.eval()
         self.image_size = image_size
         self.labelled = labelled
-        self._released = released
-        self._built: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
+        self._forms: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
+        if released is not None:
+            self._forms["released"] = released
         self._programs: dict[str, Program] = {}
 
     @cached_property
     def example(self) -> Tensor:
-        """(1, channels, image_size, image_size) of zeros."""
-        with torch.inference_mode(False):  # as the forms
+        """(1, channels, image_size, image_size), zeros."""
+        with torch.inference_mode(False):  # as in ``form``
             return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
 
     def form(self, name: str) -> nn.Module:
-        """The network in one form. Raises DSPError with the reason where it does not have it."""
+        """The network in one form. Raises DSPError if it does not have it."""
         if name not in REFERENCE:
             raise DSPFormatError(f"form {name!r} is unknown; known are {', '.join(FORMS)}")
-        if name == "released":
-            if self._released is None:
+        if name not in self._forms:
+            if name == "released":
                 raise DSPError("only a network that the authors released has their form of execution")
-            return self._released
-        if name not in self._built:
-            # Kept for every later caller: in inference mode its weights would be of no use to autograd.
+            # Cached: inference tensors would be of no use to a later caller that needs gradients.
             with torch.inference_mode(False):
-                self._built[name] = (
-                    compacted(self.packed)
-                    if name == "compacted"
-                    else filter_pruned(self.dense, self.example, self.macs("packed"))
-                )
-        return self._built[name]
-
-    def reference(self, form: str) -> nn.Module:
-        """The module whose answer a form must give."""
-        return self.form(REFERENCE[form])
+                if name == "compacted":
+                    made = compacted(self.packed)
+                else:
+                    made = filter_pruned(self.dense, self.example, self.macs("packed"))
+                self._forms[name] = made
+        return self._forms[name]
 
     def program(self, form: str) -> Program:
-        """The steps of the reference of a form, for counting what has to be computed."""
+        """The steps of the form's reference, for counting what must be computed."""
         name = REFERENCE[form]
         if name not in self._programs:
-            with torch.inference_mode(False):  # as the forms
+            with torch.inference_mode(False):  # as in ``form``
                 self._programs[name] = program_of(self.form(name), self.example)
         return self._programs[name]
 
     def macs(self, form: str) -> int:
-        """Useful multiply-adds of one image: the zeros that the compacted form multiplies do not count."""
+        """Useful multiply-adds of one image; the zeros of the compacted form do not count."""
         return self.program(form).macs
 
 
 def load_network(source: NetworkSource) -> Network:
-    """Build a network. Raises DSPFormatError for an unknown name or a file that is not one."""
+    """Build a network. Raises DSPFormatError for an unknown name or a file that holds no network."""
     name = source.name
     path = Path(name)
     if path.suffix != ".npz" and re.fullmatch(r"resnet\d+_g\d+", name):
@@ -144,11 +140,9 @@ def load_network(source: NetworkSource) -> Network:
         if len(getattr(saved, "example_shapes", ())) > 1:
             raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
         size = source.image_size or _made_for(saved)
-        if getattr(saved, "architecture", None) is None:
-            twin = _seeded(lambda: dense_of_one_width(saved), source.seed)
-            label = f"{path.name} (it names no architecture: dense has the packed widths)"
-            return Network(label, saved, twin, size)
-        return Network(path.name, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
+        known = getattr(saved, "dense_widths", None)
+        label = path.name if known else f"{path.name} (dense has the packed widths: the file holds no others)"
+        return Network(label, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
     if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
         structure = str(shared_folder() / "structures" / f"{name}.npz")
         return load_network(replace(source, name=match[1], structure=structure))
@@ -157,42 +151,39 @@ def load_network(source: NetworkSource) -> Network:
         raise DSPFormatError(f"{name} is not pruned: give a structure, for example random:g=2,rate=0.7")
     blank = torch.zeros(1, input_channels(architecture), image_size, image_size)
     pruned = apply_structure(architecture, blank, source.structure, source.seed)
-    kind = "from our pruner on random weights" if source.structure.startswith("pruner") else "synthetic"
-    label = f"{name}, structure {Path(source.structure).name} ({kind})"
+    label = f"{name}, structure {Path(source.structure).name} (synthetic)"
     return Network(label, pruned, architecture, image_size)
 
 
 def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
+    """The dense network with random weights, and its image size."""
     if match := re.fullmatch(r"cifar_resnet(\d+)", name):
         return _seeded(lambda: cifar_resnet(int(match[1])), source.seed).eval(), source.image_size or 32
-    if name in ("resnet18", "resnet34", "resnet50", "vgg16"):
+    if name in ("resnet18", "resnet34", "resnet50"):
         try:
             import torchvision
         except ImportError as error:
             raise DSPError(f"{name} needs torchvision: pip install 'dsp-kernels[vision]'") from error
         made = _seeded(lambda: getattr(torchvision.models, name)(weights=None), source.seed)
-        if name == "vgg16":
-            if source.image_size not in (None, 224):
-                raise DSPFormatError(f"vgg16 takes images of 224 x 224 here, not {source.image_size}")
-            made.avgpool = nn.Identity()  # its adaptive pool of 7 x 7 maps to 7 x 7: no one need follow it
         return made.eval(), source.image_size or 224
     raise DSPFormatError(
-        f"network {name!r} is unknown; known are the real ones (resnet56_g4 ...), cifar_resnet20 ..., "
-        "resnet18, resnet34, resnet50, vgg16, and files ending in .npz or .safetensors"
+        f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
+        "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
     )
 
 
 def _labelled(classes: int, image_size: int) -> Labelled | None:
-    """The test images of the CIFAR-10 subset, where it is there and fits."""
+    """The test images of the CIFAR-10 subset, if it exists and fits."""
     path = shared_folder() / "data" / "cifar10_subset.npz"
     if classes != 10 or image_size != 32 or not path.is_file():
         return None
-    data = load_cifar10_subset(path)
-    return Labelled(normalise(data.test.images, data.mean, data.std), data.test.labels)
+    with np.load(path) as archive:
+        images, labels = (torch.from_numpy(archive[f"test_{what}"]) for what in ("images", "labels"))
+    return Labelled(normalise(images, CIFAR10_MEAN, CIFAR10_STD), labels.long())
 
 
 def _made_for(saved: nn.Module) -> int:
-    """The image size in a file that was saved with an example, else 32."""
+    """The image size of a file that was saved with an example, else 32."""
     shape = getattr(saved, "example_shape", None)
     return int(shape[2]) if shape is not None and len(shape) == 4 else 32
 

@@ -1,7 +1,7 @@
-"""Pruned structures for networks whose latency is wanted but whose pruned weights are not at hand.
+"""Pruned structures for networks without pruned weights.
 
-Latency does not depend on weights, so a structure from a file, from our own pruner on random weights, or from
-a seeded generator is enough; the label of every row says which it is.
+Latency does not depend on weights, so a structure from a file or from a seeded generator is enough; the title
+of each table says which it is.
 """
 
 from __future__ import annotations
@@ -17,55 +17,42 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError, DSPPruningError
 from dsp_kernels.graph.network import trace
-from dsp_pruning import PruneWrapper, pack
+from dsp_pruning import pack
 from dsp_pruning.layers import LayerInfo, select_layers
 
 from .forms import inner_pairs
 
-__all__ = ["apply_structure"]
-
-_RULE = re.compile(r"(random|pruner):g=(\d+),rate=(0?\.\d+)")
-# Of the six real networks (structures/README.md): spread of the kept share per layer, shares of filters gone.
+_RULE = re.compile(r"random:g=(\d+),rate=(0?\.\d+)")
+# Of the six released networks: spread of the kept share per layer, least and largest share of removed
+# filters.
 _SIGMA, _GONE = 0.25, (0.22, 0.37)
 
 
 def apply_structure(dense: nn.Module, example: Tensor, structure: str, seed: int = 0) -> nn.Module:
-    """A packed copy of ``dense`` with random weights in the asked-for structure.
+    """A packed copy of ``dense`` with this structure.
 
     example: (1, channels, height, width). structure: ``random:g=2,rate=0.8`` (seeded generator; rate is the
-    share of the block convs' multiply-adds that goes), ``pruner:g=2,rate=0.8`` (PruneWrapper on the model's
-    own weights with random groups), or an .npz file with ``<conv>.<g>.in_index`` and ``.out_index``.
-    Raises DSPFormatError for another text or a file that does not fit, DSPPruningError for a rate that is
-    out of reach.
+    share of the block convolutions' multiply-adds that is removed) or an .npz file with
+    ``<conv>.<g>.in_index`` and ``.out_index``.
+    Raises DSPFormatError for another text or a file that does not fit, DSPPruningError for a rate out of
+    reach.
     """
     model = copy.deepcopy(dense)
-    generator = torch.Generator().manual_seed(seed)
-    rule = _RULE.fullmatch(structure)
-    if rule and rule[1] == "pruner":
-        _prune(model, example, int(rule[2]), float(rule[3]), generator)
-    elif rule:
+    if rule := _RULE.fullmatch(structure):
         layers = select_layers(model, example)
-        _draw(layers, _coupled(model, example, layers), int(rule[2]), float(rule[3]), generator)
+        generator = torch.Generator().manual_seed(seed)
+        _draw(layers, _coupled(model, example, layers), int(rule[1]), float(rule[2]), generator)
     elif structure.endswith(".npz"):
         _read(model, Path(structure))
     else:
         raise DSPFormatError(
-            f"structure {structure!r} is not known; expected random:g=2,rate=0.8, pruner:g=2,rate=0.8 or an "
-            ".npz file"
+            f"structure {structure!r} is unknown; expected random:g=2,rate=0.8 or an .npz file"
         )
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and isinstance(mask := getattr(module, "mask", None), Tensor):
-                module.weight.mul_(mask)  # as a network that was trained pruned has it
+                module.weight.mul_(mask)  # as in a network that was trained pruned
     return pack(model, example).eval()
-
-
-def _prune(model: nn.Module, example: Tensor, n_groups: int, rate: float, generator: torch.Generator) -> None:
-    wrapper = PruneWrapper(model, n_groups, fp_every_nth_conv=2, example_input=example)
-    for layer in wrapper.layers:
-        logits = layer.conv.get_buffer("group")
-        logits.copy_(torch.randn(logits.shape, generator=generator))
-    wrapper.initialize(rate)
 
 
 def _draw(
@@ -75,10 +62,10 @@ def _draw(
     rate: float,
     generator: torch.Generator,
 ) -> None:
-    """Masks with ``n_groups`` sets of channels and filters per layer; they keep 1 - rate of all MACs.
+    """Register masks with ``n_groups`` groups per layer that keep 1 - rate of all multiply-adds.
 
-    pairs: (i, j) where layer j alone reads what layer i writes. There what one does not write or the other
-    does not read is gone from both.
+    pairs: (i, j) where layer j is the only reader of layer i: a channel that one does not write or the other
+    does not read is removed from both.
     """
     shares = torch.exp(_SIGMA * torch.randn(len(layers), generator=generator)).tolist()
     filters = [_split_filters(layer.out_channels, n_groups, generator) for layer in layers]
@@ -88,7 +75,7 @@ def _draw(
     total = sum(layer.macs for layer in layers)
 
     def masks(scale: float) -> list[Tensor]:
-        """(filters, channels) of every layer, where all layers keep ``scale`` times their share."""
+        """(filters, channels) of every layer; each keeps ``scale`` times its share."""
         made = []
         for layer, share, groups, order in zip(layers, shares, filters, orders, strict=True):
             alive = sum(len(group) for group in groups)
@@ -107,7 +94,7 @@ def _draw(
 
     low, high = 0.0, 4.0
     if kept(high) < (1 - rate) * total:
-        raise DSPPruningError(f"rate {rate} is less than missing filters alone take; try 0.4 or more")
+        raise DSPPruningError(f"rate {rate} is below the share of the removed filters alone; try 0.4 or more")
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) < (1 - rate) * total else (low, middle)
@@ -122,7 +109,7 @@ def _coupled(model: nn.Module, example: Tensor, layers: tuple[LayerInfo, ...]) -
 
 
 def _split_filters(filters: int, n_groups: int, generator: torch.Generator) -> list[Tensor]:
-    """Disjoint, sorted sets of the filters that stay, at least one in each."""
+    """Disjoint, sorted sets of the kept filters, at least one in each."""
     least, most = _GONE
     gone = least + (most - least) * float(torch.rand((), generator=generator))
     alive = max(n_groups, round(filters * (1 - gone)))
@@ -136,25 +123,26 @@ def _split_filters(filters: int, n_groups: int, generator: torch.Generator) -> l
 
 
 def _read(model: nn.Module, path: Path) -> None:
+    """Register the masks of a file."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {
-                name: torch.from_numpy(file[name].astype(np.int64)) for name in file.files if name != "meta"
-            }
+            arrays = {name: torch.from_numpy(file[name].astype(np.int64)) for name in file if name != "meta"}
             json.loads(str(file["meta"]))
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not a file of structures: {error}") from error
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    for name in sorted({key.rsplit(".", 2)[0] for key in arrays}):
+    masks: dict[str, Tensor] = {}
+    for key, out_index in arrays.items():
+        name, _, kind = key.rsplit(".", 2)
         if name not in convs:
             raise DSPFormatError(f"{path} prunes {name!r}, which {type(model).__name__} does not have")
-        conv = convs[name]
-        mask = torch.zeros(conv.out_channels, conv.in_channels, 1, 1)
-        for key, out_index in arrays.items():
-            if key.endswith(".out_index") and key.rsplit(".", 2)[0] == name:
-                in_index = arrays[key.replace(".out_index", ".in_index")]
-                try:
-                    mask[out_index[:, None], in_index[None, :]] = 1
-                except IndexError as error:
-                    raise DSPFormatError(f"{path}: {key} does not fit layer {name}: {error}") from error
-        conv.register_buffer("mask", mask)
+        if kind == "out_index":
+            conv = convs[name]
+            mask = masks.setdefault(name, torch.zeros(conv.out_channels, conv.in_channels, 1, 1))
+            in_index = arrays[key.replace(".out_index", ".in_index")]
+            try:
+                mask[out_index[:, None], in_index[None, :]] = 1
+            except IndexError as error:
+                raise DSPFormatError(f"{path}: {key} does not fit layer {name}: {error}") from error
+    for name, mask in masks.items():
+        convs[name].register_buffer("mask", mask)

@@ -1,71 +1,128 @@
-"""Run a network of a file on the meta device: do its calls fit each other, and how large do they get?
+"""Checks of a file before any of its tensors is read.
 
-Nothing is computed and no memory is taken. A file whose network would need far more memory than its input
-is refused before any of its tensors is read.
+The tensors of the file have to fit its modules. The calls are run on the meta device, which computes nothing
+and takes no memory: they have to fit each other, and a network that would need far more memory than its input
+is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file.operations import SCALAR_FUNCTIONS
+from dsp_kernels.file.format import SCALAR_FUNCTIONS
+from dsp_kernels.graph.compare import tensors_of
 from dsp_kernels.op.fused_conv import FusedConv2d
 
-__all__ = ["check_network", "is_example_shape", "is_input_shape"]
+TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
 
-# Numbers alive at one time, for one that the input holds; networks of torchvision and timm stay below 200.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+# Elements alive at one time, per element of the input; networks of torchvision and timm stay below 200.
 _MOST_PER_INPUT = 512
 _ALWAYS_ALLOWED = 2**24
 _LARGEST_INPUT = 2**24
-_LONGEST_PRODUCT = 8  # products of products of sizes: each doubles the length of a number at most
-_NUMBERS = (Tensor, int, float)
+_LONGEST_PRODUCT = 8  # products of products of sizes: each at most doubles the number of digits
 
 
-def is_example_shape(shape: Any) -> bool:
-    """Whether this is (batch, channels, height, width) of an input of a sane size."""
-    if not isinstance(shape, list | tuple) or len(shape) != 4:
-        return False
-    if not all(isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= 2**16 for size in shape):
-        return False
-    return shape[0] * shape[1] * shape[2] * shape[3] <= _LARGEST_INPUT
+def tensor_table(file: Any, path: str | Path) -> TensorTable:
+    """Name -> shape and dtype of every tensor of an open safetensors file, without reading one."""
+    table = {}
+    for name in file.keys():  # noqa: SIM118  # not a dict
+        part = file.get_slice(name)
+        dtype = part.get_dtype()
+        if dtype not in _DTYPES:
+            raise DSPFormatError(
+                f"{path}: tensor {name!r} has dtype {dtype}; expected one of {', '.join(_DTYPES)}"
+            )
+        table[name] = tuple(part.get_shape()), _DTYPES[dtype]
+    return table
 
 
-def is_input_shape(shape: Any) -> bool:
-    """The same for a further input, of any number of dimensions: a vector of features, for instance."""
-    if not isinstance(shape, list | tuple) or not 1 <= len(shape) <= 4:
-        return False
-    return is_example_shape([*shape, *[1] * (4 - len(shape))])
+def floating_dtype(table: TensorTable) -> torch.dtype:
+    """The floating dtype of a checked file, which has at most one; float32 where it has none."""
+    return next((dtype for _, dtype in table.values() if dtype.is_floating_point), torch.float32)
+
+
+def check_tensors(model: nn.Module, table: TensorTable, path: str | Path) -> None:
+    """Compare names, shapes and dtypes of the tensors in a file with the model they are for."""
+    expected = model.state_dict()
+    if set(table) != set(expected):
+        missing, foreign = sorted(set(expected) - set(table))[:3], sorted(set(table) - set(expected))[:3]
+        raise DSPFormatError(f"{path}: tensors missing: {missing}; not of this model: {foreign}")
+    for name, tensor in expected.items():
+        shape, dtype = table[name]
+        if shape != tuple(tensor.shape):
+            raise DSPFormatError(
+                f"{path}: tensor {name!r} has shape {list(shape)}; expected {list(tensor.shape)}"
+            )
+        if dtype.is_floating_point != tensor.is_floating_point():
+            raise DSPFormatError(
+                f"{path}: tensor {name!r} has dtype {dtype}; expected a dtype like {tensor.dtype}"
+            )
+    floats = {str(dtype).removeprefix("torch.") for _, dtype in table.values() if dtype.is_floating_point}
+    if len(floats) > 1:
+        raise DSPFormatError(f"{path}: tensors of several floating dtypes: {', '.join(sorted(floats))}")
+
+
+def check_ties(model: nn.Module, tied: Any) -> None:
+    """Raises DSPFormatError where ``tied`` is not a mapping of names that can be one tensor."""
+    state = model.state_dict(keep_vars=True)
+    for name, first in tied.items() if isinstance(tied, dict) else [(tied, None)]:
+        if not isinstance(first, str) or name not in state or first not in state or first in tied:
+            raise DSPFormatError(
+                f"{str(name)[:80]!r} is said to be {str(first)[:80]!r}; expected two tensors"
+            )
+        a, b = state[name], state[first]
+        if type(a) is not type(b) or a.shape != b.shape:
+            raise DSPFormatError(f"{name!r} and {first!r} cannot be the same tensor: {a.shape}, {b.shape}")
+
+
+def is_shape(shape: Any, dims: Collection[int]) -> TypeGuard[Sequence[int]]:
+    """Whether this is the shape of an input of sane size, with one of these numbers of dimensions."""
+    return (
+        isinstance(shape, list | tuple)
+        and len(shape) in dims
+        and all(type(size) is int and 1 <= size <= 2**16 for size in shape)
+        and math.prod(shape) <= _LARGEST_INPUT
+    )
 
 
 def check_network(
-    network: fx.GraphModule, example_shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    network: fx.GraphModule, input_shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
 ) -> None:
-    """Raises DSPFormatError where the network, on the meta device, cannot run on inputs of these shapes.
+    """Raises DSPFormatError where a network on the meta device cannot run on inputs of these shapes.
 
-    dtype: of the tensors in its file; modules on the meta device are made in another one and get this one.
+    dtype: floating dtype of the tensors in its file; the modules get it.
     """
     network.to(dtype)
-    inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in example_shapes]
+    inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in input_shapes]
     checker = _Checker(network, max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * sum(x.numel() for x in inputs)))
     try:
         with torch.no_grad():
             checker.run(*inputs)
     except DSPFormatError:
         raise
-    except Exception as error:  # whatever torch says about arguments that do not fit
+    except Exception as error:  # whatever torch raises for arguments that do not fit
         raise DSPFormatError(
-            f"the network does not run on an input of shape {' and '.join(map(str, example_shapes))}: "
+            f"the network does not run on an input of shape {' and '.join(map(str, input_shapes))}: "
             f"{str(error)[:300]}"
         ) from error
 
 
 class _Checker(fx.Interpreter):
-    """Runs call by call and watches the memory that a run on real numbers would hold."""
+    """Runs call by call and counts the elements that a real run would hold."""
 
     def __init__(self, network: fx.GraphModule, allowed: int) -> None:
         super().__init__(network)
@@ -78,11 +135,12 @@ class _Checker(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         operands = [self.env[node] for node in n.all_input_nodes]
         if n.op == "call_method" and not isinstance(operands[0], Tensor):
-            raise DSPFormatError(f"method {n.target!r} is called of a {type(operands[0]).__name__}")
+            raise DSPFormatError(f"method {n.target!r} is called on a {type(operands[0]).__name__}")
         if n.op == "call_function" and n.target in _SCALAR:
-            self._check_numbers(n)
+            self._check_operands(n)
         result = super().run_node(n)
-        self._check_result(n, result)
+        if n.op not in ("placeholder", "get_attr"):
+            self._count(n, result)
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -90,21 +148,20 @@ class _Checker(fx.Interpreter):
         if isinstance(module, FusedConv2d):
             width, shape = module.spec.structure.in_channels, tuple(getattr(args[0], "shape", ()))
             if len(shape) != 4 or shape[1] != width:
-                raise DSPFormatError(f"layer {target!r} of {width} channels reads a value of shape {shape}")
-            return module._call_op(
-                *args, *[None] * (2 - len(args))
-            )  # its backends have no meta device, its op has
+                raise DSPFormatError(f"layer {target!r} of {width} channels reads a tensor of shape {shape}")
+            # Its backends do not run on the meta device, the torch op does.
+            return module._call_op(*args, *[None] * (2 - len(args)))
         return module(*args, **kwargs) if isinstance(module, nn.Module) else None
 
-    def _check_numbers(self, n: fx.Node) -> None:
-        """Python's own operators on anything but numbers and tensors could make lists of any length."""
+    def _check_operands(self, n: fx.Node) -> None:
+        """Python's operators on anything but numbers and tensors could make lists of any length."""
         operands: Any = self.map_nodes_to_values(n.args, n)
         if n.target is SCALAR_FUNCTIONS["operator.getitem"]:
             fine = bool(operands) and isinstance(operands[0], Tensor | tuple | list | Mapping)
         elif n.target is SCALAR_FUNCTIONS["operator.add"] and all(isinstance(o, tuple) for o in operands):
-            fine = sum(len(operand) for operand in operands) <= 16  # of sizes
+            fine = sum(len(operand) for operand in operands) <= 16  # shapes
         else:
-            fine = all(isinstance(operand, _NUMBERS) for operand in operands)
+            fine = all(isinstance(operand, Tensor | int | float) for operand in operands)
         if not fine or n.kwargs:
             raise DSPFormatError(f"{n.target} of {[type(operand).__name__ for operand in operands]}")
         factors = max((self._products.get(node, 0) for node in n.all_input_nodes), default=0)
@@ -112,28 +169,16 @@ class _Checker(fx.Interpreter):
         if factors >= _LONGEST_PRODUCT and not any(isinstance(operand, Tensor) for operand in operands):
             raise DSPFormatError(f"more than {_LONGEST_PRODUCT} operations on sizes, one after the other")
 
-    def _check_result(self, n: fx.Node, result: Any) -> None:
-        if n.op == "placeholder" or n.op == "get_attr":
-            return
-        self._live[n] = sum(tensor.numel() for tensor in _tensors(result))
+    def _count(self, n: fx.Node, result: Any) -> None:
+        self._live[n] = sum(tensor.numel() for tensor in tensors_of(result))
         self._total += self._live[n]
         if self._total > self._allowed:
             raise DSPFormatError(
-                f"call {n.name!r} brings the network to {self._total} numbers alive at one time; expected at "
-                f"most {self._allowed} for such an input"
+                f"call {n.name!r} brings the network to {self._total} elements alive at one time; expected "
+                f"at most {self._allowed} for such an input"
             )
         for done in self.user_to_last_uses.get(n, []):
             self._total -= self._live.pop(done, 0)
 
 
 _SCALAR = frozenset(SCALAR_FUNCTIONS.values())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

@@ -1,4 +1,4 @@
-"""A network as plain JSON: the calls of its torch.fx graph, its modules and its loose tensors."""
+"""A network as plain JSON: the calls of its torch.fx graph, its modules and its other tensors."""
 
 from __future__ import annotations
 
@@ -9,31 +9,36 @@ import torch
 from torch import fx, nn
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file.modules import Budget, build_module, encode_module, is_known
-from dsp_kernels.file.operations import METHODS, function_name
-from dsp_kernels.file.two_modes import TRAINING, traced_calls
+from dsp_kernels.file.decode import Budget, build_module
+from dsp_kernels.file.format import (
+    CONTAINERS,
+    CONV_SETTINGS,
+    DTYPES,
+    METHODS,
+    MODULES,
+    TRAINING,
+    function_name,
+    is_plain,
+)
+from dsp_kernels.file.two_modes import traced_calls
 from dsp_kernels.graph.inputs import Example
+from dsp_kernels.op.fused_conv import FusedConv2d
+from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = ["CONTAINERS", "DTYPES", "encode_network"]
-
-# Modules that only hold others; a file keeps them for the names and for the order of the state_dict.
-CONTAINERS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (nn.Module, nn.Sequential, nn.ModuleList)
+_CALLS = {
+    "call_module": "module",
+    "call_function": "function",
+    "call_method": "method",
+    "get_attr": "tensor",
 }
-# Types of numbers that a call may name.
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool)
-}
-_OPS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 
 
 def encode_network(model: nn.Module, example_input: Example | None = None) -> dict[str, Any]:
     """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values.
 
-    example_input: (batch, channels, height, width), or a tuple of all inputs; a model of several inputs, or
-    one that torch.fx cannot follow, needs one.
-    Raises DSPFormatError, naming it, for whatever a file cannot hold.
+    example_input: (batch, channels, height, width), or a tuple of all inputs; needed for a model of several
+    inputs and for one that torch.fx cannot trace.
+    Raises DSPFormatError that names whatever a file cannot hold.
     """
     graph, modes, added = traced_calls(model, example_input)
     numbers: dict[fx.Node, int] = {}
@@ -44,14 +49,14 @@ def encode_network(model: nn.Module, example_input: Example | None = None) -> di
     called = {call["module"] for call in calls if "module" in call}
     modules: dict[str, Any] = {}
     tensors: dict[str, str] = {}
-    whole = "."  # path of the module that was saved as one, last; its parts follow it
+    whole = "."  # the last path that was written as one module; its submodules follow
     for path, module in model.named_modules(remove_duplicate=False):
         if path.startswith(whole):
             continue
-        # A module that nothing calls (an auxiliary head) is only its tensors.
+        # Of a module that is never called (an auxiliary head) only the tensors are kept.
         if path in called and is_known(module):
             modules[path], whole = encode_module(module, path), f"{path}."
-            _refuse_additions(module, path)
+            _check_state(module, modules[path], path)
             continue
         if path:
             kind = next((k for k in CONTAINERS.values() if type(module) is k), nn.Module)
@@ -70,13 +75,42 @@ def encode_network(model: nn.Module, example_input: Example | None = None) -> di
         if path in added:
             modules[path] = encode_module(added[path], path)
         elif path and not is_known(model.get_submodule(path)):
-            encode_module(model.get_submodule(path), path)
+            encode_module(model.get_submodule(path), path)  # raises
     return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes, "tied": _tied(model)}
 
 
-def _refuse_additions(module: nn.Module, path: str) -> None:
-    made = build_module(encode_module(module, path), path, Budget(2**62, 2**62))
-    added = sorted(set(module.state_dict()) - set(made.state_dict()))
+def is_known(module: nn.Module) -> bool:
+    """Whether a file can hold this module as one."""
+    return type(module) in (*MODULES, PackedConv2d, FusedConv2d)
+
+
+def encode_module(module: nn.Module, path: str) -> dict[str, Any]:
+    """{"class": name, setting: value, ...} of plain JSON values. Raises DSPFormatError for other modules."""
+    encoded: dict[str, Any] = {"class": type(module).__name__}
+    if type(module) is PackedConv2d or type(module) is FusedConv2d:
+        spec: Any = module.spec if isinstance(module, FusedConv2d) else module
+        encoded |= {name: list(getattr(spec, name)) for name in CONV_SETTINGS}
+        encoded |= {"structure": spec.structure.to_dict(), "bias": module.bias is not None}
+        if isinstance(module, FusedConv2d):
+            encoded |= {"activation": module.spec.activation, "backend": module.backend}
+        return encoded
+    if type(module) not in MODULES:
+        raise DSPFormatError(
+            f"layer {path!r} is a {type(module).__module__}.{type(module).__name__}, which a file cannot hold"
+        )
+    for name in MODULES[type(module)]:
+        value = getattr(module, name)
+        if name == "bias":
+            value = value is not None
+        encoded[name] = list(value) if isinstance(value, tuple) else value
+        if not is_plain(encoded[name]):
+            raise DSPFormatError(f"layer {path!r}: {name} is {value!r}, which a file cannot hold")
+    return encoded
+
+
+def _check_state(module: nn.Module, encoded: dict[str, Any], path: str) -> None:
+    """Raises DSPFormatError for tensors that were added to a module: ``load`` would not know them."""
+    added = sorted(set(module.state_dict()) - set(build_module(encoded, path, Budget()).state_dict()))
     if added:
         raise DSPFormatError(
             f"layer {path!r} carries {', '.join(added)}, which no {type(module).__name__} has; a network "
@@ -85,14 +119,12 @@ def _refuse_additions(module: nn.Module, path: str) -> None:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Name of a tensor in the state dict -> the first name of the same tensor, where it has several."""
+    """Name in the state dict -> the first name of the same tensor, for tensors of several names."""
     first: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for path, tensor in model.state_dict(keep_vars=True).items():
-        name = first.setdefault(id(tensor), path)
-        if name != path:
-            tied[path] = name
-    return tied
+    names = {
+        name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    return {name: earlier for name, earlier in names.items() if name != earlier}
 
 
 def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any]:
@@ -100,8 +132,8 @@ def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any
         return {"input": sum(other.op == "placeholder" for other in numbers) - 1}
     if node.op == "output":
         return {"output": _encode(node.args[0], numbers, node)}
-    kind, target = _OPS[node.op], node.target
-    name = function_name(target) if node.op == "call_function" else str(target)
+    kind, target = _CALLS[node.op], node.target
+    name = function_name(target) if kind == "function" else str(target)
     if name is None or (kind == "method" and name not in METHODS):
         label = getattr(target, "__module__", None)
         raise DSPFormatError(
@@ -111,7 +143,7 @@ def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any
     call: dict[str, Any] = {kind: name}
     if node.args:
         call["args"] = [_encode(value, numbers, node) for value in node.args]
-    # ``out`` is no argument of a file's calls; functions of torch hand on that there is none.
+    # A file has no argument ``out``; functions of torch pass out=None.
     kwargs = {key: value for key, value in node.kwargs.items() if key != "out" or value is not None}
     if kwargs:
         call["kwargs"] = {key: _encode(value, numbers, node) for key, value in kwargs.items()}
@@ -119,6 +151,7 @@ def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any
 
 
 def _encode(value: Any, numbers: Mapping[fx.Node, int], node: fx.Node) -> Any:
+    """An argument of ``node``; the inverse of ``_decode`` in decode.py."""
     if isinstance(value, fx.Node):
         return {"node": numbers[value]}
     if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in DTYPES:

@@ -1,12 +1,9 @@
-"""save / load of packed models: tensors in safetensors, the network in its JSON header, no pickle, no code.
-
-Version 2 holds the network itself (see ``graph_file``), version 3 one of several inputs; version 1, a known
-architecture by name, is still read (see ``file_version_1``).
-"""
+"""save and load: tensors in safetensors, the network in its JSON header; no pickle, no code."""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,196 +13,115 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file.check import check_network, is_example_shape, is_input_shape
-from dsp_kernels.file.decode import LoadedNetwork, build_network
-from dsp_kernels.file.encode import encode_network
-from dsp_kernels.file.header import (
-    FORMAT_VERSION,
-    KEY,
+from dsp_kernels.file.check import (
+    check_network,
     check_tensors,
-    new_header,
-    other_kind,
-    read_header,
+    check_ties,
+    floating_dtype,
+    is_shape,
     tensor_table,
 )
-from dsp_kernels.file.modules import Budget
-from dsp_kernels.file.version_1 import build_changed, encode_changes
+from dsp_kernels.file.decode import Budget, LoadedNetwork, build_network
+from dsp_kernels.file.encode import encode_network
+from dsp_kernels.file.format import KEY, new_header, read_header
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.program.fuse import FusedNetwork
 from dsp_kernels.whole_file import require_file, whole_file
 
-__all__ = ["FORMAT_VERSION", "load", "save"]
-
 # A structure may have absent channels, which take no byte; so many are allowed in a file of any size.
 _FREE_WIDTHS = 2**20
-# Tried in turn where no example is given: small images, MNIST, ImageNet, Inception.
+# Tried in this order without an example: small images, MNIST, ImageNet, Inception.
 _USUAL_SIZES = (32, 28, 224, 299, 16, 8)
 
 
 def save(model: nn.Module, path: str | Path, example_input: Example | None = None) -> None:
-    """Write a packed model with its architecture. It is complete under ``path`` or not there at all.
+    """Write a packed model and its architecture to a safetensors file, completely or not at all.
 
-    example_input: (batch, channels, height, width) of the size that the network is made for. ``load`` gives
-    its shape back and checks the network with it; without one the first usual size that fits stands in. A
-    tuple of tensors of one floating dtype, the image first, for a network of several inputs (version 3).
+    example_input: (batch, channels, height, width) of the size that the network is made for; its shape is in
+    the file. Without it, the first usual size that fits is. A model of several inputs needs a tuple of
+    tensors of one floating dtype, the image first.
 
-    The file holds a graph of known operations and modules (version 2). Where torch.fx cannot follow a model,
-    torch.export may, with an example; the file then runs in eval mode only. A model that neither follows is
-    written by the name of its architecture (version 1) if it carries one, see ``register_architecture``.
-    Raises DSPFormatError, naming it, for a model with something that a file cannot hold.
+    The file holds a graph of known operations and modules. Where only torch.export can trace a model, an
+    example is needed and the file holds eval mode only.
+    Raises DSPFormatError, naming it, for something that a file cannot hold, and OSError where the file cannot
+    be written.
+
+    >>> import tempfile, torch, dsp_kernels
+    >>> structure = dsp_kernels.GroupStructure.build(3, 4, [([0, 2], [0, 3]), ([1], [1])])
+    >>> net = torch.nn.Sequential(dsp_kernels.PackedConv2d(structure, 3), torch.nn.ReLU()).eval()
+    >>> file = tempfile.mkdtemp() + "/net.safetensors"
+    >>> dsp_kernels.save(net, file, torch.zeros(1, 3, 8, 8))
+    >>> dsp_kernels.load(file).example_shape
+    (1, 3, 8, 8)
     """
     if isinstance(model, FusedNetwork):
         raise DSPFormatError("a fused network holds no parameters: save the packed one that it was made from")
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
     }
-    try:
-        header = _describe(model, tensors, example_input)
-    except DSPFormatError as error:
-        try:
-            header = new_header(1, **encode_changes(model))
-        except DSPFormatError:
-            raise error from None
+    header = _describe(model, tensors, example_input)
     try:
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # of a full disk, for example
         raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The packed model in a file that ``save`` wrote, in eval mode. Executes no code from the file.
+    """The packed model in a file that ``save`` wrote, in eval mode. Runs no code from the file.
 
-    The network is made of operations and modules out of fixed tables, first without memory: every tensor's
-    shape and dtype is compared with the module that gets it, and the calls are run on the meta device,
-    before a tensor is read.
-    Raises DSPFormatError for a file that is truncated, foreign, of another version or contradicts itself.
+    The network is made of operations and modules of fixed tables, first on the meta device: shapes and dtypes
+    of all tensors are compared with its modules and its calls are run there before a tensor is read.
+    Raises DSPFormatError for a file that is truncated, foreign, of another version or inconsistent, and
+    FileNotFoundError.
+
+    >>> import tempfile, torch, dsp_kernels
+    >>> file = tempfile.mkdtemp() + "/conv.safetensors"
+    >>> dsp_kernels.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)), file)
+    >>> dsp_kernels.load(file)(torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 4, 8, 8])
     """
     require_file(path)
-    # The network outlives the caller's modes: it has to be trainable.
+    # Parameters made in the caller's inference mode could not be trained.
     with torch.inference_mode(False):
         return _load(path).to(device).eval()
 
 
-def _load(path: str | Path) -> nn.Module:
+def _load(path: str | Path) -> LoadedNetwork:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = read_header(file.metadata(), path)
             table = tensor_table(file, path)
-            budget = Budget(Path(path).stat().st_size + _FREE_WIDTHS, len(table))
-            if header["version"] == 1:
-                model = build_changed(header, budget)
-            else:
-                model = _network(header, table, budget)
+            model = build_network(header, table, Budget(Path(path).stat().st_size + _FREE_WIDTHS, len(table)))
             check_tensors(model, table, path)
-            _check_ties(model, header.get("tied", {}))
-            if isinstance(model, LoadedNetwork):
-                check_network(model.eval(), model.example_shapes, _floating(table))
-            # Copies: what safetensors gives is the file itself in memory, which another process may change.
+            tied = header.get("tied", {})
+            check_ties(model, tied)
+            check_network(model.eval(), model.example_shapes, floating_dtype(table))
+            # safetensors maps the file into memory, and another process may change it: copy.
             tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
-        what = f"is not a readable safetensors file{other_kind(path)}"
+        what = f"is not a readable safetensors file{_other_kind(path)}"
         raise DSPFormatError(f"{path} {what}: {error}") from error
     model.load_state_dict(tensors, assign=True)
-    _tie(model, header.get("tied", {}))
-    _make_real(model)
-    return model
-
-
-def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None) -> dict[str, Any]:
-    """A header of version 2 or 3, after the network was built from it and run without memory."""
-    if example_input is None and len(known := getattr(model, "example_shapes", ())) > 1:
-        example_input = tuple(torch.empty(shape, device="meta") for shape in known)
-    parts = encode_network(model, example_input)
-    architecture = getattr(model, "architecture", None)
-    table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    shapes, given = _example_shapes(model, example_input)
-    errors: list[DSPFormatError] = []
-    for every in shapes:
-        parts["example_shape"] = list(every[0])
-        if len(every) > 1:
-            parts["further_shapes"] = [list(shape) for shape in every[1:]]
-        version = 2 if len(every) == 1 else 3
-        header = new_header(version, architecture=architecture, example_given=given, **parts)
-        header = json.loads(json.dumps(header))  # what a reader gets
-        budget = Budget(2**62, 2**62)
-        network = _network(header, table, budget)
-        check_tensors(network, table, type(model).__name__)
-        try:
-            check_network(network.eval(), every, _floating(table))
-        except DSPFormatError as error:
-            errors.append(error)
-            continue
-        return header
-    raise DSPFormatError(f"{errors[0]}. Pass save(..., example_input=...) with an input of the right size")
-
-
-def _example_shapes(
-    model: nn.Module, example_input: Example | None
-) -> tuple[list[tuple[tuple[int, ...], ...]], bool]:
-    """What may stand for an example: the shapes of all inputs, for each; and whether it was given."""
-    if example_input is not None:
-        return [tuple((1, *x.shape[1:]) for x in as_inputs(example_input))], True
-    known = getattr(model, "example_shape", None)
-    if known is not None and is_example_shape(known):
-        return [(tuple(known),)], bool(getattr(model, "example_given", False))
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | PackedConv2d | FusedConv2d))
-    first = next(convolutions, None)
-    if first is None:
-        raise DSPFormatError("the network has no convolution: pass save(..., example_input=...)")
-    channels = first.spec.structure.in_channels if isinstance(first, FusedConv2d) else first.in_channels
-    return [((1, channels, size, size),) for size in _USUAL_SIZES], False
-
-
-def _floating(table: Any) -> torch.dtype:
-    """The floating dtype of a file's tensors, of which there is one; float32 where it has none."""
-    return next((dtype for _, dtype in table.values() if dtype.is_floating_point), torch.float32)
-
-
-def _network(header: dict[str, Any], table: Any, budget: Budget) -> LoadedNetwork:
-    shape, modes = header.get("example_shape"), header.get("modes")
-    if not is_example_shape(shape) or shape is None:
-        raise DSPFormatError(f"the example's shape is {str(shape)[:80]}; expected four sizes of an image")
-    further = header.get("further_shapes", []) if header["version"] > 2 else []
-    if not isinstance(further, list) or len(further) > 15 or not all(map(is_input_shape, further)):
-        raise DSPFormatError(f"shapes of further inputs are {str(further)[:80]}; expected up to 15 of sizes")
-    if modes not in ("both", "eval"):
-        raise DSPFormatError(f"modes is {str(modes)[:80]}; expected both or eval")
-    meta = {
-        "architecture": header.get("architecture"),
-        "example_shapes": (tuple(shape), *map(tuple, further)),
-        "example_given": header.get("example_given") is True,
-        "modes": modes,
-    }
-    return build_network(header, meta, table, budget)
-
-
-def _check_ties(model: nn.Module, tied: Any) -> None:
-    """Raises DSPFormatError for names that cannot be one tensor."""
-    state = model.state_dict(keep_vars=True)
-    pairs = tied.items() if isinstance(tied, dict) else [(tied, None)]
-    for name, first in pairs:
-        if not isinstance(first, str) or name not in state or first not in state or first in tied:
-            raise DSPFormatError(
-                f"{str(name)[:80]!r} is said to be {str(first)[:80]!r}; expected two tensors"
-            )
-        a, b = state[name], state[first]
-        if type(a) is not type(b) or a.shape != b.shape:
-            raise DSPFormatError(f"{name!r} and {first!r} cannot be the same tensor: {a.shape}, {b.shape}")
-
-
-def _tie(model: nn.Module, tied: dict[str, str]) -> None:
-    """Let names be the same parameter or buffer again; a file holds it once under each name."""
     state = model.state_dict(keep_vars=True)
     for name, first in tied.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, state[first])
+    _make_index_tensors(model)
+    return model
 
 
-def _make_real(model: nn.Module) -> None:
-    """Give modules that were made on the meta device their index tensors, which no file holds."""
+def _other_kind(path: str | Path) -> str:
+    """What else a file that is no safetensors file looks like, in brackets."""
+    if zipfile.is_zipfile(path):
+        return " (it is a zip archive, as of torch.save or numpy; dsp_kernels.save writes what load reads)"
+    return " (ONNX is only written)" if Path(path).suffix == ".onnx" else ""
+
+
+def _make_index_tensors(model: nn.Module) -> None:
+    """Replace index tensors on the meta device, which no file holds, by real ones."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedConv2d):
@@ -213,3 +129,53 @@ def _make_real(model: nn.Module) -> None:
             elif isinstance(child, FusedConv2d):
                 made = FusedConv2d(child.spec, list(child.weights), child.bias, child.backend)
                 setattr(parent, name, made)
+
+
+def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None) -> dict[str, Any]:
+    """A header with which ``load`` will succeed: its checks were run."""
+    if example_input is None and len(known := getattr(model, "example_shapes", ())) > 1:
+        example_input = tuple(torch.empty(shape, device="meta") for shape in known)
+    parts = encode_network(model, example_input)
+    if widths := getattr(model, "dense_widths", None):
+        parts["dense_widths"] = widths
+    table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    candidates, given = _input_shapes(model, example_input)
+    errors: list[DSPFormatError] = []
+    for shapes in candidates:
+        parts["example_shape"] = shapes[0]
+        if len(shapes) > 1:
+            parts["further_shapes"] = shapes[1:]
+        header = new_header(2 if len(shapes) == 1 else 3, example_given=given, **parts)
+        header = json.loads(json.dumps(header))  # tuples become lists
+        network = build_network(header, table, Budget())
+        check_tensors(network, table, type(model).__name__)
+        try:
+            check_network(network.eval(), shapes, floating_dtype(table))
+        except DSPFormatError as error:
+            errors.append(error)
+            continue
+        return header
+    raise DSPFormatError(f"{errors[0]}. Pass save(..., example_input=...) with an input of the right size")
+
+
+def _input_shapes(
+    model: nn.Module, example_input: Example | None
+) -> tuple[list[tuple[tuple[int, ...], ...]], bool]:
+    """Shapes of all inputs to try in turn, and whether the user gave them."""
+    if example_input is not None:
+        return [tuple((1, *x.shape[1:]) for x in as_inputs(example_input))], True
+    known = getattr(model, "example_shape", None)
+    if is_shape(known, (4,)):
+        return [(tuple(known),)], bool(getattr(model, "example_given", False))
+    channels = input_channels(model)
+    return [((1, channels, size, size),) for size in _USUAL_SIZES], False
+
+
+def input_channels(model: nn.Module) -> int:
+    """Input channels of the first convolution. Raises DSPFormatError where there is none."""
+    for module in model.modules():
+        if isinstance(module, FusedConv2d):
+            return module.spec.structure.in_channels
+        if isinstance(module, nn.Conv2d | PackedConv2d):
+            return module.in_channels
+    raise DSPFormatError(f"{type(model).__name__} has no convolution, so an example input is needed")

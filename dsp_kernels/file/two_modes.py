@@ -1,4 +1,4 @@
-"""The calls of a model in both modes as one graph, for files."""
+"""The calls of a model in training and eval mode as one graph."""
 
 from __future__ import annotations
 
@@ -9,25 +9,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
+from dsp_kernels.file.format import TRAINING
 from dsp_kernels.graph.capture import Tracer, calls_of, without_stand_ins
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import SIZE_CHECK, evaluating, trace
 
-__all__ = ["TRAINING", "traced_calls"]
-
-# The one attribute of the network itself that a call may read: whether it is in training mode.
-TRAINING = "training"
-_CHECKS = {"_assert"}  # torch._assert and timm's: they compute nothing
-_UNUSED = (
-    operator.eq,
-    operator.ne,
-    operator.lt,
-    operator.le,
-    operator.gt,
-    operator.ge,
-    operator.getitem,
-    getattr,
-)
+_ASSERTS = ("_assert",)  # torch._assert and timm's
+_PURE = {getattr, operator.getitem, *(getattr(operator, n) for n in ("eq", "ne", "lt", "le", "gt", "ge"))}
 
 
 class _Tracer(Tracer):
@@ -47,11 +35,10 @@ def traced_calls(
 ) -> tuple[fx.Graph, str, dict[str, nn.Module]]:
     """The graph of a model, the modes it is right for, and modules that it calls beyond the model's own.
 
-    The modes are "both" or, where training differs, "eval". Where torch.fx cannot follow the model, the graph
-    is that of ``trace`` for images such as the example, with its check of sizes.
-
-    Where the modes differ only in flags that follow ``training`` (of functional dropout and norms), these
-    flags are read from the network's own mode. Raises DSPFormatError where torch.fx cannot follow.
+    The modes are "both", or "eval" where training mode runs other operations. Arguments that are True in
+    training mode only (of functional dropout and norms) become reads of the attribute ``training``.
+    Where torch.fx cannot trace a model of one input, the graph is that of ``trace``, with its SizeCheck.
+    Raises DSPFormatError where neither works.
     """
     inputs = None if example_input is None else as_inputs(example_input)
     count = 1 if inputs is None else len(inputs)
@@ -65,39 +52,19 @@ def traced_calls(
         _check_inputs(graph, model, count, inputs is not None)
     try:
         training = _trace_in_training(model, count)
-    except DSPError:  # untraceable, or a network of a file that holds eval mode alone
-        training = None
-    nodes = list(graph.nodes)
-    others = list(training.nodes) if training is not None else []
-    pairs = dict(zip(others, nodes, strict=False))
-    same = len(nodes) == len(others) and all(
-        (node.op, node.target) == (other.op, other.target)
-        and _same((node.args, node.kwargs), (other.args, other.kwargs), pairs)
-        for node, other in zip(nodes, others, strict=True)
-    )
-    if not same:
+    except DSPError:  # cannot be traced, or holds eval mode only
         return graph, "eval", {}
-    flagged = [
-        (n, o) for n, o in zip(nodes, others, strict=True) if _flags((n.args, n.kwargs), (o.args, o.kwargs))
-    ]
-    if flagged:
-        first = next(node for node in graph.nodes if node.op != "placeholder")
-        with graph.inserting_before(first):
-            flag = graph.create_node("get_attr", TRAINING)
-        for node, other in flagged:
-            node.args = _follow(node.args, other.args, flag)
-            node.kwargs = _follow(node.kwargs, other.kwargs, flag)
-    return graph, "both", {}
+    return graph, "both" if _merge_training(graph, training) else "eval", {}
 
 
 def _trace_in_training(model: nn.Module, count: int) -> fx.Graph:
-    """Of a copy that shares every tensor: the model itself may be answering another thread in eval mode."""
+    """The graph of a copy that shares every tensor: another thread may run the model in eval mode."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         copied = copy.deepcopy(model, shared)
-    except Exception:  # what cannot be copied is itself in training mode for a moment
+    except Exception:  # a model that cannot be copied is itself in training mode for a moment
         copied = model
-    with evaluating(copied):  # gives every module its mode back
+    with evaluating(copied):  # restores the modes
         return _trace(copied.train(), count)
 
 
@@ -144,46 +111,59 @@ def _check_inputs(graph: fx.Graph, model: nn.Module, count: int, given: bool) ->
 
 
 def _drop_checks(graph: fx.Graph) -> None:
+    """Remove asserts and the comparisons that only they read."""
     for node in reversed(list(graph.nodes)):
-        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if not node.users and (name in _CHECKS or (node.op == "call_function" and node.target in _UNUSED)):
+        if node.op != "call_function" or node.users:
+            continue
+        if node.target in _PURE or getattr(node.target, "__name__", "") in _ASSERTS:
             graph.erase_node(node)
 
 
-def _same(left: Any, right: Any, pairs: dict[fx.Node, fx.Node]) -> bool:
-    """Whether two arguments are equal, but for False in eval mode where training mode has True."""
-    if isinstance(left, tuple | list):
-        return (
-            type(left) is type(right)
-            and len(left) == len(right)
-            and all(_same(a, b, pairs) for a, b in zip(left, right, strict=True))
-        )
-    if isinstance(left, dict):
-        return (
-            isinstance(right, dict)
-            and left.keys() == right.keys()
-            and all(_same(value, right[key], pairs) for key, value in left.items())
-        )
-    if isinstance(left, slice):
-        return isinstance(right, slice) and all(
-            _same(getattr(left, part), getattr(right, part), pairs) for part in ("start", "stop", "step")
-        )
-    if isinstance(left, fx.Node):
-        return pairs.get(right) is left
-    return (left is False and right is True) or (type(left) is type(right) and left == right)
+class _DiffersError(Exception):
+    """The graphs of the two modes differ in more than flags."""
 
 
-def _flags(left: Any, right: Any) -> bool:
-    if isinstance(left, tuple | list):
-        return any(_flags(a, b) for a, b in zip(left, right, strict=True))
-    if isinstance(left, dict):
-        return any(_flags(value, right[key]) for key, value in left.items())
-    return left is False and right is True
+def _merge_training(graph: fx.Graph, training: fx.Graph) -> bool:
+    """Let arguments that are False in ``graph`` and True in ``training`` follow the mode; whether it can."""
+    nodes, others = list(graph.nodes), list(training.nodes)
+    pairs = dict(zip(others, nodes, strict=False))
+    with graph.inserting_before(next(node for node in nodes if node.op != "placeholder")):
+        flag = graph.create_node("get_attr", TRAINING)
+    try:
+        if [(node.op, node.target) for node in nodes] != [(node.op, node.target) for node in others]:
+            raise _DiffersError
+        merged = [
+            (_merge(a.args, b.args, pairs, flag), _merge(a.kwargs, b.kwargs, pairs, flag))
+            for a, b in zip(nodes, others, strict=True)
+        ]
+        for node, (args, kwargs) in zip(nodes, merged, strict=True):
+            node.args, node.kwargs = args, kwargs
+    except _DiffersError:
+        return False
+    finally:
+        if not flag.users:
+            graph.erase_node(flag)
+    return True
 
 
-def _follow(left: Any, right: Any, flag: fx.Node) -> Any:
-    if isinstance(left, tuple | list):
-        return type(left)(_follow(a, b, flag) for a, b in zip(left, right, strict=True))
-    if isinstance(left, dict):
-        return {key: _follow(value, right[key], flag) for key, value in left.items()}
-    return flag if left is False and right is True else left
+def _merge(evaluated: Any, trained: Any, pairs: dict[fx.Node, fx.Node], flag: fx.Node) -> Any:
+    """One argument for both modes. pairs: nodes of the training graph -> their nodes in the eval graph."""
+    if evaluated is False and trained is True:
+        return flag
+    if isinstance(evaluated, fx.Node):
+        if pairs.get(trained) is evaluated:
+            return evaluated
+    elif type(evaluated) is not type(trained):
+        raise _DiffersError
+    elif isinstance(evaluated, slice):
+        parts = [(s.start, s.stop, s.step) for s in (evaluated, trained)]
+        return slice(*(_merge(a, b, pairs, flag) for a, b in zip(*parts, strict=True)))
+    elif isinstance(evaluated, tuple | list):
+        if len(evaluated) == len(trained):
+            return type(evaluated)(_merge(a, b, pairs, flag) for a, b in zip(evaluated, trained, strict=True))
+    elif isinstance(evaluated, dict):
+        if evaluated.keys() == trained.keys():
+            return {key: _merge(value, trained[key], pairs, flag) for key, value in evaluated.items()}
+    elif evaluated == trained:
+        return evaluated
+    raise _DiffersError

@@ -19,14 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.graph.operations import LEAF_TYPES
 
-__all__ = [
-    "Tracer",
-    "calls_of",
-    "place_in_user_code",
-    "symbolic_graph",
-    "without_stand_ins",
-]
-
 _CHUNKS = (torch.chunk, "chunk")
 _SPLITS = (torch.split, "split", "split_with_sizes")
 _TENSOR_SPLITS = (torch.tensor_split, "tensor_split")

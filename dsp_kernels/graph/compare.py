@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPVerificationError
 
-__all__ = ["check_finite", "compare_answers", "largest_difference", "tensors_of"]
-
 
 def tensors_of(answer: Any) -> list[Tensor]:
     """All tensors of an answer: a tensor, or nested mappings, lists and tuples of tensors."""

@@ -8,8 +8,6 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPShapeError
 
-__all__ = ["Example", "as_inputs", "check_device", "check_taken", "one_image"]
-
 # A batch of images, or all tensors that forward() takes, images first; dimension 0 is the batch in all.
 Example = Tensor | Sequence[Tensor]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPTraceError, DSPVerificationError
+from dsp_kernels.errors import DSPError, DSPTraceError, DSPVerificationError
 from dsp_kernels.graph.capture import symbolic_graph, without_stand_ins
 from dsp_kernels.graph.compare import compare_answers, tensors_of
 from dsp_kernels.graph.inputs import Example, as_inputs, check_taken
@@ -21,8 +21,6 @@ from dsp_kernels.graph.operations import classify
 from dsp_kernels.graph.size_check import SizeCheck, fixed_size
 from dsp_kernels.graph.sized import SizedTracer
 from dsp_kernels.tolerances import network_tolerance
-
-__all__ = ["SIZE_CHECK", "TracedNetwork", "TracedNode", "call_graph", "evaluating", "trace", "works_in_place"]
 
 SIZE_CHECK = "size_check"  # path of the SizeCheck in a graph for one size
 # For the tolerance: products per sum and layers in a row, more than most networks have.
@@ -111,7 +109,10 @@ def call_graph(
     """
     inputs = () if example_input is None else as_inputs(example_input)
     with evaluating(model), without_stand_ins(model):
-        model.train(training)
+        try:
+            model.train(training)
+        except DSPError:  # a loaded network whose file holds eval mode only
+            return None
         try:
             return _captured(model, inputs)[0]
         except DSPTraceError:

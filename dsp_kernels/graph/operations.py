@@ -18,8 +18,6 @@ from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = ["KINDS", "LEAF_TYPES", "OPERATIONS", "Call", "Operation", "classify"]
-
 LEAF_TYPES: tuple[type[nn.Module], ...] = (PackedConv2d, FusedConv2d, SizeCheck)
 
 Shape = tuple[int, ...] | None  # None for what is not a tensor

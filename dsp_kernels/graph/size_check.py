@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.packed import PackedConv2d
 
-__all__ = ["FixedSizeConv2d", "SizeCheck", "fixed_size", "holds", "parse_condition"]
-
 _NAMES = ("batch", "height", "width")
 _LONGEST, _MOST, _DEEPEST, _LARGEST = 200, 64, 12, 2**31
 _COMPARISONS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {

@@ -14,8 +14,6 @@ from torch._subclasses import fake_tensor
 from dsp_kernels.graph.capture import Tracer
 from dsp_kernels.graph.compare import tensors_of
 
-__all__ = ["SizedTracer"]
-
 _PLAIN = (bool, int, float, str, type(None))
 _UNKNOWN = object()  # the result of an operation that does not run on the larger image
 _VALUES = "what it does there depends on the values of a tensor; move that out of forward()"

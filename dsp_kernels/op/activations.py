@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_", "activation_gradient"]
-
 
 def _identity(x: Tensor) -> Tensor:
     return x

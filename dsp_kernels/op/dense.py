@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dsp_kernels.op.structure import GroupStructure
 
-__all__ = ["dense_weight", "group_weights", "index_tensors", "live_bias"]
-
 
 def index_tensors(
     structure: GroupStructure, device: torch.device | str | None = None

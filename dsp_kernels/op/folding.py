@@ -12,8 +12,6 @@ from dsp_kernels.op.dense import index_tensors, live_bias
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group, GroupStructure
 
-__all__ = ["batch_norm_affine", "fold_batch_norm"]
-
 
 def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (channels,) in float64, with norm(x) = x * scale + shift in eval mode."""

@@ -13,8 +13,6 @@ from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.torch_op import gather_grouped_conv2d_tensors
 from dsp_kernels.run.convs import BACKENDS, ConvPlan
 
-__all__ = ["FusedConv2d"]
-
 
 class FusedConv2d(nn.Module):
     """y = act(conv(x) + bias (+ residual)) by the fastest backend; the convolution as of PackedConv2d.

@@ -15,8 +15,6 @@ from dsp_kernels.op.reference import conv_output_hw
 from dsp_kernels.op.spec import pair
 from dsp_kernels.op.structure import GroupStructure
 
-__all__ = ["PackedConv2d"]
-
 
 class PackedConv2d(nn.Module):
     """A trainable convolution whose groups each read their own input channels; runs on any device.

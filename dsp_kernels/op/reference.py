@@ -11,8 +11,6 @@ from torch import Tensor
 from dsp_kernels.op.activations import activate
 from dsp_kernels.op.structure import GroupStructure
 
-__all__ = ["conv_output_hw", "gather_grouped_conv2d_reference"]
-
 
 def conv_output_hw(
     input_hw: Sequence[int],

@@ -13,8 +13,6 @@ from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.reference import conv_output_hw
 from dsp_kernels.op.structure import GroupStructure
 
-__all__ = ["ConvSpec", "memory_format_of", "pair"]
-
 
 def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
     """(vertical, horizontal) from one or two integers. Raises DSPShapeError below ``least``."""

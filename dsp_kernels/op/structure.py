@@ -13,8 +13,6 @@ from typing import Any
 
 from dsp_kernels.errors import DSPStructureError
 
-__all__ = ["Group", "GroupStructure"]
-
 # Symbols of ``render``, one per group; reused if there are more groups.
 _MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

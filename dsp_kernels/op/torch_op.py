@@ -23,15 +23,6 @@ from dsp_kernels.run.cpu.conv import CpuPlan
 from dsp_kernels.run.cpu.extension import chosen_isa, may_use_winograd
 from dsp_kernels.run.lru import LRU
 
-__all__ = [
-    "NAMESPACE",
-    "OP_NAME",
-    "PLANS",
-    "SCHEMA",
-    "gather_grouped_conv2d",
-    "gather_grouped_conv2d_tensors",
-]
-
 NAMESPACE = "dsp_kernels"
 OP_NAME = "gather_grouped_conv2d"
 SCHEMA = (

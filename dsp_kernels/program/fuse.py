@@ -1,4 +1,4 @@
-"""fuse(model, example_input): a packed model in, a network that runs a Program out."""
+"""fuse(model, example_input): a packed model as one network that runs a Program."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPVerificationError
-from dsp_kernels.graph.compare import check_finite
+from dsp_kernels.errors import DSPBackendError, DSPShapeError
+from dsp_kernels.graph.compare import compare_answers
 from dsp_kernels.graph.inputs import Example, one_image
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.graph.operations import LEAF_TYPES
@@ -20,23 +20,28 @@ from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
 from dsp_kernels.run.programs import EXECUTORS, Runner
 from dsp_kernels.tolerances import network_tolerance
 
-__all__ = ["FusedNetwork", "fuse"]
-
 
 def fuse(
     model: nn.Module, example_input: Example, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> FusedNetwork:
-    """Trace a packed (or any) CNN once and return it as one fused module for inference.
+    """A packed (or any) CNN as one fused module for inference, with the same answers.
 
-    example_input: (batch, channels, height, width) on the model's device; its batch size does not matter.
-    backend: "auto", or the name of an executor. dtype: of weights and activations inside; None keeps the
-    model's. Input and output keep their own dtype.
+    example_input: (batch, channels, height, width) on the model's device; any batch size stands for all.
+    backend: "auto", or the name of an executor: "cuda", "triton", "cpu" or "eager". dtype: of weights and
+    activations inside, None for the model's; inputs and outputs keep their own dtype.
 
-    The model itself is not changed, and the result shares no memory with it. It is compared with the model
-    (in eval mode) on the example and on random images before it is returned.
-    Raises DSPShapeError if the example is not one tensor of images there, DSPTraceError if the model cannot
-    be traced or run on it, DSPBackendError if the backend cannot run it, DSPVerificationError if the answers
-    differ by more than rounding.
+    The model is not changed and shares no memory with the result. Before it is returned, it is compared with
+    the model in eval mode, on the example and on random images.
+    Raises DSPShapeError if the example is not one tensor of images on the model's device, DSPTraceError if
+    the model cannot be traced or run on it, DSPBackendError if the backend cannot run the network, and
+    DSPVerificationError if the answers differ by more than rounding.
+
+    >>> import torch, dsp_kernels
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    >>> fused = dsp_kernels.fuse(net, torch.zeros(1, 3, 16, 16))
+    >>> x = torch.randn(5, 3, 16, 16)
+    >>> torch.allclose(fused(x), net(x), atol=1e-4)
+    True
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise DSPBackendError(f"dtype is {dtype!r}; expected a torch.dtype, as torch.bfloat16")
@@ -46,9 +51,9 @@ def fuse(
     dtype = dtype or example.dtype
     if backend == "auto" and example.device.type == "cpu":
         warn_if_missing()
-    # Modules that stay plain PyTorch are copied in the mode in which they are to run.
+    # Modules that stay plain PyTorch are copied in eval mode.
     with evaluating(model):
-        # Folding was done in float64; from here on the Program owns its tensors.
+        # After folding, which is in float64: a copy of every tensor.
         program = plan(trace(model, example)).map_tensors(
             lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
         )
@@ -58,10 +63,18 @@ def fuse(
 
 
 class FusedNetwork(nn.Module):
-    """A network that runs a Program; made by ``fuse``. Inference only, always in eval mode.
+    """A network that runs a Program; made by ``fuse``. For inference only: always in eval mode.
 
-    Input (batch, channels, height, width) with any batch size; output as the original model's. ``.to()``
-    moves it, ``copy.deepcopy`` copies it. It holds no parameters: save the packed model instead.
+    Call it with (batch, channels, height, width) of any batch size. ``.to()`` moves it, ``copy.deepcopy``
+    copies it, ``explain()`` lists its steps. It has no parameters: save the packed model instead.
+
+    >>> import torch, dsp_kernels
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    >>> fused = dsp_kernels.fuse(net, torch.zeros(1, 3, 16, 16), backend="eager")
+    >>> fused.backend, len(fused.program.steps)
+    ('eager', 1)
+    >>> print(fused.explain())  # doctest: +ELLIPSIS
+    fused network: 1 steps, 0 of them plain PyTorch; backend eager, torch.float32, 0.04 M multiply-adds ...
     """
 
     def __init__(
@@ -77,13 +90,13 @@ class FusedNetwork(nn.Module):
         self.dtype = dtype
         self.device = device
         self.backend = EXECUTORS.choose(backend, program, dtype, device).name
-        self._asked_backend = backend
+        self._requested_backend = backend
         self._example_shape = example_shape
         self._runners: dict[str, Runner] = {}
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, channels, height, width), floating, on this network's device -> the model's answer."""
+        """x: (batch, channels, height, width), floating, on the network's device -> the model's output."""
         if not isinstance(x, Tensor):
             raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor of images")
         if x.dim() != 4 or x.shape[1] != self._example_shape[1]:
@@ -95,34 +108,33 @@ class FusedNetwork(nn.Module):
                 f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
             )
         y = self._runner_for(x)(x)
-        return y if y.dtype == x.dtype else y.to(x.dtype)  # .to() takes 3 us also where it has nothing to do
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # .to() costs 3 us even as a no-op
 
     def _runner_for(self, x: Tensor) -> Runner:
-        # Whoever records operations instead of running them has to see PyTorch's own.
+        # A recorder (torch.compile, torch.export, a dispatch mode) has to see PyTorch's own operations.
         recorded = (
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch._C._len_torch_dispatch_stack() > 0
             or type(x) is not Tensor
         )
-        runners = self._runners  # read first: ``_apply``, in another thread perhaps, replaces it last
+        runners = self._runners  # read first: ``_apply`` in another thread replaces it last
         name = "eager" if recorded else self.backend
         runner = runners.get(name)
         if runner is None:
             executor = EXECUTORS.choose(name, self.program, self.dtype, self.device)
-            # Kept for later calls: made under a recorder, its weights could be fake and its work recorded.
-            plain = nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes()
-            with plain:
+            # It is kept, so a recorder must not make its weights fake or record their packing.
+            with nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes():
                 runner = executor.prepare(self.program)
             if not executor.takes_any_dtype:
-                runner = _converting(runner, self.dtype)
+                runner = _with_input_dtype(runner, self.dtype)
             if not executor.is_native(self.program):
-                runner = _alone(runner, self.device.type)
+                runner = _without_autograd(runner, self.device.type)
             runners[name] = runner
         return runner
 
     def explain(self) -> str:
-        """One line per step: what was fused, how it runs, and what stays ordinary PyTorch."""
+        """One line per step: what is fused into it, how it runs, and why it stays plain PyTorch."""
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
         forms = executor.describe(self.program)
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
@@ -138,31 +150,31 @@ class FusedNetwork(nn.Module):
         return "\n".join(lines)
 
     def train(self, mode: bool = True) -> FusedNetwork:
-        """Stays in eval mode: norms are folded and cannot be trained."""
+        """No-op: the network stays in eval mode, because its norms are folded."""
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedNetwork:
         # .to(), .cuda(), .half() come here.
         program = self.program.map_tensors(fn)
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        backend = EXECUTORS.choose(self._asked_backend, program, probe.dtype, probe.device).name
+        backend = EXECUTORS.choose(self._requested_backend, program, probe.dtype, probe.device).name
         self.program, self.backend, self.dtype, self.device = program, backend, probe.dtype, probe.device
         self._runners = {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A runner is made of closures; the copy makes its own.
+        # Runners are closures, which cannot be pickled.
         return {**self.__dict__, "_runners": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedNetwork:
         program = self.program.map_tensors(torch.clone)
-        made = FusedNetwork(program, self._example_shape, self.dtype, self.device, self._asked_backend)
+        made = FusedNetwork(program, self._example_shape, self.dtype, self.device, self._requested_backend)
         memo[id(self)] = made
         return made
 
 
-def _alone(runner: Runner, device_type: str) -> Runner:
-    """Without the caller's autograd and autocast."""
+def _without_autograd(runner: Runner, device_type: str) -> Runner:
+    """Outside the caller's autograd and autocast."""
 
     def run(x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
@@ -171,31 +183,30 @@ def _alone(runner: Runner, device_type: str) -> Runner:
     return run
 
 
-def _converting(runner: Runner, dtype: torch.dtype) -> Runner:
+def _with_input_dtype(runner: Runner, dtype: torch.dtype) -> Runner:
     return lambda x: runner(x.to(dtype))
 
 
 def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> None:
-    """Compare with the model it was made from; an example of zeros alone would hide a wrong weight."""
+    """Compare with the model; random images because zeros would hide a wrong weight."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(example_input.shape, generator=generator).to(example_input)
     convs = [step for step in fused.program.steps if isinstance(step, ConvStep)]
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
-    reductions = [weight[0].numel() for step in convs for weight in step.weights]
-    # The model's own answer is rounded as its numbers are, however exact the network inside is.
-    rounded = max(fused.dtype, example_input.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    reduction = max((weight[0].numel() for step in convs for weight in step.weights), default=1)
+    # However exact the fused network is, the model rounds to its own dtype.
+    coarsest = max(fused.dtype, example_input.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     half_sums = fused.dtype == torch.float16 and fused.backend == "cpu" and adds_in_half()
-    bound = network_tolerance(rounded, max(reductions, default=1), depth, half_sums)
-    # Under somebody's autocast the model itself would be the one that rounds.
-    plain = torch.autocast(example_input.device.type, enabled=False)
-    with evaluating(model), torch.no_grad(), plain:
-        for what, x in (("the example input", example_input), ("random images", noise)):
-            expected, got = model(x.clone()), fused(x.clone())  # a model may write into its input
-            check_finite(model, [expected], what)
-            scale = expected.abs().max().item() if expected.numel() else 0.0
-            error = (expected - got).abs().max().item() if expected.numel() else 0.0
-            if not error <= bound * max(scale, torch.finfo(rounded).tiny):
-                raise DSPVerificationError(
-                    f"the fused network differs from the model on {what} by {error:.3g} (largest output "
-                    f"{scale:.3g}, allowed {bound * scale:.3g}). If the model is right, please report this"
-                )
+    bound = network_tolerance(coarsest, reduction, depth, half_sums)
+    with evaluating(model), torch.no_grad(), torch.autocast(example_input.device.type, enabled=False):
+        for images, x in (("the example input", example_input), ("random images", noise)):
+            compare_answers(
+                model(x.clone()),  # a model may write into its input
+                fused(x.clone()),
+                bound,
+                "the fused network differs from the model",
+                images,
+                model=model,
+                dtype=coarsest,
+                advice=". If the model is right, please report this",
+            )

@@ -1,15 +1,15 @@
-"""From a traced network to a Program: every norm, bias, activation and residual goes into a neighbour.
+"""From a traced network to a Program: norms, biases, activations and residuals are folded into other steps.
 
-The planner walks the graph once and keeps a list of steps; a node that can be folded changes the step that
+The planner visits the nodes once and keeps a list of steps. A node that can be folded changes the step that
 made its input instead of adding one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +43,7 @@ from dsp_kernels.program.steps import (
     flattened_maps,
 )
 
-__all__ = [
-    "BatchedNodes",
-    "conv_spec_of",
-    "gate_of",
-    "plan",
-    "pool_size",
-    "selected_channels",
-    "splits_into_pieces",
-    "zero_padding",
-]
+S = TypeVar("S", bound=Step)
 
 
 def plan(network: TracedNetwork) -> Program:
@@ -66,7 +57,7 @@ def plan(network: TracedNetwork) -> Program:
 def conv_spec_of(
     module: nn.Conv2d | PackedConv2d,
 ) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor | None] | str:
-    """Spec, weights and bias of a convolution module; for one that a spec cannot say, why not."""
+    """Spec, weights and bias of a convolution; a string with the reason where no spec describes it."""
     if isinstance(module, PackedConv2d):
         spec = ConvSpec(module.structure, module.kernel_size, module.stride, module.padding, module.dilation)
         return spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
@@ -82,7 +73,7 @@ def conv_spec_of(
 
 
 def zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
-    """Zeros around the input, (vertical, horizontal); why not, for a padding that is something else."""
+    """(vertical, horizontal) zero padding on each side; a string with the reason for any other padding."""
     if module.padding_mode != "zeros":
         return f"padding mode {module.padding_mode!r}"
     if not isinstance(module.padding, str):
@@ -105,56 +96,43 @@ class _Planner:
         self.steps: list[Step] = []
         self.value_of: dict[str, str] = {}  # node -> the value that holds its result
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.readers = _readers(network)
-        self.batched = BatchedNodes(network)
-        self.settled = 0  # steps before this one stay where they are
-        self.handlers: dict[str, Callable[[TracedNode], None]] = {
-            "conv": self._conv,
-            "packed_conv": self._conv,
-            "fused_conv": self._fused_conv,
-            "batch_norm": self._batch_norm,
-            "activation": self._activation,
-            "add": self._add,
-            "max_pool": self._pool,
-            "avg_pool": self._pool,
-            "global_avg_pool": lambda node: self._emit(
-                node, GlobalPoolStep(node.name, self._inputs(node), node.attributes["keepdim"])
-            ),
-            "flatten": lambda node: self._emit(node, FlattenStep(node.name, self._inputs(node)[:1])),
-            "linear": self._linear,
-            "identity": self._identity,
-            "elementwise": self._elementwise,
-            "combine": self._combine,
-            "concat": self._concat,
-            "split": self._split,
-            "piece": self._select,
-            "join_channels": self._select,
-            "channel_shuffle": self._select,
-            "adaptive_pool": self._adaptive_pool,
-        }
+        self.readers = _count_readers(network)
+        self.batched = _depend_on_input(network)
+        self.settled = 0  # steps before this index must not move
 
     def run(self) -> Program:
         inputs, outputs = self.network.of_kind("input"), self.network.of_kind("output")
         if len(inputs) != 1:
-            raise DSPTraceError(
-                f"a network of one input can be fused, this has {len(inputs)}; swap() takes it"
-            )
+            raise DSPTraceError(f"fuse() takes a network of one input, this has {len(inputs)}; use swap()")
         if len(outputs) != 1 or outputs[0].shape is None:
             raise DSPTraceError(
-                "a network whose answer is one tensor can be fused, this one gives several or a container; "
-                "swap() takes it"
+                "fuse() takes a network whose output is one tensor, this one returns several or a container; "
+                "use swap()"
             )
         for node in self.network:
-            if node.kind == "input":
-                self.value_of[node.name] = node.name
-                self._remember_shape(node)
-            elif node.kind != "output":
-                self.handlers.get(node.kind, self._torch)(node)
+            if node.kind != "output":
+                self._plan_node(node)
         output = self._inputs(outputs[0])[0]
         return Program(inputs[0].name, output, self._live(output), self.shapes)
 
+    def _plan_node(self, node: TracedNode) -> None:
+        if node.kind != "input":
+            handler = _HANDLERS.get(node.kind)
+            step = handler(self, node) if handler is not None else _UNKNOWN
+            if step is None:  # an identity
+                return
+            if isinstance(step, str):
+                step = self._torch(node, step)
+            self.steps.append(step)
+            if isinstance(step, TorchStep) and works_in_place(node.fx_node, self.network.graph_module):
+                # An earlier step may read what it overwrites, so that step must stay before it.
+                self.settled = len(self.steps)
+        self.value_of[node.name] = node.name
+        if node.shape is not None:
+            self.shapes[node.name] = node.shape
+
     def _live(self, output: str) -> tuple[Step, ...]:
-        """The steps whose values the output depends on; sizes that folding made needless drop out."""
+        """The steps that the output depends on: folding leaves dead computations of sizes."""
         needed, kept = {output}, []
         for step in reversed(self.steps):
             if step.output in needed:
@@ -162,172 +140,198 @@ class _Planner:
                 kept.append(step)
         return tuple(reversed(kept))
 
-    # -- helpers ---------------------------------------------------------------------------------------
+    # -- the list of steps -----------------------------------------------------------------------------
 
     def _inputs(self, node: TracedNode) -> tuple[str, ...]:
         return tuple(self.value_of[name] for name in node.inputs)
 
-    def _remember_shape(self, node: TracedNode) -> None:
-        if node.shape is not None:
-            self.shapes[node.name] = node.shape
+    def _operands(self, node: TracedNode) -> tuple[str, ...]:
+        return tuple(self.value_of[name] for name in node.attributes["operands"])
 
-    def _emit(self, node: TracedNode, step: Step) -> None:
-        self.steps.append(step)
-        self.value_of[node.name] = node.name
-        self._remember_shape(node)
+    def _instead_of(self, old: Step, new: Step) -> Step:
+        """``new``, to be the last step, where all its inputs exist; ``old`` is dropped."""
+        self.steps.remove(old)
+        return new
 
-    def _open(self, name: str, kinds: type[Step] | tuple[type[Step], ...]) -> Step | None:
-        """The step behind a node, if it is of these kinds and only one operation reads its result."""
+    def _extendable(self, name: str, *kinds: type[S]) -> S | None:
+        """The step that made a node, if it is of these kinds, has no activation and only one reader."""
         if self.readers[name] != 1:
             return None
         value = self.value_of[name]
-        for step in reversed(self.steps[self.settled :]):
-            if step.output == value:
-                return (
-                    step
-                    if isinstance(step, kinds) and getattr(step, "activation", "none") == "none"
-                    else None
-                )
-        return None
+        step = next((step for step in reversed(self.steps[self.settled :]) if step.output == value), None)
+        if not isinstance(step, kinds):
+            return None
+        has_activation: Any = step.spec if isinstance(step, ConvStep) else step
+        return step if getattr(has_activation, "activation", "none") == "none" else None
 
-    def _replace(self, old: Step, new: Step, node: TracedNode) -> None:
-        """``new`` makes the value of ``node`` in place of ``old``, at the end: all it reads exists there."""
-        self.steps.remove(old)
-        self._emit(node, replace(new, output=node.name))
+    def _extendable_conv(self, name: str) -> ConvStep | None:
+        """The same for a convolution without a residual."""
+        conv = self._extendable(name, ConvStep)
+        return conv if conv is not None and len(conv.inputs) == 1 else None
 
-    # -- one handler per kind ---------------------------------------------------------------------------
+    # -- one handler per kind of node: the step that computes it, or why there is none ---------------------
 
-    def _conv(self, node: TracedNode) -> None:
+    def _conv(self, node: TracedNode) -> Step | str:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d)
         read = conv_spec_of(node.module)
-        if isinstance(read, str):
-            self._torch(node, read)
-        else:
-            self._emit(node, ConvStep(node.name, self._inputs(node), *read))
+        return read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read)
 
-    def _fused_conv(self, node: TracedNode) -> None:
+    def _fused_conv(self, node: TracedNode) -> Step:
         assert isinstance(node.module, FusedConv2d)
         weights, bias = tuple(w.detach() for w in node.module.weights), _detached(node.module.bias)
-        self._emit(node, ConvStep(node.name, self._inputs(node), node.module.spec, weights, bias))
+        return ConvStep(node.name, self._inputs(node), node.module.spec, weights, bias)
 
-    def _batch_norm(self, node: TracedNode) -> None:
+    def _batch_norm(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.BatchNorm2d)
-        conv = self._open(node.inputs[0], ConvStep)
-        if isinstance(conv, ConvStep) and conv.spec.activation == "none" and len(conv.inputs) == 1:
-            spec, weights, bias = fold_batch_norm(conv.spec, conv.weights, conv.bias, node.module)
-            self._replace(conv, replace(conv, spec=spec, weights=weights, bias=bias), node)
-            return
-        weight = node.module.running_var
-        assert weight is not None
-        scale, shift = (part.to(weight.dtype) for part in batch_norm_affine(node.module))
-        self._emit(node, AffineStep(node.name, self._inputs(node), scale, shift))
+        conv = self._extendable_conv(node.inputs[0])
+        if conv is not None:
+            folded = fold_batch_norm(conv.spec, conv.weights, conv.bias, node.module)
+            return self._instead_of(conv, ConvStep(node.name, conv.inputs, *folded))
+        assert node.module.running_var is not None
+        dtype = node.module.running_var.dtype
+        scale, shift = (part.to(dtype) for part in batch_norm_affine(node.module))
+        return AffineStep(node.name, self._inputs(node), scale, shift)
 
-    def _activation(self, node: TracedNode) -> None:
-        function = node.attributes["function"]
-        before = self._open(node.inputs[0], (ConvStep, AddStep, MulStep, AffineStep, LinearStep))
-        if isinstance(before, ConvStep) and before.spec.activation == "none":
-            self._replace(before, replace(before, spec=before.spec.with_activation(function)), node)
-        elif isinstance(before, AddStep | MulStep | AffineStep | LinearStep):
-            self._replace(before, replace(before, activation=function), node)
+    def _activation(self, node: TracedNode) -> Step:
+        function, kinds = node.attributes["function"], (ConvStep, AddStep, MulStep, AffineStep, LinearStep)
+        before: Any = self._extendable(node.inputs[0], *kinds)
+        if before is None:
+            return ActivationStep(node.name, self._inputs(node), function)
+        if isinstance(before, ConvStep):
+            activated = replace(before, output=node.name, spec=before.spec.with_activation(function))
         else:
-            self._emit(node, ActivationStep(node.name, self._inputs(node), function))
+            activated = replace(before, output=node.name, activation=function)
+        return self._instead_of(before, activated)
 
-    def _add(self, node: TracedNode) -> None:
-        if len(node.inputs) == 2:  # x + x has one
+    def _add(self, node: TracedNode) -> Step:
+        inputs = self._inputs(node)
+        if len(inputs) == 2:  # x + x has one
             order = {step.output: position for position, step in enumerate(self.steps)}
-            # The convolution that runs last writes the sum.
-            for name in sorted(node.inputs, key=lambda n: order.get(self.value_of[n], -1), reverse=True):
-                conv = self._open(name, ConvStep)
-                if isinstance(conv, ConvStep) and conv.spec.activation == "none" and len(conv.inputs) == 1:
-                    other = next(self.value_of[n] for n in node.inputs if n != name)
-                    self._replace(conv, replace(conv, inputs=(conv.inputs[0], other)), node)
-                    return
-        left, right = self._inputs(node)[0], self._inputs(node)[-1]
-        self._emit(node, AddStep(node.name, (left, right)))
+            # The convolution that runs last takes the other operand as its residual.
+            last = max((0, 1), key=lambda side: order.get(inputs[side], -1))
+            for side in (last, 1 - last):
+                conv = self._extendable_conv(node.inputs[side])
+                if conv is not None:
+                    operands = conv.inputs[0], inputs[1 - side]
+                    return self._instead_of(conv, replace(conv, output=node.name, inputs=operands))
+        return AddStep(node.name, (inputs[0], inputs[-1]))
 
-    def _pool(self, node: TracedNode) -> None:
-        self._emit(node, PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes)))
+    def _pool(self, node: TracedNode) -> Step:
+        return PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes))
 
-    def _linear(self, node: TracedNode) -> None:
+    def _global_pool(self, node: TracedNode) -> Step:
+        return GlobalPoolStep(node.name, self._inputs(node), node.attributes["keepdim"])
+
+    def _adaptive_pool(self, node: TracedNode) -> Step | str:
+        size = _pool_size(node)
+        return _UNKNOWN if size is None else AdaptivePoolStep(node.name, self._inputs(node)[:1], size)
+
+    def _flatten(self, node: TracedNode) -> Step:
+        return FlattenStep(node.name, self._inputs(node)[:1])
+
+    def _linear(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.Linear)
         weight, bias = node.module.weight.detach(), _detached(node.module.bias)
-        self._emit(node, LinearStep(node.name, self._inputs(node), weight, bias))
+        return LinearStep(node.name, self._inputs(node), weight, bias)
 
     def _identity(self, node: TracedNode) -> None:
         self.value_of[node.name] = self.value_of[node.inputs[0]]
 
-    def _elementwise(self, node: TracedNode) -> None:
-        gate = gate_of(node)
-        if gate is None:
-            self._torch(node)
-        else:
-            self._emit(node, GateStep(node.name, self._inputs(node)[:1], gate))
+    def _gate(self, node: TracedNode) -> Step | str:
+        target: Any = node.fx_node.target if node.module is None else type(node.module).forward
+        kind = _GATES.get(target)
+        return _UNKNOWN if kind is None else GateStep(node.name, self._inputs(node)[:1], kind)
 
-    def _combine(self, node: TracedNode) -> None:
+    def _combine(self, node: TracedNode) -> Step | str:
+        known = node.attributes["operation"] == "multiply" and self._can_multiply(node)
+        return MulStep(node.name, self._operands(node)) if known else _UNKNOWN
+
+    def _can_multiply(self, node: TracedNode) -> bool:
+        """Whether its operands have one shape, or one is a single pixel per channel."""
+        a, b = (self.network[name].shape for name in node.attributes["operands"])
+        if a is None or b is None or not self._all_batched(node) or a[:2] != b[:2]:
+            return False
+        return a == b or (len(a) == 4 and (1, 1) in (a[2:], b[2:]))
+
+    def _all_batched(self, node: TracedNode) -> bool:
+        """Whether all its operands have the batch of the input and the same number of dimensions."""
         names = node.attributes["operands"]
-        if node.attributes["operation"] == "multiply" and self.batched.can_multiply(*names):
-            self._emit(node, MulStep(node.name, tuple(self.value_of[name] for name in names)))
-        else:
-            self._torch(node)
+        shapes = [self.network[name].shape for name in names]
+        return self.batched.issuperset(names) and len({len(shape) for shape in shapes if shape}) == 1
 
-    def _concat(self, node: TracedNode) -> None:
-        names = node.attributes["operands"]
-        if self.batched.all_images(names):
-            self._emit(node, ConcatStep(node.name, tuple(self.value_of[name] for name in names)))
-        else:
-            self._torch(node)
+    def _concat(self, node: TracedNode) -> Step | str:
+        return ConcatStep(node.name, self._operands(node)) if self._all_batched(node) else _UNKNOWN
 
-    def _split(self, node: TracedNode) -> None:
-        if splits_into_pieces(self.network, node) and not self._of_any_size(node):
-            self._identity(node)  # its pieces say which channels they are
-        else:
-            self._torch(node)
+    def _split(self, node: TracedNode) -> str | None:
+        if self._depends_on_size(node) or not _splits_into_pieces(self.network, node):
+            return _UNKNOWN
+        self._identity(node)  # its pieces select the channels
+        return None
 
-    def _select(self, node: TracedNode) -> None:
-        found = selected_channels(self.network, node)
-        if found is None or self._of_any_size(node):
-            self._torch(node)
-        else:
-            source, index = found
-            self._emit(node, SelectStep(node.name, (self.value_of[source],), index))
+    def _select(self, node: TracedNode) -> Step | str:
+        found = _selected_channels(self.network, node)
+        if found is None or self._depends_on_size(node):
+            return _UNKNOWN
+        return SelectStep(node.name, (self.value_of[found[0]],), found[1])
 
-    def _of_any_size(self, node: TracedNode) -> bool:
-        """Whether it cuts features that are the numbers of a map, which differ with the image."""
+    def _depends_on_size(self, node: TracedNode) -> bool:
+        """Whether it reads features whose number depends on the size of the image."""
         flattened = flattened_maps(self.steps, self.shapes)
         return not (flattened.maps | flattened.derived).isdisjoint(self._inputs(node))
 
-    def _adaptive_pool(self, node: TracedNode) -> None:
-        size = pool_size(node)
-        if size is None:
-            self._torch(node)
-        else:
-            self._emit(node, AdaptivePoolStep(node.name, self._inputs(node)[:1], size))
-
-    def _torch(self, node: TracedNode, why: str = "not an operation of a Program") -> None:
+    def _torch(self, node: TracedNode, why: str) -> Step:
         fx_node = node.fx_node
         held: Any = node.module
         if fx_node.op == "get_attr":
             held = attrgetter(str(fx_node.target))(self.network.graph_module)
             held = held.detach() if isinstance(held, Tensor) else held
-        if node.kind == "scalar":
-            why = "a size"
 
         def reference(source: fx.Node) -> Any:
             return ValueRef(self.value_of[source.name])
 
         args = fx.node.map_arg(fx_node.args, reference)
         kwargs = fx.node.map_arg(fx_node.kwargs, reference)
-        # An executor chooses its memory layout, and view() may be impossible there; the values are the same.
+        # view() may be impossible in the memory layout that an executor chooses; reshape() gives the same.
         target = "reshape" if fx_node.op == "call_method" and fx_node.target == "view" else fx_node.target
-        step = TorchStep(node.name, self._inputs(node), fx_node.op, target, args, kwargs, held, why)
-        self._emit(node, step)
-        if works_in_place(fx_node, self.network.graph_module):
-            # It writes into what an earlier step may read: that step may not move behind it.
-            self.settled = len(self.steps)
+        return TorchStep(node.name, self._inputs(node), fx_node.op, target, args, kwargs, held, why)
 
 
-def _readers(network: TracedNetwork) -> dict[str, int]:
-    """Per node, how many operations read its value, under its own name or through identities."""
+_UNKNOWN = "not an operation of a Program"
+_HANDLERS: dict[str, Callable[[_Planner, TracedNode], Step | str | None]] = {
+    "conv": _Planner._conv,
+    "packed_conv": _Planner._conv,
+    "fused_conv": _Planner._fused_conv,
+    "batch_norm": _Planner._batch_norm,
+    "activation": _Planner._activation,
+    "add": _Planner._add,
+    "max_pool": _Planner._pool,
+    "avg_pool": _Planner._pool,
+    "global_avg_pool": _Planner._global_pool,
+    "adaptive_pool": _Planner._adaptive_pool,
+    "flatten": _Planner._flatten,
+    "linear": _Planner._linear,
+    "identity": _Planner._identity,
+    "elementwise": _Planner._gate,
+    "combine": _Planner._combine,
+    "concat": _Planner._concat,
+    "split": _Planner._split,
+    "piece": _Planner._select,
+    "join_channels": _Planner._select,
+    "channel_shuffle": _Planner._select,
+    "scalar": lambda planner, node: "a size",
+}
+_GATES: dict[Any, str] = {
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    "sigmoid": "sigmoid",
+    nn.Sigmoid.forward: "sigmoid",
+    F.hardsigmoid: "hardsigmoid",
+    nn.Hardsigmoid.forward: "hardsigmoid",
+}
+
+
+def _count_readers(network: TracedNetwork) -> dict[str, int]:
+    """Node -> how many operations read its value, under its own name or through identities."""
     root: dict[str, str] = {}
     count: dict[str, int] = {}
     for node in network:
@@ -338,87 +342,40 @@ def _readers(network: TracedNetwork) -> dict[str, int]:
     return {name: count.get(source, 0) for name, source in root.items()}
 
 
-_GATE_FUNCTIONS = {
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    "sigmoid": "sigmoid",
-    F.hardsigmoid: "hardsigmoid",
-}
+def _depend_on_input(network: TracedNetwork) -> set[str]:
+    """The nodes that depend on the network's input, so that their batch is the input's."""
+    names: set[str] = set()
+    for node in network:
+        if node.kind == "input" or names.intersection(node.inputs):
+            names.add(node.name)
+    return names
 
 
-class BatchedNodes:
-    """The nodes that depend on the network's input: their batch is the input's."""
-
-    def __init__(self, network: TracedNetwork) -> None:
-        self._network = network
-        self._names: set[str] = set()
-        for node in network:
-            if node.kind == "input" or self._names.intersection(node.inputs):
-                self._names.add(node.name)
-
-    def all_images(self, names: Sequence[str]) -> bool:
-        """Whether all are tensors with the batch of the input and one number of axes."""
-        shapes = [self._network[name].shape for name in names]
-        return self._names.issuperset(names) and len({len(shape) for shape in shapes if shape}) == 1
-
-    def can_multiply(self, left: str, right: str) -> bool:
-        """Whether the two have one shape, or one is a single pixel per channel."""
-        a, b = self._network[left].shape, self._network[right].shape
-        if a is None or b is None or not self.all_images((left, right)) or a[:2] != b[:2]:
-            return False
-        return a == b or (len(a) == 4 and (1, 1) in (a[2:], b[2:]))
-
-
-def gate_of(node: TracedNode) -> str | None:
-    """The name in ``activations.GATES`` of an elementwise node, or None."""
-    if node.module is not None:
-        kinds = {nn.Sigmoid.forward: "sigmoid", nn.Hardsigmoid.forward: "hardsigmoid"}
-        return kinds.get(type(node.module).forward)
-    return _GATE_FUNCTIONS.get(node.fx_node.target)
-
-
-def splits_into_pieces(network: TracedNetwork, node: TracedNode) -> bool:
-    """Whether all that reads a split is a choice of one of its parts."""
+def _splits_into_pieces(network: TracedNetwork, node: TracedNode) -> bool:
     return all(network[user].kind == "piece" for user in node.users)
 
 
-def selected_channels(network: TracedNetwork, node: TracedNode) -> tuple[str, tuple[int, ...]] | None:
-    """The node whose channels a piece or a shuffle holds, and which in which order; None if unknown."""
+def _selected_channels(network: TracedNetwork, node: TracedNode) -> tuple[str, tuple[int, ...]] | None:
+    """The node whose channels a piece or a shuffle selects, and their numbers; None if unknown."""
     source = network[node.inputs[0]]
     if node.kind == "piece":
-        known = source.shape is not None or (source.kind == "split" and splits_into_pieces(network, source))
+        known = source.shape is not None or (source.kind == "split" and _splits_into_pieces(network, source))
         index = tuple(range(node.attributes["start"], node.attributes["stop"]))
         return (source.name, index) if known and index else None
     if node.kind == "channel_shuffle":
         return source.name, _shuffled(source, node.attributes["groups"])
-    # Channels into groups of channels, the two axes exchanged, and back.
-    swapped = _before_identities(network, source)
+    # A shuffle in three steps: split the channels into groups, swap the two axes, join them.
+    swapped = _behind_identities(network, source)
     if swapped.kind != "swap_channels":
         return None
-    split = _before_identities(network, network[swapped.inputs[0]])
+    split = _behind_identities(network, network[swapped.inputs[0]])
     if split.kind != "split_channels":
         return None
     origin = network[split.inputs[0]]
     return origin.name, _shuffled(origin, split.attributes["groups"])
 
 
-def pool_size(node: TracedNode) -> tuple[int, int] | None:
-    """(height, width) that an adaptive average pool makes; None for another pool or a size that follows x."""
-    if isinstance(node.module, nn.AdaptiveAvgPool2d):
-        size = node.module.output_size
-    elif node.fx_node.target is F.adaptive_avg_pool2d:
-        args = node.fx_node.args
-        size = args[1] if len(args) > 1 else node.fx_node.kwargs.get("output_size")  # type: ignore[assignment]
-    else:
-        return None
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
-    match pair:
-        case (int(height), int(width)):
-            return height, width
-    return None
-
-
-def _before_identities(network: TracedNetwork, node: TracedNode) -> TracedNode:
+def _behind_identities(network: TracedNetwork, node: TracedNode) -> TracedNode:
     while node.kind == "identity":
         node = network[node.inputs[0]]
     return node
@@ -428,3 +385,20 @@ def _shuffled(source: TracedNode, groups: int) -> tuple[int, ...]:
     assert source.shape is not None
     width = source.shape[1] // groups
     return tuple(group * width + place for place in range(width) for group in range(groups))
+
+
+def _pool_size(node: TracedNode) -> tuple[int, int] | None:
+    """(height, width) of an adaptive average pool; None for another pool or a size that depends on x."""
+    size: Any
+    if isinstance(node.module, nn.AdaptiveAvgPool2d):
+        size = node.module.output_size
+    elif node.fx_node.target is F.adaptive_avg_pool2d:
+        args = node.fx_node.args
+        size = args[1] if len(args) > 1 else node.fx_node.kwargs.get("output_size")
+    else:
+        return None
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+    match pair:
+        case (int(height), int(width)):
+            return height, width
+    return None

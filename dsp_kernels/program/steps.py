@@ -1,44 +1,31 @@
-"""A fused network as data: values, and the steps that make them. Built once, run many times.
+"""A fused network as data: steps that read and write named values. Planned once, run many times.
 
-A step names the values that it reads and the one that it writes. Executors (``dsp_kernels.run.programs``)
-decide how a step runs; a Program only says what has to be computed.
+A Program says what is computed; an executor (``dsp_kernels.run.programs``) decides how.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, fx, nn
 
 from dsp_kernels.op.spec import ConvSpec
 
-__all__ = [
-    "ActivationStep",
-    "AdaptivePoolStep",
-    "AddStep",
-    "AffineStep",
-    "ConcatStep",
-    "ConvStep",
-    "FlattenStep",
-    "Flattened",
-    "GateStep",
-    "GlobalPoolStep",
-    "LinearStep",
-    "MulStep",
-    "PoolStep",
-    "Program",
-    "SelectStep",
-    "Step",
-    "TorchStep",
-    "ValueRef",
-    "flattened_maps",
-]
-
 TensorMap = Callable[[Tensor], Tensor]
+
+
+def _map_tensors(value: Any, function: TensorMap) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value)._apply(function)
+    if isinstance(value, Step):
+        return value.map_tensors(function)
+    return tuple(_map_tensors(part, function) for part in value) if type(value) is tuple else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +35,10 @@ class Step:
     output: str
     inputs: tuple[str, ...]
 
-    def map_tensors(self, function: TensorMap) -> Step:
-        """The same step with every tensor that it holds replaced by ``function`` of it."""
-        return self
+    def map_tensors(self, function: TensorMap) -> Self:
+        """A copy with ``function`` applied to every tensor and module of the step."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: _map_tensors(value, function) for name, value in values.items()})
 
     def describe(self) -> str:
         """One line of ``explain()``."""
@@ -68,10 +56,6 @@ class ConvStep(Step):
     weights: tuple[Tensor, ...]
     bias: Tensor | None
 
-    def map_tensors(self, function: TensorMap) -> ConvStep:
-        weights = tuple(function(weight) for weight in self.weights)
-        return replace(self, weights=weights, bias=None if self.bias is None else function(self.bias))
-
     def describe(self) -> str:
         spec = self.spec
         kernel = "x".join(map(str, spec.kernel_size))
@@ -85,14 +69,11 @@ class ConvStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class AffineStep(Step):
-    """act(x * scale + shift) per channel: a norm after no convolution. scale, shift: (channels,)."""
+    """act(x * scale + shift) per channel: a norm that follows no convolution. scale, shift: (channels,)."""
 
     scale: Tensor
     shift: Tensor
     activation: str = "none"
-
-    def map_tensors(self, function: TensorMap) -> AffineStep:
-        return replace(self, scale=function(self.scale), shift=function(self.shift))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +85,14 @@ class AddStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class ActivationStep(Step):
-    """An activation that could not be folded into what it follows."""
+    """An activation that could not be folded into the step before."""
 
     activation: str
 
 
 @dataclass(frozen=True, eq=False)
 class GateStep(Step):
-    """A function that changes 0, so that no convolution can end in it. kind: of ``activations.GATES``."""
+    """A gate: not 0 at 0, so it cannot be folded into a convolution. kind: of ``activations.GATES``."""
 
     kind: str
 
@@ -121,7 +102,7 @@ class GateStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class MulStep(Step):
-    """act(inputs[0] * inputs[1]), of one shape, or one of them (batch, channels, 1, 1)."""
+    """act(inputs[0] * inputs[1]); of equal shapes, or one is (batch, channels, 1, 1)."""
 
     activation: str = "none"
 
@@ -131,12 +112,12 @@ class MulStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class ConcatStep(Step):
-    """The inputs one after the other along the channels."""
+    """The inputs concatenated along the channels."""
 
 
 @dataclass(frozen=True, eq=False)
 class SelectStep(Step):
-    """Channel index[c] of the input as channel c: a part of a split, or a shuffle."""
+    """Output channel c is input channel index[c]: a piece of a split, or a shuffle."""
 
     index: tuple[int, ...]
 
@@ -157,14 +138,14 @@ class PoolStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class GlobalPoolStep(Step):
-    """The mean of every map; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
+    """The mean of every channel; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
     keepdim: bool
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptivePoolStep(Step):
-    """The mean of each of size[0] x size[1] parts of the map, cut as PyTorch cuts them."""
+    """Adaptive average pooling to size = (height, width)."""
 
     size: tuple[int, int]
 
@@ -185,27 +166,23 @@ class LinearStep(Step):
     bias: Tensor | None
     activation: str = "none"
 
-    def map_tensors(self, function: TensorMap) -> LinearStep:
-        bias = None if self.bias is None else function(self.bias)
-        return replace(self, weight=function(self.weight), bias=bias)
-
     def describe(self) -> str:
         return f"linear {self.weight.shape[1]}->{self.weight.shape[0]}"
 
 
 @dataclass(frozen=True)
 class ValueRef:
-    """Stands for a value inside the arguments of a TorchStep."""
+    """A value among the arguments of a TorchStep."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class TorchStep(Step):
-    """An operation that the Program does not know, run as the model ran it.
+    """An operation without a step of its own, run as the model ran it.
 
-    operation: call_function, call_method, call_module or get_attr, with fx's target, args and kwargs in
-    which ValueRef stands for values; held: the module or tensor for the last two; why: why it is here.
+    operation, target, args, kwargs: as of an fx.Node, with ValueRef for the nodes; held: the module or tensor
+    of call_module and get_attr; why: the reason, for ``explain()``.
     """
 
     operation: str
@@ -215,25 +192,20 @@ class TorchStep(Step):
     held: nn.Module | Tensor | None
     why: str
 
-    def map_tensors(self, function: TensorMap) -> TorchStep:
-        if isinstance(self.held, nn.Module):
-            return replace(self, held=copy.deepcopy(self.held)._apply(function))
-        return self if self.held is None else replace(self, held=function(self.held))
-
     def describe(self) -> str:
         name = type(self.held).__name__ if isinstance(self.held, nn.Module) else self.target
         return f"plain PyTorch: {getattr(name, '__name__', name)} ({self.why})"
 
     def run(self, values: Mapping[str, Any]) -> Any:
-        """The result, reading values by name."""
+        """The result; values: by name."""
         if self.operation == "get_attr":
             return self.held
-        args = fx.node.map_aggregate(self.args, lambda a: values[a.name] if isinstance(a, ValueRef) else a)
-        kwargs = {
-            key: fx.node.map_aggregate(value, lambda a: values[a.name] if isinstance(a, ValueRef) else a)
-            for key, value in self.kwargs.items()
-        }
-        assert isinstance(args, tuple)
+
+        def argument(a: Any) -> Any:
+            return values[a.name] if isinstance(a, ValueRef) else a
+
+        args: Any = fx.node.map_aggregate(self.args, argument)
+        kwargs: Any = fx.node.map_aggregate(dict(self.kwargs), argument)
         if self.operation == "call_function":
             return self.target(*args, **kwargs)
         if self.operation == "call_method":
@@ -244,10 +216,10 @@ class TorchStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The steps of a network in order.
+    """The steps of a network in the order in which they run; immutable.
 
-    input: (batch, channels, height, width) value; output: value that the network returns.
-    shapes: the shape of each tensor value for the example input, batch first.
+    input: name of the images (batch, channels, height, width); output: name of the result.
+    shapes: shape of every tensor for the example input, batch first.
     """
 
     input: str
@@ -257,7 +229,7 @@ class Program:
 
     @cached_property
     def last_use(self) -> Mapping[str, int]:
-        """Per value, the last step that makes or reads it; the output lives beyond all steps."""
+        """Value -> the last step that writes or reads it; for the output, the number of steps."""
         last = {self.input: -1}
         for position, step in enumerate(self.steps):
             last.update(dict.fromkeys((*step.inputs, step.output), position))
@@ -266,7 +238,7 @@ class Program:
 
     @cached_property
     def dying(self) -> tuple[tuple[str, ...], ...]:
-        """Per step, the values that nothing reads after it, so that an executor can free them."""
+        """Per step, the values that can be freed after it."""
         dead: list[list[str]] = [[] for _ in self.steps]
         for name, end in self.last_use.items():
             if 0 <= end < len(dead):
@@ -275,7 +247,7 @@ class Program:
 
     @cached_property
     def macs(self) -> int:
-        """Multiply-adds of all convolutions and linear layers for one image of the example's size."""
+        """Multiply-adds of convolutions and linear layers for one image of the example's size."""
         total = 0
         for step in self.steps:
             if isinstance(step, ConvStep):
@@ -286,11 +258,12 @@ class Program:
         return total
 
     def map_tensors(self, function: TensorMap) -> Program:
-        """The same Program with every tensor replaced by ``function`` of it: another device or dtype."""
+        """A copy with ``function`` applied to every tensor: another device or dtype."""
         return replace(self, steps=tuple(step.map_tensors(function) for step in self.steps))
 
 
-_OF_ITS_INPUTS_SIZE = (
+# Steps whose result has the size of what they read.
+_SIZE_KEEPING = (
     ActivationStep,
     AddStep,
     AffineStep,
@@ -303,44 +276,33 @@ _OF_ITS_INPUTS_SIZE = (
 
 
 class Flattened(NamedTuple):
-    """maps: values that hold a map's planes one after the other. derived: what other steps make of them."""
+    """maps: flattened feature maps, and elementwise functions of them. derived: whatever else reads them."""
 
     maps: set[str]
     derived: set[str]
 
 
 def flattened_maps(steps: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]) -> Flattened:
-    """The values whose features are as many as a map's numbers, for this or another image.
+    """The (batch, features) values whose number of features depends on the size of the image.
 
-    The example cannot tell: its map may be a single pixel where a larger image's is not. Only a global pool
-    makes single pixels of every image, and only a linear layer has a number of features of its own.
+    The shapes of the example do not tell: its maps may be single pixels where those of a larger image are
+    not. Only a global pool makes single pixels for every size, and only a linear layer ends the dependence.
     """
     pixels: set[str] = set()
-    found = Flattened(set(), set())
+    maps: set[str] = set()
+    derived: set[str] = set()
     for step in steps:
-        if _is_pixel(step, pixels):
+        keeps_size = isinstance(step, _SIZE_KEEPING)
+        if _is_global_pool(step) or (keeps_size and pixels.issuperset(step.inputs)):
             pixels.add(step.output)
-        elif _is_map(step, found.maps, shapes):
-            found.maps.add(step.output)
-        elif _is_derived(step, found):
-            found.derived.add(step.output)
-    return found
+        elif (isinstance(step, FlattenStep) and len(shapes[step.inputs[0]]) == 4) or (
+            isinstance(step, ActivationStep | GateStep) and maps.issuperset(step.inputs)
+        ):
+            maps.add(step.output)
+        elif (keeps_size or isinstance(step, TorchStep)) and not (maps | derived).isdisjoint(step.inputs):
+            derived.add(step.output)
+    return Flattened(maps, derived)
 
 
-def _is_pixel(step: Step, pixels: set[str]) -> bool:
-    if isinstance(step, AdaptivePoolStep):
-        return step.size == (1, 1)
-    if isinstance(step, GlobalPoolStep):
-        return True
-    return isinstance(step, _OF_ITS_INPUTS_SIZE) and pixels.issuperset(step.inputs)
-
-
-def _is_map(step: Step, maps: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    if isinstance(step, FlattenStep):
-        return len(shapes[step.inputs[0]]) == 4
-    return isinstance(step, (ActivationStep, GateStep)) and maps.issuperset(step.inputs)
-
-
-def _is_derived(step: Step, found: Flattened) -> bool:
-    reads = not (found.maps | found.derived).isdisjoint(step.inputs)
-    return reads and isinstance(step, (*_OF_ITS_INPUTS_SIZE, TorchStep))
+def _is_global_pool(step: Step) -> bool:
+    return isinstance(step, GlobalPoolStep) or (isinstance(step, AdaptivePoolStep) and step.size == (1, 1))

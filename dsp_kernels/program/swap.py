@@ -1,4 +1,4 @@
-"""swap(model): every PackedConv2d of any model becomes a FusedConv2d, in place."""
+"""swap(model): the packed convolutions of any model become fused ones, in place."""
 
 from __future__ import annotations
 
@@ -13,37 +13,40 @@ from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.program.planner import conv_spec_of
 
-__all__ = ["swap"]
-
 
 def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
-    """Replace every PackedConv2d in ``model`` by its fused module, and return the model.
+    """Replace every PackedConv2d in ``model`` by a FusedConv2d, in place, and return the model.
 
-    A batch norm that directly follows a packed convolution, alone reads it and runs once, is folded in and
-    replaced by an identity. This needs a model that torch.fx can trace; in others the norms stay, and so do
-    norms with hooks or in training mode. What forward() does in eval mode counts: a method that runs the
-    convolution and not its norm sees the norm folded in. A model that is itself a PackedConv2d cannot be
-    replaced in place: the fused module is returned.
+    The batch norm after a packed convolution is folded in and replaced by an identity if nothing else reads
+    the convolution, both run once in forward(), neither has hooks and the norm is in eval mode. A method
+    other than forward() that runs the convolution alone then sees the norm folded in. In a model that
+    torch.fx cannot trace the norms stay. A model that is a PackedConv2d itself is not changed: the fused
+    module is returned.
 
     backend: "auto" or the name of one. Raises DSPError if the model is in training mode.
+
+    >>> import torch, dsp_kernels
+    >>> structure = dsp_kernels.GroupStructure.build(3, 4, [([0, 2], [0, 3]), ([1], [1])])
+    >>> net = torch.nn.Sequential(dsp_kernels.PackedConv2d(structure, 3), torch.nn.BatchNorm2d(4)).eval()
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> y = net(x)
+    >>> torch.allclose(dsp_kernels.swap(net)(x), y, atol=1e-5)
+    True
+    >>> [type(module).__name__ for module in net]
+    ['FusedConv2d', 'Identity']
     """
     if model.training:
         raise DSPError("swap() makes a model for inference; call model.eval() first")
     if isinstance(model, PackedConv2d):
         return _fused(model, None, backend)
     norms = _following_norms(model)
-    made: dict[int, nn.Module] = {}
+    packed = [module for module in model.modules() if isinstance(module, PackedConv2d)]
+    made: dict[nn.Module, nn.Module] = {conv: _fused(conv, norms.get(conv), backend) for conv in packed}
+    made |= {norm: nn.Identity() for norm in norms.values()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, PackedConv2d):
-                if id(child) not in made:
-                    made[id(child)] = _fused(child, norms.get(child), backend)
-                setattr(parent, name, made[id(child)])
-    folded = set(norms.values())
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in folded:
-                setattr(parent, name, nn.Identity())
+            if child in made:
+                setattr(parent, name, made[child])
     return model
 
 
@@ -57,7 +60,7 @@ def _fused(conv: PackedConv2d, norm: nn.BatchNorm2d | None, backend: str) -> Fus
 
 
 def _following_norms(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
-    """Convolution -> the norm that can be folded into it. Empty for a model that cannot be traced."""
+    """Convolution -> the norm that can be folded into it; empty for a model that cannot be traced."""
     graph = call_graph(model)
     if graph is None:
         return {}

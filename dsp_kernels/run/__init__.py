@@ -1,1 +1,1 @@
-"""Ways to run one convolution or a whole Program; one room per kind of device."""
+"""Backends that run one convolution (convs.py) or a whole Program (programs.py), by kind of device."""

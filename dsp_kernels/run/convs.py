@@ -1,8 +1,8 @@
-"""Ways to run one gather-grouped convolution; one file per way.
+"""The backends of one gather-grouped convolution.
 
-A backend answers ``can_run(spec, dtype, device, layout) -> (bool, reason)``, and may answer ``is_worth`` for
-the same request (registry.py). It turns a spec and its weights into a plan once; the plan is a function
-(x, residual) -> y and is called many times.
+A backend answers ``can_run(spec, dtype, device, layout) -> (bool, reason)`` and may answer ``is_worth`` for
+the same request (registry.py). ``prepare`` arranges the weights once; the plan it returns, (x, residual) ->
+y, is called many times.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from torch import Tensor
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.cpu.conv import CpuBackend
 from dsp_kernels.run.eager.conv import EagerBackend
-from dsp_kernels.run.gpu.conv import GpuBackend
-from dsp_kernels.run.gpu.layout import GPU_KERNELS
+from dsp_kernels.run.gpu.conv import GPU_KERNELS, GpuBackend
 from dsp_kernels.run.registry import Registry
-
-__all__ = ["BACKENDS", "ConvBackend", "ConvPlan"]
 
 ConvPlan = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class ConvBackend(Protocol):
-    """One way to run the op."""
+    """One implementation of the op."""
 
     name: str
 
@@ -41,12 +38,12 @@ class ConvBackend(Protocol):
         ...
 
     def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> ConvPlan:
-        """A function (x, residual) -> y with the weights arranged for this backend."""
+        """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None -> (x, residual) -> y."""
         ...
 
 
 BACKENDS: Registry[ConvBackend] = Registry("backend")
-for _name in GPU_KERNELS.names():
-    BACKENDS.register(GpuBackend(_name))
+for _kernels in GPU_KERNELS:
+    BACKENDS.register(GpuBackend(_kernels))
 BACKENDS.register(CpuBackend())
 BACKENDS.register(EagerBackend())

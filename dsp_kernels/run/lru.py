@@ -8,8 +8,6 @@ from collections.abc import Callable, Hashable
 from threading import RLock
 from typing import Generic, TypeVar
 
-__all__ = ["LRU"]
-
 T = TypeVar("T")
 
 # One lock for all caches: it is held for a dictionary access only, never while a value is made. fork() takes

@@ -1,7 +1,7 @@
-"""Ways to run a whole Program; one file per way.
+"""The executors of a whole Program.
 
-An executor answers ``can_run(program, dtype, device) -> (bool, reason)`` and turns a Program into a function
-x -> y once; the function is called many times, with any batch size.
+An executor answers ``can_run(program, dtype, device) -> (bool, reason)`` and turns a Program once into a
+function x -> y, which is called many times, with any batch size.
 """
 
 from __future__ import annotations
@@ -18,36 +18,34 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.program import CudaExecutor
 from dsp_kernels.run.registry import Registry
 
-__all__ = ["EXECUTORS", "Executor", "Runner"]
-
 Runner = Callable[[Tensor], Tensor]
 
 
 class Executor(Protocol):
-    """One way to run a Program."""
+    """One implementation of Programs."""
 
     name: str
-    takes_any_dtype: bool  # whether x may be of another floating dtype than the Program's
+    takes_any_dtype: bool  # whether x may have another floating dtype than the Program
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """Whether it runs this Program on tensors of this dtype and device; the reason if not."""
         ...
 
     def prepare(self, program: Program) -> Runner:
-        """A function x -> y: x (batch, channels, height, width) of the Program's dtype and device."""
+        """x -> y; x: (batch, channels, height, width) of the Program's dtype and device."""
         ...
 
     def is_native(self, program: Program) -> bool:
-        """Whether it runs this Program without any operation of PyTorch's."""
+        """Whether a call of this Program involves no PyTorch operation."""
         ...
 
     def describe(self, program: Program) -> list[str]:
-        """Per step, how this executor runs it."""
+        """How this executor runs each step."""
         ...
 
 
 EXECUTORS: Registry[Executor] = Registry("backend")
 EXECUTORS.register(CudaExecutor())
-EXECUTORS.register(CudaExecutor("triton", kernels="triton"))
+EXECUTORS.register(CudaExecutor("triton"))
 EXECUTORS.register(CpuExecutor())
 EXECUTORS.register(EagerExecutor())

@@ -1,12 +1,10 @@
-"""All commands in one typer application."""
+"""The ``dsp`` application with all commands."""
 
 from __future__ import annotations
 
 import typer
 
-from dsp_cli import bench, demo, export, finetune, import_, inspect, learn_groups, pack, pretrain
-
-__all__ = ["app"]
+from dsp_cli import bench, demo, export, import_, inspect, pack, train
 
 app = typer.Typer(
     name="dsp",
@@ -16,9 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
-app.command("pretrain")(pretrain.pretrain)
-app.command("learn-groups")(learn_groups.learn_groups)
-app.command("finetune")(finetune.finetune)
+app.command("pretrain")(train.pretrain)
+app.command("learn-groups")(train.learn_groups)
+app.command("finetune")(train.finetune)
 app.command("pack")(pack.pack)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)

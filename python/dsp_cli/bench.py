@@ -1,4 +1,4 @@
-"""``dsp bench``: ``python -m dsp_benchmarks run`` of a saved network, in all its forms."""
+"""``dsp bench``: ``python -m dsp_benchmarks run`` with a packed network in all its forms."""
 
 from __future__ import annotations
 
@@ -16,43 +16,49 @@ from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.measure.floors import program_of
 from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.run import Row, time_runners
-from dsp_benchmarks.subjects.twin import input_channels
 from torch import nn
 
 from dsp_cli import options as o
+from dsp_kernels.file.save_load import input_channels
 from dsp_pruning.recipes.run import pick_device
 
 
 def bench(
-    file: Annotated[Path, typer.Argument(help="A packed network.")],
-    batch: Annotated[list[int] | None, typer.Option("--batch", help="May be given several times.")] = None,
+    file: Annotated[Path, typer.Argument(help="A packed network (.safetensors).")],
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", help="Batch size; repeatable. Default: 1 and 32.")
+    ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option("--engine", help="May be given several times; default: a plan of all.")
+        list[str] | None, typer.Option("--engine", help="Engine; repeatable. Default: all that fit the time.")
     ] = None,
     form: Annotated[
-        list[str] | None, typer.Option("--form", help="dense, packed, compacted or filters; default: all.")
+        list[str] | None,
+        typer.Option("--form", help="dense, packed, compacted or filters; repeatable. Default: all."),
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option("--image-size", min=1, help="Default: the size in the file.")
-    ] = None,
+    image_size: o.ImageSize = None,
     rounds: o.Rounds = 30,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     mode: Annotated[str, typer.Option("--mode", help="latency, throughput or both.")] = "latency",
-    seconds: Annotated[float | None, typer.Option("--seconds", help="For everything.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="Time limit of the whole run.")] = None,
     profile: Annotated[
-        str | None, typer.Option("--profile", help="FORM/ENGINE: its time per layer; nothing else.")
+        str | None, typer.Option("--profile", help="FORM/ENGINE: only show its time per layer.")
     ] = None,
-    isolate: Annotated[bool, typer.Option("--isolate", help="Each engine in a process of its own.")] = False,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Run each engine in its own process.")] = False,
     short: Annotated[
-        bool, typer.Option("--short/--full", help="Build slow engines for one batch size only.")
+        bool,
+        typer.Option("--short/--full", help="Run engines that are slow to build at one batch size only."),
     ] = True,
-    report: Annotated[bool, typer.Option("--report", help="Write a page and pictures beside --out.")] = False,
-    out: Annotated[Path, typer.Option("--out", help="Raw samples (.json).")] = Path("runs/bench.json"),
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write an HTML page and plots beside --out.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="File for the raw samples (.json).")] = Path(
+        "runs/bench.json"
+    ),
 ) -> None:
     """Time a packed network in every engine against its dense original and other pruned forms.
 
-    The dense rows are the same architecture before pruning, with random weights: they are shown for speed.
+    The dense rows are the network before packing, with random weights: they are shown for speed.
     """
     status = commands.run(
         Namespace(
@@ -88,7 +94,7 @@ def bench_model(
     seed: int,
     device: torch.device,
 ) -> list[Row]:
-    """Time dense and packed in plain PyTorch beside fused, on random images; fused must be right."""
+    """Time dense and packed in plain PyTorch and fused, on random images; checks the output of fused."""
     packed, dense = packed.eval().to(device), dense.eval().to(device)
     generator = torch.Generator().manual_seed(seed)
     rows: list[Row] = []

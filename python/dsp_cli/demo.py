@@ -1,4 +1,4 @@
-"""``dsp demo``: the whole way on real images, and one table of what came out."""
+"""``dsp demo``: the whole pipeline on real images, and a table of the results."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
-from dsp_benchmarks.run import Row, write_json
+from dsp_benchmarks.report.results import Row, write_json
 from rich.table import Table
 
 from dsp_cli import options as o
 from dsp_cli.bench import bench_model
-from dsp_cli.show import console, progress_bars, threads
+from dsp_cli.show import console, progress_bars
 from dsp_pruning.recipes.demo import DemoConfig, DemoResult, run_demo
 from dsp_pruning.recipes.run import pick_device
 from dsp_pruning.report import draw_structures
@@ -21,9 +22,10 @@ _BATCHES = (1, 32)
 
 
 def demo(
-    save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder of the results.")] = Path("runs/demo"),
+    save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder for the results.")] = Path("runs/demo"),
     epochs: Annotated[
-        int, typer.Option("--epochs", min=1, help="Of pretraining and of finetuning; learning takes half.")
+        int,
+        typer.Option("--epochs", min=1, help="Of pretraining and of finetuning; group learning takes half."),
     ] = DemoConfig.epochs,
     layers: o.Layers = DemoConfig.depth,
     groups: o.Groups = DemoConfig.groups,
@@ -34,7 +36,7 @@ def demo(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
 ) -> None:
-    """Train a ResNet on digits, learn groups, prune, pack, fuse, save, reload, measure."""
+    """Train a ResNet on digits, learn groups, prune, pack, save, load, fuse and time it."""
     started = time.perf_counter()
     config = DemoConfig(seed=seed, depth=layers, epochs=epochs, groups=groups, prune=prune, device=device)
     with progress_bars() as bars:
@@ -45,12 +47,12 @@ def demo(
     raw = write_json(save_dir / "latency.json", rows, net=f"resnet{config.depth}_digits")
     console.print(_table(result, config, rows))
     seconds = time.perf_counter() - started
-    console.print(f"{result.path}, {picture}, {raw}; {seconds:.0f} s in all", soft_wrap=True)
+    console.print(f"{result.path}, {picture}, {raw}; {seconds:.0f} s in total", soft_wrap=True)
 
 
 def _table(result: DemoResult, config: DemoConfig, rows: list[Row]) -> Table:
     made = Table(title=f"ResNet-{config.depth} on digits, G = {config.groups}", title_justify="left")
-    for column in ("measured", "value", "of what"):
+    for column in ("quantity", "value", "measured on"):
         made.add_column(column, justify="right" if column == "value" else "left", no_wrap=True)
     images = f"{len(result.data.test)} test images"
     for stage, accuracy in result.accuracy.items():
@@ -62,17 +64,18 @@ def _table(result: DemoResult, config: DemoConfig, rows: list[Row]) -> Table:
             made.add_row(f"pruned {shown}", f"{percent:.2f} %", convention)
     made.add_section()
     for name, difference in (
-        ("packed against masked", result.packed_difference),
-        ("fused against packed", result.fused_difference),
+        ("packed vs masked", result.packed_difference),
+        ("fused vs packed", result.fused_difference),
     ):
         made.add_row(name, f"{difference:.1e}", "largest logit difference")
     made.add_section()
     dense = {row.batch: row.samples.median for row in rows if row.engine == "dense"}
+    threads = torch.get_num_threads()
     for row in rows:
         faster = dense[row.batch] / row.samples.median
         made.add_row(
             f"latency {row.engine}, batch {row.batch}",
             f"{1e3 * row.samples.median:.2f} ms",
-            f"{faster:.2f} x as fast, {threads()}",
+            f"{faster:.2f}x as fast as dense, {threads} thread{'s' * (threads > 1)}",
         )
     return made

@@ -1,4 +1,4 @@
-"""``dsp export``: a packed file in a format that other programs run."""
+"""``dsp export``: a packed network in a format of another runtime."""
 
 from __future__ import annotations
 
@@ -10,35 +10,24 @@ import torch
 import typer
 
 import dsp_kernels
+from dsp_cli import options as o
 from dsp_cli.show import console
 from dsp_cli.twin import example_of
 from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
 
-
-class Format(StrEnum):
-    """What ``dsp export`` writes."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-    torchscript = "torchscript"
-
-
-class Precision(StrEnum):
-    """Of the numbers in an ONNX file."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
+Format = StrEnum("Format", "onnx pt2 torchscript")
+Precision = StrEnum("Precision", "fp32 fp16")
 
 
 def export(
-    file: Annotated[Path, typer.Argument(help="A packed network.")],
-    out: Annotated[Path, typer.Argument(help="Where the exported network goes.")],
+    file: Annotated[Path, typer.Argument(help="A packed network (.safetensors).")],
+    out: Annotated[Path, typer.Argument(help="File to write.")],
     format_: Annotated[Format, typer.Option("--format", help="onnx, pt2 or torchscript.")] = Format.onnx,
-    precision: Annotated[Precision, typer.Option("--precision", help="Of an ONNX file.")] = Precision.fp32,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Of the tensors in an ONNX file.")
+    ] = Precision.fp32,
     opset: Annotated[int, typer.Option("--opset", min=18, help="Of an ONNX file.")] = 18,
-    image_size: Annotated[
-        int | None, typer.Option("--image-size", min=1, help="Height and width, if not the file's own.")
-    ] = None,
+    image_size: o.ImageSize = None,
 ) -> None:
     """Write a packed network as ONNX of ordinary convolutions, an exported PyTorch program or TorchScript."""
     network = dsp_kernels.load(file)

@@ -1,4 +1,4 @@
-"""``dsp import``: a network that the authors published, as a packed file of ours."""
+"""``dsp import``: a network published by the authors, as a packed network."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ from dsp_pruning.released.load import load_released, verify_released
 
 def import_network(
     file: Annotated[Path, typer.Argument(help="A TorchScript archive, a checkpoint or .npz arrays.")],
-    out: Annotated[Path, typer.Argument(help="Where the packed network goes (.safetensors).")],
+    out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
     image_size: Annotated[
         int | None,
-        typer.Option("--image-size", min=1, help="Height and width of its images, if not 32 or 224."),
+        typer.Option(
+            "--image-size", min=1, help="Image size in pixels. Default: 32 for CIFAR, 224 for ImageNet."
+        ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Also run the archive, which is code, and compare the answers.")
+        bool,
+        typer.Option(
+            "--verify", help="Also run the archive, which executes its code, and compare the outputs."
+        ),
     ] = False,
 ) -> None:
-    """Turn a published network into a packed one. The archive's code is read, not run."""
+    """Turn a published network into a packed one. The code of an archive is parsed, not run."""
     check_packed_name(out)
     network = load_released(file)
     (example, *_), _ = example_of(network, image_size)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from dsp_benchmarks.subjects.twin import dense_twin
 
 import dsp_kernels
 from dsp_cli.show import console, table
 from dsp_cli.twin import example_of
+from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.report import draw_overview, draw_structures, layer_rows, network_cost
 
 
@@ -26,8 +26,7 @@ def inspect(
 ) -> None:
     """Show groups, channels, filters and multiply-adds of every packed layer."""
     model = dsp_kernels.load(file)
-    named = getattr(model, "architecture", None) is not None
-    dense = dense_twin(model) if named else None
+    dense = dense_twin(model) if getattr(model, "dense_widths", None) else None
     example, known = example_of(model, image_size)
     rows = layer_rows(model, example, dense)
     columns = ("layer", "groups", "channels read", "filters", "MACs", "MACs kept")
@@ -59,8 +58,8 @@ def inspect(
         )
     else:
         console.print(
-            f"whole network: {cost.macs:,} multiply-adds, {cost.params:,} parameters; the file names no "
-            "dense architecture, so what is kept is counted against the widths of the packed layers"
+            f"whole network: {cost.macs:,} multiply-adds, {cost.params:,} parameters; the file does not hold "
+            "the widths before packing, so the share kept is relative to the widths of the packed layers"
         )
     if picture is not None:
         console.print(f"picture: {draw_structures(model, picture, title=str(file))}", soft_wrap=True)

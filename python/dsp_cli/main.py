@@ -1,20 +1,18 @@
-"""The ``dsp`` command. An error of ours is one red line and exit status 1, never a traceback."""
+"""The ``dsp`` command. A DSPError or OSError prints one red line and no traceback."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
-
 _USAGE, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0, 1 for our errors, 2 for bad flags, 130 for Ctrl-C."""
+    """Run a command; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:
         return _run(arguments)
-    except KeyboardInterrupt:  # while torch is imported, which takes seconds
+    except KeyboardInterrupt:  # during the import of torch, which takes seconds
         print("error: interrupted", file=sys.stderr)
         return _INTERRUPTED
 
@@ -31,20 +29,20 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 1
     try:
         status = app(list(arguments) if arguments is not None else None, standalone_mode=False)
-    except (DSPError, OSError) as error:  # OSError: a file that is not there or may not be written
+    except (DSPError, OSError) as error:  # OSError: a file is missing or not writable
         print_error(str(error))
         return 1
     except typer.Abort:
         status = _INTERRUPTED
     except Exception as error:
-        # Bad flags: typer's own family, whose base class has moved between its versions.
+        # Usage errors have format_message; their base class differs between versions of typer.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
         print_error(f"{message()} (dsp --help)")
         return _USAGE
-    if status == _INTERRUPTED:  # typer gives this back for Ctrl-C, or raises Abort, depending on its version
-        print_error("interrupted; a training run goes on from its last whole epoch with --resume")
+    if status == _INTERRUPTED:  # for Ctrl-C, typer returns this or raises Abort, depending on its version
+        print_error("interrupted; --resume continues a training run from its last complete epoch")
     return status if isinstance(status, int) else 0
 
 

@@ -1,143 +1,80 @@
-"""Flags that several commands share. The published ones keep their names."""
+"""Options that several commands share, under their published names."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from urllib.parse import quote
 
 import typer
 
-from dsp_cli.show import StepProgress, progress_bars
-from dsp_kernels.errors import DSPFormatError, DSPPruningError
+from dsp_cli.show import print_result, progress_bars
+from dsp_kernels.errors import DSPFormatError
 from dsp_pruning import data as datasets
 from dsp_pruning.distributed import is_main, process_group
-from dsp_pruning.models.imagenet import published_weights
-from dsp_pruning.recipes.checkpoint import load_weights
-from dsp_pruning.recipes.run import MODEL, RunConfig
+from dsp_pruning.recipes.run import RunConfig
+from dsp_pruning.recipes.training import RecipeResult
 
-__all__ = [
-    "Checkpoint",
-    "DataName",
-    "Device",
-    "Groups",
-    "LayerGroups",
-    "Layers",
-    "Rounds",
-    "RunFlags",
-    "Seed",
-    "check_packed_name",
-    "groups_folder",
-    "layer_groups",
-    "run_command",
-    "stage_weights",
-    "training",
-]
-
-
-class DataName(StrEnum):
-    """Data sets by name, see ``dsp_pruning.data``."""
-
-    digits = "digits"
-    cifar10 = "cifar10"
-    subset = "subset"
-    jpeg = "jpeg"
-    folder = "folder"
-
-
-class Arch(StrEnum):
-    """Networks by name, see ``dsp_pruning.models``."""
-
-    cifar = "cifar"
-    resnet18 = "resnet18"
-    resnet34 = "resnet34"
-    resnet50 = "resnet50"
-    resnet101 = "resnet101"
-    resnet152 = "resnet152"
-
-
-class Precision(StrEnum):
-    """See ``dsp_pruning.recipes.precision``."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
+DataName = StrEnum("DataName", "digits cifar10 folder")
+Arch = StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152")
+Precision = StrEnum("Precision", "float32 bfloat16 float16")
 
 Config = TypeVar("Config", bound=RunConfig)
-_LONGEST_LAYERS = 150  # of 255 characters that file systems allow in a name
 
 Layers = Annotated[
     int, typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110.")
 ]
-Groups = Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups of every layer.")]
-LayerGroups = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--layer-groups",
-        metavar="PATTERN=G",
-        help="Other groups for layers whose name fits, such as 'stage_3.*=8'; may be given again.",
-    ),
+Groups = Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups per layer.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of initial weights, splits, shuffling and noise.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size in the file."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of weights, splits, batch order and noise.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ..., or auto.")]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        "--ckpt",
-        help="Weights to start from; `torchvision` takes its own. Default: the previous stage in --save-dir.",
-    ),
-]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples per network.")]
-
-
-_OTHERS = (".pt", ".pth", ".pt2", ".onnx", ".npz")
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timing samples per network.")]
 
 
 def check_packed_name(path: Path) -> None:
-    """Raise DSPFormatError for the name of another format."""
-    if path.suffix in _OTHERS:
-        raise DSPFormatError(f"{path} would hold safetensors: name it so; dsp export writes other formats")
+    """Raise DSPFormatError for a path with the suffix of another format."""
+    if path.suffix in (".pt", ".pth", ".pt2", ".onnx", ".npz"):
+        raise DSPFormatError(
+            f"{path} would contain safetensors: use .safetensors, or dsp export for another format"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """The flags of every training command; ``run_command`` puts them on one. None: the recipe's default."""
+    """Options of every training command, see ``run_command``. None: the default of the recipe."""
 
     layers: Layers = RunConfig.depth
     arch: Annotated[
-        Arch, typer.Option("--arch", help="cifar, or a ResNet of torchvision (--layers then has no use).")
+        Arch, typer.Option("--arch", help="cifar, or a torchvision ResNet (which ignores --layers).")
     ] = Arch.cifar
     data: Annotated[
-        DataName, typer.Option("--data", help="Which images; folder: train/<class>/* and val/<class>/*.")
+        DataName,
+        typer.Option("--data", help="Data set. folder: image files in train/<class>/ and val/<class>/."),
     ] = DataName.digits
     data_root: Annotated[
-        Path | None, typer.Option("--data-root", help="Folder (or .npz file) with the images.")
+        Path | None, typer.Option("--data-root", help="Folder of the data set; digits needs none.")
     ] = None
-    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch CIFAR-10.")] = False
+    download: Annotated[bool, typer.Option("--download", help="Download CIFAR-10 if it is missing.")] = False
     image_size: Annotated[
-        int, typer.Option("--image-size", min=1, help="Height and width of images from --data folder.")
+        int, typer.Option("--image-size", min=1, help="Crop size in pixels, for --data folder.")
     ] = 224
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Processes that read image files, 0 for none.")
+        int, typer.Option("--workers", min=0, help="Processes that decode image files, 0 for none.")
     ] = 0
     save_dir: Annotated[
         Path | None,
         typer.Option("--save-dir", help="Folder of all stages. Default: runs/resnet<layers>_<data>."),
     ] = None
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", min=0, help="Passes over the training images.")
-    ] = None
+    epochs: Annotated[int | None, typer.Option("--epochs", min=0, help="Epochs to train.")] = None
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Images per step, of all processes together.")
+        int, typer.Option("--batch-size", min=1, help="Images per step, summed over all processes.")
     ] = RunConfig.batch_size
     lr: Annotated[float | None, typer.Option("--lr", help="Base learning rate.")] = None
     momentum: Annotated[float, typer.Option("--momentum", help="Momentum of SGD.")] = RunConfig.momentum
@@ -146,16 +83,16 @@ class RunFlags:
         Precision.float32
     )
     channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Hold weights in that order of memory.")
+        bool, typer.Option("--channels-last", help="Memory format of the weights; faster on a CPU.")
     ] = False
     seed: Seed = 0
     device: Device = "auto"
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of this run, same settings.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint, with the same settings.")
     ] = False
 
     def config(self, kind: type[Config], **more: Any) -> Config:
-        """The settings of a recipe: these flags and ``more``."""
+        """Settings of a recipe from these options and ``more``."""
         given: dict[str, Any] = {"epochs": self.epochs, "lr": self.lr, "weight_decay": self.wd}
         return kind(
             arch=self.arch.value,
@@ -183,26 +120,39 @@ class RunFlags:
 
     @property
     def network(self) -> str:
-        """How to ask for the same network on the command line."""
-        return f"-l {self.layers}" if self.arch == "cifar" else f"--arch {self.arch.value}"
+        """Options that select the same network."""
+        return f"-l {self.layers}" if self.arch == Arch.cifar else f"--arch {self.arch.value}"
 
     @property
     def folder(self) -> Path:
-        """The folder of all stages of one network."""
+        """Folder of all stages of a network."""
         if self.save_dir is not None:
             return self.save_dir
-        name = f"resnet{self.layers}" if self.arch == "cifar" else self.arch.value
+        name = f"resnet{self.layers}" if self.arch == Arch.cifar else self.arch.value
         return Path("runs") / f"{name}_{self.data.value}"
+
+    def train(self, stage: str, folder: str, recipe: Callable[..., RecipeResult]) -> None:
+        """Run a recipe, in torchrun's process group if there is one; rank 0 shows progress and the result.
+
+        recipe: takes (images, directory=, resume=, progress=). folder: of the stage.
+        """
+        with process_group():
+            run = functools.partial(recipe, self.images(), directory=self.folder / folder, resume=self.resume)
+            if not is_main():
+                run()
+                return
+            with progress_bars() as bars:
+                result = run(progress=bars(stage))
+            print_result(result)
 
 
 def run_command(defaults: type[RunConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, whose first argument is a RunFlags, these flags beside its own.
+    """Add the options of RunFlags to a command whose first parameter is a RunFlags.
 
     defaults: the recipe whose epochs, learning rate and weight decay ``--help`` shows.
     """
-    flag_of = {"epochs": "epochs", "lr": "lr", "weight_decay": "wd"}
-    fields = {field.name: field.default for field in dataclasses.fields(defaults)}
-    shown = {flag: fields[name] for name, flag in flag_of.items()}
+    fields = {"epochs": "epochs", "lr": "lr", "wd": "weight_decay"}
+    shown = {flag: getattr(defaults, name) for flag, name in fields.items()}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
@@ -225,54 +175,3 @@ def run_command(defaults: type[RunConfig]) -> Callable[[Callable[..., None]], Ca
         return with_flags
 
     return decorate
-
-
-def layer_groups(given: Sequence[str] | None) -> dict[str, int]:
-    """Pattern -> G of every ``--layer-groups``. Raises DSPPruningError for one that is not PATTERN=G."""
-    found = {}
-    for text in given or ():
-        pattern, _, count = text.rpartition("=")
-        if not pattern or not count.isdecimal():
-            raise DSPPruningError(f"--layer-groups is {text!r}; expected PATTERN=G such as 'stage_3.*=8'")
-        found[pattern] = int(count)
-    return found
-
-
-def groups_folder(groups: int, by_layer: Mapping[str, int]) -> str:
-    """How the folder of a stage names these groups: ``g4``, ``g4_stage_3.%2A=8``; other groups, other names.
-
-    Patterns are quoted as in a URL, so that "=" only stands in front of a number; too many for the name of a
-    file are named by their digest.
-    """
-    layers = "".join(f"_{quote(pattern, safe='')}={count}" for pattern, count in by_layer.items())
-    if len(layers) > _LONGEST_LAYERS:
-        layers = f"_{hashlib.sha256(layers.encode()).hexdigest()[:32]}"
-    return f"g{groups}{layers}"
-
-
-@contextmanager
-def training(stage: str) -> Iterator[StepProgress | None]:
-    """Join torchrun's processes, if any; gives the progress callback of a stage, to process 0 only."""
-    with process_group():
-        if not is_main():
-            yield None
-            return
-        with progress_bars() as bars:
-            yield bars(stage)
-
-
-def stage_weights(
-    flags: RunFlags, ckpt: Path | None, stage: str, command: str
-) -> tuple[dict[str, Any], str | Path]:
-    """The weights to start from and where they are from: ``--ckpt``, or what the stage before left.
-
-    Raises DSPPruningError, naming that stage's command, where it left nothing.
-    """
-    if str(ckpt) == "torchvision":
-        return published_weights(flags.arch.value), f"torchvision's weights of {flags.arch.value}"
-    path = ckpt or flags.folder / stage / MODEL
-    if ckpt is None and not path.is_file():
-        unfinished = path.with_name("checkpoint.pt")
-        also = f" (unfinished so far: --ckpt {unfinished} would take it)" if unfinished.is_file() else ""
-        raise DSPPruningError(f"no {path}: run `dsp {command}` first, or pass --ckpt{also}")
-    return load_weights(path)[0], path

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from dsp_benchmarks.subjects.twin import input_channels
 from torch import Tensor, nn
 
-__all__ = ["example_of"]
+from dsp_kernels.file.save_load import input_channels
 
 _SMALL = 32  # where neither the file nor the user says how large an image is
 

@@ -1,19 +1,19 @@
-"""Small helpers on ``torch.distributed``: several processes that train one network.
+"""Data-parallel training of one network: helpers over ``torch.distributed``.
 
-Every function does nothing, or answers for a single process, where no process group is initialised. So a
-training loop needs no branches. They work with the backends gloo (CPU) and nccl (CUDA). All processes have
-to call the collective ones (broadcast, mean, maximum, any_rank, barrier), in the same order.
+Without an initialised process group every function is a no-op, or answers for a single process, so a training
+loop needs no branches. Backends: gloo (CPU) and nccl (CUDA). Broadcasts, reductions, ``any_rank`` and
+``barrier`` are collective: all processes call them in the same order.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,6 @@ __all__ = [
     "all_reduce_mean",
     "any_rank",
     "barrier",
-    "broadcast_object",
     "broadcast_tensors",
     "is_distributed",
     "is_main",
@@ -38,7 +37,6 @@ __all__ = [
     "world_size",
 ]
 
-T = TypeVar("T")
 _GLOO_THREAD = "pt_gloo_runloop"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,17 +47,17 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """Number of this process, 0 where there is only one."""
+    """Index of this process; 0 if there is only one."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, which is that of its GPU; from torchrun's environment."""
+    """Index of this process on its machine, and of its GPU; from torchrun's environment."""
     return int(os.environ.get("LOCAL_RANK", "0")) if is_distributed() else 0
 
 
@@ -70,20 +68,18 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(
-    timeout_seconds: float = 600.0, *, backend: str | None = None, init_method: str = "env://"
+    timeout_seconds: float = 600.0, *, backend: str | None = None
 ) -> Iterator[torch.device | None]:
-    """Join the processes that torchrun started, and leave them at the end; without torchrun, nothing.
+    """Join the processes started by torchrun and leave them at the end; a no-op without torchrun.
 
     At the end of the block every process waits for the others, unless an exception ends it.
 
-    timeout_seconds: a collective that waits longer than this for another process raises, so that a killed
-        process ends the job. A process that dies is mostly noticed at once, by its closed connection.
-    backend: "nccl" or "gloo"; None takes nccl where there is a GPU for every process of this machine.
+    timeout_seconds: a collective that waits longer for another process raises, so that a killed process ends
+        the job. The death of a process is usually noticed at once, by its closed connection.
+    backend: "nccl" or "gloo"; None uses nccl if every process of this machine has a GPU.
 
-    Yields the device of this process, or None outside torchrun. A group that is initialised already is
-    used as it is, and is not left.
-
-    Raises DSPTrainingError where the environment names a group but not all that joining it needs.
+    Yields the device of this process, or None outside torchrun. A group that already exists is used and not
+    left. Raises DSPTrainingError if torchrun's environment variables are incomplete.
     """
     if dist.is_available() and dist.is_initialized():
         yield _collective_device()
@@ -92,112 +88,80 @@ def process_group(
         yield None
         return
     missing = [name for name in _TORCHRUN if name not in os.environ]
-    if missing and init_method == "env://":
+    if missing:
         raise DSPTrainingError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun")
-    index, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(os.environ["LOCAL_RANK"])
     if backend is None:
-        on_gpu = dist.is_nccl_available() and local < torch.cuda.device_count()
-        backend = "nccl" if on_gpu else "gloo"
+        backend = "nccl" if dist.is_nccl_available() and local < torch.cuda.device_count() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(local)
-    dist.init_process_group(
-        backend,
-        init_method,
-        timeout=timedelta(seconds=timeout_seconds),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        rank=index,
-    )
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield _collective_device()
-        barrier()  # nobody leaves while another still trains or writes
+        barrier()  # no process leaves while another still trains or writes
     finally:
         dist.destroy_process_group()
         _wait_for_idle_threads()
 
 
 def _wait_for_idle_threads(seconds: float = 5.0) -> None:
-    """Wait until gloo's threads have let go of the tensors of the last messages; on Linux alone.
+    """Wait until gloo's threads have released the tensors of the last messages (Linux only).
 
-    Such a thread needs the interpreter to free a tensor. If it asks while the interpreter shuts down, Python
-    ends the thread, which C++ answers with "terminate called without an active exception" and SIGABRT, in a
-    process that had done all its work. Where DistributedDataParallel was used the threads outlive the group.
+    Such a thread needs the GIL to free a tensor. If it asks for it while the interpreter shuts down, Python
+    ends the thread and C++ aborts the process ("terminate called without an active exception", SIGABRT)
+    although its work is done. With DistributedDataParallel the threads outlive the group.
     """
     waiting, limit = 2, time.monotonic() + seconds
     while waiting and time.monotonic() < limit:
-        time.sleep(0.005)  # a thread that waits for the interpreter gets it now
-        waiting = waiting - 1 if all(state == "S" for state in _states(_GLOO_THREAD)) else 2
+        time.sleep(0.005)  # releases the GIL for a thread that waits for it
+        waiting = waiting - 1 if all(state == "S" for state in _thread_states(_GLOO_THREAD)) else 2
 
 
-def _states(name: str) -> list[str]:
-    """The kernel's one-letter state of every thread of this name, S for one that sleeps."""
+def _thread_states(name: str) -> list[str]:
+    """The kernel's one-letter state of every thread of this name; S means sleeping."""
     states = []
     for path in Path("/proc/self/task").glob("*/stat"):
-        with suppress(OSError):  # a thread may end meanwhile
+        with suppress(OSError):  # the thread may have ended
             before, _, after = path.read_text().rpartition(")")
             if before.partition("(")[2] == name:
                 states.append(after.split()[0])
     return states
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """What process ``source`` gave; it is pickled on the way."""
-    if not is_distributed():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, source, device=_collective_device())
-    return holder[0]
-
-
-@torch.no_grad()
 def broadcast_tensors(tensors: Sequence[Tensor], source: int = 0) -> None:
-    """Give every process the values of ``source``, in place. Shapes and dtypes are the same on all."""
-    if is_distributed():
-        for parts in _by_kind(tensors):
-            flat = _to_collective(_flatten(parts))
-            dist.broadcast(flat, source)
-            _scatter_back(parts, flat)
+    """Replace tensors by those of ``source``, in place. Shapes and dtypes are the same on all processes."""
+    _in_messages(tensors, lambda flat: dist.broadcast(flat, source))
 
 
-@torch.no_grad()
 def all_reduce_mean(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, in place, in one message per dtype and device.
+    """Replace each tensor by its mean over the processes, in place; all get the same bits."""
 
-    All processes end with the same bits.
-    """
-    if is_distributed():
-        for parts in _by_kind(tensors):
-            flat = _to_collective(_flatten(parts))
-            dist.all_reduce(flat)
-            _scatter_back(parts, flat.div_(world_size()))
+    def mean(flat: Tensor) -> None:
+        dist.all_reduce(flat)
+        flat.div_(world_size())
+
+    _in_messages(tensors, mean)
 
 
-@torch.no_grad()
 def all_reduce_max(tensor: Tensor) -> None:
-    """Replace a tensor by its largest value over the processes, in place; on a GPU the host does not wait."""
-    if is_distributed():
-        moved = _to_collective(tensor)
-        dist.all_reduce(moved, dist.ReduceOp.MAX)
-        tensor.copy_(moved)
+    """Replace a tensor by its maximum over the processes, in place; on a GPU the host does not wait."""
+    _in_messages([tensor], lambda flat: dist.all_reduce(flat, dist.ReduceOp.MAX))
 
 
 def any_rank(flag: bool) -> bool:
-    """Does any process say so? The host waits for the answer."""
-    if not is_distributed():
-        return flag
-    value = torch.tensor(float(flag), device=_collective_device())
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+    """Is the flag set on any process? The host waits for the answer."""
+    value = torch.tensor(float(flag))
+    all_reduce_max(value)
+    return bool(value)
 
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if is_distributed():
-        # An all-reduce by hand: nccl's own barrier guesses the device.
-        any_rank(False)
+    any_rank(False)  # not dist.barrier(), because nccl's guesses the device
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, without DistributedDataParallel, DataParallel or torch.compile around it."""
+    """The network inside DistributedDataParallel, DataParallel and torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)  # torch.compile
         if isinstance(model, DistributedDataParallel | DataParallel):
@@ -208,29 +172,26 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _collective_device() -> torch.device:
-    """Where a tensor must be for this group's messages."""
+    """Where this group's backend needs its tensors."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def _to_collective(tensor: Tensor) -> Tensor:
+@torch.no_grad()
+def _in_messages(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+    """Apply an in-place collective to all tensors, in one message per dtype and device."""
+    if not is_distributed():
+        return
     device = _collective_device()
-    return tensor if tensor.device.type == device.type else tensor.to(device)
-
-
-def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(kinds.values())
-
-
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _scatter_back(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        tensor.copy_(piece.view(tensor.shape))
+    for parts in kinds.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in parts])
+        if flat.device.type != device.type:
+            flat = flat.to(device)
+        collective(flat)
+        pieces = flat.split([tensor.numel() for tensor in parts])
+        for tensor, piece in zip(parts, pieces, strict=True):
+            tensor.copy_(piece.view(tensor.shape))

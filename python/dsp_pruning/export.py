@@ -1,14 +1,12 @@
-"""Packed networks in formats that other programs run: ONNX, PyTorch's exported programs, TorchScript."""
+"""Packed networks as ONNX, PyTorch exported programs and TorchScript, for other programs to run."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,11 @@ from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import trace
 from dsp_kernels.op.activations import activate
+from dsp_kernels.op.dense import live_bias
+from dsp_kernels.op.structure import Group
 from dsp_kernels.whole_file import fill, whole_file
 
-__all__ = ["export_onnx", "export_pt2", "export_torchscript", "plain_form"]
+__all__ = ["export_onnx", "export_pt2", "export_torchscript"]
 
 _LEAST_OPSET = 18
 
@@ -36,15 +36,24 @@ def export_onnx(
     opset: int = _LEAST_OPSET,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a packed network as ONNX, in eval mode, with batch norms folded and any batch size.
+    """Write a packed network as ONNX, in eval mode, with batch norms folded, for any batch size.
 
     example_input: (batch, channels, height, width) of the size that the network is made for; a tuple for
-    several inputs, which the file calls input, input_1 and so on.
-    opset: at least 18. dtype: float32 or float16, of the weights, the input and the output.
+        several inputs, which the file calls input, input_1 and so on.
+    opset: at least 18. dtype: float32 or float16, of weights, inputs and output.
 
-    Each packed convolution becomes at most one Gather of the channels that its groups read, one ordinary
-    Conv per group, and a Concat; the file needs nothing of this package. The model is not changed.
-    Raises DSPError if onnx and onnxscript are missing or torch cannot export the network.
+    Each packed convolution becomes at most one Gather of the channels that its groups read, one Conv per
+    group and a Concat; the file needs nothing of this package. The model is not changed. Raises DSPError if
+    onnx and onnxscript are missing or torch cannot export the network, and DSPShapeError if the network does
+    not run on the example.
+
+    >>> import tempfile, torch
+    >>> from dsp_kernels import GroupStructure, PackedConv2d
+    >>> from dsp_pruning.export import export_onnx
+    >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_onnx(net, f"{folder}/net.onnx", torch.zeros(1, 4, 8, 8)).name
+    'net.onnx'
     """
     if opset < _LEAST_OPSET or dtype not in (torch.float32, torch.float16):
         raise DSPError(
@@ -55,21 +64,22 @@ def export_onnx(
     except ImportError as error:
         raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
     _refuse_fused(model)
-    plain = plain_form(model).cpu().to(dtype)
+    plain = _plain_form(model).cpu().to(dtype)
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
 
     def write(temporary: Path) -> None:
-        program = torch.onnx.export(
-            plain,
-            inputs,
-            dynamo=True,
-            opset_version=opset,
-            input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
-            output_names=["output"],
-            dynamic_shapes=_any_batch(inputs),
-            external_data=False,
-            verbose=False,
-        )
+        with torch.no_grad():
+            program = torch.onnx.export(
+                plain,
+                inputs,
+                dynamo=True,
+                opset_version=opset,
+                input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
+                output_names=["output"],
+                dynamic_shapes=_any_batch(inputs),
+                external_data=False,
+                verbose=False,
+            )
         assert program is not None
         program.save(str(temporary), external_data=False)
 
@@ -80,8 +90,17 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     """Write a packed or swapped network with ``torch.export``, in eval mode, for any batch size.
 
     A packed network becomes plain PyTorch operations. A swapped one keeps each fused convolution as one
-    ``dsp_kernels::gather_grouped_conv2d`` node, so ``import dsp_kernels`` has to come before
-    ``torch.export.load``. Raises DSPError if torch cannot export the network.
+    ``dsp_kernels::gather_grouped_conv2d`` node, so import dsp_kernels before ``torch.export.load``.
+    Raises DSPError if torch cannot export the network.
+
+    >>> import tempfile, torch
+    >>> from dsp_kernels import GroupStructure, PackedConv2d
+    >>> from dsp_pruning.export import export_pt2
+    >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = export_pt2(net, f"{folder}/net.pt2", torch.zeros(1, 4, 8, 8))
+    ...     torch.export.load(path).module()(torch.zeros(5, 4, 8, 8)).shape
+    torch.Size([5, 8, 6, 6])
     """
     _refuse_fused(model)
     copied, inputs = copy.deepcopy(model).eval(), _two_images(example_input)
@@ -95,19 +114,28 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
 
 
 def export_torchscript(model: nn.Module, path: str | Path, example_input: Example) -> Path:
-    """Write a packed network as TorchScript of ordinary operations, which ``torch.jit.load`` reads anywhere.
+    """Write a packed network as TorchScript of ordinary operations, for ``torch.jit.load`` anywhere.
 
-    In eval mode, with batch norms folded, for any batch and image size that the network takes. Raises
-    DSPError if torch cannot follow the network, or if what its code does depends on these sizes.
+    In eval mode, with batch norms folded, for every batch and image size that the network takes. Raises
+    DSPError if torch cannot trace the network, or if what its code does depends on these sizes.
+
+    >>> import tempfile, torch
+    >>> from dsp_kernels import GroupStructure, PackedConv2d
+    >>> from dsp_pruning.export import export_torchscript
+    >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = export_torchscript(net, f"{folder}/net.pt", torch.zeros(1, 4, 8, 8))
+    ...     torch.jit.load(path)(torch.zeros(5, 4, 16, 16)).shape
+    torch.Size([5, 8, 14, 14])
     """
     _refuse_fused(model)
-    plain, inputs = plain_form(model), _two_images(example_input)
+    plain, inputs = _plain_form(model), _two_images(example_input)
 
     def write(temporary: Path) -> None:
-        # TorchScript keeps one way through the code, and numbers that were computed from sizes as they were.
-        ways = trace(model, inputs)
-        if ways.size_check is not None:
-            raise DSPError("what forward() does depends on the number or the size of the images")
+        # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
+        network = trace(model, inputs)
+        if network.size_check is not None:
+            raise DSPError("what forward() does depends on the size of the images")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)
             traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)
@@ -117,7 +145,7 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     return _write(write, model, path, plain, inputs)
 
 
-def plain_form(model: nn.Module) -> nn.Module:
+def _plain_form(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose packed convolutions are gathers and ordinary convolutions, norms folded."""
     plain = swap(copy.deepcopy(model).eval(), backend="eager")
     if isinstance(plain, FusedConv2d):
@@ -130,7 +158,7 @@ def plain_form(model: nn.Module) -> nn.Module:
 
 
 class _PlainConv(nn.Module):
-    """A FusedConv2d of plain operations: gather all, convolve group by group, concatenate, put in order."""
+    """A FusedConv2d of plain operations: gather once, convolve each group, concatenate, reorder."""
 
     gather: Tensor | None
     order: Tensor | None
@@ -139,48 +167,32 @@ class _PlainConv(nn.Module):
     def __init__(self, fused: FusedConv2d) -> None:
         super().__init__()
         spec, structure = fused.spec, fused.spec.structure
-        device = next(iter(fused.parameters()), torch.empty(0)).device
+        some = next(fused.parameters(), torch.empty(0))
+        every = range(structure.out_channels)
+        groups = [(g, w) for g, w in zip(structure.groups, fused.weights, strict=True) if g.in_index]
+        if not groups:  # every output is its bias; a convolution with zeros gives it its size
+            groups = [(Group((0,), tuple(every)), some.new_zeros(len(every), 1, *spec.kernel_size))]
+        read = [channel for group, _ in groups for channel in group.in_index]
+        written = [channel for group, _ in groups for channel in group.out_index]
+        others = sorted(set(every) - set(written))
+        order = torch.tensor([*written, *others], device=some.device).argsort()
         self.activation = spec.activation
         self.settings = (spec.stride, spec.padding, spec.dilation)
-        live = [number for number, group in enumerate(structure.groups) if group.in_index]
-        self.weights = nn.ParameterList(fused.weights[number].detach() for number in live)
-        groups = [structure.groups[number] for number in live]
-        if not live:  # every output is its bias; one channel of zeros gives it its size
-            dtype = torch.float32 if fused.bias is None else fused.bias.dtype
-            self.weights.append(
-                torch.zeros(structure.out_channels, 1, *spec.kernel_size, dtype=dtype, device=device)
-            )
-        read = [channel for group in groups for channel in group.in_index] or [0]
-        written = [channel for group in groups for channel in group.out_index]
-        if not live:
-            written = list(range(structure.out_channels))
-        self.sizes = [weight.shape[1] for weight in self.weights]
-        self.missing = structure.out_channels - len(written)
-        others = sorted(set(range(structure.out_channels)) - set(written))
-        place = {channel: number for number, channel in enumerate([*written, *others])}
-        order = [place[channel] for channel in range(structure.out_channels)]
-        for name, index, size in (("gather", read, structure.in_channels), ("order", order, len(order))):
-            kept = None if index == list(range(size)) else torch.tensor(index, device=device)
-            self.register_buffer(name, kept)
+        self.weights = nn.ParameterList(weight.detach() for _, weight in groups)
+        self.sizes = [len(group.in_index) for group, _ in groups]
+        self.missing = len(others)
+        gathers = read != list(range(structure.in_channels))
+        self.register_buffer("gather", torch.tensor(read, device=some.device) if gathers else None)
+        self.register_buffer("order", order if order.tolist() != list(every) else None)
+        bias = live_bias(structure, fused.bias)
         constant = None
-        if fused.bias is not None:
-            bias = fused.bias.detach()
-            ends = list(accumulate(weight.shape[0] for weight in self.weights))
-            rows = torch.tensor(written, device=device)
-            parts = torch.tensor_split(bias[rows], ends[:-1])
-            self.biases = nn.ParameterList(part.clone() for part in parts)
-            unread = [c for group in structure.groups if not group.in_index for c in group.out_index]
-            if unread and live:
-                constant = torch.zeros_like(bias)
-                constant[unread] = bias[unread]
-                constant = constant[:, None, None]
-            if not live:
-                live_bias = torch.zeros_like(bias)
-                live_bias[unread] = bias[unread]
-                self.biases = nn.ParameterList([live_bias])
-        else:
+        if bias is None:
             self.biases = nn.ParameterList()
-        self.register_buffer("constant", constant)
+        else:
+            self.biases = nn.ParameterList(bias.detach()[list(group.out_index)] for group, _ in groups)
+            constant = bias.detach()[:, None, None].clone()  # of groups that read nothing
+            constant[written] = 0
+        self.register_buffer("constant", constant if constant is not None and constant.any() else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, in_channels, height, width) -> (batch, out_channels, out_height, out_width)."""
@@ -212,13 +224,18 @@ def _two_images(example_input: Example) -> tuple[Tensor, ...]:
     return tuple(x[:1].repeat(2, *[1] * (x.dim() - 1)) for x in inputs)
 
 
+def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} for _ in inputs)
+
+
 def _refuse_fused(model: nn.Module) -> None:
     if isinstance(model, FusedNetwork):
         raise DSPError("a fused network is for this machine: export the packed one that it was made from")
 
 
 def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raise DSPError where they differ for three larger images, if ``plain`` takes such images."""
+    """Raise DSPError if the two differ for three larger images, which ``plain`` may not take."""
     height, width = inputs[0].shape[2:]
     image = torch.randn(3, inputs[0].shape[1], height * 3 // 2 + 1, width * 3 // 2 + 1).to(inputs[0])
     others = (image, *(x[:1].repeat(3, *[1] * (x.dim() - 1)) for x in inputs[1:]))
@@ -233,11 +250,6 @@ def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor
             raise DSPError(f"it would be wrong for images of another size: {error}") from error
 
 
-def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
-    batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in inputs)
-
-
 def _write(
     write: Callable[[Path], None],
     model: nn.Module,
@@ -245,38 +257,25 @@ def _write(
     exported: nn.Module,
     inputs: tuple[Tensor, ...],
 ) -> Path:
+    logger = logging.getLogger("torch.onnx")  # torch reports its progress there, and in warnings
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with whole_file(path) as temporary, _quiet():
+        with whole_file(path) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             write(temporary)
     except OSError:
         raise
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
-        _check_runs(exported, inputs, model)
+        try:  # what the network itself says about a wrong example is clearer than what exporters make of it
+            with torch.no_grad():
+                exported(*(x.clone() for x in inputs))
+        except Exception as wrong:
+            shapes = " and ".join(str((1, *x.shape[1:])) for x in inputs)
+            raise DSPShapeError(
+                f"{type(model).__name__} does not run on an example of shape {shapes}: {wrong}"
+            ) from wrong
         raise DSPError(f"{type(model).__name__} cannot be exported to {path}: {str(error)[:400]}") from error
-    return Path(path)
-
-
-def _check_runs(network: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module) -> None:
-    """What the network itself says about a wrong example is clearer than what the exporters make of it."""
-    try:
-        with torch.no_grad():
-            network(*(x.clone() for x in inputs))
-    except Exception as error:
-        shapes = " and ".join(str((1, *x.shape[1:])) for x in inputs)
-        raise DSPShapeError(
-            f"{type(model).__name__} does not run on an example of shape {shapes}: {error}"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch's exporters say about their own progress."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
     finally:
         logger.setLevel(level)
+    return Path(path)

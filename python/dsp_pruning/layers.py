@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,23 +13,13 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTraceError
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, evaluating, trace
-
-__all__ = [
-    "LayerInfo",
-    "LayerPredicate",
-    "LayerSurvey",
-    "default_example_input",
-    "inputs_like",
-    "select_layers",
-    "survey_layers",
-]
+from dsp_pruning.table import text_table
 
 LayerPredicate = Callable[[str, nn.Conv2d], bool]
 
-# Between a conv and its shortcut's add these change no channel.
-_TRANSPARENT = ("batch_norm", "identity")
+_KEEPS_CHANNELS = ("batch_norm", "identity")  # allowed between a shortcut conv and its add
 _SHORTCUT_NAMES = ("downsample", "shortcut")
-_LISTED = 12  # an error message names at most so many layers
+_LISTED = 12  # an error message names at most this many layers
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class LayerInfo:
     """One convolution that takes part.
 
     conv: weight [out_channels, in_channels, *kernel_size].
-    input_hw, output_hw: height and width of one sample's maps, where the conv runs for the first time.
+    input_hw, output_hw: spatial size of its input and output for one sample, at its first call.
     """
 
     name: str
@@ -48,66 +39,66 @@ class LayerInfo:
     output_hw: tuple[int, int]
 
     @property
+    def kernel_macs(self) -> int:
+        """Multiply-adds of one 2-D kernel (one filter on one input channel) for one sample."""
+        return self.kernel_size[0] * self.kernel_size[1] * self.output_hw[0] * self.output_hw[1]
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one sample: O * C * kh * kw * Hout * Wout."""
-        kh, kw = self.kernel_size
-        return self.out_channels * self.in_channels * kh * kw * self.output_hw[0] * self.output_hw[1]
+        return self.out_channels * self.in_channels * self.kernel_macs
 
 
 @dataclass(frozen=True)
 class LayerSurvey:
-    """Which convolutions take part and why the others do not; ``print`` shows it as a table.
+    """Which convolutions take part, and why the others do not; ``print`` shows a table.
 
     convs: all of them by name, in definition order. excluded: name -> reason.
+    example: the inputs that the model ran on.
     """
 
     convs: Mapping[str, nn.Conv2d]
     chosen: tuple[LayerInfo, ...]
     excluded: Mapping[str, str]
+    example: tuple[Tensor, ...]
 
     def __str__(self) -> str:
         infos = {info.name: info for info in self.chosen}
-        rows = [("layer", "filters", "reads", "kernel", "input", "MACs", "takes part")]
+        rows = [("layer", "filters", "channels", "kernel", "input", "MACs", "takes part")]
         for name, conv in self.convs.items():
-            height, width = conv.kernel_size
-            sizes = (str(conv.out_channels), str(conv.in_channels), f"{height}x{width}")
-            info = infos.get(name)
-            if info is None:
-                rows.append((name, *sizes, "", "", f"no: {self.excluded[name]}"))
-            else:
-                rows.append((name, *sizes, f"{info.input_hw[0]}x{info.input_hw[1]}", str(info.macs), "yes"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+            size, macs, answer = "", "", f"no: {self.excluded.get(name)}"
+            if info := infos.get(name):
+                size, macs, answer = f"{info.input_hw[0]}x{info.input_hw[1]}", str(info.macs), "yes"
+            kernel = f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"
+            rows.append((name, str(conv.out_channels), str(conv.in_channels), kernel, size, macs, answer))
+        return text_table(rows)
 
 
 def select_layers(
     model: nn.Module, example_input: Example | None = None, layers: LayerPredicate | None = None
 ) -> tuple[LayerInfo, ...]:
-    """The convolutions that take part: ``survey_layers(...).chosen``, with its arguments and errors."""
+    """The convolutions that take part: ``survey_layers(...).chosen``, same arguments and errors."""
     return survey_layers(model, example_input, layers).chosen
 
 
 def survey_layers(
     model: nn.Module, example_input: Example | None = None, layers: LayerPredicate | None = None
 ) -> LayerSurvey:
-    """Look at every convolution and choose, in definition order (``model.named_modules()``).
+    """Choose convolutions, in definition order (``model.named_modules()``).
 
-    example_input: (batch, channels, height, width); None tries 1 x C x 32 x 32; a tuple of tensors, one for
-        each input of forward(). It is moved to the model's device and dtype and run once in eval mode; the
-        model is left as it was.
-    layers: ``(name, conv) -> bool`` replaces the default choice, which is every ``nn.Conv2d`` but the first,
-        1x1 shortcut convs, grouped or depthwise convs, and convs whose weight is computed
-        (a parametrisation) or belongs to another conv too.
+    example_input: (batch, channels, height, width), or a tuple with one tensor per input of forward();
+        None uses zeros of shape (1, C, 32, 32). It is moved to the model's device and dtype and run once in
+        eval mode; the model is left unchanged.
+    layers: ``(name, conv) -> bool`` replaces the default choice: every ``nn.Conv2d`` except the first, 1x1
+        shortcut convs, grouped and depthwise convs, and convs whose weight is computed (parametrized) or
+        shared with another conv.
 
-    Raises DSPPruningError if no layer is chosen, or a chosen one is grouped or does not run; DSPShapeError
-    if the model does not run on the example.
+    Raises DSPPruningError if no layer is chosen or a chosen one is grouped or never runs, DSPShapeError if
+    the model does not run on the example.
     """
+    check_kind(isinstance(model, nn.Module), "model", model, "an nn.Module")
+    check_kind(layers is None or callable(layers), "layers", layers, "a function (name, conv) -> bool")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    if not convs:
-        raise DSPPruningError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to group or prune")
     example = inputs_like(model, example_input)
     sizes = _measure(model, convs, example)
     if layers is None:
@@ -115,51 +106,55 @@ def survey_layers(
         chosen = [name for name in convs if name not in excluded]
     else:
         chosen = [name for name, conv in convs.items() if layers(name, conv)]
-        excluded = {name: "refused by the predicate" for name in convs if name not in chosen}
+        excluded = {name: "rejected by layers=" for name in convs if name not in chosen}
         _check_chosen(convs, chosen, sizes)
     if not chosen:
+        listed = [f"{name!r} ({reason})" for name, reason in excluded.items()]
+        more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
         raise DSPPruningError(
-            f"{type(model).__name__} has no layer to group or prune: {_listing(excluded)}. "
-            "layers=(name, conv) -> bool chooses by hand"
+            f"{type(model).__name__} has no layer to group or prune: {', '.join(listed[:_LISTED])}{more}. "
+            "Choose layers yourself with layers=(name, conv) -> bool"
         )
-    infos = tuple(_info(name, convs[name], *sizes[name]) for name in chosen)
-    return LayerSurvey(convs, infos, excluded)
+    infos = []
+    for name in chosen:
+        conv, (input_hw, output_hw) = convs[name], sizes[name]
+        kernel_size = (conv.kernel_size[0], conv.kernel_size[1])
+        infos.append(
+            LayerInfo(name, conv, conv.in_channels, conv.out_channels, kernel_size, input_hw, output_hw)
+        )
+    return LayerSurvey(convs, tuple(infos), excluded, example)
 
 
-def default_example_input(model: nn.Module) -> Tensor:
-    """Zeros, 1 x C x 32 x 32 with C from the first conv, in its dtype and on its device.
+def check_kind(valid: bool, name: str, value: object, expected: str) -> None:
+    """Raise DSPPruningError, which names the type of the value, unless ``valid``."""
+    if not valid:
+        raise DSPPruningError(f"{name} is a {type(value).__name__}; it must be {expected}")
 
-    Raises DSPPruningError if the model has no ``nn.Conv2d``.
+
+def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
+    """The tensors of an example on the device of the model's first conv; None: zeros of shape (1, C, 32, 32).
+
+    The first input, which is the image, and other floating-point inputs are cast to the conv's dtype.
+    Raises DSPPruningError if the model has no ``nn.Conv2d``, DSPShapeError if ``example`` is not an example.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            weight = module.weight
-            return torch.zeros(1, module.in_channels, 32, 32, dtype=weight.dtype, device=weight.device)
-    raise DSPPruningError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to group or prune")
+    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if conv is None:
+        raise DSPPruningError(f"{type(model).__name__} has no nn.Conv2d: there is nothing to group or prune")
+    inputs = as_inputs(torch.zeros(1, conv.in_channels, 32, 32) if example is None else example)
+    device, dtype = conv.weight.device, conv.weight.dtype
+    return tuple(
+        x.detach().to(device, dtype if place == 0 or x.is_floating_point() else None)
+        for place, x in enumerate(inputs)
+    )
 
 
 _Size = tuple[tuple[int, int], tuple[int, int]]
 
 
-def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
-    """The inputs of an example (the default one for None) on the device of the first conv.
-
-    The image, which is the first, and other floating inputs are in its dtype.
-    Raises DSPShapeError for what is no example.
-    """
-    if example is None:
-        return (default_example_input(model),)
-    weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
-    return tuple(
-        x.detach().to(weight.device, weight.dtype if place == 0 or x.is_floating_point() else None)
-        for place, x in enumerate(as_inputs(example))
-    )
-
-
 def _measure(
     model: nn.Module, convs: Mapping[str, nn.Conv2d], example: tuple[Tensor, ...]
 ) -> dict[str, _Size]:
-    """Input and output height and width of every conv that runs on the example."""
+    """Height and width of input and output, for every conv that runs on the example."""
     sizes: dict[str, _Size] = {}
 
     def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -172,8 +167,8 @@ def _measure(
     handles = [conv.register_forward_hook(record(name)) for name, conv in convs.items()]
     try:
         with evaluating(model), torch.no_grad():
-            model(*(x.clone() for x in example))  # a model may write into its input
-    except Exception as error:  # whatever the model's own code raises on a shape it cannot take
+            model(*(x.clone() for x in example))  # forward() may modify its input in place
+    except Exception as error:  # forward() may raise anything on a shape that it does not support
         first, conv = next(iter(convs.items()))
         raise DSPShapeError(
             f"{type(model).__name__} does not run on an example input of shape "
@@ -190,14 +185,15 @@ def _measure(
 def _excluded_by_default(
     model: nn.Module, convs: Mapping[str, nn.Conv2d], sizes: Mapping[str, _Size], example: tuple[Tensor, ...]
 ) -> dict[str, str]:
-    """Name -> reason of every conv that the default choice leaves out."""
+    """Name -> reason, for every conv that the default choice excludes."""
     first = next(iter(convs))
     shortcuts = _shortcuts(model, convs, example)
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[str]] = defaultdict(list)
     for name, conv in convs.items():
-        owners.setdefault(id(conv._parameters.get("weight")), []).append(name)
+        owners[id(conv._parameters.get("weight"))].append(name)
     excluded: dict[str, str] = {}
     for name, conv in convs.items():
+        weight = conv._parameters.get("weight")
         if name == first:
             excluded[name] = "the first conv"
         elif conv.groups != 1:
@@ -206,16 +202,16 @@ def _excluded_by_default(
             excluded[name] = "a 1x1 shortcut"
         elif name not in sizes:
             excluded[name] = "does not run on the example input"
-        elif not isinstance(conv._parameters.get("weight"), nn.Parameter):
+        elif weight is None:
             excluded[name] = "its weight is computed, not a parameter"
-        elif len(owners[id(conv.weight)]) > 1:
-            others = [other for other in owners[id(conv.weight)] if other != name]
-            excluded[name] = f"shares its weight with {others[0]!r}"
+        elif len(owners[id(weight)]) > 1:
+            other = next(other for other in owners[id(weight)] if other != name)
+            excluded[name] = f"shares its weight with {other!r}"
     return excluded
 
 
 def _shortcuts(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: tuple[Tensor, ...]) -> set[str]:
-    """The 1x1 convs that stand in a shortcut; by name where the model cannot be traced."""
+    """The 1x1 convs on a shortcut; recognised by name if the model cannot be traced."""
     pointwise = {name for name, conv in convs.items() if conv.kernel_size == (1, 1)}
     try:
         network = trace(model, example)
@@ -229,41 +225,39 @@ def _shortcuts(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: tuple[
 
 
 def _is_shortcut(network: TracedNetwork, conv: TracedNode) -> bool:
-    """Is its output, through at most BN, added to a branch of convs that starts at the conv's own input?
+    """Is its output, after at most a batch norm, added to a branch of convs that starts at its own input?
 
-    The last 1x1 conv of a bottleneck is not one: it is added to what comes from before its input. Nor is a
-    conv whose own input it is added to: there the input itself is the shortcut.
+    This excludes the last 1x1 conv of a bottleneck, which is added to a tensor from before its input, and a
+    conv that is added to its own input: there the identity is the shortcut.
     """
-    own, source = conv.name, conv.inputs[0]
     node = conv
     while len(node.users) == 1:
-        follower = network[node.users[0]]
-        if follower.kind == "add":
-            others = [name for name in follower.inputs if name != node.name]
-            return any(_descends_through_conv(network, name, source, own) for name in others)
-        if follower.kind not in _TRANSPARENT:
+        user = network[node.users[0]]
+        if user.kind == "add":
+            others = [name for name in user.inputs if name != node.name]
+            return any(_passes_conv(network, name, conv.inputs[0], conv.name) for name in others)
+        if user.kind not in _KEEPS_CHANNELS:
             return False
-        node = follower
+        node = user
     return False
 
 
-def _descends_through_conv(network: TracedNetwork, name: str, source: str, own: str) -> bool:
-    """Does a path with at least one conv lead from ``source`` to ``name`` without the conv ``own``?"""
+def _passes_conv(network: TracedNetwork, name: str, source: str, without: str) -> bool:
+    """Does a path from ``source`` to ``name`` contain a conv, other than through the node ``without``?"""
     seen: set[tuple[str, bool]] = set()
-    waiting = [(name, False)]
-    while waiting:
-        state = waiting.pop()
-        if state in seen or state[0] == own:
+    pending = [(name, False)]
+    while pending:
+        state = pending.pop()
+        current, has_conv = state
+        if state in seen or current == without:
             continue
         seen.add(state)
-        current, through_conv = state
-        if current == source:
-            if through_conv:
-                return True
-            continue
-        node = network[current]
-        passed = through_conv or node.kind in ("conv", "packed_conv")
-        waiting.extend((before, passed) for before in node.inputs)
+        if current != source:
+            node = network[current]
+            has_conv = has_conv or node.kind in ("conv", "packed_conv")
+            pending.extend((before, has_conv) for before in node.inputs)
+        elif has_conv:
+            return True
     return False
 
 
@@ -275,16 +269,5 @@ def _check_chosen(convs: Mapping[str, nn.Conv2d], chosen: list[str], sizes: Mapp
             )
         if name not in sizes:
             raise DSPPruningError(
-                f"layer {name!r} does not run on the example input, so its size is unknown; leave it out"
+                f"layer {name!r} does not run on the example input, so its size is unknown; exclude it"
             )
-
-
-def _info(name: str, conv: nn.Conv2d, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> LayerInfo:
-    kh, kw = conv.kernel_size
-    return LayerInfo(name, conv, conv.in_channels, conv.out_channels, (kh, kw), input_hw, output_hw)
-
-
-def _listing(excluded: Mapping[str, str]) -> str:
-    items = [f"{name!r} ({reason})" for name, reason in excluded.items()]
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more

@@ -1,4 +1,4 @@
-"""Rows of results that were made up, and the name of a small network."""
+"""Made-up rows of results, and the name of a small network."""
 
 from __future__ import annotations
 
@@ -40,14 +40,7 @@ def made_row(form: str, runner: str, batch: int, median: float | None, **more: A
         more = {"status": "unavailable", "reason": "the package x | y is missing"} | more
         return Row(f"{form}/{runner}", batch, None, None, form=form, runner=runner, **more)
     samples = made_samples(median)
-    more = {
-        "macs": 10**7,
-        "moved": 1e6 + 1e4 * batch,
-        "floor": median / 4,
-        "build_seconds": 0.5,
-        "peak_bytes": 2**20,
-        "allowed": 1e-4,
-    } | more
+    more = {"macs": 10**7, "moved": 1e6 + 1e4 * batch, "floor": median / 4, "build_seconds": 0.5} | more
     return Row(f"{form}/{runner}", batch, samples, 1e-6, form=form, runner=runner, **more)
 
 

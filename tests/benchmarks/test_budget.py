@@ -1,69 +1,40 @@
-"""A run ends within its stated time, and says of every engine what it left out."""
+"""A run ends within its stated time, times the most important engines first, and says what it left out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import pytest
-import torch
-from dsp_benchmarks import cases as case_module
-from dsp_benchmarks import run as budget_module
-from dsp_benchmarks import run as run_module
 from dsp_benchmarks.cases import Case
-from dsp_benchmarks.engines import ENGINES
-from dsp_benchmarks.measure import timing
+from dsp_benchmarks.engines import ENGINES, Engine, Runner
 from dsp_benchmarks.measure.timing import TimingRules, shared_rounds
+from dsp_benchmarks.report.results import Row
 from dsp_benchmarks.run import Budget, run_cases
 from dsp_benchmarks.subjects.networks import Network
+from fakes import Clock
 from torch import Tensor, nn
 
 
-class _Clock:
-    """Only a sleep moves it."""
-
-    now = 0.0
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
-    clock = _Clock()
-    fake = SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep)
-    for module in (budget_module, case_module, run_module, timing):
-        monkeypatch.setattr(module, "time", fake)
-    return clock
-
-
 @dataclass(frozen=True)
-class _Sleeper:
+class Sleeper(Engine):
     """The right answer after a sleep for each image; building it is a sleep too."""
 
-    clock: _Clock
-    build: float
-    per_image: float
-    slow_build: bool = False
-    any_batch: bool = False
-    name: str = "sleeper"
-    device: str = "any"
-    dtype: torch.dtype = torch.float32
+    name: str = ""
+    build: float = 0.1
+    per_image: float = 0.001
+    clock: Clock | None = None
+    built: list[str] | None = None
 
-    def available(self) -> tuple[bool, str]:
-        return True, ""
-
-    def prepare(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-        self.clock.sleep(self.build)
-        answer = model(example).detach()
-        answers = {len(example): answer}
+    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
+        assert self.clock is not None
+        clock = self.clock
+        clock.sleep(self.build)
+        if self.built is not None:
+            self.built.append(self.name)
+        answers: dict[int, Tensor] = {}
 
         def run(x: Tensor) -> Tensor:
-            self.clock.sleep(self.per_image * len(x))
+            clock.sleep(self.per_image * len(x))
             if len(x) not in answers:
                 answers[len(x)] = model(x).detach()
             return answers[len(x)]
@@ -71,105 +42,121 @@ class _Sleeper:
         return run
 
 
-def _measure(
-    network: Network, monkeypatch: pytest.MonkeyPatch, seconds: float, **engines: _Sleeper
-) -> list[run_module.Row]:
-    for name, engine in engines.items():
-        monkeypatch.setitem(ENGINES, name, engine)
-    cases = [Case("packed", name) for name in engines]
-    return run_cases(
-        network,
-        [1, 8],
-        cases,
-        TimingRules(rounds=20, warmup=0.1),
-        short=True,
-        budget=Budget(seconds, [1.0, 2.0]),
-    )
+RULES = TimingRules(rounds=20, warmup=0.1)
+
+
+@dataclass
+class Bench:
+    """Runs made-up engines, by label, on two batch sizes that take 1/3 and 2/3 of the time."""
+
+    network: Network
+    monkeypatch: pytest.MonkeyPatch
+    clock: Clock
+
+    def __call__(self, seconds: float | None, engines: dict[str, Sleeper]) -> dict[tuple[str, int], Row]:
+        cases = [Case(*label.split("/")) for label in engines]
+        for case, engine in zip(cases, engines.values(), strict=True):
+            made = replace(engine, name=case.engine, clock=self.clock)
+            self.monkeypatch.setitem(ENGINES, case.engine, made)
+        budget = Budget(seconds, [1.0, 2.0])
+        rows = run_cases(self.network, [1, 8], cases, RULES, short=True, budget=budget)
+        assert len(rows) == 2 * len(cases)
+        assert all(row.samples is not None or row.reason for row in rows)
+        return {(row.engine, row.batch): row for row in rows}
+
+
+@pytest.fixture
+def bench(network: Network, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Bench:
+    return Bench(network, monkeypatch, clock)
 
 
 @pytest.mark.parametrize("seconds", [5.0, 12.0, 40.0])
-def test_a_run_ends_within_its_time(
-    network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock, seconds: float
-) -> None:
-    rows = _measure(
-        network,
-        monkeypatch,
+def test_a_run_ends_within_its_time(bench: Bench, seconds: float) -> None:
+    rows = bench(
         seconds,
-        quick=_Sleeper(clock, 0.1, 0.001),
-        middling=_Sleeper(clock, 0.2, 0.01),
-        slow=_Sleeper(clock, 0.2, 0.1),
-        compiles=_Sleeper(clock, 4.0, 0.001, slow_build=True),
+        {
+            "packed/quick": Sleeper(),
+            "packed/middling": Sleeper(build=0.2, per_image=0.01),
+            "packed/slow": Sleeper(build=0.2, per_image=0.1),
+            "packed/compiles": Sleeper(build=4.0, slow_build=True),
+        },
     )
-    assert clock.now <= seconds + 4.0  # a build that has begun is finished
-    assert len(rows) == 8
-    assert all(row.samples is not None or row.reason for row in rows)
-    if seconds < 12:
-        return
-    if seconds >= 40:  # enough for every build to fit
-        assert clock.now <= seconds
-    quick = [row for row in rows if row.runner == "quick"]
-    assert all(row.samples is not None and len(row.samples.rounds) >= 8 for row in quick)
+    assert bench.clock.now <= seconds + (0 if seconds == 40 else 4)  # a build that has begun is finished
+    if seconds >= 12:
+        assert all(len(rows["packed/quick", batch].timed.rounds) >= 8 for batch in (1, 8))
 
 
-def test_slow_engines_have_fewer_rounds_but_enough(
-    network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock
+def test_slow_engines_skip_rounds_but_take_part_in_eight(bench: Bench) -> None:
+    rows = bench(22.0, {"packed/quick": Sleeper(), "packed/slow": Sleeper(per_image=0.1)})
+    assert len(rows["packed/quick", 8].timed.rounds) == 20
+    assert 8 <= len(rows["packed/slow", 8].timed.rounds) < 20
+    assert bench.clock.now <= 22
+
+
+def test_an_engine_that_does_not_fit_is_skipped_with_a_reason(bench: Bench) -> None:
+    rows = bench(24.0, {"packed/quick": Sleeper(), "packed/slow": Sleeper(per_image=1.0)})
+    assert rows["packed/quick", 8].status == "ok"
+    assert rows["packed/slow", 8].status == "skipped"
+    assert "8 rounds do not fit" in rows["packed/slow", 8].reason
+
+
+def test_a_build_that_overruns_does_not_cost_the_others_their_timing(bench: Bench) -> None:
+    rows = bench(30.0, {"packed/quick": Sleeper(), "packed/late": Sleeper(build=30.0)})
+    assert rows["packed/quick", 1].status == "ok"
+
+
+KEY = ("dense/openvino", "dense/onnxruntime", "packed/fused:cpu")
+
+
+@pytest.mark.parametrize("slow_build", [0.5, 200.0], ids=["in-time", "one-build-takes-all-the-time"])
+def test_the_dense_baselines_and_the_native_network_are_timed_whatever_else_runs(
+    bench: Bench, slow_build: float
 ) -> None:
-    engines = {"quick": _Sleeper(clock, 0.1, 0.001), "slow": _Sleeper(clock, 0.1, 0.1)}
-    rows = _measure(network, monkeypatch, 22.0, **engines)
-    rounds = {(row.runner, row.batch): len(row.timed.rounds) for row in rows}
-    assert rounds["quick", 8] == 20
-    assert 8 <= rounds["slow", 8] < 20
-    assert clock.now <= 22
+    """Though they stand last in the table and many other engines are faster."""
+    others = {f"packed/other-{number}": Sleeper(build=0.5) for number in range(30)}
+    others["packed/compiles"] = Sleeper(build=slow_build, slow_build=True)
+    rows = bench(60.0, others | dict.fromkeys(KEY, Sleeper(build=1.0, per_image=0.05)))
+    for batch in (1, 8):
+        assert all(len(rows[label, batch].timed.rounds) >= 8 for label in KEY)
+    skipped = [label for (label, _), row in rows.items() if row.status == "skipped"]
+    assert skipped
+    assert set(skipped).isdisjoint(KEY)
 
 
-def test_what_does_not_fit_is_a_row_that_says_so(
-    network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock
-) -> None:
-    engines = {"quick": _Sleeper(clock, 0.1, 0.001), "slow": _Sleeper(clock, 0.1, 1.0)}
-    rows = {(row.runner, row.batch): row for row in _measure(network, monkeypatch, 24.0, **engines)}
-    assert rows["quick", 8].status == "ok"
-    assert rows["slow", 8].status == "skipped"
-    assert "8 rounds do not fit" in rows["slow", 8].reason
+def test_key_engines_are_timed_even_if_no_time_is_left(bench: Bench) -> None:
+    rows = bench(0.0, {"dense/openvino": Sleeper(), "packed/other": Sleeper()})
+    assert [len(rows["dense/openvino", batch].timed.rounds) for batch in (1, 8)] == [8, 8]
+    assert rows["packed/other", 8].reason == "building the others took the time: 0 s for this batch size"
 
 
-def test_a_build_that_runs_late_does_not_cost_the_others_their_timing(
-    network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock
-) -> None:
-    engines = {"quick": _Sleeper(clock, 0.1, 0.001), "late": _Sleeper(clock, 30.0, 0.001)}
-    rows = {(row.runner, row.batch): row for row in _measure(network, monkeypatch, 30.0, **engines)}
-    assert rows["quick", 1].status == "ok"
+def test_a_slow_build_is_not_begun_if_one_like_the_last_would_not_fit(bench: Bench) -> None:
+    compiles = Sleeper(build=40.0, slow_build=True)
+    rows = bench(90.0, {"packed/first": compiles, "packed/second": compiles})
+    assert rows["packed/first", 8].status == "ok"
+    assert "building the others took the time" in rows["packed/second", 8].reason
+    assert bench.clock.now <= 90
 
 
-def test_an_engine_for_any_batch_size_is_built_once(
-    network: Network, monkeypatch: pytest.MonkeyPatch, clock: _Clock
-) -> None:
+def test_an_engine_for_any_batch_size_is_built_once(bench: Bench) -> None:
     built: list[str] = []
-
-    def prepare(engine: _Sleeper, model: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-        built.append(engine.name)
-        return engine.prepare(model, x), 1.0
-
-    monkeypatch.setattr(case_module, "_prepare", prepare)
-    once = _Sleeper(clock, 1.0, 0.001, any_batch=True, name="once")
-    rows = _measure(network, monkeypatch, 100.0, once=once, each=_Sleeper(clock, 1.0, 0.001, name="each"))
-    assert [row.build_seconds for row in rows] == [1.0] * 4
+    one = Sleeper(build=1.0, built=built)
+    rows = bench(None, {"packed/once": replace(one, any_batch=True), "packed/each": one})
+    assert [row.build_seconds for row in rows.values()] == [1.0] * 4
     assert sorted(built) == ["each", "each", "once"]
 
 
-def test_time_that_one_part_leaves_goes_to_the_next(clock: _Clock) -> None:
+def test_time_that_one_part_leaves_goes_to_the_next(clock: Clock) -> None:
     budget = Budget(12.0, [1.0, 2.0, 3.0])
     assert budget.next_part() == pytest.approx(2.0)
     clock.sleep(1.0)
     assert budget.next_part() == pytest.approx(11 * 2 / 5)
     clock.sleep(20.0)
     assert budget.next_part() == 0.0
-    assert Budget(None, [1.0]).next_part() is None
+    assert Budget(None, [1.0]).next_part() == float("inf")
 
 
 def test_rounds_are_shared_by_time() -> None:
     assert shared_rounds({"a": 0.1, "b": 1.0}, 20, 100.0) == {"a": 20, "b": 20}
-    shared = shared_rounds({"a": 0.1, "b": 1.0}, 20, 14.5)
-    assert shared == {"a": 20, "b": 12}
-    assert shared_rounds({"a": 0.1, "b": 1.0, "c": 0.2}, 20, 8.0) == {"a": 20, "c": 20}
-    assert shared_rounds({"a": 0.1}, 20, 0.1) == {}
+    assert shared_rounds({"a": 0.1, "b": 1.0}, 20, 14.5) == {"a": 20, "b": 12}
+    assert shared_rounds({"a": 0.1, "b": 1.0}, 20, 1.0) == {"a": 8, "b": 8}
     assert shared_rounds({"a": 0.1}, 3, 0.5) == {"a": 3}

@@ -1,4 +1,4 @@
-"""Has it become slower? Rarely a false alarm, rarely a miss, and never across machines unasked."""
+"""``compare``: few false alarms, few misses, and never across machines unless asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bench_rows import made_row
-from dsp_benchmarks.__main__ import main
+from dsp_benchmarks.cli import main
 from dsp_benchmarks.measure.samples import Samples, mann_whitney, median_interval, ratio_interval
 from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.report.compare import compare_results, compare_samples
@@ -22,11 +22,9 @@ NOISE = Path(__file__).with_name("noise.json")
 _TRIALS = 100
 
 
-def _drawn(
-    noise: list[list[float]], generator: random.Random, rounds: int = TimingRules().rounds, scale: float = 1.0
-) -> Samples:
-    """Rounds drawn from measured ones: what a round's calls have in common stays together."""
-    chosen = [generator.choice(noise) for _ in range(rounds)]
+def _drawn(noise: list[list[float]], generator: random.Random, scale: float = 1.0) -> Samples:
+    """Rounds drawn from measured ones: calls of one round stay together."""
+    chosen = [generator.choice(noise) for _ in range(TimingRules().rounds)]
     return Samples(tuple(scale * value for calls in chosen for value in calls), len(noise[0]))
 
 
@@ -36,18 +34,20 @@ def noises() -> dict[str, list[list[float]]]:
     return json.loads(NOISE.read_text())["rounds"]
 
 
-def test_few_false_alarms_on_measured_noise(noises: dict[str, list[list[float]]]) -> None:
-    for name, noise in noises.items():
-        generator = random.Random(1)
-        verdicts = [
-            compare_samples(name, _drawn(noise, generator), _drawn(noise, generator), alpha=0.01).verdict
-            for _ in range(_TRIALS)
-        ]
-        assert sum(verdict in ("slower", "faster") for verdict in verdicts) <= 2, name
+@pytest.mark.parametrize("name", ["openvino", "fused:eager"])
+def test_error_rates_on_measured_noise(noises: dict[str, list[list[float]]], name: str) -> None:
+    noise, generator = noises[name], random.Random(1)
+
+    def verdicts(scale: float) -> list[str]:
+        pairs = ((_drawn(noise, generator), _drawn(noise, generator, scale)) for _ in range(_TRIALS))
+        return [compare_samples(name, *pair).verdict for pair in pairs]
+
+    assert sum(verdict in ("slower", "faster") for verdict in verdicts(1.0)) <= 2
+    assert verdicts(1.1).count("slower") >= 98
 
 
-def test_the_test_alone_keeps_its_level(noises: dict[str, list[list[float]]]) -> None:
-    """Without the least change that is called one, alpha is what bounds the false alarms."""
+def test_the_u_test_alone_keeps_its_level(noises: dict[str, list[list[float]]]) -> None:
+    """Without the smallest change that counts, the level of the test bounds the false alarms."""
     for name, noise in noises.items():
         generator = random.Random(2)
         p = [
@@ -58,23 +58,13 @@ def test_the_test_alone_keeps_its_level(noises: dict[str, list[list[float]]]) ->
         assert 0.4 <= sum(value < 0.5 for value in p) / len(p) <= 0.6, name
 
 
-def test_a_slowdown_of_a_tenth_is_found(noises: dict[str, list[list[float]]]) -> None:
-    for name, noise in noises.items():
-        generator = random.Random(3)
-        verdicts = [
-            compare_samples(name, _drawn(noise, generator), _drawn(noise, generator, scale=1.1)).verdict
-            for _ in range(_TRIALS)
-        ]
-        assert verdicts.count("slower") >= 98, name
-
-
-def test_faster_and_a_change_too_small_to_call() -> None:
+def test_a_speed_up_is_found_and_a_small_change_is_the_same() -> None:
     first = made_row("packed", "a", 1, 1.0).timed
     assert compare_samples("x", first, made_row("packed", "a", 1, 0.9).timed).verdict == "faster"
     assert compare_samples("x", first, made_row("packed", "a", 1, 1.02).timed).verdict == "same"
 
 
-def test_unstable_samples_give_no_verdict() -> None:
+def test_unstable_samples_allow_no_verdict() -> None:
     steady, wild = Samples((1.0,) * 20), Samples((1.0, 3.0) * 10)
     assert compare_samples("x", steady, wild).verdict.startswith("no verdict: the median")
 
@@ -88,7 +78,7 @@ def test_the_u_test_against_published_numbers() -> None:
     assert mann_whitney([1, 1, 2], [2, 2, 3]) == pytest.approx(0.1573, abs=1e-4)
 
 
-def test_intervals() -> None:
+def test_intervals_contain_the_estimate() -> None:
     assert median_interval(range(1, 101)) == (41, 60)
     low, estimate, high = ratio_interval([1.0, 1.01, 0.99] * 5, [1.5, 1.51, 1.49] * 5)
     assert low < estimate < high
@@ -124,7 +114,7 @@ def files(result: Result, tmp_path: Path) -> Callable[[Result], list[str]]:
     return write
 
 
-def test_the_exit_status_says_whether_anything_is_slower(
+def test_the_exit_status_tells_whether_anything_is_slower(
     result: Result, files: Callable[[Result], list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", *files(result)]) == 0
@@ -133,11 +123,10 @@ def test_the_exit_status_says_whether_anything_is_slower(
     out = capsys.readouterr().out
     assert "2 slower" in out
     assert "1.200" in out
-    assert main(["compare", *reversed(files(_slower(result)))]) == 0  # faster is no reason to fail
-    assert main(["compare", *files(_slower(result)), "--min-change", "0.3"]) == 0
+    assert main(["compare", *reversed(files(_slower(result)))]) == 0  # faster is not a failure
 
 
-def test_different_machines_are_refused_unless_told(
+def test_results_of_different_machines_are_refused_unless_asked_for(
     result: Result, files: Callable[[Result], list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = replace(result, environment=result.environment | {"processor": "Another", "threads": 8})
@@ -157,10 +146,9 @@ def test_results_without_anything_in_common_are_refused(result: Result) -> None:
 def test_a_result_is_read_back_as_it_was_written(result: Result, tmp_path: Path) -> None:
     path = write_result(tmp_path / "new" / "a.json", result)
     read = read_result(path)
-    assert read.environment == result.environment
-    assert [row.engine for row in read.runs[0].rows] == [row.engine for row in result.runs[0].rows]
+    assert (read.environment, read.peaks) == (result.environment, result.peaks)
     for row, before in zip(read.runs[0].rows, result.runs[0].rows, strict=True):
-        assert (row.status, row.reason, row.floor) == (before.status, before.reason, before.floor)
+        assert replace(row, samples=None) == replace(before, samples=None)
         if before.samples is not None:
             assert row.timed.seconds == pytest.approx(before.samples.seconds, rel=1e-5)
             assert row.timed.per_round == 3
@@ -169,7 +157,7 @@ def test_a_result_is_read_back_as_it_was_written(result: Result, tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "runs": [{}]}'])
-def test_a_file_that_is_no_result_is_one_line(
+def test_a_file_that_is_not_a_result_is_an_error_of_one_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "bad.json"

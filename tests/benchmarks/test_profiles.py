@@ -1,18 +1,23 @@
-"""Where the time of one engine goes."""
+"""Where one call of an engine spends its time."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from dsp_benchmarks.cases import case_input
 from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.measure.floors import program_of
 from dsp_benchmarks.measure.peaks import Peaks
 from dsp_benchmarks.measure.profiles import profile_engine
 from dsp_benchmarks.subjects.networks import Network
+from torch import nn
+
+from dsp_kernels.errors import DSPError
 
 PEAKS = Peaks({"float32": 1e12, "bfloat16": 2e12}, 1e11, 0.0, 1, {})
 
 
-@pytest.mark.parametrize("name", ["torch", "torchscript", "openvino"])
+@pytest.mark.parametrize("name", ["torch", "openvino"])
 def test_a_profile_names_parts_that_take_time(network: Network, name: str) -> None:
     able, reason = ENGINES[name].available()
     if not able:
@@ -36,9 +41,16 @@ def test_a_profile_names_parts_that_take_time(network: Network, name: str) -> No
         assert all(part.floor for part in convs)
 
 
-def test_a_profile_of_a_fused_network_has_every_step_and_adds_up(network: Network) -> None:
-    parts = profile_engine("fused:eager", network.form("packed"), case_input(network, 2, 0), PEAKS)
-    steps = network.program("packed").steps
+def test_a_profile_of_a_fused_network_has_every_step_with_its_floor() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)).eval()
+    x = torch.randn(2, 2, 8, 8)
+    parts = profile_engine("fused:eager", model, x, PEAKS)
+    steps = program_of(model, x).steps
     assert [part.name.partition(":")[0] for part in parts] == [step.output for step in steps]
     assert sum(part.seconds for part in parts) > 0
     assert all((part.floor or 0) > 0 for part in parts)
+
+
+def test_an_engine_without_a_profile_says_which_have_one(network: Network) -> None:
+    with pytest.raises(DSPError, match="'torchscript' has no profile; torch, "):
+        profile_engine("torchscript", network.form("packed"), case_input(network, 1, 0), PEAKS)

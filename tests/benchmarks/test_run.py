@@ -1,19 +1,29 @@
-"""Correct first, timed second: the gate, the cases, the rows."""
+"""Which cases are run; only an engine with the right answer is timed; what the rows say."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 import torch
 from bench_rows import SMALL
-from dsp_benchmarks import cases as case_module
-from dsp_benchmarks.cases import Case, allowed_difference, build_case, case_input, check, default_cases
+from dsp_benchmarks.cases import (
+    Case,
+    allowed_difference,
+    build_case,
+    case_input,
+    check,
+    choose_cases,
+    default_cases,
+)
 from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.measure.isolation import IsolatedEngine
-from dsp_benchmarks.run import choose_cases, run_cases, time_runners
+from dsp_benchmarks.run import run_cases, time_runners
 from dsp_benchmarks.subjects.networks import Network
-from fake_engine import QUICK, FakeEngine
+from fakes import QUICK, FakeEngine
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError, DSPVerificationError
@@ -34,7 +44,7 @@ def _shorter(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", [_wrong, _not_a_number, _shorter])
-def test_a_wrong_engine_is_refused_before_anything_is_timed(engine: Callable[[Tensor], Tensor]) -> None:
+def test_a_wrong_answer_is_an_error_before_anything_is_timed(engine: Callable[[Tensor], Tensor]) -> None:
     calls: list[str] = []
 
     def right(x: Tensor) -> Tensor:
@@ -46,13 +56,11 @@ def test_a_wrong_engine_is_refused_before_anything_is_timed(engine: Callable[[Te
     assert calls == ["right"]  # checked, never timed
 
 
-def test_a_right_engine_passes_with_its_difference() -> None:
-    checked = check("close", lambda x: x + 5e-5, X, X, 1e-4)
-    assert checked.error == ""
-    assert checked.difference == pytest.approx(5e-5, rel=1e-2)
+def test_a_right_answer_passes_with_its_difference() -> None:
+    assert check("close", lambda x: x + 5e-5, X, X, 1e-4) == (pytest.approx(5e-5, rel=1e-2), "")
 
 
-def test_another_network_may_be_shown_unchecked() -> None:
+def test_another_network_may_be_timed_unchecked() -> None:
     rows = time_runners({"same": lambda x: x, "other": _wrong}, X, X, 1e-4, unchecked=("other",), rules=QUICK)
     assert [(row.engine, row.batch, row.difference) for row in rows] == [("same", 3, 0.0), ("other", 3, None)]
 
@@ -67,17 +75,17 @@ def test_another_network_may_be_shown_unchecked() -> None:
     ],
     ids=["right", "wrong", "not-a-number", "breaks"],
 )
-def test_only_a_right_engine_is_timed_and_every_other_is_a_row(
+def test_only_a_right_engine_is_timed_and_every_other_is_a_row_with_its_reason(
     network: Network, monkeypatch: pytest.MonkeyPatch, error: float, status: str, reason: str
 ) -> None:
-    fake = FakeEngine(error, [])
+    fake = FakeEngine(error=error)
     monkeypatch.setitem(ENGINES, "fake", fake)
     (row,) = run_cases(network, [2], [Case("packed", "fake")], QUICK)
     assert row.status == status
     assert reason in row.reason
     assert (row.samples is not None) == (status == "ok")
     if status == "wrong":
-        assert len(fake.calls) == 1  # the gate's
+        assert len(fake.calls) == 1  # the check
         assert row.difference == pytest.approx(error, nan_ok=True)
 
 
@@ -105,7 +113,7 @@ def test_every_default_engine_is_a_row_with_times_or_a_reason(network: Network) 
 
 
 def test_a_short_plan_builds_slow_engines_once(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES, "fake", FakeEngine(0.0, [], slow_build=True))
+    monkeypatch.setitem(ENGINES, "fake", FakeEngine(slow_build=True))
     rows = run_cases(network, [1, 2], [Case("packed", "fake")], QUICK, short=True)
     assert [(row.batch, row.status) for row in rows] == [(1, "skipped"), (2, "ok")]
     assert "for batch 2 only" in rows[0].reason
@@ -116,29 +124,22 @@ def test_the_input_is_the_same_everywhere(network: Network) -> None:
     assert not torch.equal(case_input(network, 3, 7), case_input(network, 3, 8))
 
 
-def test_an_isolated_engine_answers_from_its_own_process() -> None:
-    engine = IsolatedEngine(SMALL, Case("packed", "torch"), 2)
-    try:
+def test_an_isolated_engine_answers_from_its_own_process_and_says_that_it_died() -> None:
+    with closing(IsolatedEngine(SMALL, Case("packed", "torch"), 2)) as engine:
         assert engine.row.status == "ok"
         assert engine.row.difference == 0.0
         assert engine.warm_up(0.0) > 0
         assert len(engine.burst(1, 3, 1)) == 3
-        assert engine._process.pid != torch.multiprocessing.current_process().pid
-    finally:
-        engine.close()
-    assert not engine._process.is_alive()
-    with pytest.raises(DSPBackendError, match="packed/torch gave no answer"):
-        engine._receive()
+        assert engine.pid != os.getpid()
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(DSPBackendError, match="the process of packed/torch failed"):
+            engine.burst(1, 3, 1)
 
 
 def test_choosing_cases() -> None:
     assert choose_cases(engines=["torch"], forms=["packed"]) == [Case("packed", "torch")]
-    assert [case.form for case in choose_cases(engines=["torch"])] == [
-        "dense",
-        "packed",
-        "compacted",
-        "filters",
-    ]
+    forms = [case.form for case in choose_cases(engines=["torch"])]
+    assert forms == ["dense", "packed", "compacted", "filters"]
     assert {case.form for case in choose_cases(forms=["filters"])} == {"filters"}
     mixed = choose_cases(engines=["dense/openvino", "torch"], forms=["packed"])
     assert mixed == [Case("dense", "openvino"), Case("packed", "torch")]
@@ -150,7 +151,8 @@ def test_choosing_cases() -> None:
 
 
 def test_an_engine_of_another_device_says_so(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(case_module.ENGINES, "fake", FakeEngine(0.0, [], device="cuda"))
+    monkeypatch.setitem(ENGINES, "fake", FakeEngine(device="cuda"))
+    monkeypatch.setattr(FakeEngine, "available", lambda _: (True, ""))
     row, run = build_case(Case("packed", "fake"), network, case_input(network, 1, 0))
     assert run is None
     assert row.reason == "it runs on cuda only, this run is on cpu"

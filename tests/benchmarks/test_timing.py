@@ -1,53 +1,21 @@
-"""How numbers are taken: turns, gaps, repeats, and that a sleep is read as what it is."""
+"""How samples are taken: turns, gaps, warm-up and repeats; and what their statistics say."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import replace
 
 import pytest
-from dsp_benchmarks.measure import cuda_timing, timing
+import torch
+from dsp_benchmarks.measure.cuda_timing import device_times
 from dsp_benchmarks.measure.samples import Samples
 from dsp_benchmarks.measure.timing import LocalTimer, TimingRules, measure
+from fakes import Clock
 
 from dsp_kernels.errors import DSPBackendError
 
 
-class _Clock:
-    """A clock that only moves when a call says so: timing without waiting."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
-    clock = _Clock()
-    monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
-    monkeypatch.setattr(timing.time, "sleep", clock.sleep)
-    return clock
-
-
-def test_a_sleeping_engine_reads_within_two_percent() -> None:
-    # 20 ms: a sleep wakes up to 0.1 ms late, half a percent of it.
-    sleeper = LocalTimer(lambda: time.sleep(0.02))
-    other = LocalTimer(lambda: sum(range(1000)))
-    samples = measure({"sleeper": sleeper, "other": other}, TimingRules(rounds=9, warmup=0.05, burst=0.02))
-    assert samples["sleeper"].median == pytest.approx(0.02, rel=0.02)
-
-
-def test_each_engine_reads_its_own_time(clock: _Clock) -> None:
+def test_each_engine_reads_its_own_time(clock: Clock) -> None:
     timers = {
         "slow": LocalTimer(lambda: clock.spend(0.25)),
         "fast": LocalTimer(lambda: clock.spend(0.125)),
@@ -57,15 +25,17 @@ def test_each_engine_reads_its_own_time(clock: _Clock) -> None:
     assert samples["fast"].seconds == (0.125,) * 4
 
 
-def test_a_burst_holds_as_many_calls_as_fit_and_starts_after_a_gap_and_warm_calls(clock: _Clock) -> None:
+def test_a_turn_is_a_gap_warm_calls_and_as_many_timed_calls_as_fit(clock: Clock) -> None:
     calls = itertools.count()
+    gaps = 0
 
     def call() -> None:
+        nonlocal gaps
+        next(calls)
         # The first call of a turn is slow, as after another engine has used the caches.
-        clock.spend(0.25 if next(calls) >= 2 and clock.slept and len(clock.slept) != seen[0] else 2**-8)
-        seen[0] = len(clock.slept)
+        clock.spend(0.25 if len(clock.slept) > gaps else 2**-8)
+        gaps = len(clock.slept)
 
-    seen = [0]
     rules = TimingRules(rounds=3, warmup=0, burst=2**-6, warm_calls=2, settle=3 * 2**-8, gap=0.5)
     samples = measure({"one": LocalTimer(call)}, rules)
     assert samples["one"].per_round == 4
@@ -74,48 +44,57 @@ def test_a_burst_holds_as_many_calls_as_fit_and_starts_after_a_gap_and_warm_call
     assert clock.slept == [0.5] * 3
 
 
-def test_a_call_shorter_than_a_sample_is_repeated(clock: _Clock) -> None:
-    calls = itertools.count()
-
-    def short() -> None:
-        next(calls)
-        clock.spend(2**-20)
-
-    rules = TimingRules(rounds=3, warmup=0, shortest=2**-10, burst=2**-10, warm_calls=0, settle=0)
-    samples = measure({"short": LocalTimer(short)}, rules)
-    assert samples["short"].seconds == (2**-20,) * 3
-    assert next(calls) == 2 + 3 * 2**10  # two to warm up
-
-
-def test_throughput_takes_calls_back_to_back(clock: _Clock) -> None:
+@pytest.mark.parametrize(
+    ("rules", "once", "warm", "repeats"),
+    [
+        (
+            TimingRules(rounds=3, warmup=0, shortest=2**-10, burst=2**-10, warm_calls=0, settle=0),
+            *(2**-20, 2, 2**10),
+        ),
+        (TimingRules.throughput(rounds=3, window=0.25), 2**-6, 20 + 3 * 2, 16),
+    ],
+    ids=["calls-shorter-than-a-sample-are-repeated", "throughput-takes-calls-back-to-back"],
+)
+def test_one_sample_is_the_mean_of_repeated_calls(
+    clock: Clock, rules: TimingRules, once: float, warm: int, repeats: int
+) -> None:
     calls = itertools.count()
 
     def call() -> None:
         next(calls)
-        clock.spend(2**-6)
+        clock.spend(once)
 
-    samples = measure({"one": LocalTimer(call)}, TimingRules.throughput(rounds=2, window=0.25))
-    assert samples["one"].seconds == (2**-6,) * 2
-    warm = 20 + 2 * 2  # 0.3 s of warm-up, then two warm calls in each turn
-    assert next(calls) == warm + 2 * 16
+    samples = measure({"one": LocalTimer(call)}, rules)
+    assert samples["one"].seconds == pytest.approx((once,) * 3)
+    assert next(calls) == warm + 3 * repeats
 
 
-def test_a_limit_of_time_ends_the_rounds_after_eight(clock: _Clock) -> None:
+def test_the_rounds_of_a_slow_engine_fit_the_time_and_below_eight_it_is_left_out(clock: Clock) -> None:
     calls = itertools.count()
 
     def call() -> None:
         next(calls)
         clock.spend(1)
 
+    timers = {"one": LocalTimer(call)}
     rules = TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=9)
-    samples = measure({"one": LocalTimer(call)}, rules)
-    assert samples["one"].n == 8
+    assert measure(timers, rules)["one"].n == 8
     assert next(calls) == 1 + 8  # a long call is warmed up once and has no warm call in its turns
-    assert measure({"one": LocalTimer(call)}, replace(rules, most_seconds=31))["one"].n == 30
-    assert measure({"one": LocalTimer(call)}, replace(rules, most_seconds=8)) == {}
+    assert measure(timers, replace(rules, most_seconds=31))["one"].n == 30
+    assert measure(timers, replace(rules, most_seconds=8)) == {}
+    assert measure(timers, replace(rules, most_seconds=0), always=["one"])["one"].n == 8
 
 
-def test_a_machine_that_slows_down_ends_the_rounds_early(clock: _Clock) -> None:
+def test_the_first_engines_are_kept_and_later_ones_if_they_fit(clock: Clock) -> None:
+    def timer(seconds: float) -> LocalTimer:
+        return LocalTimer(lambda: clock.spend(seconds))
+
+    timers = {"slow": timer(1), "as slow": timer(1), "quick": timer(0.1)}
+    rules = TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=14)
+    assert list(measure(timers, rules)) == ["slow", "quick"]
+
+
+def test_a_machine_that_slows_down_ends_the_rounds_early(clock: Clock) -> None:
     calls = itertools.count()
     timer = LocalTimer(lambda: clock.spend(1 if next(calls) < 5 else 2))
     samples = measure({"one": timer}, TimingRules(rounds=50, warmup=0, gap=0.0, most_seconds=21))
@@ -123,7 +102,7 @@ def test_a_machine_that_slows_down_ends_the_rounds_early(clock: _Clock) -> None:
     assert clock.now <= 2 * 21
 
 
-def test_rounds_run_every_engine_once_in_a_seeded_random_order(clock: _Clock) -> None:
+def test_a_round_runs_every_engine_once_in_a_random_order_of_the_seed(clock: Clock) -> None:
     def orders(seed: int) -> list[str]:
         seen: list[str] = []
 
@@ -143,8 +122,7 @@ def test_rounds_run_every_engine_once_in_a_seeded_random_order(clock: _Clock) ->
     assert orders(4) != seen
 
 
-def test_the_device_is_waited_for_before_the_clock_stops(clock: _Clock) -> None:
-    """Work that was only queued counts in the sample that queued it."""
+def test_the_clock_stops_after_the_device_has_finished(clock: Clock) -> None:
     queued: list[float] = []
 
     def synchronize() -> None:
@@ -152,8 +130,7 @@ def test_the_device_is_waited_for_before_the_clock_stops(clock: _Clock) -> None:
             clock.spend(queued.pop())
 
     timer = LocalTimer(lambda: queued.append(0.5), synchronize)
-    samples = measure({"queues": timer}, TimingRules(rounds=2, warmup=0))
-    assert samples["queues"].seconds == (0.5, 0.5)
+    assert measure({"queues": timer}, TimingRules(rounds=2, warmup=0))["queues"].seconds == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +140,8 @@ def test_the_device_is_waited_for_before_the_clock_stops(clock: _Clock) -> None:
 )
 def test_quantiles(seconds: tuple[float, ...], median: float, p10: float, p90: float) -> None:
     samples = Samples(seconds)
-    assert samples.n == len(seconds)
-    assert (samples.median, samples.p10, samples.p90) == pytest.approx((median, p10, p90))
+    found = samples.median, samples.quantile(0.1), samples.quantile(0.9)
+    assert (samples.n, *found) == pytest.approx((len(seconds), median, p10, p90))
 
 
 @pytest.mark.parametrize(
@@ -177,25 +154,25 @@ def test_quantiles(seconds: tuple[float, ...], median: float, p10: float, p90: f
     ],
     ids=["few", "spread", "drift", "one-outlier-is-no-reason"],
 )
-def test_no_verdict_from_unstable_samples(seconds: tuple[float, ...], why: str) -> None:
+def test_unstable_samples_allow_no_verdict(seconds: tuple[float, ...], why: str) -> None:
     unstable = Samples(seconds).unstable
     assert why in unstable
     assert bool(why) == bool(unstable)
 
 
-def test_rounds_are_the_medians_of_neighbouring_calls() -> None:
+def test_a_round_is_the_median_of_its_calls() -> None:
     assert Samples((1.0, 2.0, 9.0, 4.0, 5.0, 6.0), 3).rounds == (2.0, 5.0)
 
 
 def test_device_times_need_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_timing.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DSPBackendError, match="torch finds none"):
-        cuda_timing.device_times(lambda: None)
+        device_times(lambda: None)
 
 
-def test_device_times_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the CUDA stream: enqueueing takes 1 ms, running 4 ms warm and 6 ms after a flush."""
-    host, device, cold, slept = [0.0], [0.0], [False], []
+def test_device_times_separate_warm_cold_and_enqueue(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """A fake CUDA stream: enqueueing takes 1 ms, running 4 ms with a warm L2 cache and 6 ms after a flush."""
+    device, cold, slept = [0.0], [False], []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -213,17 +190,15 @@ def test_device_times_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
             cold[0] = True
 
     def call() -> None:
-        host[0] += 0.001
+        clock.spend(0.001)
         device[0] += 0.006 if cold[0] else 0.004
         cold[0] = False
 
-    cuda = cuda_timing.torch.cuda
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(cuda, "Event", Event)
-    monkeypatch.setattr(cuda, "_sleep", lambda cycles: slept.append(cycles))
-    monkeypatch.setattr(cuda_timing.torch, "empty", lambda *args, **kwargs: Flush())
-    monkeypatch.setattr(cuda_timing.time, "perf_counter", lambda: host[0])
-    times = cuda_timing.device_times(call, repeats=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Flush())
+    times = device_times(call, repeats=5)
     assert (times.warm, times.cold, times.enqueue) == pytest.approx((0.004, 0.006, 0.001))
     assert len(slept) == 10  # every timed call begins while the device is busy

@@ -1,38 +1,30 @@
-"""The command line: the whole way with small runs, and errors as one line without a traceback."""
+"""The commands, with small runs: what they write and print, and errors as one line without a traceback."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from recipe_cases import interrupt_at
 from torch import Tensor, nn
 
 import dsp_kernels
+from dsp_cli import options
 from dsp_cli.main import main
+from dsp_cli.train import groups_folder
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights
-from dsp_pruning.recipes.training import Trainer
+from dsp_pruning.recipes.training import Progress
 
-SMALL = [
-    "-l",
-    "8",
-    "--data",
-    "digits",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "64",
-    "--seed",
-    "1",
-    "--device",
-    "cpu",
-]
+SMALL = ["-l", "8", "--data", "digits", "--epochs", "2", "--batch-size", "64"]
+SMALL += ["--seed", "1", "--device", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ def dsp(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every stage has run with the published flags, each from the one before."""
+    """The folder of a run of every stage, with the published options."""
     folder = tmp_path_factory.mktemp("runs")
     common = [*SMALL, "--save-dir", str(folder)]
     assert main(["pretrain", *common, "--lr", "0.1", "--momentum", "0.9", "--wd", "1e-4"]) == 0
@@ -71,7 +63,7 @@ def packed_file(trained: Path) -> Path:
     return path
 
 
-def test_each_stage_starts_from_the_one_before(trained: Path) -> None:
+def test_each_stage_starts_from_the_previous_one_and_writes_metrics(trained: Path) -> None:
     dense, _ = load_weights(trained / "pretrain" / "model.pt")
     learned, _ = load_weights(trained / "learn_groups_g2" / "model.pt")
     pruned, accuracy = load_weights(trained / "finetune_g2_p0.4" / "model.pt")
@@ -79,22 +71,19 @@ def test_each_stage_starts_from_the_one_before(trained: Path) -> None:
     groups = {name for name in learned if name.endswith(".group")}
     assert set(learned) - set(dense) == groups
     assert {learned[name].shape[0] for name in groups} == {2}
-    # The group logits are what finetuning started from, and it leaves them alone.
+    # Finetuning starts from the group logits and does not change them.
     assert all(torch.equal(learned[name], pruned[name]) for name in groups)
     settings = json.loads((trained / "learn_groups_g2" / "summary.json").read_text())["config"]
-    assert (settings["depth"], settings["groups"], settings["regularize"]) == (8, 2, 2e-3)
-    assert settings["second_order"] == "none"
-
-
-def test_each_stage_leaves_its_metrics(trained: Path) -> None:
+    wanted = {"depth": 8, "groups": 2, "regularize": 2e-3, "second_order": "none"}
+    assert {name: settings[name] for name in wanted} == wanted
     for stage in ("pretrain", "learn_groups_g2", "finetune_g2_p0.4"):
         with (trained / stage / "metrics.csv").open() as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
-def test_the_packed_file_answers_as_the_pruned_network(packed_file: Path) -> None:
+def test_the_packed_file_has_the_structure_of_the_pruned_network(packed_file: Path) -> None:
     model = dsp_kernels.load(packed_file)
-    assert model.example_shape == (1, 1, 16, 16)  # of the digits that it was trained on
+    assert model.example_shape == (1, 1, 16, 16)  # the training images
     convs = [module for module in model.modules() if isinstance(module, PackedConv2d)]
     assert len(convs) == 6
     summary = json.loads((packed_file.parent / "finetune_g2_p0.4" / "summary.json").read_text())
@@ -106,7 +95,7 @@ def test_the_packed_file_answers_as_the_pruned_network(packed_file: Path) -> Non
     assert 100 * (1 - macs / whole) == pytest.approx(summary["pruned_flops"], abs=1e-6)
 
 
-def test_inspect_shows_each_layer_and_draws_it(
+def test_inspect_lists_every_layer_and_draws_it(
     packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     picture = tmp_path / "new" / "structure.png"
@@ -124,7 +113,7 @@ def test_inspect_shows_each_layer_and_draws_it(
     assert [path.name for path in picture.parent.iterdir()] == ["structure.png"]
 
 
-def test_bench_times_a_saved_file_in_the_engines_asked_for(
+def test_bench_times_a_packed_file_in_the_chosen_engines(
     packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     out = tmp_path / "bench.json"
@@ -142,45 +131,32 @@ def test_bench_times_a_saved_file_in_the_engines_asked_for(
     assert "packed/fused:eager" in shown.out
 
 
-def test_demo_goes_the_whole_way(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_demo_runs_the_whole_pipeline(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
     shown = dsp("demo", "-l", 8, "--epochs", 2, "--rounds", 2, "--save-dir", tmp_path)
     assert shown.status == 0, shown.error
-    accuracy = {
-        line.split("│")[1].strip().removeprefix("accuracy "): line.split("│")[2].strip()
-        for line in shown.out.splitlines()
-        if "│ accuracy" in line
-    }
-    assert list(accuracy) == [
-        "dense",
-        "groups learned",
-        "before finetuning",
-        "finetuned",
-        "packed, reloaded",
-        "fused",
-    ]
+    cells = [line.split("│") for line in shown.out.splitlines() if "│ accuracy" in line]
+    accuracy = {row[1].strip().removeprefix("accuracy "): row[2].strip() for row in cells}
+    before = ["dense", "groups learned", "before finetuning"]
+    assert list(accuracy) == [*before, "finetuned", "packed, reloaded", "fused"]
     assert accuracy["finetuned"] == accuracy["packed, reloaded"] == accuracy["fused"]
-    for row in ("pruned FLOPs", "pruned params", "packed against masked", "fused against packed"):
+    rows = ["pruned FLOPs", "pruned params", "packed vs masked", "fused vs packed"]
+    for row in [*rows, *(f"latency {engine}, batch 32" for engine in ("dense", "packed", "fused"))]:
         assert row in shown.out
-    for engine in ("dense", "packed", "fused"):
-        assert f"latency {engine}, batch 32" in shown.out
-    assert {"packed.safetensors", "structure.png", "latency.json"} <= {
-        path.name for path in tmp_path.iterdir()
-    }
+    assert all(
+        (tmp_path / name).is_file() for name in ("packed.safetensors", "structure.png", "latency.json")
+    )
 
 
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(
+def test_ctrl_c_leaves_a_checkpoint_to_resume_from(
     dsp: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_epoch = Trainer._train_epoch
-
-    def interrupted(trainer: Trainer, progress: object) -> tuple[float, float]:
-        if trainer.epoch == 1:
-            raise KeyboardInterrupt
-        return train_epoch(trainer, None)
+    @contextmanager
+    def interrupting() -> Iterator[Callable[[str], Progress]]:
+        yield lambda stage: interrupt_at(20)  # in the second epoch of 18 steps
 
     arguments = ["pretrain", *SMALL, "--save-dir", tmp_path]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_epoch", interrupted)
+        patch.setattr(options, "progress_bars", interrupting)
         stopped = dsp(*arguments)
     assert stopped.status == 130
     assert stopped.error.startswith("error: interrupted")
@@ -189,89 +165,66 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(
     assert load_checkpoint(tmp_path / "pretrain")["epoch"] == 2
 
 
-def _text_file(folder: Path) -> Path:
-    path = folder / "text.safetensors"
-    path.write_text("this is no network")
-    return path
-
-
-BAD: list[tuple[str, Callable[[Path], Sequence[object]], int, str]] = [
-    ("no-command", lambda folder: ["conquer"], 2, "No such command 'conquer'"),
-    ("no-such-flag", lambda folder: ["demo", "--speed"], 2, "No such option"),
-    ("not-a-number", lambda folder: ["pretrain", "--epochs", "many"], 2, "--epochs"),
-    ("negative", lambda folder: ["pretrain", "--epochs", "-3"], 2, "--epochs"),
-    ("unknown-data", lambda folder: ["pretrain", "--data", "mnist"], 2, "'mnist' is not one of"),
-    ("unknown-order", lambda folder: ["learn-groups", "--second-order", "third"], 2, "'third' is not one of"),
-    ("pack-needs-files", lambda folder: ["pack"], 2, "--ckpt"),
-    ("no-data-root", lambda folder: ["pretrain", "--data", "subset"], 1, "needs --data-root"),
-    ("no-data", lambda folder: ["pretrain", "--data", "jpeg", "--data-root", folder], 1, "no such file"),
-    (
-        "no-dense-weights",
-        lambda folder: ["learn-groups", "--save-dir", folder],
-        1,
-        "run `dsp pretrain -l 20` first",
-    ),
-    ("no-weights", lambda folder: ["finetune", "--ckpt", folder / "none.pt"], 1, "none.pt: no such file"),
-    (
-        "foreign-weights",
-        lambda folder: ["finetune", "--ckpt", _text_file(folder)],
-        1,
-        "is not a readable checkpoint",
-    ),
-    ("impossible-depth", lambda folder: ["pretrain", "-l", "21", "--data", "digits"], 1, "depth is 21"),
-    ("no-file", lambda folder: ["inspect", folder / "none"], 1, "none"),
-    ("foreign-file", lambda folder: ["inspect", _text_file(folder)], 1, "not a readable safetensors file"),
-    ("bench-foreign", lambda folder: ["bench", _text_file(folder)], 1, "not a readable safetensors file"),
-    (
-        "pack-foreign",
-        lambda folder: ["pack", "--ckpt", _text_file(folder), "--save", folder / "x"],
-        1,
-        "is not a readable checkpoint",
-    ),
+# Arguments, exit status, part of the message. TEXT is a text file, FOLDER an empty folder, RUN stands for the
+# options of the trained network, PACKED for the packed one.
+BAD = [
+    ("conquer", 2, "No such command 'conquer'"),
+    ("demo --speed", 2, "No such option"),
+    ("pretrain --epochs many", 2, "--epochs"),
+    ("pretrain --epochs -3", 2, "--epochs"),
+    ("pretrain --data mnist", 2, "'mnist' is not one of"),
+    ("learn-groups --second-order third", 2, "'third' is not one of"),
+    ("pack", 2, "--ckpt"),
+    ("pretrain --data cifar10", 1, "needs --data-root"),
+    ("pretrain --data folder --data-root FOLDER", 1, "one folder of images per class"),
+    ("pretrain -l 21 --data digits", 1, "depth is 21"),
+    ("pretrain RUN --device cuda:99", 1, "device 'cuda:99' cannot be used"),
+    ("pretrain RUN --resume --lr 0.7", 1, "has lr = 0.1, now it is 0.7"),
+    ("learn-groups --save-dir FOLDER", 1, "run `dsp pretrain -l 20` first"),
+    ("learn-groups RUN -g 99", 1, "16 filters"),
+    ("learn-groups RUN -g 2 --layer-groups stage_9.*=3", 1, "stage_9.*"),
+    ("learn-groups RUN -g 2 --layer-groups stage_1", 1, "expected PATTERN=G"),
+    ("finetune RUN -g 2 --layer-groups stage_3.*=4", 1, "-g 2 --layer-groups 'stage_3.*=4'` first"),
+    ("finetune RUN -g 2 -p 1.5", 1, "rate"),
+    ("finetune RUN -g 2 --ckpt TRAINED/pretrain/model.pt", 1, "group is missing"),
+    ("finetune --ckpt FOLDER/none.pt", 1, "none.pt: no such file"),
+    ("finetune --ckpt TEXT", 1, "is not a readable checkpoint"),
+    ("pack --ckpt TEXT --save FOLDER/x", 1, "is not a readable checkpoint"),
+    ("pack --ckpt TEXT --save FOLDER/x.pt", 1, "use .safetensors"),
+    ("inspect FOLDER/none", 1, "none"),
+    ("inspect TEXT", 1, "not a readable safetensors file"),
+    ("inspect PACKED --picture FOLDER/picture.doc", 1, "cannot write the picture"),
+    ("bench TEXT", 1, "not a readable safetensors file"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
-)
+@pytest.mark.parametrize(("arguments", "status", "message"), BAD)
 def test_bad_input_is_one_line(
-    arguments: Callable[[Path], Sequence[object]],
+    arguments: str,
     status: int,
     message: str,
+    trained: Path,
+    packed_file: Path,
     dsp: Callable[..., Outcome],
     tmp_path: Path,
 ) -> None:
-    outcome = dsp(*arguments(tmp_path))
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a network")
+    (tmp_path / "empty").mkdir()
+    for name, value in (
+        ("RUN", " ".join([*SMALL, "--save-dir", "TRAINED"])),
+        ("TRAINED", trained),
+        ("PACKED", packed_file),
+        ("TEXT", text),
+        ("FOLDER", tmp_path / "empty"),
+    ):
+        arguments = arguments.replace(name, str(value))
+    outcome = dsp(*arguments.split())
     assert outcome.status == status
     assert outcome.error.startswith("error: ")
     assert message in outcome.error
     assert outcome.error.count("\n") == 1
-
-
-def test_bad_settings_of_a_stage_are_one_line(trained: Path, dsp: Callable[..., Outcome]) -> None:
-    for arguments, message in (
-        (["finetune", "-g", 2, "-p", "1.5"], "rate"),
-        (["finetune", "-g", 2, "--ckpt", trained / "pretrain" / "model.pt"], "group is missing"),
-        (["learn-groups", "-g", 99], "16 filters"),
-        (["learn-groups", "-g", 2, "--layer-groups", "stage_9.*=3"], "'stage_9.*' fits none of the 6 layers"),
-        (["learn-groups", "-g", 2, "--layer-groups", "stage_1"], "expected PATTERN=G"),
-        (["finetune", "-g", 2, "--layer-groups", "stage_3.*=4"], "-g 2 --layer-groups 'stage_3.*=4'` first"),
-        (["pretrain", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-        (["pretrain", "--resume", "--lr", "0.7"], "has lr = 0.1, now it is 0.7"),
-    ):
-        outcome = dsp(arguments[0], *SMALL[:-2], "--save-dir", trained, *arguments[1:])
-        assert outcome.status == 1
-        assert message in outcome.error
-        assert outcome.error.count("\n") == 1
-
-
-def test_a_picture_of_an_unknown_kind_is_one_line(
-    packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
-) -> None:
-    outcome = dsp("inspect", packed_file, "--picture", tmp_path / "picture.doc")
-    assert outcome.status == 1
-    assert "cannot write the picture" in outcome.error
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_help_names_every_command(dsp: Callable[..., Outcome]) -> None:
@@ -281,7 +234,7 @@ def test_help_names_every_command(dsp: Callable[..., Outcome]) -> None:
         assert command in shown.out
 
 
-def test_without_typer_the_command_says_what_to_install(
+def test_without_typer_the_error_names_the_extra_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "typer", None)
@@ -299,7 +252,7 @@ class _TwoInputs(nn.Module):
         return self.head(self.a(x) + self.b(y)).mean((2, 3))
 
 
-def test_a_network_of_several_inputs_in_every_command(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_network_with_several_inputs_in_every_command(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
     file = tmp_path / "two.safetensors"
     network, given = _TwoInputs().eval(), (torch.randn(1, 3, 8, 8), torch.randn(1, 1, 8, 8))
     dsp_kernels.save(network, file, given)
@@ -317,3 +270,25 @@ def test_a_network_of_several_inputs_in_every_command(dsp: Callable[..., Outcome
     refused = dsp("bench", file, "--out", tmp_path / "b.json")
     assert refused.status
     assert "takes several inputs" in refused.error
+
+
+GROUPS: list[tuple[int, dict[str, int]]] = [
+    (4, {}),
+    (48, {}),
+    *((4, {pattern: 8}) for pattern in ("stage_3.*", "stage_3.?", "stage_3.", "stage_3/*", "stage_3.%2A")),
+    (4, {"a": 1, "b": 2}),
+    (4, {"b": 2, "a": 1}),  # the order counts if both match a layer
+    (4, {"a=1_b": 2}),
+    (4, {"a": 12}),
+    (4, {f"layer{number}.*": 2 for number in range(40)}),
+    (4, {f"layer{number}.?": 2 for number in range(40)}),
+]
+
+
+def test_different_groups_have_different_valid_folders(tmp_path: Path) -> None:
+    names = {f"learn_groups_{groups_folder(*choice)}" for choice in GROUPS}
+    assert len(names) == len(GROUPS)
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert groups_folder(4, {"stage_3.0.conv_a": 8}) == "g4_stage_3.0.conv_a=8"

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from block_cases import BACK, CASES, IDS, NARROW, SQUARE, BlockCase, reference
+from block_cases import BACK, CASES, IDS, NARROW, SQUARE, BlockCase
 from emulation import Emulator
+from gpu_checks import check_block
 from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
@@ -16,9 +17,9 @@ from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.layout import GpuLayout
-from dsp_kernels.tolerances import network_tolerance
 
 CHWN = GpuLayout.CHWN
+BY_NAME = {case.name: case for case in CASES}
 
 
 def prepared(case: BlockCase, dtype: torch.dtype, emulator: Emulator) -> CudaBlock:
@@ -31,20 +32,7 @@ def prepared(case: BlockCase, dtype: torch.dtype, emulator: Emulator) -> CudaBlo
 
 
 def check(case: BlockCase, dtype: torch.dtype, emulator: Emulator, in_place: bool = False) -> None:
-    block = prepared(case, dtype, emulator)
-    x = case.input(dtype)
-    residual = None
-    shape = block.step.output_shape(x.shape)
-    if case.shortcut == "tensor":
-        residual = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = reference(block.step, x, residual)
-    there = None if residual is None else CHWN.from_nchw(residual)
-    out = there if in_place and there is not None else torch.full(CHWN.shape(shape), torch.nan, dtype=dtype)
-    block(CHWN.from_nchw(x), out, there)
-    y = CHWN.as_nchw(out).double()
-    assert torch.isfinite(y).all(), "an output was not written, or shared memory was read before it was"
-    error = (y - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    assert error <= network_tolerance(dtype, case.reduction, len(block.step.members)), f"error {error:.2e}"
+    check_block(prepared(case, dtype, emulator), case, dtype, in_place=in_place)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -55,34 +43,34 @@ def test_block(case: BlockCase, block_emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("name", ["unequal groups, absent channels", "bottleneck with stride and shortcut"])
 def test_bfloat16(name: str, block_emulator: Emulator) -> None:
-    check(next(case for case in CASES if case.name == name), torch.bfloat16, block_emulator)
+    check(BY_NAME[name], torch.bfloat16, block_emulator)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 @pytest.mark.parametrize("name", ["stride 2, another residual", "bottleneck in turns"])
 def test_copies_and_threads_in_any_order(name: str, late: bool, block_emulator: Emulator) -> None:
-    """Copies land at once or when they are waited for; threads run backwards; out is the residual."""
+    """Asynchronous copies land at once or at the wait; threads run backwards; out is the residual."""
     block_emulator.late, block_emulator.backwards = late, True
     try:
-        check(next(case for case in CASES if case.name == name), torch.float16, block_emulator, in_place=True)
+        check(BY_NAME[name], torch.float16, block_emulator, in_place=True)
     finally:
         block_emulator.late = block_emulator.backwards = False
 
 
-def test_no_bank_conflicts(block_emulator: Emulator) -> None:
-    """Channels that lie in all banks: ldmatrix, sums into the next map, the residual, rows that are kept."""
+def test_few_bank_conflicts(block_emulator: Emulator) -> None:
+    """ldmatrix, sums into the next map, the residual, rows kept for the next turn."""
     dense = GroupStructure.dense(16, 16)
     case = BlockCase("conflicts", ((dense, 3, 1), (dense, 3, 1)), hw=(4, 6), tile=(2, 6, 1), turns=2)
     check(case, torch.float16, block_emulator)
     counts = block_emulator.counts
     assert counts.matrices > 1000
     assert counts.matrix_conflicts == 0
-    # Four chunks of one channel beside four of another: they may begin at the same bank.
+    # Four chunks of one channel next to four of another may begin at the same bank.
     assert counts.load_conflicts <= counts.loads // 4
     assert counts.store_conflicts <= counts.stores // 10
 
 
-def test_other_images_do_not_reach_an_output(block_emulator: Emulator) -> None:
+def test_no_image_affects_another(block_emulator: Emulator) -> None:
     case = BlockCase("infinite", ((SQUARE, 3, 1), (SQUARE, 3, 1)), hw=(3, 4))
     block = prepared(case, torch.float16, block_emulator)
     x = case.input(torch.float16)
@@ -115,7 +103,7 @@ def test_tensors_that_do_not_fit(
         block(*change(x, torch.empty_like(x)))
 
 
-def test_a_shortcut_that_reaches_out_of_the_tile_is_refused() -> None:
+def test_a_shortcut_that_reads_outside_the_tile_has_no_geometry() -> None:
     wide = BlockCase("far", ((NARROW, 3, 1), (BACK, 3, 1)), (GroupStructure.dense(7, 7), 7, 1))
     tables = block_tables(wide.step(torch.float16), torch.float16, torch.device("cpu"))
     assert BlockGeometry.of(tables.step, tables.slots, (8, 8), (4, 4), 1) is None

@@ -1,4 +1,4 @@
-"""Networks whose residual blocks run as one kernel: the executor on the CPU, the kernel in the emulation."""
+"""Networks with residual blocks as one kernel: the executor on the CPU, the kernel in the emulator."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from dsp_kernels.errors import DSPBackendError, DSPError
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
-from dsp_kernels.run.gpu import blocks as gpu_blocks
 from dsp_kernels.run.gpu import program as cuda
+from dsp_kernels.run.gpu.cuda.blocks import plan as block_plan
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
+from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlanner
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
 from dsp_kernels.run.registry import Registry
@@ -52,12 +53,12 @@ class Bottlenecks(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: Emulator) -> Iterator[None]:
-    """Blocks run in the emulation and single convolutions in plain PyTorch."""
+    """Blocks run in the emulator and single convolutions in plain PyTorch."""
     monkeypatch.setattr(cuda, "GPU_KERNELS", Registry("GPU kernel"))
     monkeypatch.setattr(
-        gpu_blocks, "why_no_blocks", lambda dtype, device, layout: "" if layout is GpuLayout.CHWN else "NHWC"
+        block_plan, "why_no_blocks", lambda dtype, device, layout: "" if layout is GpuLayout.CHWN else "NHWC"
     )
-    monkeypatch.setattr(gpu_blocks, "CudaBlock", partial(CudaBlock, launch=block_emulator))
+    monkeypatch.setattr(block_plan, "CudaBlock", partial(CudaBlock, launch=block_emulator))
     monkeypatch.delenv("DSP_KERNELS_BLOCKS", raising=False)
     block_emulator.launches.clear()
     with torch.no_grad():
@@ -78,9 +79,15 @@ def model_of(name: str) -> nn.Module:
     return model.eval()
 
 
-def difference(model: nn.Module, got: Tensor, x: Tensor) -> float:
+def assert_close(got: Tensor, model: nn.Module, x: Tensor) -> None:
     expected = model.double()(x.double())
-    return ((got.double() - expected).abs().max() / expected.abs().max()).item()
+    assert got.shape == expected.shape
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error <= network_tolerance(torch.float16, 600, 12)
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0)).half()
 
 
 @pytest.mark.parametrize(
@@ -88,34 +95,27 @@ def difference(model: nn.Module, got: Tensor, x: Tensor) -> float:
 )
 def test_a_network_of_blocks(name: str, blocks: int, batch: int, block_emulator: Emulator) -> None:
     model = model_of(name)
-    runner = GpuRunner(program_of(model))
-    x = torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0)).half()
-    got = runner(x)
-    assert got.shape == (batch, *got.shape[1:])
+    x = images(batch)
+    assert_close(GpuRunner(program_of(model))(x), model, x)
     assert len(block_emulator.launches) == blocks
-    assert difference(model, got, x) <= network_tolerance(torch.float16, 600, 12)
 
 
-def test_who_does_not_want_blocks(block_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("bottlenecks")
+def test_blocks_can_be_turned_off(block_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = model_of("bottlenecks"), images(8)
     program = program_of(model)
-    x = torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0)).half()
-    GpuRunner(program, blocks=False)(x[:3])
-    GpuRunner(program, blocks=False)(x)
     GpuRunner(program, kernels="triton")(x)
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "0")
+    GpuRunner(program)(x[:3])
     without = GpuRunner(program)(x)
     assert not block_emulator.launches
-    assert difference(model, without, x) <= network_tolerance(torch.float16, 600, 12)
     assert not any("predicted" in form for form in CudaExecutor().describe(program))
-    GpuRunner(program, blocks=True)(x)
-    assert len(block_emulator.launches) == 2
+    assert_close(without, model, x)
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "yes")
     with pytest.raises(DSPError, match="expected 0 or 1"):
         GpuRunner(program)
 
 
-def test_every_block_is_explained() -> None:
+def test_describe_says_what_was_decided_for_every_block() -> None:
     program = program_of(model_of("basic"))
     forms = dict(zip((step.output for step in program.steps), CudaExecutor().describe(program), strict=True))
     residuals = [
@@ -123,16 +123,14 @@ def test_every_block_is_explained() -> None:
     ]
     assert len(residuals) == 3
     for output in residuals:
-        assert "predicted" in forms[output]
-        assert "floor" in forms[output]
-        assert "estimates" in forms[output]
-        # The inner convolution, and the shortcut's of two blocks.
+        assert all(word in forms[output] for word in ("predicted", "floor", "estimates"))
+        # The inner convolution, and the shortcut of two blocks.
         assert sum(form == f"part of {output}" for form in forms.values()) in (1, 2)
 
 
-def test_a_new_size_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_not_planned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = GpuRunner(program_of(model_of("bottlenecks")))
-    x = torch.randn(8, *SIZE).half()
+    x = images(8)
     expected = runner(x)
     monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
     assert torch.equal(runner(x), expected)
@@ -140,30 +138,27 @@ def test_a_new_size_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         runner(torch.cat([x, x]))
 
 
-def test_a_batch_is_filled_up_only_where_that_is_predicted_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_padded_only_where_that_is_predicted_to_gain() -> None:
     program = program_of(model_of("bottlenecks"))
-    blocks = gpu_blocks.GpuBlocks(program, torch.float16, torch.device("cpu"))
+    kind = torch.float16, torch.device("cpu")
+    blocks = BlockPlanner(program, *kind)
     assert [blocks.batch_for((batch, *SIZE)) for batch in (1, 3, 8, 9)] == [8, 8, 8, 16]
-    # Eight times the work, where launches do not matter.
+    # Eight times the work, with images so large that launches do not matter.
     assert blocks.batch_for((1, 3, 640, 640)) == 1
-    without = gpu_blocks.GpuBlocks(program, torch.float16, torch.device("cpu"), wanted=False)
-    assert without.batch_for((3, *SIZE)) == 3
+    assert BlockPlanner(program, *kind, wanted=False).batch_for((3, *SIZE)) == 3
 
     class Mixing(Bottlenecks):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).flip(0)  # an operation of its own: the last image comes first
+            return super().forward(x).flip(0)  # a TorchStep that mixes images
 
-    mixing = program_of(Mixing().eval())
-    assert gpu_blocks.GpuBlocks(mixing, torch.float16, torch.device("cpu")).batch_for((3, *SIZE)) == 3
+    assert BlockPlanner(program_of(Mixing().eval()), *kind).batch_for((3, *SIZE)) == 3
 
 
-def test_an_answer_without_a_batch_is_whole() -> None:
+def test_an_output_without_batch_dimension() -> None:
     class Flat(Bottlenecks):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).flatten()
 
     model = Flat().eval()
-    x = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(0)).half()
-    got = GpuRunner(program_of(model))(x)
-    assert got.shape == (3 * 12,)
-    assert difference(model, got, x) <= network_tolerance(torch.float16, 600, 12)
+    x = images(3)
+    assert_close(GpuRunner(program_of(model))(x), model, x)

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, readable by whoever may read a new file, and nothing else is left."""
+"""Files are written completely or not at all, with the access rights of any new file."""
 
 from __future__ import annotations
 

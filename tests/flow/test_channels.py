@@ -1,4 +1,4 @@
-"""Channel flow against the network itself: what it calls constant, zero, read or dead is so when it runs."""
+"""Channel flow against the network itself: constant, zero, read and dead are what they are when it runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Everything(nn.Module):
 
 
 def randomised(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Random values in eval mode, and masks with whole filters, channels and single kernels gone."""
+    """Random parameters in eval mode; masks without some filters, channels and single kernels."""
     torch.manual_seed(seed)
     model = Everything().double().eval()
     for module in model.modules():
@@ -60,7 +60,7 @@ def randomised(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
                 nn.init.normal_(module.bias)
                 module.weight.data[torch.rand(len(module.weight)) < 0.2] = 0
     nn.init.normal_(model.packed.bias)
-    model.fc.weight.data[:, :7] = 0  # channel 0, and all but one value of channel 1
+    model.fc.weight.data[:, :7] = 0  # channel 0, and all but one feature of channel 1
     model.head.weight.data[:, 0] = 0
     model.grouped.weight.data[3] = 0
     masks = {}
@@ -73,7 +73,7 @@ def randomised(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 class Run(fx.Interpreter):
-    """Runs the graph, keeps every value, and may add noise to one channel of one value."""
+    """Runs the graph, keeps every tensor, and adds noise to one channel of one of them."""
 
     def __init__(self, network: TracedNetwork, node: str = "", channel: int = 0) -> None:
         super().__init__(network.graph_module)

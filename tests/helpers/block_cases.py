@@ -1,4 +1,4 @@
-"""The table of residual blocks, and what the definition gives for them."""
+"""The table of residual blocks that every implementation has to pass, and the reference result."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Conv = tuple[GroupStructure, int, int]  # structure, kernel, stride
 
 @dataclass(frozen=True)
 class BlockCase:
-    """A block, its input and its tiles. shortcut: a convolution, or "input", "tensor" for what is added."""
+    """A block, its input and its tiles. shortcut: a convolution, or "input" or "tensor" for the residual."""
 
     name: str
     convs: tuple[Conv, ...]
     shortcut: Conv | str = "input"
     batch: int = 8
     hw: tuple[int, int] = (6, 5)
-    tile: tuple[int, int, int] = (4, 4, 1)  # rows, columns, eights of images
+    tile: tuple[int, int, int] = (4, 4, 1)  # rows, columns, multiples of 8 images
     turns: int = 1
     activation: str = "relu"
     inner: str = "relu"
@@ -67,13 +67,13 @@ class BlockCase:
 
     @property
     def reduction(self) -> int:
-        """Products that one output of the longest convolution sums."""
+        """The number of products in the longest sum."""
         convs = [*self.convs, *([] if isinstance(self.shortcut, str) else [self.shortcut])]
         return max(Case("", conv[0], conv[1]).reduction for conv in convs)
 
 
 def reference(step: BlockStep, x: Tensor, residual: Tensor | None) -> Tensor:
-    """The definition's answer in float64, convolution by convolution, nothing rounded in between."""
+    """The result by the definition in float64, without rounding between convolutions."""
 
     def run(conv: ConvStep, value: Tensor, added: Tensor | None) -> Tensor:
         spec = conv.spec
@@ -110,44 +110,37 @@ WIDE_BACK = GroupStructure.build(
     36, 40, [(range(3, 36), range(1, 40, 2)), (range(0, 34, 5), range(0, 40, 2))]
 )
 SQUARE = GroupStructure.build(16, 16, [(range(0, 16, 2), range(8)), (range(1, 12), range(8, 14))])
-DENSE7 = GroupStructure.dense(7, 7)
 POINTWISE = (GroupStructure.dense(12, 5), 1, 1)
 SPATIAL = (GroupStructure.build(5, 6, [([0, 4], [1, 2]), ([1, 2, 3], [5, 0, 3])]), 3, 1)
 EXPAND = (GroupStructure.build(6, 12, [(range(6), range(0, 12, 2)), ([1, 5], range(1, 10, 2))]), 1, 1)
 
+BASIC = ((NARROW, 3, 1), (BACK, 3, 1))
+SQUARES = ((SQUARE, 3, 1), (SQUARE, 3, 1))
+WIDER = ((WIDE, 3, 1), (WIDE_BACK, 3, 1))
+STRIDED = ((NARROW, 3, 2), (GroupStructure.dense(9, 8), 3, 1))
+LARGE = ((GroupStructure.dense(20, 64), 3, 1), (GroupStructure.dense(64, 20), 3, 1))
+BOTTLENECK = (POINTWISE, SPATIAL, EXPAND)
+CONSTANT = (
+    (GroupStructure.build(4, 4, [([], [0, 1, 2])]), 3, 1),
+    (GroupStructure.build(4, 4, [([2, 3], [1])]), 3, 1),
+)
+DEPTHWISE = (POINTWISE, (GroupStructure.uniform(5, 5, 5), 3, 1), (GroupStructure.dense(5, 12), 1, 1))
+GROUPED_SHORTCUT = (GroupStructure.build(7, 8, [([0, 5], [1, 2, 7]), ([6], [0])]), 1, 2)
+
 CASES = (
-    BlockCase("unequal groups, absent channels", ((NARROW, 3, 1), (BACK, 3, 1))),
-    BlockCase(
-        "strips that divide nothing", ((NARROW, 3, 1), (BACK, 3, 1)), hw=(9, 7), tile=(4, 3, 1), batch=24
-    ),
-    BlockCase("turns down the image", ((NARROW, 3, 1), (BACK, 3, 1)), hw=(11, 6), tile=(2, 6, 1), turns=3),
-    BlockCase(
-        "turns of one row", ((SQUARE, 3, 1), (SQUARE, 3, 1)), hw=(5, 5), tile=(1, 5, 2), turns=5, batch=16
-    ),
+    BlockCase("unequal groups, absent channels", BASIC),
+    BlockCase("strips that divide nothing", BASIC, hw=(9, 7), tile=(4, 3, 1), batch=24),
+    BlockCase("turns down the image", BASIC, hw=(11, 6), tile=(2, 6, 1), turns=3),
+    BlockCase("turns of one row", SQUARES, hw=(5, 5), tile=(1, 5, 2), turns=5, batch=16),
     BlockCase("one channel, one pixel", ((ONE_TO_ONE, 3, 1), (ONE_TO_ONE, 3, 1)), hw=(1, 1)),
+    BlockCase("no bias, other activations", BASIC, bias=False, activation="silu", inner="hardswish"),
+    BlockCase("no activation at the end", SQUARES, activation="none", inner="relu6"),
+    BlockCase("another residual", BASIC, "tensor", batch=16, tile=(3, 5, 1)),
     BlockCase(
-        "no bias, other activations",
-        ((NARROW, 3, 1), (BACK, 3, 1)),
-        bias=False,
-        activation="silu",
-        inner="hardswish",
-    ),
-    BlockCase("no activation at the end", ((SQUARE, 3, 1), (SQUARE, 3, 1)), activation="none", inner="relu6"),
-    BlockCase("another residual", ((NARROW, 3, 1), (BACK, 3, 1)), "tensor", batch=16, tile=(3, 5, 1)),
-    BlockCase(
-        "stride 2 with a shortcut",
-        ((NARROW, 3, 2), (GroupStructure.dense(9, 8), 3, 1)),
-        (GroupStructure.dense(7, 8), 1, 2),
-        hw=(9, 8),
-        tile=(3, 2, 1),
+        "stride 2 with a shortcut", STRIDED, (GroupStructure.dense(7, 8), 1, 2), hw=(9, 8), tile=(3, 2, 1)
     ),
     BlockCase(
-        "stride 2, groups in the shortcut",
-        ((NARROW, 3, 2), (GroupStructure.dense(9, 8), 3, 1)),
-        (GroupStructure.build(7, 8, [([0, 5], [1, 2, 7]), ([6], [0])]), 1, 2),
-        hw=(7, 7),
-        tile=(1, 4, 1),
-        turns=4,
+        "stride 2, groups in the shortcut", STRIDED, GROUPED_SHORTCUT, hw=(7, 7), tile=(1, 4, 1), turns=4
     ),
     BlockCase(
         "stride 2, another residual",
@@ -159,25 +152,17 @@ CASES = (
     ),
     BlockCase(
         "shortcut without stride",
-        ((WIDE, 3, 1), (WIDE_BACK, 3, 1)),
+        WIDER,
         (GroupStructure.uniform(40, 40, 4), 1, 1),
         hw=(4, 4),
         tile=(2, 4, 2),
         batch=16,
         turns=2,
     ),
-    BlockCase("more filters than a tile", ((WIDE, 3, 1), (WIDE_BACK, 3, 1)), hw=(4, 5), tile=(4, 5, 1)),
-    BlockCase(
-        "two tiles of 32",
-        ((GroupStructure.dense(20, 64), 3, 1), (GroupStructure.dense(64, 20), 3, 1)),
-        "input",
-        hw=(3, 3),
-        tile=(3, 3, 1),
-    ),
-    BlockCase("bottleneck", (POINTWISE, SPATIAL, EXPAND), tile=(3, 5, 1)),
-    BlockCase(
-        "bottleneck in turns", (POINTWISE, SPATIAL, EXPAND), hw=(7, 4), tile=(2, 2, 1), turns=4, batch=16
-    ),
+    BlockCase("more filters than a tile", WIDER, hw=(4, 5), tile=(4, 5, 1)),
+    BlockCase("two tiles of 32", LARGE, hw=(3, 3), tile=(3, 3, 1)),
+    BlockCase("bottleneck", BOTTLENECK, tile=(3, 5, 1)),
+    BlockCase("bottleneck in turns", BOTTLENECK, hw=(7, 4), tile=(2, 2, 1), turns=4, batch=16),
     BlockCase(
         "bottleneck with stride and shortcut",
         (POINTWISE, (SPATIAL[0], 3, 2), EXPAND),
@@ -186,18 +171,9 @@ CASES = (
         tile=(2, 3, 1),
         turns=2,
     ),
-    BlockCase("bottleneck, another residual", (POINTWISE, SPATIAL, EXPAND), "tensor", tile=(6, 5, 1)),
-    BlockCase(
-        "depthwise inside",
-        (POINTWISE, (GroupStructure.uniform(5, 5, 5), 3, 1), (GroupStructure.dense(5, 12), 1, 1)),
-    ),
-    BlockCase(
-        "a convolution that reads nothing",
-        (
-            (GroupStructure.build(4, 4, [([], [0, 1, 2])]), 3, 1),
-            (GroupStructure.build(4, 4, [([2, 3], [1])]), 3, 1),
-        ),
-    ),
+    BlockCase("bottleneck, another residual", BOTTLENECK, "tensor", tile=(6, 5, 1)),
+    BlockCase("depthwise inside", DEPTHWISE),
+    BlockCase("a convolution that reads nothing", CONSTANT),
     BlockCase("5x5 and 1x1", ((NARROW, 5, 1), (BACK, 1, 1)), tile=(2, 5, 1), turns=3),
 )
 IDS = [case.name.replace(" ", "-") for case in CASES]

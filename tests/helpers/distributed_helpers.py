@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["finish", "start", "tail"]
-
 HERE = Path(__file__).resolve().parent
 
 

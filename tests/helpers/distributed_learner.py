@@ -1,7 +1,8 @@
 """Learn groups as one process, or as one of two: argv = what to do, folder for the results.
 
 "learn": three steps of a net without batch norm and of ToyA, rank r on the r-th half of every batch, in the
-modes none and exact; then a step in which one process alone overflows. "die": rank 1 is killed in between.
+modes none and exact; then a step in which one process alone overflows, and every helper of
+``dsp_pruning.distributed``. "die": rank 1 is killed in between.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from toy_net import ToyA
@@ -58,7 +60,7 @@ def learner_of(make: Callable[[], nn.Module], mode: str) -> tuple[nn.Module, Any
     network = make().train()
     model = nn.parallel.DistributedDataParallel(network) if distributed.is_distributed() else network
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    # Every process brings another generator: rank 0's has to win.
+    # Every process has another generator; rank 0's is used by all.
     generator = torch.Generator().manual_seed(distributed.rank())
     learner = GroupWrapper(
         model, optimizer, F.cross_entropy, 0.05, STEPS, 3, 0.5, second_order=mode, generator=generator
@@ -100,6 +102,30 @@ def overflow_on_one(mode: str) -> dict[str, Any]:
     }
 
 
+def helpers() -> dict[str, Any]:
+    rank = distributed.rank()
+    shared = [
+        torch.full((2, 3), float(rank)),
+        torch.full((4,), float(rank), dtype=torch.float64),
+        torch.full((3, 2), float(rank)).T,
+    ]
+    distributed.broadcast_tensors(shared, source=1)
+    values = [torch.arange(3.0) + rank, torch.tensor(10.0 * rank)]
+    distributed.all_reduce_mean(values)
+    largest = torch.tensor(float(rank))
+    distributed.all_reduce_max(largest)
+    distributed.barrier()
+    network = nn.Linear(2, 2)
+    return {
+        "world": (distributed.world_size(), rank, distributed.local_rank(), distributed.is_main()),
+        "broadcast from 1": shared,
+        "mean": values,
+        "max": largest,
+        "any": (distributed.any_rank(rank == 1), distributed.any_rank(False)),
+        "unwrapped": distributed.unwrap(nn.parallel.DistributedDataParallel(network)) is network,
+    }
+
+
 def die() -> None:
     model, optimizer, learner, _ = learner_of(without_norm, "exact")
     for number in range(1000):
@@ -113,7 +139,7 @@ def die() -> None:
 
 
 def main() -> None:
-    with distributed.process_group(20.0, backend="gloo"):
+    with distributed.process_group(20.0, backend="gloo") as device:
         if sys.argv[1] == "die":
             die()
             return
@@ -124,7 +150,14 @@ def main() -> None:
             if distributed.is_distributed():
                 found[f"overflow/{mode}"] = overflow_on_one(mode)
         name = f"{distributed.world_size()}-{distributed.rank()}.pt"
+        if distributed.is_distributed():
+            assert device == torch.device("cpu")
+            found["helpers"] = helpers()
+            # gloo's threads still have tensors to free when the processes leave the group.
+            for _ in range(300):
+                dist.all_reduce(torch.ones(20_000), async_op=True)
         torch.save(found, Path(sys.argv[2]) / name)
+    assert not distributed.is_distributed()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A launch of a CUDA kernel, run by tests/cuda_emulated/emulator with the op's tables and sizes."""
+"""A launch of a CUDA kernel in tests/cuda_emulated/emulator, with the tables and sizes of the op."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 NUMBER = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-# Of one block: sm_90, and sm_86 as the smallest that the kernels run on.
+# Shared memory of a thread block: sm_90, and sm_86, the least that the kernels run with.
 MOST_SHARED, LEAST_SHARED = 232448, 101376
 
 
 @dataclass
 class Counts:
-    """Accesses of shared memory as the hardware takes them (16 bytes: quarter warps), and extra turns."""
+    """Accesses of shared memory (of 16 bytes: per quarter warp), and bank conflicts."""
 
     matrices: int = 0
     matrix_conflicts: int = 0
@@ -47,7 +47,7 @@ class Arguments(ctypes.Structure):
 class Emulator:
     """Callable like the op of this name. late, backwards: see host_machine.h.
 
-    counts: of the latest launch. launches: the first of the sizes of every launch.
+    counts: of the latest launch. launches: the first of the op's sizes, of every launch.
     """
 
     def __init__(self, library: Path, op: str) -> None:

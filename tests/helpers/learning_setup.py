@@ -1,4 +1,4 @@
-"""A toy net that learns groups, ready to be stepped, and all that such a step could change."""
+"""A toy net that learns groups, and all state that a step could change."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 from toy_net import ToyA
 
 from dsp_pruning.learn.wrapper import GroupWrapper
-
-__all__ = ["LAYERS", "MODES", "OPTIMIZERS", "Setup", "everything"]
 
 MODES = ("exact", "none", "original")
 LAYERS = ("conv1", "conv2", "conv3")
@@ -63,8 +61,15 @@ class Setup:
         return [self.model.get_submodule(name).group.clone() for name in LAYERS]
 
 
+def regulariser(prob: Tensor, weight: Tensor) -> Tensor:
+    """R by its definition (paper, equation 3), with the masked filters of every group written out."""
+    masked = prob[:, :, None, None, None] * weight
+    norms = masked.square().sum(dim=(1, 3, 4)).sqrt()
+    return (prob.sqrt().sum(dim=1).square() * norms.sum(dim=1)).sum()
+
+
 def everything(setup: Setup) -> dict[str, Tensor]:
-    """All tensors that training could have: weights, buffers, gradients, optimizer state, random numbers."""
+    """All state of training: weights, buffers, gradients, optimizer state, random state."""
     found = {f"state/{key}": value for key, value in setup.model.state_dict().items()}
     for name, parameter in setup.model.named_parameters():
         if parameter.grad is not None:

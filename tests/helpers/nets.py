@@ -1,4 +1,4 @@
-"""Small networks with every construct that planning has to get right."""
+"""Small networks with the constructs that the planner handles."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Residual(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """Norms before convolutions, an activation in place, a value that two read, x + x."""
+    """Norms before convolutions, an activation in place, a tensor with two readers, x + x."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PreActivation(nn.Module):
 
 
 class Branching(nn.Module):
-    """Operations that a Program does not know: concat, a product, a padding that is not zeros."""
+    """Concatenation, a product with a parameter, padding other than zeros, an elementwise chain."""
 
     def __init__(self) -> None:
         super().__init__()

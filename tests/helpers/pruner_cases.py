@@ -1,4 +1,4 @@
-"""A small network with learned groups to prune, and what the tests ask of it."""
+"""A small network with learned groups to prune, and readings of its state."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.prune.wrapper import PruneWrapper
 
-__all__ = ["fresh", "learned", "same", "state_of", "train", "zeros"]
-
 
 def learned(model: nn.Module, n_groups: Any = 3, seed: int = 0, **options: Any) -> PruneWrapper:
-    """A wrapper whose model has random weights, BN settings and group logits."""
+    """A wrapper whose model has random weights, batch norms and group logits."""
     generator = torch.Generator().manual_seed(seed)
     pruner = PruneWrapper(model, n_groups, **({"fp_every_nth_conv": 2} | options))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                # Channels of unlike size, as after group learning.
+                # Channels of different norms, as after group learning.
                 shape = (module.weight.shape[0], module.weight.shape[1], 1, 1)
                 module.weight.mul_(torch.rand(shape, generator=generator) * 2)
             if isinstance(module, nn.BatchNorm2d):

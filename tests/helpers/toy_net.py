@@ -1,12 +1,10 @@
-"""ToyA, the small network of the golden files (golden README section 4)."""
+"""ToyA, the small network of the golden files."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = ["ToyA"]
 
 
 class ToyA(nn.Module):

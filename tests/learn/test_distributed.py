@@ -1,17 +1,28 @@
-"""Helpers for several processes: with none, and with two real ones of a gloo group."""
+"""Data-parallel learning: the helpers alone, and two real processes against one with the doubled batch."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from distributed_helpers import finish, start, tail
+from distributed_helpers import HERE, finish, start, tail
 from torch import nn
 
 from dsp_kernels.errors import DSPTrainingError
 from dsp_pruning import distributed
+from dsp_pruning.learn.penalty import hard_assignment
+
+SCRIPT = "distributed_learner.py"
+MODES = ["none", "exact"]
 
 
-def test_alone_nothing_happens() -> None:
+def test_helpers_do_nothing_in_a_single_process() -> None:
     value = torch.tensor([1.0, 2.0])
     with distributed.process_group() as device:
         assert device is None
@@ -19,27 +30,83 @@ def test_alone_nothing_happens() -> None:
         distributed.all_reduce_mean([value])
         distributed.all_reduce_max(value)
         distributed.barrier()
-        assert distributed.broadcast_object("x") == "x"
         assert (distributed.any_rank(True), distributed.any_rank(False)) == (True, False)
     assert value.tolist() == [1.0, 2.0]
     assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
     assert distributed.is_main()
 
 
-def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_environment_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(DSPTrainingError, match=r"MASTER_ADDR.*torchrun"), distributed.process_group():
         pass
 
 
-def test_the_network_itself() -> None:
+def test_unwrap_finds_the_network() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     assert distributed.unwrap(model) is model
     assert distributed.unwrap(torch.compile(nn.DataParallel(model))) is model
 
 
-def test_two_processes() -> None:
-    for status, output in finish(start("distributed_worker.py", 2)):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process found ("1-0"), and each of two ("2-0", "2-1")."""
+    folder = tmp_path_factory.mktemp("learning")
+    pair = start(SCRIPT, 2, "learn", folder)
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    command = [sys.executable, str(HERE / SCRIPT), "learn", str(folder)]
+    subprocess.run(command, check=True, env=environment | {"OMP_NUM_THREADS": "1"}, timeout=100)
+    for status, output in finish(pair):  # 0 also means that leaving the group did not abort the process
         assert status == 0, tail(output)
-        assert output.endswith("ok\n"), tail(output)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_helpers_of_two_processes(runs: dict[str, Any], rank: int) -> None:
+    found = runs[f"2-{rank}"]["helpers"]
+    assert found["world"] == (2, rank, rank, rank == 0)
+    assert all((tensor == 1).all() for tensor in found["broadcast from 1"])
+    assert [value.tolist() for value in found["mean"]] == [[0.5, 1.5, 2.5], 5.0]
+    assert found["max"].item() == 1
+    assert found["any"] == (True, False)
+    assert found["unwrapped"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_equal_one_with_the_doubled_batch(runs: dict[str, Any], mode: str) -> None:
+    alone, together = runs["1-0"][f"plain/{mode}"], runs["2-0"][f"plain/{mode}"]
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        # Sums of 8 images in another order, through three steps; Adam magnifies what reaches the logits.
+        assert float((value - together[name]).abs().max()) <= (1e-10 if "group" in name else 1e-12), name
+        if "group" in name:
+            assert torch.equal(hard_assignment(value), hard_assignment(together[name]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("network", ["plain", "norm"])
+def test_all_processes_hold_the_same_bits(runs: dict[str, Any], network: str, mode: str) -> None:
+    first, second = runs["2-0"][f"{network}/{mode}"], runs["2-1"][f"{network}/{mode}"]
+    trained = [name for name in first if "running" not in name]  # DDP does not synchronise those
+    assert any(name.endswith("group") for name in trained)
+    assert all(torch.equal(first[name], second[name]) for name in trained)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_overflow_of_one_process_holds_back_all(runs: dict[str, Any], mode: str) -> None:
+    for name in ("2-0", "2-1"):
+        assert runs[name][f"overflow/{mode}"] == {"held": True, "skipped": 1}
+
+
+def test_a_killed_process_ends_the_other_with_an_error(tmp_path: Path) -> None:
+    processes = start(SCRIPT, 2, "die", tmp_path)
+    try:
+        processes[1].wait(100)
+    finally:
+        began = time.monotonic()
+        survivor, killed = finish(processes, 45.0)
+    assert killed[0] == -9
+    assert survivor[0] > 0, tail(survivor[1])
+    assert "Error" in survivor[1], tail(survivor[1])
+    assert time.monotonic() - began < 40  # the group's own timeout is 20 s

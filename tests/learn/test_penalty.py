@@ -1,4 +1,4 @@
-"""The regulariser's terms: against the golden numbers, torch.autograd, and at the edges."""
+"""The regulariser and its derivatives: against golden numbers and torch.autograd, and at the edges."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learning_setup import regulariser
 from torch import Tensor
 
 from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.penalty import Assigned
 
 # Golden values have up to 7 digits before the point: float64 keeps 1e-13 of a value through the sums.
 RELATIVE = 1e-13
-AUTOGRAD = 1e-9  # absolute, at the default eps where the term has no addend
+AUTOGRAD = 1e-9  # absolute, at the default eps if the term has no addend
+
+
+def penalty(prob: Tensor, weight: Tensor, scale: float = 1.0, **eps: float) -> Tensor:
+    """scale * dR/dw, [O, C, kh, kw]."""
+    factor = terms.penalty_factor(Assigned(prob), terms.kernel_energy(weight), scale, **eps)
+    return weight * factor.to(weight.dtype)[..., None, None]
 
 
 def case(shared: Path, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -36,33 +44,33 @@ def close(found: Tensor, wanted: Tensor, relative: float = RELATIVE) -> None:
 
 @pytest.mark.shared
 @pytest.mark.parametrize("index", range(4))
-def test_golden_terms(shared: Path, index: int) -> None:
+def test_terms_equal_the_golden_numbers(shared: Path, index: int) -> None:
     meta, golden = case(shared, index)
     prob, weight, scale = golden["prob"], golden["w"], float(golden["scale"])
     energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, golden["v"])
-    close(terms.regulariser(prob, energy), golden["R"])
-    close(terms.penalty(prob, weight, scale), golden["penalty"])
-    close(terms.penalty(prob, weight, eps=0.0), golden["dR_dw_exact_unscaled"])
-    close(terms.first_order(prob, energy), golden["dR_dp"])
-    close(terms.first_order(prob, energy, eps=0.0), golden["dR_dp_exact"])
-    close(terms.second_order_exact(prob, energy, product), golden["second_exact"])
-    # The original divides by n without eps in one place, we never do: 1e-8 / n in that term.
-    close(terms.second_order_original(prob, energy, product), golden["second_upstream"], 1e-7)
-    close(terms.second_order_original(prob, energy, product, eps=1e-300), original(golden), 1e-12)
+    close(terms.regulariser(Assigned(prob), energy), golden["R"])
+    close(penalty(prob, weight, scale), golden["penalty"])
+    close(penalty(prob, weight, eps=0.0), golden["dR_dw_exact_unscaled"])
+    close(terms.first_order(Assigned(prob), energy), golden["dR_dp"])
+    close(terms.first_order(Assigned(prob), energy, eps=0.0), golden["dR_dp_exact"])
+    close(terms.second_order_exact(Assigned(prob), energy, product), golden["second_exact"])
+    # The published code divides by n without eps in one place, ours never does: 1e-8 / n in that term.
+    close(terms.second_order_original(Assigned(prob), energy, product), golden["second_upstream"], 1e-7)
+    close(terms.second_order_original(Assigned(prob), energy, product, eps=1e-300), original(golden), 1e-12)
     hard = terms.hard_assignment(golden["logits"])
     assert torch.equal(hard.argmax(0), golden["hard"].long())
-    close(terms.regulariser(hard, energy), golden["R_hard"])
-    close(terms.penalty(hard, weight, scale), golden["penalty_hard"])
+    close(terms.regulariser(Assigned(hard), energy), golden["R_hard"])
+    close(penalty(hard, weight, scale), golden["penalty_hard"])
     close(
         terms.assignment(golden["logits"], torch.zeros(()), meta["temperature"]).sum(0), torch.ones(meta["O"])
     )
-    input_hw = (meta["in_hw"], meta["in_hw"])
-    found = terms.layer_scale(meta["C"], meta["O"], meta["k"], input_hw, meta["G"])
+    kernel, input_hw = (meta["k"], meta["k"]), (meta["in_hw"], meta["in_hw"])
+    found = terms.layer_scale(meta["C"], meta["O"], kernel, input_hw, meta["G"])
     assert found == pytest.approx(scale, rel=1e-15)
 
 
 def original(golden: dict[str, Tensor]) -> Tensor:
-    """Q of golden README section 4, step 7, term by term and without eps."""
+    """The published implementation's mixed term, factor by factor and without eps."""
     p, w, v = golden["prob"], golden["w"], golden["v"]
     n = torch.einsum("go,ockl->gc", p.square(), w.square()).sqrt()
     root = p.sqrt()
@@ -77,9 +85,8 @@ def original(golden: dict[str, Tensor]) -> Tensor:
 
 
 SHAPES = [
-    # groups, filters, channels, kernel: usual; every filter its own group; one channel; one group; not square
-    pytest.param(4, 16, 8, (3, 3), id="usual"),
-    pytest.param(5, 5, 6, (3, 3), id="G=O"),
+    pytest.param(4, 16, 8, (3, 3), id="usual"),  # groups, filters, channels, kernel
+    pytest.param(5, 5, 6, (3, 3), id="one-filter-per-group"),
     pytest.param(3, 7, 1, (1, 1), id="one-channel"),
     pytest.param(1, 6, 4, (3, 3), id="one-group"),
     pytest.param(2, 9, 5, (1, 7), id="1x7"),
@@ -89,6 +96,7 @@ SHAPES = [
 def problem(
     groups: int, filters: int, channels: int, kernel: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignment, weight and direction."""
     generator = torch.Generator().manual_seed(groups * 100 + filters)
 
     def normal(*shape: int) -> Tensor:
@@ -98,41 +106,37 @@ def problem(
     return prob, normal(filters, channels, *kernel), normal(filters, channels, *kernel)
 
 
-def true_regulariser(prob: Tensor, weight: Tensor) -> Tensor:
-    """The definition, with the masked filters of every group written out."""
-    masked = prob[:, :, None, None, None] * weight
-    norms = masked.square().sum(dim=(1, 3, 4)).sqrt()
-    return (prob.sqrt().sum(dim=1).square() * norms.sum(dim=1)).sum()
-
-
 @pytest.mark.parametrize(("groups", "filters", "channels", "kernel"), SHAPES)
 def test_terms_are_the_derivatives(groups: int, filters: int, channels: int, kernel: tuple[int, int]) -> None:
     prob, weight, direction = problem(groups, filters, channels, kernel)
     prob.requires_grad_()
     weight.requires_grad_()
-    value = true_regulariser(prob, weight)
+    value = regulariser(prob, weight)
     by_prob, by_weight = torch.autograd.grad(value, (prob, weight), create_graph=True)
     (mixed,) = torch.autograd.grad((by_weight * direction).sum(), prob)
     prob, weight = prob.detach(), weight.detach()
     energy = terms.kernel_energy(weight)
     product = terms.kernel_product(weight, direction)
-    # Without eps, because autograd's R has none; test_golden_terms pins the default eps.
-    pairs = [
-        (terms.regulariser(prob, energy), value),
-        (terms.penalty(prob, weight, eps=0.0), by_weight),
-        (terms.first_order(prob, energy, eps=0.0), by_prob),
-        (terms.second_order_exact(prob, energy, product), mixed),
-    ]
-    for found, wanted in pairs:
+    # Without eps, because autograd's R has none; the golden numbers pin the default eps.
+    for found, wanted in (
+        (terms.regulariser(Assigned(prob), energy), value),
+        (penalty(prob, weight, eps=0.0), by_weight),
+        (terms.first_order(Assigned(prob), energy, eps=0.0), by_prob),
+        (terms.second_order_exact(Assigned(prob), energy, product), mixed),
+    ):
         assert float((found - wanted.detach()).abs().max()) <= AUTOGRAD
 
 
-def test_penalty_at_the_default_eps_stays_near_the_derivative() -> None:
-    """What eps adds stays below 1e-7 of what reaches weights (P) and logits (prob * F)."""
+def test_the_default_eps_stays_near_the_derivative() -> None:
+    """It changes what reaches weights (penalty) and logits (prob * dR/dp) by less than 1e-7."""
     prob, weight, _ = problem(4, 16, 8, (3, 3))
-    close(terms.penalty(prob, weight), terms.penalty(prob, weight, eps=0.0), 1e-7)
+    close(penalty(prob, weight), penalty(prob, weight, eps=0.0), 1e-7)
     energy = terms.kernel_energy(weight)
-    close(prob * terms.first_order(prob, energy), prob * terms.first_order(prob, energy, eps=0.0), 1e-7)
+    close(
+        prob * terms.first_order(Assigned(prob), energy),
+        prob * terms.first_order(Assigned(prob), energy, eps=0.0),
+        1e-7,
+    )
 
 
 def test_logit_gradient_is_that_of_the_softmax() -> None:
@@ -152,40 +156,40 @@ def test_zero_weights_contribute_zero(zeroed: str, dtype: torch.dtype) -> None:
     where = {"channel": np.s_[:, 2], "filter": np.s_[3], "layer": np.s_[:], "kernel": np.s_[3, 2]}[zeroed]
     weight[where] = 0
     energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, direction)
-    hard = terms.hard_assignment(prob)
-    for assigned in (prob, hard):
-        shrink = terms.penalty(assigned, weight)
+    for assigned in (prob, terms.hard_assignment(prob)):
+        shrink = penalty(assigned, weight)
         assert torch.isfinite(shrink).all()
         assert (shrink[where] == 0).all()
         for second in (terms.second_order_exact, terms.second_order_original):
-            assert torch.isfinite(second(assigned, energy, product)).all()
-        assert torch.isfinite(terms.first_order(assigned, energy)).all()
+            assert torch.isfinite(second(Assigned(assigned), energy, product)).all()
+        assert torch.isfinite(terms.first_order(Assigned(assigned), energy)).all()
     if zeroed == "channel":
         kept = torch.arange(6) != 2
         for second in (terms.second_order_exact, terms.second_order_original):
-            close(second(prob, energy, product), second(prob, energy[:, kept], product[:, kept]), 1e-5)
-        close(terms.first_order(prob, energy), terms.first_order(prob, energy[:, kept]), 1e-5)
+            close(
+                second(Assigned(prob), energy, product),
+                second(Assigned(prob), energy[:, kept], product[:, kept]),
+                1e-5,
+            )
+        close(
+            terms.first_order(Assigned(prob), energy),
+            terms.first_order(Assigned(prob), energy[:, kept]),
+            1e-5,
+        )
     if zeroed == "layer":
-        assert (terms.first_order(prob, energy) == 0).all()
-        assert (terms.second_order_exact(prob, energy, product) == 0).all()
+        assert (terms.first_order(Assigned(prob), energy) == 0).all()
+        assert (terms.second_order_exact(Assigned(prob), energy, product) == 0).all()
 
 
-def test_certain_probabilities_stay_finite() -> None:
-    """A softmax at a low temperature gives exact zeros, where the slope of sqrt has no value."""
+def test_probabilities_of_exactly_zero_stay_finite() -> None:
+    """A softmax at a low temperature gives exact zeros, where the derivative of sqrt does not exist."""
     prob = terms.assignment(torch.tensor([[0.0, 1.0], [500.0, 0.0]]), torch.zeros(2, 2), 0.01)
     assert (prob == 0).any()
-    weight = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(1))
-    energy = terms.kernel_energy(weight)
-    slope = terms.first_order(prob, energy) + terms.second_order_exact(prob, energy, energy)
+    energy = terms.kernel_energy(torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(1)))
+    slope = terms.first_order(Assigned(prob), energy) + terms.second_order_exact(
+        Assigned(prob), energy, energy
+    )
     assert torch.isfinite(terms.logit_gradient(prob, slope, 0.01)).all()
-
-
-def test_one_filter_group_is_the_plain_norm_of_its_kernels() -> None:
-    weight = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    own = torch.eye(3, dtype=torch.float64)
-    norms = weight.square().sum(dim=(2, 3)).sqrt()
-    close(terms.regulariser(own, terms.kernel_energy(weight)), norms.sum())
-    close(terms.penalty(own, weight, eps=0.0), weight / norms[:, :, None, None])
 
 
 def test_equal_logits_go_to_the_lowest_group() -> None:
@@ -195,19 +199,19 @@ def test_equal_logits_go_to_the_lowest_group() -> None:
     assert torch.equal(hard.sum(0), torch.ones(3))
 
 
-def test_layers_can_be_batched() -> None:
-    """Layers of one shape may be stacked; each entry is what it is alone."""
-    alone = [problem(3, 8, 5, (3, 3)), problem(3, 8, 5, (3, 3))]
-    alone[1] = (alone[1][0].flip(0), alone[1][1] * 0.5, alone[1][2])
+def test_layers_of_equal_shape_can_be_stacked() -> None:
+    alone = [problem(3, 8, 5, (3, 3)), tuple(0.5 * value.flip(0) for value in problem(3, 8, 5, (3, 3)))]
     prob, weight, direction = (torch.stack(values) for values in zip(*alone, strict=True))
     energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, direction)
     for index, (p, w, v) in enumerate(alone):
         m, mv = terms.kernel_energy(w), terms.kernel_product(w, v)
-        close(terms.regulariser(prob, energy)[index], terms.regulariser(p, m))
-        close(terms.penalty(prob, weight, 2.0)[index], terms.penalty(p, w, 2.0))
-        close(terms.first_order(prob, energy)[index], terms.first_order(p, m))
-        close(terms.second_order_exact(prob, energy, product)[index], terms.second_order_exact(p, m, mv))
-        close(terms.hard_assignment(prob)[index], terms.hard_assignment(p))
+        close(terms.regulariser(Assigned(prob), energy)[index], terms.regulariser(Assigned(p), m))
+        close(terms.penalty_factor(Assigned(prob), energy)[index], terms.penalty_factor(Assigned(p), m))
+        close(terms.first_order(Assigned(prob), energy)[index], terms.first_order(Assigned(p), m))
+        close(
+            terms.second_order_exact(Assigned(prob), energy, product)[index],
+            terms.second_order_exact(Assigned(p), m, mv),
+        )
 
 
 def test_half_precision_weights_are_squared_in_float32() -> None:
@@ -215,52 +219,4 @@ def test_half_precision_weights_are_squared_in_float32() -> None:
     energy = terms.kernel_energy(weight)
     assert energy.dtype == torch.float32
     assert float(energy[0, 0]) == pytest.approx(9e-8, rel=0.01)
-    shrink = terms.penalty(torch.full((1, 2), 1.0), weight)
-    assert shrink.dtype == torch.float16
-    assert torch.isfinite(shrink).all()
-
-
-@pytest.mark.parametrize(("groups", "filters", "channels", "kernel"), SHAPES)
-def test_gradcheck_of_every_derivative(
-    groups: int, filters: int, channels: int, kernel: tuple[int, int]
-) -> None:
-    """Numerical differences of R and of <dR/dw, v> agree with the closed forms."""
-    prob, weight, direction = problem(groups, filters, channels, kernel)
-    energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, direction)
-
-    class Regulariser(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, prob: Tensor, weight: Tensor) -> Tensor:
-            return true_regulariser(prob, weight)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-            first = terms.first_order(prob, energy, eps=0.0)
-            return grad * first, grad * terms.penalty(prob, weight, eps=0.0)
-
-    class Slope(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, prob: Tensor) -> Tensor:
-            return (terms.penalty(prob, weight, eps=0.0) * direction).sum()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return grad * terms.second_order_exact(prob, energy, product)
-
-    class Softmax(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, logits: Tensor) -> Tensor:
-            return (terms.assignment(logits, torch.zeros(()), 0.5) * direction[:, 0, 0, 0]).sum()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            slope = direction[:, 0, 0, 0].expand(groups, filters)
-            return grad * terms.logit_gradient(terms.assignment(logits, torch.zeros(()), 0.5), slope, 0.5)
-
-    logits = torch.randn(
-        groups, filters, generator=torch.Generator().manual_seed(5), dtype=torch.float64
-    ).requires_grad_()
-    inputs = (prob.clone().requires_grad_(), weight.clone().requires_grad_())
-    assert torch.autograd.gradcheck(Regulariser.apply, inputs)
-    assert torch.autograd.gradcheck(Slope.apply, (prob.clone().requires_grad_(),), atol=1e-4, rtol=1e-3)
-    assert torch.autograd.gradcheck(Softmax.apply, (logits,))
+    assert torch.isfinite(penalty(torch.full((1, 2), 1.0), weight)).all()

@@ -1,7 +1,6 @@
-"""What needs a GPU. ``scripts/gpu_check.sh`` runs it; elsewhere every test here skips with the reason.
+"""Tests that need a GPU: ``scripts/gpu_check.sh`` runs them; elsewhere they are skipped with the reason.
 
-With DSP_DEVICE=cpu and TRITON_INTERPRET=1 the table of single convolutions is rehearsed in Triton's
-interpreter.
+DSP_DEVICE=cpu rehearses the table of single convolutions in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ def device() -> torch.device:
     if os.environ.get("DSP_DEVICE") == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        # The script that is there to check a GPU must not pass without one.
+        # scripts/gpu_check.sh must not pass without a GPU.
         (pytest.fail if os.environ.get("DSP_REQUIRE_GPU") else pytest.skip)("torch finds no CUDA device")
     return torch.device("cuda", torch.cuda.current_device())
 

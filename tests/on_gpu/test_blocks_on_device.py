@@ -1,17 +1,19 @@
-"""Residual blocks as one kernel on a GPU against the definition, and networks with and without them."""
+"""Residual blocks as one kernel on a GPU against the definition, and networks with and without blocks."""
 
 from __future__ import annotations
 
 import nets
 import pytest
 import torch
-from block_cases import CASES, IDS, BlockCase, reference
+from block_cases import CASES, IDS, BlockCase
+from gpu_checks import check_block
 
 import dsp_kernels
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
-from dsp_kernels.run.gpu.cuda.blocks.cost import best_geometry, device_model
+from dsp_kernels.run.gpu.cuda.blocks.cost import device_model
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
+from dsp_kernels.run.gpu.cuda.blocks.plan import best_geometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import network_tolerance
@@ -20,7 +22,7 @@ HALF = (torch.float16, torch.bfloat16)
 CHWN = GpuLayout.CHWN
 FOUR = GroupStructure.uniform(16, 16, 4)
 GROUPS = GroupStructure.build(64, 64, [(range(0, 64, 2), range(0, 40)), (range(3, 60), range(40, 64))])
-# As in real networks: many blocks of threads, tiles that need more than 48 KB of shared memory, many turns.
+# As in real networks: many thread blocks, tiles with more than 48 KB of shared memory, many turns.
 REAL = (
     BlockCase("stage 1", ((FOUR, 3, 1), (FOUR, 3, 1)), batch=64, hw=(32, 32), tile=(8, 16, 1)),
     BlockCase(
@@ -46,28 +48,16 @@ def test_block(case: BlockCase, dtype: torch.dtype, gpu: torch.device) -> None:
         pytest.fail(reason)
     step = case.step(dtype)
     tables = block_tables(step, dtype, gpu)
+    shape = case.batch, case.convs[0][0].in_channels, *case.hw
+    out = step.output_shape(shape)
+    planned = best_geometry(
+        tables, {**dict.fromkeys(step.inputs, out), "x": shape, "y": out}, device_model(gpu)
+    )
     chosen = BlockGeometry.of(step, tables.slots, case.hw, case.tile[:2], case.tile[2], case.turns)
-    x = case.input(dtype)
-    shape = step.output_shape(x.shape)
-    shapes = {**dict.fromkeys(step.inputs, shape), "x": tuple(x.shape), "y": shape}
-    planned = best_geometry(tables, shapes, device_model(gpu))
-    residual = None
-    if case.shortcut == "tensor":
-        residual = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = reference(step, x, residual)
-    bound = network_tolerance(dtype, case.reduction, len(step.members)) * expected.abs().max().item()
-    there = CHWN.from_nchw(x.to(gpu))
     for geometry in (chosen, planned[0] if planned else None):
         assert geometry is not None
-        block = CudaBlock(step, tables, geometry)
-        for in_place in (False, True) if residual is not None else (False,):
-            added = None if residual is None else CHWN.from_nchw(residual.to(gpu))
-            out = torch.full(CHWN.shape(shape), float("nan"), dtype=dtype, device=gpu)
-            if in_place and added is not None:
-                out = added
-            block(there, out, added)
-            error = (CHWN.as_nchw(out).cpu().double() - expected).abs().max().item()
-            assert error <= bound, f"in place {in_place}, {geometry.regions[-1]}: {error:.3g}"
+        for in_place in (False, True) if case.shortcut == "tensor" else (False,):
+            check_block(CudaBlock(step, tables, geometry), case, dtype, gpu, in_place)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

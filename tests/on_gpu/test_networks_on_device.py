@@ -1,10 +1,10 @@
-"""Whole networks on a GPU: the answers, CUDA graphs, streams, devices, and what is refused."""
+"""Whole networks on a GPU: results, CUDA graphs, streams, devices, and invalid inputs."""
 
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nets
@@ -26,7 +26,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def _exact_float32() -> Iterator[None]:
-    """cuDNN and cuBLAS may not round float32 to tf32 in what the kernels are held to."""
+    """The reference must not round float32 to tf32 in cuDNN and cuBLAS."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -47,7 +47,7 @@ def test_fused_networks(name: str, dtype: torch.dtype, backend: str, gpu: torch.
     model = nets.make(name).to(gpu)
     fused = dsp_kernels.fuse(model, torch.randn(3, 3, 8, 8, device=gpu), backend=backend, dtype=dtype)
     eager = dsp_kernels.fuse(model, torch.randn(3, 3, 8, 8, device=gpu), backend="eager", dtype=dtype)
-    # Both round: twice the distance of one from the truth.
+    # Both round: twice the error of one.
     bound = 2 * network_tolerance(dtype, 200, len(fused.program.steps))
     for batch in (1, 8, 5, 32, 0, 8):
         x = torch.randn(batch, 3, 8, 8, device=gpu)
@@ -81,37 +81,31 @@ def test_real_networks(
 
 
 def test_calls_replay_a_graph(network: FusedNetwork, gpu: torch.device) -> None:
+    runner = GpuRunner(network.program)
     x = torch.randn(8, 3, 8, 8, device=gpu)
-    first = network(x).clone()
-    runner = network._runners[network.backend]
-    assert isinstance(runner, GpuRunner)
-    assert all(run.is_captured for run in runner._runs._kept.values())
-    other = network(torch.randn(8, 3, 8, 8, device=gpu))
-    assert not torch.equal(other, first)
-    assert torch.equal(network(x), first)
+    with torch.no_grad():
+        first = runner(x).clone()
+        assert runner.is_captured(x.shape)
+        assert not torch.equal(runner(torch.randn(8, 3, 8, 8, device=gpu)), first)
+        assert torch.equal(runner(x), first)
 
 
 def test_streams_and_threads(network: FusedNetwork, gpu: torch.device) -> None:
     images = [torch.randn(8, 3, 8, 8, device=gpu) for _ in range(4)]
     expected = [network(x).clone() for x in images]
     torch.cuda.synchronize()
-    wrong: list[int] = []
 
-    def work(number: int) -> None:
+    def is_right(number: int) -> bool:
         with torch.cuda.stream(torch.cuda.Stream()):
-            answers = [network(images[number]) for _ in range(50)]
+            outputs = [network(images[number]) for _ in range(50)]
             torch.cuda.current_stream().synchronize()
-            wrong.extend(number for answer in answers if not torch.equal(answer, expected[number]))
+            return all(torch.equal(output, expected[number]) for output in outputs)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(is_right, range(4)))
 
 
-def test_inside_somebody_elses_graph(network: FusedNetwork, gpu: torch.device) -> None:
+def test_captured_in_a_graph_of_the_caller(network: FusedNetwork, gpu: torch.device) -> None:
     x = torch.randn(8, 3, 8, 8, device=gpu)
     expected = network(x).clone()
     graph = torch.cuda.CUDAGraph()

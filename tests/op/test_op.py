@@ -47,7 +47,7 @@ def test_op_equals_its_definition(case: Case, dtype: torch.dtype) -> None:
 def test_every_form_of_the_eager_backend(form: str, case: Case) -> None:
     """Small layers alone would not reach every form: it is chosen by size."""
     a = case.tensors()
-    y = eager._FORMS[form](case.spec, a.weights, a.bias)(a.x)
+    y = eager.FORMS[form](case.spec, a.weights, a.bias)(a.x)
     if a.residual is not None:
         y = y + a.residual
     y = eager.activate_(y, case.spec.activation)

@@ -25,14 +25,14 @@ def padded() -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("name", cases.OPERATIONS)
-def test_exact_at_its_size(name: str) -> None:
+def test_outputs_at_the_size_of_the_example(name: str) -> None:
     model, x = cases.net(name, 3, 1), cases.images(2, 12)
     packed, expected = pack(model, x, fixed_size=True), cases.masked(model)(x)
     torch.testing.assert_close(packed(x), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(unpack(packed)(x), expected, rtol=0, atol=1e-12)
 
 
-def test_only_when_asked_for() -> None:
+def test_folds_only_on_request() -> None:
     model, _, x = padded()
     plain, fixed = pack(model, x), pack(model, x, fixed_size=True)
     assert not any(isinstance(module, FixedSizeConv2d) for module in plain.modules())
@@ -41,10 +41,10 @@ def test_only_when_asked_for() -> None:
     assert isinstance(fixed.reader, FixedSizeConv2d)
     assert fixed.packing.layers["reader"].folded == (5, 9)
     border, middle = fixed.reader.position_bias[:, 0, 0], fixed.reader.position_bias[:, 5, 5]
-    assert (border - middle).abs().max() > 0.01  # one number for all places would be wrong
+    assert (border - middle).abs().max() > 0.01  # one bias per channel would be wrong
 
 
-def test_every_form_refuses_other_sizes(tmp_path: Path) -> None:
+def test_all_forms_refuse_other_sizes(tmp_path: Path) -> None:
     model, masked, x = padded()
     packed = pack(model, x, fixed_size=True)
     dsp_kernels.save(packed, tmp_path / "net", x)
@@ -75,7 +75,7 @@ def test_strides_and_dilations(stride: int, dilation: int, kernel: int) -> None:
         packed(cases.images(3, 11))
 
 
-def test_trains_and_travels(tmp_path: Path) -> None:
+def test_trains_exports_and_packs_again(tmp_path: Path) -> None:
     model, masked, x = padded()
     packed = pack(model, x, fixed_size=True)
     export_pt2(packed, tmp_path / "net.pt2", x)

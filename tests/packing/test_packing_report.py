@@ -1,4 +1,4 @@
-"""What a packed network carries with it: its original channels, its barriers, and the way back."""
+"""The packing report, constants, modules that run twice, and unpack."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from test_packing_any import images
 from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.errors import DSPPruningError, DSPTraceError, DSPVerificationError
+from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import pack
-from dsp_pruning.packing import pack as packing
-from dsp_pruning.packing.plan import LayerPlan
 from dsp_pruning.packing.unpack import unpack
-
-
-def images(batch: int, size: int = 12, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
 
 
 class Heads(nn.Module):
@@ -150,7 +144,7 @@ def test_the_bias_of_an_absent_channel_stays_without_effect() -> None:
 
 
 class Twice(nn.Module):
-    """One conv runs on two values, also under a second name."""
+    """One convolution runs on two tensors, once under a second name."""
 
     def __init__(self, kernel: int) -> None:
         super().__init__()
@@ -237,17 +231,6 @@ def test_is_an_ordinary_module() -> None:
     assert pickle.loads(pickle.dumps(packed.packing)) == packed.packing
 
 
-def test_trains_with_the_statistics_of_the_masked_network() -> None:
-    model = gated()
-    packed = pack(model, images(2)).train()
-    with torch.no_grad():
-        model.stem.weight.mul_(model.stem.mask)
-    model.train()
-    torch.testing.assert_close(packed(images(4)), model(images(4)), rtol=0, atol=1e-12)
-    kept = list(packed.packing.layers["norm"].out_keep)
-    torch.testing.assert_close(packed.norm.running_var, model.norm.running_var[kept], rtol=0, atol=1e-12)
-
-
 def test_unpack_gives_masks_and_widths_back() -> None:
     model = gated()
     dense = unpack(pack(model, images(2)))
@@ -261,33 +244,11 @@ def test_unpack_gives_masks_and_widths_back() -> None:
         unpack(nn.Conv2d(3, 3, 1))
 
 
-def test_rounding_beyond_the_bound_is_told_from_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A steep network in float32 differs by more than the bound; its own rounding says how much it may."""
-    monkeypatch.setattr(packing, "network_tolerance", lambda *_: 0.0)
-    model = gated().float()
-    packed = pack(model, images(2).float())
-    rebuild = packing.rebuild
-
-    def wrong(module: nn.Module, plan: LayerPlan) -> nn.Module:
-        made = rebuild(module, plan)
-        if isinstance(made, PackedConv2d):
-            made.weights[0].data[0] *= 1.001
-        return made
-
-    monkeypatch.setattr(packing, "rebuild", wrong)
-    with pytest.raises(DSPVerificationError, match="differs from the masked one"):
-        pack(model, images(2).float())
-    assert packed.depthwise.groups == 6
-
-
-def test_what_torch_fx_cannot_follow_is_refused() -> None:
-    class Undecided(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) if x.sum() > 0 else x
-
-    with pytest.raises(DSPTraceError, match="Undecided cannot be traced"):
-        pack(Undecided().double(), images(1))
+def test_a_depthwise_convolution_with_one_channel_left_is_unpacked() -> None:
+    layers = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 4, 1)
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        model[0].weight[1:] = 0
+    packed = pack(model, images(2))
+    assert (packed[1].groups, unpack(packed)[1].groups) == (1, 8)
+    torch.testing.assert_close(unpack(packed)(images(3)), model(images(3)), rtol=0, atol=1e-12)

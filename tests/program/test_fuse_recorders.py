@@ -1,4 +1,4 @@
-"""A fused network under those who record operations instead of running them."""
+"""A fused network under tracers, compilers and dispatch modes, which record its operations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dsp_kernels
 
 
-def test_can_be_traced_compiled_and_exported() -> None:
-    """Whoever records operations sees PyTorch's own."""
+def test_it_can_be_traced_compiled_and_exported() -> None:
     model, x = nets.make("residual"), nets.example(seed=3)
     fused = dsp_kernels.fuse(model, nets.example())
     with torch.no_grad():
@@ -54,7 +53,7 @@ def test_a_dispatch_mode_sees_every_operation(name: str) -> None:
     assert sum("convolution" in op for op in names.seen) >= 5
     assert any("addmm" in op or "linear" in op for op in names.seen)
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(fused(x), expected)  # the backend runs again afterwards
+    assert torch.equal(fused(x), expected)  # afterwards the backend runs again
 
 
 @pytest.mark.parametrize("name", nets.ON_A_CPU)
@@ -67,7 +66,7 @@ def test_operations_of_a_fused_network_can_be_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", nets.ON_A_CPU)
-def test_shapes_can_be_asked_for_without_running(name: str) -> None:
+def test_fake_tensors_give_the_output_shape(name: str) -> None:
     fused = dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=name)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         answers: list[Tensor] = [fused(torch.empty(7, 3, 8, 8)), fused(mode.from_tensor(nets.example(7)))]
@@ -76,8 +75,8 @@ def test_shapes_can_be_asked_for_without_running(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", nets.ON_A_CPU)
-def test_a_recorder_leaves_nothing_behind(name: str) -> None:
-    """What is made ready under one recorder is kept for the next, so it must not be of the first's kind."""
+def test_one_recorder_does_not_affect_the_next(name: str) -> None:
+    """What is prepared under one recorder is kept for later calls."""
     fused, x = dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=name), nets.example()
     expected = fused(x)
     fresh = copy.deepcopy(fused)

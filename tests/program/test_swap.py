@@ -31,7 +31,7 @@ def test_same_answers(batch: int, layout: torch.memory_format) -> None:
     torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-12)
 
 
-def test_replaces_in_place_and_folds_the_norm() -> None:
+def test_it_replaces_in_place_and_folds_the_norm() -> None:
     model = nets.make("residual")
     assert dsp_kernels.swap(model) is model
     assert isinstance(model.packed, FusedConv2d)
@@ -39,13 +39,13 @@ def test_replaces_in_place_and_folds_the_norm() -> None:
     assert isinstance(model.strided_norm, nn.Identity)
     assert isinstance(model.norm, nn.BatchNorm2d)  # follows an ordinary convolution
     assert not any(isinstance(module, PackedConv2d) for module in model.modules())
-    # Two channels are absent and get the norm's shift: one more group, which reads nothing.
+    # Two channels are absent and hold the norm's shift: one more group, which reads nothing.
     assert model.packed.spec.structure.groups[-1].in_index == ()
     assert not model.packed.spec.structure.absent
 
 
 class ReadTwice(nn.Module):
-    """The convolution's own output is needed too, so its norm cannot be folded."""
+    """Reads the output of the convolution twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ReadTwice(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """torch.fx cannot follow it; the convolution is replaced, the norm stays."""
+    """torch.fx cannot trace it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Untraceable(nn.Module):
 
 
 class CalledTwice(nn.Module):
-    """One module under two names, running twice."""
+    """One convolution under two names that runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,9 @@ class CalledTwice(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "channels"), [(ReadTwice(), 6), (Untraceable(), 6), (CalledTwice(), 4)], ids=["a", "b", "c"]
+    ("model", "channels"),
+    [(ReadTwice(), 6), (Untraceable(), 6), (CalledTwice(), 4)],
+    ids=["read twice", "untraceable", "called twice"],
 )
 def test_a_norm_that_cannot_be_folded_stays(model: nn.Module, channels: int) -> None:
     model = nets.settled(model.double())
@@ -101,7 +103,7 @@ def test_a_packed_conv_itself_is_returned_fused() -> None:
     torch.testing.assert_close(dsp_kernels.swap(conv)(x), conv(x), rtol=0, atol=1e-12)
 
 
-def test_notices_changed_weights() -> None:
+def test_changed_weights_take_effect() -> None:
     fused, _ = swapped()
     x = images()
     before = fused(x)
@@ -110,7 +112,7 @@ def test_notices_changed_weights() -> None:
     assert not torch.equal(fused(x), before)
     state = fused.state_dict()
     other, _ = swapped()
-    other(x)  # arranges its weights
+    other(x)  # packs its weights
     other.load_state_dict(state)
     assert torch.equal(other(x), fused(x))
     torch.testing.assert_close(
@@ -119,9 +121,8 @@ def test_notices_changed_weights() -> None:
 
 
 def test_residual_and_gradient_go_through_the_op() -> None:
-    conv = PackedConv2d(nets.MIXED, 3, padding=1, bias=True).double()
-    spec, weights, bias = dsp_kernels.program.planner.conv_spec_of(conv)
-    fused = FusedConv2d(spec.with_activation("relu"), weights, bias)
+    conv = dsp_kernels.swap(PackedConv2d(nets.MIXED, 3, padding=1, bias=True).double().eval())
+    fused = FusedConv2d(conv.spec.with_activation("relu"), list(conv.weights), conv.bias)
     x = torch.randn(1, 6, 4, 4, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(1, 8, 4, 4, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
@@ -143,14 +144,14 @@ def test_compiles_and_exports_as_one_op() -> None:
     torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), rtol=0, atol=1e-12)
 
 
-def test_can_still_be_fused_whole() -> None:
+def test_a_swapped_network_can_be_fused() -> None:
     fused, model = swapped()
     network = dsp_kernels.fuse(fused, images())
     torch.testing.assert_close(network(images(3)), model(images(3)), rtol=0, atol=1e-12)
     assert "plain PyTorch:" not in network.explain()
 
 
-def test_refuses() -> None:
+def test_what_is_refused() -> None:
     with pytest.raises(DSPError, match=r"call model\.eval\(\) first"):
         dsp_kernels.swap(nets.make("residual").train())
     fused, _ = swapped()
@@ -163,7 +164,7 @@ def test_refuses() -> None:
 
 
 @pytest.mark.parametrize("why", ["hook on the convolution", "hook on the norm", "norm in training mode"])
-def test_a_norm_that_does_more_is_not_folded(why: str) -> None:
+def test_a_norm_with_hooks_or_in_training_mode_is_not_folded(why: str) -> None:
     model = nets.make("residual")
     seen: list[int] = []
     if "hook" in why:

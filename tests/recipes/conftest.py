@@ -1,10 +1,11 @@
-"""Few digits, and the networks that the three recipes make of them."""
+"""A few digits, and the weights after each recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from recipe_cases import TINY, Recipe, few_digits, state
 from torch import Tensor
@@ -13,7 +14,6 @@ from dsp_pruning.data import ImageData
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
-from dsp_pruning.recipes.training import Progress
 
 
 @pytest.fixture(scope="session")
@@ -31,22 +31,37 @@ def grouped(data: ImageData, dense: dict[str, Tensor]) -> dict[str, Tensor]:
     return state(learn_groups(data, dense, LearnGroupsConfig(**TINY, groups=2)).model)
 
 
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEG files of 64 x 48 pixels in three classes of noisy colours."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 9), ("val", 3)):
+        for label, name in enumerate(("cat", "dog", "frog")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 80, (48, 64, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                image.fromarray(pixels).save(root / part / name / f"{i}.jpg", quality=95)
+    return root
+
+
 @pytest.fixture(params=["pretrain", "learn-groups", "finetune"])
-def recipe(request: pytest.FixtureRequest, data: ImageData) -> Recipe:
+def recipe(
+    request: pytest.FixtureRequest, data: ImageData, dense: dict[str, Tensor], grouped: dict[str, Tensor]
+) -> Recipe:
     """Each recipe as a function of (directory, resume=, progress=, **settings)."""
 
     def run(
-        directory: Path | None, *, resume: bool = False, progress: Progress | None = None, **more: Any
+        directory: Path | None = None, *, resume: bool = False, progress: Any = None, **settings: Any
     ) -> Any:
-        common: dict[str, Any] = {"resume": resume, "progress": progress}
+        given = {**TINY, **settings}
+        more: dict[str, Any] = {"directory": directory, "resume": resume, "progress": progress}
         if request.param == "pretrain":
-            return pretrain(data, PretrainConfig(**{**TINY, **more}), directory, **common)
+            return pretrain(data, PretrainConfig(**given), **more)
         if request.param == "learn-groups":
-            weights = request.getfixturevalue("dense")
-            config = LearnGroupsConfig(**{**TINY, "groups": 2, **more})
-            return learn_groups(data, weights, config, directory, **common)
-        weights = request.getfixturevalue("grouped")
-        config_f = FinetuneConfig(**{**TINY, "groups": 2, "cycles": 2, **more})
-        return finetune(data, weights, config_f, directory, **common)
+            return learn_groups(data, dense, LearnGroupsConfig(**given, groups=2), **more)
+        return finetune(data, grouped, FinetuneConfig(**{"cycles": 2, **given}, groups=2), **more)
 
     return run

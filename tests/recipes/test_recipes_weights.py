@@ -1,4 +1,4 @@
-"""Files of weights: what is accepted, and what is refused by name."""
+"""Weights on disk: which files are accepted, and errors that name what does not fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_cases import DEPTH, TINY, state
+from recipe_cases import DEPTH, TINY
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError
@@ -36,18 +36,18 @@ def test_published_checkpoints_are_accepted(
     [b"", b"text", {"a": 1}, [1, 2, 3], [{"a": "b"}, 0.5], {}],
     ids=["empty", "text", "numbers", "list", "strings", "no-tensors"],
 )
-def test_a_foreign_weights_file_is_one_clear_error(tmp_path: Path, content: Any) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "weights.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(DSPFormatError, match=r"weights\.pt (is not a readable|holds no weights)"):
+    with pytest.raises(DSPFormatError, match=r"weights\.pt (is not a readable|contains no weights)"):
         load_weights(path)
 
 
-class _Payload:
-    """Pickles to a call: reading it with code execution would create a file."""
+class _Touch:
+    """Its pickle creates a file when it is loaded with code execution."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,40 +56,35 @@ class _Payload:
         return Path.touch, (self.path,)
 
 
-def test_a_weights_file_never_runs_code(tmp_path: Path) -> None:
-    torch.save(_Payload(tmp_path / "touched"), tmp_path / "weights.pt")
+def test_loading_weights_never_runs_code(tmp_path: Path) -> None:
+    torch.save(_Touch(tmp_path / "touched"), tmp_path / "weights.pt")
     with pytest.raises(DSPFormatError):
         load_weights(tmp_path / "weights.pt")
     assert not (tmp_path / "touched").exists()
 
 
-def test_weights_of_another_network_are_refused_by_name(data: ImageData, dense: dict[str, Tensor]) -> None:
+def test_weights_that_do_not_fit_are_refused(
+    data: ImageData, dense: dict[str, Tensor], tmp_path: Path
+) -> None:
+    deeper = LearnGroupsConfig(**{**TINY, "depth": 14}, groups=2)
     with pytest.raises(DSPFormatError, match=r"other\.pt does not fit CifarResNet: stage_1\.1\.conv_a"):
-        learn_groups(data, dense, LearnGroupsConfig(**{**TINY, "depth": 14}, groups=2), source="other.pt")
+        learn_groups(data, dense, deeper, source="other.pt")
+    config = FinetuneConfig(**TINY, groups=2)
     narrow = {**dense, "classifier.bias": torch.zeros(7)}
-    with pytest.raises(
-        DSPFormatError, match=r"classifier\.bias is \(7,\) in the file and \(10,\) in the model"
-    ):
-        finetune(data, narrow, FinetuneConfig(**TINY, groups=2))
-
-
-def test_weights_without_groups_cannot_be_pruned(data: ImageData, dense: dict[str, Tensor]) -> None:
+    with pytest.raises(DSPFormatError, match=r"bias is \(7,\) in the file and \(10,\) in the model"):
+        finetune(data, narrow, config)
     with pytest.raises(DSPFormatError, match=r"conv_a\.group is missing"):
-        finetune(data, dense, FinetuneConfig(**TINY, groups=2), source="dense.pt")
-
-
-def test_an_unpruned_file_cannot_be_packed(dense: dict[str, Tensor], tmp_path: Path) -> None:
-    path = save_weights(tmp_path / "dense.pt", dense, 0.5)
-    with pytest.raises(DSPFormatError, match="holds no group logits and masks"):
-        load_pruned(path)
+        finetune(data, dense, config, source="dense.pt")
+    with pytest.raises(DSPFormatError, match="contains no group logits and masks"):
+        load_pruned(save_weights(tmp_path / "dense.pt", dense, 0.5))
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(DSPFormatError, match="holds no CIFAR ResNet"):
+    with pytest.raises(DSPFormatError, match="contains no CIFAR ResNet"):
         load_pruned(tmp_path / "other.pt")
 
 
-def test_restoring_ignores_only_what_it_is_told_to() -> None:
+def test_only_optional_names_may_be_unexpected() -> None:
     model = nn.Linear(2, 2)
-    weights = {**state(model), "extra.group": torch.zeros(1)}
+    weights = {**model.state_dict(), "extra.group": torch.zeros(1)}
     restore_weights(model, weights, "file", optional=(".group",))
     with pytest.raises(DSPFormatError, match=r"extra\.group is not in the model"):
         restore_weights(model, weights, "file")

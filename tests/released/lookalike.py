@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import nets
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ def random_network(
     classes: int = 7,
     without: Sequence[tuple[int, int]] = (),
     pooled: bool = False,
-) -> LookAlike:
+) -> nn.Module:
     """Random branches, weights and statistics; blocks (stage, number) ``without`` are pruned away whole."""
     generator = torch.Generator().manual_seed(branches)
 
@@ -152,18 +153,7 @@ def random_network(
             made.append(Block(before, width, stride, indices, filters, last))
             before = width
         stages.append(made)
-    network = LookAlike(stages, widths[0], widths[-1], classes, pooled)
-    return settled(network, generator)
-
-
-def settled(network: LookAlike, generator: torch.Generator) -> LookAlike:
-    """Random values for whatever a fresh network has as 0 or 1."""
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                    tensor.copy_(torch.rand(len(tensor), generator=generator) + 0.2)
-    return network.eval()
+    return nets.settled(LookAlike(stages, widths[0], widths[-1], classes, pooled), branches)
 
 
 def save_traced(network: nn.Module, path: Path, size: int = 16) -> torch.jit.ScriptModule:

@@ -1,10 +1,12 @@
-"""The six real networks: their logits and every one of their answers, packed, fused, swapped and saved."""
+"""The six released networks: logits, classes and counts, packed, fused, swapped and saved."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,25 +44,24 @@ def labels(shared: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_packed_and_fused_answers(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
+def test_packed_and_fused_logits(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
     golden = np.load(shared / "golden" / "logits.npz")
     correct = int(golden["correct1017"][list(golden["names"]).index(name)])
     packed = read_released(shared / "nets" / f"{name}.npz")
     fused = dsp_kernels.fuse(packed, images[:1])
     with torch.no_grad():
-        for network in (packed, fused):
-            logits = torch.cat([network(batch) for batch in images.split(339)])
-            assert (logits[:64] - torch.from_numpy(golden[name])).abs().max() <= 1e-4
-            assert (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() <= 1e-4
-            assert (logits.argmax(1) == labels).sum() == correct
+        assert (packed(images[:64]) - torch.from_numpy(golden[name])).abs().max() <= 1e-4
+        logits = torch.cat([fused(batch) for batch in images.split(339)])
+    assert (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() <= 1e-4
+    assert (logits.argmax(1) == labels).sum() == correct
     assert "plain PyTorch:" not in fused.explain()
 
 
 @pytest.mark.skipif(native() is None, reason="16 bit by the native kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", NETS)
-def test_16_bit_answers(shared: Path, images: Tensor, labels: Tensor, name: str, dtype: torch.dtype) -> None:
-    """As many right answers as in float32, but for two of the 1,017 images."""
+def test_16_bit_classes(shared: Path, images: Tensor, labels: Tensor, name: str, dtype: torch.dtype) -> None:
+    """As many images right as in float32, give or take two of 1,017."""
     golden = np.load(shared / "golden" / "logits.npz")
     correct = int(golden["correct1017"][list(golden["names"]).index(name)])
     packed = read_released(shared / "nets" / f"{name}.npz")
@@ -108,8 +109,7 @@ def meta(shared: Path) -> dict:
     return json.loads(str(np.load(shared / "nets" / "resnet20_g4.npz")["meta"]))
 
 
-def test_a_block_pruned_away_whole(arrays: dict, meta: dict, images: Tensor) -> None:
-    """With no branch left, the block is its shortcut."""
+def test_a_block_without_branches_is_its_shortcut(arrays: dict, meta: dict, images: Tensor) -> None:
     index = next(i for i, block in enumerate(meta["blocks"]) if not block["downsample"])
     name = meta["blocks"][index]["name"]
     meta["blocks"][index] |= {"groups_a": 0, "groups_b": 0}
@@ -123,74 +123,49 @@ def test_a_block_pruned_away_whole(arrays: dict, meta: dict, images: Tensor) -> 
     torch.testing.assert_close(fused(images[:4]), without(images[:4]), rtol=1e-4, atol=1e-4)
 
 
-def _drop(arrays: dict, meta: dict) -> None:
-    del arrays["stage_2.1.conv_b.0.bn.bias"]
+NAME = "stage_1.0.conv_a.1"
+# Changes of arrays, a change of the description (``dict``: none), and the error.
+DAMAGED: dict[str, tuple[dict[str, Callable[[np.ndarray], Any]], Callable[[dict], object], str]] = {
+    "index out of bounds": (
+        {f"{NAME}.in_index": lambda a: a + 16},
+        dict,
+        r"branches of 'stage_1\.0\.conv_a' do not fit together: group 1 in_index holds",
+    ),
+    "an output channel twice": (
+        {"stage_1.0.conv_b.1.out_index": lambda a: a * 0},
+        dict,
+        "out_index holds channel 0 twice",
+    ),
+    "weight of another shape": (
+        {"stage_1.0.conv_b.1.weight": lambda a: a[:, :1]},
+        dict,
+        r"'stage_1\.0\.conv_b\.1\.weight' has shape",
+    ),
+    "weight without dimensions": ({f"{NAME}.weight": lambda a: a.sum()}, dict, "is 0-D; expected"),
+    "text": ({"stem.conv.weight": lambda a: np.array(["a"])}, dict, "holds <U1; expected numbers"),
+    "float index": ({f"{NAME}.in_index": lambda a: a * 1.0}, dict, "expected a list of integers"),
+    "short norm": ({f"{NAME}.bn.running_var": lambda a: a[:1]}, dict, r"has shape \(1,\); expected \("),
+    "depth": ({}, lambda meta: meta.update(depth=21), "depth is 21"),
+    "a block less": ({}, lambda meta: meta["blocks"].pop(), "the description lists"),
+    "many groups": ({}, lambda meta: meta["blocks"][0].update(groups_a=10**9), "expected a count"),
+    "no count": ({}, lambda meta: meta["blocks"][0].pop("groups_a"), "None branches"),
+    "no blocks": ({}, lambda meta: meta.pop("blocks"), "needs blocks; it has bn_eps, "),
+    "downsample": ({}, lambda meta: meta["blocks"][0].update(downsample=True), "downsample is True"),
+}
 
 
-def _out_of_range(arrays: dict, meta: dict) -> None:
-    arrays["stage_1.0.conv_a.1.in_index"] = arrays["stage_1.0.conv_a.1.in_index"] + 16
-
-
-def _two_groups(arrays: dict, meta: dict) -> None:
-    arrays["stage_1.0.conv_b.1.out_index"][0] = arrays["stage_1.0.conv_b.0.out_index"][0]
-
-
-def _wrong_weight(arrays: dict, meta: dict) -> None:
-    arrays["stage_1.0.conv_b.1.weight"] = arrays["stage_1.0.conv_b.1.weight"][:, :1]
-
-
-def _text(arrays: dict, meta: dict) -> None:
-    arrays["stem.conv.weight"] = np.array(["a"])
-
-
-def _float_index(arrays: dict, meta: dict) -> None:
-    arrays["stage_1.0.conv_a.1.in_index"] = arrays["stage_1.0.conv_a.1.in_index"].astype(np.float32)
-
-
-def _short_norm(arrays: dict, meta: dict) -> None:
-    arrays["stage_1.0.conv_a.1.bn.running_var"] = np.ones(1, np.float32)
-
-
-def _depth(arrays: dict, meta: dict) -> None:
-    meta["depth"] = 21
-
-
-def _blocks(arrays: dict, meta: dict) -> None:
-    meta["blocks"] = meta["blocks"][:-1]
-
-
-def _many_groups(arrays: dict, meta: dict) -> None:
-    meta["blocks"][0]["groups_a"] = 10**9
-
-
-def _no_blocks(arrays: dict, meta: dict) -> None:
-    del meta["blocks"]
-
-
-def _downsample(arrays: dict, meta: dict) -> None:
-    meta["blocks"][0]["downsample"] = True
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_drop, "no array 'stage_2.1.conv_b.0.bn.bias'"),
-        (_out_of_range, "layer stage_1.0.conv_a: group 1 in_index holds"),
-        (_two_groups, "in group 0 and in group 1"),
-        (_wrong_weight, "'stage_1.0.conv_b.1.weight' has shape"),
-        (_text, "'stem.conv.weight' holds <U1; expected numbers"),
-        (_float_index, "expected a list of integers"),
-        (_short_norm, "one number for each of the"),
-        (_depth, "depth is 21"),
-        (_blocks, "the description lists"),
-        (_many_groups, "expected a count"),
-        (_no_blocks, "needs blocks; it has bn_eps, "),
-        (_downsample, "downsample is True"),
-    ],
-)
-def test_damaged_networks_are_refused(arrays: dict, meta: dict, damage, message: str) -> None:
-    damage(arrays, meta)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_networks_are_refused(arrays: dict, meta: dict, name: str) -> None:
+    changes, change, message = DAMAGED[name]
+    arrays |= {array: replaced(arrays[array]) for array, replaced in changes.items()}
+    change(meta)
     with pytest.raises(DSPFormatError, match=message):
+        build_released(arrays, meta)
+
+
+def test_a_missing_array_is_named(arrays: dict, meta: dict) -> None:
+    del arrays["stage_2.1.conv_b.0.bn.bias"]
+    with pytest.raises(DSPFormatError, match=r"no array 'stage_2\.1\.conv_b\.0\.bn\.bias'"):
         build_released(arrays, meta)
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-__all__ = ["ISA", "build", "why_not"]
-
 ISA = "emulated_fp16"
 _ROOT = Path(__file__).resolve().parents[2]
 _KERNELS = Path(__file__).with_name("kernel_emulated_fp16.cpp")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d
 from dsp_kernels.op.torch_op import PLANS
-from dsp_kernels.run.cpu.builder import build
+from dsp_kernels.run.cpu.program import build
 
 
 def network_and_model(seed: int = 1) -> tuple[object, object]:

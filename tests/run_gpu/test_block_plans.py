@@ -1,4 +1,4 @@
-"""Which residual blocks of the real networks would run as one kernel; no GPU and no kernel is needed."""
+"""Which residual blocks of the released networks would run as one kernel; needs neither GPU nor kernels."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from dsp_benchmarks.measure.peaks import Peaks
 from dsp_benchmarks.subjects.networks import NetworkSource, load_network
 
 from dsp_kernels.program.steps import ConvStep, Program
-from dsp_kernels.run.gpu.cuda.blocks.cost import H200, BlockPlan, conv_seconds
-from dsp_kernels.run.gpu.cuda.blocks.plan import plan_blocks, variants
+from dsp_kernels.run.gpu.cuda.blocks.cost import H200, conv_seconds
+from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlan, plan_blocks, variants
 from dsp_kernels.run.gpu.cuda.blocks.step import blocks_of, residual_last, with_blocks
 from dsp_kernels.run.gpu.memory import value_shapes
 
 HALF = torch.float16
-# Image size, blocks, of which with a shortcut's convolution, convolutions in each.
+# Image size, number of blocks, of these with a shortcut convolution, convolutions per block.
 NETWORKS = {
     "resnet20_g4": (32, 9, 2, 2),
     "resnet56_g4": (32, 27, 2, 2),
     "resnet18_g2_80": (224, 8, 3, 2),
     "resnet50_g2_80": (224, 16, 4, 3),
 }
-PORTABLE = replace(H200, name="sm_86", shared_per_block=101376, shared_per_multiprocessor=102400)
+SM_86 = replace(H200, shared_per_block=101376, shared_per_multiprocessor=102400)
 
 
 @cache
 def program_of(name: str) -> Program:
-    # Structures do not depend on the size of the images, and small ones are packed faster.
+    # Structures do not depend on the image size, and packing is faster for small images.
     return residual_last(load_network(NetworkSource(name, image_size=32)).program("packed"))
 
 
@@ -55,18 +55,18 @@ def test_every_residual_block_is_found(name: str, shared: Path) -> None:
     assert sum(block.shortcut is not None for block in found) == shortcuts
     assert {len(block.convs) for block in found} == {convs}
     fused = with_blocks(program, found)
-    # What is left are the stem, and for CIFAR also nothing else that convolves.
+    # Only the stem is left.
     assert sum(isinstance(step, ConvStep) for step in fused.steps) == 1
     made = {fused.input}
     for step in fused.steps:
-        assert set(step.inputs) <= made, f"{step.output} reads what nobody made"
+        assert set(step.inputs) <= made, f"{step.output} reads an undefined value"
         made.add(step.output)
 
 
 @pytest.mark.parametrize(
     ("name", "batch"), [("resnet20_g4", 256), ("resnet56_g4", 32), ("resnet50_g2_80", 256)]
 )
-def test_plans(name: str, batch: int, shared: Path) -> None:
+def test_plans_agree_with_floors_costs_and_limits(name: str, batch: int, shared: Path) -> None:
     program, shapes = program_of(name), shapes_of(name, batch)
     peaks = Peaks({"float16": H200.peak_flops}, H200.bandwidth, H200.launch, 1, {})
     sized = replace(program, shapes={key: shape for key, shape in shapes.items() if shape})
@@ -88,25 +88,25 @@ def test_plans(name: str, batch: int, shared: Path) -> None:
         assert (output.height, output.width) == shapes[plan.step.output][2:]  # type: ignore[index]
 
 
-def test_what_is_predicted_to_gain(shared: Path) -> None:
-    """CIFAR stages that are bound by memory or launches; not what is bound by mma.sync already."""
+def test_blocks_that_are_predicted_to_gain(shared: Path) -> None:
+    """CIFAR stages bound by memory or launches, but no stage bound by mma.sync."""
     small = plans_of("resnet20_g4", 256)
     assert all(plan.step is plan.block for plan in small[:4])
     large = plans_of("resnet50_g2_80", 256)
     assert large[0].step is not None
     assert all(plan.step is None for plan in large[-3:])  # the stage of 7 x 7
-    # Where the input is too wide to lie in shared memory, its first convolution keeps a kernel of its own.
+    # If the input does not fit into shared memory, the first convolution keeps its own kernel.
     assert any(plan.step and plan.step.convs == plan.block.convs[1:] for plan in large)
 
 
-def test_the_smallest_chip(shared: Path) -> None:
-    plans = plan_blocks(program_of("resnet20_g4"), shapes_of("resnet20_g4", 256), PORTABLE)
+def test_plans_fit_the_smallest_chip(shared: Path) -> None:
+    plans = plan_blocks(program_of("resnet20_g4"), shapes_of("resnet20_g4", 256), SM_86)
     chosen = [plan.geometry for plan in plans if plan.geometry is not None]
     assert len(chosen) >= 4
-    assert all(geometry.shared_bytes <= PORTABLE.shared_per_block for geometry in chosen)
+    assert all(geometry.shared_bytes <= SM_86.shared_per_block for geometry in chosen)
 
 
-def test_parts_of_a_block(shared: Path) -> None:
+def test_variants_of_a_block(shared: Path) -> None:
     block = blocks_of(program_of("resnet50_g2_80"))[0]
     whole, without, tail = variants(block)
     assert whole is block

@@ -1,13 +1,12 @@
-"""The GPU executor's own work, on the CPU: layouts, the memory plan, writing over a residual, keeping runs.
+"""The GPU executor on the CPU: layouts, the memory plan, residuals in place, runs per input shape.
 
-The kernels are played by PyTorch, behind the interface of the real ones; they check what they are given.
+PyTorch stands in for the kernels, behind their interface, and checks their operands.
 """
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import nets
 import pytest
@@ -22,16 +21,17 @@ from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
 from dsp_kernels.run.gpu import program as cuda
-from dsp_kernels.run.gpu.graphs import LRU
 from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
 from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
 
+SHAPE = (3, 8, 8)
 
-class PlayedConv:
-    """A GpuConv by the reference. It refuses what a real kernel would silently get wrong."""
+
+class StandInConv:
+    """A GpuConv by the reference. It asserts what a real kernel would silently get wrong."""
 
     def __init__(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
@@ -60,10 +60,10 @@ class PlayedConv:
         nchw(out).copy_(y)
 
 
-class Played:
-    """GpuKernels for the CPU that refuse 1x1 convolutions, so that some run in plain PyTorch."""
+class StandIn:
+    """GpuKernels for the CPU without 1x1 convolutions, so that some run in plain PyTorch."""
 
-    name = "played"
+    name = "stand-in"
     prepared = 0
 
     def can_run(
@@ -73,24 +73,24 @@ class Played:
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
-    ) -> PlayedConv:
+    ) -> StandInConv:
         self.prepared += 1
-        return PlayedConv(spec, weights, bias, layout)
+        return StandInConv(spec, weights, bias, layout)
 
 
 @pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
+def _no_grad() -> Iterator[None]:
     """As ``FusedNetwork`` calls a runner."""
     with torch.no_grad():
         yield
 
 
 @pytest.fixture(autouse=True)
-def played(monkeypatch: pytest.MonkeyPatch) -> Played:
-    registry: Registry[Played] = Registry("GPU kernel")
-    kernels = registry.register(Played())
+def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    registry: Registry[StandIn] = Registry("GPU kernel")
+    kernels = registry.register(StandIn())
     monkeypatch.setattr(cuda, "GPU_KERNELS", registry)
-    # Memory is handed out full of NaN: who reads what nobody wrote shows it.
+    # Memory starts as NaN, so that a read of uninitialised memory shows.
     empty = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> Tensor:
@@ -106,119 +106,110 @@ def program_of(model: nn.Module, example: Tensor) -> Program:
         return plan(trace(model, example)).map_tensors(lambda tensor: tensor.detach().to(example.dtype))
 
 
-def error(got: Tensor, expected: Tensor) -> float:
-    return (got - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
+def residual_program(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Program]:
+    model = nets.make("residual").to(dtype)
+    return model, program_of(model, torch.randn(1, *SHAPE, dtype=dtype))
+
+
+def assert_same(program: Program, model: nn.Module, x: Tensor) -> None:
+    got, expected = GpuRunner(program)(x), model(x)
+    assert got.shape == expected.shape
+    assert got.is_contiguous()
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error <= network_tolerance(torch.float64, 1000, len(program.steps))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 16])
 @pytest.mark.parametrize("name", nets.NAMES)
-def test_a_network_is_the_same_in_both_layouts(name: str, batch: int) -> None:
-    model, shape = nets.make(name), (3, 8, 8)
-    model = model.double()
-    x = torch.randn(batch, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
-    program = program_of(model, x[:1])
-    got = GpuRunner(program)(x)
-    with torch.no_grad():
-        expected = model(x)
-    assert got.shape == expected.shape
-    assert got.is_contiguous()
-    assert error(got, expected) <= network_tolerance(torch.float64, 1000, len(program.steps))
+def test_both_layouts_give_the_result_of_the_model(name: str, batch: int) -> None:
+    model = nets.make(name).double()
+    x = torch.randn(batch, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
+    assert_same(program_of(model, x[:1]), model, x)
 
 
-def test_other_image_sizes_and_batches_on_one_runner(played: Played) -> None:
-    model, shape = nets.make("residual"), (3, 8, 8)
-    model = model.double()
-    runner = GpuRunner(program_of(model, torch.randn(1, *shape).double()))
+def test_one_runner_takes_any_image_size_and_batch(kernels: StandIn) -> None:
+    model, program = residual_program(torch.float64)
+    runner = GpuRunner(program)
     for batch, size in ((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8)):
         x = torch.randn(batch, 3, size, size, dtype=torch.float64)
-        with torch.no_grad():
-            assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
-    # Weights are arranged once for each layout, not for each shape.
-    assert played.prepared == 2 * sum(
-        isinstance(step, ConvStep) and step.spec.kernel_size != (1, 1) for step in runner._program.steps
-    )
+        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+    # Weights are arranged once per layout, not per shape.
+    convs = [step for step in program.steps if isinstance(step, ConvStep)]
+    assert kernels.prepared == 2 * sum(step.spec.kernel_size != (1, 1) for step in convs)
 
 
-def test_the_image_may_be_of_another_dtype() -> None:
-    model, shape = nets.make("residual").double(), (3, 8, 8)
-    runner = GpuRunner(program_of(model, torch.randn(1, *shape).double()))
-    x = torch.randn(8, *shape)
+def test_the_input_may_have_another_dtype() -> None:
+    runner = GpuRunner(residual_program(torch.float64)[1])
+    x = torch.randn(8, *SHAPE)
     assert torch.equal(runner(x), runner(x.double()))
 
 
-def test_networks_that_join_split_and_gate_channels() -> None:
-    class Joined(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
-            self.squeeze = nn.Conv2d(10, 10, 1)
-            self.last = nn.Conv2d(5, 4, 3, padding=1)
+class Joined(nn.Module):
+    """Concatenates, splits and gates channels."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.cat([self.left(x), self.right(x)], 1)
-            x = x * torch.sigmoid(self.squeeze(nn.functional.adaptive_avg_pool2d(x, 1)))
-            first, second = x.chunk(2, 1)
-            return self.last(first + second).mean((2, 3))
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
+        self.squeeze = nn.Conv2d(10, 10, 1)
+        self.last = nn.Conv2d(5, 4, 3, padding=1)
 
-    model = Joined().double().eval()
-    for batch in (2, 8):
-        x = torch.randn(batch, 3, 8, 8, dtype=torch.float64)
-        program = program_of(model, x)
-        assert torch.allclose(GpuRunner(program)(x), model(x), rtol=0, atol=1e-12)
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.left(x), self.right(x)], 1)
+        x = x * torch.sigmoid(self.squeeze(nn.functional.adaptive_avg_pool2d(x, 1)))
+        first, second = x.chunk(2, 1)
+        return self.last(first + second).mean((2, 3))
 
 
-def test_answers_stay_when_the_next_call_comes() -> None:
-    model, shape = nets.make("residual"), (3, 8, 8)
-    runner = GpuRunner(program_of(model, torch.randn(1, *shape)))
-    first = runner(torch.randn(8, *shape))
+class Sliced(nn.Module):
+    """A TorchStep returns a view of memory that is reused before the view is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 1, 3, padding=1)
+        self.rest = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.first(x)[:, :, 2:]  # of one channel: a view without a copy for one image
+        return self.rest(part) + part
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("kind", [Joined, Sliced])
+def test_other_steps(kind: type[nn.Module], batch: int) -> None:
+    model = kind().double().eval()
+    x = torch.randn(batch, *SHAPE, dtype=torch.float64)
+    assert_same(program_of(model, x), model, x)
+
+
+def test_the_next_call_does_not_change_an_earlier_result() -> None:
+    runner = GpuRunner(residual_program()[1])
+    first = runner(torch.randn(8, *SHAPE))
     kept = first.clone()
-    runner(torch.randn(8, *shape))
+    runner(torch.randn(8, *SHAPE))
     assert torch.equal(first, kept)
 
 
-def test_threads_do_not_mix_their_images() -> None:
-    model, shape = nets.make("residual"), (3, 8, 8)
-    runner = GpuRunner(program_of(model, torch.randn(1, *shape)))
-    images = [torch.randn(8, *shape) for _ in range(4)]
+def test_concurrent_calls_do_not_mix_their_images() -> None:
+    runner = GpuRunner(residual_program()[1])
+    images = [torch.randn(8, *SHAPE) for _ in range(4)]
     expected = [runner(x) for x in images]
-    wrong: list[int] = []
 
-    def work(number: int) -> None:
-        answers = [runner(images[number]) for _ in range(5)]
-        wrong.extend(number for answer in answers if not torch.equal(answer, expected[number]))
+    def is_right(number: int) -> bool:
+        return all(torch.equal(runner(images[number]), expected[number]) for _ in range(5))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-@pytest.mark.parametrize("name", nets.NAMES)
-def test_values_that_live_at_once_do_not_overlap(name: str) -> None:
-    model, shape = nets.make(name), (3, 8, 8)
-    program = program_of(model, torch.randn(8, *shape))
-    shapes = value_shapes(program, (8, *shape), torch.float32)
-    arena = arena_for(program, shapes, 4)
-    for step in program.steps:
-        if isinstance(step, ConvStep):
-            x, out = step.inputs[0], step.output
-            spans = [_span(arena.offset[name], shapes[name]) for name in (x, out) if name in arena.offset]
-            assert len(spans) < 2 or spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]
-    total = sum(_span(0, shapes[name])[1] for name in arena.offset)
-    assert arena.bytes <= total
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(is_right, range(4)))
 
 
 def test_the_memory_plan_reuses_memory() -> None:
-    """A chain of equal layers needs two places, however long it is."""
+    """A chain of equal layers needs two buffers, however long it is."""
     convs = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(10)]
     program = program_of(nn.Sequential(*convs).eval(), torch.randn(8, 8, 16, 16))
     arena = arena_for(program, value_shapes(program, (8, 8, 16, 16), torch.float32), 4)
     assert arena.bytes == 2 * 8 * 8 * 16 * 16 * 4
 
 
-def test_a_residual_that_nobody_reads_later_is_written_over() -> None:
+def test_a_residual_is_overwritten_in_place_after_its_last_use() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -230,107 +221,58 @@ def test_a_residual_that_nobody_reads_later_is_written_over() -> None:
             x = self.stem(x)
             return self.second(self.first(x)) + x
 
-    program = program_of(Block().eval(), torch.randn(8, 3, 8, 8))
-    arena = arena_for(program, value_shapes(program, (8, 3, 8, 8), torch.float32), 4)
+    program = program_of(Block().eval(), torch.randn(8, *SHAPE))
+    arena = arena_for(program, value_shapes(program, (8, *SHAPE), torch.float32), 4)
     last = program.steps[-1]
     assert isinstance(last, ConvStep)
     assert len(last.inputs) == 2
     assert arena.offset[last.output] == arena.offset[last.inputs[1]]
 
 
-def test_a_view_that_an_unknown_operation_hands_on_keeps_its_numbers() -> None:
-    class Sliced(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Conv2d(1, 1, 3, padding=1)
-            self.rest = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(4)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            part = self.first(x)[:, :, 2:]  # of one channel and one image: lies in memory as it is
-            return self.rest(part) + part
-
-    model = Sliced().double().eval()
-    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    with torch.no_grad():
-        assert torch.allclose(GpuRunner(program_of(model, x))(x), model(x), rtol=0, atol=1e-12)
-
-
-def test_what_the_kernels_refuse_is_named(played: Played) -> None:
-    model, shape = nets.make("residual"), (3, 8, 8)
-    program = program_of(model, torch.randn(8, *shape))
-    forms = CudaExecutor().describe(program)
-    convs = [
-        (step, form) for step, form in zip(program.steps, forms, strict=True) if isinstance(step, ConvStep)
-    ]
-    for step, form in convs:
-        assert ("1x1" in form) == (step.spec.kernel_size == (1, 1)), form
-        assert form.startswith("plain PyTorch") or form == "played CHWN"
+def test_describe_names_the_kernels_or_why_there_are_none() -> None:
+    program = program_of(nets.make("residual"), torch.randn(8, *SHAPE))
+    for step, form in zip(program.steps, CudaExecutor().describe(program), strict=True):
+        if isinstance(step, ConvStep):
+            pointwise = step.spec.kernel_size == (1, 1)
+            assert (
+                form == "plain PyTorch: no GPU kernel can run this: stand-in: 1x1"
+                if pointwise
+                else ("stand-in CHWN")
+            )
     able, reason = CudaExecutor().can_run(program, torch.float32, torch.device("cpu"))
     assert not able
     assert "cpu" in reason
 
 
-def test_an_unknown_network_cannot_be_recorded_before_its_first_call(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, shape = nets.make("residual"), (3, 8, 8)
-    runner = GpuRunner(program_of(model, torch.randn(1, *shape)))
-    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+def test_weights_are_not_arranged_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, x = GpuRunner(residual_program()[1]), torch.randn(8, *SHAPE)
+    capturing = True
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: capturing)
     with pytest.raises(DSPBackendError, match="call it once before"):
-        runner(torch.randn(8, *shape))
-    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
-    expected = runner(x := torch.randn(8, *shape))
-    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+        runner(x)
+    capturing = False
+    expected = runner(x)
+    capturing = True
     assert torch.equal(runner(x), expected)
 
 
-def test_runs_are_kept_for_the_latest_shapes_only() -> None:
-    kept: LRU[int] = LRU(2)
-    made = []
-
-    def make(key: int) -> int:
-        made.append(key)
-        return key
-
-    for key in (1, 2, 1, 3, 1, 2):
-        assert kept.get(key, lambda key=key: make(key)) == key
-    assert made == [1, 2, 3, 2]
-    assert len(kept) == 2
-
-
-def test_layouts_keep_the_numbers() -> None:
+def test_layouts_keep_the_values() -> None:
     x = torch.randn(8, 3, 4, 5)
     for layout in GpuLayout:
-        there = layout.from_nchw(x)
-        assert there.is_contiguous()
-        assert tuple(there.shape) == layout.shape(x.shape)
-        assert torch.equal(layout.as_nchw(there), x)
-    assert [layout_for_batch(n) for n in (1, 8, 12, 16)] == [
-        GpuLayout.NHWC,
-        GpuLayout.CHWN,
-        GpuLayout.NHWC,
-        GpuLayout.CHWN,
-    ]
+        converted = layout.from_nchw(x)
+        assert converted.is_contiguous()
+        assert tuple(converted.shape) == layout.shape(x.shape)
+        assert torch.equal(layout.as_nchw(converted), x)
+    chosen = [layout_for_batch(batch).name for batch in (1, 8, 12, 16)]
+    assert chosen == ["NHWC", "CHWN", "NHWC", "CHWN"]
 
 
-def test_the_absent_channels_are_a_group_that_reads_nothing() -> None:
+def test_absent_channels_are_a_group_that_reads_nothing() -> None:
     structure = GroupStructure.build(4, 5, [([0, 1], [3]), ([2], [0, 4])])
     written = [channel for group in all_groups(structure) for channel in group.out_index]
     assert sorted(written) == [0, 1, 2, 3, 4]
     assert all_groups(structure)[-1].in_index == ()
     assert all_groups(GroupStructure.dense(4, 5)) == GroupStructure.dense(4, 5).groups
-
-
-def test_a_runner_works_after_a_copy_of_its_network() -> None:
-    """What fuse() keeps is the Program; a runner is made of closures and is made anew."""
-    model, shape = nets.make("residual"), (3, 8, 8)
-    program = program_of(model, torch.randn(1, *shape))
-    x = torch.randn(8, *shape)
-    assert torch.equal(GpuRunner(copy.deepcopy(program))(x), GpuRunner(program)(x))
-
-
-def _span(offset: int, shape: tuple[int, ...] | None) -> tuple[int, int]:
-    return offset, offset + torch.Size(shape or ()).numel() * 4
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -1,7 +1,8 @@
-"""The kernel compiled for real chips, without one. scripts/triton_table.py compiles every configuration."""
+"""The Triton kernel compiled for real GPUs, without one (``make test-triton``: every configuration)."""
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsp_kernels.run.gpu.triton.aot import Compiled, compile_config, faults, resident_warps
 from dsp_kernels.run.gpu.triton.config import TritonConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLE = runpy.run_path(str(ROOT / "scripts" / "triton_table.py"))
+Compiled, compile_config, faults = TABLE["Compiled"], TABLE["compile_config"], TABLE["faults"]
 HALF = torch.float16
 GOOD = TritonConfig(True, 128, 32, 16, 32, 4, 3, ".ca")
 
 
 @pytest.fixture(autouse=True)
-def _no_kept_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
@@ -33,7 +35,7 @@ def test_chwn_has_wide_accesses_and_tensor_cores(dtype: torch.dtype, capability:
     assert "HGMMA" in made.sass or "HMMA" in made.sass
 
 
-def test_nhwc_in_runs_of_8_channels_has_them_too() -> None:
+def test_nhwc_with_runs_of_8_channels_has_them_too() -> None:
     config = TritonConfig(False, 64, 1, 16, 32, 4, 3)
     made = compile_config(config, HALF, 90, WIDE_IN=True, WIDE_OUT=True)
     assert faults(made, config, HALF, 90) == []
@@ -42,7 +44,7 @@ def test_nhwc_in_runs_of_8_channels_has_them_too() -> None:
     assert narrow.count(r"st\.global[.\w]*\.v4\.b32") == 0
 
 
-def test_float32_multiplies_in_float32() -> None:
+def test_float32_uses_tf32_only_on_request() -> None:
     config = TritonConfig(True, 64, 32, 16, 16, 4, 3)
     made = compile_config(config, torch.float32, 90)
     assert faults(made, config, torch.float32, 90) == []
@@ -58,23 +60,15 @@ def test_64_bit_offsets_compile() -> None:
 def test_faults_are_found() -> None:
     bad = Compiled(255, 1 << 20, 8, "st.global.b16 [%rd1], %rs1;", "LDG.E.U16")
     words = " ".join(faults(bad, GOOD, HALF, 90))
-    for word in (
-        "spilled",
-        "255 registers",
-        "leave 0 warps",
-        "wgmma",
-        "asynchronous",
-        "2 bytes",
-        "0 of 1 stores",
-    ):
-        assert word in words
+    found = ("spilled", "255 registers", "0 warps", "wgmma", "asynchronous", "2 bytes", "0 of 1 stores")
+    assert all(word in words for word in found)
 
 
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "capability", "held"),
     [
         (168, 0, 4, 80, 12),  # 65,536 / (128 x 168) = 3.05 programs
-        (169, 0, 4, 80, 8),  # given out as 176
+        (169, 0, 4, 80, 8),  # allocated as 176
         (136, 0, 8, 90, 8),
         (40, 80 << 10, 4, 80, 8),  # two times 81 KiB in 164
         (40, 80 << 10, 4, 90, 8),
@@ -82,20 +76,15 @@ def test_faults_are_found() -> None:
         (16, 0, 4, 90, 64),
     ],
 )
-def test_warps_that_a_multiprocessor_holds(
+def test_warps_that_fit_a_multiprocessor(
     registers: int, shared: int, warps: int, capability: int, held: int
 ) -> None:
-    made = Compiled(registers, shared, 0, "", "")
-    assert resident_warps(made, TritonConfig(True, 64, 32, 64, 32, warps, 3), capability) == held
+    config = TritonConfig(True, 64, 32, 64, 32, warps, 3)
+    assert TABLE["resident_warps"](Compiled(registers, shared, 0, "", ""), config, capability) == held
 
 
-def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table begins -->\nold\n<!-- table ends -->\nafter\n")
+def test_the_table_has_a_row_per_kernel() -> None:
     command = [sys.executable, "scripts/triton_table.py", "--only", "CHWN 1x1 torch.float16 64x16x32"]
-    command += ["--capability", "80", "--processes", "1", "--out", str(page)]
-    subprocess.run(command, check=True, timeout=300, cwd=ROOT, capture_output=True)
-    lines = page.read_text().splitlines()
-    assert (lines[0], lines[-1]) == ("before", "after")
-    assert "| CHWN 1x1 | float16 | 64 x 16 x 32 | 4 / 3 | sm_80 |" in page.read_text()
-    assert "old" not in lines
+    command += ["--capability", "80", "--processes", "1"]
+    done = subprocess.run(command, check=True, timeout=300, cwd=ROOT, capture_output=True, text=True)
+    assert "| CHWN 1x1 | float16 | 64 x 16 x 32 | 4 / 3 | sm_80 |" in done.stdout

@@ -1,38 +1,38 @@
-"""The Triton kernel in Triton's interpreter against the definition in float64, written over NaN."""
+"""The Triton kernel in Triton's interpreter against the reference in float64; outputs start as NaN."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from cases import CASES, ONE_TO_ONE, UNEQUAL, WIDE, Arguments, Case, reference
+from gpu_checks import check_conv, launched
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.run.convs import BACKENDS
-from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuLayout
+from dsp_kernels.run.gpu.conv import GPU_KERNELS
+from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.triton.config import TritonConfig
 from dsp_kernels.run.gpu.triton.conv import TritonConv
 from dsp_kernels.run.gpu.triton.tables import reads_runs, writes_runs
-from dsp_kernels.tolerances import op_tolerance
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+LAYOUTS = pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
 
-# Channels in aligned runs of 8, so that NHWC takes its 16-byte form on both sides.
-RUNS = GroupStructure.build(
-    32,
-    24,
-    [([*range(8, 16), *range(24, 32)], range(16, 24)), (range(8), range(8))],
-)
+# Channels in aligned runs of 8, so that NHWC reads and writes 16 bytes at once.
+RUNS = GroupStructure.build(32, 24, [([*range(8, 16), *range(24, 32)], range(16, 24)), (range(8), range(8))])
 EXTRA = (
     Case("runs of 8 channels", RUNS, hw=(5, 4), residual=True),
     Case("runs of 8 channels, 1x1", RUNS, kernel=1, padding=0, hw=(3, 4)),
-    Case("more channels than lie together", GroupStructure.dense(72, 8), hw=(3, 3)),
+    Case("more channels than a block", GroupStructure.dense(72, 8), hw=(3, 3)),
     Case("more filters than a tile", GroupStructure.build(3, 40, [([2, 0], range(1, 40))]), hw=(3, 2)),
     Case("padding 2", UNEQUAL, padding=2, hw=(3, 4)),
     Case(
@@ -40,7 +40,7 @@ EXTRA = (
     ),
 )
 TABLE = [case for case in (*CASES, *EXTRA) if case.batch]
-# What differs in 16 bits is how numbers are read, multiplied and rounded, not which; a part of the table.
+# Of 16 bits a part of the table: they differ in how numbers are read, multiplied and rounded, not in which.
 SOME = [
     case
     for case in TABLE
@@ -48,65 +48,30 @@ SOME = [
 ]
 
 
-def within_nan(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(a copy of the values, the NaN before and behind it in memory)."""
-    memory = torch.full((values.numel() + 128,), torch.nan, dtype=values.dtype)
-    inside = memory[64:-64].view(values.shape)
-    inside.copy_(values)
-    return inside, torch.stack([memory[:64], memory[-64:]])
-
-
-def run(
-    case: Case,
-    a: Arguments,
-    layout: GpuLayout,
-    *,
-    in_place: bool = False,
-    config: TritonConfig | None = None,
-) -> Tensor:
-    """The answer as (batch, channels, height, width), written over NaN or over the residual itself."""
-    conv = TritonConv(case.spec, a.weights, a.bias, layout, config)
-    x, _ = within_nan(layout.from_nchw(a.x))
-    residual = None if a.residual is None else layout.from_nchw(a.residual)
-    shape = layout.shape((case.batch, case.structure.out_channels, *case.spec.output_hw(case.hw)))
-    out, around = within_nan(torch.full(shape, torch.nan, dtype=a.x.dtype))
-    if in_place:
-        assert residual is not None
-        out.copy_(residual)
-        residual = out
-    conv(x, out, residual)
-    assert around.isnan().all(), "written outside the output"
-    return layout.as_nchw(out)
-
-
 def check(
     case: Case,
     layout: GpuLayout,
     dtype: torch.dtype = SINGLE,
-    *,
     in_place: bool = False,
     config: TritonConfig | None = None,
 ) -> None:
     if layout is CHWN and case.batch % 8:
         case = replace(case, batch=8)
-    a = case.tensors(dtype)
-    y, expected = run(case, a, layout, in_place=in_place, config=config), reference(case, a)
-    assert y.shape == expected.shape
-    assert not y.isnan().any()
-    error = (y.double() - expected).abs().max().item()
-    assert error <= op_tolerance(dtype, case.reduction) * max(expected.abs().max().item(), 1.0)
+    check_conv(lambda *a: TritonConv(*a, layout, config), case, dtype, layout, in_place=in_place)
 
 
-@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
-def test_float32(case: Case, layout: GpuLayout) -> None:
-    check(case, layout, SINGLE)
+def run(case: Case, a: Arguments, layout: GpuLayout) -> Tensor:
+    shape = (case.batch, case.structure.out_channels, *case.spec.output_hw(case.hw))
+    return launched(TritonConv(case.spec, a.weights, a.bias, layout), a.x, None, shape, layout, False)
 
 
-@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
-@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
-def test_16_bits(case: Case, layout: GpuLayout, dtype: torch.dtype) -> None:
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [*((SINGLE, case) for case in TABLE), *product((HALF, BRAIN), SOME)],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+def test_convolution(case: Case, dtype: torch.dtype, layout: GpuLayout) -> None:
     check(case, layout, dtype)
 
 
@@ -114,7 +79,7 @@ RESIDUAL = Case("residual in place", UNEQUAL, residual=True, activation="relu", 
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
+@LAYOUTS
 def test_out_is_the_residual(layout: GpuLayout, dtype: torch.dtype) -> None:
     check(RESIDUAL, layout, dtype, in_place=True)
 
@@ -128,27 +93,27 @@ def test_batches(layout: GpuLayout, batch: int) -> None:
 
 @pytest.mark.parametrize("cols", [64, 128])
 @pytest.mark.parametrize("images", [8, 16, 32])
-def test_any_split_of_a_tile_into_pixels_and_images(images: int, cols: int) -> None:
+def test_tiles_of_pixels_and_images(images: int, cols: int) -> None:
     config = TritonConfig(True, cols, images, 16, 16, 4, 3)
     check(replace(RESIDUAL, batch=32), CHWN, config=config)
 
 
 @pytest.mark.parametrize(("filters", "bk"), [(16, 32), (32, 16), (64, 64)])
-def test_any_tile(filters: int, bk: int) -> None:
+def test_tiles_of_filters_and_depth(filters: int, bk: int) -> None:
     case = Case("", WIDE, hw=(3, 4))
     check(case, CHWN, config=TritonConfig(True, 64, 8, filters, bk, 4, 3))
     check(case, NHWC, config=TritonConfig(False, 64, 1, filters, bk, 4, 3))
 
 
-@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
+@LAYOUTS
 def test_64_bit_offsets(layout: GpuLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsp_kernels.run.gpu.triton.conv._INT32", 1)
     check(RESIDUAL, layout)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])
-def test_columns_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the input is larger than L2; the last block is a smaller one."""
+def test_inputs_larger_than_l2(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are processed in blocks; the last block is smaller."""
     monkeypatch.setattr("dsp_kernels.run.gpu.triton.conv.columns_in_l2", lambda *_: block)
     case = Case(
         "", GroupStructure.build(4, 40, [([1, 3], range(20)), ([0], range(20, 40))]), hw=(7, 5), kernel=1
@@ -156,8 +121,8 @@ def test_columns_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, CHWN)
 
 
-@pytest.mark.parametrize("layout", [CHWN, NHWC], ids=lambda layout: layout.name)
-def test_channels_that_no_group_reads_do_no_harm(layout: GpuLayout) -> None:
+@LAYOUTS
+def test_nan_in_channels_that_no_group_reads(layout: GpuLayout) -> None:
     case = Case("", GroupStructure.build(5, 3, [([3, 1], [2, 0])]), batch=8, hw=(4, 4))
     a = case.tensors()
     expected = reference(case, a)
@@ -165,15 +130,15 @@ def test_channels_that_no_group_reads_do_no_harm(layout: GpuLayout) -> None:
     torch.testing.assert_close(run(case, a, layout).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_nan_is_kept_by_every_activation() -> None:
-    for activation in ("none", "relu", "relu6", "silu", "hardswish"):
+def test_every_activation_keeps_nan() -> None:
+    for activation in ACTIVATIONS:
         case = Case("", ONE_TO_ONE, kernel=1, padding=0, hw=(2, 2), activation=activation)
         a = case.tensors()
         a.x[0, 0, 1, 0] = torch.nan
         assert torch.equal(run(case, a, NHWC).isnan(), a.x.isnan())
 
 
-def test_tf32_only_where_torch_was_told() -> None:
+def test_tf32_only_where_torch_allows_it() -> None:
     from dsp_kernels.run.gpu.triton.conv import _precision
 
     flag = torch.backends.cuda.matmul
@@ -207,9 +172,6 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     conv(x[..., :0].contiguous(), out[..., :0].contiguous())
 
 
-# -- the backend on ordinary tensors ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("batch", [2, 8])
 def test_backend_keeps_the_memory_format(batch: int, channels_last: bool) -> None:
@@ -221,13 +183,13 @@ def test_backend_keeps_the_memory_format(batch: int, channels_last: bool) -> Non
     torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-5)
 
 
-def test_interpreted_kernels_are_never_chosen_by_themselves() -> None:
+def test_auto_never_chooses_the_interpreter() -> None:
     spec, device = RESIDUAL.spec, torch.device("cpu")
     assert BACKENDS.choose("auto", spec, SINGLE, device).name not in GPU_KERNELS.names()
     assert GPU_KERNELS.choose("triton", spec, SINGLE, device, CHWN).name == "triton"
 
 
-def test_reasons() -> None:
+def test_reasons_why_it_cannot_run() -> None:
     triton = GPU_KERNELS.choose("triton", RESIDUAL.spec, SINGLE, torch.device("cpu"), CHWN)
     for spec, dtype, device, word in (
         (RESIDUAL.spec, torch.float64, "cpu", "float64"),
@@ -242,7 +204,7 @@ def test_reasons() -> None:
 
 def test_runs_of_8_channels() -> None:
     assert reads_runs(Case("", RUNS).spec)
-    assert writes_runs(Case("", RUNS).spec)  # the absent channels 8 to 15 are a run too
+    assert writes_runs(Case("", RUNS).spec)  # so are the absent channels 8 to 15
     for channels in (range(4, 12), [*range(7), 8], range(12), [1, 0, *range(2, 8)]):
         structure = GroupStructure.build(32, 32, [(channels, channels)])
         assert not reads_runs(Case("", structure).spec)

@@ -1,9 +1,11 @@
-"""Choosing tile sizes: the rule, what tuning measures, and the file that it keeps."""
+"""Tile sizes: the rule that chooses them, tuning, and its file."""
 
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ pytest.importorskip("triton")
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.run.gpu.layout import GpuLayout
-from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates, choose, choose_packing, shipped
+from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates, choose, choose_packing
 from dsp_kernels.run.gpu.triton.conv import TritonConv
 from dsp_kernels.run.gpu.triton.tune import ConfigCache, cache_file, kept_config, signature, tune
+
+TABLE = Path(__file__).resolve().parents[2] / "scripts" / "triton_table.py"
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
 CASE = Case("", UNEQUAL, batch=8, hw=(3, 4), residual=True)
@@ -31,26 +35,26 @@ def prepared() -> tuple[TritonConv, torch.Tensor, torch.Tensor, torch.Tensor]:
     return conv, CHWN.from_nchw(a.x), torch.full((9, 3, 4, 8), torch.nan), CHWN.from_nchw(a.residual)
 
 
-def by_images(launch: Callable[[], None]) -> float:
-    """A timer that runs what it is given and prefers the candidate that came last."""
-    launch()
-    by_images.calls += 1  # type: ignore[attr-defined]
-    return 1.0 / by_images.calls  # type: ignore[attr-defined]
-
-
-def test_tuning_measures_few_keeps_the_best_and_leaves_out_alone(tmp_path: Path) -> None:
+def test_tuning_measures_few_keeps_the_fastest_and_does_not_write_out(tmp_path: Path) -> None:
     conv, x, out, residual = prepared()
     cache = ConfigCache(tmp_path / "sub" / "file.json")
-    by_images.calls = 0  # type: ignore[attr-defined]
-    best = tune(conv, x, out, residual, timer=by_images, cache=cache)
+    times: list[float] = []
+
+    def timer(launch: Callable[[], None]) -> float:
+        """Every candidate is faster than the ones before."""
+        launch()
+        times.append(1 / (len(times) + 1))
+        return times[-1]
+
+    best = tune(conv, x, out, residual, timer=timer, cache=cache)
     tried = candidates(CASE.spec, x.dtype, CHWN, True, 8, (3, 4))
-    assert by_images.calls == len(tried) <= 12  # type: ignore[attr-defined]
+    assert len(times) == len(tried) <= 12
     assert best == tried[-1]
     assert out.isnan().all()
     again = ConfigCache(cache.file)
     assert kept_config(conv, x, out, residual, again) == best
     assert kept_config(conv, x, out, None, again) is None  # another signature
-    conv(x, out, residual)  # by the remembered one
+    conv(x, out, residual)  # launches the tuned configuration
     expected = reference(CASE, CASE.tensors())
     torch.testing.assert_close(CHWN.as_nchw(out).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -61,7 +65,7 @@ def test_tuning_needs_a_gpu_or_a_timer() -> None:
         tune(conv, x, out, residual)
 
 
-def test_no_tuning_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_tuning_without_a_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSP_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr("dsp_kernels.run.gpu.triton.tune.tune", lambda *_, **__: pytest.fail("tuned"))
     conv, x, out, residual = prepared()
@@ -70,7 +74,7 @@ def test_no_tuning_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kept_configuration_that_is_no_candidate_is_not_used(tmp_path: Path) -> None:
+def test_a_configuration_on_disk_that_is_not_a_candidate_is_ignored(tmp_path: Path) -> None:
     conv, x, out, residual = prepared()
     cache = ConfigCache(tmp_path / "file.json")
     cache.put(signature(conv, x, residual), TritonConfig(True, 1 << 20, 8, 16, 32, 4, 3))
@@ -78,7 +82,7 @@ def test_a_kept_configuration_that_is_no_candidate_is_not_used(tmp_path: Path) -
 
 
 def entry(**changes: object) -> dict[str, object]:
-    return {**CONFIG.to_dict(), **changes}
+    return {**asdict(CONFIG), **changes}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def test_damaged_files_count_as_empty(text: str | bytes, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
-def test_two_writers_keep_both(tmp_path: Path) -> None:
+def test_concurrent_writers_keep_both_entries(tmp_path: Path) -> None:
     first, second = (ConfigCache(tmp_path / "file.json") for _ in range(2))
     assert first.get("a") is second.get("b") is None
     first.put("a", CONFIG)
@@ -118,14 +122,14 @@ def test_two_writers_keep_both(tmp_path: Path) -> None:
     assert ConfigCache(tmp_path / "file.json").get("a") == CONFIG
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = ConfigCache(tmp_path / "file" / "inside.json")
     cache.put("key", CONFIG)
     assert cache.get("key") == CONFIG
 
 
-def test_the_files_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSP_KERNELS_CACHE", "/somewhere")
     assert cache_file("NVIDIA H200/../x", "3.9.0") == Path("/somewhere/triton-3.9.0-NVIDIA-H200-..-x.json")
     monkeypatch.delenv("DSP_KERNELS_CACHE")
@@ -139,17 +143,17 @@ def test_the_files_name(monkeypatch: pytest.MonkeyPatch) -> None:
     [UNEQUAL, WIDE, GroupStructure.dense(64, 64), GroupStructure.dense(256, 512), GroupStructure(4, 5)],
     ids=str,
 )
-def test_the_rule_chooses_only_what_is_compiled_and_checked(
+def test_the_rule_chooses_only_configurations_that_make_test_triton_compiles(
     structure: GroupStructure, dtype: torch.dtype
 ) -> None:
     checked = {
         (config.chwn, kind, config.cols, config.filters, config.bk, config.warps, config.stages)
-        for _, config, kind, _ in shipped()
+        for _, config, kind, _ in runpy.run_path(str(TABLE))["shipped"]()
     }
     for kernel in (1, 3):
         spec = Case("", structure, kernel=kernel).spec
         for layout, wide in ((CHWN, True), (NHWC, True), (NHWC, False)):
-            packing = choose_packing(spec, dtype, layout, wide)
+            packing = choose_packing(spec, dtype, wide)
             for batch in (8, 256):
                 c = choose(spec, dtype, layout, wide, packing, batch, (28, 28))
                 assert (c.chwn, dtype, c.cols, c.filters, c.bk, c.warps, c.stages) in checked
@@ -163,6 +167,6 @@ def test_the_rule_chooses_only_what_is_compiled_and_checked(
 def test_wide_groups_get_wide_tiles() -> None:
     def filters(o: int) -> int:
         spec = Case("", GroupStructure.build(64, 256, [(range(40), range(o))])).spec
-        return choose_packing(spec, torch.float16, CHWN, True)[0]
+        return choose_packing(spec, torch.float16, True)[0]
 
     assert [filters(o) for o in (5, 256)] == [16, 128]

@@ -1,7 +1,7 @@
-"""The op by the native CPU kernels: one convolution with its layout conversion at both ends.
+"""One convolution by the native CPU kernels, with its layout conversion at both ends.
 
-Input and output are ordinary tensors, plain or channels_last or any view; the kernel reads and writes them by
-their strides. A whole network fused (``dsp_kernels.fuse``) pays for the conversion once instead of per layer.
+Inputs and outputs are ordinary tensors of any strides, which the kernel converts as it reads and writes. A
+fused network (``dsp_kernels.fuse``) pays for the conversion once instead of per layer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.run.cpu.extension import native, new_network, why_missing
 
-__all__ = ["CpuBackend", "CpuPlan", "add_conv", "as_array", "products_per_move"]
-
 
 class CpuBackend:
-    """Native kernels, float32, any structure. See the module's text."""
+    """Native kernels, float32, any structure."""
 
     name = "cpu"
 
@@ -32,11 +30,11 @@ class CpuBackend:
         device: torch.device,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> tuple[bool, str]:
-        """On the CPU in float32, when the extension is built."""
+        """On the CPU in float32, if the extension is built."""
         if device.type != "cpu":
             return False, f"tensors are on {device}"
         if dtype != torch.float32:
-            # Values are float32 inside: one layer of bfloat16 tensors would be converted at both of its ends.
+            # Values between layers are float32: bfloat16 tensors would be converted at both ends of a layer.
             return False, f"dtype {dtype} is not float32; bfloat16 runs in whole networks only (fuse)"
         return (False, why_missing()) if native() is None else (True, "")
 
@@ -48,18 +46,15 @@ class CpuBackend:
         layout: torch.memory_format = torch.contiguous_format,
     ) -> tuple[bool, str]:
         """Whether it beats plain PyTorch: not for channels_last 1x1 layers with little arithmetic."""
-        moved = products_per_move(spec)
-        if (
-            layout == torch.channels_last
-            and spec.kernel_size == (1, 1)
-            and moved < _PRODUCTS_PER_MOVE
-            and torch.get_num_threads() > 1
-        ):
-            return False, (
-                f"a channels_last 1x1 layer with {moved:.0f} products per moved channel and pixel; "
-                f"below {_PRODUCTS_PER_MOVE} the conversion costs more than it saves"
-            )
-        return True, ""
+        if layout != torch.channels_last or spec.kernel_size != (1, 1) or torch.get_num_threads() == 1:
+            return True, ""
+        products = products_per_move(spec)
+        if products >= _PRODUCTS_PER_MOVE:
+            return True, ""
+        return False, (
+            f"a channels_last 1x1 layer with {products:.0f} products per moved channel and pixel; "
+            f"below {_PRODUCTS_PER_MOVE} the conversion costs more than it saves"
+        )
 
     def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> CpuPlan:
         """A function (x, residual) -> y; see ``ConvBackend.prepare``."""
@@ -67,7 +62,7 @@ class CpuBackend:
 
 
 class CpuPlan:
-    """(x, residual) -> y for one convolution, with its weights packed. Safe to call from many threads."""
+    """(x, residual) -> y for one convolution with its weights packed. Thread-safe."""
 
     def __init__(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         self.spec = spec
@@ -79,7 +74,10 @@ class CpuPlan:
         self._with_residual: Any = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (batch, in_channels, height, width), float32; residual: like the output, or None."""
+        """x: (batch, in_channels, height, width), float32; residual: like the output, or None.
+
+        Raises DSPShapeError for an input that the convolution cannot take.
+        """
         shape = (x.shape[0], self.spec.structure.out_channels, *self.spec.output_hw(x.shape[2:]))
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
         if shape[0]:
@@ -93,7 +91,7 @@ class CpuPlan:
         return y
 
     def holds(self, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
-        """Whether the plan was made from these very numbers, bit for bit."""
+        """Whether the plan was made from weights and bias equal to these, bit for bit."""
         arrays = [as_array(weight) for weight in weights]
         same: bool = self._plain.conv_holds(self._value, arrays, None if bias is None else as_array(bias))
         return same
@@ -110,16 +108,16 @@ class CpuPlan:
         return self._with_residual
 
 
-# Products per moved channel and pixel below which plain PyTorch is faster in channels_last. Measured at batch
-# 4 and 8 on the layers of ResNet-50 80 % and on layers like ResNet-56's (2 Zen 5 cores, shared with others,
-# best of many runs, torch 2.15). On 2 threads the 1x1 layers with 6 to 16 ran at 0.61-0.77 of eager, those at
-# 25 at 0.88 and 1.54, from 29 on at 1.16-3.25; of the 3x3 layers only one, with 50, was behind (0.63). On one
-# thread none was behind.
+# Products per moved channel and pixel below which plain PyTorch is faster in channels_last. Measured at
+# batch 4 and 8 on the layers of ResNet-50 80 % and on layers like ResNet-56's (2 Zen 5 cores, shared with
+# others, best of many runs, torch 2.15). Speed relative to eager on 2 threads: 1x1 layers with 6 to 16
+# products 0.61-0.77, with 25 0.88 and 1.54, with 29 and more 1.16-3.25; of the 3x3 layers only one, with
+# 50, was slower (0.63). On one thread none was slower.
 _PRODUCTS_PER_MOVE = 25
 
 
 def products_per_move(spec: ConvSpec) -> float:
-    """Multiply-adds per channel and pixel that the conversion at both ends of one layer has to move."""
+    """Multiply-adds per channel and pixel that the layout conversion at both ends of one layer moves."""
     structure = spec.structure
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     moved = len(structure.read) * spec.stride[0] * spec.stride[1] + structure.out_channels
@@ -127,14 +125,14 @@ def products_per_move(spec: ConvSpec) -> float:
 
 
 def _interleave(images: int) -> int:
-    """One image at a time: interleaving several makes the conversion at both ends cost more than it saves."""
+    """1 unless threads outnumber images: interleaved images cost more to convert than they save."""
     return 1 if images >= torch.get_num_threads() else 0
 
 
 def add_conv(
     network: Any, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: int, residual: int
 ) -> int:
-    """Adds the convolution to a native network; x, residual (-1: none) and the result are value numbers."""
+    """Add a convolution to a native network; x, residual (-1: none) and the result are value numbers."""
     value: int = network.conv(
         x,
         residual,

@@ -1,4 +1,4 @@
-"""The native extension, if it is built, and what to do if it is not."""
+"""The native extension ``dsp_kernels._C``, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,9 @@ from typing import Any
 
 from dsp_kernels.errors import DSPBackendError
 
-__all__ = [
-    "adds_in_half",
-    "chosen_isa",
-    "may_use_winograd",
-    "native",
-    "new_network",
-    "warn_if_missing",
-    "why_missing",
-]
-
 _FIX = (
     "install a C++ compiler and run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
-    "the repository (with -v it prints what it made, or why it could not)"
+    "the repository (with -v it prints what it built, or why it could not)"
 )
 
 
@@ -32,7 +22,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("dsp_kernels._C"), ""
     except ImportError as error:
-        return None, f"the native extension dsp_kernels._C is not there ({error}); to get it, {_FIX}"
+        return None, f"the native extension dsp_kernels._C is missing ({error}); to build it, {_FIX}"
 
 
 def native() -> ModuleType | None:
@@ -41,14 +31,14 @@ def native() -> ModuleType | None:
 
 
 def why_missing() -> str:
-    """Why ``native()`` is None and what helps; empty if it is not."""
+    """Why ``native()`` is None and how to fix that; empty if it is not None."""
     return _load()[1]
 
 
 def chosen_isa() -> str:
-    """The instruction set that DSP_KERNELS_ISA asks for, else the best of this CPU.
+    """The instruction set named by DSP_KERNELS_ISA, else the best one of this CPU.
 
-    Raises DSPBackendError if this CPU cannot run it.
+    Raises DSPBackendError if this CPU or this build lacks it.
     """
     module = native()
     assert module is not None
@@ -62,15 +52,15 @@ def chosen_isa() -> str:
 
 
 def may_use_winograd() -> bool:
-    """Whether convolutions may use Winograd's method, which rounds a little differently than a plain sum.
+    """Whether convolutions may use Winograd's method, which rounds differently from a plain sum.
 
-    DSP_KERNELS_WINOGRAD=0 in the environment turns it off.
+    DSP_KERNELS_WINOGRAD=0 turns it off.
     """
     return os.environ.get("DSP_KERNELS_WINOGRAD") != "0"
 
 
 def adds_in_half() -> bool:
-    """Whether the chosen instruction set adds products of float16 numbers in float16."""
+    """Whether the chosen instruction set accumulates float16 products in float16."""
     module = native()
     return module is not None and "float16" in module.own_products(chosen_isa())
 
@@ -78,8 +68,7 @@ def adds_in_half() -> bool:
 def new_network(bf16: bool = False, fp16: bool = False) -> Any:
     """An empty native network for the chosen instruction set.
 
-    bf16: convolutions multiply bfloat16 numbers. fp16: float16 ones, where the instruction set has such
-    products.
+    bf16: convolutions multiply in bfloat16. fp16: in float16, if the instruction set can.
     """
     module = native()
     assert module is not None
@@ -88,7 +77,7 @@ def new_network(bf16: bool = False, fp16: bool = False) -> Any:
 
 @cache
 def warn_if_missing() -> None:
-    """One warning per process where networks run without the native extension."""
+    """Warn once per process that networks run without the native extension."""
     if native() is None:
         warnings.warn(
             f"networks run in plain PyTorch, several times slower than they could: {why_missing()}",

@@ -1,7 +1,9 @@
 """The op in plain PyTorch: runs everywhere, and is the fallback of every other backend.
 
-Three forms, chosen per layer by ``cheapest_form``:
-``single``: one convolution over all channels, with zeros where no kernel lives;
+``form_of`` picks one form per layer:
+``constant``: no group reads anything;
+``uniform``: an ordinary (grouped) convolution;
+``single``: one convolution over all channels, with zeros where no group has weights;
 ``gathered``: the same over the channels that some group reads, gathered first;
 ``per_group``: gather, one convolution and scatter per group.
 """
@@ -15,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.activations import activate_
+from dsp_kernels.op.dense import dense_weight, index_tensors, live_bias
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
-
-__all__ = ["EagerBackend", "bias_of_live", "cheapest_form", "zero_filled"]
 
 
 class EagerBackend:
-    """Plain PyTorch on any device and any floating dtype. See the module's text."""
+    """Plain PyTorch on any device and in any floating dtype."""
 
     name = "eager"
 
@@ -33,15 +34,13 @@ class EagerBackend:
         layout: torch.memory_format = torch.contiguous_format,
     ) -> tuple[bool, str]:
         """Always, for floating dtypes."""
-        if not dtype.is_floating_point:
-            return False, f"dtype {dtype} is not a floating dtype"
-        return True, ""
+        return (True, "") if dtype.is_floating_point else (False, f"dtype {dtype} is not a floating dtype")
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """A function (x, residual) -> y; see ``ConvBackend.prepare``."""
-        convolve = self._form(spec)(spec, weights, bias)
+        convolve = FORMS[form_of(spec)](spec, weights, bias)
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
             y = convolve(x)
@@ -51,21 +50,14 @@ class EagerBackend:
 
         return run
 
-    def form(self, spec: ConvSpec) -> str:
-        """Name of the form that a layer gets."""
-        return self._form(spec).__name__.strip("_")
 
-    def _form(self, spec: ConvSpec) -> Callable[..., Callable[[Tensor], Tensor]]:
-        if not spec.structure.read:
-            return _constant
-        if spec.structure.is_uniform:
-            return _uniform
-        return _FORMS[cheapest_form(spec)]
-
-
-def cheapest_form(spec: ConvSpec) -> str:
+def form_of(spec: ConvSpec) -> str:
     """The form with the least estimated time: multiply-adds per output pixel plus moved channels."""
     structure = spec.structure
+    if not structure.read:
+        return "constant"
+    if structure.is_uniform:
+        return "uniform"
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     input_pixels = spec.stride[0] * spec.stride[1]
     gathered = sum(len(group.in_index) for group in structure.groups)
@@ -78,65 +70,56 @@ def cheapest_form(spec: ConvSpec) -> str:
     return min(cost, key=lambda form: cost[form])
 
 
-# What moving one channel of one pixel costs, in multiply-adds of a good convolution. Measured on every conv
-# of ResNet-56 g=4 (batch 1, 32, 128) and ResNet-50 80 % (batch 1, 8), float32, channels_last, 2 Zen 5
+# Cost of moving one channel of one pixel, in multiply-adds of an efficient convolution. Measured on every
+# conv of ResNet-56 g=4 (batch 1, 32, 128) and ResNet-50 80 % (batch 1, 8), float32, channels_last, 2 Zen 5
 # cores, torch 2.15: with 400 the rule costs at most 4 % over the best form of each layer; 200 costs up to
 # 22 %, and always one conv per group 4.7x (ResNet-56, batch 128) and 2.9x (ResNet-50, batch 8).
 _MOVE_COST = 400
 
 
-def bias_of_live(spec: ConvSpec, bias: Tensor | None) -> Tensor | None:
-    """(out_channels,): the bias with 0 in the absent channels, which hold none by definition."""
-    if bias is None or not spec.structure.absent:
-        return bias
-    return bias.index_fill(0, torch.tensor(spec.structure.absent, device=bias.device), 0.0)
+def _constant(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    added = live_bias(spec.structure, bias)
+
+    def convolve(x: Tensor) -> Tensor:
+        y = x.new_zeros(x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
+        return y if added is None else y.add_(added[:, None, None])
+
+    return convolve
 
 
 def _uniform(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Dense and equal neighbouring groups are a convolution that PyTorch has itself."""
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     n_groups = len(weights)
     return lambda x: F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, n_groups)
 
 
-def zero_filled(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
-    """(out_channels, in_channels, kh, kw), channels_last, with every group's weights in their places."""
-    structure = spec.structure
-    full = weights[0].new_zeros(structure.out_channels, structure.in_channels, *spec.kernel_size)
-    for group, weight in zip(structure.groups, weights, strict=True):
-        rows = torch.tensor(group.out_index, device=full.device)
-        columns = torch.tensor(group.in_index, dtype=torch.long, device=full.device)
-        full[rows[:, None], columns[None, :]] = weight
-    return full.contiguous(memory_format=torch.channels_last)
-
-
 def _single(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    weight = zero_filled(spec, weights)
-    live_bias = bias_of_live(spec, bias)
-    return lambda x: F.conv2d(x, weight, live_bias, spec.stride, spec.padding, spec.dilation)
+    weight = dense_weight(spec.structure, weights, spec.kernel_size)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    added = live_bias(spec.structure, bias)
+    return lambda x: F.conv2d(x, weight, added, spec.stride, spec.padding, spec.dilation)
 
 
 def _gathered(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     read = torch.tensor(spec.structure.read, device=weights[0].device)
-    weight = zero_filled(spec, weights)[:, read].contiguous(memory_format=torch.channels_last)
-    live_bias = bias_of_live(spec, bias)
+    weight = dense_weight(spec.structure, weights, spec.kernel_size)[:, read]
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    added = live_bias(spec.structure, bias)
     return lambda x: F.conv2d(
-        x.index_select(1, read), weight, live_bias, spec.stride, spec.padding, spec.dilation
+        x.index_select(1, read), weight, added, spec.stride, spec.padding, spec.dilation
     )
 
 
 def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    structure = spec.structure
-    device = weights[0].device
-    branches = []
-    for group, weight in zip(structure.groups, weights, strict=True):
-        in_index = torch.tensor(group.in_index, dtype=torch.long, device=device)
-        out_index = torch.tensor(group.out_index, dtype=torch.long, device=device)
-        branches.append((in_index, out_index, weight, None if bias is None else bias[out_index]))
+    branches = [
+        (in_index, out_index, weight, None if bias is None else bias[out_index])
+        for in_index, out_index, weight in zip(
+            *index_tensors(spec.structure, weights[0].device), weights, strict=True
+        )
+    ]
 
     def convolve(x: Tensor) -> Tensor:
-        height, width = spec.output_hw(x.shape[2:])
-        shape = (x.shape[0], structure.out_channels, height, width)
+        shape = (x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
         y = torch.zeros(shape, dtype=x.dtype, device=x.device)
         y = y.contiguous(memory_format=memory_format_of(x))
         for in_index, out_index, weight, group_bias in branches:
@@ -151,15 +134,11 @@ def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -
     return convolve
 
 
-def _constant(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """No group reads anything: the output is the bias, whatever the input."""
-    live_bias = bias_of_live(spec, bias)
-
-    def convolve(x: Tensor) -> Tensor:
-        y = x.new_zeros(x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
-        return y if live_bias is None else y.add_(live_bias[:, None, None])
-
-    return convolve
-
-
-_FORMS = {"single": _single, "gathered": _gathered, "per_group": _per_group}
+# Name of a form -> (spec, weights, bias) -> the convolution x -> y, without residual and activation.
+FORMS: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+    "constant": _constant,
+    "uniform": _uniform,
+    "single": _single,
+    "gathered": _gathered,
+    "per_group": _per_group,
+}

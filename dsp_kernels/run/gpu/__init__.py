@@ -1,1 +1,1 @@
-"""GPU kernels: memory layouts, networks, CUDA graphs."""
+"""GPU kernels: memory layouts, single convolutions, whole Programs, CUDA graphs."""

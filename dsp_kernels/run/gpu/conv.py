@@ -1,7 +1,7 @@
 """The op on ordinary tensors (NCHW or channels_last) by a family of GPU kernels.
 
-The kernels read and write their own layouts. A channels_last tensor is one of them already; a plain one is
-converted at both ends, which a whole network fused (``dsp_kernels.fuse``) pays for once instead of per layer.
+The kernels have their own layouts. A channels_last tensor already is NHWC; a contiguous one is converted at
+both ends, which a fused network (``dsp_kernels.fuse``) pays for once instead of per layer.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.run.gpu.cuda.conv import CudaKernels
-from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuConv, GpuKernels, GpuLayout, layout_for_batch
+from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.triton.conv import TritonKernels
+from dsp_kernels.run.registry import Registry
 
-__all__ = ["GpuBackend"]
-
-# In this order of preference; neither was timed yet.
+# The order of preference is not measured yet.
+GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel")
 GPU_KERNELS.register(CudaKernels())
 GPU_KERNELS.register(TritonKernels())
 
 
 class GpuBackend:
-    """One entry of GPU_KERNELS as a backend of the op. See the module's text."""
+    """One family of GPU kernels as a backend of the op."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, kernels: GpuKernels) -> None:
+        self.name = kernels.name
+        self._kernels = kernels
 
     def can_run(
         self,
@@ -36,9 +37,9 @@ class GpuBackend:
         device: torch.device,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> tuple[bool, str]:
-        """Where the kernels run both layouts: the batch decides between them at the call."""
-        for each in (GpuLayout.NHWC, GpuLayout.CHWN):
-            able, reason = self._kernels().can_run(spec, dtype, device, each)
+        """If the kernels run both layouts: the batch of each call decides between them."""
+        for each in GpuLayout:
+            able, reason = self._kernels.can_run(spec, dtype, device, each)
             if not able:
                 return False, reason
         return True, ""
@@ -50,14 +51,13 @@ class GpuBackend:
         device: torch.device,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> tuple[bool, str]:
-        """Not on the CPU, where such kernels are only interpreted."""
+        """Not on the CPU, where Triton only interprets its kernel."""
         return (True, "") if device.type == "cuda" else (False, f"tensors are on {device}")
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """A function (x, residual) -> y; see ``ConvBackend.prepare``. Weights are arranged at first use."""
-        kernels = self._kernels()
         prepared: dict[GpuLayout, GpuConv] = {}
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -65,7 +65,7 @@ class GpuBackend:
             channels_last = memory_format == torch.channels_last
             layout = GpuLayout.NHWC if channels_last else layout_for_batch(x.shape[0])
             if layout not in prepared:
-                prepared[layout] = kernels.prepare(spec, weights, bias, layout)
+                prepared[layout] = self._kernels.prepare(spec, weights, bias, layout)
             shape = (x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
             out = torch.empty(layout.shape(shape), dtype=x.dtype, device=x.device)
             added = None if residual is None else layout.from_nchw(residual)
@@ -73,6 +73,3 @@ class GpuBackend:
             return layout.as_nchw(out).contiguous(memory_format=memory_format)
 
         return run
-
-    def _kernels(self) -> GpuKernels:
-        return next(kernels for kernels in GPU_KERNELS if kernels.name == self.name)

@@ -1,45 +1,17 @@
-"""CUDA graphs: a function of fixed buffers is captured once and replayed as one launch."""
+"""CUDA graphs: launches on fixed buffers are captured once and replayed as one launch."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-__all__ = ["LRU", "capture", "is_capturing"]
-
-T = TypeVar("T")
-_WARM_UP_RUNS = 2  # kernels compile and libraries set themselves up at the first; the second shows it worked
-
-
-class LRU(Generic[T]):
-    """At most ``limit`` things by key; the one unused for longest goes first."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._kept
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The thing of this key, made if it is not there."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        while len(self._kept) >= self.limit:  # before making: two at once may not fit into the memory
-            self._kept.popitem(last=False)
-        made = self._kept[key] = make()
-        return made
+_WARM_UP_RUNS = 2  # the first compiles kernels and initialises libraries; the second shows that it worked
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether somebody is capturing a CUDA graph on the current stream of this device."""
+    """Whether the current stream of this device is being captured into a CUDA graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -49,9 +21,9 @@ def is_capturing(device: torch.device) -> bool:
 def capture(launch: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None] | None:
     """The launches of ``launch`` as one replay on the current stream, or None if they cannot be captured.
 
-    ``launch`` works on fixed buffers and is run a few times first. pool: of ``torch.cuda.graph_pool_handle``;
-    graphs that share one must not be replayed at once. An operation that waits for the GPU, as one of
-    somebody's own modules may, cannot be captured.
+    ``launch`` works on fixed buffers and runs twice first. pool: of ``torch.cuda.graph_pool_handle``; graphs
+    that share one must not be replayed concurrently. An operation that synchronises, as a user's own module
+    may, cannot be captured.
     """
     with torch.cuda.device(device):
         side = torch.cuda.Stream(device)

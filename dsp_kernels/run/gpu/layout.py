@@ -1,36 +1,39 @@
-"""What every way of running one convolution on a GPU agrees on: tensor layouts and the call of a launcher.
+"""What all GPU kernels share: tensor layouts, the call of a prepared convolution, and its checks.
 
-A gather costs nothing where a channel is a plane (CHWN: the batch innermost), and little where a pixel's
-channels lie together (NHWC). A whole network stays in one of the two from its first convolution to its pool.
+A gather costs nothing where a channel is a contiguous plane (CHWN), and little where the channels of a
+pixel are contiguous (NHWC). A whole network stays in one of the two from its first convolution to its pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group, GroupStructure
-from dsp_kernels.run.registry import Registry
 
-__all__ = ["GPU_KERNELS", "GpuConv", "GpuKernels", "GpuLayout", "all_groups", "layout_for_batch"]
-
-# 16-byte accesses of 16-bit numbers along the batch.
+# The numbers of the activations in the CUDA and Triton kernels.
+ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# CHWN is accessed in 16-byte pieces of eight 16-bit numbers along the batch.
 BATCH_MULTIPLE = 8
+# The first with asynchronous copies and bfloat16 on tensor cores.
+_OLDEST_CAPABILITY = (8, 0)
 
 
 class GpuLayout(Enum):
-    """How a value (batch, channels, height, width) lies in memory; always contiguous in this order."""
+    """The order of the axes (batch, channels, height, width) in memory; tensors are contiguous in it."""
 
     CHWN = (1, 2, 3, 0)
     NHWC = (0, 2, 3, 1)
 
     def shape(self, nchw: Sequence[int]) -> tuple[int, ...]:
-        """The shape in this layout of a value of shape (batch, channels, height, width)."""
+        """The shape in this layout of a tensor (batch, channels, height, width)."""
         return tuple(nchw[axis] for axis in self.value)
 
     def from_nchw(self, x: Tensor) -> Tensor:
@@ -43,42 +46,112 @@ class GpuLayout(Enum):
 
 
 def layout_for_batch(batch: int) -> GpuLayout:
-    """CHWN where the batch fills its 16-byte accesses, else NHWC."""
+    """CHWN for a multiple of 8, else NHWC."""
     return GpuLayout.CHWN if batch and batch % BATCH_MULTIPLE == 0 else GpuLayout.NHWC
 
 
-def all_groups(structure: GroupStructure) -> tuple[Group, ...]:
-    """The groups, and one more that reads nothing and writes the absent channels, so that all are written.
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
 
-    The weights of that group are (absent, 0, kh, kw). By the op's definition (reference.py) an absent channel
-    has no bias, whatever stands in the bias there.
+
+def all_groups(structure: GroupStructure) -> tuple[Group, ...]:
+    """The groups, and one that reads nothing and writes the absent channels, so that all outputs are written.
+
+    The weights of that group are (absent, 0, kh, kw). An absent channel has no bias, whatever its entry in
+    the bias is (dsp_kernels/op/reference.py).
     """
     if not structure.absent:
         return structure.groups
     return (*structure.groups, Group((), structure.absent))
 
 
+def check_operands(
+    operands: Mapping[str, tuple[Tensor | None, Sequence[int]]],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: GpuLayout,
+) -> None:
+    """operands: by name, the tensor and its shape in the layout.
+
+    Raises DSPShapeError unless each has its shape, this dtype and device, is contiguous and 16-byte aligned.
+    """
+    for name, (tensor, shape) in operands.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise DSPShapeError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} ({layout.name})"
+            )
+        if tensor.dtype != dtype or tensor.device != device:
+            raise DSPShapeError(
+                f"{name} is {tensor.dtype} on {tensor.device}; the weights are {dtype} on {device}"
+            )
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise DSPShapeError(f"{name} is not contiguous in {layout.name} or not 16-byte aligned")
+
+
+def check_conv_operands(
+    spec: ConvSpec,
+    layout: GpuLayout,
+    x: Tensor,
+    out: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[int, int, int, int]:
+    """(batch, in_channels, height, width) of x. dtype, device: of the weights.
+
+    Raises DSPShapeError for operands of a launch (see GpuConv) that do not fit the convolution.
+    """
+    structure = spec.structure
+    if x.dim() != 4:
+        raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected 4 dimensions in {layout.name}")
+    batch, _, height, width = layout.as_nchw(x).shape
+    expected = layout.shape((batch, structure.out_channels, *spec.output_hw((height, width))))
+    operands = {
+        "x": (x, layout.shape((batch, structure.in_channels, height, width))),
+        "out": (out, expected),
+        "residual": (residual, expected),
+    }
+    check_operands(operands, dtype, device, layout)
+    if layout is GpuLayout.CHWN and batch % BATCH_MULTIPLE:
+        raise DSPShapeError(f"CHWN needs a batch that is a multiple of {BATCH_MULTIPLE}; got {batch}")
+    return batch, structure.in_channels, height, width
+
+
+def why_too_old(device: torch.device | int | None) -> str:
+    """Why this CUDA device (None: the current one) cannot run the kernels; empty if it can."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= _OLDEST_CAPABILITY:
+        return ""
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the GPU kernels need "
+        f"{_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]} or newer"
+    )
+
+
 class GpuConv(Protocol):
-    """One convolution, its weights arranged, ready to launch."""
+    """One convolution with its weights arranged, ready to launch."""
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """x, out, residual: contiguous in the layout it was prepared for; out is overwritten whole.
+        """x, out, residual: contiguous in the layout it was prepared for; all of out is overwritten.
 
         residual may be ``out`` itself: every element is read before it is written. Launches on the current
-        stream of x's device and returns; no synchronisation, no allocation that a CUDA graph could not hold.
+        stream of x's device and returns; can be captured in a CUDA graph (no synchronisation, no allocation).
         """
         ...
 
 
 class GpuKernels(Protocol):
-    """One family of kernels."""
+    """A family of kernels: CUDA C++ or Triton."""
 
     name: str
 
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
-        """Whether it runs this convolution on this device and layout; the reason if not."""
+        """Whether it runs this convolution on this device in this layout; the reason if not."""
         ...
 
     def prepare(
@@ -86,6 +159,3 @@ class GpuKernels(Protocol):
     ) -> GpuConv:
         """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on the device that will run them."""
         ...
-
-
-GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel")

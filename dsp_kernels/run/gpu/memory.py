@@ -1,4 +1,4 @@
-"""Where the values of a Program lie while it runs on a GPU: shapes, lifetimes, one arena."""
+"""The memory plan of a Program on a GPU: shapes and lifetimes of its values, placed in one arena."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ from dsp_kernels.program.steps import (
 )
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
+from dsp_kernels.run.gpu.layout import round_up
 
-__all__ = ["Arena", "arena_for", "value_shapes"]
-
-_ALIGNMENT = 256  # bytes; what cudaMalloc promises, so that no kernel sees a smaller one
+_ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 
 _ELEMENTWISE = (AffineStep, AddStep, ActivationStep, MulStep)
-# Steps that write into memory they are given.
+# Steps that write into a given buffer.
 _WRITERS = (ConvStep, BlockStep, *_ELEMENTWISE, ConcatStep, SelectStep)
 
 
 def value_shapes(
     program: Program, input_shape: Sequence[int], dtype: torch.dtype
 ) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every value for an input of this shape; None for values that are no tensor.
+    """The shape of every value for an input of this shape; None for values that are not tensors.
 
-    Computed on the meta device: no numbers, no memory.
+    Computed on the meta device.
     """
     eager = EagerExecutor()
     values: dict[str, Any] = {program.input: torch.empty(*input_shape, dtype=dtype, device="meta")}
@@ -58,19 +57,19 @@ def value_shapes(
 
 @dataclass(frozen=True)
 class Arena:
-    """bytes: size of the one block of memory; offset: of each value that lies in it."""
+    """bytes: size of the one allocation; offset: of each value in it."""
 
     bytes: int
     offset: Mapping[str, int]
 
 
 def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], itemsize: int) -> Arena:
-    """Places the input and what the steps of _WRITERS make; values that live at once never overlap.
+    """Places the input and the results of _WRITERS; values that are live at once never overlap.
 
-    A residual or the operand of an elementwise step that nobody reads later is overwritten in place.
+    A residual, or an operand of an elementwise step, is overwritten in place after its last use.
     """
     last_use = program.last_use
-    owner: dict[str, str] = {}  # value -> the value whose place it takes over
+    owner: dict[str, str] = {}  # value -> the value whose memory it reuses
     born = {program.input: -1}
     for position, step in enumerate(program.steps):
         shape = shapes[step.output]
@@ -87,35 +86,31 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
 
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for name, place in owner.items():
-        first[place] = min(first.get(place, born[name]), born[name])
-        last[place] = max(last.get(place, -1), last_use[name])
-    size = {place: _round_up(math.prod(shapes[place] or ()) * itemsize) for place in first}
+    for name, buffer in owner.items():
+        first[buffer] = min(first.get(buffer, born[name]), born[name])
+        last[buffer] = max(last.get(buffer, -1), last_use[name])
+    size = {buffer: round_up(math.prod(shapes[buffer] or ()) * itemsize, _ALIGNMENT) for buffer in first}
 
-    placed: dict[str, int] = {}
-    for place in sorted(first, key=lambda p: (-size[p], first[p])):
-        taken = sorted(
-            (placed[other], placed[other] + size[other])
-            for other in placed
-            if first[other] <= last[place] and first[place] <= last[other]
+    offset_of: dict[str, int] = {}
+    for buffer in sorted(first, key=lambda p: (-size[p], first[p])):
+        occupied = sorted(
+            (offset_of[other], offset_of[other] + size[other])
+            for other in offset_of
+            if first[other] <= last[buffer] and first[buffer] <= last[other]
         )
         offset = 0
-        for start, end in taken:
-            if offset + size[place] <= start:
+        for start, end in occupied:
+            if offset + size[buffer] <= start:
                 break
             offset = max(offset, end)
-        placed[place] = offset
-    total = max((placed[place] + size[place] for place in placed), default=0)
-    return Arena(total, {name: placed[place] for name, place in owner.items()})
+        offset_of[buffer] = offset
+    total = max((offset_of[buffer] + size[buffer] for buffer in offset_of), default=0)
+    return Arena(total, {name: offset_of[buffer] for name, buffer in owner.items()})
 
 
 def _may_be_overwritten(step: Step) -> tuple[str, ...]:
-    """Inputs of which the step reads every element just before it writes the same element."""
+    """Inputs of which the step reads every element before it writes the element at the same position."""
     if isinstance(step, ConvStep | BlockStep):
         x, *residual = step.inputs
         return tuple(name for name in residual if name != x)
     return step.inputs if isinstance(step, _ELEMENTWISE) else ()
-
-
-def _round_up(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,10 +1,9 @@
-"""Runs a Program on a GPU: one launch per convolution or residual block, one layout, one block of memory, one
-CUDA graph.
+"""The GPU executor: one launch per convolution or residual block, one layout, one arena, one CUDA graph.
 
 Per input shape a ``GpuRun`` holds the memory and, if it can be captured, the graph. A batch that is a
-multiple of 8 runs in CHWN, any other in NHWC (gpu_layout.py), or filled up to the next multiple of 8 where
-blocks are predicted to gain more than that costs. DSP_KERNELS_BLOCKS=0 gives every convolution a launch of
-its own.
+multiple of 8 runs in CHWN, any other in NHWC (layout.py), or padded to the next multiple of 8 where running
+blocks is predicted to gain more than the padding costs. DSP_KERNELS_BLOCKS=0 runs every convolution as its
+own kernel.
 """
 
 from __future__ import annotations
@@ -21,34 +20,33 @@ from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.steps import ConvStep, Program, Step, TorchStep
 from dsp_kernels.run.eager.program import EagerExecutor
-from dsp_kernels.run.gpu.blocks import GpuBlocks
-from dsp_kernels.run.gpu.graphs import LRU, capture, is_capturing
-from dsp_kernels.run.gpu.layout import GPU_KERNELS, GpuConv, GpuLayout, layout_for_batch
-from dsp_kernels.run.gpu.memory import Arena, arena_for, value_shapes
-from dsp_kernels.run.gpu.steps import EagerGpuConv, step_call
+from dsp_kernels.run.gpu.conv import GPU_KERNELS
+from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlanner, blocks_wanted
+from dsp_kernels.run.gpu.graphs import capture, is_capturing
+from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayout, layout_for_batch
+from dsp_kernels.run.gpu.memory import arena_for, value_shapes
+from dsp_kernels.run.gpu.steps import eager_conv, step_call
+from dsp_kernels.run.lru import LRU
 
-__all__ = ["CudaExecutor", "GpuRun", "GpuRunner"]
-
-# Input shapes whose memory and graph are kept.
-MOST_RUNS = 8
+_MOST_RUNS = 8  # input shapes whose memory and graph are kept
 
 
 class CudaExecutor:
-    """See the module's text. kernels: "auto", or the name of the only kernels to use."""
+    """GPU kernels: the first family that supports a convolution ("cuda"), or only the family of this name."""
 
     takes_any_dtype = True
 
-    def __init__(self, name: str = "cuda", kernels: str = "auto") -> None:
+    def __init__(self, name: str = "cuda") -> None:
         self.name = name
-        self.kernels = kernels
+        self._kernels = "auto" if name == "cuda" else name
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """On a GPU, when GPU kernels take at least one of the convolutions."""
+        """On a GPU, if its kernels support at least one of the convolutions."""
         if device.type != "cuda":
             return False, f"the network is on {device}; move it and its example to a GPU"
         reasons = []
         for spec in (step.spec for step in program.steps if isinstance(step, ConvStep) and step.weights):
-            kernels, reason = _kernels_for(self.kernels, spec, dtype, device, GpuLayout.NHWC)
+            kernels, reason = _kernels_for(self._kernels, spec, dtype, device, GpuLayout.NHWC)
             if kernels:
                 return True, ""
             reasons.append(reason)
@@ -56,15 +54,16 @@ class CudaExecutor:
 
     def prepare(self, program: Program) -> GpuRunner:
         """A function x -> y; see ``Executor.prepare``."""
-        return GpuRunner(program, self.kernels)
+        return GpuRunner(program, self._kernels)
 
     def is_native(self, program: Program) -> bool:
-        """Never: PyTorch operations are at least around it."""
+        """Never: PyTorch copies the input and the output."""
         return False
 
     def describe(self, program: Program) -> list[str]:
-        """Per step, the kernels and the layout for the example's batch."""
-        blocks = GpuBlocks(program, *_kind_of(program), wanted=_blocks_for(self.kernels, None))
+        """Per step, its kernels and layout for the example's batch."""
+        dtype, device = _dtype_and_device(program)
+        blocks = _block_planner(program, self._kernels)
         shape = program.shapes[program.input]
         batch = blocks.batch_for(shape)
         layout = layout_for_batch(batch)
@@ -72,80 +71,82 @@ class CudaExecutor:
         for step in program.steps:
             form = "" if isinstance(step, TorchStep) else f"torch {layout.name}"
             if isinstance(step, ConvStep):
-                name, reason = _kernels_for(self.kernels, step.spec, *_kind_of(program), layout)
-                form = f"{name} {layout.name}" if name else f"plain PyTorch: {reason}"
+                kernels, reason = _kernels_for(self._kernels, step.spec, dtype, device, layout)
+                form = f"{kernels.name} {layout.name}" if kernels else f"plain PyTorch: {reason}"
             forms.append(form)
         if not blocks.can_run(layout):
             return forms
-        place = {step.output: position for position, step in enumerate(program.steps)}
-        for plan in blocks.plans(value_shapes(program, (batch, *shape[1:]), _kind_of(program)[0])):
+        position = {step.output: number for number, step in enumerate(program.steps)}
+        for plan in blocks.plans(value_shapes(program, (batch, *shape[1:]), dtype)):
             for member in plan.step.members if plan.step else ():
-                forms[place[member.output]] = f"part of {plan.block.output}"
-            at = place[plan.block.output]
-            forms[at] = plan.describe() if plan.step else f"{forms[at]}; {plan.describe()}"
+                forms[position[member.output]] = f"part of {plan.block.output}"
+            last = position[plan.block.output]
+            forms[last] = plan.describe() if plan.step else f"{forms[last]}; {plan.describe()}"
         return forms
 
 
 class GpuRunner:
-    """x -> y. Calls from several threads and streams are put one after the other on the GPU.
+    """x -> y. Concurrent calls from several threads and streams are serialised on the GPU.
 
-    blocks: whether residual blocks may run as one kernel; None asks DSP_KERNELS_BLOCKS. Inside somebody's own
-    CUDA graph it launches with fresh memory, which that graph then owns.
+    While the caller captures a CUDA graph, it launches on newly allocated memory, which that graph then owns.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        kernels: str = "auto",
-        most_runs: int = MOST_RUNS,
-        blocks: bool | None = None,
-    ) -> None:
+    def __init__(self, program: Program, kernels: str = "auto") -> None:
         self._program = program
         self._kernels = kernels
-        self._dtype = _kind_of(program)[0]
+        self._dtype, self._device = _dtype_and_device(program)
         self._convs: dict[tuple[GpuLayout, str], GpuConv] = {}
-        self._known: set[GpuLayout] = set()
-        self._blocks = GpuBlocks(program, *_kind_of(program), _blocks_for(kernels, blocks), most_runs)
-        self._runs: LRU[GpuRun] = LRU(most_runs)
-        self._plain: Callable[[Tensor], Tensor] | None = None
+        self._prepared: set[GpuLayout] = set()
+        self._blocks = _block_planner(program, kernels)
+        self._runs: LRU[GpuRun] = LRU(_MOST_RUNS)
+        self._eager: Callable[[Tensor], Tensor] | None = None
         self._lock = threading.Lock()
-        self._pool: Any = None
+        self._graph_pool: Any = None
         self._done: torch.cuda.Event | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (batch, channels, height, width) of the Program's device; the answer is the caller's own."""
+        """x: (batch, channels, height, width) on the Program's device; the result is a new tensor."""
         if not len(x):
+            self._eager = self._eager or EagerExecutor().prepare(self._program)
             return self._eager(x.to(self._dtype))
         with self._lock:
             if is_capturing(x.device):
-                return self._inside_a_graph(x)
+                return self._new_run(x, may_prepare=False)(x)
             if x.device.type != "cuda":
-                return self._runs.get(tuple(x.shape), lambda: self._make(x))(x)
+                return self._run_for(x)(x)
             with torch.cuda.device(x.device):
                 stream = torch.cuda.current_stream()
                 if self._done is not None:
                     stream.wait_event(self._done)
-                y = self._runs.get(tuple(x.shape), lambda: self._make(x))(x)
+                y = self._run_for(x)(x)
                 self._done = stream.record_event()
             return y
 
-    def _make(self, x: Tensor) -> GpuRun:
+    def is_captured(self, shape: Sequence[int]) -> bool:
+        """Whether calls with an input of this shape replay a CUDA graph."""
+        run = self._runs.get(tuple(shape))
+        return run is not None and run.is_captured
+
+    def _run_for(self, x: Tensor) -> GpuRun:
+        return self._runs.get_or_make(tuple(x.shape), lambda: self._captured_run(x))
+
+    def _captured_run(self, x: Tensor) -> GpuRun:
         run = self._new_run(x, may_prepare=True)
         if x.device.type == "cuda":
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            run.capture(x, self._pool)
+            self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
+            run.capture(x, self._graph_pool)
         return run
 
     def _new_run(self, x: Tensor, may_prepare: bool) -> GpuRun:
         shape = (self._blocks.batch_for(x.shape), *x.shape[1:])
         layout = layout_for_batch(shape[0])
-        if not may_prepare and (layout not in self._known or not self._blocks.knows(shape)):
+        if not may_prepare and (layout not in self._prepared or not self._blocks.is_planned(shape)):
             raise DSPBackendError(
                 f"this network has not run a batch of {len(x)} yet, and its weights cannot be arranged "
                 "while a CUDA graph is captured; call it once before"
             )
         program, blocks = self._blocks.program_for(shape)
-        self._known.add(layout)
+        self._prepared.add(layout)
         convs = [blocks.get(step.output) or self._conv_of(step, layout) for step in program.steps]
         return GpuRun(program, convs, shape, x.device, self._dtype, layout)
 
@@ -155,19 +156,17 @@ class GpuRunner:
             return None
         key = layout, step.output
         if key not in self._convs:
-            self._convs[key] = _prepare_conv(step, self._kernels, _kind_of(self._program), layout)
+            kernels, _ = _kernels_for(self._kernels, step.spec, self._dtype, self._device, layout)
+            self._convs[key] = (
+                kernels.prepare(step.spec, step.weights, step.bias, layout)
+                if kernels
+                else eager_conv(step, layout)
+            )
         return self._convs[key]
-
-    def _inside_a_graph(self, x: Tensor) -> Tensor:
-        return self._new_run(x, may_prepare=False)(x)
-
-    def _eager(self, x: Tensor) -> Tensor:
-        self._plain = self._plain or EagerExecutor().prepare(self._program)
-        return self._plain(x)
 
 
 class GpuRun:
-    """The Program for one input shape, on memory of its own. An input may have fewer images."""
+    """The Program for one input shape, with memory of its own. An input may have fewer images."""
 
     def __init__(
         self,
@@ -182,17 +181,17 @@ class GpuRun:
         self._layout = layout
         self._images = shape[0]
         shapes = value_shapes(program, shape, dtype)
-        self.arena: Arena = arena_for(program, shapes, dtype.itemsize)
-        self._memory = torch.empty(self.arena.bytes, dtype=torch.uint8, device=device)
-        self._place = {
-            name: self._view(offset, shapes[name] or (), dtype) for name, offset in self.arena.offset.items()
+        arena = arena_for(program, shapes, dtype.itemsize)
+        self._memory = torch.empty(arena.bytes, dtype=torch.uint8, device=device)
+        self._buffers = {
+            name: self._view(offset, shapes[name] or (), dtype) for name, offset in arena.offset.items()
         }
         self._calls = [
             step_call(step, layout, conv, shapes, device)
             for step, conv in zip(program.steps, convs, strict=True)
         ]
         self._replay: Callable[[], None] | None = None
-        self._answer: Tensor | None = None
+        self._output: Tensor | None = None
 
     @property
     def is_captured(self) -> bool:
@@ -200,83 +199,69 @@ class GpuRun:
         return self._replay is not None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: of the shape this run was made for, or with fewer images -> a tensor of the caller's own."""
+        """x: of the shape this run was made for, or with fewer images -> a new tensor."""
         self._copy_in(x)
-        if self._replay is None:
-            self._launch()
-        else:
-            self._replay()
-        assert self._answer is not None
-        answer = self._answer if len(x) == self._images else self._answer[: len(x)]
-        return answer.clone(memory_format=torch.contiguous_format)
+        (self._replay or self._launch)()
+        assert self._output is not None
+        output = self._output if len(x) == self._images else self._output[: len(x)]
+        return output.clone(memory_format=torch.contiguous_format)
 
     def capture(self, x: Tensor, pool: object) -> None:
-        """Capture the launches; without success calls launch one by one."""
+        """Capture the launches; if that fails, calls launch them one by one."""
         self._copy_in(x)
         self._replay = capture(self._launch, x.device, pool)
 
     def _copy_in(self, x: Tensor) -> None:
         if x.device.type == "cuda" and not is_capturing(x.device):
-            # The memory may be given back while another stream than the one it was taken on still uses it.
+            # Keeps the memory from being freed while another stream than the allocating one uses it.
             self._memory.record_stream(torch.cuda.current_stream(x.device))
-        place = self._layout.as_nchw(self._place[self._program.input])
-        place[: len(x)].copy_(x)
+        self._layout.as_nchw(self._buffers[self._program.input])[: len(x)].copy_(x)
 
     def _launch(self) -> None:
         program = self._program
-        values: dict[str, Any] = {program.input: self._place[program.input]}
+        values: dict[str, Any] = {program.input: self._buffers[program.input]}
         for step, call, dead in zip(program.steps, self._calls, program.dying, strict=True):
-            place = self._place.get(step.output)
-            result = call(values, place)
-            values[step.output] = result if place is not None else self._kept_apart(result)
+            buffer = self._buffers.get(step.output)
+            result = call(values, buffer)
+            values[step.output] = result if buffer is not None else self._outside_arena(result)
             for name in dead:
                 values.pop(name, None)
-        answer = values[program.output]
-        self._answer = self._layout.as_nchw(answer) if answer.dim() == 4 else answer
+        output = values[program.output]
+        self._output = self._layout.as_nchw(output) if output.dim() == 4 else output
 
     def _view(self, offset: int, nchw: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         shape = self._layout.shape(nchw)
         size = torch.Size(shape).numel() * dtype.itemsize
         return self._memory[offset : offset + size].view(dtype).view(shape)
 
-    def _kept_apart(self, result: Any) -> Any:
-        """What a step hands on as a view of the arena would be overwritten: the plan does not see it."""
-        ours = self._memory.untyped_storage().data_ptr()
+    def _outside_arena(self, result: Any) -> Any:
+        """Copies views of the arena: the memory plan does not know them and would overwrite them."""
+        arena = self._memory.untyped_storage().data_ptr()
 
-        def apart(value: Tensor) -> Tensor:
-            return value.clone() if value.untyped_storage().data_ptr() == ours else value
+        def outside(value: Tensor) -> Tensor:
+            return value.clone() if value.untyped_storage().data_ptr() == arena else value
 
-        return pytree.tree_map_only(Tensor, apart, result)
+        return pytree.tree_map_only(Tensor, outside, result)
 
 
 def _kernels_for(
     name: str, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
-) -> tuple[str, str]:
-    """The name of the kernels for a convolution, or "" and why there are none."""
+) -> tuple[GpuKernels | None, str]:
+    """The kernels for a convolution, or None and the reason."""
     try:
-        return GPU_KERNELS.choose(name, spec, dtype, device, layout).name, ""
+        return GPU_KERNELS.choose(name, spec, dtype, device, layout), ""
     except DSPBackendError as error:
-        return "", str(error)
+        return None, str(error)
 
 
-def _prepare_conv(
-    step: ConvStep, kernels: str, kind: tuple[torch.dtype, torch.device], layout: GpuLayout
-) -> GpuConv:
-    """The launcher of one convolution."""
-    name, _ = _kernels_for(kernels, step.spec, *kind, layout)
-    if not name:
-        return EagerGpuConv(step, layout)
-    family = GPU_KERNELS.choose(name, step.spec, *kind, layout)
-    return family.prepare(step.spec, step.weights, step.bias, layout)
+def _block_planner(program: Program, kernels: str) -> BlockPlanner:
+    """Blocks are CUDA C++ kernels: none run where only other kernels may."""
+    wanted = kernels in ("auto", "cuda") and blocks_wanted()
+    return BlockPlanner(program, *_dtype_and_device(program), wanted)
 
 
-def _blocks_for(kernels: str, wanted: bool | None) -> bool | None:
-    """Blocks are CUDA kernels: there are none where others were asked for."""
-    return wanted if kernels in ("auto", "cuda") else False
-
-
-def _kind_of(program: Program) -> tuple[torch.dtype, torch.device]:
-    """dtype and device of the convolutions' weights."""
-    convs = [step for step in program.steps if isinstance(step, ConvStep)]
-    weight = next(weight for step in convs for weight in step.weights)
+def _dtype_and_device(program: Program) -> tuple[torch.dtype, torch.device]:
+    """Of the convolutions' weights."""
+    weights = (weight for step in program.steps if isinstance(step, ConvStep) for weight in step.weights)
+    weight = next(weights)
     return weight.dtype, weight.device

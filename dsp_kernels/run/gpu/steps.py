@@ -1,6 +1,6 @@
-"""One step of a Program on values that lie in a GPU layout. Convolutions go to the GPU kernels.
+"""One step of a Program on values in a GPU layout. Convolutions go to the GPU kernels.
 
-Every 4-D value is a tensor contiguous in the layout; all others are ordinary tensors.
+Every 4-D value is a tensor contiguous in the layout; all other values are as in PyTorch.
 """
 
 from __future__ import annotations
@@ -32,25 +32,19 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
 
-__all__ = ["EagerGpuConv", "StepCall", "step_call"]
-
 Values = dict[str, Any]
-# Computes one step from the values so far; ``out`` is memory in the layout to write the result to, or None.
+# Computes one step from the values so far; ``out``: a buffer in the layout for the result, or None.
 StepCall = Callable[[Values, Tensor | None], Any]
 
 
-class EagerGpuConv:
-    """A convolution that no GPU kernel takes, in plain PyTorch, under the call of the ones that do."""
+def eager_conv(step: ConvStep, layout: GpuLayout) -> GpuConv:
+    """A convolution in plain PyTorch, for those that no GPU kernel supports."""
+    convolve, nchw = EagerBackend().prepare(step.spec, step.weights, step.bias), layout.as_nchw
 
-    def __init__(self, step: ConvStep, layout: GpuLayout) -> None:
-        self._convolve = EagerBackend().prepare(step.spec, step.weights, step.bias)
-        self._layout = layout
+    def call(x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        nchw(out).copy_(convolve(nchw(x), None if residual is None else nchw(residual)))
 
-    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """x, out, residual: contiguous in the layout; see ``GpuConv``."""
-        nchw = self._layout.as_nchw
-        y = self._convolve(nchw(x), None if residual is None else nchw(residual))
-        nchw(out).copy_(y)
+    return call
 
 
 def step_call(
@@ -60,7 +54,7 @@ def step_call(
     shapes: Mapping[str, tuple[int, ...] | None],
     device: torch.device,
 ) -> StepCall:
-    """The function for one step. conv: the launcher if the step is a convolution or a block of them."""
+    """The function for one step. conv: its launcher if the step is a convolution or a block of them."""
     images = all(len(shapes[name] or ()) == 4 for name in (*step.inputs, step.output))
     if isinstance(step, ConvStep | BlockStep):
         assert conv is not None
@@ -110,14 +104,14 @@ def _channels(step: ConcatStep | SelectStep, layout: GpuLayout, device: torch.de
     axis = layout.value.index(1)
     if isinstance(step, ConcatStep):
         return lambda values, out: torch.cat([values[name] for name in step.inputs], axis, out=out)
-    # On the device from the start: a copy to it cannot be captured.
+    # On the device already: a copy to it cannot be captured.
     index = torch.tensor(step.index, device=device)
     return lambda values, out: torch.index_select(values[step.inputs[0]], axis, index, out=out)
 
 
 def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
-    # Pooling keeps images and channels apart. So CHWN is, to PyTorch, a channels_last tensor of C images with
-    # N channels, and nothing has to be copied.
+    # Pooling treats images and channels alike, so CHWN can be seen as a channels_last tensor of C images
+    # with N channels, without a copy.
     run = EagerExecutor().call(step)
     source = step.inputs[0]
 
@@ -141,10 +135,7 @@ def _mean(step: GlobalPoolStep, layout: GpuLayout) -> StepCall:
 
 
 def _in_nchw(step: Step, layout: GpuLayout) -> StepCall:
-    """Any other step as the eager executor runs it, on plain tensors.
-
-    They are copies: somebody's ``view`` may need them contiguous.
-    """
+    """Any other step as the eager executor runs it, on contiguous NCHW copies: a ``view`` may need those."""
     run = EagerExecutor().call(step)
 
     def call(values: Values, out: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""Batches from memory or files: seeded shuffling, augmentation of a whole batch at once, normalisation."""
+"""Batches from memory or files: seeded shuffling, augmentation of whole batches, normalisation."""
 
 from __future__ import annotations
 
@@ -10,27 +10,24 @@ from torch import Tensor
 from dsp_pruning.data.folder import FolderData, FolderSplit
 from dsp_pruning.data.images import ImageData, Split
 
-__all__ = ["TrainingData", "augment", "evaluation_batches", "normalise", "training_batches", "training_steps"]
-
 TrainingData = ImageData | FolderData
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(images / 255 - mean) / std.
+    """``(images / 255 - mean) / std`` per channel: uint8 (batch, channels, height, width) to float32.
 
-    images: uint8 (batch, channels, height, width). Returns float32 of the same shape.
+    >>> normalise(torch.full((1, 1, 1, 2), 255, dtype=torch.uint8), (0.5,), (0.25,))
+    tensor([[[[2., 2.]]]])
     """
-    shape = (1, len(mean), 1, 1)
-    mean_tensor = torch.tensor(mean, device=images.device).view(shape)
-    std_tensor = torch.tensor(std, device=images.device).view(shape)
-    return (images.float() / 255 - mean_tensor) / std_tensor
+    center, scale = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - center) / scale
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool, crop_padding: int) -> Tensor:
-    """Mirror half of the images and shift each by up to ``crop_padding`` pixels, black moving in.
+    """Mirror half of the images and shift each by up to ``crop_padding`` pixels, filling with zeros.
 
     images: (batch, channels, height, width). Returns the same shape and dtype.
-    generator: a CPU generator, so that a run draws the same numbers on every device.
+    generator: on the CPU, so that a run draws the same random numbers on every device.
     """
     batch, channels, height, width = images.shape
     device = images.device
@@ -56,17 +53,17 @@ def training_batches(
     """One shuffled, augmented, normalised pass over the training split.
 
     Yields images float32 (batch, channels, height, width) and labels int64 (batch,).
-    rank, world_size: of several processes each takes its part of the very same batches.
-    A last batch with less than two images for a process is left out: batch normalisation in training cannot
-    use one image on a 1 x 1 map.
+    rank, world_size: each process gets its share of the same global batches of batch_size images.
+    A last batch with fewer than two images per process is skipped: batch normalisation cannot train on one
+    image with a 1 x 1 feature map.
     """
     order = torch.randperm(len(data.train), generator=generator)
     chunks = order.split(batch_size)[: training_steps(data, batch_size, world_size)]
     mine = slice(rank, None, world_size)
     if isinstance(data, FolderData):
         seeds = torch.randint(2**62, (len(order),), generator=generator).split(batch_size)
-        wanted = [(c[mine], s[mine]) for c, s in zip(chunks, seeds, strict=False)]
-        for images, labels in data.read(data.train, wanted):
+        requests = [(c[mine], s[mine]) for c, s in zip(chunks, seeds, strict=False)]
+        for images, labels in data.read(data.train, requests):
             yield normalise(images, data.mean, data.std), labels
         return
     split = data.train
@@ -79,7 +76,7 @@ def training_batches(
 
 
 def training_steps(data: TrainingData, batch_size: int, world_size: int = 1) -> int:
-    """How many batches one pass of ``training_batches`` yields."""
+    """Number of batches in one pass of ``training_batches``."""
     whole, rest = divmod(len(data.train), batch_size)
     return whole + (rest >= 2 * world_size or len(data.train) == world_size == 1)
 
@@ -91,7 +88,7 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass in order, without augmentation; shapes, dtypes and processes as in ``training_batches``."""
+    """One pass in order, without augmentation; shapes, dtypes and ranks as in ``training_batches``."""
     positions = torch.arange(rank, len(split), world_size)
     if isinstance(data, FolderData) and isinstance(split, FolderSplit):
         for images, labels in data.read(split, [(p, None) for p in positions.split(min(batch_size, 128))]):

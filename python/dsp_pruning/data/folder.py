@@ -1,4 +1,4 @@
-"""Image files in one folder per class, the layout of ImageNet, read and augmented as they are needed."""
+"""Image files in one folder per class (the layout of ImageNet), read and augmented batch by batch."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from torch.utils.data import DataLoader, Dataset
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_pruning.data.images import stratified_split
 
-__all__ = ["FolderData", "FolderSplit", "load_folder"]
-
-# Of the training images of ImageNet, on the 0..1 scale; torchvision's weights expect them.
+# Of ImageNet's training images, scaled to 0..1; torchvision's weights expect them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-VALIDATION_SHARE = 0.04  # of the training images: about as many as ImageNet's own 50,000
-_RESIZE = 256 / 224  # short side before the central crop, as torchvision's weights are scored
+_VALIDATION_SHARE = 0.04  # of the training images: about 50,000 of ImageNet, as many as its test split
+_RESIZE = 256 / 224  # short side over central crop, as torchvision evaluates its weights
 _AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop (Szegedy et al. 2015)
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
-# Positions in a split and, for random crops, one seed for each.
-Wanted = tuple[Tensor, Tensor | None]
+# Positions in a split and, for random crops, one seed per position.
+Request = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """paths: the files; labels: int64 (n,), in that order."""
+    """Image files and their labels, int64 (n,)."""
 
     paths: tuple[Path, ...]
     labels: Tensor
@@ -42,10 +40,10 @@ class FolderSplit:
 
 @dataclass(frozen=True)
 class FolderData:
-    """A data set on disk. Training images are cropped at random and mirrored, others cropped in the middle.
+    """A data set on disk. Training images are cropped randomly and mirrored, others get a central crop.
 
-    image_size: height and width that the network sees. workers: processes that decode, 0 for none.
-    device: where batches go.
+    image_size: height and width of the crops in pixels. workers: decoding processes, 0 for none.
+    device: of the batches.
     """
 
     name: str
@@ -61,57 +59,60 @@ class FolderData:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.classes)
 
     @property
     def channels(self) -> int:
-        """Red, green, blue."""
+        """Channels of an image: red, green, blue."""
         return 3
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width that the network sees."""
+        """Height and width of a crop."""
         return self.image_size, self.image_size
 
     def to(self, device: torch.device | str) -> FolderData:
-        """The same data set, its batches on another device."""
+        """The same files, with batches on another device."""
         return replace(self, device=str(device))
 
     def example(self) -> Tensor:
-        """One normalised image of zeros: float32 (1, 3, height, width)."""
+        """A batch of one, all zeros, for tracing: float32 (1, 3, height, width)."""
         return torch.zeros(1, self.channels, *self.image_hw)
 
-    def read(self, split: FolderSplit, wanted: Sequence[Wanted]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields uint8 (batch, 3, height, width) and int64 (batch,) for every entry of ``wanted``.
+    def read(self, split: FolderSplit, requests: Sequence[Request]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images uint8 (batch, 3, height, width) and labels int64 (batch,), one batch per request.
 
-        The images depend on the seeds alone, not on the number of workers.
-        Raises DSPFormatError for a file that is no image.
+        The crops depend on the seeds only, not on the number of workers.
+        Raises DSPFormatError for a file that is not an image.
         """
         batches = [
             [(int(p), None if seeds is None else int(seeds[i])) for i, p in enumerate(positions)]
-            for positions, seeds in wanted
+            for positions, seeds in requests
         ]
         loader: DataLoader[Any] = DataLoader(
             _Files(split, self.image_size),
             batch_sampler=batches,
             num_workers=self.workers,
-            generator=torch.Generator(),  # a loader draws a number; not from the global generator
+            generator=torch.Generator(),  # DataLoader draws a seed; keep the global generator unchanged
         )
         for images, labels in loader:
-            if labels.min() < 0:  # an error raised in a worker would lose its type
+            if labels.min() < 0:  # an exception from a worker would lose its type
                 path = split.paths[-1 - int(labels.min())]
                 raise DSPFormatError(f"{path} is not a readable image")
             yield images.to(self.device), labels.to(self.device)
 
 
 def load_folder(root: str | Path, *, image_size: int = 224, workers: int = 0, seed: int = 0) -> FolderData:
-    """``root/train/<class>/*`` and ``root/val/<class>/*``: JPEG, PNG, BMP or WebP files.
+    """JPEG, PNG, BMP and WebP files in ``root/train/<class>/`` and ``root/val/<class>/``.
 
-    ``val`` is the test split, read once at the end, because it is what published accuracies are measured on;
-    4 % of each class of ``train``, chosen by seed, are the validation split.
-    Raises DSPFormatError where a folder is missing or empty, or ``val`` has another class than ``train``;
-    DSPError without pillow.
+    ``val`` is the test split, because published accuracies are measured on it. The validation split is 4 % of
+    each class of ``train``, selected by seed.
+    image_size: height and width of the crops in pixels. workers: decoding processes, 0 for none.
+    Raises DSPFormatError if a folder is missing or empty, or a class of ``val`` is not in ``train``; DSPError
+    if pillow is not installed.
+
+    >>> data = load_folder("imagenet", image_size=224, workers=8)  # doctest: +SKIP
     """
     try:
         import PIL  # noqa: F401
@@ -121,9 +122,11 @@ def load_folder(root: str | Path, *, image_size: int = 224, workers: int = 0, se
     classes = tuple(sorted(path.name for path in _folders(root / "train")))
     other = {path.name for path in _folders(root / "val")} - set(classes)
     if other:
-        raise DSPFormatError(f"{root / 'val'} has classes that train has not: {', '.join(sorted(other)[:3])}")
+        raise DSPFormatError(
+            f"{root / 'val'} has classes that are not in train: {', '.join(sorted(other)[:3])}"
+        )
     everything, test = (_split(root / part, classes) for part in ("train", "val"))
-    rest, held = stratified_split(everything.labels, VALIDATION_SHARE, torch.Generator().manual_seed(seed))
+    rest, held = stratified_split(everything.labels, _VALIDATION_SHARE, torch.Generator().manual_seed(seed))
     train, validation = (
         FolderSplit(tuple(everything.paths[i] for i in chosen.tolist()), everything.labels[chosen])
         for chosen in (rest, held)
@@ -146,7 +149,7 @@ class _Files(Dataset[tuple[Tensor, int]]):
 
 
 def _read_image(path: Path, size: int, seed: int | None) -> Tensor:
-    """uint8 (3, size, size): a random crop, mirrored or not, by seed; None takes the middle."""
+    """uint8 (3, size, size): a random crop, maybe mirrored; the central crop if seed is None."""
     import numpy as np
     from PIL import Image
 
@@ -167,11 +170,11 @@ def _read_image(path: Path, size: int, seed: int | None) -> Tensor:
 def _random_box(
     width: int, height: int, generator: torch.Generator
 ) -> tuple[tuple[float, float, float, float], bool]:
-    """A part of the image of random area and aspect, as large as fits; and whether to mirror it."""
+    """A crop (left, top, right, bottom) of random area and aspect ratio, and whether to mirror it."""
     area, aspect, x, y, mirror = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    wanted = width * height * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
+    pixels = width * height * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
     ratio = _ASPECT[0] * (_ASPECT[1] / _ASPECT[0]) ** aspect
-    wide, high = min(width, (wanted * ratio) ** 0.5), min(height, (wanted / ratio) ** 0.5)
+    wide, high = min(width, (pixels * ratio) ** 0.5), min(height, (pixels / ratio) ** 0.5)
     left, top = x * (width - wide), y * (height - high)
     return (left, top, left + wide, top + high), mirror < 0.5
 
@@ -179,7 +182,7 @@ def _random_box(
 def _folders(root: Path) -> list[Path]:
     found = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     if not found:
-        raise DSPFormatError(f"{root} must be a folder with one folder of images for each class")
+        raise DSPFormatError(f"{root} must be a folder with one folder of images per class")
     return found
 
 
@@ -193,5 +196,5 @@ def _split(root: Path, classes: tuple[str, ...]) -> FolderSplit:
         paths += own
         labels += [label] * len(own)
     if not paths:
-        raise DSPFormatError(f"{root} holds no image files")
+        raise DSPFormatError(f"{root} contains no image files")
     return FolderSplit(tuple(paths), torch.tensor(labels, dtype=torch.int64))

@@ -1,23 +1,21 @@
-"""A labelled image data set held in memory as plain tensors, and how it is split."""
+"""A labelled image data set in memory, and stratified splits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPFormatError, DSPShapeError
 
-__all__ = ["ImageData", "Split", "stratified_split"]
-
 
 @dataclass(frozen=True)
 class Split:
     """Images and labels of one split.
 
-    images: uint8 (n, channels, height, width), 0..255; labels: int64 (n,), on the same device.
-    Raises DSPShapeError where the two do not fit each other.
+    images: uint8 (n, channels, height, width), 0..255. labels: int64 (n,), on the same device.
+    Raises DSPShapeError if a shape or dtype differs from these.
     """
 
     images: Tensor
@@ -31,7 +29,7 @@ class Split:
             )
         if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
             raise DSPShapeError(
-                f"labels must be int64 ({len(self.images)},), one for each image, got {self.labels.dtype} "
+                f"labels must be int64 ({len(self.images)},), one per image, got {self.labels.dtype} "
                 f"of shape {tuple(self.labels.shape)}"
             )
 
@@ -43,17 +41,17 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split on another device."""
+        """A copy on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in three splits: train teaches, validation chooses the checkpoint, test is read once.
+    """A data set in memory: train fits the weights, validation selects the epoch, test is scored once.
 
-    mean, std: one value per channel, on the 0..1 scale.
-    flip, crop_padding: the augmentation that this kind of image allows in training.
-    Raises DSPFormatError where a split holds other sizes or labels than the data set says.
+    mean, std: per channel, of images scaled to 0..1.
+    flip, crop_padding: the augmentation in training; crop_padding is the largest shift in pixels.
+    Raises DSPFormatError for an empty split, or image sizes or labels that contradict each other.
     """
 
     name: str
@@ -79,49 +77,39 @@ class ImageData:
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= self.num_classes:
                 raise DSPFormatError(
-                    f"data set {self.name!r}: {name} labels run from {low} to {high}, "
-                    f"they must lie in 0..{self.num_classes - 1}"
+                    f"data set {self.name!r}: {name} labels range from {low} to {high}, "
+                    f"expected 0..{self.num_classes - 1}"
                 )
         if not len(self.mean) == len(self.std) == self.channels:
-            raise DSPFormatError(
-                f"data set {self.name!r}: {self.channels} channels need as many means and stds"
-            )
+            raise DSPFormatError(f"data set {self.name!r}: mean and std need {self.channels} values each")
 
     @property
     def channels(self) -> int:
-        """Channels of one image."""
+        """Channels of an image."""
         return int(self.train.images.shape[1])
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width of one image."""
+        """Height and width of an image."""
         return int(self.train.images.shape[2]), int(self.train.images.shape[3])
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The same data set on another device."""
-        return ImageData(
-            self.name,
-            self.train.to(device),
-            self.validation.to(device),
-            self.test.to(device),
-            self.mean,
-            self.std,
-            self.num_classes,
-            self.flip,
-            self.crop_padding,
+        """A copy on another device."""
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         )
 
     def example(self) -> Tensor:
-        """One normalised image of zeros: float32 (1, channels, height, width), for tracing and sizes."""
+        """A batch of one, all zeros, for tracing: float32 (1, channels, height, width)."""
         return torch.zeros(1, self.channels, *self.image_hw)
 
 
 def stratified_split(labels: Tensor, held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions of two splits that both hold every class in the same proportion.
+    """Positions of two splits that contain every class in the same proportion.
 
-    labels: int64 (n,). held_out: share of each class, rounded up, that goes to the second split.
+    labels: int64 (n,). held_out: share of each class, rounded up, in the second split.
     Returns int64 positions (rest, held out), each sorted.
-    Raises DSPFormatError where a class is too small to stand in both.
+    Raises DSPFormatError if a class is too small to be in both.
     """
     rest: list[Tensor] = []
     chosen: list[Tensor] = []

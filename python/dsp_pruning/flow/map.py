@@ -1,11 +1,11 @@
-"""How channels go from value to value: which channel of its inputs an operation hands to each of its outputs.
+"""How channels pass from tensor to tensor, and which channels can only be kept or removed together.
 
-Channels of a value are numbered along dimension 1; features after a flatten likewise. What a value has along
-its other dimensions does not matter here.
+The channels of a tensor are its entries along dimension 1; so are the features after a flatten.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,23 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.graph.network import TracedNetwork, TracedNode
 
-__all__ = ["ChannelMap", "Wire", "norm_of"]
-
-# Every channel of the output depends on the same channel of the input and on nothing else.
-_STRAIGHT = (
+# Every channel of the output depends on the same channel of the inputs and on nothing else.
+_CHANNELWISE = (
     *("batch_norm", "functional_norm", "instance_norm", "activation", "elementwise", "identity", "add"),
     "size_check",
     *("max_pool", "avg_pool", "global_avg_pool", "adaptive_pool", "pad", "interpolate", "spatial_mean"),
     *("combine", "split", "split_channels", "join_channels", "same_channels"),
 )
-_READERS = ("conv", "packed_conv", "conv_transpose")
+_CONVOLUTIONS = ("conv", "packed_conv", "conv_transpose")
+
+_Tie = tuple[
+    str, Tensor, str, Tensor
+]  # channels of one tensor that are tied, pair by pair, to those of another
 
 
 @dataclass(frozen=True, eq=False)
-class Wire:
-    """Channel ``source_index[i]`` of the value ``source`` goes into channel ``index[i]`` of the output."""
+class Link:
+    """Channel ``source_index[i]`` of the tensor ``source`` goes into channel ``index[i]`` of the output."""
 
     source: str
     source_index: Tensor
@@ -36,30 +38,30 @@ class Wire:
 
 
 class ChannelMap:
-    """Widths and wires of a traced network.
+    """Widths and links of a traced network.
 
-    width: node name -> number of channels (features) of its value; 0 where it has none.
-    wires: node name -> its wires, one per operand; () for readers, inputs and barriers.
-    readers: names of nodes in which a matrix of kernels leads from input to output channels.
-    barriers: node name -> why its channels cannot be followed: it reads all it is given, and all that it
-        makes has to stay.
-    rigid: node name -> why the widths of its input and output have to stay, although channels are followed.
+    width: node name -> number of channels (features) of its output; 0 where it has none.
+    links: node name -> its links, one per operand; () for layers, inputs and barriers.
+    layers: names of convolutions and linear layers, which mix channels by a matrix of kernels.
+    barriers: node name -> why its channels cannot be followed. It reads all channels of its inputs, and its
+        inputs and output keep theirs.
+    rigid: node name -> why its inputs and output have to keep their widths, although channels are followed.
     """
 
     def __init__(self, network: TracedNetwork) -> None:
         self.network = network
         self.width: dict[str, int] = {}
-        self.wires: dict[str, tuple[Wire, ...]] = {}
-        self.readers: set[str] = set()
+        self.links: dict[str, tuple[Link, ...]] = {}
+        self.layers: set[str] = set()
         self.barriers: dict[str, str] = {}
         self.rigid: dict[str, str] = {}
-        self._groups: dict[str, tuple[int, int]] = {}  # values whose channels are a grid of dimensions 1, 2
+        self._grids: dict[str, tuple[int, int]] = {}  # tensors whose channels are dimensions 1 and 2
         for node in network:
             if node.kind != "scalar":
                 self._add(node)
 
     def size_sources(self, node: TracedNode) -> set[str]:
-        """Tensors that a node reads, also those of which it only reads the sizes."""
+        """Tensors that a node reads, including those of which it reads only the sizes."""
         found: set[str] = set()
         waiting = list(node.inputs)
         while waiting:
@@ -70,107 +72,141 @@ class ChannelMap:
                 found.add(name)
         return found
 
+    def ties(self, node: TracedNode) -> list[_Tie]:
+        """Channels tied by a node: those of its links, those of one group, and parts taken as equal."""
+        ties = [(link.source, link.source_index, node.name, link.index) for link in self.links[node.name]]
+        if node.name in self.barriers:
+            return ties
+        if node.kind == "split" and not node.attributes["rigid"]:
+            ties.append(self._equal_parts(node.name, len(node.attributes["sizes"])))
+        elif node.kind in ("split_channels", "channel_shuffle"):
+            ties.append(self._equal_parts(node.inputs[0], node.attributes["groups"]))
+        elif isinstance(node.module, nn.Conv2d) and node.module.groups > 1:  # it loses whole groups
+            source = node.inputs[0]
+            first = torch.arange(self.width[source]).view(node.module.groups, -1)[:, :1]
+            for name in (source, node.name):
+                channels = torch.arange(self.width[name])
+                leaders = first.expand(-1, len(channels) // len(first)).flatten()
+                ties.append((source, leaders, name, channels))
+        return ties
+
+    def _equal_parts(self, name: str, parts: int) -> _Tie:
+        channels = torch.arange(self.width[name])
+        return name, channels[: len(channels) // parts].repeat(parts), name, channels
+
     def _add(self, node: TracedNode) -> None:
         shape = node.shape
         self.width[node.name] = shape[1] if shape is not None and len(shape) > 1 else 0
-        self.wires[node.name] = ()
+        self.links[node.name] = ()
         if node.kind == "input" or node.fx_node.op == "output":
             return
-        if _is_reader(node) and node.inputs[0] not in self._groups:
-            self.readers.add(node.name)
+        if _is_layer(node) and node.inputs[0] not in self._grids:
+            self.layers.add(node.name)
             return
-        wires = self._straight(node) if node.kind in _STRAIGHT else self._moved(node)
-        if wires is None:
+        links = self._channelwise(node) if node.kind in _CHANNELWISE else self._reordered(node)
+        if links is None:
             self.barriers[node.name] = (
                 f"{node.describe()} normalises over several channels together"
                 if node.kind == "norm_over_channels"
-                else f"packing does not know how channels pass {node.describe()}"
+                else f"pack does not support {node.describe()}"
             )
             return
-        self.wires[node.name] = wires
-        if node.attributes.get("rigid") or _names_features(node):
-            self.rigid[node.name] = f"{node.describe()} names its number of channels in the model's code"
+        self.links[node.name] = links
+        if node.attributes.get("rigid") or _hard_codes_width(node):
+            self.rigid[node.name] = f"the model's code has the width of {node.describe()} as a literal"
 
-    def _straight(self, node: TracedNode) -> tuple[Wire, ...] | None:
+    def _channelwise(self, node: TracedNode) -> tuple[Link, ...] | None:
         operands = node.attributes.get("operands") or node.inputs[:1]
         if node.kind == "add":
             operands = (node.inputs[0], node.inputs[-1])
         source = operands[0]
-        grid = self._groups.get(source)
+        grid = self._grids.get(source)
         width = self.width[source]
         if node.kind == "split_channels":
             groups = node.attributes["groups"]
-            self._groups[node.name] = (groups, width // groups)
+            self._grids[node.name] = (groups, width // groups)
         elif node.kind == "identity" and grid:
-            self._groups[node.name] = grid
-        elif any((name in self._groups) != (node.kind == "join_channels") for name in operands):
+            self._grids[node.name] = grid
+        elif any((name in self._grids) != (node.kind == "join_channels") for name in operands):
             return None
         if node.kind == "split":
-            shown = sum(node.attributes["sizes"])
-            if shown != width:
+            if sum(node.attributes["sizes"]) != width:
                 return None
         elif node.kind not in ("split_channels", "identity") and self.width[node.name] != width:
             return None
         self.width[node.name] = width
         every = torch.arange(width)
-        return tuple(Wire(name, every, every) for name in operands)
+        return tuple(Link(name, every, every) for name in operands)
 
-    def _moved(self, node: TracedNode) -> tuple[Wire, ...] | None:
-        """Wires of operations that renumber channels; None for one that is not known."""
+    def _reordered(self, node: TracedNode) -> tuple[Link, ...] | None:
+        """Links of operations that renumber channels; None for an operation without a rule."""
         if not node.inputs:
             return None
         source, width = node.inputs[0], self.width[node.name]
-        if node.kind == "swap_channels" and source in self._groups:
-            first, second = self._groups[source]
-            self._groups[node.name] = (second, first)
+        if node.kind == "swap_channels" and source in self._grids:
+            first, second = self._grids[source]
+            self._grids[node.name] = (second, first)
             self.width[node.name] = first * second
             order = torch.arange(first * second).view(first, second).T.flatten()
-            return (Wire(source, order, torch.arange(first * second)),)
+            return (Link(source, order, torch.arange(first * second)),)
         operands = node.attributes.get("operands", (source,))
-        if any(name in self._groups or not self.width.get(name) for name in operands):
+        if any(name in self._grids or not self.width.get(name) for name in operands):
             return None
         every = torch.arange(width)
         if node.kind == "channel_shuffle":
             groups = node.attributes["groups"]
-            return (Wire(source, every.view(groups, -1).T.flatten(), every),)
+            return (Link(source, every.view(groups, -1).T.flatten(), every),)
         if node.kind == "flatten":
-            return (Wire(source, every // (width // self.width[source]), every),)
+            return (Link(source, every // (width // self.width[source]), every),)
         if node.kind == "piece":
             start, stop = node.attributes["start"], node.attributes["stop"]
-            return (Wire(source, torch.arange(start, stop), every),)
+            return (Link(source, torch.arange(start, stop), every),)
         if node.kind == "concat":
-            wires, place = [], 0
-            for name in operands:
-                part = torch.arange(self.width[name])
-                wires.append(Wire(name, part, part + place))
-                place += len(part)
-            return tuple(wires)
+            places = every.split([self.width[name] for name in operands])
+            return tuple(
+                Link(name, place - place[0], place) for name, place in zip(operands, places, strict=True)
+            )
         return None
 
-    def ties(self, node: TracedNode) -> list[tuple[str, Tensor, str, Tensor]]:
-        """Pairs of channels (value, channels, value, channels) that stay or go together because of a node.
 
-        Not those of wires: a conv with groups loses whole groups; parts that code takes as equal stay equal.
-        """
-        if node.kind == "split" and not node.attributes["rigid"]:
-            return self._equal_parts(node.name, len(node.attributes["sizes"]))
-        if node.kind in ("split_channels", "channel_shuffle") and node.name not in self.barriers:
-            return self._equal_parts(node.inputs[0], node.attributes["groups"])
-        if not isinstance(node.module, nn.Conv2d) or node.module.groups == 1:
-            return []
-        groups = node.module.groups
-        into = torch.arange(self.width[node.inputs[0]]).view(groups, -1)
-        out = torch.arange(self.width[node.name]).view(groups, -1)
-        source = node.inputs[0]
-        pairs = [
-            (source, into[:, :1].expand_as(part).flatten(), name, part.flatten())
-            for name, part in ((source, into), (node.name, out))
-        ]
-        return pairs
+def tied_and_kept(
+    channel_map: ChannelMap, needed: Mapping[str, Tensor], shared: list[list[str]]
+) -> dict[str, Tensor]:
+    """Node name -> [channels] bool: what stays. A channel is removed when no channel tied to it is needed.
 
-    def _equal_parts(self, name: str, parts: int) -> list[tuple[str, Tensor, str, Tensor]]:
-        grid = torch.arange(self.width[name]).view(parts, -1)
-        return [(name, grid[:1].expand_as(grid).flatten(), name, grid.flatten())]
+    Residual streams, concatenations, gates and depthwise convolutions all shrink by this rule.
+    needed: node name -> [channels] bool, the channels that this tensor needs.
+    shared: lists of nodes that run one module; their inputs and outputs are tied.
+    """
+    start, total = {}, 0
+    for name in needed:
+        start[name] = total
+        total += channel_map.width[name]
+    ties: list[_Tie] = []
+    for node in channel_map.network:
+        if node.name in start:
+            ties += channel_map.ties(node)
+    for first, *others in shared:
+        for other in others:
+            inputs = (channel_map.network[name].inputs[0] for name in (first, other))
+            for a, b in ((first, other), tuple(inputs)):
+                every = torch.arange(channel_map.width[a])
+                ties.append((a, every, b, every))
+    none = torch.zeros(0, dtype=torch.long)
+    space = _components(
+        total,
+        torch.cat([none, *(channels + start[name] for name, channels, _, _ in ties)]),
+        torch.cat([none, *(channels + start[name] for _, _, name, channels in ties)]),
+    )
+    kept = torch.zeros(total, dtype=torch.bool)
+    if total:
+        kept[space[torch.cat(list(needed.values()))]] = True
+    for name, first_channel in start.items():  # one channel remains, needed or not: no module of width 0
+        own = space[first_channel : first_channel + channel_map.width[name]]
+        if len(own) and not kept[own].any():
+            kept[own[0]] = True
+    parts = kept[space].split([channel_map.width[name] for name in start])
+    return dict(zip(start, parts, strict=True))
 
 
 def norm_of(node: TracedNode) -> nn.Module:
@@ -180,17 +216,29 @@ def norm_of(node: TracedNode) -> nn.Module:
     return held
 
 
-def _is_reader(node: TracedNode) -> bool:
-    """Whether a matrix of kernels leads from its input channels to its output channels."""
+def _components(total: int, left: Tensor, right: Tensor) -> Tensor:
+    """[total]: for every element the smallest one that the pairs (left, right) connect it with."""
+    label = torch.arange(total)
+    while True:
+        low = torch.minimum(label[left], label[right])
+        new = label.scatter_reduce(0, label[left], low, "amin").scatter_reduce(0, label[right], low, "amin")
+        while not torch.equal(new, new[new]):
+            new = new[new]
+        if torch.equal(new, label):
+            return label
+        label = new
+
+
+def _is_layer(node: TracedNode) -> bool:
     if node.shape is None:
         return False
     if node.kind == "linear":  # of (batch, features); along any other axis it mixes no channels
         return len(node.shape) == 2
-    return node.kind in _READERS and len(node.shape) == 4
+    return node.kind in _CONVOLUTIONS and len(node.shape) == 4
 
 
-def _names_features(node: TracedNode) -> bool:
-    """view(-1, 512): the number of features is written into the model's own code."""
+def _hard_codes_width(node: TracedNode) -> bool:
+    """Whether the number of features is a literal in the model's code, as in ``view(-1, 512)``."""
     if node.kind != "flatten" or node.fx_node.target in (torch.flatten, "flatten"):
         return False
     asked: list[Any] = []

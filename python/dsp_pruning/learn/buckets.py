@@ -1,30 +1,30 @@
-"""Layers of one shape as a batch: what the learner computes is then a few operations for all of them.
+"""Layers of equal shape as one batch, so that a step needs a few operations instead of a few per layer.
 
 Shapes, with L layers in a bucket: weight [L, O, C, kh, kw], energy [L, O, C], logits and prob [L, G, O].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError
+from dsp_pruning.group_counts import check_existing
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.learn import penalty as terms
-from dsp_pruning.learn.logits import attach_logits, check_logits
-
-__all__ = ["Bucket", "BucketStep", "LearnedLayer", "attach_layers", "make_buckets", "stacked"]
+from dsp_pruning.learn.logits import attach_logits
 
 
 @dataclass(frozen=True)
 class LearnedLayer:
     """A layer that learns groups.
 
-    logits: [G, O], ``<conv>.group``. scale: of its penalty. param_group: the optimizer's, of its weight.
+    logits: [G, O], ``<conv>.group``. scale: its weight in the penalty. param_group: index of the optimizer's
+    parameter group that holds its weight.
     """
 
     info: LayerInfo
@@ -36,29 +36,24 @@ class LearnedLayer:
 
 @dataclass
 class Bucket:
-    """Layers of one shape, number of groups, dtype, device and optimizer group.
+    """Layers with the same shape, number of groups, dtype, device and optimizer group.
 
-    scale: [L, 1, 1]. strength: [L, 1, 1], lambda * scale of the present step. prob: of the present step. They
-    keep their memory from step to step, so that a CUDA graph that reads them can be replayed.
+    scale: [L, 1, 1]. strength: [L, 1, 1], lambda * scale of the current step. prob: of the current step.
+    ``start`` reuses their memory, so that a CUDA graph that reads them can be replayed.
     """
 
     layers: list[LearnedLayer]
     scale: Tensor
     strength: Tensor
-    prob: Tensor | None = field(default=None)
+    prob: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
-        """Of the logits: [L, G, O]."""
+        """[L, G, O]."""
         return torch.Size((len(self.layers), *self.layers[0].logits.shape))
 
-    @property
-    def param_group(self) -> int:
-        """Index of the optimizer's group that holds these weights."""
-        return self.layers[0].param_group
-
     def start(self, noise: Tensor, temperature: float, strength: float | Tensor) -> None:
-        """Draw the soft assignment of this step. noise: [L, G, O]; strength: reg * lr * ramp."""
+        """Begin a step: draw its soft assignment. noise: [L, G, O]; strength: reg * lr * ramp."""
         logits = self.logits()
         prob = terms.assignment(logits, noise.to(logits), temperature)
         if self.prob is None or self.prob.dtype != prob.dtype or self.prob.device != prob.device:
@@ -74,23 +69,24 @@ class Bucket:
         return self.prob
 
     def logits(self) -> Tensor:
-        """[L, G, O], at least float32."""
+        """[L, G, O], float32 or better."""
         return terms.at_least_float(stacked([layer.logits for layer in self.layers]))
 
     def weight(self) -> Tensor:
-        """[L, O, C, kh, kw], a copy where there is more than one layer."""
+        """[L, O, C, kh, kw]."""
         return stacked([layer.weight for layer in self.layers])
 
-    def is_channels_last(self) -> bool:
-        """Whether the weights lie in that order of memory."""
-        weight = self.layers[0].weight
-        return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    def regulariser(self) -> tuple[Tensor, Tensor]:
+        """Sum of scale * R over the layers for the hard groups, and number of filters in each group [G]."""
+        hard, energy = terms.hard_assignment(self.logits()), terms.kernel_energy(self.weight())
+        values = terms.regulariser(terms.Assigned(hard.to(energy)), energy)
+        return (self.scale.flatten().to(values) * values).sum(), hard.sum(dim=(0, 2))
 
 
 class BucketStep:
-    """What one step computes of a bucket, from its weights of that moment.
+    """The quantities of one step, from the bucket's weights at that moment.
 
-    weight: [L, O, C, kh, kw]. energy: [L, O, C], theirs. soft: the assignment that ``Bucket.start`` drew.
+    weight: [L, O, C, kh, kw]. energy: [L, O, C]. soft: the assignment that ``Bucket.start`` drew.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -100,25 +96,26 @@ class BucketStep:
         self.soft = terms.Assigned(bucket.assigned())
 
     def first_slope(self) -> Tensor:
-        """[L, G, O]: gradient of the regulariser by the assignment, at the present weights."""
+        """[L, G, O]: gradient of the regulariser by the assignment, at the current weights."""
         return terms.first_order(self.soft, self.energy)
 
     def penalised(self) -> Tensor:
-        """[L, O, C, kh, kw]: the weights after the soft penalty, every layer's in its own order of memory."""
-        share = per_kernel(self._shrinkage(self.soft, self.energy), self.weight)
+        """[L, O, C, kh, kw]: the weights after the soft penalty, in the memory format of the layers."""
+        share = _per_kernel(self._shrinkage(self.soft, self.energy), self.weight)
         moved = torch.addcmul(self.weight, self.weight, share, value=-1.0)
-        if not self.bucket.is_channels_last():
+        own = self.bucket.layers[0].weight
+        if own.is_contiguous() or not own.is_contiguous(memory_format=torch.channels_last):
             return moved
         flat = moved.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return flat.view(moved.shape)
 
     def mixed_slope(self, start: Tensor, ahead: Tensor, exact: bool) -> Tensor:
-        """[L, G, O]: what the logits feel of the weights that follow them (golden README section 4, 5-7).
+        """[L, G, O]: gradient of the regulariser by the assignment, through the weights that follow it.
 
         start, ahead: [L, O, C, kh, kw], the weights before and after the look-ahead.
         """
         ahead_energy = terms.kernel_energy(ahead)
-        # v = w_look (1 - f) - w_ck, of which only the kernels' products with w are needed.
+        # The direction is v = ahead (1 - f) - start; only its inner products with w are needed.
         moved = terms.kernel_product(self.weight, ahead - start)
         shrunk = self._shrinkage(self.soft, ahead_energy) * terms.kernel_product(self.weight, ahead)
         second = terms.second_order_exact if exact else terms.second_order_original
@@ -126,57 +123,56 @@ class BucketStep:
         return terms.first_order(self.soft, ahead_energy) + slope
 
     def shrink(self, hold: Tensor) -> None:
-        """Take the penalty of the hard groups from the real weights. hold: bool scalar, True for not now."""
-        hard = terms.hard_assignment(self.bucket.logits()).to(self.energy.dtype)
+        """Subtract the penalty of the hard groups from the weights. hold: bool scalar, True for a no-op."""
+        hard = terms.Assigned(terms.hard_assignment(self.bucket.logits()).to(self.energy.dtype))
         share = self._shrinkage(hard, self.energy).masked_fill(hold.to(self.energy.device), 0)
         weights: list[Tensor] = [layer.weight for layer in self.bucket.layers]
-        torch._foreach_addcmul_(weights, weights, list(per_kernel(share, weights[0]).unbind()), value=-1.0)
+        torch._foreach_addcmul_(weights, weights, list(_per_kernel(share, weights[0]).unbind()), value=-1.0)
 
-    def _shrinkage(self, prob: Tensor | terms.Assigned, energy: Tensor) -> Tensor:
-        """[L, O, C]: the share of every kernel that the penalty takes away, lambda * P / w."""
-        return terms.penalty_factor(prob, energy, self.bucket.strength)
+    def _shrinkage(self, p: terms.Assigned, energy: Tensor) -> Tensor:
+        """[L, O, C]: the share of every kernel that the penalty takes away."""
+        return terms.penalty_factor(p, energy, self.bucket.strength)
 
 
 def attach_layers(
-    infos: Sequence[LayerInfo], counts: Sequence[int], optimizer: Optimizer, generator: torch.Generator
+    infos: Sequence[LayerInfo], counts: Mapping[str, int], optimizer: Optimizer, generator: torch.Generator
 ) -> list[LearnedLayer]:
-    """Put logits on every layer; nothing is attached where one of the layers cannot take part.
+    """Attach logits to every layer, or to none if one of the layers cannot take part.
 
-    counts: G of every layer. Raises DSPPruningError for a weight that is frozen or that the optimizer lacks,
-    or other logits on a layer.
+    counts: layer name -> number of groups. Raises DSPPruningError for a weight that is frozen or not in the
+    optimizer, and for a layer that already has a ``group`` of another shape.
     """
     holders = {
         parameter: index
         for index, group in enumerate(optimizer.param_groups)
         for parameter in group["params"]
     }
-    for info, n_groups in zip(infos, counts, strict=True):
-        check_logits(info, n_groups)
+    for info in infos:
+        check_existing(info, "group", (counts[info.name], info.out_channels))
         weight = info.conv.weight
         if weight not in holders:
             raise DSPPruningError(
                 f"the optimizer does not hold the weight of layer {info.name!r}, so its learning rate is "
-                "unknown; add the weight to the optimizer or leave the layer out by layers="
+                "unknown; add the weight to the optimizer or exclude the layer with layers="
             )
         if not weight.requires_grad:
             raise DSPPruningError(
-                f"the weight of layer {info.name!r} is frozen (requires_grad=False); leave the layer out "
-                "by layers= or let it train"
+                f"the weight of layer {info.name!r} is frozen (requires_grad=False); exclude the layer with "
+                "layers= or let it train"
             )
     attached = []
-    for info, n_groups in zip(infos, counts, strict=True):
-        kh, kw = info.kernel_size
-        # For a square kernel this is the published k; 1x7 and 7x1 weigh the same.
-        scale = terms.layer_scale(
-            info.in_channels, info.out_channels, (kh * kw) ** 0.5, info.input_hw, n_groups
-        )
+    for info in infos:
+        n_groups = counts[info.name]
         logits = attach_logits(info, n_groups, generator)
+        scale = terms.layer_scale(
+            info.in_channels, info.out_channels, info.kernel_size, info.input_hw, n_groups
+        )
         attached.append(LearnedLayer(info, info.conv.weight, logits, scale, holders[info.conv.weight]))
     return attached
 
 
 def make_buckets(layers: Sequence[LearnedLayer]) -> list[Bucket]:
-    """Sort layers into buckets; the order is that of each bucket's first layer."""
+    """Sort layers into buckets, ordered by each bucket's first layer."""
     found: dict[tuple[object, ...], list[LearnedLayer]] = {}
     for layer in layers:
         weight = layer.weight
@@ -191,10 +187,10 @@ def make_buckets(layers: Sequence[LearnedLayer]) -> list[Bucket]:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[L, ...], a copy where there is more than one."""
+    """[L, ...]; a copy if there is more than one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def per_kernel(values: Tensor, weight: Tensor) -> Tensor:
+def _per_kernel(values: Tensor, weight: Tensor) -> Tensor:
     """[..., O, C] -> [..., O, C, 1, 1] in the dtype of the weight."""
     return values.to(weight.dtype).view(*values.shape, 1, 1)

@@ -1,4 +1,4 @@
-"""The logits that live on the layers as ``<conv>.group``: their noise, and the optimizer that moves them."""
+"""The logits on the layers, ``<conv>.group``: their initial values, their noise and their optimizer."""
 
 from __future__ import annotations
 
@@ -10,36 +10,17 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError
 from dsp_pruning.layers import LayerInfo
 
-__all__ = [
-    "attach_logits",
-    "check_logits",
-    "check_noise",
-    "gumbel_noise",
-    "logit_optimizer",
-    "step_logits",
-]
-
-# Equal logits make the first hard groups a matter of rounding. This is one Adam step of the logits (lr 1e-3):
-# enough to break every tie, and forgotten after a few steps; the Gumbel noise is a thousand times larger.
+# With equal logits rounding would decide the first hard groups. This is one Adam step at lr 1e-3: enough to
+# break ties and forgotten after a few steps; the Gumbel noise is a thousand times larger.
 _INITIAL_LOGIT = 1e-3
 
 _ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-12
 
 
-def check_logits(info: LayerInfo, n_groups: int) -> None:
-    """Raise DSPPruningError if this layer has logits for another number of groups already."""
-    shape, group = (n_groups, info.out_channels), getattr(info.conv, "group", None)
-    if group is not None and (not isinstance(group, Tensor) or tuple(group.shape) != shape):
-        found = f"shape {tuple(group.shape)}" if isinstance(group, Tensor) else f"type {type(group).__name__}"
-        raise DSPPruningError(
-            f"layer {info.name!r} already has a 'group' of {found}; n_groups={n_groups} needs shape {shape}"
-        )
-
-
 def attach_logits(info: LayerInfo, n_groups: int, generator: torch.Generator) -> nn.Parameter:
-    """Make ``conv.group`` [n_groups, O] a parameter without gradient, at least float32.
+    """Make ``conv.group`` [n_groups, O] a parameter without gradient, in float32 or better.
 
-    Values that are there already stay (a loaded checkpoint, or a pruner's buffer); new ones are drawn.
+    Existing values (a loaded checkpoint, a pruner's buffer) are kept; otherwise they are drawn.
     """
     weight = info.conv.weight
     values = getattr(info.conv, "group", None)
@@ -56,23 +37,22 @@ def attach_logits(info: LayerInfo, n_groups: int, generator: torch.Generator) ->
 
 
 def gumbel_noise(
-    shapes: Sequence[torch.Size], generator: torch.Generator, device: torch.device | None = None
+    shapes: Sequence[torch.Size], generator: torch.Generator, device: torch.device
 ) -> list[Tensor]:
-    """Gumbel noise of every shape, float64 on ``device`` (None: the generator's), from one draw.
+    """Gumbel noise of every shape, float64 on ``device``, from one draw.
 
-    Minus the logarithm of an exponential variable; the same for every device and dtype of the model.
+    Drawn on the generator's device, so it is the same for every device and dtype of the model.
     """
     sizes = [shape.numel() for shape in shapes]
     flat = torch.empty(sum(sizes), dtype=torch.float64, device=generator.device)
     flat.exponential_(generator=generator)
     flat.clamp_min_(torch.finfo(flat.dtype).tiny).log_().neg_()
-    if device is not None:
-        flat = flat.to(device, non_blocking=True)
+    flat = flat.to(device, non_blocking=True)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
 def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Raise if ``noise`` is not one tensor for every layer name in ``shapes``, each of its shape."""
+    """Raise unless ``noise`` holds one tensor of the right shape for every layer name in ``shapes``."""
     if set(noise) != set(shapes):
         missing, unknown = sorted(set(shapes) - set(noise)), sorted(set(noise) - set(shapes))
         raise DSPPruningError(f"noise needs one tensor for every layer: missing {missing}, unknown {unknown}")
@@ -85,16 +65,16 @@ def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
 
 def logit_optimizer(logits: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     """The logits' own Adam."""
-    # Fused: the one that can be told by a tensor, not by the host, to leave a step out.
+    # Only the fused form takes a tensor that says whether to skip a step, so that the host need not wait.
     return torch.optim.Adam(logits, lr, _ADAM_BETAS, _ADAM_EPS, fused=True, capturable=True)
 
 
 def step_logits(
     optimizer: torch.optim.Adam, logits: Sequence[nn.Parameter], gradients: Sequence[Tensor], hold: Tensor
 ) -> None:
-    """One step; outside it the logits have no gradient, so nothing else can move them.
+    """One step. Outside of it the logits have no gradient, so that no other optimizer moves them.
 
-    gradients: one for each of the logits. hold: float32 scalar, 1 to leave the step out.
+    gradients: one per logits tensor. hold: float32 scalar, 1 to skip the step.
     """
     optimizer.found_inf = hold  # type: ignore[attr-defined]
     try:

@@ -1,4 +1,4 @@
-"""One more training step on scratch copies: where the weights would go, with nothing real touched."""
+"""The look-ahead: one more training step on scratch copies, which leaves model and optimizer unchanged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +15,10 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import distributed
 
-__all__ = ["OPTIMIZERS", "Batch", "LookAhead", "as_batches", "check_optimizer", "look_ahead"]
-
 Batch = tuple[Any, Any]
 
-# These step every parameter by itself, from nothing but its gradient and its own state. So it is enough
-# to step the weights that are asked for. The tests compare each with its real step.
+# These update each parameter from its own gradient and state alone, so it is enough to step the weights that
+# are asked for. The tests compare each with its real step.
 OPTIMIZERS: tuple[type[Optimizer], ...] = (
     optim.SGD,
     optim.Adam,
@@ -35,21 +32,21 @@ OPTIMIZERS: tuple[type[Optimizer], ...] = (
     optim.ASGD,
     optim.Adafactor,
 )
-# Of these the form that steps lists of tensors gives the same bits as the loop over them; tests compare them.
-_FEW_OPERATIONS = (optim.SGD, optim.Adam, optim.AdamW)
+# Their foreach implementation gives the same bits as the loop over parameters; the tests compare them.
+_EXACT_FOREACH = (optim.SGD, optim.Adam, optim.AdamW)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class LookAhead:
-    """Where one more step on the same batch leads.
+    """The result of one more step on the same batch.
 
-    loss: scalar, of the forward pass from the start weights; the mean over micro-batches and processes.
-    weights: for every parameter asked for, its value after the step, in its own shape and dtype.
-    overflow: float32 scalar, 1 where a scaled gradient was not finite; ``weights`` then mean nothing. None
+    loss: scalar, at the start weights; the mean over micro-batches and processes.
+    weights: requested parameter -> its value after the step, same shape and dtype.
+    overflow: float32 scalar, 1 if a scaled gradient was not finite (``weights`` are then invalid); None
         without a scaler.
-    refused: the network did not run on images in another order of memory than the caller's.
+    refused: the network does not run on images in channels_last.
     """
 
     loss: Tensor
@@ -59,12 +56,12 @@ class LookAhead:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise DSPPruningError for an optimizer that the look-ahead cannot step by itself."""
+    """Raise DSPPruningError for an optimizer that cannot step a copy of some of its weights."""
     if type(optimizer) not in OPTIMIZERS:
         names = ", ".join(kind.__name__ for kind in OPTIMIZERS)
         raise DSPPruningError(
             f"the look-ahead cannot step {type(optimizer).__name__} on a copy of some weights (it may need a "
-            f"closure, or all parameters at once); it knows {names}. Use second_order='none' with any other"
+            f"closure, or all parameters at once); supported are {names}. Use second_order='none' with others"
         )
 
 
@@ -80,51 +77,58 @@ def look_ahead(
     reorder: bool = False,
     several: bool = False,
 ) -> LookAhead:
-    """Golden README section 4, step 5: one optimizer step on the batch (x, y) from other weights.
+    """One optimizer step on (x, y) from other weights.
 
-    starts: parameter -> the value it starts from, without history; every other parameter stands
-        still: it would move too, but what it becomes is not asked for.
-    batches: the micro-batches of one step, each with the weight 1 / len(batches).
-    several: every x is a tuple of the inputs of forward().
+    starts: parameter -> the value it starts from, without history. All other parameters are kept fixed,
+        because their new values are not needed.
+    batches: the micro-batches of one step, each with weight 1 / len(batches).
     autocast_dtype: runs the forward pass under autocast.
-    scaler: its present scale multiplies the loss and is divided out of the gradients; it is not updated.
-    reorder: images on a CPU may be laid out in channels_last, which is faster there. If the network raises
-        on them, because of a ``view`` across channels and pixels, it runs on them as they are. What it raises
-        on the caller's own images is the caller's.
+    scaler: its scale multiplies the loss and is divided out of the gradients; it is not updated.
+    reorder: convert images on a CPU to channels_last, which is faster there. If the network raises on them
+        (because of a ``view`` across channels and pixels), it runs on the images as they are.
+    several: every x is a tuple of the inputs of forward().
 
-    With several processes the gradients are averaged over them. The forward pass runs on copies of these
-    parameters, without the running statistics of batch norm and on copies of all other buffers; the step
-    runs in a copy of the optimizer with its state and without its hooks. So weights, gradients, statistics,
-    optimizer and random numbers stay as they were, whatever happens in between. The host waits for nothing.
+    Gradients are averaged over the processes. The forward pass runs on copies of these parameters and of all
+    buffers; the step runs in a copy of the optimizer with its state and without its hooks. So weights,
+    gradients, statistics, optimizer and random state do not change, whatever is raised. The host never waits.
     """
-    copies = _copies(starts)
-    passes = partial(
-        _passes, model, criterion, copies, autocast_dtype=autocast_dtype, scaler=scaler, several=several
-    )
-    laid_out = [(_channels_last(x), y) for x, y in batches] if reorder else batches
-    tried = any(ours is not x for (ours, _), (x, _) in zip(laid_out, batches, strict=True))
+    clones = torch._foreach_clone(list(starts.values()))
+    leaves = [clone.requires_grad_() for clone in clones]
+    copies = dict(zip(starts, leaves, strict=True))
+
+    def loss_of(x: Any, y: Any) -> Tensor:
+        # Without the cast cache: inside an outer autocast it could hold casts of other weights.
+        device_type, enabled = leaves[0].device.type, autocast_dtype is not None
+        with torch.autocast(device_type, autocast_dtype, enabled, cache_enabled=False):
+            return criterion(model(*x) if several else model(x), y)
+
+    def passes(batches: Sequence[Batch]) -> tuple[list[Tensor | None], Tensor]:
+        with torch.enable_grad(), _kept_random_state(leaves[0].device), _substituted(model, copies):
+            return _summed(loss_of, batches, leaves, scaler)
+
+    reordered = [(_channels_last(x), y) for x, y in batches] if reorder else batches
+    tried = any(ours is not x for (ours, _), (x, _) in zip(reordered, batches, strict=True))
     found = None
     if tried:
-        with suppress(Exception):  # whatever a network's code raises about the order of its input
-            found = passes(laid_out)
-    sums, total = passes(batches) if found is None else found
-    leaves = list(copies.values())
+        with suppress(Exception):  # user code may raise anything about the memory format of its input
+            found = passes(reordered)
+    gradients, loss = passes(batches) if found is None else found
     if distributed.is_distributed():
         # A layer that took part on another process only has no gradient here.
-        sums = [
-            torch.zeros_like(leaf) if value is None else value
-            for leaf, value in zip(leaves, sums, strict=True)
-        ]
-        distributed.all_reduce_mean([*(value for value in sums if value is not None), total])
-    overflow = None if scaler is None else _unscale([g for g in sums if g is not None], scaler, total.device)
-    for leaf, gradient in zip(leaves, sums, strict=True):
+        filled = [torch.zeros_like(a) if g is None else g for a, g in zip(leaves, gradients, strict=True)]
+        distributed.all_reduce_mean([*filled, loss])
+        gradients = [*filled]
+    overflow = None
+    if scaler is not None:
+        overflow = _unscale([g for g in gradients if g is not None], scaler, loss.device)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
         leaf.grad = gradient
     _scratch_optimizer(optimizer, copies).step()
-    return LookAhead(total, copies, overflow, tried and found is None)
+    return LookAhead(loss, copies, overflow, tried and found is None)
 
 
 def as_batches(x: Any, y: Any) -> list[Batch]:
-    """One batch, or the micro-batches of two lists. Raises DSPPruningError where these do not match."""
+    """One batch, or the micro-batches of two lists. Raises DSPPruningError if the lists do not match."""
     if not isinstance(x, list):
         return [(x, y)]
     if not isinstance(y, list) or len(x) != len(y) or not x:
@@ -137,7 +141,7 @@ def as_batches(x: Any, y: Any) -> list[Batch]:
 
 
 def _channels_last(x: Any) -> Any:
-    """Images on a CPU; anything else stays as it is.
+    """Float32 images on a CPU in channels_last; any other x unchanged.
 
     ResNet-20, batch 128, 2 threads of an AMD EPYC (AVX2), torch 2.14: both passes take 694 ms instead of 912.
     """
@@ -146,47 +150,27 @@ def _channels_last(x: Any) -> Any:
     return x
 
 
-def _copies(starts: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    clones = torch._foreach_clone(list(starts.values()))
-    return {parameter: clone.requires_grad_() for parameter, clone in zip(starts, clones, strict=True)}
-
-
-def _passes(
-    model: nn.Module,
-    criterion: Callable[[Any, Any], Tensor],
-    copies: Mapping[Tensor, Tensor],
+def _summed(
+    loss_of: Callable[[Any, Any], Tensor],
     batches: Sequence[Batch],
-    autocast_dtype: torch.dtype | None,
+    leaves: Sequence[Tensor],
     scaler: torch.amp.GradScaler | None,
-    several: bool,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Gradient of every copy, None for one that took no part, and the loss; each summed over the batches."""
-    leaves = list(copies.values())
-    device = leaves[0].device
-    # No cached casts: within an outer autocast they could be those of other weights.
-    autocast = torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
-    total = torch.zeros((), device=device)
+    """Gradient of every leaf (None if unused) and the loss, each summed over the batches."""
+    total = torch.zeros((), device=leaves[0].device)
     sums: list[Tensor | None] = [None] * len(leaves)
-    with torch.enable_grad(), _kept_random_numbers(device), _substituted(model, copies):
-        for x, y in batches:
-            with autocast:
-                loss = criterion(model(*x) if several else model(x), y)
-            loss = loss if len(batches) == 1 else loss / len(batches)
-            scaled = loss if scaler is None else scaler.scale(loss)
-            sums = _added(sums, torch.autograd.grad(scaled, leaves, allow_unused=True))
-            total = total.to(loss.dtype) + loss.detach()
+    for x, y in batches:
+        loss = loss_of(x, y)
+        loss = loss if len(batches) == 1 else loss / len(batches)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        new = torch.autograd.grad(scaled, leaves, allow_unused=True)
+        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, new, strict=True)]
+        total = total.to(loss.dtype) + loss.detach()
     return sums, total
 
 
-def _added(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [
-        new if old is None else old if new is None else old + new
-        for old, new in zip(sums, gradients, strict=True)
-    ]
-
-
 def _unscale(gradients: list[Tensor], scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
-    """Divide by the scale in place; 1 (float32 scalar) where a gradient was not finite."""
+    """Divide by the scale in place; float32 scalar, 1 if a gradient was not finite."""
     found = torch.zeros((), device=device)
     if gradients and scaler.is_enabled():
         # get_scale() would wait for the device; scaling a one does not.
@@ -196,10 +180,10 @@ def _unscale(gradients: list[Tensor], scaler: torch.amp.GradScaler, device: torc
 
 
 @contextmanager
-def _kept_random_numbers(device: torch.device) -> Iterator[None]:
-    """Dropout in here draws what it draws; outside, the sequence goes on as if it had not."""
+def _kept_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the random state at the end, so that dropout does not change the caller's sequence."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        yield  # a captured generator's state cannot be read; the graph moves it on at every replay
+        yield  # the state cannot be read during capture; the graph advances it at every replay
         return
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
@@ -208,28 +192,28 @@ def _kept_random_numbers(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _substituted(model: nn.Module, copies: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """The model runs on the copies, and what a forward pass writes to is not the real buffers.
+    """The model uses these copies of its parameters, and clones of its buffers.
 
-    Every module is visited once and every tensor has one copy, however many names either goes by. A batch
-    norm in training mode needs no running statistics, so it gets none and writes none.
+    A tensor with several names has one copy. Batch norms in training mode get no running statistics, because
+    they would only write them.
     """
-    held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
     clones: dict[Tensor, Tensor] = {}
     try:
         for module in model.modules():
-            slots: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
-            parameters, buffers = slots
+            parameters: dict[str, Any] = module._parameters
+            buffers: dict[str, Any] = module._buffers
             if any(tensor in copies for tensor in parameters.values() if tensor is not None):
-                held.append((parameters, dict(parameters)))
+                saved.append((parameters, dict(parameters)))
                 for name, tensor in parameters.items():
                     if tensor is not None:
                         parameters[name] = copies.get(tensor, tensor)
             if not buffers:
                 continue
-            held.append((buffers, dict(buffers)))
-            silent = type(module) in _NORMS and module.training
+            saved.append((buffers, dict(buffers)))
+            drops = _STATISTICS if type(module) in _NORMS and module.training else ()
             for name, tensor in buffers.items():
-                if silent and name in _STATISTICS:
+                if name in drops:
                     buffers[name] = None
                 elif tensor is not None:
                     if tensor not in clones:
@@ -237,45 +221,45 @@ def _substituted(model: nn.Module, copies: Mapping[Tensor, Tensor]) -> Iterator[
                     buffers[name] = clones[tensor]
         yield
     finally:
-        for slot, before in held:
-            slot.clear()
-            slot.update(before)
+        for tensors, before in saved:
+            tensors.clear()
+            tensors.update(before)
 
 
 def _scratch_optimizer(optimizer: Optimizer, copies: Mapping[Tensor, Tensor]) -> Optimizer:
     """The same optimizer over the copies alone, with copies of their state."""
     scratch = object.__new__(type(optimizer))
-    # A learning-rate scheduler puts a step() that counts calls on the instance: leave that one out.
+    # Learning-rate schedulers replace step() on the instance to count calls: leave that one out.
     scratch.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
     groups = [
         group | {"params": [copies[parameter] for parameter in group["params"] if parameter in copies]}
         for group in optimizer.param_groups
     ]
-    few = type(optimizer) in _FEW_OPERATIONS
-    scratch.param_groups = [_for_each(group) if few else group for group in groups if group["params"]]
+    foreach = type(optimizer) in _EXACT_FOREACH
+    scratch.param_groups = [_with_foreach(group) if foreach else group for group in groups if group["params"]]
     entries = [
-        (value, name, entry)
-        for parameter, value in copies.items()
+        (copy, name, entry)
+        for parameter, copy in copies.items()
         for name, entry in optimizer.state.get(parameter, {}).items()
     ]
     tensors = [entry for _, _, entry in entries if isinstance(entry, Tensor)]
     clones = iter(torch._foreach_clone(tensors) if tensors else [])
     scratch.state = defaultdict(dict)
-    for value, name, entry in entries:
-        scratch.state[value][name] = next(clones) if isinstance(entry, Tensor) else entry
+    for copy, name, entry in entries:
+        scratch.state[copy][name] = next(clones) if isinstance(entry, Tensor) else entry
     scratch._optimizer_step_pre_hooks = OrderedDict()
     scratch._optimizer_step_post_hooks = OrderedDict()
     return scratch
 
 
-def _for_each(group: dict[str, Any]) -> dict[str, Any]:
-    """The group stepped by a few operations on lists of tensors, if the user left that open."""
+def _with_foreach(group: dict[str, Any]) -> dict[str, Any]:
+    """The parameter group with foreach=True, unless the user chose an implementation."""
     settings = [
         part
         for name, setting in group.items()
         if name != "params"
         for part in (setting if isinstance(setting, tuple | list) else (setting,))
     ]
-    # With rates and betas that are tensors some optimizers know no such way.
+    # Some optimizers do not support foreach with learning rates or betas that are tensors.
     fixed = group.get("fused") or any(isinstance(setting, Tensor) for setting in settings)
     return group if fixed or group.get("foreach", False) is not None else group | {"foreach": True}

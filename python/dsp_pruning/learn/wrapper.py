@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from types import NoneType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,54 +13,60 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.inputs import Example
 from dsp_pruning import distributed
-from dsp_pruning.layers import LayerPredicate, survey_layers
+from dsp_pruning.group_counts import GroupCount, groups_of_layers
+from dsp_pruning.layers import LayerPredicate, check_kind, survey_layers
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
+from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_finite
 from dsp_pruning.learn.logits import check_noise, gumbel_noise, logit_optimizer, step_logits
 from dsp_pruning.learn.lookahead import Batch, as_batches, check_optimizer, look_ahead
-from dsp_pruning.learn.settings import (
-    GroupCount,
-    NonFiniteFlag,
-    SecondOrder,
-    check_kind,
-    check_learning_settings,
-    groups_of_layers,
-    held_back,
-    named_counts,
-    raise_first_not_finite,
-)
 
-__all__ = ["GroupWrapper", "SecondOrder"]
+SecondOrder = Literal["exact", "none", "original"]
 
 
 class GroupWrapper:
-    """Differentiable group learning (paper, section 3.2; golden README section 4).
+    """Differentiable group learning (paper, section 3.2; formulas: docs/notes/algorithm.md).
 
-    model: trained by the caller's own loop; calling the wrapper calls it. On it lives only
-        ``<conv>.group`` [n_groups, out_channels], the logits; one that is there already is kept.
-        DistributedDataParallel is looked through.
-    optimizer: of the model's weights; any in mode "none", else one of ``lookahead.OPTIMIZERS``.
+    The caller keeps its own training loop: ``initialize()`` before the forward pass, ``after_step(x, y)``
+    after ``optimizer.step()``. Calling the wrapper calls the model.
+
+    model: stores only the logits, ``<conv>.group`` [n_groups, out_channels], a parameter without gradient;
+        existing logits are kept. DistributedDataParallel and torch.compile are unwrapped.
+    optimizer: holds the model's weights. Any in mode "none", otherwise one of ``lookahead.OPTIMIZERS``.
     criterion: ``(model(x), y) -> scalar loss``.
-    reg: strength of the penalty; it grows linearly to this over total_steps.
-    n_groups: G of every layer, or a mapping from the layer's name, or ``(name, conv) -> G``.
+    reg: strength of the penalty, reached linearly over total_steps.
+    n_groups: number of groups of every layer, or a mapping by layer name, or ``(name, conv) -> number``.
     temp: temperature of the softmax over groups.
     group_optimizer_lr: learning rate of the logits' own Adam.
-    rank: process number where there are several; only rank 0 may print.
-    example_input: (batch, channels, height, width), or a tuple of all inputs of the model; without it
-        1 x C x 32 x 32 is tried.
-    layers: ``(name, conv) -> bool``, replaces the default choice of ``select_layers``.
-        ``print(learner.layers)`` shows a table of what was chosen, and of the rest with the reason.
-    second_order: how the logits see that weights follow them. "exact": look one step ahead and take the
-        true mixed derivative. "original": the same with the original's formula. "none": no look-ahead, so
-        no second forward and backward pass; the logits follow dR/dp at the present weights.
-    generator: draws the initial logits and the Gumbel noise; None makes one from ``torch.initial_seed()``.
-        With several processes all go on from the state of rank 0's.
+    rank: index of this process; not used, because the process group is found by itself.
+    example_input: (batch, channels, height, width), or a tuple of all inputs of the model; None uses
+        (1, C, 32, 32).
+    layers: ``(name, conv) -> bool`` replaces the default choice of ``survey_layers``.
+        ``print(learner.layers)`` shows which layers take part, and why the others do not.
+    second_order: how the logits take into account that the weights follow them. "exact": look one step ahead
+        and use the true mixed derivative. "original": the same with the published implementation's formula.
+        "none": the derivative at the current weights, without a second forward and backward pass.
+    generator: draws initial logits and Gumbel noise; None makes one from ``torch.initial_seed()``. With
+        several processes all continue from the state of rank 0.
 
-    The look-ahead knows nothing of gradient clipping in the caller's loop.
+    Gradient clipping of the caller's loop is not part of the look-ahead.
 
-    Raises DSPPruningError for a setting that is out of range, more groups than a layer has filters, an
-    optimizer that the look-ahead cannot step, or a layer whose weight is frozen or unknown to the optimizer;
-    DSPShapeError if the model does not run on the example.
+    Raises DSPPruningError for a setting out of range, more groups than a layer has filters, an optimizer that
+    the look-ahead does not support, or a layer whose weight is frozen or not in the optimizer; DSPShapeError
+    if the model does not run on the example.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 784, 10))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> learner = GroupWrapper(model, optimizer, nn.CrossEntropyLoss(), 1e-3, 2, n_groups=4, temp=0.5)
+    >>> x, y = torch.rand(2, 3, 32, 32), torch.tensor([3, 5])
+    >>> for _ in range(2):
+    ...     learner.initialize()
+    ...     optimizer.zero_grad()
+    ...     learner.criterion(learner(x), y).backward()
+    ...     optimizer.step()
+    ...     learner.after_step(x, y)
+    >>> model[1].group.shape, learner.stats()["ramp"]
+    (torch.Size([4, 8]), 1.0)
     """
 
     def __init__(
@@ -80,30 +86,32 @@ class GroupWrapper:
         second_order: SecondOrder = "exact",
         generator: torch.Generator | None = None,
     ) -> None:
-        check_kind(
-            model=(model, nn.Module, "an nn.Module"),
-            criterion=(criterion, Callable, "a function of the model's answer and y"),
-            layers=(layers, (Callable, NoneType), "a function (name, conv) -> bool"),
-            generator=(generator, (torch.Generator, NoneType), "a torch.Generator"),
-        )
-        if not hasattr(optimizer, "param_groups"):  # a wrapper around an optimizer has them too
-            raise DSPPruningError(f"optimizer is a {type(optimizer).__name__}; it must be a torch optimizer")
-        check_learning_settings(reg, total_steps, temp, group_optimizer_lr, second_order)
+        self._network = distributed.unwrap(model)
+        self.layers = survey_layers(self._network, example_input, layers)
+        is_optimizer = hasattr(optimizer, "param_groups")  # also true for a wrapper around an optimizer
+        check_kind(is_optimizer, "optimizer", optimizer, "a torch optimizer")
+        check_kind(callable(criterion), "criterion", criterion, "a function of the model's output and y")
+        is_generator = generator is None or isinstance(generator, torch.Generator)
+        check_kind(is_generator, "generator", generator, "a torch.Generator")
+        is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
+        _check(is_count, "total_steps", total_steps, "an integer of at least 1")
+        _check(_is_finite(reg) and reg >= 0, "reg", reg, "a finite number of at least 0")
+        for name, value in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
+            _check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
+        modes = get_args(SecondOrder)
+        _check(second_order in modes, "second_order", second_order, f"one of {', '.join(modes)}")
         if second_order != "none":
             check_optimizer(optimizer)
+        counts = groups_of_layers(self.layers.chosen, n_groups)
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
         self.reg, self.total_steps, self.temp = float(reg), total_steps, float(temp)
+        self.n_groups: int | dict[str, int] = n_groups if isinstance(n_groups, int) else counts
         self.second_order: SecondOrder = second_order
         self.rank = rank
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
-        self._network = distributed.unwrap(model)
-        self.layers = survey_layers(self._network, example_input, layers)
-        self._several = isinstance(example_input, list | tuple) and len(example_input) > 1
         self._share_generator()
-        counts = groups_of_layers(self.layers.chosen, n_groups)
-        self.n_groups = named_counts(self.layers.chosen, n_groups, counts)
         self._layers = attach_layers(self.layers.chosen, counts, optimizer, self.generator)
         distributed.broadcast_tensors([layer.logits for layer in self._layers])
         self._buckets = make_buckets(self._layers)
@@ -114,7 +122,7 @@ class GroupWrapper:
         self._stepped = False
         self._found_inf: Tensor | None = None
         self._loss: Tensor | None = None
-        self._reorder = True  # until the network turns out not to run on images in channels_last
+        self._reorder = True  # until the network fails on images in channels_last
         self._not_finite = NonFiniteFlag()
         optimizer.register_step_post_hook(self._note_step)
 
@@ -128,17 +136,17 @@ class GroupWrapper:
 
     @property
     def steps(self) -> int:
-        """Steps done; the ramp is (steps + 1) / total_steps. Settable, to go on from a checkpoint."""
+        """Number of finished steps; the ramp is (steps + 1) / total_steps. Settable, to resume."""
         return self._steps
 
     @steps.setter
     def steps(self, value: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise DSPPruningError(f"steps is {value!r}; it must be a whole number of at least 0")
+            raise DSPPruningError(f"steps is {value!r}; expected an integer of at least 0")
         self._steps = value
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model, which holds the logits."""
+        """What a checkpoint needs in addition to the model, which holds the logits."""
         return {
             "group_optimizer": self._group_optimizer.state_dict(),
             "steps": self._steps,
@@ -147,7 +155,7 @@ class GroupWrapper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned."""
+        """Resume from what ``state_dict`` returned."""
         self._group_optimizer.load_state_dict(state["group_optimizer"])
         self.steps, self._skipped = state["steps"], state["skipped_steps"]
         self.generator.set_state(state["generator"])
@@ -157,29 +165,29 @@ class GroupWrapper:
     def initialize(self, noise: Mapping[str, Tensor] | None = None) -> None:
         """Before the forward pass: draw Gumbel noise and assign the filters of every layer to groups.
 
-        noise: layer name -> Gumbel noise [n_groups, out_channels] for every layer, instead of drawing it;
-            the same on every process.
+        noise: layer name -> Gumbel noise [n_groups, out_channels], used instead of drawing it; the same on
+            every process.
 
         Raises DSPPruningError if a layer's noise is missing, DSPShapeError if its shape is wrong,
-        DSPTrainingError if a step before this one was not finite.
+        DSPTrainingError if an earlier step was not finite.
         """
         self._require_finite()
         for layer in self._layers:
             conv = layer.info.conv
             if conv.weight is not layer.weight or conv.group is not layer.logits:
                 raise DSPPruningError(
-                    f"layer {layer.info.name!r} has another weight or group tensor than when it was wrapped "
-                    "(load_state_dict(assign=True)?); wrap the model again, after loading"
+                    f"the weight or group tensor of layer {layer.info.name!r} was replaced after wrapping "
+                    "(load_state_dict(assign=True)?); wrap the model again after loading"
                 )
         if noise is None:
-            device = self._layers[0].logits.device
-            drawn = gumbel_noise([bucket.shape for bucket in self._buckets], self.generator, device)
+            shapes = [bucket.shape for bucket in self._buckets]
+            drawn = gumbel_noise(shapes, self.generator, self._layers[0].logits.device)
         else:
             check_noise(noise, {layer.info.name: layer.logits.shape for layer in self._layers})
             drawn = [torch.stack([noise[layer.info.name] for layer in b.layers]) for b in self._buckets]
         ramp = (self._steps + 1) / self.total_steps
         for bucket, xi in zip(self._buckets, drawn, strict=True):
-            lr = self.optimizer.param_groups[bucket.param_group]["lr"]
+            lr = self.optimizer.param_groups[bucket.layers[0].param_group]["lr"]
             bucket.start(xi, self.temp, lr * (self.reg * ramp))
         self._initialized, self._stepped, self._found_inf = True, False, None
 
@@ -187,19 +195,19 @@ class GroupWrapper:
     def after_step(
         self, x: Any, y: Any, amp: bool = False, scaler: torch.amp.GradScaler | None = None
     ) -> None:
-        """After ``optimizer.step()``: move the logits, shrink the weights (golden README section 4, 3-9).
+        """After ``optimizer.step()``: update the logits, then shrink the weights.
 
-        x, y: the batch of this step, on the model's device; with gradient accumulation two lists, the
-            micro-batches in their order, each of which counts 1 / len(x). Where
-            ``example_input`` was several inputs, x is a tuple of them.
-        amp: the look-ahead's forward pass runs under autocast, in the dtype torch has set for the device.
-        scaler: the one of the caller's loop. It scales the look-ahead's loss and is not updated. Where it
-            held the real step back (an overflow), or the look-ahead overflows, nothing is done but counting
-            the step: ``stats()["skipped_steps"]``. An overflow of one process holds back all.
+        x, y: the batch of this step, on the model's device. With gradient accumulation two lists, the
+            micro-batches in order, each with weight 1 / len(x). If ``example_input`` had several inputs, x is
+            a tuple of them.
+        amp: run the look-ahead's forward pass under autocast, in torch's autocast dtype of the device.
+        scaler: the caller's gradient scaler. It scales the look-ahead's loss and is not updated. If it
+            skipped the real step (an overflow), or the look-ahead overflows, on any process, the step is only
+            counted: ``stats()["skipped_steps"]``.
 
         Raises DSPPruningError without ``initialize()`` before it; DSPTrainingError if the loss, a weight or a
-        logit is no longer finite. Logits and weights are then left as they are. On a GPU, where the host does
-        not wait for the answer, the error comes some steps later, or from ``stats()``.
+        logit is not finite. Logits and weights are then unchanged. On a GPU, where the host does not wait,
+        the error is raised some steps later, or by ``stats()``.
         """
         if not self._initialized:
             raise DSPPruningError(
@@ -208,58 +216,59 @@ class GroupWrapper:
             )
         batches = as_batches(x, y)
         self._initialized = False
-        several = distributed.is_distributed()
-        device = self._layers[0].logits.device
-        if scaler is not None and not self._stepped and not several:
+        if scaler is not None and not self._stepped and not distributed.is_distributed():
             self._skipped = self._skipped + 1
         else:
+            device = self._layers[0].logits.device
             with torch.autocast(device.type, enabled=False):
                 dtype = torch.get_autocast_dtype(device.type) if amp else None
                 steps = [BucketStep(bucket) for bucket in self._buckets]
                 slopes, overflow = self._slopes(steps, batches, dtype, scaler)
-                found = (overflow, self._found_inf)
-                skip = None if scaler is None else held_back(self._stepped, found, device)
+                skip = None
+                if scaler is not None:
+                    skip = overflowed(self._stepped, (overflow, self._found_inf), device)
+                    self._skipped = self._skipped + skip
                 hold = self._not_finite.hold([*slopes, *([] if self._loss is None else [self._loss])], skip)
                 self._move_logits(slopes, hold)
                 for step in steps:
                     step.shrink(hold)
-            if skip is not None:
-                self._skipped = self._skipped + skip
         self._steps += 1
-        self._require_finite(self._steps - 1)
+        self._require_finite()
 
     @torch.no_grad()
     def stats(self) -> dict[str, float]:
-        """Where learning stands, as plain numbers; waits for the device.
+        """Progress as plain numbers; waits for the device.
 
         step, skipped_steps; ramp of the last step; penalty: reg * ramp * sum of scale * R over the layers for
-        hard groups; group_share_{g}: share of all filters whose group is g.
+        the hard groups; group_share_{g}: share of all filters that belong to group g.
 
-        Raises DSPTrainingError if a step so far was not finite.
+        Raises DSPTrainingError if any step so far was not finite.
         """
         if self._not_finite.wait():
-            self._raise_not_finite(self._steps - 1)
+            self._raise_not_finite()
         total, counts = 0.0, torch.zeros(max(layer.logits.shape[0] for layer in self._layers)).double()
         for bucket in self._buckets:
-            hard = terms.hard_assignment(bucket.logits())
-            energy = terms.kernel_energy(bucket.weight())
-            values = terms.regulariser(hard.to(energy), energy)
-            total += float((bucket.scale.flatten().to(values) * values).sum())
-            counts[: hard.shape[1]] += hard.sum(dim=(0, 2)).to(counts)
+            value, filters = bucket.regulariser()
+            total += float(value)
+            counts[: len(filters)] += filters.to(counts)
         ramp = self._steps / self.total_steps
-        stats = {"step": self._steps, "skipped_steps": int(self._skipped), "ramp": ramp}
-        stats["penalty"] = self.reg * ramp * total
         shares = (counts / counts.sum()).tolist()
-        return stats | {f"group_share_{group}": share for group, share in enumerate(shares)}
+        return {
+            "step": self._steps,
+            "skipped_steps": int(self._skipped),
+            "ramp": ramp,
+            "penalty": self.reg * ramp * total,
+        } | {f"group_share_{group}": share for group, share in enumerate(shares)}
 
     def _share_generator(self) -> None:
         """Every process draws what rank 0 draws."""
-        if distributed.is_distributed():
-            self.generator.set_state(distributed.broadcast_object(self.generator.get_state()))
+        state = self.generator.get_state()
+        distributed.broadcast_tensors([state])
+        self.generator.set_state(state)
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = True
-        # An optimizer that checks for overflow itself (fused=True) is called all the same and told here.
+        # An optimizer that checks for overflow itself (fused=True) is stepped even then, and has this flag.
         self._found_inf = getattr(optimizer, "found_inf", None)
 
     def _slopes(
@@ -269,22 +278,31 @@ class GroupWrapper:
         autocast_dtype: torch.dtype | None,
         scaler: torch.amp.GradScaler | None,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Gradient [L, G, O] of each bucket's regulariser by its assignment; did the look-ahead overflow?"""
+        """Gradient [L, G, O] of each bucket's regulariser by its assignment; overflow of the look-ahead."""
         if self.second_order == "none":
             self._loss = None
             return [step.first_slope() for step in steps], None
         starts = [step.penalised() for step in steps]
-        layers = [step.bucket.layers for step in steps]
-        each: dict[Tensor, Tensor] = {}
-        for members, start in zip(layers, starts, strict=True):
-            each.update(zip((layer.weight for layer in members), start.unbind(), strict=True))
-        network = self._network, self.optimizer, self.criterion
-        ahead = look_ahead(*network, each, batches, autocast_dtype, scaler, self._reorder, self._several)
+        ahead = look_ahead(
+            self._network,
+            self.optimizer,
+            self.criterion,
+            {
+                layer.weight: one
+                for step, start in zip(steps, starts, strict=True)
+                for layer, one in zip(step.bucket.layers, start.unbind(), strict=True)
+            },
+            batches,
+            autocast_dtype,
+            scaler,
+            self._reorder,
+            several=len(self.layers.example) > 1,
+        )
         self._reorder = self._reorder and not ahead.refused
         self._loss = ahead.loss
         slopes = []
-        for step, members, start in zip(steps, layers, starts, strict=True):
-            after = stacked([ahead.weights[layer.weight] for layer in members])
+        for step, start in zip(steps, starts, strict=True):
+            after = stacked([ahead.weights[layer.weight] for layer in step.bucket.layers])
             slopes.append(step.mixed_slope(start, after, self.second_order == "exact"))
         return slopes, ahead.overflow
 
@@ -302,14 +320,25 @@ class GroupWrapper:
         ]
         step_logits(self._group_optimizer, logits, each, hold.float())
 
-    def _require_finite(self, step: int | None = None) -> None:
+    def _require_finite(self) -> None:
         if self._not_finite.seen():
-            self._raise_not_finite(self._steps - 1 if step is None else step)
+            self._raise_not_finite()
 
-    def _raise_not_finite(self, step: int) -> None:
+    def _raise_not_finite(self) -> None:
         self._not_finite.clear()
-        suspects: list[tuple[str, Tensor]] = []
-        suspects += [(f"the weight of layer {layer.info.name!r}", layer.weight) for layer in self._layers]
+        suspects = [(f"the weight of layer {layer.info.name!r}", layer.weight) for layer in self._layers]
         suspects += [(f"the logits of layer {layer.info.name!r}", layer.logits) for layer in self._layers]
         suspects += [] if self._loss is None else [("the loss of the look-ahead", self._loss)]
-        raise_first_not_finite(suspects, step)
+        raise_first_not_finite(suspects, self._steps - 1)
+
+
+def _check(valid: bool, name: str, value: object, expected: str) -> None:
+    if not valid:
+        raise DSPPruningError(f"{name} is {value!r}; expected {expected}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False

@@ -1,4 +1,4 @@
-"""The architectures that learn, prune, pack, save and load under a name."""
+"""Reference models: CIFAR and torchvision ResNets."""
 
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet

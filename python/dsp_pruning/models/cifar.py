@@ -1,8 +1,6 @@
-"""ResNets for small images: He et al. 2016, section 4.2, with 1x1 convs in the shortcuts (option B)."""
+"""ResNets for small images (He et al. 2016, section 4.2), with a 1x1 convolution in shortcuts (option B)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +8,11 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError
 
-__all__ = ["CifarResNet", "cifar_resnet"]
-
-_MAX_DEPTH = 1202  # the deepest network of the paper
+_MAX_DEPTH = 1202  # the deepest network in the paper
 
 
 class _Block(nn.Module):
-    """Two 3x3 convs beside a shortcut; forward() depends on no width, so packing may change them."""
+    """Two 3x3 convolutions and a shortcut. forward() reads no width, so packing may change the widths."""
 
     def __init__(self, in_channels: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -37,18 +33,15 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """x: (batch, in_channels, height, width) -> logits: (batch, num_classes).
+    """The class of ``cifar_resnet``'s models: images (batch, in_channels, height, width) -> logits.
 
-    architecture: name and arguments as plain JSON; it rebuilds the network when a saved one is loaded.
+    >>> isinstance(cifar_resnet(8), CifarResNet)
+    True
     """
 
     def __init__(self, depth: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.architecture: dict[str, Any] = {
-            "name": "cifar_resnet",
-            "args": {"depth": depth, "num_classes": num_classes, "in_channels": in_channels},
-        }
         self.conv_1_3x3 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn_1 = nn.BatchNorm2d(16)
         self.stage_1 = _stage(16, 16, blocks, stride=1)
@@ -57,7 +50,7 @@ class CifarResNet(nn.Module):
         self.classifier = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (batch, in_channels, height, width) -> logits (batch, num_classes)."""
+        """Images (batch, in_channels, height, width) -> logits (batch, num_classes)."""
         x = F.relu(self.bn_1(self.conv_1_3x3(x)))
         x = self.stage_3(self.stage_2(self.stage_1(x)))
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
@@ -70,12 +63,15 @@ def cifar_resnet(
     *,
     generator: torch.Generator | None = None,
 ) -> CifarResNet:
-    """CIFAR ResNet: x (batch, in_channels, height, width) -> logits (batch, num_classes), float32.
+    """ResNet for CIFAR: float32 images (batch, in_channels, height, width) -> logits (batch, num_classes).
 
-    depth: 6n + 2, for example 20, 32, 44, 56, 110; at most 1202.
-    generator: draws the He-normal initial weights; None takes torch's global one.
+    depth: 6n + 2, for example 20, 32, 44, 56 or 110; at most 1202.
+    generator: of the initial weights, He-normal by fan-out; None is torch's global generator.
+    Raises DSPPruningError for another depth, or num_classes or in_channels below 1.
 
-    Raises DSPPruningError for a depth that does not exist or a count below 1.
+    >>> model = cifar_resnet(20, num_classes=10)
+    >>> model(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     if not _is_count(depth) or depth < 8 or depth > _MAX_DEPTH or (depth - 2) % 6:
         raise DSPPruningError(
@@ -84,27 +80,21 @@ def cifar_resnet(
         )
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not _is_count(value) or value < 1:
-            raise DSPPruningError(
-                f"cifar_resnet: {name} is {value!r}; it must be a whole number of at least 1"
-            )
+            raise DSPPruningError(f"cifar_resnet: {name} is {value!r}; it must be an integer of at least 1")
     model = CifarResNet(depth, num_classes, in_channels)
-    _initialize(model, generator)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # Fan-out keeps the scale of the gradients from layer to layer (He et al. 2015).
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
+            nn.init.zeros_(module.bias)
     return model
 
 
 def _stage(in_channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
     first = _Block(in_channels, planes, stride)
     return nn.Sequential(first, *(_Block(planes, planes, 1) for _ in range(blocks - 1)))
-
-
-def _initialize(model: nn.Module, generator: torch.Generator | None) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            # Fan-out keeps the size of the gradients from layer to layer (He et al. 2015).
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        elif isinstance(module, nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
-            nn.init.zeros_(module.bias)
 
 
 def _is_count(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""torchvision's ResNets under a name that a saved file can hold."""
+"""torchvision's ResNets by name."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPError, DSPPruningError
 
-__all__ = ["VARIANTS", "published_weights", "torchvision_resnet", "variant_of"]
-
-VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-
-# Blocks of each stage, and whether they are bottlenecks (He et al. 2016, table 1).
-_BLOCKS: dict[tuple[tuple[int, ...], bool], str] = {
+# Blocks per stage, and whether they are bottlenecks (He et al. 2016, table 1).
+_VARIANTS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((3, 4, 6, 3), True): "resnet50",
@@ -23,46 +19,47 @@ _BLOCKS: dict[tuple[tuple[int, ...], bool], str] = {
 
 
 def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn.Module:
-    """A torchvision ResNet: x (batch, 3, height, width) -> logits (batch, num_classes).
+    """ResNet of torchvision: images (batch, 3, height, width) -> logits (batch, num_classes). Random weights.
 
-    The weights are random; load trained ones with ``load_state_dict``.
-    Raises DSPPruningError for an unknown variant or a class count below 1.
+    variant: resnet18, resnet34, resnet50, resnet101 or resnet152.
+    Raises DSPPruningError for another variant, or num_classes below 1.
+
+    >>> torchvision_resnet("resnet18", num_classes=10).fc.out_features
+    10
     """
-    if variant not in VARIANTS:
-        raise DSPPruningError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    _check(variant)
     if not isinstance(num_classes, int) or not 1 <= num_classes <= 1_000_000:
         raise DSPPruningError(f"num_classes is {num_classes!r}; expected 1 to 1,000,000")
     import torchvision  # an extra: the runtime and CIFAR need no torchvision
 
-    model = getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
-    model.architecture = {
-        "name": "torchvision_resnet",
-        "args": {"variant": variant, "num_classes": num_classes},
-    }
-    return model
+    return getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
 
 
 def published_weights(variant: str) -> dict[str, Tensor]:
-    """torchvision's own weights of a variant, for 1,000 classes; downloaded once.
+    """State dict of a variant trained on ImageNet by torchvision, downloaded once.
 
-    Raises DSPPruningError for an unknown variant, DSPError where the download fails.
+    Raises DSPPruningError for an unknown variant, DSPError if the download fails.
     """
-    if variant not in VARIANTS:
-        raise DSPPruningError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    _check(variant)
     import torchvision
 
     try:
         return dict(torchvision.models.get_model_weights(variant).DEFAULT.get_state_dict(progress=False))
     except (OSError, RuntimeError) as error:
-        raise DSPError(f"torchvision's weights of {variant} cannot be fetched: {error}") from error
+        raise DSPError(f"torchvision's weights of {variant} cannot be downloaded: {error}") from error
 
 
 def variant_of(weights: Mapping[str, Tensor]) -> str | None:
-    """Which torchvision ResNet these weights belong to, read from their names; None for another network."""
+    """The torchvision ResNet that a state dict belongs to, by its names; None for another network."""
     if "fc.weight" not in weights or "layer1.0.conv1.weight" not in weights:
         return None
     blocks = tuple(
         len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
-    return _BLOCKS.get((blocks, "layer1.0.conv3.weight" in weights))
+    return _VARIANTS.get((blocks, "layer1.0.conv3.weight" in weights))
+
+
+def _check(variant: str) -> None:
+    if variant not in _VARIANTS.values():
+        raise DSPPruningError(f"variant is {variant!r}; expected one of {', '.join(_VARIANTS.values())}")

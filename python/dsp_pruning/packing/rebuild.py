@@ -1,60 +1,63 @@
-"""Modules after packing, made from the original ones and their plan."""
+"""Modules after packing, made from the original ones and their plans; and where their channels are stored."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.graph.size_check import FixedSizeConv2d, fixed_size
+from dsp_kernels.op.dense import group_weights
 from dsp_kernels.program.planner import zero_padding
 from dsp_pruning.flow.kernels import dense_weight
-from dsp_pruning.packing.plan import LayerPlan
-
-__all__ = ["rebuild", "replace_module", "set_width"]
+from dsp_pruning.packing.report import LayerPlan
 
 
 def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
-    """The module that does the rest of its work; ``module`` itself, changed, where it can."""
-    for name in ("group", "mask"):
-        if isinstance(module, nn.Conv2d) and hasattr(module, name):
-            delattr(module, name)
-    if isinstance(module, nn.Linear):
-        return _linear(module, plan)
-    if isinstance(module, nn.Conv2d | PackedConv2d):
-        made = _convolution(module, plan)
-        return made if plan.position_bias is None else _with_places(made, plan)
-    rows = list(plan.out_keep)
+    """The module with the channels of its plan; ``module`` itself, changed, where its class can stay."""
+    if isinstance(module, nn.Conv2d):
+        for name in ("group", "mask"):
+            if hasattr(module, name):
+                delattr(module, name)
+    if plan.structure is None:
+        return _narrow(module, plan)
+    assert isinstance(module, nn.Conv2d | PackedConv2d)
+    made = _convolution(module, plan)
+    if plan.position_bias is None or plan.in_size is None:
+        return made
+    like = next(made.parameters(), plan.position_bias)
+    check = fixed_size(*plan.in_size)
+    return FixedSizeConv2d(made, check, plan.position_bias.to(like)).train(made.training)
+
+
+def channel_dims(module: nn.Module, plan: LayerPlan) -> dict[str, tuple[int, int | None]]:
+    """Tensor name -> its dimension of output channels, and of input channels where it has one."""
     if isinstance(module, nn.ConvTranspose2d):
-        _narrow(module, "weight", (list(plan.in_keep), rows))
-        _narrow(module, "bias", (rows,))
-        module.in_channels, module.out_channels = len(plan.in_keep), len(rows)
-        return module
-    if len(rows) != plan.out_channels:
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            _narrow(module, name, (rows,))
-        set_width(module, len(rows))
-    return module
+        return {"weight": (1, 0), "bias": (0, None)}
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        grouped = isinstance(module, nn.Conv2d) and plan.structure is None
+        return {"weight": (0, None if grouped else 1), "bias": (0, None)}
+    return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (0, None))
 
 
-def set_width(norm: nn.Module, width: int) -> None:
-    """Tell a norm how many channels it has now."""
-    if isinstance(norm, nn.GroupNorm):  # of one channel per group
-        norm.num_groups = norm.num_channels = width
+def set_widths(module: nn.Module, in_channels: int, out_channels: int) -> None:
+    """Set the attributes of a layer or norm that say how wide it is; its tensors already are."""
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = in_channels, out_channels
+    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        module.in_channels, module.out_channels = in_channels, out_channels
+        if isinstance(module, nn.Conv2d):  # it loses whole groups
+            module.groups = in_channels // module.weight.shape[1]
+    elif isinstance(module, nn.GroupNorm):  # of one channel per group
+        module.num_groups = module.num_channels = out_channels
     else:
-        norm.num_features = width  # type: ignore[assignment]
-
-
-def _with_places(conv: nn.Module, plan: LayerPlan) -> FixedSizeConv2d:
-    assert isinstance(conv, nn.Conv2d | PackedConv2d)
-    assert plan.position_bias is not None
-    assert plan.in_size is not None
-    like = next((p for p in conv.parameters()), plan.position_bias)
-    return FixedSizeConv2d(conv, fixed_size(*plan.in_size), plan.position_bias.to(like)).train(conv.training)
+        module.num_features = out_channels  # type: ignore[assignment]
 
 
 def replace_module(root: nn.Module, path: str, made: nn.Module) -> None:
-    """Put a module in the place of the one at ``path``, and in every other place where that one is held."""
+    """Put a module in place of the one at ``path``, under all of its names."""
     old = root.get_submodule(path)
     places = [place for place, module in root.named_modules(remove_duplicate=False) if module is old]
     for place in places if made is not old else ():
@@ -62,81 +65,67 @@ def replace_module(root: nn.Module, path: str, made: nn.Module) -> None:
         setattr(root.get_submodule(parent), name, made)
 
 
-def _linear(linear: nn.Linear, plan: LayerPlan) -> nn.Linear:
-    if len(plan.in_keep) != linear.in_features:
-        linear.in_features = len(plan.in_keep)
-        _narrow(linear, "weight", (slice(None), list(plan.in_keep)))
-    if len(plan.out_keep) != linear.out_features:
-        linear.out_features = len(plan.out_keep)
-        _narrow(linear, "weight", (list(plan.out_keep),))
-        _narrow(linear, "bias", (list(plan.out_keep),))
+def replace_tensor(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace a parameter or buffer, if the module has it, by ``change`` of it."""
+    tensor = getattr(module, name, None)
+    if isinstance(tensor, nn.Parameter):
+        setattr(module, name, nn.Parameter(change(tensor.detach()), tensor.requires_grad))
+    elif isinstance(tensor, Tensor):
+        setattr(module, name, change(tensor.detach()))
+
+
+def _narrow(module: nn.Module, plan: LayerPlan) -> nn.Module:
+    for name, (rows, columns) in channel_dims(module, plan).items():
+        _select(module, name, rows, plan.out_keep, plan.out_channels)
+        if columns is not None:
+            _select(module, name, columns, plan.in_keep, plan.in_channels)
+    set_widths(module, len(plan.in_keep), len(plan.out_keep))
     if plan.bias is not None:
-        linear.bias = nn.Parameter(
-            torch.tensor(plan.bias, dtype=torch.float64).to(linear.weight), linear.weight.requires_grad
-        )
-    return linear
+        weight = module.get_parameter("weight")
+        bias = torch.tensor(plan.bias, dtype=torch.float64).to(weight)
+        module.bias = nn.Parameter(bias, weight.requires_grad)
+    return module
 
 
-def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Module:
-    structure, rows = plan.structure, list(plan.out_keep)
-    whole = len(plan.in_keep) == plan.in_channels and len(rows) == plan.out_channels
-    if whole and plan.bias is None and (structure is None or structure.is_dense):
-        return conv
-    if structure is None:  # groups are whole groups: the first channels of a row say which
-        assert isinstance(conv, nn.Conv2d)
-        _narrow(conv, "weight", (rows,))
-        _narrow(conv, "bias", (rows,))
-        conv.groups = conv.groups * len(rows) // plan.out_channels
-        conv.in_channels, conv.out_channels = len(plan.in_keep), len(rows)
+def _select(module: nn.Module, name: str, dim: int, keep: Sequence[int], width: int) -> None:
+    if len(keep) < width:
+        replace_tensor(module, name, lambda t: t.index_select(dim, torch.tensor(keep, device=t.device)))
+
+
+def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Conv2d | PackedConv2d:
+    structure = plan.structure
+    assert structure is not None
+    whole = len(plan.in_keep) == plan.in_channels and len(plan.out_keep) == plan.out_channels
+    if whole and plan.bias is None and structure.is_dense:
         return conv
     weight = dense_weight(conv)
+    rows, columns = (torch.tensor(keep, device=weight.device) for keep in (plan.out_keep, plan.in_keep))
     bias = torch.tensor(plan.bias, dtype=torch.float64).to(weight) if plan.bias is not None else None
     if bias is None and conv.bias is not None:
         bias = conv.bias.detach()[rows]
     padding = zero_padding(conv) if isinstance(conv, nn.Conv2d) else conv.padding
-    into = torch.tensor(plan.in_keep, device=weight.device)
-    out = torch.tensor(plan.out_keep, device=weight.device)
-    if isinstance(padding, str):  # no packed convolution pads so: a narrower one with zeros in place
-        assert isinstance(conv, nn.Conv2d)
-        kept = weight.new_zeros(len(rows), len(plan.in_keep), *conv.kernel_size)
-        for group in structure.groups:
-            at = torch.tensor(group.out_index)[:, None], torch.tensor(group.in_index, dtype=torch.long)
-            kept[at] = weight[out[at[0]], into[at[1]]]
-        conv.weight = nn.Parameter(kept, conv.weight.requires_grad)
-        conv.bias = None if bias is None else nn.Parameter(bias, conv.weight.requires_grad)
-        conv.in_channels, conv.out_channels = len(plan.in_keep), len(rows)
-        return conv
     made = PackedConv2d(
         structure,
         conv.kernel_size,
         conv.stride,
-        padding,
+        0 if isinstance(padding, str) else padding,
         conv.dilation,
         bias=bias is not None,
-        device="meta",  # no time for numbers that are overwritten
+        device="meta",  # no time for initial weights that are overwritten
         dtype=weight.dtype,
     ).to_empty(device=weight.device)
     made.reset_index(weight.device)
     with torch.no_grad():
-        for group, branch in zip(structure.groups, made.weights, strict=True):
-            columns = into[torch.tensor(group.in_index, dtype=torch.long)]
-            branch.copy_(weight[out[list(group.out_index)][:, None], columns])
+        kept = group_weights(structure, weight.index_select(0, rows).index_select(1, columns))
+        for branch, values in zip(made.weights, kept, strict=True):
+            branch.copy_(values)
         if made.bias is not None and bias is not None:
             made.bias.copy_(bias)
-    trained = next(conv.parameters()).requires_grad if list(conv.parameters()) else True
-    return made.requires_grad_(trained).train(conv.training)
-
-
-def _narrow(module: nn.Module, name: str, index: tuple[slice | list[int], ...]) -> None:
-    """Keep these entries of a parameter or buffer along its first dimensions."""
-    value = getattr(module, name, None)
-    if not isinstance(value, Tensor):
-        return
-    kept = value.detach()
-    for dim, part in enumerate(index):
-        if isinstance(part, list):
-            kept = kept.index_select(dim, torch.tensor(part, dtype=torch.long, device=kept.device))
-    if isinstance(value, nn.Parameter):
-        setattr(module, name, nn.Parameter(kept.clone(), value.requires_grad))
-    else:
-        setattr(module, name, kept.clone())
+    trained = next((parameter.requires_grad for parameter in conv.parameters()), True)
+    if not isinstance(padding, str):
+        return made.requires_grad_(trained).train(conv.training)
+    assert isinstance(conv, nn.Conv2d)  # a padding that PackedConv2d does not have: a narrower nn.Conv2d
+    conv.weight = nn.Parameter(dense_weight(made).to(weight), trained)
+    conv.bias = None if made.bias is None else made.bias.requires_grad_(trained)
+    set_widths(conv, len(plan.in_keep), len(plan.out_keep))
+    return conv

@@ -1,22 +1,59 @@
-"""What packing did: the original channels of every layer, and where channels had to stay."""
+"""What packing does to each layer, and where channels have to stay."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dsp_pruning.packing.plan import Barrier, LayerPlan
+from torch import Tensor
 
-__all__ = ["PackingReport"]
+from dsp_kernels import GroupStructure
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One module with parameters, after packing. Channel numbers are those of the original network.
+
+    in_channels, out_channels: original widths; features of a linear layer.
+    in_keep, out_keep: channels of its input and output that stay, ascending.
+    structure: groups of a convolution, numbered within in_keep and out_keep; None for other modules and for
+        convolutions with groups of their own.
+    bias: float64 per channel of out_keep where constants were folded into it; None where it is unchanged.
+    folded: input channels whose constant went into the bias.
+    position_bias: [out_keep, height, width] float64 where constants were folded into a bias per output
+        position, for inputs of in_size (height, width) only.
+    """
+
+    path: str
+    in_channels: int
+    out_channels: int
+    in_keep: tuple[int, ...]
+    out_keep: tuple[int, ...]
+    structure: GroupStructure | None
+    bias: tuple[float, ...] | None = field(default=None, repr=False)
+    folded: tuple[int, ...] = ()
+    position_bias: Tensor | None = field(default=None, repr=False, compare=False)
+    in_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """An operation that keeps channels which nothing needs.
+
+    node: name in the traced graph; kept: how many channels of it and its inputs could have been removed.
+    """
+
+    node: str
+    reason: str
+    kept: int
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """Attached to what ``pack`` returns, as ``packed.packing``. It is not part of the state dict.
+    """What ``pack`` did, as ``packed.packing``. It is not part of the state dict.
 
-    layers: module path -> its original channels (``in_keep``, ``out_keep``, numbered as in the original
-        network), its groups and the constants that were folded into its bias.
-    barriers: where channels stayed although nothing needs their values, with the reason.
+    layers: module path -> original channels, groups and folded constants of every layer.
+    barriers: operations around which channels stay, in the order in which they run.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -24,16 +61,13 @@ class PackingReport:
 
     @property
     def removed(self) -> int:
-        """Output channels of convolutions that are gone."""
-        return sum(
-            plan.out_channels - len(plan.out_keep)
-            for plan in self.layers.values()
-            if plan.structure is not None
-        )
+        """Number of output channels removed from convolutions."""
+        plans = (plan for plan in self.layers.values() if plan.structure is not None)
+        return sum(plan.out_channels - len(plan.out_keep) for plan in plans)
 
     @property
     def folded(self) -> int:
-        """Input channels whose constant went into a bias, counted per layer that read them."""
+        """Input channels whose constant went into a bias, counted per layer that reads them."""
         return sum(len(plan.folded) for plan in self.layers.values())
 
     def __str__(self) -> str:

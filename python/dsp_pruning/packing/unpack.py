@@ -1,32 +1,37 @@
-"""unpack(packed): from packed layers back to a dense network with masks, which answers the same."""
+"""unpack(packed): from packed layers back to a dense network with masks and the same outputs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.size_check import FixedSizeConv2d
-from dsp_pruning.flow.kernels import dense_weight
-from dsp_pruning.packing.plan import LayerPlan
-from dsp_pruning.packing.rebuild import replace_module, set_width
-from dsp_pruning.packing.report import PackingReport
-
-__all__ = ["unpack"]
+from dsp_pruning.flow.kernels import connections, dense_weight, own_bias
+from dsp_pruning.packing.rebuild import channel_dims, replace_module, replace_tensor, set_widths
+from dsp_pruning.packing.report import LayerPlan, PackingReport
 
 
 def unpack(packed: nn.Module) -> nn.Module:
-    """A dense copy of a packed network, of the original widths, with the same outputs in eval mode.
+    """A dense copy of a packed network, with its original widths and the same outputs in eval mode.
 
-    Every PackedConv2d becomes an ``nn.Conv2d`` with a buffer ``mask`` [O, C, 1, 1] of 0 and 1. Channels that
-    packing removed are there again: nothing feeds them (weight, bias and shift 0, variance 1) and nothing
-    reads them. A constant that packing folded into a bias stays in that bias.
+    Every PackedConv2d becomes an ``nn.Conv2d`` with a buffer ``mask`` [O, C, 1, 1] of 0 and 1. Removed
+    channels are back with weight, bias and shift 0 and variance 1, and nothing reads them. A constant that
+    was folded into a bias stays there.
 
-    Raises DSPPruningError if the network carries no PackingReport, as one that was built by hand.
+    Raises DSPPruningError if the network has no PackingReport, for example because it was built by hand.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from dsp_pruning import pack, unpack
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    >>> _ = model[0].weight.data[:3].zero_(), model[0].bias.data[:3].zero_()
+    >>> packed = pack(model, torch.zeros(1, 3, 8, 8))
+    >>> packed[0].out_channels, unpack(packed)[0].out_channels
+    (5, 8)
     """
     report = getattr(packed, "packing", None)
     if not isinstance(report, PackingReport):
@@ -38,7 +43,7 @@ def unpack(packed: nn.Module) -> nn.Module:
         dense = copy.deepcopy(packed)
         del dense.packing
         state = (*dense.parameters(), *dense.buffers())
-        # A layer of which nothing is left has no number that says what its weights would be.
+        # For layers without any weights left, which have no dtype of their own.
         dtype = next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
         for path, plan in report.layers.items():
             replace_module(dense, path, _dense(dense.get_submodule(path), plan, dtype))
@@ -46,80 +51,49 @@ def unpack(packed: nn.Module) -> nn.Module:
 
 
 def _dense(module: nn.Module, plan: LayerPlan, dtype: torch.dtype) -> nn.Module:
-    rows, columns = plan.out_keep, plan.in_keep
-    if isinstance(module, FixedSizeConv2d):  # a copy already
-        _widen(module, "position_bias", 0, rows, plan.out_channels)
-        dense = _dense(module.conv, plan, dtype)
-        assert isinstance(dense, nn.Conv2d)
-        module.conv = dense
-        return module
-    if isinstance(module, PackedConv2d):
+    if isinstance(module, FixedSizeConv2d):
+        _widen(module, "position_bias", 0, plan.out_keep, plan.out_channels)
+        module.conv = _dense(module.conv, plan, dtype)  # type: ignore[assignment]
+    elif isinstance(module, PackedConv2d):
         return _dense_conv(module, plan, dtype)
-    if len(rows) == plan.out_channels and len(columns) == plan.in_channels:
-        return module
-    if isinstance(module, nn.Linear):
-        _widen(module, "weight", 1, columns, plan.in_channels)
-        _widen(module, "weight", 0, rows, plan.out_channels)
-        _widen(module, "bias", 0, rows, plan.out_channels)
-        module.in_features, module.out_features = plan.in_channels, plan.out_channels
-    elif isinstance(module, nn.ConvTranspose2d):
-        _widen(module, "weight", 0, columns, plan.in_channels)
-        _widen(module, "weight", 1, rows, plan.out_channels)
-        _widen(module, "bias", 0, rows, plan.out_channels)
-        module.in_channels, module.out_channels = plan.in_channels, plan.out_channels
-    elif isinstance(module, nn.Conv2d):
-        if plan.structure is not None:
-            _widen(module, "weight", 1, columns, plan.in_channels)
-        else:
-            module.groups = module.groups * plan.out_channels // len(rows)
-        _widen(module, "weight", 0, rows, plan.out_channels)
-        _widen(module, "bias", 0, rows, plan.out_channels)
-        module.in_channels, module.out_channels = plan.in_channels, plan.out_channels
-    else:
-        for name, fill in (("weight", 0.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            _widen(module, name, 0, rows, plan.out_channels, fill)
-        set_width(module, plan.out_channels)
+    elif len(plan.out_keep) < plan.out_channels or len(plan.in_keep) < plan.in_channels:
+        for name, (rows, columns) in channel_dims(module, plan).items():
+            _widen(module, name, rows, plan.out_keep, plan.out_channels)
+            if columns is not None:
+                _widen(module, name, columns, plan.in_keep, plan.in_channels)
+        set_widths(module, plan.in_channels, plan.out_channels)
     return module
 
 
 def _dense_conv(packed: PackedConv2d, plan: LayerPlan, dtype: torch.dtype) -> nn.Conv2d:
     own = next((parameter.dtype for parameter in packed.parameters()), dtype)
-    weight = dense_weight(packed).to(packed.get_buffer("output_place").device, own)
+    device = packed.get_buffer("output_place").device
     conv = nn.Conv2d(
         *(plan.in_channels, plan.out_channels, packed.kernel_size, packed.stride, packed.padding),
         dilation=packed.dilation,
         bias=packed.bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
+        device=device,
+        dtype=own,
     )
-    rows, columns = torch.tensor(plan.out_keep)[:, None], torch.tensor(plan.in_keep)
-    mask = torch.zeros(plan.out_channels, plan.in_channels, dtype=weight.dtype)
-    for group in packed.structure.groups:
-        into = columns[torch.tensor(group.in_index, dtype=torch.long)]
-        mask[rows[list(group.out_index)], into] = 1
+    rows, columns = torch.tensor(plan.out_keep), torch.tensor(plan.in_keep)
+    mask = torch.zeros(plan.out_channels, plan.in_channels, 1, 1, dtype=own)
+    mask[rows[:, None], columns, 0, 0] = connections(packed).to(own)
+    conv.register_buffer("mask", mask.to(device))
     with torch.no_grad():
         conv.weight.zero_()
-        conv.weight[rows, columns] = weight
-        if conv.bias is not None and packed.bias is not None:
-            bias = packed.bias.detach().clone()
-            bias[list(packed.structure.absent)] = 0
+        conv.weight[rows[:, None], columns] = dense_weight(packed).to(conv.weight)
+        if conv.bias is not None:
             conv.bias.zero_()
-            conv.bias[rows[:, 0]] = bias
-    conv.register_buffer("mask", mask[:, :, None, None].to(weight.device))
+            conv.bias[rows] = own_bias(packed).to(conv.bias)
     return conv.train(packed.training)
 
 
-def _widen(
-    module: nn.Module, name: str, dim: int, kept: Sequence[int], width: int, fill: float = 0.0
-) -> None:
-    """Put the entries of a parameter or buffer back in their places along one dimension."""
-    value = getattr(module, name, None)
-    if not isinstance(value, Tensor):
-        return
-    shape = list(value.shape)
-    shape[dim] = width
-    index = torch.tensor(kept, dtype=torch.long, device=value.device)
-    wide = value.detach().new_full(shape, fill).index_copy(dim, index, value.detach())
-    setattr(
-        module, name, nn.Parameter(wide, value.requires_grad) if isinstance(value, nn.Parameter) else wide
-    )
+def _widen(module: nn.Module, name: str, dim: int, kept: tuple[int, ...], width: int) -> None:
+    """Put the entries of a tensor back in their places along one dimension; the others are neutral."""
+
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        shape = (*tensor.shape[:dim], width, *tensor.shape[dim + 1 :])
+        wide = tensor.new_full(shape, float(name == "running_var"))
+        return wide.index_copy(dim, torch.tensor(kept, device=tensor.device), tensor)
+
+    replace_tensor(module, name, widen)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-__all__ = ["PruningReport", "RoundingCost"]
+from torch import Tensor
+
+from dsp_pruning.layers import LayerInfo
+from dsp_pruning.prune.rule import Masks, hard_groups
+from dsp_pruning.prune.search import Target, kernel_cost
+from dsp_pruning.table import text_table
 
 _COLUMNS = ("layer", "filters", "channels", "per group", "kernels", "MACs kept", "note")
 
 
 @dataclass(frozen=True)
 class RoundingCost:
-    """What it cost to keep multiples of channels, beside the same rate without rounding.
+    """The cost of keeping multiples of channels, compared with the same rate without rounding.
 
-    multiple: of channels per group. beta, energy: threshold, and share of the sum of squares pruned (0..1);
-    unrounded_*: the same without rounding. exceptions: groups that keep another number than a multiple,
+    multiple: of channels per group. beta, energy: threshold, and share of the sum of squared weights that is
+    pruned (0 to 1); unrounded_*: the same without rounding. exceptions: groups that keep another number,
     because fewer channels were left to choose from.
     """
 
@@ -39,9 +44,9 @@ class RoundingCost:
 class PruningReport:
     """What the masks keep.
 
-    beta: the threshold, None if masks were loaded. pruned_flops, pruned_params: percent of the chosen layers.
-    note: why layers were pruned by their own masks alone, or empty.
-    layers: one row per layer, see ``PruneWrapper.summary``.
+    beta: the threshold, None for loaded masks. pruned_flops, pruned_params: percent over the chosen layers.
+    note: why layers were pruned without channel flow, or empty. layers: one row per layer, see
+    ``PruneWrapper.summary``.
     """
 
     beta: float | None
@@ -58,16 +63,7 @@ class PruningReport:
         ]
         lines += [str(self.rounding)] if self.rounding is not None else []
         lines += [self.note] if self.note else []
-        rows = [_COLUMNS, *(_cells(row) for row in self.layers)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-        lines += [
-            "  ".join(
-                cell.ljust(width) if column in (0, len(_COLUMNS) - 1) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, text_table([_COLUMNS, *map(_cells, self.layers)])])
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -81,3 +77,40 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{100 * row['macs_kept'] / row['macs']:.1f} %",
         row["note"],
     )
+
+
+def layer_row(
+    layer: LayerInfo, mask: Tensor, prunes_filters: bool, note: str
+) -> dict[str, int | str | bool | list[int]]:
+    """Plain numbers and text: one layer's sizes, each with what mask [O, C] keeps of it."""
+    logits = layer.conv.get_buffer("group")
+    groups = hard_groups(logits)[mask.any(1)]
+    return {
+        "name": layer.name,
+        "filters": layer.out_channels,
+        "filters_kept": int(mask.any(1).sum()),
+        "channels": layer.in_channels,
+        "channels_kept": int(mask.any(0).sum()),
+        "groups": len(logits),
+        "groups_kept": len(groups.unique()),
+        "group_channels": [int(mask[mask.any(1)][groups == g].any(0).sum()) for g in groups.unique()],
+        "kernels": mask.numel(),
+        "kernels_kept": int(mask.sum()),
+        "macs": layer.macs,
+        "macs_kept": layer.kernel_macs * int(mask.sum()),
+        "prunes_filters": prunes_filters,
+        "note": note,
+    }
+
+
+def percent_pruned(layers: Sequence[LayerInfo], masks: Masks) -> tuple[float, float]:
+    """Multiply-adds and weights that are pruned, each in percent over these layers."""
+    percent = []
+    for target in get_args(Target):
+        whole = gone = 0
+        for layer in layers:
+            cost, mask = kernel_cost(layer, target), masks[layer.name]
+            whole += cost * mask.numel()
+            gone += cost * (mask.numel() - int(mask.sum()))
+        percent.append(100 * (gone / whole))
+    return percent[0], percent[1]

@@ -1,9 +1,11 @@
-"""The search for the one threshold beta that prunes a network to a rate."""
+"""The search for the threshold beta that prunes a network to a rate."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -11,19 +13,23 @@ from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.network import TracedNetwork
 from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
-from dsp_pruning.prune.rule import LayerRule, Masks, Target, candidate_betas, first_reaching, kernel_costs
+from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas
 
-__all__ = ["ThresholdSearch", "without_dead"]
+Target = Literal["macs", "params"]  # what a rate is a share of: multiply-adds, or weights
+
+_GUESSES = 3  # by the rule alone, before the actual search
 
 
-_GUESSES = 3  # by the rule alone, before the search proper
+def kernel_cost(layer: LayerInfo, target: Target) -> int:
+    """Cost of one 2-D kernel: multiply-adds of one sample, or weights."""
+    return layer.kernel_macs if target == "macs" else math.prod(layer.kernel_size)
 
 
 class ThresholdSearch:
-    """What each beta would leave of a network whose weights stay as they are. It changes nothing.
+    """What each beta would leave of a network with fixed weights. It changes nothing.
 
-    rules: one per layer. network: the traced network, None where it cannot be traced.
-    target: what a rate is a share of. multiple: each group keeps a multiple of so many channels.
+    rules: one per layer, in order. network: None if the model cannot be traced.
+    target: what a rate is a share of. multiple: each group keeps a multiple of this many channels.
     """
 
     def __init__(
@@ -39,54 +45,68 @@ class ThresholdSearch:
         self.target = target
         self.multiple = multiple
         self.betas = candidate_betas(shares for rule in rules for shares in rule.shares)
-        self._costs = kernel_costs(layers, target)
-        self._whole = sum(
-            cost * next(r for r in rules if r.name == n).alive.numel() for n, cost in self._costs.items()
-        )
-        self._seen: dict[int, tuple[float, bool]] = {}
-        self._by_rule_seen: dict[int, float] = {}
+        self._costs = {layer.name: kernel_cost(layer, target) for layer in layers}
+        self._whole = sum(self._costs[rule.name] * rule.alive.numel() for rule in rules)
+        self._outcomes: dict[int, tuple[float, bool]] = {}
+        self._by_rule_alone: dict[int, float] = {}
 
     def masks(self, beta: float) -> tuple[Masks, bool]:
-        """The masks at beta without kernels that carry nothing, to the fixpoint; whether a path is left."""
-        # A channel that turns out dead cannot count towards a multiple: another one takes its place.
+        """The masks at beta without dead kernels, and whether the output still depends on the input."""
+        if self.multiple == 1:
+            return self._without_dead({rule.name: rule.mask(beta) for rule in self.rules})
+        # A dead channel does not count towards a multiple: another one takes its place.
         barred = {rule.name: ~rule.columns(rule.alive) for rule in self.rules}
         while True:
             chosen = {rule.name: rule.mask(beta, self.multiple, barred[rule.name]) for rule in self.rules}
-            live, connected = without_dead(chosen, self.network)
-            if self.multiple == 1:
-                return live, connected
-            grown = False
+            live, connected = self._without_dead(chosen)
+            more = False
             for rule in self.rules:
                 lost = rule.columns(chosen[rule.name]) & ~rule.columns(live[rule.name])
                 barred[rule.name] = barred[rule.name] | lost
-                grown |= bool(lost.any())
-            if not grown:
+                more |= bool(lost.any())
+            if not more:
                 return live, connected
 
+    def _without_dead(self, masks: Masks) -> tuple[Masks, bool]:
+        """Remove kernels that read nothing or are read by nothing.
+
+        A conv that is called more than once keeps what any of its calls needs. Layers that the traced network
+        does not call keep their own mask.
+        """
+        if self.network is None:
+            return masks, True
+        flow = channel_flow(self.network, masks, "pruning")
+        live = dict(masks)
+        for name in masks:
+            calls = [
+                flow.kernels[node.name] for node in self.network.calls(name) if node.name in flow.kernels
+            ]
+            if calls:
+                live[name] = torch.stack(calls).any(0)
+        return live, flow.connected
+
     def pruned(self, masks: Masks) -> float:
-        """Share of the target's cost that these masks prune, 0..1."""
+        """Share of the target's cost that these masks prune, 0 to 1."""
         kept = sum(cost * int(masks[name].sum()) for name, cost in self._costs.items())
         return (self._whole - kept) / self._whole
 
     def pruned_energy(self, masks: Masks) -> float:
-        """Share of the layers' sum of squares that these masks prune, 0..1."""
+        """Share of the layers' sum of squared weights that these masks prune, 0 to 1."""
         whole = sum(float(rule.energy.sum()) for rule in self.rules)
         kept = sum(float(rule.energy[masks[rule.name]].sum()) for rule in self.rules)
         return 1 - kept / whole if whole else 0.0
 
     def reachable(self) -> tuple[float, float] | None:
-        """The smallest and the largest share that can be pruned; None if no path is left at any beta."""
-        last = first_reaching(lambda index: not self._outcome(index)[1], len(self.betas)) - 1
-        if last < 0:
-            return None
-        return self._outcome(0)[0], self._outcome(last)[0]
+        """Smallest and largest share that can be pruned; None if the output is constant at every beta."""
+        cut = bisect_left(range(len(self.betas)), True, key=lambda index: not self._outcome(index)[1])
+        return (self._outcome(0)[0], self._outcome(cut - 1)[0]) if cut else None
 
     def best(self, rate: float) -> float:
-        """The smallest beta that prunes at least ``rate``, 0..1.
+        """The smallest beta that prunes at least ``rate``, 0 to 1.
 
         Raises DSPPruningError for a rate that cannot be reached, with the range that can.
         """
-        # Both only grow with beta: what is pruned, and whether the network has been cut in two.
+        # Both the pruned share and whether the network is cut in two are monotone in beta.
         found = self._first_pruning(rate)
         if rate < 1 and found < len(self.betas) and self._outcome(found)[1]:
             return self.betas[found]
@@ -98,57 +118,38 @@ class ThresholdSearch:
         )
 
     def _first_pruning(self, rate: float) -> int:
-        """The first candidate that prunes at least ``rate``, their number if none does.
+        """The first candidate that prunes at least ``rate``; the number of candidates if none does.
 
-        Following channels through the network costs far more than the rule of each layer, and what it adds
-        changes slowly with beta. So the rule alone, corrected by what was seen, says where to look.
+        Channel flow costs far more than the rule of each layer, and what it adds changes slowly with beta. So
+        the rule alone, corrected by the outcomes so far, guesses where to look.
         """
-        low, high, added = -1, len(self.betas), 0.0  # low falls short, high reaches the rate
+        low, high, added = -1, len(self.betas), 0.0  # low prunes less than the rate, high at least the rate
         for _ in range(_GUESSES):
             if high - low == 1:
                 break
-            guess = min(max(self._first_by_rule(rate - added), low + 1), high - 1)
+            by_rule = bisect_left(range(len(self.betas) - 1), rate - added, key=self._by_rule)
+            guess = min(max(by_rule, low + 1), high - 1)
             share = self._outcome(guess)[0]
             added = share - self._by_rule(guess)
             low, high = (low, guess) if share >= rate else (guess, high)
         step = 1
-        while high - low > 1:  # from where the guesses ended, in growing steps, then by halves
+        while high - low > 1:  # in growing steps from the last guess, then by bisection
             middle = (low + high) // 2
             probe = max(high - step, middle) if high < len(self.betas) else min(low + step, middle)
             low, high = (low, probe) if self._outcome(probe)[0] >= rate else (probe, high)
             step *= 4
         return high
 
-    def _first_by_rule(self, share: float) -> int:
-        return first_reaching(lambda index: self._by_rule(index) >= share, len(self.betas) - 1)
-
     def _by_rule(self, index: int) -> float:
-        """Share pruned at this candidate before dead kernels are looked for."""
-        if index not in self._by_rule_seen:
+        """Share pruned at this candidate without removing dead kernels."""
+        if index not in self._by_rule_alone:
             chosen = {rule.name: rule.mask(self.betas[index]) for rule in self.rules}
-            self._by_rule_seen[index] = self.pruned(chosen)
-        return self._by_rule_seen[index]
+            self._by_rule_alone[index] = self.pruned(chosen)
+        return self._by_rule_alone[index]
 
     def _outcome(self, index: int) -> tuple[float, bool]:
         """Share pruned at this candidate, and whether the output still depends on the input."""
-        if index not in self._seen:
+        if index not in self._outcomes:
             masks, connected = self.masks(self.betas[index])
-            self._seen[index] = self.pruned(masks), connected
-        return self._seen[index]
-
-
-def without_dead(masks: Masks, network: TracedNetwork | None) -> tuple[Masks, bool]:
-    """The masks without kernels that carry nothing; whether the output still depends on the input.
-
-    A conv that runs more than once keeps what any of its runs needs. A layer that the traced network does
-    not call, or every layer where there is none, keeps its own mask.
-    """
-    if network is None:
-        return masks, True
-    live = dict(masks)
-    flow = channel_flow(network, live, "pruning")
-    for name in masks:
-        runs = [flow.kernels[node.name] for node in network.calls(name) if node.name in flow.kernels]
-        if runs:
-            live[name] = torch.stack(runs).any(0)
-    return live, flow.connected
+            self._outcomes[index] = self.pruned(masks), connected
+        return self._outcomes[index]

@@ -1,66 +1,63 @@
-"""PruneWrapper: prune the input channels of each filter group, and filters, to a share of the MACs."""
+"""PruneWrapper: prunes the input channels of each filter group, and filters, to a share of the MACs."""
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
-from collections.abc import Callable, Sequence
-from types import NoneType
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.graph.inputs import Example
 from dsp_kernels.graph.network import TracedNetwork, trace
-from dsp_pruning.layers import LayerPredicate, inputs_like, select_layers
-from dsp_pruning.learn.settings import GroupCount, check_kind, groups_of_layers, named_counts
-from dsp_pruning.prune.report import PruningReport, RoundingCost
-from dsp_pruning.prune.rule import (
-    LayerRule,
-    Masks,
-    Target,
-    check_buffers,
-    check_settings,
-    filter_layer_indices,
-    fraction,
-    has_logits,
-    layer_rule,
-    mask_matrix,
-    percent_pruned,
-    register_buffers,
-    summary_row,
-)
-from dsp_pruning.prune.search import ThresholdSearch
-from dsp_pruning.prune.zeros import Undo, Zeros, clearable, read_state, zeros_of
-
-__all__ = ["PruneWrapper"]
+from dsp_pruning.distributed import unwrap
+from dsp_pruning.group_counts import GroupCount, check_existing, groups_of_layers
+from dsp_pruning.layers import LayerInfo, LayerPredicate, inputs_like, survey_layers
+from dsp_pruning.prune.report import PruningReport, RoundingCost, layer_row, percent_pruned
+from dsp_pruning.prune.rule import LayerRule, Masks, layer_rule
+from dsp_pruning.prune.search import Target, ThresholdSearch
+from dsp_pruning.prune.zeros import Zeros, clearable, mask_matrix, zeros_of
 
 
 class PruneWrapper:
     """Group channel pruning and filter pruning of a group-learned model (arXiv 2303.09736).
 
-    model: any ``nn.Module``. Each chosen conv gets two buffers, both in the model's state dict:
-        ``group`` [G, O], the group logits (a group-learned checkpoint fills them), and
-        ``mask`` [O, C, 1, 1] of 0 and 1. Both are kept where the model has them already.
-    n_groups: G of every layer, or a mapping from the layer's name, or ``(name, conv) -> G``; at most the
-        layer's filters.
-    fp_every_nth_conv: layers whose index i has (i + 1) mod n = 0 also prune whole filters; -1 means none.
-    fp_layer_indices: those layers by index, counted over the chosen layers from 0; -1 or [] means none.
-        It wins over fp_every_nth_conv; one of the two has to be given.
-    rank: this process's number, kept for its callers.
-    example_input: (batch, channels, height, width), or a tuple of all inputs of the model; without it
-        1 x C x 32 x 32 is tried.
-    layers: ``(name, conv) -> bool`` chooses the layers (default: see ``select_layers``).
-    prune_channels: False prunes whole filters only, the usual pruning by magnitude.
-    target: what a rate is a share of: ``macs``, or ``params``, the weights.
-    channel_multiple: every group keeps a multiple of so many input channels (8 suits tensor cores), of those
-        that are not dead; ``report()`` says what that cost.
+    One threshold beta, for all layers, is searched so that the pruned share of MACs reaches a rate
+    (docs/notes/algorithm.md). Calling the wrapper calls the model.
 
-    Calling the wrapper calls its model. Model and wrapper can be copied and pickled at any time. BN's running
-    statistics are never touched. Where the model cannot be traced, each layer is pruned by its own mask
-    alone, and ``summary()`` says so.
-    Raises DSPPruningError if no layer is left, G does not fit, or the filter layers make no sense.
+    model: any ``nn.Module``; DistributedDataParallel and torch.compile are unwrapped. Each chosen conv gets
+        two buffers, both in the model's state dict: ``group`` [G, O], the group logits (filled by a
+        group-learned checkpoint), and ``mask`` [O, C, 1, 1] of 0 and 1. Existing ones are kept.
+    n_groups: number of groups of every layer, or a mapping by layer name, or ``(name, conv) -> number``.
+    fp_every_nth_conv: layers whose index i has (i + 1) mod n = 0 also prune whole filters; -1 means none.
+    fp_layer_indices: these layers by index among the chosen layers, from 0; -1 or [] means none. It overrides
+        fp_every_nth_conv; one of the two is required.
+    rank: index of this process; not used.
+    example_input: (batch, channels, height, width), or a tuple of all inputs of the model; None uses
+        (1, C, 32, 32).
+    layers: ``(name, conv) -> bool`` chooses the layers; default: see ``survey_layers``.
+    prune_channels: False prunes whole filters only, by magnitude.
+    target: what a rate is a share of: ``macs`` or ``params`` (the weights).
+    channel_multiple: every group keeps a multiple of this many live input channels (8 suits tensor cores);
+        ``report()`` shows the cost.
+
+    Model and wrapper can be copied and pickled at any time. Batch-norm statistics never change. If the model
+    cannot be traced, each layer is pruned by its own mask alone, and ``summary()`` says so.
+
+    Raises DSPPruningError for a setting out of range, more groups than a layer has filters, or if no layer is
+    left; DSPShapeError if the model does not run on the example.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    >>> pruner = PruneWrapper(model, n_groups=1, fp_every_nth_conv=2)
+    >>> flops, params = pruner.initialize(rate=0.5)  # then call pruner.after_step() in the training loop
+    >>> 50 <= flops < 55, model[1].mask.shape
+    (True, torch.Size([8, 8, 1, 1]))
     """
 
     def __init__(
@@ -77,71 +74,72 @@ class PruneWrapper:
         target: Target = "macs",
         channel_multiple: int = 1,
     ) -> None:
-        check_kind(
-            model=(model, nn.Module, "an nn.Module"),
-            layers=(layers, (Callable, NoneType), "a function (name, conv) -> bool"),
-        )
-        check_settings(target, channel_multiple, prune_channels)
+        self._network = unwrap(model)
+        survey = survey_layers(self._network, example_input, layers)
+        _check_settings(target, channel_multiple, prune_channels)
         self.model = model
         self.rank = rank
         self.prune_channels = prune_channels
         self.target: Target = target
         self.channel_multiple = channel_multiple
         self.beta: float | None = None
-        self.layers = select_layers(model, example_input, layers)
+        self.layers = survey.chosen
         counts = groups_of_layers(self.layers, n_groups)
-        self.n_groups = named_counts(self.layers, n_groups, counts)
-        chosen = filter_layer_indices(fp_every_nth_conv, fp_layer_indices, len(self.layers))
+        self.n_groups: int | dict[str, int] = n_groups if isinstance(n_groups, int) else counts
+        chosen = _filter_layers(fp_every_nth_conv, fp_layer_indices, len(self.layers))
         self.filter_layers = tuple(self.layers[index].name for index in chosen)
-        check_buffers(self.layers, counts)
-        for layer, count in zip(self.layers, counts, strict=True):
-            register_buffers(layer, count)
-        self._example = inputs_like(model, example_input)
-        self._network: TracedNetwork | None = None
-        self._untraced = ""
-        self._undo: Undo | None = None
+        for layer in self.layers:
+            check_existing(layer, "group", (counts[layer.name], layer.out_channels))
+            check_existing(layer, "mask", (layer.out_channels, layer.in_channels, 1, 1))
+        for layer in self.layers:
+            _register_buffers(layer, counts[layer.name])
+        self._example = survey.example
+        self._traced: TracedNetwork | None = None
+        self._untraced = ""  # why it cannot be traced
+        self._undo = _Undo({}, {})
         self._zeros: Zeros | None = None
         self._rounding: RoundingCost | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
         return self.model(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The graph and the cached places are found again when they are next needed.
-        return self.__dict__ | {"_network": None, "_untraced": "", "_zeros": None}
+        # The graph and the cached zeros are computed again when they are needed.
+        return self.__dict__ | {"_traced": None, "_untraced": "", "_zeros": None}
 
     def initialize(self, rate: float, cycle: int = 0, cycles: int = 1) -> tuple[float, float]:
-        """Prune to a rate and return (FLOPs, params), each percent pruned over the chosen layers.
+        """Prune to a rate; returns (FLOPs, params), each in percent pruned over the chosen layers.
 
-        rate: fraction of the chosen layers' MACs (or weights, see target), 0 <= rate < 1. The smallest beta
-        that reaches it is taken: the result is the nearest that one beta for all layers can give, and never
-        below the rate.
-        cycle, cycles: in the cyclic schedule, cycle i of n, counted from 0, prunes to rate * (i + 1) / n.
+        rate: fraction of the chosen layers' MACs (or weights, see target), 0 <= rate < 1. Uses the smallest
+            beta that reaches it, so the result is never below the rate, and as close as one beta for all
+            layers allows.
+        cycle, cycles: cyclic pruning; cycle i of n, counted from 0, prunes to rate * (i + 1) / n.
 
-        May be called again, for cyclic pruning: it starts from the weights and masks of that moment, and what
-        is pruned stays pruned. Only while nothing has changed the weights since the last pruning, that
-        pruning is undone first.
+        Repeated calls start from the current weights and masks, so what is pruned stays pruned. If nothing
+        has changed the weights since the last pruning, that pruning is undone first.
         Raises DSPPruningError for a rate that cannot be reached, with the range that can; the model is then
-        left as it was.
+        unchanged.
         """
         if not (isinstance(cycle, int) and isinstance(cycles, int) and 0 <= cycle < cycles):
             raise DSPPruningError(
                 f"cycle {cycle!r} of {cycles!r}: expected 0 to one below the number of cycles"
             )
         search = self._search()
-        beta = search.best(fraction(rate, "the pruning rate") * (cycle + 1) / cycles)
-        return self._prune(search, beta)
+        return self._prune(search, search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles))
 
     def preview(self, rate: float) -> PruningReport:
-        """What ``initialize(rate)`` would keep. Nothing is changed. Raises as it does."""
+        """The report that ``initialize(rate)`` would lead to; same errors. Changes nothing."""
         search = self._search()
-        return self._report(search, search.best(fraction(rate, "the pruning rate")))
+        beta = search.best(_fraction(rate, "the pruning rate"))
+        masks, _ = search.masks(beta)
+        return self._describe(masks, beta, self._rounding_cost(search, beta, masks))
 
     def reachable(self) -> tuple[float, float]:
-        """The smallest and the largest rate within reach from here, 0..1. Nothing is changed.
+        """The smallest and the largest rate that can be reached, 0 to 1. Changes nothing.
 
-        The smallest is above 0 where something is pruned or dead already.
-        Raises DSPPruningError where no output depends on the input.
+        The smallest is above 0 if something is pruned or dead already.
+        Raises DSPPruningError if the output does not depend on the input.
         """
         span = self._search().reachable()
         if span is None:
@@ -149,48 +147,43 @@ class PruneWrapper:
         return span
 
     def prune_at(self, beta: float) -> tuple[float, float]:
-        """Prune at one threshold and return (FLOPs, params), each percent pruned over the chosen layers.
+        """Prune at one threshold; returns as ``initialize``, and undoes the last pruning as it does.
 
-        beta: 0 <= beta <= 1, the share of a group's (and of a filter layer's) sum of squares that may go.
-        Starts from the state before the last pruning as long as nothing has changed the weights since.
+        beta: 0 <= beta <= 1, the share of a group's (and of a filter layer's) sum of squared weights that may
+            be pruned.
         """
-        return self._prune(self._search(), fraction(beta, "the threshold beta"))
+        return self._prune(self._search(), _fraction(beta, "the threshold beta"))
 
     def after_step(self) -> None:
-        """Set what is pruned to zero again; to be called after every ``optimizer.step()``.
+        """Set everything pruned to zero again; call it after every ``optimizer.step()``.
 
-        Besides the masked kernels these are, for a filter that is gone, the conv's bias and the weight and
-        bias of its BN: a constant left there would be an input of the next layer.
+        This includes the conv's bias and the batch norm's weight and bias of a pruned filter: a constant left
+        there would be an input of the next layer.
 
-        Raises DSPPruningError if nothing was pruned yet and the model holds no masks from before.
+        Raises DSPPruningError if nothing was pruned and the model has no masks from before.
         """
         masks = [layer.conv.get_buffer("mask") for layer in self.layers]
         if self.beta is None and self._zeros is None and all(bool(mask.all()) for mask in masks):
             raise DSPPruningError(
                 "after_step() with nothing pruned: call initialize(rate) first, or load masked weights"
             )
-        if self._zeros is None or not self._zeros.hold_for(masks):
-            self._zeros = zeros_of(self.model, self.layers, self._trace())
+        if self._zeros is None or not self._zeros.valid_for(masks):
+            self._zeros = zeros_of(self._network, self.layers, self._trace())
         self._zeros.restore()
 
     def summary(self) -> dict[str, Any]:
-        """What the masks on the model keep: plain numbers and text.
+        """What the masks on the model keep, as plain numbers and text.
 
-        ``layers`` holds one row per layer: filters, channels, groups, kernels and MACs, each with its kept
-        count, the channels that each kept group reads, whether it prunes filters, and a note where something
-        limits the pruning.
+        ``layers`` has one row per layer: filters, channels, groups, kernels and MACs, each with its kept
+        count, the number of channels that each kept group reads, whether it prunes filters, and a note on
+        what limits the pruning.
         """
         report = self.report()
-        return {
-            "beta": report.beta,
-            "pruned_flops": report.pruned_flops,
-            "pruned_params": report.pruned_params,
-            "note": report.note,
-            "layers": list(report.layers),
-        }
+        names = ("beta", "pruned_flops", "pruned_params", "note")
+        return {name: getattr(report, name) for name in names} | {"layers": list(report.layers)}
 
     def report(self) -> PruningReport:
-        """What the masks on the model keep, layer by layer; print it for a table."""
+        """What the masks on the model keep; ``print`` shows a table."""
         masks = {layer.name: mask_matrix(layer) for layer in self.layers}
         return self._describe(masks, self.beta, self._rounding)
 
@@ -202,15 +195,11 @@ class PruneWrapper:
             notes = []
             if network is None or not network.calls(layer.name):
                 notes.append("pruned by its own mask alone: channel flow does not reach it")
-            if not has_logits(layer):
+            if not _has_logits(layer):
                 notes.append("no group logits: all filters are in group 0")
             prunes_filters = layer.name in self.filter_layers
-            rows.append(summary_row(layer, masks[layer.name], prunes_filters, "; ".join(notes)))
+            rows.append(layer_row(layer, masks[layer.name], prunes_filters, "; ".join(notes)))
         return PruningReport(beta, flops, params, self._untraced, tuple(rows), rounding)
-
-    def _report(self, search: ThresholdSearch, beta: float) -> PruningReport:
-        masks, _ = search.masks(beta)
-        return self._describe(masks, beta, self._rounding_cost(search, beta, masks))
 
     def _rounding_cost(self, search: ThresholdSearch, beta: float, masks: Masks) -> RoundingCost | None:
         """Compared with the smallest beta that prunes as much without rounding."""
@@ -219,61 +208,149 @@ class PruneWrapper:
         plain = ThresholdSearch(self.layers, search.rules, search.network, search.target)
         span = plain.reachable()
         same = plain.best(min(search.pruned(masks), span[1] if span is not None else 0.0))
+        kept = [rule.columns(masks[rule.name]).sum(1) for rule in search.rules]
         return RoundingCost(
             search.multiple,
             beta,
             same,
             search.pruned_energy(masks),
             plain.pruned_energy(plain.masks(same)[0]),
-            sum(
-                int((rule.columns(masks[rule.name]).sum(1) % search.multiple != 0).sum())
-                for rule in search.rules
-            ),
+            sum(int((channels % search.multiple != 0).sum()) for channels in kept),
         )
 
     def _search(self) -> ThresholdSearch:
-        rules = self._rules()
-        return ThresholdSearch(self.layers, rules, self._trace(), self.target, self.channel_multiple)
-
-    def _rules(self) -> list[LayerRule]:
-        """The rule of every layer, on the state before the last pruning if that can be undone."""
-        before = self._undo.before if self._undo is not None and self._undo.possible(self.model) else {}
-        missing = [layer.name for layer in self.layers if not has_logits(layer)]
+        """On the state before the last pruning, if that can be undone."""
+        before = self._undo.before if self._undo.possible(self._network) else {}
+        missing = [layer.name for layer in self.layers if not _has_logits(layer)]
         if missing:
             warnings.warn(
                 f"layers {', '.join(missing)} have no group logits (all are 0): all their filters are in one "
                 "group. Load group-learned weights first: model.load_state_dict(state, strict=False)",
-                stacklevel=4,
+                stacklevel=3,
             )
-        rules = []
+        rules: list[LayerRule] = []
         for layer in self.layers:
             weight = before.get(f"{layer.name}.weight", layer.conv.weight.detach())
             mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
             prunes_filters = layer.name in self.filter_layers
             rules.append(layer_rule(layer, weight, mask, prunes_filters, self.prune_channels))
-        return rules
+        return ThresholdSearch(self.layers, rules, self._trace(), self.target, self.channel_multiple)
 
     @torch.no_grad()
     def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
         masks, _ = search.masks(beta)
         self._rounding = self._rounding_cost(search, beta, masks)
-        if self._undo is not None and self._undo.possible(self.model):
-            self._undo.undo(self.model)
+        if self._undo.possible(self._network):
+            self._undo.undo(self._network)
         names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
         names += [f"{layer.name}.bias" for layer in self.layers if layer.conv.bias is not None]
         names += [f"{path}.{kind}" for path in clearable(self._trace()) for kind in ("weight", "bias")]
-        before = read_state(self.model, names)
+        before = _copies(self._network, names)
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
         self.beta = beta
         self.after_step()
-        self._undo = Undo(before, read_state(self.model, names))
+        self._undo = _Undo(before, _copies(self._network, names))
         return percent_pruned(self.layers, masks)
 
     def _trace(self) -> TracedNetwork | None:
-        if self._network is None and not self._untraced:
+        if self._traced is None and not self._untraced:
             try:
-                self._network = trace(self.model, inputs_like(self.model, self._example))
+                self._traced = trace(self._network, inputs_like(self._network, self._example))
             except DSPTraceError as error:
                 self._untraced = f"every layer is pruned by its own mask alone: {error}"
-        return self._network
+        return self._traced
+
+
+@dataclass(frozen=True, eq=False)
+class _Undo:
+    """Parameters and buffers by dotted name, before and after the last pruning; empty before the first."""
+
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+    def possible(self, model: nn.Module) -> bool:
+        """Does the model still hold exactly what the pruning left?"""
+        return all(
+            now.shape == left.shape and now.device == left.device and torch.equal(now, left)
+            for now, left in zip(_tensors(model, self.after), self.after.values(), strict=True)
+        )
+
+    def undo(self, model: nn.Module) -> None:
+        for tensor, value in zip(_tensors(model, self.before), self.before.values(), strict=True):
+            tensor.copy_(value)
+
+
+def _copies(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in zip(names, _tensors(model, names), strict=True)}
+
+
+def _tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    return [operator.attrgetter(name)(model).detach() for name in names]
+
+
+def _register_buffers(layer: LayerInfo, n_groups: int) -> None:
+    """Put ``group`` [G, O] and ``mask`` [O, C, 1, 1] on the conv; existing values are kept.
+
+    A ``group`` that was a parameter during group learning becomes a buffer.
+    """
+    conv = layer.conv
+    # Logits stay in float32 or better: half precision would make ties of what was learned.
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+    group = conv.weight.new_zeros(n_groups, layer.out_channels, dtype=dtype)
+    mask = conv.weight.new_ones(layer.out_channels, layer.in_channels, 1, 1)
+    for kind, new in (("group", group), ("mask", mask)):
+        present = getattr(conv, kind, None)
+        if hasattr(conv, kind):
+            delattr(conv, kind)
+        conv.register_buffer(kind, (new if present is None else present).detach().clone())
+
+
+def _has_logits(layer: LayerInfo) -> bool:
+    """Were group logits learned or loaded? A single group needs none."""
+    logits = layer.conv.get_buffer("group")
+    return len(logits) == 1 or bool(logits.any())
+
+
+def _check_settings(target: Any, channel_multiple: Any, prune_channels: bool) -> None:
+    if target not in get_args(Target):
+        raise DSPPruningError(f"target is {target!r}; expected one of {', '.join(get_args(Target))}")
+    if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
+        raise DSPPruningError(f"channel_multiple is {channel_multiple!r}; expected an integer of at least 1")
+    if channel_multiple > 1 and not prune_channels:
+        raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
+
+
+def _fraction(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:  # also for NaN
+        raise DSPPruningError(f"{what} is {value!r}; expected a fraction from 0 to 1, for example 0.5")
+    return number
+
+
+def _filter_layers(every_nth: Any, indices: Any, n_layers: int) -> Sequence[int]:
+    """Indices of the layers that prune filters; for the arguments see PruneWrapper."""
+    if indices is not None:
+        if isinstance(indices, int) and indices == -1:
+            return ()
+        try:
+            chosen = sorted({operator.index(index) for index in indices})
+        except TypeError:
+            raise DSPPruningError(
+                f"fp_layer_indices is {indices!r}; expected a list of layer indices, or -1 or [] for none"
+            ) from None
+        wrong = [index for index in chosen if not 0 <= index < n_layers]
+        if wrong:
+            raise DSPPruningError(f"fp_layer_indices holds {wrong[0]}; expected 0 to {n_layers - 1}")
+        return chosen
+    if every_nth is None:
+        raise DSPPruningError(
+            "neither fp_every_nth_conv nor fp_layer_indices is given; name the layers that prune filters, "
+            "or pass fp_every_nth_conv=-1 to prune none"
+        )
+    if isinstance(every_nth, bool) or not isinstance(every_nth, int) or (every_nth < 1 and every_nth != -1):
+        raise DSPPruningError(f"fp_every_nth_conv is {every_nth!r}; expected 1 or more, or -1 for no filters")
+    return range(every_nth - 1, n_layers, every_nth) if every_nth > 0 else ()

@@ -1,8 +1,8 @@
-"""Where zeros have to stay in a pruned network, and putting them back after a training step."""
+"""Where a pruned network has to stay zero, and restoring these zeros after a training step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,31 +11,22 @@ from torch import Tensor, nn
 from dsp_kernels.graph.network import TracedNetwork
 from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
-from dsp_pruning.prune.rule import mask_matrix
-
-__all__ = [
-    "Undo",
-    "Zeros",
-    "clearable",
-    "read_state",
-    "zeros_of",
-]
 
 
 @dataclass(frozen=True)
 class Zeros:
-    """Places that are zero, as long as these masks hold.
+    """The zeros that the layers' masks imply.
 
-    masks: of every layer, [O, C, 1, 1], and versions: of these tensors. places: module, parameter name, and a
-    bool tensor that broadcasts over that parameter, True where it is zero.
+    masks: [O, C, 1, 1] of every layer. versions: of these tensors. places: module, parameter name and a bool
+    tensor that broadcasts over the parameter, True where it is zero.
     """
 
     masks: list[Tensor]
     versions: list[int]
     places: list[tuple[nn.Module, str, Tensor]]
 
-    def hold_for(self, masks: list[Tensor]) -> bool:
-        """Compares identities and versions, not values: no step waits for the device."""
+    def valid_for(self, masks: list[Tensor]) -> bool:
+        """Are these the same, unmodified masks? Compares no values, so that no step waits for the device."""
         return all(
             mask is known and mask._version == version
             for mask, known, version in zip(masks, self.masks, self.versions, strict=True)
@@ -49,17 +40,15 @@ class Zeros:
 
 
 def zeros_of(model: nn.Module, layers: Sequence[LayerInfo], network: TracedNetwork | None) -> Zeros:
-    """The zeros that the masks on the layers ask for.
+    """The masked kernels and, for a pruned filter, the conv's bias and the weight and bias of its batch norm.
 
-    Besides masked kernels these are, for a filter that is gone, the conv's bias and the weight and bias of
-    its BN: a constant left there would be an input of the next layer. Without a traced network no BN is
+    A constant left there would be an input of the next layer. Without a traced network no batch norm is
     cleared.
     """
     matrices = {layer.name: mask_matrix(layer) for layer in layers}
     places: list[tuple[nn.Module, str, Tensor]] = []
     for layer in layers:
-        device = layer.conv.weight.device
-        kept = matrices[layer.name].to(device)
+        kept = matrices[layer.name].to(layer.conv.weight.device)
         places.append((layer.conv, "weight", ~kept[:, :, None, None]))
         if layer.conv.bias is not None:
             places.append((layer.conv, "bias", ~kept.any(1)))
@@ -67,14 +56,14 @@ def zeros_of(model: nn.Module, layers: Sequence[LayerInfo], network: TracedNetwo
         flow = channel_flow(network, matrices, "pruning")
         for path in clearable(network):
             norm = model.get_submodule(path)
-            unfed = flow[network.calls(path)[0].inputs[0]].zero.to(norm.get_parameter("weight").device)
-            places += [(norm, "weight", unfed), (norm, "bias", unfed)]
+            zero = flow[network.calls(path)[0].inputs[0]].zero.to(norm.get_parameter("weight").device)
+            places += [(norm, "weight", zero), (norm, "bias", zero)]
     masks = [layer.conv.get_buffer("mask") for layer in layers]
     return Zeros(masks, [mask._version for mask in masks], places)
 
 
 def clearable(network: TracedNetwork | None) -> list[str]:
-    """Paths of the BN layers whose weight and bias may be cleared: affine, and run once."""
+    """Paths of the batch norms whose weight and bias may be cleared: affine, and called once."""
     if network is None:
         return []
     return [
@@ -84,36 +73,6 @@ def clearable(network: TracedNetwork | None) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Undo:
-    """Parameters and buffers, by dotted name, before a change and after it."""
-
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-
-    def possible(self, model: nn.Module) -> bool:
-        """Whether the model still holds exactly what the change left."""
-        return all(
-            now.shape == left.shape and now.device == left.device and torch.equal(now, left)
-            for now, left in zip(_tensors(model, self.after), self.after.values(), strict=True)
-        )
-
-    @torch.no_grad()
-    def undo(self, model: nn.Module) -> None:
-        """Put the state from before the change back."""
-        for tensor, value in zip(_tensors(model, self.before), self.before.values(), strict=True):
-            tensor.copy_(value)
-
-
-def read_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the parameters and buffers of these dotted names."""
-    names = list(names)
-    return {name: tensor.clone() for name, tensor in zip(names, _tensors(model, names), strict=True)}
-
-
-def _tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    found = []
-    for name in names:
-        path, _, last = name.rpartition(".")
-        found.append(getattr(model.get_submodule(path), last).detach())
-    return found
+def mask_matrix(layer: LayerInfo) -> Tensor:
+    """[O, C] bool on the CPU: the conv's mask."""
+    return layer.conv.get_buffer("mask")[:, :, 0, 0].cpu() != 0

@@ -1,1 +1,1 @@
-"""The three trainings of the method and the demo, as thin functions over the library."""
+"""The three trainings of the method (pretrain, learn groups, finetune) and the demo."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run and files of weights: written whole or not at all, read without pickled code."""
+"""Checkpoints and weights on disk: written atomically, read without running pickled code."""
 
 from __future__ import annotations
 
@@ -14,39 +14,32 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.whole_file import UNFINISHED, fill, whole_file
 
-__all__ = [
-    "LAST",
-    "PREVIOUS",
-    "load_checkpoint",
-    "load_weights",
-    "remove_unfinished",
-    "restore_weights",
-    "save_checkpoint",
-    "save_weights",
-]
-
 LAST = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 
 _FORMAT = "dsp-kernels training checkpoint 1"
 
 
-def save_checkpoint(directory: Path, state: Mapping[str, Any]) -> Path:
-    """Write ``state`` as the newest checkpoint of ``directory`` and keep the one before it.
+def save_checkpoint(directory: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state`` as the last checkpoint of ``directory`` and keep the previous one.
 
-    state: tensors, numbers, strings and containers of them. A crash at any moment leaves a readable file.
+    state: tensors, numbers, strings and containers of them. A crash at any time leaves a readable file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with whole_file(directory / LAST, directory / PREVIOUS) as temporary:
         fill(temporary, partial(torch.save, {**state, "format": _FORMAT}))
-    return directory / LAST
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Is there a checkpoint to resume from?"""
+    return any((directory / name).is_file() for name in (LAST, PREVIOUS))
 
 
 def load_checkpoint(directory: Path) -> dict[str, Any]:
-    """The newest readable checkpoint of ``directory``, on the CPU.
+    """The last readable checkpoint of ``directory``, on the CPU.
 
-    A corrupted newest one gives a warning, and the one before it is read.
-    Raises DSPFormatError where neither can be read.
+    Falls back to the previous checkpoint, with a warning, if the last one is corrupted.
+    Raises DSPFormatError if neither can be read.
     """
     problems = []
     for path in (directory / LAST, directory / PREVIOUS):
@@ -60,13 +53,13 @@ def load_checkpoint(directory: Path) -> dict[str, Any]:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"{problems[0]}; going on from {path.name}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{problems[0]}; resuming from {path.name}", RuntimeWarning, stacklevel=2)
         return state
-    raise DSPFormatError("; ".join(problems) or f"{directory} holds no checkpoint to resume from")
+    raise DSPFormatError("; ".join(problems) or f"{directory} contains no checkpoint to resume from")
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], accuracy: float) -> Path:
-    """Write ``[state_dict, accuracy]``, the form of the published checkpoints. accuracy: 0..1."""
+    """Write ``[state_dict, accuracy]``, the format of the published checkpoints. accuracy: 0..1."""
     path.parent.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     with whole_file(path) as temporary:
@@ -75,17 +68,17 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], accuracy: float) 
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what a killed process had only begun to write in ``directory``."""
+    """Delete the temporary files that a killed process left in ``directory``."""
     for path in directory.glob(UNFINISHED):
         if path.is_file():
             path.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
-    """The weights in a file: ``[state_dict, accuracy]``, a bare state dict or a checkpoint of a run.
+    """State dict and accuracy from ``[state_dict, accuracy]``, a plain state dict or a training checkpoint.
 
-    Names that nn.DataParallel wrote lose their ``module.``. The accuracy is None where the file has none.
-    Raises DSPFormatError for a file that is missing, truncated or foreign.
+    The ``module.`` prefix of nn.DataParallel is removed. The accuracy is None if the file has none.
+    Raises DSPFormatError for a file that is missing, truncated or of another format.
     """
     content = _read(Path(path))
     accuracy: float | None = None
@@ -95,17 +88,17 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
         content, accuracy = content[0], float(content[1])
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     if not named or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise DSPFormatError(f"{path} holds no weights: it must be a state dict or [state_dict, accuracy]")
+        raise DSPFormatError(f"{path} contains no weights: expected a state dict or [state_dict, accuracy]")
     return {name.removeprefix("module."): value for name, value in content.items()}, accuracy
 
 
 def restore_weights(
     model: nn.Module, weights: Mapping[str, Tensor], path: str | Path, *, optional: tuple[str, ...] = ()
 ) -> None:
-    """Copy ``weights`` into ``model``, where a name or a shape that does not fit is an error.
+    """Copy ``weights`` into ``model``; every name and shape must match.
 
-    optional: endings of names that the file may lack or have in excess, such as ``.group`` and ``.mask``.
-    Raises DSPFormatError that names the first tensors that do not fit.
+    optional: suffixes of names that may be missing or unexpected, such as ``.group`` and ``.mask``.
+    Raises DSPFormatError that names the first mismatches.
     """
     own = model.state_dict()
     wrong = [
@@ -129,6 +122,6 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises zip, pickle, runtime and key errors for a bad file
         raise DSPFormatError(
-            f"{path} is not a readable checkpoint: it must be a whole file of torch.save that holds only "
-            f"tensors and plain values ({type(error).__name__})"
+            f"{path} is not a readable checkpoint: expected a complete file of torch.save with tensors and "
+            f"plain values only ({type(error).__name__})"
         ) from error

@@ -1,39 +1,32 @@
-"""The whole way on real images in a minute or two: train, learn groups, prune, pack, fuse, save, reload."""
+"""The whole pipeline on scikit-learn's digits: train, learn groups, prune, pack, save, load, fuse."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dsp_kernels
 from dsp_pruning.data import ImageData, load_digits, normalise
-from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing.pack import pack
-from dsp_pruning.recipes.checkpoint import load_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
-from dsp_pruning.recipes.run import RecipeResult
 from dsp_pruning.recipes.training import Progress, evaluate
 from dsp_pruning.report import network_cost
 
-__all__ = ["PACKED", "DemoConfig", "DemoResult", "run_demo"]
-
 PACKED = "packed.safetensors"
-
-# Makes the progress callback of a stage from its name.
-StageProgress = Callable[[str], Progress]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Settings for 1,123 training digits, where the published schedules would be far too long.
+    """Settings for 1,123 training images, chosen on digits with three seeds.
 
-    epochs: of pretraining and of finetuning; group learning takes half. Tried on digits with three seeds.
+    epochs: of pretraining and of finetuning; group learning takes half.
     """
 
     seed: int = 0
@@ -44,60 +37,22 @@ class DemoConfig:
     prune: float = 0.5
     device: str = "cpu"
 
-    def pretraining(self) -> PretrainConfig:
-        """Stage 1."""
-        return PretrainConfig(
-            depth=self.depth,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            device=self.device,
-        )
-
-    def learning(self) -> LearnGroupsConfig:
-        """Stage 2."""
-        return LearnGroupsConfig(
-            depth=self.depth,
-            epochs=(self.epochs + 1) // 2,
-            batch_size=self.batch_size,
-            groups=self.groups,
-            seed=self.seed,
-            device=self.device,
-        )
-
-    def finetuning(self) -> FinetuneConfig:
-        """Stage 3: one cosine, because five would be eight epochs each."""
-        return FinetuneConfig(
-            depth=self.depth,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=0.05,
-            groups=self.groups,
-            prune=self.prune,
-            cycles=1,
-            seed=self.seed,
-            device=self.device,
-        )
-
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """Networks in eval mode and what was measured on them.
 
-    accuracy: of every stage on the test split, 0..1, in order. dense, masked, packed, fused: the networks in
-    eval mode; packed is the one that was saved and loaded again.
-    pruned: percent of ``flops`` and ``params``, of the grouped layers (the published way of counting) and of
-    the whole network.
+    dense: before pruning. packed: after it was saved to path and loaded again.
+    accuracy: stage -> accuracy on the test split, 0..1.
+    pruned: ``grouped layers`` (as in the paper) and ``whole network`` -> percent of ``flops`` and ``params``.
     packed_difference, fused_difference: largest difference of a logit on the test split, packed against
-    masked and fused against packed.
+        masked and fused against packed.
     """
 
     data: ImageData
     accuracy: dict[str, float]
     dense: nn.Module
-    masked: nn.Module
     packed: nn.Module
-    fused: nn.Module
     pruned: dict[str, dict[str, float]]
     packed_difference: float
     fused_difference: float
@@ -105,61 +60,59 @@ class DemoResult:
 
 
 def run_demo(
-    directory: Path, config: DemoConfig | None = None, progress: StageProgress | None = None
+    directory: Path,
+    config: DemoConfig | None = None,
+    progress: Callable[[str], Progress | None] = lambda stage: None,
 ) -> DemoResult:
-    """Run every stage on scikit-learn's digits.
+    """Run every stage.
 
-    directory: gets the runs of the three trainings and ``packed.safetensors``.
-    Raises what the stages raise: DSPTrainingError, DSPPruningError, DSPVerificationError.
+    directory: gets the files of the three trainings and ``packed.safetensors``.
+    progress: stage name -> progress callback.
+    Raises the errors of the stages: DSPTrainingError, DSPPruningError, DSPVerificationError.
     """
     config = config or DemoConfig()
     data = load_digits(config.seed)
-
-    def shown(stage: str) -> Progress | None:
-        return None if progress is None else progress(stage)
-
-    first = pretrain(data, config.pretraining(), directory / "pretrain", progress=shown("pretrain"))
+    common: dict[str, Any] = {
+        "depth": config.depth,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "device": config.device,
+    }
+    groups: dict[str, Any] = {**common, "groups": config.groups}
+    trained = pretrain(
+        data,
+        PretrainConfig(**common, epochs=config.epochs),
+        directory / "pretrain",
+        progress=progress("pretrain"),
+    )
     learned = learn_groups(
         data,
-        _weights(first),
-        config.learning(),
+        trained.model.state_dict(),
+        LearnGroupsConfig(**groups, epochs=(config.epochs + 1) // 2),
         directory / "learn_groups",
-        source=first.path or "",
-        progress=shown("learn groups"),
+        progress=progress("learn groups"),
     )
     pruned = finetune(
         data,
-        _weights(learned),
-        config.finetuning(),
+        learned.model.state_dict(),
+        # One cosine cycle: five would be eight epochs each.
+        FinetuneConfig(**groups, epochs=config.epochs, lr=0.05, prune=config.prune, cycles=1),
         directory / "finetune",
-        source=learned.path or "",
-        progress=shown("prune and finetune"),
+        progress=progress("prune and finetune"),
     )
-    return _measure(data, config, directory, first, learned, pruned)
-
-
-def _measure(
-    data: ImageData,
-    config: DemoConfig,
-    directory: Path,
-    first: RecipeResult,
-    learned: RecipeResult,
-    pruned: RecipeResult,
-) -> DemoResult:
     example = data.example()
-    dense = cifar_resnet(config.depth, data.num_classes, data.channels)
-    dense.load_state_dict(_weights(first))
-    dense.eval()
-    masked = pruned.model.cpu().eval()
+    dense, masked = trained.model.cpu().eval(), pruned.model.cpu().eval()
     dsp_kernels.save(pack(masked, example), directory / PACKED)
     packed = dsp_kernels.load(directory / PACKED).eval()
     fused = dsp_kernels.fuse(packed, example)
-    logits = {name: _logits(model, data) for name, model in (("m", masked), ("p", packed), ("f", fused))}
+    images = normalise(data.test.images, data.mean, data.std)
+    with torch.inference_mode():
+        of_masked, of_packed, of_fused = (model(images) for model in (masked, packed, fused))
     before, after = network_cost(dense, example), network_cost(packed, example)
     return DemoResult(
         data=data,
         accuracy={
-            "dense": first.test.accuracy,
+            "dense": trained.test.accuracy,
             "groups learned": learned.test.accuracy,
             "before finetuning": pruned.extra["accuracy_before_finetuning"],
             "finetuned": pruned.test.accuracy,
@@ -167,31 +120,15 @@ def _measure(
             "fused": evaluate(fused, data, data.test).accuracy,
         },
         dense=dense,
-        masked=masked,
         packed=packed,
-        fused=fused,
         pruned={
-            "grouped layers": {
-                "flops": pruned.extra["pruned_flops"],
-                "params": pruned.extra["pruned_params"],
-            },
+            "grouped layers": {what: pruned.extra[f"pruned_{what}"] for what in ("flops", "params")},
             "whole network": {
                 "flops": 100 * (1 - after.macs / before.macs),
                 "params": 100 * (1 - after.params / before.params),
             },
         },
-        packed_difference=float((logits["p"] - logits["m"]).abs().max()),
-        fused_difference=float((logits["f"] - logits["p"]).abs().max()),
+        packed_difference=float((of_packed - of_masked).abs().max()),
+        fused_difference=float((of_fused - of_packed).abs().max()),
         path=directory / PACKED,
     )
-
-
-def _weights(result: RecipeResult) -> dict[str, Tensor]:
-    if result.path is not None:
-        return load_weights(result.path)[0]
-    return {name: value.detach().cpu() for name, value in result.model.state_dict().items()}
-
-
-@torch.inference_mode()
-def _logits(model: nn.Module, data: ImageData) -> Tensor:
-    return model(normalise(data.test.images, data.mean, data.std))

@@ -1,4 +1,4 @@
-"""Recipe 3: prune a network with learned groups to a rate, at once or in cycles, and train what is left."""
+"""Recipe 3: prune a network with learned groups, at once or in cycles, and finetune it."""
 
 from __future__ import annotations
 
@@ -15,35 +15,22 @@ from dsp_pruning.data import TrainingData
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet, variant_of
 from dsp_pruning.prune.report import PruningReport
-from dsp_pruning.prune.rule import Target
-from dsp_pruning.prune.wrapper import PruneWrapper
+from dsp_pruning.prune.wrapper import PruneWrapper, Target
 from dsp_pruning.recipes.checkpoint import load_weights, restore_weights
 from dsp_pruning.recipes.precision import Precision
-from dsp_pruning.recipes.run import (
-    RecipeResult,
-    RunConfig,
-    conclude,
-    depth_of,
-    group_counts,
-    new_model,
-    pick_device,
-)
+from dsp_pruning.recipes.run import RunConfig, depth_of, group_counts, new_model, pick_device
 from dsp_pruning.recipes.schedules import cosine
-from dsp_pruning.recipes.training import Hook, Progress, Trainer, evaluate
-
-__all__ = ["FinetuneConfig", "finetune", "load_pruned", "preview"]
+from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """The published settings of CIFAR-10: five cosine cycles, a little more pruned at the start of each.
+    """The published settings of CIFAR-10: five cosine cycles, each of which starts by pruning a little more.
 
     groups, layer_groups: G of every layer, as learned.
-    prune: share of the grouped layers' cost to remove, 0..1.
-    target: that cost, ``macs`` or ``params``. channel_multiple: see PruneWrapper.
-    fp_every_nth_conv: which grouped layers also lose whole filters; 2 is the last conv of each basic block,
-        3 that of each bottleneck. prune_channels: False prunes whole filters only.
-    cycles: at most one for each epoch. one_shot: prune everything at the start of the first.
+    prune: share of the grouped layers' cost to remove, 0..1. target: that cost, ``macs`` or ``params``.
+    channel_multiple, fp_every_nth_conv, prune_channels: see PruneWrapper.
+    cycles: cosine cycles. one_shot: prune to the full rate at the start of the first cycle.
     """
 
     epochs: int = 400
@@ -66,31 +53,31 @@ class FinetuneConfig(RunConfig):
 
     @property
     def prunings(self) -> int:
-        """How often the network is pruned."""
+        """Number of prunings: one per cycle, at most one per epoch."""
         return 1 if self.one_shot else max(1, min(self.cycles, self.epochs))
 
 
 class _PruneHook(Hook):
-    """Prunes at the start of every cycle, and keeps at zero what is pruned."""
+    """Prunes at the start of every cycle and keeps pruned weights at zero."""
 
     def __init__(self, pruner: PruneWrapper, config: FinetuneConfig, data: TrainingData) -> None:
         self.pruner = pruner
         self.config = config
         self.data = data
-        self.done = 0  # prunings
+        self.prunings_done = 0
         self.just_pruned: dict[str, float] = {}
 
     def cycle(self, epoch: int) -> int:
         return epoch * self.config.prunings // max(1, self.config.epochs)
 
     def before_epoch(self, epoch: int) -> None:
-        if self.cycle(epoch) >= self.done:
+        if self.cycle(epoch) >= self.prunings_done:
             self.prune(self.cycle(epoch))
 
     def prune(self, cycle: int) -> None:
         flops, params = self.pruner.initialize(self.config.prune, cycle, self.config.prunings)
-        self.done = cycle + 1
-        if self.done == self.config.prunings:
+        self.prunings_done = cycle + 1
+        if self.prunings_done == self.config.prunings:
             score = evaluate(self.pruner.model, self.data, self.data.test)
             self.just_pruned = {
                 "pruned_flops": flops,
@@ -98,14 +85,14 @@ class _PruneHook(Hook):
                 "accuracy_before_finetuning": score.accuracy,
             }
 
-    def after_step(self, images: Tensor, labels: Tensor) -> None:
+    def after_step(self, images: Tensor, labels: Tensor, precision: Precision) -> None:
         self.pruner.after_step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "just_pruned": self.just_pruned}
+        return {"done": self.prunings_done, "just_pruned": self.just_pruned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.done, self.just_pruned = state["done"], dict(state["just_pruned"])
+        self.prunings_done, self.just_pruned = state["done"], dict(state["just_pruned"])
 
 
 def finetune(
@@ -118,45 +105,47 @@ def finetune(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> RecipeResult:
-    """Prune and finetune; of the last cycle, the epoch that does best on the validation split is kept.
+    """Prune and finetune; keeps the epoch of the last cycle with the best validation accuracy.
 
-    weights: state dict with ``<conv>.group``; ``source`` is what an error calls it.
+    weights: state dict with the group logits ``<conv>.group``. source: its name in error messages.
     directory, resume: as in ``pretrain``.
-    The result's ``extra`` holds ``pruned_flops`` and ``pruned_params`` (percent of the grouped layers) and
-    ``accuracy_before_finetuning``, on the test split just after the last pruning, 0..1; nothing is chosen
-    by it.
-    Raises DSPPruningError for a rate that cannot be reached, DSPTrainingError for a loss that is not finite.
+    The result's ``extra`` has ``pruned_flops`` and ``pruned_params`` (percent of the grouped layers) and
+    ``accuracy_before_finetuning`` (0..1, on the test split right after the last pruning).
+    Raises DSPFormatError if the weights do not fit, DSPPruningError for an unreachable rate, DSPTrainingError
+    if the loss is not finite or the checkpoint has other settings.
+
+    >>> from dsp_pruning.data import load_digits
+    >>> from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
+    >>> from dsp_pruning.models import cifar_resnet
+    >>> data, common = load_digits(size=8), {"depth": 8, "groups": 2, "epochs": 0, "device": "cpu"}
+    >>> dense = cifar_resnet(8, in_channels=1).state_dict()
+    >>> learned = learn_groups(data, dense, LearnGroupsConfig(**common)).model.state_dict()
+    >>> result = finetune(data, learned, FinetuneConfig(**common, prune=0.5))
+    >>> 50 <= result.extra["pruned_flops"] < 60
+    True
     """
     config = config or FinetuneConfig()
     device = pick_device(config.device)
     data = data.to(device)
     pruner = _pruner(data, weights, config, source, device)
     model = pruner.model
-    pruner.preview(config.prune)  # a rate out of reach is an error now, not in the last cycle
+    pruner.preview(config.prune)  # raise for an unreachable rate now, not in the last cycle
     hook = _PruneHook(pruner, config, data)
     trainer = Trainer(
         model,
-        torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        ),
+        config.optimizer(model),
         data,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
+        config,
         schedule=cosine(config.epochs, cycles=config.cycles),
-        generator=torch.Generator().manual_seed(config.seed),
         hook=hook,
         directory=directory,
-        config=config.settings(data),
-        precision=Precision(config.precision, device),
         choose_from=next((e for e in range(config.epochs) if hook.cycle(e) == config.prunings - 1), 0),
     )
-    if resume:
-        trainer.resume()
-    trainer.run(progress)
+    trainer.run(progress, resume=resume)
     trainer.load_best()
-    if hook.done < config.prunings:  # without a single epoch nothing has started a cycle
+    if hook.prunings_done < config.prunings:  # with 0 epochs no cycle has started
         hook.prune(config.prunings - 1)
-    return conclude("finetune", trainer, hook.just_pruned)
+    return trainer.conclude("finetune", hook.just_pruned)
 
 
 def preview(
@@ -166,10 +155,10 @@ def preview(
     *,
     source: str | Path = "the given weights",
 ) -> tuple[tuple[float, float], PruningReport | None]:
-    """What ``finetune`` would prune: the range of rates within reach, 0..1, and what its rate would keep.
+    """Lowest and highest reachable rate, 0..1, and what ``finetune`` would keep at the rate of the config.
 
-    Nothing is trained or written. The report is None where the rate is out of reach.
-    Raises DSPPruningError where no rate is within reach.
+    Trains and writes nothing. The report is None if the rate is unreachable.
+    Raises DSPPruningError if no rate is reachable.
     """
     config = config or FinetuneConfig()
     device = pick_device(config.device)
@@ -201,17 +190,17 @@ def _pruner(
 
 
 def load_pruned(path: str | Path, image_hw: tuple[int, int] = (32, 32)) -> nn.Module:
-    """The masked dense network in a file that ``finetune`` wrote, in eval mode, ready to be packed.
+    """The masked network in a file that ``finetune`` wrote, in eval mode, ready for ``pack``.
 
-    image_hw: height and width of one image.
-    Raises DSPFormatError for a file that holds no pruned ResNet for CIFAR or of torchvision.
+    image_hw: height and width of the images.
+    Raises DSPFormatError if the file contains no pruned ResNet for CIFAR or of torchvision.
     """
     weights, _ = load_weights(path)
     variant = variant_of(weights)
     depth = 0 if variant else depth_of(weights, path)
     logits = {name: len(value) for name, value in weights.items() if name.endswith(".group")}
     if not logits or not any(name.endswith(".mask") for name in weights):
-        raise DSPFormatError(f"{path} holds no group logits and masks: it must be a pruned network")
+        raise DSPFormatError(f"{path} contains no group logits and masks, so it is not a pruned network")
     if variant is not None:
         channels = 3
         model: nn.Module = torchvision_resnet(variant, weights["fc.weight"].shape[0])

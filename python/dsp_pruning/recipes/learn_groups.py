@@ -15,21 +15,18 @@ from dsp_pruning.distributed import world_size
 from dsp_pruning.learn.wrapper import GroupWrapper, SecondOrder
 from dsp_pruning.recipes.checkpoint import restore_weights
 from dsp_pruning.recipes.precision import Precision
-from dsp_pruning.recipes.run import RecipeResult, RunConfig, conclude, group_counts, new_model, pick_device
+from dsp_pruning.recipes.run import RunConfig, group_counts, new_model, pick_device
 from dsp_pruning.recipes.schedules import cosine
-from dsp_pruning.recipes.training import Hook, Progress, Trainer
-
-__all__ = ["LearnGroupsConfig", "learn_groups"]
+from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnGroupsConfig(RunConfig):
-    """The published settings of CIFAR-10: one cosine; regularisation grows linearly over the run.
+    """The published settings of CIFAR-10; the strength of the regulariser grows linearly over the run.
 
-    groups: G of every layer, but for those whose name fits a pattern of layer_groups, as of a shell
-    (``stage_3.*``): these have that pattern's; of several that fit the last counts.
-    regularize: the method's lambda. temperature: of the soft assignment.
-    group_lr: learning rate of the logits.
+    groups: G of every layer. layer_groups: shell pattern of layer names (``stage_3.*``) -> another G; the
+        last match counts.
+    regularize: lambda of the paper. temperature: of the Gumbel softmax. group_lr: of the group logits.
     second_order: ``exact``, ``none`` or ``original``, see GroupWrapper.
     """
 
@@ -45,16 +42,15 @@ class LearnGroupsConfig(RunConfig):
 
 
 class _LearnHook(Hook):
-    def __init__(self, learner: GroupWrapper, precision: Precision) -> None:
+    def __init__(self, learner: GroupWrapper) -> None:
         self.learner = learner
-        self.precision = precision
 
     def before_forward(self) -> None:
         self.learner.initialize()
 
-    def after_step(self, images: Tensor, labels: Tensor) -> None:
-        with self.precision.named():
-            self.learner.after_step(images, labels, self.precision.mixed, self.precision.scaler)
+    def after_step(self, images: Tensor, labels: Tensor, precision: Precision) -> None:
+        with precision.autocast(enabled=False):
+            self.learner.after_step(images, labels, precision.mixed, precision.scaler)
 
     def state_dict(self) -> dict[str, Any]:
         return self.learner.state_dict()
@@ -76,19 +72,25 @@ def learn_groups(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> RecipeResult:
-    """Learn the groups; the last epoch is kept, because the groups are learned only then.
+    """Learn the groups. The last epoch is kept, because the regulariser reaches its full strength only there.
 
-    weights: state dict of a trained dense network; ``source`` is what an error calls it.
+    weights: state dict of a trained dense network. source: its name in error messages.
     directory, resume: as in ``pretrain``.
-    Raises DSPPruningError for more groups than filters, DSPTrainingError for a loss that is not finite.
+    Raises DSPFormatError if the weights do not fit, DSPPruningError for more groups than filters,
+    DSPTrainingError if the loss is not finite or the checkpoint has other settings.
+
+    >>> from dsp_pruning.data import load_digits
+    >>> from dsp_pruning.models import cifar_resnet
+    >>> config = LearnGroupsConfig(depth=8, groups=2, epochs=0, device="cpu")
+    >>> result = learn_groups(load_digits(), cifar_resnet(8, in_channels=1).state_dict(), config)
+    >>> result.model.state_dict()["stage_1.0.conv_a.group"].shape  # logits [G, O]
+    torch.Size([2, 16])
     """
     config = config or LearnGroupsConfig()
     device = pick_device(config.device)
     data = data.to(device)
     model = new_model(config, data, device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = config.optimizer(model)
     example = data.example().to(device)
     learner = GroupWrapper(
         model,
@@ -104,21 +106,14 @@ def learn_groups(
         generator=torch.Generator().manual_seed(config.seed),
     )
     restore_weights(model, weights, source, optional=(".group",))
-    precision = Precision(config.precision, device)
     trainer = Trainer(
         model,
         optimizer,
         data,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
+        config,
         schedule=cosine(config.epochs),
-        generator=torch.Generator().manual_seed(config.seed),
-        hook=_LearnHook(learner, precision),
+        hook=_LearnHook(learner),
         directory=directory,
-        config=config.settings(data),
-        precision=precision,
     )
-    if resume:
-        trainer.resume()
-    trainer.run(progress)
-    return conclude("learn-groups", trainer)
+    trainer.run(progress, resume=resume)
+    return trainer.conclude("learn-groups")

@@ -1,10 +1,10 @@
-"""What the recipes share: the settings of a run, the device, the files that a finished run leaves."""
+"""What the recipes share: settings, device, network, and the names of the files that a run leaves."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTrainingError
-from dsp_kernels.whole_file import write_text
 from dsp_pruning.data import TrainingData
-from dsp_pruning.distributed import is_main, local_rank
+from dsp_pruning.distributed import local_rank
+from dsp_pruning.group_counts import GroupCount, by_pattern
 from dsp_pruning.layers import select_layers
-from dsp_pruning.learn.settings import GroupCount, by_pattern
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
-from dsp_pruning.recipes.checkpoint import save_weights
-from dsp_pruning.recipes.training import Score, Trainer, evaluate
 
-__all__ = [
-    "MODEL",
-    "SUMMARY",
-    "RecipeResult",
-    "RunConfig",
-    "conclude",
-    "depth_of",
-    "group_counts",
-    "image_size_beside",
-    "new_model",
-    "pick_device",
-]
-
-MODEL = "model.pt"
-SUMMARY = "summary.json"
+MODEL, SUMMARY, METRICS = "model.pt", "summary.json", "metrics.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Settings that every recipe has; each recipe adds its own and the published defaults.
+    """Settings of every recipe. Each recipe adds its own, with the published CIFAR-10 values as defaults.
 
-    arch: ``cifar``, or a torchvision ResNet such as ``resnet18``. depth: of the CIFAR ResNet.
-    seed: of the weights, the order of the batches, augmentation and noise.
-    device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``, which is CUDA where there is one.
-    precision: ``float32``, ``bfloat16`` or ``float16`` in forward and backward passes.
-    channels_last: hold the weights in that order of memory: a fifth less time per step on a CPU.
+    arch: ``cifar``, or a ResNet of torchvision such as ``resnet18``. depth: of the CIFAR ResNet.
+    batch_size: images per optimizer step, summed over all processes. lr: base learning rate.
+    momentum, weight_decay: of SGD. seed: of initial weights, shuffling, augmentation and Gumbel noise.
+    device: ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto``: CUDA if available.
+    precision: of forward and backward passes: ``float32``, ``bfloat16`` or ``float16``.
+    channels_last: memory format of the weights; saves a fifth of the time per step on a CPU.
+    Raises DSPTrainingError for a value out of range.
     """
 
     arch: str = "cifar"
@@ -66,47 +51,38 @@ class RunConfig:
         for name in ("lr", "momentum", "weight_decay"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
-                raise DSPTrainingError(f"{name} is {value}; it must be a finite number of at least 0")
+                raise DSPTrainingError(f"{name} is {value}; it must be finite and at least 0")
+        for name, least in (("epochs", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise DSPTrainingError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
     def settings(self, data: TrainingData) -> dict[str, Any]:
-        """What a resumed run must repeat: all but the device, as plain JSON, and the data set."""
+        """What must not change when a run is resumed, as plain JSON: all but the device, and the data set."""
         plain = json.loads(json.dumps(asdict(self)))
         plain.pop("device")
         return {**plain, "data": data.name, "train_images": len(data.train)}
 
-
-@dataclass(frozen=True)
-class RecipeResult:
-    """What a recipe leaves.
-
-    model: the chosen weights, on the run's device. validation, test: its scores there; test is read once.
-    history: one row of metrics per epoch. extra: numbers of the recipe itself.
-    path: the file ``[state_dict, accuracy]``, None without a directory. main: this process prints.
-    """
-
-    model: nn.Module
-    validation: Score
-    test: Score
-    history: list[dict[str, float]]
-    path: Path | None
-    extra: dict[str, float] = field(default_factory=dict)
-    main: bool = True
+    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
+        """SGD over all parameters of the model."""
+        return torch.optim.SGD(
+            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises DSPError for a device that is not here."""
+    """The device of that name; ``auto`` is CUDA if available. Raises DSPError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise DSPError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
 
 
 def new_model(config: RunConfig, data: TrainingData, device: torch.device) -> nn.Module:
-    """The network of a run, its first weights drawn from the run's seed alone."""
+    """The network of a run, with initial weights that depend on the seed only."""
     if config.arch == "cifar":
         generator = torch.Generator().manual_seed(config.seed)
         model: nn.Module = cifar_resnet(config.depth, data.num_classes, data.channels, generator=generator)
@@ -122,10 +98,10 @@ def new_model(config: RunConfig, data: TrainingData, device: torch.device) -> nn
 def group_counts(
     model: nn.Module, example: Tensor, groups: int, layer_groups: Mapping[str, int]
 ) -> GroupCount:
-    """G of every layer that learns groups, as the wrappers take it.
+    """``n_groups`` of the wrappers: groups for every layer, but for those that match a pattern.
 
-    example: (batch, channels, height, width). layer_groups: name pattern -> G; others have ``groups``.
-    Raises DSPPruningError for a pattern that fits no layer.
+    example: (batch, channels, height, width). layer_groups: pattern of layer names -> G.
+    Raises DSPPruningError for a pattern that matches no layer.
     """
     if not layer_groups:
         return groups
@@ -133,46 +109,22 @@ def group_counts(
 
 
 def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:
-    """Depth of the CIFAR ResNet that these weights belong to, read from their names.
+    """Depth of the CIFAR ResNet that a state dict belongs to, from its names.
 
-    Raises DSPFormatError where they are those of another network.
+    Raises DSPFormatError for the state dict of another network.
     """
     blocks = {name.split(".")[1] for name in weights if name.startswith("stage_1.")}
     if not blocks or "conv_1_3x3.weight" not in weights:
         first = ", ".join(list(weights)[:3])
-        raise DSPFormatError(f"{path} holds no CIFAR ResNet: its first tensors are {first}")
+        raise DSPFormatError(f"{path} contains no CIFAR ResNet: its first tensors are {first}")
     return 6 * len(blocks) + 2
 
 
-def conclude(recipe: str, trainer: Trainer, extra: Mapping[str, float] | None = None) -> RecipeResult:
-    """Score the model as it now is, reading the test split for the first time, and write what is kept.
-
-    extra: numbers of the recipe for ``summary.json``.
-    """
-    data, model = trainer.data, trainer.model
-    validation, test = (evaluate(model, data, split) for split in (data.validation, data.test))
-    path = None
-    if trainer.directory is not None:
-        path = trainer.directory / MODEL
-    if path is not None and is_main():
-        save_weights(path, model.state_dict(), test.accuracy)
-        summary = {
-            "recipe": recipe,
-            "validation": asdict(validation),
-            "test": asdict(test),
-            **(extra or {}),
-            "image_size": list(data.example().shape[2:]),
-            "config": trainer.config,
-        }
-        write_text(path.with_name(SUMMARY), json.dumps(summary, indent=2) + "\n")
-    return RecipeResult(model, validation, test, trainer.history, path, dict(extra or {}), is_main())
-
-
-def image_size_beside(weights: Path) -> tuple[int, int] | None:
-    """Height and width of the images that a run's weights were trained on, from the summary beside them."""
+def trained_image_size(weights: Path) -> tuple[int, int] | None:
+    """Height and width of the training images, from the summary beside the weights; None if there is none."""
     try:
         height, width = json.loads(weights.with_name(SUMMARY).read_text(encoding="utf-8"))["image_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    sizes = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-    return (height, width) if sizes else None
+    valid = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+    return (height, width) if valid else None

@@ -1,12 +1,15 @@
-"""The one training loop of all recipes: epochs, checkpoints, metrics, resuming."""
+"""The training loop of all recipes: epochs, metrics, checkpoints, resuming; and evaluation."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dsp_kernels.errors import DSPTrainingError
+from dsp_kernels.graph.network import evaluating
 from dsp_kernels.whole_file import write_text
-from dsp_pruning.data import TrainingData, training_batches, training_steps
+from dsp_pruning.data import (
+    FolderSplit,
+    Split,
+    TrainingData,
+    evaluation_batches,
+    training_batches,
+    training_steps,
+)
 from dsp_pruning.distributed import (
     all_reduce_mean,
     broadcast_tensors,
@@ -26,60 +37,95 @@ from dsp_pruning.distributed import (
     rank,
     world_size,
 )
-from dsp_pruning.recipes.checkpoint import (
-    load_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
-from dsp_pruning.recipes.evaluation import Score, evaluate
+from dsp_pruning.recipes.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint, save_weights
 from dsp_pruning.recipes.precision import Precision
+from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig
 from dsp_pruning.recipes.schedules import Schedule
 
-__all__ = ["METRICS", "Hook", "Progress", "Score", "Trainer", "evaluate"]
-
-# Called after every step with (steps done, steps in all, what to show).
+# Called after every step with (steps done, total steps, text to show).
 Progress = Callable[[int, int, str], None]
 
-METRICS = "metrics.csv"
+
+@dataclass(frozen=True)
+class Score:
+    """accuracy: 0..1. loss: mean cross-entropy in nats. n: number of images."""
+
+    accuracy: float
+    loss: float
+    n: int
+
+
+@torch.inference_mode()
+def evaluate(model: Callable[[Tensor], Tensor], data: TrainingData, split: Split | FolderSplit) -> Score:
+    """Score a network on a split.
+
+    model: images float32 (batch, channels, height, width) -> logits (batch, classes). A module runs in eval
+    mode and gets its previous mode back. Collective: with several processes each scores its share of the
+    images, and all get the same result.
+    """
+    correct, loss = 0, 0.0
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
+        for images, labels in evaluation_batches(data, split, rank=rank(), world_size=world_size()):
+            logits = model(images).float()
+            correct += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    sums = torch.tensor([correct, loss], dtype=torch.float64)
+    all_reduce_mean([sums])
+    accuracy, mean_loss = (sums * world_size() / len(split)).tolist()
+    return Score(accuracy, mean_loss, len(split))
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """What a recipe returns.
+
+    model: with the selected weights, on the run's device. validation, test: its scores.
+    history: one row of metrics per epoch. path: of ``[state_dict, accuracy]``, None without a directory.
+    extra: numbers of the recipe, such as ``pruned_flops``.
+    """
+
+    model: nn.Module
+    validation: Score
+    test: Score
+    history: list[dict[str, float]]
+    path: Path | None
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 class Hook:
-    """What a recipe does around every training step. This one does nothing."""
+    """What a recipe does around every training step; the default does nothing."""
 
     def before_epoch(self, epoch: int) -> None:
-        """Runs before an epoch, counted from 0; a resumed run calls it for the epoch it goes on with."""
+        """Runs before an epoch, counted from 0; a resumed run starts with the epoch that it resumes at."""
 
     def before_forward(self) -> None:
-        """Runs before the model sees a batch."""
+        """Runs before every forward pass."""
 
-    def after_step(self, images: Tensor, labels: Tensor) -> None:
-        """Runs after the optimizer has moved the weights."""
+    def after_step(self, images: Tensor, labels: Tensor, precision: Precision) -> None:
+        """Runs after every optimizer step and before the update of the loss scale."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the hook needs to go on from a checkpoint."""
+        """State for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
+        """Restore the state of a checkpoint."""
 
     def metrics(self) -> dict[str, float]:
-        """Columns that the hook adds to the metrics of an epoch."""
+        """Additional columns for the metrics of an epoch."""
         return {}
 
 
 class Trainer:
-    """Trains a model for some epochs, keeps the best by validation, and can stop and go on at any epoch.
+    """Trains a model, keeps the best epoch by validation accuracy, and can be stopped and resumed.
 
-    model: images -> logits. optimizer: over its parameters; its learning rates are those of ``schedule`` 1.
-    data: on the model's device. directory: where checkpoints and metrics go; None keeps nothing.
-    config: plain settings, kept in the checkpoint; a resumed run must have the same ones.
-    hook: what runs around each step. generator: the CPU generator of shuffling and augmentation.
-    precision: of the forward and backward passes. choose_from: the first epoch, counted from 0, whose weights
-        may be kept as the best.
+    model: images -> logits. optimizer: over its parameters. data: on the model's device.
+    schedule: factor of the optimizer's learning rates in an epoch. hook: what runs around every step.
+    directory: of checkpoints, metrics and results; None writes nothing.
+    choose_from: the first epoch, counted from 0, that may be the best one.
 
-    Where several processes train (torchrun), each takes its part of every batch of ``batch_size`` images, the
-    gradients are averaged, and only process 0 writes files. On the CPU a run that was stopped and
-    resumed equals one that was not, bit for bit.
+    With several processes (torchrun) each takes its share of every batch, gradients are averaged, and only
+    rank 0 writes files. On a CPU, a run that was stopped and resumed equals an uninterrupted one bit for bit.
     """
 
     def __init__(
@@ -87,64 +133,60 @@ class Trainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         data: TrainingData,
+        config: RunConfig,
         *,
-        epochs: int,
-        batch_size: int,
         schedule: Schedule,
-        generator: torch.Generator,
         hook: Hook | None = None,
         directory: Path | None = None,
-        config: Mapping[str, Any] | None = None,
-        precision: Precision | None = None,
         choose_from: int = 0,
     ) -> None:
-        if epochs < 0 or batch_size < 1:
-            raise DSPTrainingError(f"epochs is {epochs} and batch size {batch_size}: need >= 0 and >= 1")
         self.model = model
-        self._forward = model
         self.optimizer = optimizer
         self.data = data
-        self.epochs = epochs
-        self.batch_size = batch_size
+        self.config = config
         self.schedule = schedule
-        self.generator = generator
         self.hook = hook or Hook()
         self.directory = directory
-        self.config = dict(config or {})
-        self.precision = precision or Precision()
         self.choose_from = choose_from
+        self.generator = torch.Generator().manual_seed(config.seed)  # of shuffling and augmentation
+        self.precision = Precision(config.precision, next(model.parameters()).device)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
+        self._forward = model
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._steps = training_steps(data, config.batch_size, world_size())
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.epochs * self._steps()
+    def run(self, progress: Progress | None = None, *, resume: bool = False) -> None:
+        """Train up to the last epoch, from the last checkpoint of the directory if ``resume`` is True.
 
-    def run(self, progress: Progress | None = None) -> list[dict[str, float]]:
-        """Train up to the last epoch and return one row of metrics per epoch.
-
-        Interrupting it (KeyboardInterrupt) leaves the checkpoint of the last whole epoch.
-        Raises DSPTrainingError where the loss is no longer finite.
+        A run that is interrupted or killed keeps the checkpoint of its last complete epoch.
+        Raises DSPTrainingError if the loss is not finite or the checkpoint has other settings, DSPFormatError
+        if there is no readable checkpoint to resume from.
         """
-        if self.epoch == 0 and not self.history:
+        if resume:
+            self._resume()
+        elif not self.history:
             self._save()
-        if self.epoch < self.epochs:
-            self._forward = self._for_all_processes()
-        while self.epoch < self.epochs:
+        if self.epoch < self.config.epochs and is_distributed():
+            device = next(self.model.parameters()).device
+            self._forward = DistributedDataParallel(
+                self.model, device_ids=[device] if device.type == "cuda" else None
+            )
+        while self.epoch < self.config.epochs:
             self.hook.before_epoch(self.epoch)
             started = time.perf_counter()
-            rate = self._set_rates()
+            factor = self.schedule(self.epoch)
+            for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base * factor
             loss, accuracy = self._train_epoch(progress)
-            broadcast_tensors(list(self.model.buffers()))  # each process has its own statistics of batch norm
+            broadcast_tensors(list(self.model.buffers()))  # batch norm statistics differ between processes
             score = evaluate(self.model, self.data, self.data.validation)
             self.epoch += 1
             self.history.append(
                 {
                     "epoch": self.epoch,
-                    "lr": rate,
+                    "lr": self._base_rates[0] * factor,
                     "train_loss": loss,
                     "train_accuracy": accuracy,
                     "validation_loss": score.loss,
@@ -156,23 +198,44 @@ class Trainer:
             if self.epoch > self.choose_from:
                 self._keep_best(score)
             self._save()
-        return self.history
 
-    def resume(self) -> int:
-        """Go on from the newest readable checkpoint of the directory; returns the epochs already done.
+    def load_best(self) -> None:
+        """Load the weights of the best epoch into the model."""
+        if self.best:
+            self.model.load_state_dict(self.best["model"])
 
-        Raises DSPFormatError where there is none, DSPTrainingError where its settings are not these.
+    def conclude(self, recipe: str, extra: Mapping[str, float] | None = None) -> RecipeResult:
+        """Score the model in its current state and write ``model.pt`` and ``summary.json``.
+
+        extra: numbers of the recipe for the summary.
         """
+        data = self.data
+        validation, test = (evaluate(self.model, data, split) for split in (data.validation, data.test))
+        path = None if self.directory is None else self.directory / MODEL
+        if path is not None and is_main():
+            save_weights(path, self.model.state_dict(), test.accuracy)
+            summary = {
+                "recipe": recipe,
+                "validation": asdict(validation),
+                "test": asdict(test),
+                **(extra or {}),
+                "image_size": list(data.image_hw),
+                "config": self.config.settings(data),
+            }
+            write_text(path.with_name(SUMMARY), json.dumps(summary, indent=2) + "\n")
+        return RecipeResult(self.model, validation, test, self.history, path, dict(extra or {}))
+
+    def _resume(self) -> None:
         if self.directory is None:
             raise DSPTrainingError("a run without a directory has no checkpoint to resume from")
         if is_main():
             remove_unfinished(self.directory)
         state = load_checkpoint(self.directory)
-        for name, value in self.config.items():
+        for name, value in self.config.settings(self.data).items():
             if state["config"].get(name, value) != value:
                 raise DSPTrainingError(
                     f"cannot resume {self.directory}: its run has {name} = {state['config'][name]}, "
-                    f"now it is {value}. Give the same settings or another directory"
+                    f"now it is {value}. Use the same settings or another directory"
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -182,31 +245,12 @@ class Trainer:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        return self.epoch
-
-    def load_best(self) -> float:
-        """Put the weights that did best on the validation split into the model; returns their accuracy."""
-        if not self.best:
-            return evaluate(self.model, self.data, self.data.validation).accuracy
-        self.model.load_state_dict(self.best["model"])
-        return float(self.best["accuracy"])
-
-    def _steps(self) -> int:
-        return training_steps(self.data, self.batch_size, world_size())
-
-    def _for_all_processes(self) -> nn.Module:
-        if not is_distributed():
-            return self.model
-        device = next(self.model.parameters()).device
-        return DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
 
     def _train_epoch(self, progress: Progress | None) -> tuple[float, float]:
         self._forward.train()
-        steps = self._steps()
         total_loss, correct, seen = 0.0, 0, 0
-        for step, (images, labels) in enumerate(
-            training_batches(self.data, self.batch_size, self.generator, rank(), world_size()), start=1
-        ):
+        batches = training_batches(self.data, self.config.batch_size, self.generator, rank(), world_size())
+        for step, (images, labels) in enumerate(batches, start=1):
             self.hook.before_forward()
             with self.precision.autocast():
                 logits = self._forward(images)
@@ -214,40 +258,28 @@ class Trainer:
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise DSPTrainingError(
-                    f"the loss is {value} at epoch {self.epoch + 1}, step {step} of {steps}: "
+                    f"the loss is {value} at epoch {self.epoch + 1}, step {step} of {self._steps}: "
                     f"a learning rate below {self.optimizer.param_groups[0]['lr']:g} may help"
                 )
             self.precision.step(loss, self.optimizer)
-            self.hook.after_step(images, labels)
+            self.hook.after_step(images, labels, self.precision)
             self.precision.update()
             total_loss += value * len(labels)
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(labels)
             if progress is not None:
-                shown = f"epoch {self.epoch + 1}/{self.epochs}, loss {total_loss / seen:.3f}"
-                progress(self.epoch * steps + step, self.total_steps, shown)
+                shown = f"epoch {self.epoch + 1}/{self.config.epochs}, loss {total_loss / seen:.3f}"
+                progress(self.epoch * self._steps + step, self.config.epochs * self._steps, shown)
         sums = torch.tensor([total_loss, correct, seen], dtype=torch.float64)
         all_reduce_mean([sums])
         total_loss, correct_all, seen_all = sums.tolist()
         return total_loss / seen_all, correct_all / seen_all
 
-    def _set_rates(self) -> float:
-        factor = self.schedule(self.epoch)
-        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = base * factor
-        return self._base_rates[0] * factor
-
     def _keep_best(self, score: Score) -> None:
-        # On a small split many epochs reach the same accuracy; then the lower loss decides.
-        rank = (score.accuracy, -score.loss)
-        if not self.best or rank > (self.best["accuracy"], -self.best["loss"]):
+        # On a small split many epochs have the same accuracy; then the lower loss decides.
+        if not self.best or (score.accuracy, -score.loss) > (self.best["accuracy"], -self.best["loss"]):
             model = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.best = {
-                "epoch": self.epoch,
-                "accuracy": score.accuracy,
-                "loss": score.loss,
-                "model": model,
-            }
+            self.best = {"epoch": self.epoch, "accuracy": score.accuracy, "loss": score.loss, "model": model}
 
     def _save(self) -> None:
         if self.directory is None or not is_main():
@@ -255,7 +287,7 @@ class Trainer:
         save_checkpoint(
             self.directory,
             {
-                "config": self.config,
+                "config": self.config.settings(self.data),
                 "epoch": self.epoch,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -267,13 +299,9 @@ class Trainer:
                 "best": self.best,
             },
         )
-        write_text(self.directory / METRICS, _as_csv(self.history))
-
-
-def _as_csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
+        text = io.StringIO()
+        if self.history:
+            writer = csv.DictWriter(text, fieldnames=list(self.history[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.history)
+        write_text(self.directory / METRICS, text.getvalue())

@@ -1,7 +1,7 @@
-"""The graph of a TorchScript archive as plain records. forward() of the archive is never called.
+"""The graph of a TorchScript archive as plain records. Its forward() is never called.
 
-A TorchScript archive holds code. ``torch.jit.load`` parses and compiles that code and reads the tensors, but
-would run one thing: ``__setstate__`` methods. An archive that has one is refused before it is loaded.
+A TorchScript archive holds code. ``torch.jit.load`` compiles that code and reads the tensors, but runs only
+``__setstate__`` methods. An archive with such a method is refused before it is loaded.
 """
 
 from __future__ import annotations
@@ -18,24 +18,14 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPFormatError
 
-__all__ = ["Call", "State", "is_torchscript", "read_calls"]
-
-_MOST_EXPANSION = 16  # of a compressed part; the archives that torch writes stay below 10
-
-
-@dataclass(frozen=True)
-class State:
-    """A tensor of the archive's state and its dotted path."""
-
-    path: str
-    tensor: Tensor
+_MAX_EXPANSION = 16  # decompressed bytes per byte of the file; archives that torch writes stay below 10
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operation, for example ``aten::relu``: names of its operands and results.
+    """One operation, for example ``aten::relu``, with the names of its operands and results.
 
-    value: of a constant, or the name that prim::GetAttr reads.
+    value: of a constant, or the attribute that prim::GetAttr reads.
     """
 
     kind: str
@@ -44,25 +34,39 @@ class Call:
     value: Any = None
 
 
-def is_torchscript(path: str | Path) -> bool:
-    """Whether a file is a zip archive with TorchScript code in it."""
+@dataclass(frozen=True)
+class Archive:
+    """Names of the network itself, its input and its output; its calls in order; its state_dict."""
+
+    network: str
+    input: str
+    output: str
+    calls: tuple[Call, ...]
+    state: dict[str, Tensor]
+
+
+def zip_names(path: str | Path) -> list[str]:
+    """Names of the parts of a zip archive; [] for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any("/code/" in name for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
+            return archive.namelist()
+    except Exception:  # zipfile raises many kinds for a damaged file
+        return []
 
 
-def read_calls(path: str | Path) -> tuple[tuple[str, str], list[Call], str, dict[str, Tensor]]:
-    """((name of the network itself, of its input), its calls in order, name of its output, its state_dict).
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a zip archive with TorchScript code in it."""
+    return any("/code/" in name for name in zip_names(path))
 
-    Raises DSPFormatError for a damaged archive, one that runs code when it is loaded, and one whose network
-    has several inputs or outputs.
+
+def read_archive(path: str | Path) -> Archive:
+    """Raises DSPFormatError for an archive that is damaged, that runs code when it is loaded, that holds
+    control flow, or whose network has several inputs or outputs.
     """
     _refuse_code_at_load(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch.jit is deprecated
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
             module = torch.jit.load(str(path), map_location="cpu")
             graph = module.inlined_graph
             state = module.state_dict()
@@ -75,7 +79,7 @@ def read_calls(path: str | Path) -> tuple[tuple[str, str], list[Call], str, dict
             f"{path}: its network takes {len(inputs) - 1} inputs and gives {len(outputs)} outputs; "
             "expected one each"
         )
-    return (inputs[0], inputs[1]), list(_calls(graph, path)), outputs[0], state
+    return Archive(inputs[0], inputs[1], outputs[0], tuple(_calls(graph, path)), state)
 
 
 def _calls(graph: Any, path: str | Path) -> Iterator[Call]:
@@ -88,19 +92,17 @@ def _calls(graph: Any, path: str | Path) -> Iterator[Call]:
             value = node.output().toIValue()
         elif kind == "prim::GetAttr":
             value = node.s("name")
-        inputs = tuple(operand.debugName() for operand in node.inputs())
-        yield Call(kind, inputs, tuple(result.debugName() for result in node.outputs()), value)
+        inputs, outputs = (tuple(v.debugName() for v in values()) for values in (node.inputs, node.outputs))
+        yield Call(kind, inputs, outputs, value)
 
 
 def _refuse_code_at_load(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            bound = _MOST_EXPANSION * Path(path).stat().st_size + 2**20
+            bound = _MAX_EXPANSION * Path(path).stat().st_size + 2**20
             if sum(entry.file_size for entry in entries) > bound:
-                raise DSPFormatError(
-                    f"{path} would grow beyond {bound} bytes; it is no archive that torch wrote"
-                )
+                raise DSPFormatError(f"{path} would grow beyond {bound} bytes; torch writes no such archive")
             for entry in entries:
                 if entry.filename.endswith(".py") and b"__setstate__" in archive.read(entry):
                     raise DSPFormatError(

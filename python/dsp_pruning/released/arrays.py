@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import CifarResNet, cifar_resnet
-
-__all__ = ["build_released", "has_released_arrays", "read_released", "read_released_arrays"]
-
-_NORM = ("weight", "bias", "running_mean", "running_var")
-# What the batch norm of an absent channel holds: it then passes 0 on as 0.
-_ABSENT = {"weight": 0.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+from dsp_pruning.packing.twin import dense_widths
+from dsp_pruning.released.archive import zip_names
+from dsp_pruning.released.branches import NORM, Branch, NamedTensor, copy_into, joined_conv, joined_norm
 
 
 def read_released(path: str | Path) -> CifarResNet:
-    """The network in an ``.npz`` file of such arrays, in eval mode. Raises DSPFormatError for other files."""
+    """The network in an ``.npz`` file of the arrays that ``build_released`` takes, in eval mode.
+
+    Raises FileNotFoundError, and DSPFormatError for another kind of file.
+
+    >>> from dsp_pruning import read_released
+    >>> network = read_released("resnet56_g4.npz")  # doctest: +SKIP
+    """
     return build_released(*read_released_arrays(path))
 
 
 def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """Arrays and ``meta`` as ``build_released`` takes them.
-
-    Raises FileNotFoundError where there is no file, DSPFormatError for another kind of file.
-    """
+    """Arrays and ``meta`` as ``build_released`` takes them, with the errors of ``read_released``."""
     require_file(path)
-    if not has_released_arrays(path):
+    if "meta.npy" not in zip_names(path):
         raise DSPFormatError(f"{path} is not an .npz file of a released network: it has no array 'meta'")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-            return arrays, json.loads(str(arrays.pop("meta")))
+            return arrays, dict(json.loads(str(arrays.pop("meta"))))
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not an .npz file of a released network: {error}") from error
-
-
-def has_released_arrays(path: str | Path) -> bool:
-    """Whether a file is an ``.npz`` archive with a description in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "meta.npy" in archive.namelist()
-    except Exception:  # zipfile raises many kinds for a damaged file
-        return False
 
 
 def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> CifarResNet:
@@ -65,6 +54,21 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
 
     The branches' batch norms become one per convolution, so that the result is an ordinary packed network.
     Raises DSPFormatError if an array is missing or does not fit.
+
+    >>> import torch
+    >>> from dsp_pruning import build_released
+    >>> from dsp_pruning.models import cifar_resnet
+    >>> renamed = {"conv_1_3x3": "stem.conv", "bn_1": "stem.bn", "ple.0": "ple.conv", "ple.1": "ple.bn"}
+    >>> arrays = {}
+    >>> for name, tensor in cifar_resnet(8).state_dict().items():
+    ...     for old, new in renamed.items():
+    ...         name = name.replace(old, new)
+    ...     arrays[name] = tensor.numpy()
+    >>> empty = {"groups_a": 0, "groups_b": 0}  # without branches, a block is its shortcut
+    >>> blocks = [{"name": f"stage_{n}.0", "downsample": n > 1, **empty} for n in (1, 2, 3)]
+    >>> meta = {"depth": 8, "num_classes": 10, "bn_eps": 1e-5, "blocks": blocks}
+    >>> build_released(arrays, meta)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
     """
     if missing := {"depth", "num_classes", "bn_eps", "blocks"} - set(meta):
         raise DSPFormatError(
@@ -85,6 +89,7 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
             f"a ResNet-{meta['depth']} has the blocks {expected[0]} to {expected[-1]}; "
             f"the description lists {[name for name, _ in blocks]}"
         )
+    model.dense_widths = dense_widths(model)  # type: ignore[assignment]
     read = _Reader(arrays)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.eps = eps
@@ -98,21 +103,24 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
 
 
 def _fill_block(block: Any, name: str, described: Mapping[str, Any], read: _Reader, eps: float) -> None:
-    branches_a = read.branches(f"{name}.conv_a", described["groups_a"])
-    branches_b = read.branches(f"{name}.conv_b", described["groups_b"])
-    sizes = [len(branch["weight"]) for branch in branches_a]
-    starts = np.cumsum([0, *sizes]).tolist()
-    inner = max(starts[-1], 1)  # a block pruned away whole keeps one channel that nobody writes
-    out_a = [range(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-    out_b = [read.index(f"{name}.conv_b.{g}.out_index") for g in range(len(branches_b))]
-    planes = block.conv_b.out_channels
-    block.conv_a = _packed(f"{name}.conv_a", block.conv_a, branches_a, block.conv_a.in_channels, inner, out_a)
-    block.bn_a = _joined_norm(branches_a, out_a, inner, eps)
-    block.conv_b = _packed(f"{name}.conv_b", block.conv_b, branches_b, inner, planes, out_b)
-    block.bn_b = _joined_norm(branches_b, out_b, planes, eps)
-    if bool(described["downsample"]) != (block.downsample is not None):
+    branches_a = read.branches(f"{name}.conv_a", described.get("groups_a"))
+    branches_b = read.branches(f"{name}.conv_b", described.get("groups_b"))
+    inner = sum(branch.filters for branch in branches_a)
+    places_a = torch.arange(inner).split([branch.filters for branch in branches_a])
+    places_b = [read.index(f"{name}.conv_b.{g}.out_index") for g in range(len(branches_b))]
+    inner = max(inner, 1)  # a block without branches keeps one channel, which is absent
+    for letter, branches, places, widths in (
+        ("a", branches_a, [place.tolist() for place in places_a], (block.conv_a.in_channels, inner)),
+        ("b", branches_b, places_b, (inner, block.conv_b.out_channels)),
+    ):
+        stride = block.get_submodule(f"conv_{letter}").stride
+        conv = joined_conv(f"{name}.conv_{letter}", branches, places, widths, (3, 3), stride, 1)
+        setattr(block, f"conv_{letter}", conv)
+        setattr(block, f"bn_{letter}", joined_norm(branches, places, widths[1], eps, 0.1))
+    downsample = described.get("downsample")
+    if bool(downsample) != (block.downsample is not None):
         raise DSPFormatError(
-            f"block {name}: downsample is {described['downsample']}; "
+            f"block {name}: downsample is {downsample}; "
             f"a block with stride {block.conv_a.stride[0]} here has {block.downsample is not None}"
         )
     if block.downsample is not None:
@@ -120,90 +128,46 @@ def _fill_block(block: Any, name: str, described: Mapping[str, Any], read: _Read
         read.fill_norm(block.downsample[1], f"{name}.downsample.bn")
 
 
-def _packed(
-    name: str,
-    dense: nn.Conv2d,
-    branches: Sequence[Mapping[str, Tensor]],
-    in_channels: int,
-    out_channels: int,
-    out_index: Sequence[Sequence[int]],
-) -> PackedConv2d:
-    groups = [(branch["in_index"].tolist(), out) for branch, out in zip(branches, out_index, strict=True)]
-    try:
-        structure = GroupStructure.build(in_channels, out_channels, groups)
-    except DSPError as error:
-        raise DSPFormatError(f"layer {name}: {error}") from error
-    conv = PackedConv2d(structure, 3, dense.stride[0], 1)
-    for number, (branch, weight) in enumerate(zip(branches, conv.weights, strict=True)):
-        _copy(weight, branch["weight"], f"{name}.{number}.weight")
-    return conv
-
-
-def _joined_norm(
-    branches: Sequence[Mapping[str, Tensor]], out_index: Sequence[Sequence[int]], channels: int, eps: float
-) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels, eps)
-    state = norm.state_dict()
-    for part, absent in _ABSENT.items():
-        state[part].fill_(absent)
-        for branch, out in zip(branches, out_index, strict=True):
-            state[part][list(out)] = branch[f"bn.{part}"]
-    return norm
-
-
 class _Reader:
-    """The arrays as tensors; every one that is missing or of the wrong shape is an error with its name."""
+    """The arrays as tensors; an array that is missing or does not fit is an error that names it."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         self.arrays = arrays
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> NamedTensor:
         if name not in self.arrays:
             raise DSPFormatError(f"the released network has no array {name!r}")
         array = np.asarray(self.arrays[name])
         if array.dtype.kind not in "fiu":
             raise DSPFormatError(f"array {name!r} holds {array.dtype}; expected numbers")
-        return torch.from_numpy(np.array(array))
+        return NamedTensor(
+            name, torch.from_numpy(np.array(array, np.float32 if array.dtype.kind == "f" else np.int64))
+        )
 
     def index(self, name: str) -> list[int]:
-        tensor = self.tensor(name)
+        tensor = self.tensor(name).tensor
         if tensor.dim() != 1 or tensor.is_floating_point():
             raise DSPFormatError(
                 f"array {name!r} is {tensor.dim()}-D {tensor.dtype}; expected a list of integers"
             )
         return tensor.tolist()
 
-    def branches(self, name: str, count: Any) -> list[dict[str, Tensor]]:
+    def branches(self, name: str, count: Any) -> list[Branch]:
         if not isinstance(count, int) or not 0 <= count <= 4096:
             raise DSPFormatError(f"layer {name} has {count!r} branches; expected a count")
         found = []
         for number in range(count):
             prefix = f"{name}.{number}"
-            self.index(f"{prefix}.in_index")
-            branch = {part: self.tensor(f"{prefix}.{part}") for part in ("in_index", "weight")}
-            for part in _NORM:
-                branch[f"bn.{part}"] = self.tensor(f"{prefix}.bn.{part}")
-                if branch[f"bn.{part}"].shape != branch["weight"].shape[:1]:
-                    raise DSPFormatError(
-                        f"array {prefix}.bn.{part} has shape {tuple(branch[f'bn.{part}'].shape)}; "
-                        f"expected one number for each of the {len(branch['weight'])} filters"
-                    )
-            found.append(branch)
+            weight = self.tensor(f"{prefix}.weight")
+            if weight.tensor.dim() != 4:
+                raise DSPFormatError(f"{weight.name!r} is {weight.tensor.dim()}-D; expected (O, C, 3, 3)")
+            norm = tuple(self.tensor(f"{prefix}.bn.{part}") for part in NORM)
+            found.append(Branch(tuple(self.index(f"{prefix}.in_index")), weight, norm=norm))
         return found
 
     def fill(self, target: Tensor, name: str) -> None:
-        _copy(target, self.tensor(name), name)
+        copy_into(target, self.tensor(name))
 
     def fill_norm(self, norm: nn.BatchNorm2d, name: str) -> None:
-        state = norm.state_dict()
-        for part in _NORM:
-            self.fill(state[part], f"{name}.{part}")
-
-
-def _copy(target: Tensor, source: Tensor, name: str) -> None:
-    if source.shape != target.shape:
-        raise DSPFormatError(
-            f"array {name!r} has shape {tuple(source.shape)}; expected {tuple(target.shape)}"
-        )
-    with torch.no_grad():
-        target.copy_(source)
+        for part in NORM:
+            self.fill(getattr(norm, part), f"{name}.{part}")

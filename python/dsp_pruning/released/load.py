@@ -1,100 +1,101 @@
-"""The authors' published files as ordinary packed networks: TorchScript archives and training checkpoints."""
+"""The authors' published files, TorchScript archives and training checkpoints, as packed networks."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from dsp_kernels.errors import DSPFormatError, DSPVerificationError
+from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.check import check_network
+from dsp_kernels.graph.compare import compare_answers
 from dsp_kernels.tolerances import network_tolerance
 from dsp_kernels.whole_file import require_file
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.packing.pack import pack
+from dsp_pruning.packing.twin import Widths, dense_widths
 from dsp_pruning.recipes.finetune import load_pruned
-from dsp_pruning.released.archive import is_torchscript, read_calls
-from dsp_pruning.released.arrays import has_released_arrays, read_released
-from dsp_pruning.released.walk import HANDLERS, Walk
-
-__all__ = ["load_released", "verify_released"]
+from dsp_pruning.released.archive import is_torchscript, read_archive, zip_names
+from dsp_pruning.released.arrays import read_released
+from dsp_pruning.released.walk import packed_network
 
 
 def load_released(path: str | Path) -> nn.Module:
-    """The packed network in a file that the authors published, in eval mode.
+    """The packed network in a file that the authors of the paper published, in eval mode.
 
-    A TorchScript archive of a traced network in which branches gather channels, convolve and normalise, and
-    are concatenated or added into an identity: of any depth, width and number of branches. Each set of
-    branches becomes one PackedConv2d with one batch norm. The graph is read, never run (see
-    ``torchscript_archive``). Or a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet
-    with ``<conv>.group`` and ``<conv>.mask``, which is packed. Or the ``.npz`` arrays of ``read_released``.
+    The file is one of
+    - a TorchScript archive of a traced network whose branches gather channels, convolve and normalise, and
+      are concatenated or added into a tensor, of any depth, width and number of branches. Each set of
+      branches
+      becomes one PackedConv2d and one batch norm. The graph is read, its code is never run;
+    - a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet with ``<conv>.group`` and
+      ``<conv>.mask``, which is packed;
+    - the ``.npz`` arrays of ``read_released``.
 
-    Raises FileNotFoundError, and DSPFormatError, with what was found, for a file that does not fit.
+    Raises FileNotFoundError, and DSPFormatError for a file that does not fit, naming what was found.
+
+    >>> import tempfile, torch
+    >>> from dsp_pruning import PruneWrapper, load_released
+    >>> from dsp_pruning.models import cifar_resnet
+    >>> model = cifar_resnet(8)
+    >>> _ = PruneWrapper(model, 2, fp_layer_indices=[], example_input=torch.zeros(1, 3, 32, 32))  # adds masks
+    >>> with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+    ...     torch.save([model.state_dict(), 91.5], file.name)
+    ...     load_released(file.name)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
     """
     require_file(path)
-    if has_released_arrays(path):
+    if "meta.npy" in zip_names(path):
         return read_released(path)
     if not is_torchscript(path):
         model = load_pruned(path)
         channels = next(model.parameters()).shape[1]
         return pack(model, torch.zeros(1, channels, 32, 32)).eval()
-    (own, x), calls, output, state = read_calls(path)
-    walk = Walk(own, x, state, HANDLERS)
+    archive = read_archive(path)
     try:
-        for call in calls:
-            walk.step(call)
-        network = walk.network(output)
+        network = packed_network(archive)
         check_network(copy.deepcopy(network).eval().to("meta"), network.example_shapes, torch.float32)
     except DSPFormatError as error:
         raise DSPFormatError(f"{path} is not a released network: {error}") from error
-    network.meta["architecture"] = _cifar_architecture(network)
+    network.dense_widths = _cifar_widths(network)
     return network.to("cpu").eval()
 
 
 def verify_released(path: str | Path, network: nn.Module, image_hw: tuple[int, int]) -> float:
-    """Run the archive, which is code, on random images; the largest difference from ``network``.
+    """Run the archive, which is code, on random images; return its largest difference from ``network``.
 
-    Raises DSPVerificationError if they differ by more than rounding.
+    Raises DSPVerificationError if they differ by more than rounding errors.
     """
     archive = torch.jit.load(str(path), map_location="cpu").eval()
     channels = next(network.parameters()).shape[1]
     x = torch.randn(2, channels, *image_hw, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, got = archive(x), network(x)
-    difference, scale = (expected - got).abs().max().item(), expected.abs().max().item()
-    bound = network_tolerance(x.dtype, 9 * 512, 100) * scale
-    if not difference <= bound:
-        raise DSPVerificationError(
-            f"{path}: the archive and the imported network differ by {difference:.3g}; expected at most "
-            f"{bound:.3g}"
+        return compare_answers(
+            archive(x),
+            network(x),
+            network_tolerance(x.dtype, 9 * 512, 100),
+            f"{path}: the archive and the imported network differ",
+            "random images",
         )
-    return difference
 
 
-def _cifar_architecture(network: nn.Module) -> dict[str, object] | None:
-    """Name and arguments of the CIFAR ResNet that this was before pruning, where it was one."""
-    paths = {path for path, module in network.named_modules() if not list(module.children())}
-    blocks = {path.split(".")[1] for path in paths if path.startswith("stage_1.")}
+def _cifar_widths(network: nn.Module) -> Widths | None:
+    """The widths of the CIFAR ResNet that this was before pruning, where it was one."""
     modules = dict(network.named_modules())
+    blocks = {path.split(".")[1] for path in modules if path.startswith("stage_1.")}
     first, last = modules.get("conv_1_3x3"), modules.get("classifier")
     if not isinstance(first, nn.Conv2d) or not isinstance(last, nn.Linear) or not blocks:
         return None
-    arguments: dict[str, Any] = {
-        "depth": 6 * len(blocks) + 2,
-        "num_classes": last.out_features,
-        "in_channels": first.in_channels,
-    }
     try:
         with torch.device("meta"):
-            dense = cifar_resnet(**arguments)
+            dense = cifar_resnet(6 * len(blocks) + 2, last.out_features, first.in_channels)
     except (ValueError, TypeError):
         return None
-    originals = {path: module for path, module in dense.named_modules() if isinstance(module, nn.Conv2d)}
-    for path, module in network.named_modules():
+    widths = {path: width for path, width in dense_widths(dense).items() if path in modules}
+    for path, module in modules.items():
         width = getattr(module, "out_channels", None)
-        if isinstance(width, int) and (path not in originals or width > originals[path].out_channels):
+        if isinstance(width, int) and (path not in widths or width > widths[path][1]):
             return None
-    return dict(dense.architecture)
+    return widths

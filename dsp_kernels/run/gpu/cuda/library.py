@@ -1,4 +1,4 @@
-"""The library of CUDA kernels, `_C_cuda`, loaded when a kernel is first asked for; or why there is none."""
+"""The library of CUDA kernels, ``_C_cuda.so``: loaded at the first use of a kernel, or the reason why not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["LIBRARY", "OLDEST_CAPABILITY", "has_wgmma", "why_no_cuda", "why_not_on"]
+from dsp_kernels.run.gpu.layout import why_too_old
 
 LIBRARY = Path(__file__).resolve().parents[3] / "_C_cuda.so"
-# Asynchronous copies and bfloat16 on tensor cores came with it.
-OLDEST_CAPABILITY = (8, 0)
 _FIX = (
     "with nvcc and a CUDA torch, run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
     "the repository (DSP_KERNELS_CUDA=1 makes it fail where it cannot build them)"
@@ -21,9 +19,9 @@ _FIX = (
 
 @cache
 def why_no_cuda() -> str:
-    """Empty if the kernels are loaded as torch.ops.dsp_kernels.cuda_conv, which the first call does."""
+    """Why the library cannot be used; empty once its ops are in torch.ops.dsp_kernels (loads it)."""
     if not LIBRARY.is_file():
-        return f"the CUDA kernels are not built ({LIBRARY.name} is not there); {_FIX}"
+        return f"the CUDA kernels are not built ({LIBRARY.name} is missing); {_FIX}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     try:
@@ -36,15 +34,7 @@ def why_no_cuda() -> str:
 @cache
 def why_not_on(index: int | None) -> str:
     """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability(index)
-    if capability < OLDEST_CAPABILITY:
-        return (
-            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; "
-            f"the CUDA kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer"
-        )
-    return ""
+    return why_too_old(index) if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 @cache

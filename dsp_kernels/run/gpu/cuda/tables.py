@@ -1,8 +1,8 @@
 """Weights and tables of one convolution in the order in which the CUDA kernels read them (csrc/cuda).
 
-A *tile* is up to ``filters`` filters of one group and the list of what they read. One launch runs all tiles
-of all groups; those with the longest reduction come first. Small groups share a tile where that is less work:
-the weights of channels that a filter does not read are then zero, as in a dense convolution.
+A *tile* is up to ``filters`` filters of one group and the list of their inputs. One launch runs all tiles
+of all groups, the longest reduction first. Small groups share a tile where that is less work: the weights
+of channels that a filter does not read are then zero, as in a dense convolution.
 """
 
 from __future__ import annotations
@@ -23,61 +23,18 @@ from dsp_kernels.run.gpu.cuda.groups import (
     is_run,
     join_groups,
 )
-
-__all__ = ["KERNELS", "KernelKind", "Tables", "make_tables"]
-
-# Row of the reduction that fills a block: a tap outside of every image (csrc/cuda/conv_params.h).
-_OUTSIDE = 0x7FFF << 16
-
-
-@dataclass(frozen=True)
-class KernelKind:
-    """One kernel: its number and filters per tile (csrc/cuda/launch_plan.h), and its reduction.
-
-    rows: rows of the reduction per block; channels: channels of one tap are filled up to a multiple of it.
-    order: how the weights of a tile lie, see WEIGHT_ORDERS.
-    """
-
-    name: str
-    number: int
-    filters: tuple[int, ...]
-    rows: int
-    channels: int = 1
-    order: str = "fragments"
-
-    @property
-    def has_halo(self) -> bool:
-        """Whether it stages channels, in blocks of 16, and finds all taps in what it staged."""
-        return self.name in ("halo", "wgmma_halo")
-
-    def reduction(self, channels: int, taps: int) -> int:
-        """Rows of the reduction, filled up."""
-        return _round_up(_round_up(channels, self.channels) * taps, self.rows)
-
-
-KERNELS = {
-    kind.name: kind
-    for kind in (
-        KernelKind("chwn", 0, (16, 32, 64), 32),
-        KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16),
-        KernelKind("nhwc", 2, (16, 32), 32, 8),
-        KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
-        KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
-        KernelKind("wgmma", 5, (64, 128), 32, order="cores"),
-        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores"),
-    )
-}
+from dsp_kernels.run.gpu.cuda.kernels import OUTSIDE, KernelKind
+from dsp_kernels.run.gpu.layout import round_up
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What one launch reads beside x, and how it is found in ``table`` (int32, offsets in numbers).
+    """What one launch reads besides x, and the offsets of the parts of ``table`` (int32), in elements.
 
     weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: tiles, rows, runs, taps, gather.
-    products: of one position, those with what only fills up tiles too.
+    products: multiply-adds per position, including padding.
     """
 
-    kind: KernelKind
     filters: int
     tile_count: int
     weights: Tensor
@@ -100,7 +57,7 @@ def make_tables(
 ) -> Tables:
     """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on any device.
 
-    dtype, device: of the tensors that the kernel will get.
+    dtype, device: of the tensors of the launch.
     """
     groups = groups_of(spec, weights)
     taps = spec.kernel_size[0] * spec.kernel_size[1]
@@ -114,15 +71,11 @@ def make_tables(
     return writer.finish(bias_per_channel(spec, bias), dtype, device)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def _tile_work(outputs: int, channels: int, kind: KernelKind, filters: int, taps: int) -> int:
     """Work of a group, in rows of the reduction times filters.
 
-    A row's activations cost as much as 48 filters (an estimate, not measured: their way through shared memory
-    is the same for any number of filters), and a tile's outputs as much as 16 rows.
+    Estimates, not measured: the activations of a row cost as much as 48 filters, because they go through
+    shared memory for any number of filters, and the outputs of a tile as much as 16 rows.
     """
     tiles = -(-outputs // filters)
     return tiles * (kind.reduction(channels, taps) + 16) * (filters + 48)
@@ -133,7 +86,7 @@ def _work(groups: Sequence[FilterGroup], kind: KernelKind, filters: int, taps: i
 
 
 def _merged(groups: Sequence[FilterGroup], kind: KernelKind, filters: int, taps: int) -> list[FilterGroup]:
-    """Neighbouring groups put into one where that is less work."""
+    """Neighbouring groups joined where that is less work."""
     bins: list[list[FilterGroup]] = []
     reads: set[int] = set()
     writes = 0
@@ -152,20 +105,20 @@ def _merged(groups: Sequence[FilterGroup], kind: KernelKind, filters: int, taps:
 
 
 class _Writer:
-    """Collects tiles and writes them down, the longest reduction first."""
+    """Collects tiles and writes their tables, the longest reduction first."""
 
     def __init__(self, kind: KernelKind, spec: ConvSpec, filters: int) -> None:
         self.kind, self.spec, self.filters = kind, spec, filters
         self.taps: list[Tensor] = []  # int32, flat
-        self.entries = 0  # entries of taps so far; a Pair is one entry
+        self.entries = 0  # in taps so far; a Pair is one entry
         self.gather: list[int] = []
-        # blocks of the reduction, first entry of taps, output channels (-1: none), packed weights
+        # steps of the reduction, first entry of taps, output channels (-1: none), packed weights
         self.tiles: list[tuple[int, int, list[int], Tensor]] = []
 
     def add(self, group: FilterGroup) -> None:
-        """All tiles of one group."""
+        """Add all tiles of one group."""
         structure = self.spec.structure
-        if self.kind.name == "nhwc":
+        if self.kind.gathers_runs:
             group = in_runs(group, structure.in_channels, structure.out_channels)
         first = self.entries
         rows = self._write_taps(group.in_index)
@@ -174,14 +127,14 @@ class _Writer:
             outputs = list(group.out_index[start : start + self.filters])
             padded = torch.zeros(self.filters, rows)
             padded[: len(outputs)] = weight[start : start + self.filters]
-            outputs += [-1] * (self.filters - len(outputs))
+            outputs = _filled(outputs, self.filters)
             packed = WEIGHT_ORDERS[self.kind.order](padded)
             self.tiles.append((rows // self.kind.rows, first, outputs, packed))
 
     def _by_row(self, weight: Tensor, rows: int) -> Tensor:
         """weight: (filters, channels, taps) -> (filters, rows) in the order of the kernel's reduction."""
         outputs, channels, taps = weight.shape
-        filled = torch.zeros(outputs, _round_up(channels, self.kind.channels), taps)
+        filled = torch.zeros(outputs, round_up(channels, self.kind.channels), taps)
         filled[:, :channels] = weight
         if self.kind.has_halo:  # (block of 16 channels, tap, channel)
             ordered = filled.view(outputs, -1, 16, taps).transpose(2, 3).reshape(outputs, -1)
@@ -192,7 +145,7 @@ class _Writer:
         return result
 
     def _write_taps(self, channels: Sequence[int]) -> int:
-        """Appends the entries of one group; the rows of its reduction."""
+        """Append the entries of one group; returns the rows of its reduction."""
         (kh, kw), (dy, dx) = self.spec.kernel_size, self.spec.dilation
         rows = self.kind.reduction(len(channels), kh * kw)
         if self.kind.has_halo:
@@ -201,11 +154,11 @@ class _Writer:
             self.taps.append(entries)
             return rows
         offsets = torch.tensor([y * dy << 16 | x * dx for y in range(kh) for x in range(kw)])
-        if self.kind.name == "nhwc":
+        if self.kind.gathers_runs:
             firsts, count = torch.tensor(self._octets(channels), dtype=torch.long), rows // 8
         else:
             firsts, count = torch.tensor(channels, dtype=torch.long), rows
-        pairs = torch.tensor([[0, _OUTSIDE]]).repeat(count, 1)
+        pairs = torch.tensor([[0, OUTSIDE]]).repeat(count, 1)
         used = len(firsts) * kh * kw
         pairs[:used, 0] = firsts.repeat(kh * kw)
         pairs[:used, 1] = offsets.repeat_interleave(len(firsts))
@@ -214,7 +167,7 @@ class _Writer:
         return rows
 
     def _octets(self, channels: Sequence[int]) -> list[int]:
-        """First channel of each aligned run of eight, or -1 - (where its eight channels stand in gather)."""
+        """First channel of each aligned run of eight, or -1 - (index of its eight channels in gather)."""
         filled, firsts = _filled(channels, 8), []
         for start in range(0, len(filled), 8):
             octet = filled[start : start + 8]
@@ -238,7 +191,7 @@ class _Writer:
             octet[0] if is_run(octet, self.spec.structure.out_channels) else -1
             for octet in (rows[i : i + 8] for i in range(0, len(rows), 8))
         ]
-        # Filters come in multiples of 16, so every part starts at a multiple of 8 bytes.
+        # Filters are multiples of 16, so every part is 8-byte aligned.
         parts = [torch.tensor(part, dtype=torch.int32) for part in (records, rows, runs)]
         parts += [torch.cat([*self.taps, torch.zeros(0, dtype=torch.int32)])]
         starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0).tolist()
@@ -246,7 +199,6 @@ class _Writer:
         index = torch.tensor(rows, dtype=torch.long)
         row_bias = torch.where(index >= 0, bias[index.clamp(min=0)], 0.0)
         return Tables(
-            self.kind,
             self.filters,
             len(tiles),
             torch.cat([packed for *_, packed in tiles]).to(device, dtype),
@@ -261,4 +213,4 @@ class _Writer:
 
 
 def _filled(channels: Sequence[int], multiple: int) -> list[int]:
-    return [*channels, *[-1] * (_round_up(len(channels), multiple) - len(channels))]
+    return [*channels, *[-1] * (round_up(len(channels), multiple) - len(channels))]

@@ -1,6 +1,6 @@
-"""Convolutions by the Triton kernel: when it can run, and one convolution made ready to launch.
+"""The Triton kernel as a family of GPU kernels.
 
-On the CPU the kernel runs in Triton's interpreter: for tests, and only where it is asked for by name.
+On the CPU it runs in Triton's interpreter: for tests, and never chosen by "auto".
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuConv, GpuLayout
+from dsp_kernels.run.gpu.graphs import is_capturing
+from dsp_kernels.run.gpu.layout import (
+    ACTIVATION_CODES,
+    GPU_DTYPES,
+    GpuConv,
+    GpuLayout,
+    check_conv_operands,
+    why_too_old,
+)
 from dsp_kernels.run.gpu.triton.config import TritonConfig, choose, choose_packing, columns_in_l2
 from dsp_kernels.run.gpu.triton.tables import (
     MOST_CHANNELS,
@@ -30,15 +37,12 @@ from dsp_kernels.run.gpu.triton.tables import (
 )
 from dsp_kernels.run.gpu.triton.tune import kept_config
 
-__all__ = ["TritonConv", "TritonKernels"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INT32 = 1 << 31
 
 
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
-    # Without importing it: that takes long, and most processes never need it.
+    """Whether it is installed; importing it is slow, and most processes never need it."""
     try:
         return importlib.util.find_spec("triton") is not None
     except ImportError:
@@ -46,23 +50,22 @@ def _has_triton() -> bool:
 
 
 class TritonKernels:
-    """The GpuKernels entry "triton". See the module's text."""
+    """float16, bfloat16 and float32; compute capability 8.0 or newer, or Triton's interpreter."""
 
     name = "triton"
 
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
-        """On a GPU of compute capability 8.0 or newer, where triton is installed; else the reason."""
+        """On such a GPU or a CPU, if triton is installed."""
         if device.type not in ("cuda", "cpu"):
             return False, f"tensors are on {device}"
-        if dtype not in _DTYPES:
+        if dtype not in GPU_DTYPES:
             return False, f"dtype {dtype} is not float16, bfloat16 or float32"
         if not _has_triton():
             return False, "triton is not installed"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            major, minor = torch.cuda.get_device_capability(device)
-            return False, f"{device} has compute capability {major}.{minor}; 8.0 or newer is needed"
+        if device.type == "cuda" and (reason := why_too_old(device)):
+            return False, reason
         if spec.structure.in_channels > MOST_CHANNELS:
             return False, f"{spec.structure.in_channels} input channels are more than {MOST_CHANNELS}"
         reach = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
@@ -84,10 +87,10 @@ class TritonKernels:
 
 
 class TritonConv:
-    """One convolution, its weights arranged, ready to launch.
+    """One convolution with its weights packed, ready to launch.
 
     weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; all on one device and of one dtype. config:
-    tile sizes for every launch instead of the rule's and the kept ones.
+    tile sizes of every launch, instead of those that the rule or tuning chose.
     """
 
     def __init__(
@@ -100,58 +103,57 @@ class TritonConv:
     ) -> None:
         spec.check_constants(weights, bias)
         self.spec, self.layout, self.config = spec, layout, config
-        constants = [*weights, *([] if bias is None else [bias])]
+        constant = next(iter(weights), bias)
+        self._kind = None if constant is None else (constant.dtype, constant.device)
         self._flat = [weight.detach().reshape(-1) for weight in weights]
         self._bias = None if bias is None else bias.detach().float()
         self.wide_in = layout is GpuLayout.CHWN or reads_runs(spec)
         self.wide_out = layout is GpuLayout.NHWC and writes_runs(spec)
         self._configs: dict[tuple[torch.dtype, tuple[int, ...], bool], TritonConfig] = {}
         self._packed: dict[tuple[int, int], tuple[TritonTables, Tensor, Tensor]] = {}
-        if constants:
-            self._pack(constants[0].dtype, constants[0].device, self.packing(constants[0].dtype))
+        if self._kind:
+            self._pack(*self._kind, self.packing(self._kind[0]))
 
     def packing(self, dtype: torch.dtype) -> tuple[int, int]:
-        """(filters, bk) of the tiles that the rule chooses."""
+        """(filters, bk) of the tiles."""
         if self.config is not None:
             return self.config.filters, self.config.bk
-        return choose_packing(self.spec, dtype, self.layout, self.wide_in)
+        return choose_packing(self.spec, dtype, self.wide_in)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """See ``GpuConv``. Raises DSPShapeError for tensors that do not fit it."""
-        shape = self._check(x, out, residual)
-        if out.numel() == 0:
-            return
-        self.launch(self.config or self._config_for(x, out, residual, shape), x, out, residual)
+        """See ``GpuConv``. Raises DSPShapeError for tensors that do not fit."""
+        dtype, device = self._kind or (x.dtype, x.device)
+        check_conv_operands(self.spec, self.layout, x, out, residual, dtype, device)
+        if out.numel():
+            self.launch(self.config or self._config_for(x, out, residual), x, out, residual)
 
     def remember(self, x: Tensor, residual: Tensor | None, config: TritonConfig) -> None:
-        """Take this configuration for inputs like these from now on."""
+        """Use this configuration for such inputs from now on."""
         self._configs[x.dtype, tuple(x.shape), residual is not None] = config
 
-    def _config_for(
-        self, x: Tensor, out: Tensor, residual: Tensor | None, shape: Sequence[int]
-    ) -> TritonConfig:
+    def _config_for(self, x: Tensor, out: Tensor, residual: Tensor | None) -> TritonConfig:
         known = self._configs.get((x.dtype, tuple(x.shape), residual is not None))
         if known is not None:
             return known
-        config = self.rule(x, shape)
-        # While a graph is captured nothing is measured, packed anew or remembered.
-        if x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        batch, _, height, width = self.layout.as_nchw(out).shape
+        packing = self.packing(x.dtype)
+        config = choose(self.spec, x.dtype, self.layout, self.wide_in, packing, batch, (height, width))
+        # During a capture nothing is measured, packed or remembered.
+        if x.device.type == "cuda" and not is_capturing(x.device):
             config = kept_config(self, x, out, residual) or config
             self.remember(x, residual, config)
         return config
 
-    def rule(self, x: Tensor, shape: Sequence[int]) -> TritonConfig:
-        """The rule's configuration; shape: (batch, channels, height, width) of the output."""
-        packing = self.packing(x.dtype)
-        hw = (shape[2], shape[3])
-        return choose(self.spec, x.dtype, self.layout, self.wide_in, packing, shape[0], hw)
-
     def launch(self, config: TritonConfig, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        """One launch on the current stream of x's device; the tensors were checked."""
+        """One launch on the current stream of x's device, without checks."""
         batch, _, in_h, in_w = self.layout.as_nchw(x).shape
         _, out_channels, out_h, out_w = self.layout.as_nchw(out).shape
         tables, weights, bias = self._pack(x.dtype, x.device, (config.filters, config.bk))
-        col_tiles = _column_tiles(config, batch, out_h * out_w)
+        pixels = out_h * out_w
+        if config.chwn:
+            col_tiles = batch // config.images * -(-pixels // (config.cols // config.images))
+        else:
+            col_tiles = -(-batch * pixels // config.cols)
         grid = (tables.n_tiles * col_tiles,)
         interpreted = x.device.type == "cpu"
         with nullcontext() if interpreted else torch.cuda.device(x.device):
@@ -168,7 +170,7 @@ class TritonConv:
                 WIDE_OUT=self.wide_out,
                 BIG=max(x.numel(), out.numel()) >= _INT32,
                 HAS_RESIDUAL=residual is not None,
-                ACTIVATION=_activation_code(self.spec.activation),
+                ACTIVATION=ACTIVATION_CODES[self.spec.activation],
                 PRECISION=_precision(x.dtype),
                 EXACT=interpreted and x.dtype == torch.bfloat16,
                 **config.constants(),
@@ -178,53 +180,20 @@ class TritonConv:
     def _pack(
         self, dtype: torch.dtype, device: torch.device, packing: tuple[int, int]
     ) -> tuple[TritonTables, Tensor, Tensor]:
-        """Tables, packed weights and packed bias of a tile size: one gather each, on the device."""
+        """Tables, packed weights and packed bias of a tile size."""
         if packing not in self._packed:
             tables = tables_for(self.spec, self.layout, *packing, device)
             zero = torch.zeros(1, dtype=dtype, device=device)
             weights = torch.cat([*self._flat, zero])[tables.weight_index.long()]
-            none = torch.zeros(self.spec.structure.out_channels + 1, device=device)
+            bias = torch.zeros(self.spec.structure.out_channels + 1, device=device)
             if self._bias is not None:
-                none[:-1] = self._bias
-            self._packed[packing] = (tables, weights, none[tables.bias_index.long()])
+                bias[:-1] = self._bias
+            self._packed[packing] = (tables, weights, bias[tables.bias_index.long()])
         return self._packed[packing]
-
-    def _check(self, x: Tensor, out: Tensor, residual: Tensor | None) -> tuple[int, ...]:
-        views: dict[str, Tensor] = {}
-        for name, tensor in (("x", x), ("out", out), ("residual", residual)):
-            if tensor is None:
-                continue
-            if tensor.dim() != 4 or not tensor.is_contiguous() or tensor.data_ptr() % 16:
-                raise DSPShapeError(
-                    f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; expected 4 "
-                    f"dimensions, contiguous as {self.layout.name}, at a multiple of 16 bytes"
-                )
-            views[name] = self.layout.as_nchw(tensor)
-        shape = self.spec.check_input(views["x"], self._flat, views.get("residual"))
-        if tuple(views["out"].shape) != shape or out.dtype != x.dtype or out.device != x.device:
-            raise DSPShapeError(
-                f"out is {tuple(views['out'].shape)}, {out.dtype} on {out.device} (batch, channels, height, "
-                f"width); expected {shape}, {x.dtype} on {x.device}"
-            )
-        if self.layout is GpuLayout.CHWN and shape[0] % BATCH_MULTIPLE:
-            raise DSPShapeError(f"CHWN needs a batch that is a multiple of {BATCH_MULTIPLE}; got {shape[0]}")
-        return shape
-
-
-def _column_tiles(config: TritonConfig, batch: int, pixels: int) -> int:
-    if config.chwn:
-        return batch // config.images * -(-pixels // (config.cols // config.images))
-    return -(-batch * pixels // config.cols)
-
-
-def _activation_code(name: str) -> int:
-    from dsp_kernels.run.gpu.triton.kernel import ACTIVATION_CODES
-
-    return ACTIVATION_CODES[name]
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """True float32, unless torch was told that matrix products may use tf32 (``fp32_precision``)."""
+    """IEEE float32, unless torch allows tf32 in matrix products (``fp32_precision``)."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
@@ -236,7 +205,7 @@ def _kernel(interpreted: bool) -> Any:
 
     if not interpreted or os.environ.get("TRITON_INTERPRET") == "1":
         return conv_kernel
-    # Made directly, so that nothing else in the process has to run in the interpreter.
+    # Interprets this kernel only, not every Triton kernel of the process.
     from triton.runtime.interpreter import InterpretedFunction
 
     return InterpretedFunction(conv_kernel_function)

@@ -1,8 +1,8 @@
 """The Triton kernel: gather, all groups, bias, residual, activation and scatter in one launch.
 
 The convolution is a matrix product per group: columns (output pixels x images) times K (taps x channels)
-times filters. What a program reads is ``x[column base + offset of k]`` in both layouts; only which of the two
-runs along memory differs, so one kernel serves both. triton_tables.py makes the tables that it reads.
+times filters. In both layouts a program reads ``x[column base + offset of k]``; only which of the two is
+contiguous differs, so one kernel serves both. tables.py makes the tables that it reads.
 """
 
 from __future__ import annotations
@@ -10,13 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["ACTIVATION_CODES", "INTEGER_ARGUMENTS", "conv_kernel", "conv_kernel_function"]
-
-# Names of activations.py -> what the kernel is compiled with.
-ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
-
-# Sizes change from layer to layer. The kernel is not compiled anew for any of them: what vectorising needs to
-# know of them is said in the code.
+# Not specialised, because they differ from layer to layer: the kernel states the divisibility it relies on.
 INTEGER_ARGUMENTS = (
     *("n_tiles", "col_tiles", "block", "batch", "in_channels", "out_channels", "in_h", "in_w", "out_h"),
     *("out_w", "stride_h", "stride_w", "pad_h", "pad_w"),
@@ -64,12 +58,12 @@ def conv_kernel_function(  # type: ignore[no-untyped-def]  # triton reads annota
     """One program computes COLS columns of FILTERS filters of one group.
 
     x, out, residual: (C, H, W, N) if CHWN, else (N, H, W, C), contiguous.
-    WIDE_IN, WIDE_OUT: the channels read, written come in aligned runs of 8 (NHWC; CHWN is always wide).
+    WIDE_IN, WIDE_OUT: the channels read, written are aligned runs of 8 (NHWC; CHWN is always wide).
     BIG: a tensor has 2**31 elements or more.
-    EXACT: products of 16-bit numbers as float32 ones; the interpreter needs it for bfloat16.
+    EXACT: convert operands to float32 before the product; the interpreter needs it for bfloat16.
     """
-    # Programs that run together share their columns, so that they find them in L2; among those, the tiles
-    # with most work start first (tile 0 is the heaviest).
+    # Programs that run concurrently share their columns in L2; among those, the tiles with most work start
+    # first (tile 0 is the largest).
     pid = tl.program_id(0)
     first_col = (pid // (block * n_tiles)) * block
     rest = pid % (block * n_tiles)
@@ -83,7 +77,7 @@ def conv_kernel_function(  # type: ignore[no-untyped-def]  # triton reads annota
         in_channels = in_channels.to(tl.int64)
         out_channels = out_channels.to(tl.int64)
     if CHWN:
-        # The callers see to it; said here for 16-byte accesses.
+        # True for every caller; stated for 16-byte accesses.
         batch = (batch // 8) * 8
     if WIDE_IN:
         in_channels = (in_channels // 8) * 8
@@ -119,7 +113,7 @@ def conv_kernel_function(  # type: ignore[no-untyped-def]  # triton reads annota
         out_col = tl.max_contiguous(tl.multiple_of(out_col, 8), 8)
     else:
         x_col = ((image * in_h + y) * in_w + x) * in_channels
-    # A column past the end lies above the image for every tap.
+    # Columns past the end are out of bounds for every tap.
     y = tl.where(col_live, y, -(1 << 24))
     col_inside = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
 
@@ -178,7 +172,7 @@ def conv_kernel_function(  # type: ignore[no-untyped-def]  # triton reads annota
         where = tl.max_contiguous(tl.multiple_of(where, [1, 8]), [1, 8])
     if HAS_RESIDUAL:
         acc += tl.load(residual_ptr + where, mask=live, other=0.0).to(tl.float32)
-    # Comparisons that are false for NaN keep it, as torch does.
+    # Comparisons are false for NaN, which is therefore kept, as in torch.
     if ACTIVATION == 1:
         acc = tl.where(acc <= 0.0, 0.0, acc)
     elif ACTIVATION == 2:

@@ -1,7 +1,7 @@
-"""The tables that the Triton kernel reads: what every k stands for, which tile is what, where filters go.
+"""The tables of the Triton kernel: channel and tap of every k, the tiles, and the outputs of their filters.
 
-They come from a checked structure and depend on neither the input's size nor the numbers, so they are made
-once per convolution and tile size, and packing weights is one gather on the device.
+They depend on the structure and the tile size only, so that they are made once, and packing weights is one
+gather on the device.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group
 from dsp_kernels.run.gpu.layout import GpuLayout, all_groups
 
-__all__ = ["MOST_CHANNELS", "MOST_DX", "MOST_DY", "TritonTables", "reads_runs", "tables_for", "writes_runs"]
-
-# An entry of the k table holds channel, dy and dx in 16, 8 and 7 bits; a negative one is padding.
+# An entry of the k table packs channel, dy and dx into 16, 8 and 7 bits; negative entries are padding.
 MOST_CHANNELS, MOST_DY, MOST_DX = 1 << 16, 255, 127
-# Channels that stay together for all taps (NHWC): 128 bytes of 16-bit numbers.
-_TOGETHER = 64
+_CHANNEL_BLOCK = 64  # channels per tap in NHWC before the next tap: 128 bytes of 16-bit numbers
 _RUN = 8
 
 Array = NDArray[np.int64]
@@ -34,10 +31,10 @@ class TritonTables:
     """int32 tensors on one device.
 
     k: (sum of padded depths,), entries dx << 24 | dy << 16 | channel, in pixels of the input.
-    tiles: (tiles, 3), heaviest first: first step in k, steps, first step in the packed weights.
+    tiles: (tiles, 3), most steps first: first step in k, steps, first step in the packed weights.
     filters: (tiles * filters per tile,), output channel or -1.
-    weight_index: (steps of all tiles * bk * filters,), into all weights flattened and one zero behind them.
-    bias_index: (tiles * filters per tile,), into the bias and one zero behind it.
+    weight_index: (steps of all tiles * bk * filters,), into the concatenation of all weights and one zero.
+    bias_index: (tiles * filters per tile,), into the concatenation of the bias and one zero.
     """
 
     k: Tensor
@@ -53,14 +50,14 @@ class TritonTables:
 
 
 def reads_runs(spec: ConvSpec) -> bool:
-    """Whether every group reads aligned runs of 8 channels, in order, of a multiple of 8 (NHWC: 16 bytes)."""
+    """Whether every group reads whole aligned runs of 8 channels (16 bytes in NHWC)."""
     return spec.structure.in_channels % _RUN == 0 and all(
         _in_runs(group.in_index) for group in spec.structure.groups
     )
 
 
 def writes_runs(spec: ConvSpec) -> bool:
-    """The same for the output channels, the absent ones included."""
+    """The same for the output channels, including absent ones."""
     return spec.structure.out_channels % _RUN == 0 and all(
         _in_runs(group.out_index) for group in all_groups(spec.structure)
     )
@@ -77,7 +74,7 @@ def _in_runs(index: tuple[int, ...]) -> bool:
 def tables_for(
     spec: ConvSpec, layout: GpuLayout, filters: int, bk: int, device: torch.device
 ) -> TritonTables:
-    """filters, bk: the tile. The same arguments give the same tables."""
+    """The tables for tiles of ``filters`` filters and steps of ``bk``."""
     groups = all_groups(spec.structure)
     live = len(spec.structure.groups)
     zero_weight, zero_bias = spec.structure.params(spec.kernel_size), spec.structure.out_channels
@@ -104,7 +101,7 @@ def tables_for(
     rows = np.asarray([(tile[0], tile[1], first) for tile, first in zip(tiles, first_weight, strict=False)])
 
     def on_device(parts: list[Array]) -> Tensor:
-        # A kernel never gets an empty table.
+        # Not empty, so that the kernel gets a valid pointer.
         joined = np.concatenate(parts) if sum(map(len, parts)) else np.full(bk, -1)
         return torch.from_numpy(joined.astype(np.int32)).to(device)
 
@@ -119,15 +116,15 @@ def tables_for(
 
 
 def _reduction(spec: ConvSpec, group: Group, layout: GpuLayout) -> tuple[Array, Array]:
-    """Positions in a filter's weights (C_g, kh, kw) in the order in which they are summed, and k's entries.
+    """Positions in a filter's weights (C_g, kh, kw) in the order of summation, and their entries of k.
 
-    CHWN: the taps of a channel follow each other, so that they find its lines in L1. NHWC: the channels of
-    a tap do, because they lie together.
+    CHWN: all taps of a channel, whose cache lines are then in L1. NHWC: _CHANNEL_BLOCK channels of a tap,
+    which are contiguous.
     """
     kh, kw = spec.kernel_size
-    together = 1 if layout is GpuLayout.CHWN else _TOGETHER
+    block = 1 if layout is GpuLayout.CHWN else _CHANNEL_BLOCK
     position = np.arange(len(group.in_index) * kh * kw).reshape(len(group.in_index), kh * kw)
-    parts = [position[at : at + together].T.ravel() for at in range(0, len(position), together)]
+    parts = [position[at : at + block].T.ravel() for at in range(0, len(position), block)]
     order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     channels = np.asarray(group.in_index, dtype=np.int64)
     dy = order % (kh * kw) // kw * spec.dilation[0]

@@ -1,8 +1,8 @@
-"""Measuring the few configurations that suit one convolution and input, and remembering the fastest.
+"""Tuning: measures the candidate configurations of one convolution and input, and keeps the fastest on disk.
 
-Nothing is measured unless it is asked for: by calling ``tune``, or by DSP_KERNELS_AUTOTUNE=1 in the
-environment, which tunes every convolution at its first launch on an input size. Never while a stream is
-being captured into a CUDA graph: the rule's choice is launched then.
+Only on request: by calling ``tune``, or by DSP_KERNELS_AUTOTUNE=1, which tunes every convolution at its
+first launch for an input size. During the capture of a CUDA graph the rule's choice is launched without
+tuning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,23 +22,15 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.run.gpu.graphs import is_capturing
 from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates
 from dsp_kernels.whole_file import write_text
-
-__all__ = [
-    "ConfigCache",
-    "cache_file",
-    "cache_folder",
-    "kept_config",
-    "signature",
-    "tune",
-]
 
 if TYPE_CHECKING:
     from dsp_kernels.run.gpu.triton.conv import TritonConv
 
 
-# A function that runs a launch and answers milliseconds.
+# Runs a launch and returns milliseconds.
 Timer = Callable[[Callable[[], None]], float]
 
 
@@ -51,17 +43,19 @@ def tune(
     timer: Timer | None = None,
     cache: ConfigCache | None = None,
 ) -> TritonConfig:
-    """The fastest of at most 12 configurations for these tensors (as in a launch); kept on disk.
+    """The fastest of at most 12 configurations for these operands of a launch; kept on disk.
 
-    ``out`` keeps its value. Compiling each candidate takes seconds. timer: by default the median of
-    triton.testing.do_bench, which needs a GPU. A candidate that cannot be launched there (too little shared
-    memory) is passed over. Raises DSPBackendError without a GPU and timer, during stream capture, and if no
-    candidate runs.
+    ``out`` is not written. Compiling each candidate takes seconds. timer: by default the median of
+    triton.testing.do_bench, which needs a GPU. Candidates that need too much shared memory are skipped.
+    Raises DSPBackendError without a GPU and timer, during stream capture, and if no candidate runs.
     """
     if timer is None and x.device.type != "cuda":
         raise DSPBackendError(f"tuning measures on a GPU; the tensors are on {x.device}")
-    if _capturing(x):
+    if is_capturing(x.device):
         raise DSPBackendError("tuning while a CUDA graph is being captured; tune before the capture")
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
     scratch = torch.empty_like(out)
     times: dict[TritonConfig, float] = {}
     for config in _candidates(conv, x, out):
@@ -70,11 +64,11 @@ def tune(
             conv.launch(config, x, scratch, residual)
 
         try:
-            times[config] = (timer or _median)(launch)
-        except _out_of_resources():
+            times[config] = timer(launch) if timer else float(do_bench(launch, return_mode="median"))
+        except OutOfResources:
             continue
     if not times:
-        raise DSPBackendError(f"none of the configurations for {conv.spec.structure} can be launched here")
+        raise DSPBackendError(f"none of the configurations for {conv.spec.structure} can run on this GPU")
     best = min(times, key=lambda config: times[config])
     (cache or _cache_of(x)).put(signature(conv, x, residual), best)
     conv.remember(x, residual, best)
@@ -84,7 +78,7 @@ def tune(
 def kept_config(
     conv: TritonConv, x: Tensor, out: Tensor, residual: Tensor | None, cache: ConfigCache | None = None
 ) -> TritonConfig | None:
-    """The configuration kept for these tensors, if it is one of the candidates; tuned first if so asked."""
+    """The configuration on disk for these operands, if it is a candidate; else a tuned one if enabled."""
     config = (cache or _cache_of(x)).get(signature(conv, x, residual))
     if config is not None and config in _candidates(conv, x, out):
         return config
@@ -94,36 +88,19 @@ def kept_config(
 
 
 def signature(conv: TritonConv, x: Tensor, residual: Tensor | None) -> str:
-    """What the time of a launch depends on, but GPU and triton, as a short text."""
+    """A hash of everything that the time of a launch depends on, except GPU and triton version."""
     spec = conv.spec
-    told = [
+    settings = [
         spec.structure.to_dict(),
         *(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.activation),
         *(conv.layout.name, str(x.dtype), list(x.shape), residual is not None),
     ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _candidates(conv: TritonConv, x: Tensor, out: Tensor) -> list[TritonConfig]:
     batch, _, height, width = conv.layout.as_nchw(out).shape
     return candidates(conv.spec, x.dtype, conv.layout, conv.wide_in, batch, (height, width))
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _median(launch: Callable[[], None]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(launch, return_mode="median"))
-
-
-def _out_of_resources() -> type[Exception]:
-    from triton.runtime.errors import OutOfResources
-
-    kind: type[Exception] = OutOfResources
-    return kind
 
 
 def _cache_of(x: Tensor) -> ConfigCache:
@@ -143,41 +120,35 @@ _MOST_BYTES = 4 << 20
 _MOST_ENTRIES = 8192
 
 
-def cache_folder() -> Path:
-    """$DSP_KERNELS_CACHE, or dsp-kernels in the user's cache folder."""
-    named = os.environ.get("DSP_KERNELS_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
-
-
 def cache_file(gpu: str, triton_version: str) -> Path:
-    """One file per GPU name and triton version."""
-    return cache_folder() / (re.sub(r"[^A-Za-z0-9.]+", "-", f"triton {triton_version} {gpu}") + ".json")
+    """One file per GPU name and triton version, in $DSP_KERNELS_CACHE or the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"triton {triton_version} {gpu}")
+    return Path(os.environ.get("DSP_KERNELS_CACHE") or user) / f"{name}.json"
 
 
 class ConfigCache:
-    """signature -> configuration, in one file. A file that is missing, foreign or damaged counts as empty."""
+    """signature -> configuration, in one JSON file. A missing, foreign or damaged file counts as empty."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._configs: dict[str, TritonConfig] | None = None
 
     def get(self, signature: str) -> TritonConfig | None:
-        """The configuration kept for a signature; None if there is none."""
+        """The configuration of a signature; None if there is none."""
         if self._configs is None:
             self._configs = _read(self.file)
         return self._configs.get(signature)
 
     def put(self, signature: str, config: TritonConfig) -> None:
-        """Keep one beside what other processes wrote. A folder that cannot be written is no error."""
+        """Add one to what other processes wrote. A folder that cannot be written is not an error."""
         configs = _read(self.file)
         configs.pop(signature, None)
         configs[signature] = config
         while len(configs) > _MOST_ENTRIES:
             configs.pop(next(iter(configs)))
         self._configs = configs
-        plain = {"version": _VERSION, "configs": {key: kept.to_dict() for key, kept in configs.items()}}
+        plain = {"version": _VERSION, "configs": {key: asdict(kept) for key, kept in configs.items()}}
         with suppress(OSError):
             write_text(self.file, json.dumps(plain, indent=1))
 
@@ -199,7 +170,7 @@ def _read(file: Path) -> dict[str, TritonConfig]:
 
 
 def _config(entry: Any) -> TritonConfig | None:
-    """The configuration, if every field is there, of its type, and nothing else is."""
+    """The configuration, if the entry has exactly its fields, each of its type."""
     kinds = {"bool": bool, "int": int, "str": str}
     expected: Mapping[str, type] = {field.name: kinds[str(field.type)] for field in fields(TritonConfig)}
     if not isinstance(entry, dict) or entry.keys() != expected.keys():

@@ -13,19 +13,16 @@ from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables
 from dsp_kernels.run.gpu.cuda.conv import Launch, launch_op
 from dsp_kernels.run.gpu.cuda.library import why_no_cuda, why_not_on
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands
 
-__all__ = ["BLOCK_DTYPES", "CudaBlock", "why_no_blocks"]
-
-BLOCK_DTYPES = (torch.float16, torch.bfloat16)
-_launch: Launch = partial(launch_op, "cuda_block")
+_LAUNCH: Launch = partial(launch_op, "cuda_block")
 
 
 def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
-    """Why no block can run in one kernel there; empty if blocks can."""
+    """Why no block can run as one kernel; empty if blocks can."""
     if layout is not GpuLayout.CHWN:
-        return f"the batch is no multiple of {BATCH_MULTIPLE}"
-    if dtype not in BLOCK_DTYPES:
+        return f"the batch is not a multiple of {BATCH_MULTIPLE}"
+    if dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {dtype} is neither float16 nor bfloat16"
     if device.type != "cuda":
         return f"tensors are on {device}"
@@ -33,55 +30,44 @@ def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -
 
 
 class CudaBlock:
-    """One block for one input size, its weights packed and its tables on the device; called like a GpuConv.
-
-    launch: what runs the kernel; tests give an emulation.
-    """
+    """A GpuConv that runs one block for one input size. launch: the op, or its emulation in tests."""
 
     def __init__(
         self,
         step: BlockStep,
         tables: BlockTables,
         geometry: BlockGeometry,
-        launch: Launch = _launch,
+        launch: Launch = _LAUNCH,
     ) -> None:
         self.step, self.tables, self.geometry = step, tables, geometry
         self._launch = launch
         self._table, self._sizes = geometry.table(tables, tables.weights.device)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """x, out, residual: contiguous in CHWN; out is overwritten whole and may be the residual, not x.
+        """x, out, residual: contiguous in CHWN; all of out is overwritten; it may be the residual, but not x.
 
-        residual: given exactly where the step has two inputs. Raises DSPShapeError for what does not fit.
+        residual: given exactly if the step has two inputs. Raises DSPShapeError for tensors that do not fit.
         """
         source, last = self.geometry.regions[0], self.geometry.regions[-1]
         first, final = self.step.convs[0].spec.structure, self.step.convs[-1].spec.structure
         batch = x.shape[3] if x.dim() == 4 else 0
         if batch % BATCH_MULTIPLE:
-            raise DSPShapeError(f"batch {batch} is no multiple of {BATCH_MULTIPLE}; a block needs one")
-        shapes = {
-            "x": (x, (first.in_channels, source.height, source.width, batch)),
-            "out": (out, (final.out_channels, last.height, last.width, batch)),
-        }
+            raise DSPShapeError(f"batch {batch} is not a multiple of {BATCH_MULTIPLE}")
         if (residual is None) != (len(self.step.inputs) == 1):
-            wants = "a" if len(self.step.inputs) == 2 else "no"
-            raise DSPShapeError(f"the block {self.step.output} takes {wants} residual beside x")
-        if residual is not None:
-            shapes["residual"] = residual, shapes["out"][1]
-        dtype, device = self.tables.weights.dtype, self.tables.weights.device
-        for what, (tensor, expected) in shapes.items():
-            if tuple(tensor.shape) != expected:
-                raise DSPShapeError(f"{what} has shape {tuple(tensor.shape)}; expected {expected} (CHWN)")
-            if tensor.dtype != dtype or tensor.device != device:
-                raise DSPShapeError(
-                    f"{what} is {tensor.dtype} on {tensor.device}; the weights are {dtype} on {device}"
-                )
-            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-                raise DSPShapeError(f"{what} is not contiguous in CHWN from a multiple of 16 bytes on")
+            wants = "a" if residual is None else "no"
+            raise DSPShapeError(f"the block {self.step.output} takes {wants} residual besides x")
+        shape = (final.out_channels, last.height, last.width, batch)
+        operands = {
+            "x": (x, (first.in_channels, source.height, source.width, batch)),
+            "out": (out, shape),
+            "residual": (residual, shape),
+        }
+        weights = self.tables.weights
+        check_operands(operands, weights.dtype, weights.device, GpuLayout.CHWN)
         # The kernel counts pieces of 8 images in 32 bits.
         if max(x.numel(), out.numel()) // BATCH_MULTIPLE >= 2**31:
             raise DSPShapeError(f"an input of shape {tuple(x.shape)} is too large for the block kernel")
         if out.numel() == 0:
             return
         sizes = [self.tables.filters, batch, first.in_channels, final.out_channels, *self._sizes]
-        self._launch(x, out, residual, self.tables.weights, self.tables.bias, self._table, sizes)
+        self._launch(x, out, residual, weights, self.tables.bias, self._table, sizes)

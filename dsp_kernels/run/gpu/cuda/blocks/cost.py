@@ -1,8 +1,9 @@
-"""What a residual block costs as one kernel and as one per convolution, by a model.
+"""Predicted cost of a residual block as one kernel and as one kernel per convolution.
 
-**Every constant here is an estimate or a number of a data sheet; nothing was measured on a GPU.** The
-model counts what each multiprocessor has to do (bytes out of L2, bytes through shared memory, multiply-adds
-with their padding, halo pixels computed twice) and what the GPU's memory has to move; the slowest decides.
+**Every constant here is an estimate or from a data sheet, except where it says measured.** The model counts
+what each multiprocessor has to do (bytes from L2, bytes through shared memory, multiply-adds including
+padding, halo pixels computed twice) and what the GPU's memory has to move; the slowest of these is the
+time.
 """
 
 from __future__ import annotations
@@ -19,28 +20,25 @@ from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import STEP, STEP_CLOCKS, BlockTables
 from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, all_groups
 
-__all__ = ["H200", "BlockPlan", "DeviceModel", "block_floor", "block_seconds", "conv_seconds", "device_model"]
-
 Shapes = Mapping[str, tuple[int, ...] | None]
-_BYTES = 2  # of one number: the kernel takes 16-bit numbers only
-_WARPS = 8  # of a block of threads; csrc/cuda/block_kernel.h
-# Seconds of a turn, and of a kernel, that nothing of the model explains: the first copy's way from memory,
-# barriers, the last store. An estimate.
+_BYTES = 2  # per number: the kernel is for 16-bit dtypes only
+_WARPS = 8  # per thread block; csrc/cuda/block_kernel.h
+# Seconds per turn, and per kernel, outside the model: latency of the first copy, barriers, the last store. An
+# estimate.
 _LATENCY = 1e-6
-# Clocks that a warp needs for one step, however little the others do. An estimate.
+# Clocks of a warp per step, however idle the others are. An estimate.
 _STEP_LATENCY = 64
-# Clocks of a warp per work item beside its steps (addresses, bias, activation, stores). An estimate.
+# Clocks of a warp per work item besides its steps (addresses, bias, activation, stores). An estimate.
 _ITEM_CLOCKS = 120
 
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A GPU as the model sees it; bytes, bytes per second, operations per second (a multiply-add counts two).
+    """A GPU in bytes, bytes per second, operations per second (2 per multiply-add) and seconds per launch.
 
-    flops: of mma.sync, peak_flops: of the fastest instructions (what the floor is made with).
+    flops: of mma.sync; peak_flops: of the fastest instructions, for the floor.
     """
 
-    name: str
     multiprocessors: int
     shared_per_block: int
     shared_per_multiprocessor: int
@@ -50,61 +48,25 @@ class DeviceModel:
     peak_flops: float
     clock: float
     launch: float
-    shared_per_clock: int = 128  # bytes of a multiprocessor, L1 included
+    shared_per_clock: int = 128  # bytes per multiprocessor, including L1
 
 
-# bandwidth, peak_flops: measured on an H200 before the project (docs/gpu-notes-blocks.md); multiprocessors,
+# bandwidth, peak_flops: measured on an H200 before the project (docs/notes/gpu.md); multiprocessors,
 # clock and shared memory: data sheet; launch in a CUDA graph, l2_bandwidth and flops of mma.sync: estimates.
-H200 = DeviceModel("H200", 132, 232448, 233472, 4.3e12, 5.5e12, 6.0e14, 7.9e14, 1.7e9, 2.5e-6)
+H200 = DeviceModel(132, 232448, 233472, 4.3e12, 5.5e12, 6.0e14, 7.9e14, 1.7e9, 2.5e-6)
 
 
 def device_model(device: torch.device) -> DeviceModel:
-    """The GPU's own multiprocessors and shared memory; rates are those of an H200. H200 for other devices."""
+    """The GPU's own multiprocessors and shared memory with the rates of an H200; H200 for a CPU."""
     if device.type != "cuda":
         return H200
     found = torch.cuda.get_device_properties(device)
     return replace(
         H200,
-        name=found.name,
         multiprocessors=found.multi_processor_count,
         shared_per_block=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         shared_per_multiprocessor=found.shared_memory_per_multiprocessor,
     )
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What was decided for one residual block. step: what runs as one kernel, maybe a part of the block.
-
-    seconds: of the whole block as decided; per_conv: as one kernel per convolution; floor: of one kernel for
-    the whole block. tables, geometry: None where every convolution keeps its own kernel. All predictions.
-    """
-
-    block: BlockStep
-    step: BlockStep | None
-    tables: BlockTables | None
-    geometry: BlockGeometry | None
-    seconds: float
-    per_conv: float
-    floor: float
-
-    def describe(self) -> str:
-        """The choice, the floor and the predicted times, in microseconds."""
-        times = f"floor {1e6 * self.floor:.1f} us, per convolution {1e6 * self.per_conv:.1f} us"
-        if self.step is None or self.geometry is None:
-            return f"block left per convolution ({times}; estimates)"
-        output = self.geometry.regions[-1]
-        what = (
-            "one kernel"
-            if self.step.members == self.block.members
-            else f"one kernel for a {self.step.describe()}"
-        )
-        return (
-            f"{what}: predicted {1e6 * self.seconds:.1f} us ({times}; estimates), tiles of "
-            f"{output.rows}x{output.columns} pixels x {8 * self.geometry.tile_n} images, "
-            f"{self.geometry.turns} turns, "
-            f"{self.geometry.shared_bytes} bytes of shared memory"
-        )
 
 
 def _size(shapes: Shapes, name: str) -> int:
@@ -112,7 +74,7 @@ def _size(shapes: Shapes, name: str) -> int:
 
 
 def _moved(step: BlockStep | ConvStep, shapes: Shapes) -> int:
-    """Bytes that one kernel has to read and write at least."""
+    """Bytes that one kernel must read and write at least."""
     convs = step.members if isinstance(step, BlockStep) else (step,)
     weights = sum(weight.numel() for conv in convs for weight in conv.weights)
     return _BYTES * (sum(_size(shapes, name) for name in {*step.inputs, step.output}) + weights)
@@ -124,19 +86,19 @@ def _flops(step: ConvStep, shapes: Shapes) -> int:
 
 
 def block_floor(step: BlockStep, shapes: Shapes, device: DeviceModel) -> float:
-    """Seconds that one kernel for the block cannot go below: measure/floors.py has the same formula."""
+    """Lower bound in seconds of one kernel for the block; formula of benchmarks/measure/floors.py."""
     flops = sum(_flops(conv, shapes) for conv in step.members)
     return max(flops / device.peak_flops, _moved(step, shapes) / device.bandwidth) + device.launch
 
 
 def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
-    """Predicted for one convolution by a kernel of its own (csrc/cuda/halo_conv.h, chwn_gemm.h)."""
+    """Predicted seconds of one convolution as its own kernel (csrc/cuda/halo_conv.h, chwn_gemm.h)."""
     spec = step.spec
     batch, _, height, width = shapes[step.output] or (0, 0, 0, 0)
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     has_halo = spec.kernel_size == (3, 3) and (spec.stride, spec.dilation) == ((1, 1), (1, 1))
-    # A halo tile reads 1.9 times its pixels instead of 9 times (docs/gpu-notes-cuda.md).
-    again = 1.9 / 9 if has_halo else 1.0
+    # A halo tile reads 1.9 times its pixels instead of 9 times (docs/notes/gpu.md).
+    reread = 1.9 / 9 if has_halo else 1.0
     positions = batch * height * width
     best = math.inf
     for filters in (16, 32, 64):
@@ -146,8 +108,8 @@ def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
             reduction = STEP * math.ceil(len(group.in_index) * taps / STEP)
             rows += tiles * reduction
             flops += 2 * tiles * reduction * filters
-        l2 = _BYTES * positions * rows * again + _moved(step, shapes) / 2
-        shared = _BYTES * positions * rows * (1 + again)
+        l2 = _BYTES * positions * rows * reread + _moved(step, shapes) / 2
+        shared = _BYTES * positions * rows * (1 + reread)
         best = min(
             best,
             max(
@@ -162,9 +124,9 @@ def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
 def block_seconds(
     tables: BlockTables, geometry: BlockGeometry, shapes: Shapes, device: DeviceModel
 ) -> float | None:
-    """Predicted for a block as one kernel in this geometry; None where it does not fit the device."""
+    """Predicted seconds of a block as one kernel in this geometry; None where it does not fit the device."""
     step, filters = tables.step, tables.filters
-    # Two by registers; a block of threads takes 1024 bytes of shared memory for itself.
+    # Two by registers; each thread block reserves 1024 more bytes of shared memory.
     resident = min(2, device.shared_per_multiprocessor // (geometry.shared_bytes + 1024))
     if geometry.shared_bytes > device.shared_per_block or resident == 0:
         return None
@@ -182,7 +144,7 @@ def block_seconds(
     pieces = [
         (first + (turns - 1) * more) * columns for (first, more), columns in zip(rows, across, strict=True)
     ]
-    # Eight images are half of a sector of L2.
+    # Eight images are half a sector of L2.
     sectors = 2 if tile_n == 1 and chunks > 1 else 1
     l2 = 16 * sectors * (pieces[0] * len(tables.channels) + pieces[-1] * channels)
     l2 += 16 * sectors * pieces[-1] * channels * (len(step.inputs) == 2)
@@ -209,44 +171,6 @@ def block_seconds(
 
 
 def _longest(steps: Sequence[int], groups: int) -> float:
-    """Steps of the warp with most, at most: items (a tile at a group of chunks) go round the warps."""
+    """Upper bound of the steps of one warp: items (a tile for a group of chunks) go round-robin to warps."""
     longest = max(steps, default=0)
     return longest if len(steps) * groups <= _WARPS else sum(steps) * groups / _WARPS + longest
-
-
-def parts(size: int, most: int) -> list[int]:
-    """Sizes of a tile along an axis: those that split it into 1, 2, 3 ... parts, at most ``most``."""
-    return sorted({math.ceil(size / count) for count in range(1, size + 1)} & set(range(1, most + 1)))
-
-
-def best_geometry(
-    tables: BlockTables, shapes: Shapes, device: DeviceModel
-) -> tuple[BlockGeometry, float] | None:
-    """The geometry with the least predicted time, and that time; None where nothing fits."""
-    step = tables.step
-    x, out = shapes[step.inputs[0]], shapes[step.output]
-    assert x is not None
-    assert out is not None
-    chunks = x[0] // BATCH_MULTIPLE
-    best: tuple[BlockGeometry, float] | None = None
-    for tile_n in (n for n in (1, 2, 4) if n <= max(chunks, 1)):
-        for rows in parts(out[2], 16):
-            for columns in parts(out[3], 64):
-                made = BlockGeometry.of(step, tables.slots, (x[2], x[3]), (rows, columns), tile_n)
-                if made is None or made.shared_bytes > device.shared_per_block:
-                    break  # wider ones take more
-                below = math.ceil(out[2] / rows)
-                beside = math.ceil(out[3] / columns) * math.ceil(chunks / tile_n)
-                # No turns, all, and as many as leave a block of threads, or two, for every multiprocessor.
-                some = (below * beside // (device.multiprocessors * resident) for resident in (1, 2))
-                for turns in sorted({1, below, *(min(max(count, 1), below) for count in some)}):
-                    made = replace(made, turns=turns)
-                    seconds = block_seconds(tables, made, shapes, device)
-                    if seconds is not None and (best is None or seconds < best[1]):
-                        best = made, seconds
-    return best
-
-
-def total_conv_seconds(convs: Sequence[ConvStep], shapes: Shapes, device: DeviceModel) -> float:
-    """Predicted for convolutions with a kernel each."""
-    return sum(conv_seconds(conv, shapes, device) for conv in convs)

@@ -1,4 +1,4 @@
-"""Where the tiles of a residual block lie in shared memory, and the table of a launch that says so."""
+"""The regions of a residual block in shared memory, and the launch table that describes them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import STEP, BlockTables, Row
+from dsp_kernels.run.gpu.layout import ACTIVATION_CODES
 
-__all__ = ["BlockGeometry", "Region"]
-
-# csrc/cuda/block_params.h
-MOST_CHUNKS, LARGEST_DIVISOR = 4095, 256
+_MOST_CHUNKS, _LARGEST_DIVISOR = 4095, 256  # csrc/cuda/block_kernel.h
 _PIECE = 16  # bytes of eight images
 
 
 @dataclass(frozen=True)
 class Region:
-    """See BlockRegion in csrc/cuda/block_params.h; sizes in pixels, offset and channel_bytes in bytes."""
+    """See BlockRegion in csrc/cuda/block_kernel.h; sizes in pixels, offset and channel_bytes in bytes."""
 
     offset: int
     channel_bytes: int
@@ -36,15 +33,11 @@ class Region:
 
     def numbers(self) -> list[int]:
         """In the order of the op's sizes."""
-        return [
-            *(self.offset, self.channel_bytes, self.rows, self.columns, self.height, self.width),
-            *self.step,
-            *self.shift,
-            self.slots,
-        ]
+        before = self.offset, self.channel_bytes, self.rows, self.columns, self.height, self.width
+        return [*before, *self.step, *self.shift, self.slots]
 
     def kept(self, rows: int) -> int:
-        """Rows that the next turn needs again, after one of ``rows`` rows of output."""
+        """Rows that the next turn reuses, if each turn computes ``rows`` rows of output."""
         return max(0, self.rows - rows * self.step[0])
 
 
@@ -52,8 +45,8 @@ class Region:
 class BlockGeometry:
     """A tile of output pixels and tile_n x 8 images in shared memory.
 
-    regions: the input's, that of each inner map, the output's (which has no place there). turns: tiles that a
-    block does one below the other.
+    regions: of the input, of each inner feature map, of the output (not in shared memory). turns: tiles
+    that a thread block computes one below the other.
     """
 
     tile_n: int
@@ -71,11 +64,11 @@ class BlockGeometry:
         tile_n: int,
         turns: int = 1,
     ) -> BlockGeometry | None:
-        """slots: of every region but the last. None where the kernel cannot count or reach that far."""
+        """slots: of every region but the last. None if it exceeds the kernel's limits."""
         maps = [input_hw]
         for conv in step.convs:
             maps.append(conv.spec.output_hw(maps[-1]))
-        # From the output back to the input: how many pixels, and where they begin.
+        # From the output back to the input: size in pixels, step and shift relative to the output.
         shapes = [(tile_hw, (1, 1), (0, 0))]
         for conv in reversed(step.convs):
             (size, steps, shifts), spec = shapes[0], conv.spec
@@ -92,7 +85,7 @@ class BlockGeometry:
         end = 0
         for number, (size, steps, shifts) in enumerate(shapes):
             pieces = size[0] * size[1] * tile_n
-            if pieces > MOST_CHUNKS or max(size[1], tile_n) > LARGEST_DIVISOR:
+            if pieces > _MOST_CHUNKS or max(size[1], tile_n) > _LARGEST_DIVISOR:
                 return None
             channel_bytes = (pieces | 1) * _PIECE
             held = slots[number] if number < len(slots) else 0
@@ -102,7 +95,7 @@ class BlockGeometry:
         return made if step.shortcut is None or made._holds(step.shortcut.spec) else None
 
     def _holds(self, shortcut: ConvSpec) -> bool:
-        """Whether the input's region has all that the shortcut reads."""
+        """Whether the input region contains everything that the shortcut reads."""
         source, output = self.regions[0], self.regions[-1]
         sizes = (source.rows, output.rows), (source.columns, output.columns)
         for i, (there, needed) in enumerate(sizes):
@@ -113,7 +106,7 @@ class BlockGeometry:
         return True
 
     def table(self, tables: BlockTables, device: torch.device) -> tuple[Tensor, list[int]]:
-        """The int32 table of a launch and the part of the op's sizes that follows from both."""
+        """The int32 table of a launch, and the op's sizes from tile_n on (csrc/cuda/block_plan.h)."""
         targets, added = tables.static
         tile_records: list[int] = []
         offsets: list[int] = []
@@ -126,7 +119,7 @@ class BlockGeometry:
             conv_sizes.append(
                 [
                     *(len(tiles), len(tile_records), first_row, *spec.stride),
-                    list(ACTIVATIONS).index(spec.activation),
+                    ACTIVATION_CODES[spec.activation],
                 ]
             )
             for tile in tiles:
@@ -161,7 +154,7 @@ class BlockGeometry:
         ]
 
     def _shortcut_shift(self, step: BlockStep) -> tuple[int, int]:
-        """From the first pixel of the input's region to the first that the shortcut reads."""
+        """Offset in pixels of the first input that the shortcut reads within the input region."""
         if step.shortcut is None:
             return 0, 0
         shift, padding = self.regions[0].shift, step.shortcut.spec.padding

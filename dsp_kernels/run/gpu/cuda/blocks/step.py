@@ -1,8 +1,8 @@
-"""BlockStep: a chain of convolutions with its residual as one step of a Program, and where a Program has one.
+"""BlockStep: a residual block as one step of a Program, and how the blocks of a Program are found.
 
-A block is two or three convolutions one after the other, the last of which adds a residual: the block's own
-input, the result of a shortcut's convolution of it, or any other value. What its inner convolutions write is
-read by nobody else.
+A block is a chain of two or three convolutions, the last of which adds a residual: the block's input, the
+output of a shortcut convolution of that input, or any other value. The outputs of its inner convolutions
+have no other reader.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from typing import Any
 
 from dsp_kernels.program.steps import ConvStep, Program, Step, TensorMap
 
-__all__ = ["MOST_CONVS", "BlockStep", "blocks_of", "residual_last", "with_blocks"]
-
-# csrc/cuda/block_params.h: kMostConvs
+# csrc/cuda/block_kernel.h: kMostConvs
 MOST_CONVS = 3
 
 
 @dataclass(frozen=True, eq=False)
 class BlockStep(Step):
-    """Inputs: (x,), or (x, residual) where the residual is neither x nor the shortcut's result.
+    """inputs: (x,), or (x, residual) where the residual is neither x nor the output of the shortcut.
 
-    convs: in order; the last one's residual is added before its activation. shortcut: a convolution of x
-    whose result is that residual, or None.
+    convs: in order; the residual is added before the activation of the last one. shortcut: the convolution of
+    x that makes the residual, or None.
     """
 
     convs: tuple[ConvStep, ...]
@@ -33,16 +31,16 @@ class BlockStep(Step):
 
     @property
     def members(self) -> tuple[ConvStep, ...]:
-        """All its convolutions, the shortcut's first."""
+        """All convolutions, the shortcut first."""
         return (*((self.shortcut,) if self.shortcut else ()), *self.convs)
 
     @property
     def adds_input(self) -> bool:
-        """Whether the residual is the block's own input."""
+        """Whether the residual is the block's input."""
         return self.shortcut is None and len(self.inputs) == 1
 
     def output_shape(self, x: Sequence[int]) -> tuple[int, ...]:
-        """x: (batch, channels, height, width) -> the output's. Raises DSPShapeError if x is too small."""
+        """For x: (batch, channels, height, width). Raises DSPShapeError if x is too small."""
         size = tuple(x[2:])
         for conv in self.convs:
             size = conv.spec.output_hw(size)
@@ -59,14 +57,13 @@ class BlockStep(Step):
 
 
 def residual_last(program: Program) -> Program:
-    """The same Program in which a shortcut's convolution comes first and its result is the residual.
+    """The same Program with every shortcut convolution before the block, its output being the residual.
 
-    A sum has no order, and the planner gives the residual to the convolution that runs last, which in many
-    networks is the shortcut's.
+    The planner adds the residual to the convolution that runs last, which in many networks is the shortcut.
     """
     graph = _Graph(program)
     steps = list(program.steps)
-    place = {step.output: position for position, step in enumerate(steps)}
+    index = {step.output: position for position, step in enumerate(steps)}
     for position, step in enumerate(program.steps):
         if not isinstance(step, ConvStep) or len(step.inputs) != 2:
             continue
@@ -78,7 +75,7 @@ def residual_last(program: Program) -> Program:
         if len(chain) < 2 or chain[0].inputs[0] != x:
             continue
         plain = step.spec.with_activation("none")
-        steps[place[name]] = replace(step, output=name, inputs=(x,), spec=plain)
+        steps[index[name]] = replace(step, output=name, inputs=(x,), spec=plain)
         steps[position] = replace(
             main,
             output=step.output,
@@ -89,7 +86,7 @@ def residual_last(program: Program) -> Program:
 
 
 def blocks_of(program: Program) -> tuple[BlockStep, ...]:
-    """Every residual block of a Program as ``residual_last`` gives it; none shares a step with another."""
+    """Every residual block of a Program in the form of ``residual_last``; blocks share no step."""
     graph = _Graph(program)
     found = []
     for step in program.steps:
@@ -111,7 +108,7 @@ def blocks_of(program: Program) -> tuple[BlockStep, ...]:
 
 
 class _Graph:
-    """Who makes a value and how often it is read; taken: values of blocks that were found already."""
+    """The maker and the number of readers of each value. taken: values of blocks found so far."""
 
     def __init__(self, program: Program) -> None:
         self.makers = {step.output: step for step in program.steps}
@@ -120,19 +117,19 @@ class _Graph:
         self.taken: set[str] = set()
 
     def inner_conv(self, name: str) -> ConvStep | None:
-        """The convolution without a residual that makes a value which is read once; else None."""
+        """The convolution without residual that makes this value, if it is read once; else None."""
         maker = self.makers.get(name)
         if isinstance(maker, ConvStep) and len(maker.inputs) == 1 and self.readers[name] == 1:
             return None if name in self.taken else maker
         return None
 
     def sources(self, residual: str) -> set[str]:
-        """Where a block may begin: at its residual, or at what the residual's convolution reads."""
+        """Values at which a block may begin: its residual, or the input of the shortcut that makes it."""
         shortcut = self.inner_conv(residual)
         return {residual, *(shortcut.inputs if shortcut else ())}
 
     def chain(self, last: ConvStep, sources: set[str]) -> list[ConvStep]:
-        """The convolutions up to ``last``, back to one of ``sources``, or as many as a block can have."""
+        """The convolutions up to ``last``, from one of ``sources`` on, at most MOST_CONVS."""
         convs = [last]
         while len(convs) < MOST_CONVS and convs[0].inputs[0] not in sources:
             before = self.inner_conv(convs[0].inputs[0])
@@ -142,14 +139,14 @@ class _Graph:
         return convs
 
     def reaches(self, last: ConvStep) -> bool:
-        """Whether the chain up to ``last`` begins where its residual comes from."""
+        """Whether the chain up to ``last`` begins at one of its sources."""
         sources = self.sources(last.inputs[1])
         convs = self.chain(last, sources)
         return len(convs) > 1 and convs[0].inputs[0] in sources
 
 
 def with_blocks(program: Program, blocks: Sequence[BlockStep]) -> Program:
-    """The Program with the steps of every block replaced by the block, where its last convolution stood."""
+    """The Program with every block in place of its last convolution, and without its other steps."""
     last = {block.output: block for block in blocks}
     inner = {member.output for block in blocks for member in block.members} - set(last)
     steps: list[Any] = [last.get(step.output, step) for step in program.steps if step.output not in inner]

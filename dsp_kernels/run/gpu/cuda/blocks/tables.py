@@ -1,15 +1,15 @@
 """Weights and tiles of one residual block in the order in which its CUDA kernel reads them.
 
-A *slot* is a channel of a map that has a place in shared memory: of the block's input those that anything
-reads, of an inner map those that the next convolution reads; filters that write no slot are not computed.
-Which filters form a tile and what they read does not depend on sizes; where that lies in shared memory does
-(cuda_block_geometry.py). See csrc/cuda/block_params.h.
+A *slot* is a channel of a feature map held in shared memory: channels of the block's input that anything
+reads, and channels of an inner map that the next convolution reads. Filters that write no slot are not
+computed. The tiles do not depend on the input size; addresses in shared memory do (geometry.py). See
+csrc/cuda/block_kernel.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,24 +26,22 @@ from dsp_kernels.run.gpu.cuda.groups import (
     join_groups,
 )
 
-__all__ = ["STEP", "STEP_CLOCKS", "BlockTables", "Row", "Tile", "block_tables"]
-
 STEP = 16  # rows of the reduction of one mma
-# Clocks of a multiprocessor for one step of a tile at eight chunks, by filters of the tile: 16 are bound by
-# shared memory (128 bytes a clock), 32 by mma.sync. Estimates, not measured; a tile's outputs cost as much as
-# two steps.
+# Clocks of a multiprocessor per step of a tile for eight chunks, by filters of the tile: 16 are bound by
+# shared memory (128 bytes per clock), 32 by mma.sync. Estimates, not measured; the outputs of a tile cost
+# as much as two steps.
 STEP_CLOCKS = {16: 20.0, 32: 24.5}
 _FINISH_STEPS = 2
 
-# A row of the reduction: slot and offset in pixels of the region that it is read from.
+# A row of the reduction: slot, and offset in pixels (vertical, horizontal), in its source region.
 Row = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Filters of one tile: what they read of their own region and of the block's input, what they write.
+    """Filters of one tile. rows: of their own region; second_rows: of the block's input, for the shortcut.
 
-    rows, second_rows: multiples of 16 in number. targets: slot of the next region or output channel, or -1.
+    Both have a multiple of 16 entries. targets: slot of the next region, or output channel, or -1.
     """
 
     rows: tuple[Row, ...]
@@ -53,11 +51,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class BlockTables:
-    """What does not depend on sizes.
+    """The part of a launch that does not depend on the input size.
 
-    tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: per
-    region but the last, how many it has. residual_slots: per output channel the slot of the input that is
-    added to it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
+    tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: number
+    of slots per region but the last. residual_slots: per output channel, the input slot that is added to
+    it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
     """
 
     step: BlockStep
@@ -71,7 +69,7 @@ class BlockTables:
 
     @cached_property
     def static(self) -> tuple[list[int], list[int]]:
-        """Targets of all rows of all tiles, and the slots that are added to them (-1: none)."""
+        """Targets of all filters of all tiles, and the input slots that are added to them (-1: none)."""
         targets = [target for tiles in self.tiles for tile in tiles for target in tile.targets]
         last = sum(len(tile.targets) for tile in self.tiles[-1])
         added = [-1] * (len(targets) - last)
@@ -83,101 +81,93 @@ class BlockTables:
 
 
 def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
-    """The tables of a block whose tensors are of this dtype on this device."""
-    specs = [conv.spec for conv in step.convs]
-    # What each convolution's source has to hold, in the order of its slots.
-    read = [sorted(spec.structure.read) for spec in specs]
-    first = set(read[0])
+    """The tables of a block for tensors of this dtype on this device."""
+    outputs = range(step.convs[-1].spec.structure.out_channels)
+    first = set(step.convs[0].spec.structure.read)
     if step.shortcut:
         first |= set(step.shortcut.spec.structure.read)
     if step.adds_input:
-        first |= set(range(specs[-1].structure.out_channels))
-    channels = [sorted(first), *read[1:]]
-    wanted = [*channels[1:], list(range(specs[-1].structure.out_channels))]
+        first |= set(outputs)
+    # Per region, the slot of every channel that it holds.
+    channels = [sorted(first), *(sorted(conv.spec.structure.read) for conv in step.convs[1:]), outputs]
+    slots = [{channel: slot for slot, channel in enumerate(each)} for each in channels]
 
-    best: tuple[float, int, list[list[FilterGroup]]] | None = None
-    for filters in STEP_CLOCKS:
-        merged, work = [], 0.0
-        for conv, targets in zip(step.convs, wanted, strict=True):
-            taps = conv.spec.kernel_size[0] * conv.spec.kernel_size[1]
-            groups = _merged(_only(groups_of(conv.spec, conv.weights), set(targets)), filters, taps)
-            merged.append(groups)
-            work += sum(_work(len(each.out_index), len(each.in_index), filters, taps) for each in groups)
-        if best is None or work < best[0]:
-            best = work, filters, merged
-    assert best is not None
-    _, filters, merged = best
+    def tiled(filters: int) -> list[list[FilterGroup]]:
+        return [
+            _merged(_only(groups_of(conv.spec, conv.weights), set(written)), filters)
+            for conv, written in zip(step.convs, slots[1:], strict=True)
+        ]
 
-    all_tiles, weights, bias = [], [], []
-    for number, (conv, groups) in enumerate(zip(step.convs, merged, strict=True)):
-        place = {channel: slot for slot, channel in enumerate(channels[number])}
-        target = {channel: slot for slot, channel in enumerate(wanted[number])}
-        is_last = number + 1 == len(step.convs)
-        shortcut = step.shortcut if is_last else None
+    filters, convs = min(
+        ((filters, tiled(filters)) for filters in STEP_CLOCKS),
+        key=lambda choice: sum(_work(group, choice[0]) for groups in choice[1] for group in groups),
+    )
+    tiles, weights, bias = [], [], []
+    for conv, groups, read, written in zip(step.convs, convs, slots, slots[1:], strict=False):
+        shortcut = step.shortcut if conv is step.convs[-1] else None
+        values = bias_per_channel(conv.spec, conv.bias)
+        if shortcut:
+            values = values + bias_per_channel(shortcut.spec, shortcut.bias)
         made = [
-            _tile(group, start, filters, conv.spec, place, shortcut, channels[0])
+            _tile(group, start, filters, conv.spec, read, shortcut, slots[0])
             for group in groups
             for start in range(0, len(group.out_index), filters)
         ]
         made.sort(key=lambda entry: -entry[1].shape[1])
-        values = bias_per_channel(conv.spec, conv.bias)
-        if shortcut:
-            values = values + bias_per_channel(shortcut.spec, shortcut.bias)
-        tiles = []
         for tile, matrix in made:
             index = torch.tensor(tile.targets)
             bias.append(torch.where(index >= 0, values[index.clamp(min=0)], 0.0))
-            slots = tuple(target[c] if c >= 0 else -1 for c in tile.targets)
-            tiles.append(Tile(tile.rows, tile.second_rows, slots))
             weights.append(fragments(matrix))
-        all_tiles.append(tuple(tiles))
-    residual_slots: tuple[int, ...] = ()
-    if step.adds_input:
-        place = {channel: slot for slot, channel in enumerate(channels[0])}
-        residual_slots = tuple(place[channel] for channel in wanted[-1])
+        tiles.append(
+            tuple(replace(tile, targets=tuple(written.get(c, -1) for c in tile.targets)) for tile, _ in made)
+        )
     return BlockTables(
         step,
         filters,
-        tuple(all_tiles),
+        tuple(tiles),
         tuple(channels[0]),
-        tuple(len(each) for each in channels),
-        residual_slots,
+        tuple(len(each) for each in channels[:-1]),
+        tuple(slots[0][channel] for channel in outputs) if step.adds_input else (),
         torch.cat(weights).to(device, dtype),
         torch.cat(bias).to(device),
     )
 
 
-def _work(outputs: int, channels: int, filters: int, taps: int) -> float:
-    """Clocks of a group of filters at eight chunks."""
-    return -(-outputs // filters) * (-(-channels * taps // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
+def _work(group: FilterGroup, filters: int) -> float:
+    return _clocks(len(group.out_index), len(group.in_index) * group.weight.shape[2], filters)
 
 
-def _merged(groups: Sequence[FilterGroup], filters: int, taps: int) -> list[FilterGroup]:
-    """Two groups put into one, the pair that saves most first, for as long as that is less work."""
+def _clocks(outputs: int, rows: int, filters: int) -> float:
+    """Of filters with ``rows`` rows in their reduction, for eight chunks."""
+    return -(-outputs // filters) * (-(-rows // STEP) + _FINISH_STEPS) * STEP_CLOCKS[filters]
+
+
+def _merged(groups: Sequence[FilterGroup], filters: int) -> list[FilterGroup]:
+    """Groups joined pairwise, the pair that saves most first, while that is less work."""
     bins = list(groups)
-    work = [_work(len(each.out_index), len(each.in_index), filters, taps) for each in bins]
+    work = [_work(each, filters) for each in bins]
     while True:
         best, pair = 0.0, None
         for i in range(len(bins)):
             for j in range(i + 1, len(bins)):
                 outputs = len(bins[i].out_index) + len(bins[j].out_index)
-                channels = len({*bins[i].in_index, *bins[j].in_index})
-                saved = work[i] + work[j] - _work(outputs, channels, filters, taps)
+                rows = len({*bins[i].in_index, *bins[j].in_index}) * bins[i].weight.shape[2]
+                saved = work[i] + work[j] - _clocks(outputs, rows, filters)
                 if saved > best:
                     best, pair = saved, (i, j)
         if pair is None:
             return bins
         i, j = pair
-        joined = join_groups([bins[i], bins.pop(j)])
+        bins[i] = join_groups([bins[i], bins.pop(j)])
         work.pop(j)
-        bins[i], work[i] = joined, _work(len(joined.out_index), len(joined.in_index), filters, taps)
+        work[i] = _work(bins[i], filters)
 
 
-def _only(groups: Sequence[FilterGroup], wanted: set[int]) -> list[FilterGroup]:
-    """The groups without the filters that nobody reads."""
+def _only(groups: Sequence[FilterGroup], read: set[int]) -> list[FilterGroup]:
+    """The groups without filters whose outputs nothing reads."""
     kept = []
     for group in groups:
-        rows = [row for row, channel in enumerate(group.out_index) if channel in wanted]
+        rows = [row for row, channel in enumerate(group.out_index) if channel in read]
         if rows:
             outputs = tuple(group.out_index[row] for row in rows)
             kept.append(FilterGroup(group.in_index, outputs, group.weight[rows]))
@@ -189,18 +179,17 @@ def _tile(
     start: int,
     filters: int,
     spec: ConvSpec,
-    place: dict[int, int],
+    slot_of: dict[int, int],
     shortcut: ConvStep | None,
-    input_channels: Sequence[int],
+    input_slots: dict[int, int],
 ) -> tuple[Tile, Tensor]:
     """The tile of a group's filters from ``start`` on, with channels as targets; weights (filters, rows)."""
     outputs = list(group.out_index[start : start + filters])
-    rows, matrix = _reduction(group.in_index, group.weight[start : start + filters], spec, place)
+    rows, matrix = _reduction(group.in_index, group.weight[start : start + filters], spec, slot_of)
     second_rows: list[Row] = []
     if shortcut:
         second, weight = _shortcut_of(outputs, shortcut)
-        slots = {channel: slot for slot, channel in enumerate(input_channels)}
-        second_rows, more = _reduction(second, weight, shortcut.spec, slots)
+        second_rows, more = _reduction(second, weight, shortcut.spec, input_slots)
         matrix = torch.cat([matrix, more], 1)
     padded = torch.zeros(filters, matrix.shape[1])
     padded[: len(outputs)] = matrix
@@ -209,15 +198,15 @@ def _tile(
 
 
 def _reduction(
-    in_index: Sequence[int], weight: Tensor, spec: ConvSpec, place: dict[int, int]
+    in_index: Sequence[int], weight: Tensor, spec: ConvSpec, slot_of: dict[int, int]
 ) -> tuple[list[Row], Tensor]:
-    """weight: (filters, channels, taps) -> its rows, filled up to a whole step, and (filters, rows).
+    """weight: (filters, channels, taps) -> its rows, padded to a multiple of STEP, and (filters, rows).
 
-    Rows that fill up read the last channel again, with weights of zero.
+    Padding rows read the last channel again, with weights of zero.
     """
-    order = _spread([place[channel] for channel in in_index])
+    order = _spread([slot_of[channel] for channel in in_index])
     (kh, kw), (dy, dx) = spec.kernel_size, spec.dilation
-    slots = [place[in_index[i]] for i in order]
+    slots = [slot_of[in_index[i]] for i in order]
     rows = [(slot, y * dy, x * dx) for y in range(kh) for x in range(kw) for slot in slots]
     matrix = weight[:, torch.tensor(order, dtype=torch.long)].transpose(1, 2).reshape(len(weight), len(rows))
     missing = -len(rows) % STEP
@@ -226,7 +215,7 @@ def _reduction(
 
 
 def _spread(slots: Sequence[int]) -> list[int]:
-    """An order in which eight neighbours differ modulo 8 where possible: so they lie in all banks."""
+    """An order in which any eight neighbours differ modulo 8 where possible, to use all banks."""
     buckets: dict[int, list[int]] = {}
     for i, slot in enumerate(slots):
         buckets.setdefault(slot % 8, []).append(i)
@@ -239,7 +228,7 @@ def _spread(slots: Sequence[int]) -> list[int]:
 
 
 def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int, ...], Tensor]:
-    """The channels that the shortcut reads for these outputs; its weights (outputs, channels, taps)."""
+    """The shortcut's input channels for these outputs, and its weights (outputs, channels, taps)."""
     groups = [
         (group, [row for row, channel in enumerate(group.out_index) if channel in set(outputs)])
         for group in groups_of(shortcut.spec, shortcut.weights)

@@ -1,0 +1,77 @@
+"""The table of CUDA convolution kernels (csrc/cuda/launch_plan.h), and which of them can run what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.run.gpu.layout import GpuLayout, round_up
+
+# Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/conv_params.h).
+LARGEST_SIDE = 16383
+# The tap of a padding row of the reduction: outside of every image (csrc/cuda/conv_params.h).
+OUTSIDE = 0x7FFF << 16
+
+
+@dataclass(frozen=True)
+class KernelKind:
+    """One kernel.
+
+    number: in the enum Kernel of csrc/cuda/launch_plan.h. filters: the sizes of its tiles. rows: of the
+    reduction per step; the channels of one tap are padded to a multiple of ``channels``. order: of the
+    weights of a tile, see WEIGHT_ORDERS. outputs: positions (pixels x images) of a thread block, by filters
+    of a tile.
+    """
+
+    name: str
+    number: int
+    filters: tuple[int, ...]
+    rows: int
+    channels: int = 1
+    order: str = "fragments"
+    outputs: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def has_halo(self) -> bool:
+        """Whether it stages blocks of 16 channels with their halo, and reads all taps from there."""
+        return self.name in ("halo", "wgmma_halo")
+
+    @property
+    def gathers_runs(self) -> bool:
+        """Whether it reads eight channels at once where they are an aligned run (16-bit NHWC)."""
+        return self.name in ("nhwc", "nhwc_sliced")
+
+    def reduction(self, channels: int, taps: int) -> int:
+        """Rows of the reduction, with padding."""
+        return round_up(round_up(channels, self.channels) * taps, self.rows)
+
+
+_NHWC = KernelKind("nhwc", 2, (16, 32), 32, 8, outputs={16: 64, 32: 64})
+KERNELS = {
+    kind.name: kind
+    for kind in (
+        KernelKind("chwn", 0, (16, 32, 64), 32),
+        KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16, outputs={16: 1024, 32: 512, 64: 256}),
+        _NHWC,
+        KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
+        KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
+        KernelKind("wgmma", 5, (64, 128), 32, order="cores", outputs={64: 128, 128: 128}),
+        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores", outputs={64: 512}),
+        replace(_NHWC, name="nhwc_sliced", number=7),  # four warps share the reduction of a tile
+    )
+}
+
+
+def kernels_for(spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wgmma: bool) -> tuple[str, ...]:
+    """Names of the kernels that can run a convolution. wgmma: whether the device has it."""
+    if dtype == torch.float32:
+        return (f"fp32_{layout.name.lower()}",)
+    if layout is GpuLayout.NHWC:
+        return "nhwc", "nhwc_sliced"
+    names: tuple[str, ...] = ("chwn", "wgmma") if wgmma else ("chwn",)
+    if spec.kernel_size == (3, 3) and spec.stride == spec.dilation == (1, 1):
+        names += ("halo", "wgmma_halo") if wgmma else ("halo",)
+    return names

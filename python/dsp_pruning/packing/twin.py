@@ -1,0 +1,101 @@
+"""The widths that a packed network had before packing, and a dense network of these widths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from dsp_kernels import FusedConv2d, PackedConv2d
+from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.file.decode import Budget, build_module
+from dsp_kernels.file.encode import encode_module, is_known
+from dsp_pruning.packing.rebuild import replace_module
+from dsp_pruning.packing.report import LayerPlan
+
+Widths = Mapping[str, tuple[int, int, int]]
+
+_MOST_PARAMETERS = 2**30  # of a twin: its widths come from a file that may be hostile
+
+
+def dense_widths(model: nn.Module) -> Widths:
+    """Path -> (input channels, output channels, groups) of every convolution, linear layer and norm."""
+    widths = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            widths[path] = module.in_channels, module.out_channels, module.groups
+        elif isinstance(module, nn.Linear):
+            widths[path] = module.in_features, module.out_features, 1
+        elif isinstance(module, nn.BatchNorm2d):
+            widths[path] = module.num_features, module.num_features, 1
+    return widths
+
+
+def planned_widths(model: nn.Module, plans: Iterable[LayerPlan]) -> Widths:
+    """The same of the layers that packing changes, from ``model`` before it."""
+    widths = {}
+    for plan in plans:
+        groups = getattr(model.get_submodule(plan.path), "groups", 1)
+        widths[plan.path] = plan.in_channels, plan.out_channels, groups
+        if plan.position_bias is not None:  # of a FixedSizeConv2d
+            widths[f"{plan.path}.conv"] = widths[plan.path]
+    return widths
+
+
+def dense_twin(packed: nn.Module) -> nn.Module:
+    """A dense network with the widths from before packing, in eval mode, to compare costs with.
+
+    Layers that packing changed get new random weights. Without ``packed.dense_widths`` (a network that
+    ``pack`` did not make), the packed convolutions become dense at their present widths.
+    Raises DSPFormatError for widths that do not fit the network.
+    """
+    present = {
+        path: (module.in_channels, module.out_channels, 1)
+        for path, module in packed.named_modules()
+        if isinstance(module, PackedConv2d)
+    }
+    widths: Widths = getattr(packed, "dense_widths", None) or present
+    twin = copy.deepcopy(packed).eval()
+    changed = []
+    for path, width in widths.items():
+        try:
+            changed.append(_dense(twin.get_submodule(path), path, *width))
+        except AttributeError as error:
+            raise DSPFormatError(f"dense_widths has a layer that is not in the network: {path!r}") from error
+        replace_module(twin, path, changed[-1])
+    if sum(parameter.numel() for parameter in twin.parameters()) > _MOST_PARAMETERS:
+        raise DSPFormatError(f"the dense network has more than {_MOST_PARAMETERS} parameters")
+    like = next((p for p in packed.parameters() if p.is_floating_point()), torch.empty(0))
+    for module in changed:
+        if any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+            module.to_empty(device=like.device).to(like.dtype).reset_parameters()  # type: ignore[operator]
+    return twin
+
+
+def _dense(module: nn.Module, path: str, in_channels: int, out_channels: int, groups: int) -> nn.Module:
+    """A layer of these widths with the other settings of ``module``, on the meta device."""
+    if isinstance(module, PackedConv2d | FusedConv2d):
+        like = module.spec if isinstance(module, FusedConv2d) else module
+        return nn.Conv2d(
+            *(in_channels, out_channels, like.kernel_size, like.stride, like.padding, like.dilation, groups),
+            bias=module.bias is not None,
+            device="meta",
+        )
+    if not is_known(module):  # holds tensors for code of its own: FixedSizeConv2d, a functional norm
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.dim():
+                ones = tensor.new_ones(out_channels, *tensor.shape[1:])
+                setattr(module, name, nn.Parameter(ones) if isinstance(tensor, nn.Parameter) else ones)
+        return module
+    settings = encode_module(module, path)
+    if settings.get("num_groups") == settings.get("num_channels"):  # packing narrows no other group norm
+        settings |= dict.fromkeys({"num_groups"} & set(settings), out_channels)
+    widths = {
+        **dict.fromkeys(("in_channels", "in_features"), in_channels),
+        **dict.fromkeys(("out_channels", "out_features", "num_features", "num_channels"), out_channels),
+        "groups": groups,
+    }
+    settings |= {name: width for name, width in widths.items() if name in settings}
+    return build_module(settings, path, Budget())
