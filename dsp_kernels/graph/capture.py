@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dsp_kernels.errors import DSPTraceError
+from dsp_kernels.errors import DSPError, DSPTraceError
 from dsp_kernels.graph.operations import LEAF_TYPES
 
 _CHUNKS = (torch.chunk, "chunk")
@@ -59,7 +59,7 @@ class Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def length_of(self, obj: fx.Proxy) -> int | None:
         """Number of parts of a result; None if its call does not tell."""
@@ -81,10 +81,15 @@ class Tracer(fx.Tracer):
         return [] if obj.node.op == "placeholder" and str(obj.node.target)[:2] == "**" else super().keys(obj)
 
 
-class _Proxy(fx.Proxy):
+class Proxy(fx.Proxy):
     def __len__(self) -> int:
         length = self.tracer.length_of(self)  # type: ignore[attr-defined]
         return super().__len__() if length is None else length
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise fx.proxy.TraceError(
+            "it writes into a part of a tensor there; make a new one, as torch.cat does"
+        )
 
 
 def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
@@ -92,20 +97,24 @@ def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
 
 
 def symbolic_graph(model: nn.Module, count: int | None, tracer: Tracer | None = None) -> fx.Graph:
-    """``calls_of`` in the model's present mode. Raises DSPTraceError naming the line of its code."""
+    """The graph of a model in its present mode. Raises DSPTraceError naming the line of its code.
+
+    count: of the inputs; other arguments of forward() keep their default. None if it is unknown: every
+    argument is an input then. Proxies may stay in the model: see ``without_stand_ins``.
+    """
     try:
-        return calls_of(tracer or Tracer(), model, count)
+        return _calls_of(tracer or Tracer(), model, count)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
-        place = place_in_user_code(error)
+        place = _place_in_user_code(error)
         reason = str(error).strip().partition("\n")[0][:300]
-        if not isinstance(error, fx.proxy.TraceError | DSPTraceError):
+        if not isinstance(error, fx.proxy.TraceError | DSPError):
             reason += "; move what torch.fx cannot record there out of forward()"
         raise DSPTraceError(
             f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {reason}"
         ) from error
 
 
-def place_in_user_code(error: BaseException) -> str:
+def _place_in_user_code(error: BaseException) -> str:
     """The innermost line of an error's traceback outside torch and this package; "" if there is none."""
     skipped = Path(__file__).parents[1], Path(torch.__file__).parent, Path(contextlib.__file__)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -115,12 +124,7 @@ def place_in_user_code(error: BaseException) -> str:
     return ""
 
 
-def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph:
-    """The graph of a model called with ``count`` inputs; other arguments of forward() keep their default.
-
-    count: None if unknown; every argument is an input then.
-    Raises whatever the model's code raises on proxies, which may stay in it: see ``without_stand_ins``.
-    """
+def _calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     # The class's function, as torch.fx uses, whatever is assigned to the instance.
     signature = inspect.signature(type(model).forward).parameters.values()

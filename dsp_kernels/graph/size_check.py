@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,6 +69,13 @@ class SizeCheck(nn.Module):
 def fixed_size(height: int, width: int) -> SizeCheck:
     """The check for images of this size only."""
     return SizeCheck((f"height == {height}", f"width == {width}"))
+
+
+def needed_images(conditions: Iterable[str]) -> str:
+    """In words: "images of 32 x 32", or "images with height % 2 == 0" for other conditions."""
+    text = " and ".join(conditions)
+    sizes = re.fullmatch(r"height == (\d+) and width == (\d+)", text)
+    return f"images of {sizes[1]} x {sizes[2]}" if sizes else f"images with {text}"
 
 
 class FixedSizeConv2d(nn.Module):

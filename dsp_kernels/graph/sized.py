@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import fake_tensor
 
-from dsp_kernels.graph.capture import Tracer
+from dsp_kernels.graph.capture import Proxy, Tracer
 from dsp_kernels.graph.compare import tensors_of
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -41,8 +41,12 @@ class SizedTracer(Tracer):
             self._inputs = [example.new_empty(shape) for shape in ((2, *image), (3, *image), (2, *larger))]
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _forward_is_a_call(self, root):
-            graph = super().trace(root, concrete_args)
+        fake_tensor.log.disabled = True  # an operation that fails for the larger image is no error
+        try:
+            with _forward_is_a_call(self, root):
+                graph = super().trace(root, concrete_args)
+        finally:
+            fake_tensor.log.disabled = False
         for node in reversed(graph.nodes):
             if node in self._numbers and not node.users:
                 graph.erase_node(node)
@@ -72,7 +76,7 @@ class SizedTracer(Tracer):
         return proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return _SizedProxy(node, self)
 
     def length_of(self, obj: fx.Proxy) -> int:
         values: Any = obj.values
@@ -115,7 +119,7 @@ class SizedTracer(Tracer):
             self.executing = False
 
 
-class _Proxy(fx.Proxy):
+class _SizedProxy(Proxy):
     """values: the results for the three inputs of a SizedTracer."""
 
     values: list[Any] = []  # noqa: RUF012  # of a proxy that is being made
@@ -125,9 +129,6 @@ class _Proxy(fx.Proxy):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
-    def __len__(self) -> int:
-        return self.tracer.length_of(self)  # type: ignore[attr-defined]
-
     def __index__(self) -> int:
         raise fx.proxy.TraceError(_VALUES if isinstance(self.values[0], Tensor) else _BATCH)
 
@@ -135,11 +136,11 @@ class _Proxy(fx.Proxy):
 
 
 def _value(a: Any) -> Any:
-    return a.values[0] if isinstance(a, _Proxy) else a
+    return a.values[0] if isinstance(a, _SizedProxy) else a
 
 
 def _known(a: Any, probe: int) -> Any:
-    value = a.values[probe] if isinstance(a, _Proxy) else a
+    value = a.values[probe] if isinstance(a, _SizedProxy) else a
     if value is _UNKNOWN:
         raise LookupError
     return value
@@ -148,7 +149,7 @@ def _known(a: Any, probe: int) -> Any:
 def _depends(a: Any, probe: int) -> bool:
     """Whether a number or size depends on the number of images (probe 1) or on their size (probe 2)."""
     value = _value(a)
-    if not isinstance(a, _Proxy) or isinstance(value, Tensor):
+    if not isinstance(a, _SizedProxy) or isinstance(value, Tensor):
         return False
     # A number that does not depend on the number of images is no proxy.
     return a.values[probe] != value if isinstance(value, torch.Size) else isinstance(value, _PLAIN)

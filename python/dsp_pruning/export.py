@@ -133,8 +133,7 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
 
     def write(temporary: Path) -> None:
         # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
-        network = trace(model, inputs)
-        if network.size_check is not None:
+        if trace(plain, inputs).size_check is not None:
             raise DSPError("what forward() does depends on the size of the images")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)

@@ -217,13 +217,6 @@ class ByLoop(Parts):
         return torch.cat([self.head(self.inner(image[None])) for image in x])
 
 
-class Assigns(Parts):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        y[:, 0] = 0
-        return self.head(y)
-
-
 class Counts(Parts):
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +241,6 @@ REFUSED = {
     ByItem: r"line \d+ of .*float\(x.mean\(\)\): .*depends on the values of a tensor; move",
     ByBatch: r"line \d+ of .*: if x.shape\[0\] > 1: .*depends on the number of images; move",
     ByLoop: r"line \d+ of .* for image in x\]\): .*depends on the number of images; move",
-    Assigns: r"line \d+ of .*: y\[:, 0\] = 0: .* item assignment; move",
     Counts: "writes into calls in eval mode",
     Autocast: "turns autocast on by itself",
 }
