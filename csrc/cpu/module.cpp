@@ -1,4 +1,4 @@
-// The Python side: numpy arrays in, checked, and the work done without the interpreter's lock.
+// The Python bindings: checked numpy arrays as arguments, work done without the interpreter's lock.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,41 +6,32 @@
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
-#include "session.h"
-#include "workers.h"
+#include "run.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Array = py::array_t<float>; // no conversion: another dtype is refused below
+using Array = py::array_t<float>; // other dtypes are refused below, not converted
 using dsp::Act;
 using dsp::fail;
 using dsp::Pair;
 
+// The enumerator with this name; names are in the order of the enumerators.
+template <typename Enum>
+Enum named(const char* what, std::initializer_list<const char*> names, const std::string& name) {
+    const auto found = std::find(names.begin(), names.end(), name);
+    if (found == names.end()) fail(std::string(what) + " '" + name + "' is unknown");
+    return Enum(found - names.begin());
+}
+
 Act activation(const std::string& name) {
-    if (name == "none") return Act::none;
-    if (name == "relu") return Act::relu;
-    if (name == "relu6") return Act::relu6;
-    if (name == "silu") return Act::silu;
-    if (name == "hardswish") return Act::hardswish;
-    if (name == "sigmoid") return Act::sigmoid;
-    if (name == "hardsigmoid") return Act::hardsigmoid;
-    fail("activation '" + name + "' is unknown");
+    return named<Act>("activation", {"none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid"}, name);
 }
 
-dsp::Winograd winograd_of(const std::string& name) {
-    if (name == "never") return dsp::Winograd::never;
-    if (name == "where faster") return dsp::Winograd::where_faster;
-    if (name == "bands") return dsp::Winograd::bands;
-    if (name == "patches") return dsp::Winograd::patches;
-    fail("winograd is 'never', 'where faster', 'bands' or 'patches', not '" + name + "'");
-}
-
-dsp::Numbers numbers_of(bool bf16, bool fp16) {
-    if (bf16 && fp16) fail("numbers are bfloat16 or float16, not both");
-    return bf16 ? dsp::Numbers::bf16 : fp16 ? dsp::Numbers::fp16 : dsp::Numbers::f32;
+dsp::Precision precision_of(bool bf16, bool fp16) {
+    if (bf16 && fp16) fail("the precision is bfloat16 or float16, not both");
+    return bf16 ? dsp::Precision::bf16 : fp16 ? dsp::Precision::fp16 : dsp::Precision::f32;
 }
 
 std::vector<float> flat(const Array& array) {
@@ -52,13 +43,18 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
     return array ? flat(*array) : std::vector<float>();
 }
 
-// Built step by step, then sealed; after that it can only run.
+// Built step by step; immutable after its first run.
 class Native {
   public:
     Native(const std::string& isa, bool bf16, const std::string& winograd, bool fp16)
-        : network_(std::make_unique<dsp::Network>(isa, numbers_of(bf16, fp16), winograd_of(winograd))) {}
+        : network_(std::make_unique<dsp::Network>(
+              isa, precision_of(bf16, fp16),
+              named<dsp::Winograd>("winograd", {"never", "where faster", "bands", "patches"}, winograd))) {}
 
-    int input(int channels) { return open().add_input(channels); }
+    dsp::Network& open() {
+        if (!network_) fail("the network has run and cannot grow");
+        return *network_;
+    }
 
     int conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
              const std::string& act, const std::vector<std::vector<int>>& in_index,
@@ -67,15 +63,14 @@ class Native {
         if (in_index.size() != out_index.size() || in_index.size() != weights.size())
             fail("in_index, out_index and weights differ in length");
         std::vector<dsp::GroupIndex> groups;
-        for (size_t g = 0; g < in_index.size(); ++g)
-            groups.push_back({in_index[g], out_index[g], flat(weights[g])});
+        for (size_t g = 0; g < in_index.size(); ++g) groups.push_back({in_index[g], out_index[g], flat(weights[g])});
         const auto bias_values = flat_or_empty(bias);
         if (bias && int(bias_values.size()) != out_channels) fail("bias needs one number per output channel");
         return open().add_conv(x, residual, out_channels, kernel, stride, padding, dilation, activation(act),
                                std::move(groups), bias ? bias_values.data() : nullptr);
     }
 
-    // The same convolution as one of another network, with or without a residual.
+    // A copy of a convolution of another network, with or without a residual.
     int conv_like(const Native& other, int value, int x, int residual) {
         const dsp::Step& step = other.conv_step(value);
         const int out_channels = other.network().values[value].channels;
@@ -83,7 +78,7 @@ class Native {
                                step.act, step.groups, step.bias.data());
     }
 
-    // Whether the convolution that makes a value was built from these very numbers, bit for bit.
+    // Whether the convolution that computes a value was built from weights and bias bitwise equal to these.
     bool conv_holds(int value, const std::vector<Array>& weights, const std::optional<Array>& bias) const {
         const dsp::Step& step = conv_step(value);
         const auto same = [](const Array& array, const std::vector<float>& held) {
@@ -103,17 +98,7 @@ class Native {
         return open().add_map(x, other, flat_or_empty(scale), flat_or_empty(shift), activation(act));
     }
 
-    int pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
-             bool include_pad, int divisor) {
-        return open().add_pool(x, average, kernel, stride, padding, dilation, ceil_mode, include_pad, divisor);
-    }
-
-    int mean(int x) { return open().add_mean(x); }
-    int flatten(int x) { return open().add_flatten(x); }
     int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
-    int adaptive(int x, Pair size) { return open().add_adaptive(x, size); }
-    int select(int x, const std::vector<int>& channels) { return open().add_select(x, channels); }
-    int concat(const std::vector<int>& parts) { return open().add_concat(parts); }
 
     int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
         if (weight.ndim() != 2) fail("a linear weight has two dimensions");
@@ -123,13 +108,8 @@ class Native {
                                  int(weight.shape(1)), activation(act));
     }
 
-    void output(int value) { open().add_output(value); }
-
     std::vector<std::vector<int>> output_shapes(const std::vector<std::pair<int, int>>& sizes) {
-        if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
-        std::vector<dsp::Size> list;
-        for (const auto& size : sizes) list.push_back({size.first, size.second});
-        return sealed().output_shapes(list);
+        return sealed().output_shapes(checked_sizes(sizes));
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
@@ -139,16 +119,11 @@ class Native {
         session_->run(call.sizes, call.images, call.sources, call.targets, threads, interleave);
     }
 
-    std::vector<std::tuple<std::string, int, double>> profile(const std::vector<Array>& inputs,
-                                                              std::vector<Array> outputs, int interleave,
-                                                              int repeats) {
-        const Call call = checked(inputs, outputs, interleave);
-        if (call.images == 0 || interleave == 0 || repeats < 1) fail("profiling needs images, interleave and repeats");
-        std::vector<std::tuple<std::string, int, double>> list;
-        py::gil_scoped_release release;
-        for (const auto& t : session_->profile(call.sizes, call.sources, call.targets, int(call.images), interleave, repeats))
-            list.emplace_back(t.name, t.value, t.seconds);
-        return list;
+    // (name, value) of each operation of a plan for one thread.
+    std::vector<std::pair<std::string, int>> operations(const std::vector<std::pair<int, int>>& sizes, int interleave) {
+        check_interleave(interleave);
+        if (interleave == 0) fail("operations need an interleave");
+        return sealed().operations(checked_sizes(sizes), interleave);
     }
 
     int64_t scratch_bytes() { return sealed().scratch_bytes(); }
@@ -161,15 +136,25 @@ class Native {
         std::vector<dsp::Images> sources, targets;
     };
 
-    // Every shape is held against the network; nothing behind this point can be out of range.
+    static void check_interleave(int interleave) {
+        if (interleave < 0 || interleave > 16 || (interleave & (interleave - 1)))
+            fail("interleave is 0, 1, 2, 4, 8 or 16");
+    }
+
+    std::vector<dsp::Size> checked_sizes(const std::vector<std::pair<int, int>>& sizes) {
+        if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
+        std::vector<dsp::Size> list;
+        for (const auto& size : sizes) list.push_back({size.first, size.second});
+        return list;
+    }
+
+    // Checks every shape against the network, so that nothing can be out of bounds later.
     Call checked(const std::vector<Array>& inputs, std::vector<Array>& outputs, int interleave) {
         dsp::Session& session = sealed();
         const dsp::Network& network = session.network();
         if (int(inputs.size()) != network.inputs || int(outputs.size()) != network.outputs || inputs.empty())
             fail("wrong number of inputs or outputs");
-        if (interleave != 0 && interleave != 1 && interleave != 2 && interleave != 4 && interleave != 8 &&
-            interleave != 16)
-            fail("interleave is 0, 1, 2, 4, 8 or 16");
+        check_interleave(interleave);
         Call call;
         call.images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
         int number = 0;
@@ -178,7 +163,7 @@ class Native {
             const Array& x = inputs[number++];
             if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != call.images ||
                 x.shape(1) != network.values[step.output].channels)
-                fail("input " + std::to_string(step.number) + " has another shape than its value");
+                fail("input " + std::to_string(step.number) + " has the wrong shape");
             const int h = x.ndim() == 4 ? int(x.shape(2)) : 1, w = x.ndim() == 4 ? int(x.shape(3)) : 1;
             call.sizes.push_back({h, w});
             call.sources.push_back(images_of(x, const_cast<float*>(x.data())));
@@ -188,10 +173,10 @@ class Native {
         for (size_t n = 0; n < outputs.size(); ++n) {
             Array& y = outputs[n];
             const auto& s = shapes[n];
-            const bool fits4 = y.ndim() == 4 && y.shape(0) == call.images && y.shape(1) == s[0] &&
-                               y.shape(2) == s[1] && y.shape(3) == s[2];
+            const bool fits4 = y.ndim() == 4 && y.shape(0) == call.images && y.shape(1) == s[0] && y.shape(2) == s[1] &&
+                               y.shape(3) == s[2];
             const bool fits2 = y.ndim() == 2 && y.shape(0) == call.images && y.shape(1) == s[0] && s[1] * s[2] == 1;
-            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has another shape than its value");
+            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has the wrong shape");
             call.targets.push_back(images_of(y, y.mutable_data()));
         }
         return call;
@@ -204,40 +189,35 @@ class Native {
     const dsp::Step& conv_step(int value) const {
         for (const auto& step : network().steps)
             if (step.kind == dsp::Kind::conv && step.output == value) return step;
-        fail("value " + std::to_string(value) + " is not made by a convolution");
+        fail("value " + std::to_string(value) + " is not the output of a convolution");
     }
-    dsp::Network& open() {
-        if (!network_) fail("the network has run already and cannot grow");
-        return *network_;
-    }
-    dsp::Session& sealed() { // called with the interpreter's lock held
+    dsp::Session& sealed() { // called with the interpreter's lock
         if (!session_) session_ = std::make_unique<dsp::Session>(std::move(network_));
         return *session_;
     }
     static dsp::Images images_of(const Array& array, float* base) {
         dsp::Images images{base, {0, 0, 0, 0}};
         for (py::ssize_t d = 0; d < array.ndim(); ++d) {
-            if (array.strides(d) % py::ssize_t(sizeof(float))) fail("strides are no multiples of a float");
+            if (array.strides(d) % py::ssize_t(sizeof(float))) fail("strides are not multiples of a float");
             images.stride[d] = array.strides(d) / py::ssize_t(sizeof(float));
         }
         return images;
     }
 };
 
+// A method of the network that adds a step whose arguments need no conversion.
+template <typename Result, typename... Arguments>
+auto adds(Result (dsp::Network::*method)(Arguments...)) {
+    return [method](Native& native, Arguments... arguments) {
+        return (native.open().*method)(std::forward<Arguments>(arguments)...);
+    };
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native CPU kernels.";
-    m.def("available_isas", &dsp::available_isas, "Instruction sets that are compiled in and run here, best first.");
-    m.def(
-        "arithmetic",
-        [](const std::string& isa, int64_t turns, bool bf16, bool fp16) {
-            const dsp::Kernels& kernels = dsp::kernels_for(isa);
-            const dsp::WordKernels* words = dsp::words_of(kernels, numbers_of(bf16, fp16));
-            return words ? words->arithmetic(turns) : kernels.arithmetic(turns);
-        },
-        "Runs multiply-adds on registers alone; returns how many.", py::arg("isa"), py::arg("turns"),
-        py::arg("bf16") = false, py::arg("fp16") = false, py::call_guard<py::gil_scoped_release>());
+    m.def("available_isas", &dsp::available_isas, "Instruction sets of this build that this CPU supports, best first.");
     m.def(
         "own_products",
         [](const std::string& isa) {
@@ -247,30 +227,29 @@ PYBIND11_MODULE(_C, m) {
             if (kernels.fp16.own) names.push_back("float16");
             return names;
         },
-        "The numbers that an instruction set multiplies by instructions for them.");
+        "The dtypes that an instruction set multiplies by instructions of its own.");
     m.attr("half_terms") = dsp::half_terms;
-    m.def("worker_count", &dsp::worker_count, "Helper threads of this process.");
     py::class_<Native>(m, "Network")
         .def(py::init<const std::string&, bool, const std::string&, bool>(), py::arg("isa") = "",
              py::arg("bf16") = false, py::arg("winograd") = "where faster", py::arg("fp16") = false)
-        .def("input", &Native::input)
+        .def("input", adds(&dsp::Network::add_input))
         .def("conv", &Native::conv)
         .def("conv_like", &Native::conv_like)
         .def("conv_holds", &Native::conv_holds)
         .def("map", &Native::map)
-        .def("pool", &Native::pool)
-        .def("mean", &Native::mean)
-        .def("flatten", &Native::flatten)
+        .def("pool", adds(&dsp::Network::add_pool))
+        .def("mean", adds(&dsp::Network::add_mean))
+        .def("flatten", adds(&dsp::Network::add_flatten))
         .def("product", &Native::product)
-        .def("adaptive", &Native::adaptive)
-        .def("select", &Native::select)
-        .def("concat", &Native::concat)
+        .def("adaptive", adds(&dsp::Network::add_adaptive))
+        .def("select", adds(&dsp::Network::add_select))
+        .def("concat", adds(&dsp::Network::add_concat))
         .def("linear", &Native::linear)
-        .def("output", &Native::output)
+        .def("output", adds(&dsp::Network::add_output))
         .def("output_shapes", &Native::output_shapes)
-        .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"), py::arg("interleave") = 0)
-        .def("profile", &Native::profile, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(),
-             py::arg("interleave"), py::arg("repeats"))
+        .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"),
+             py::arg("interleave") = 0)
+        .def("operations", &Native::operations)
         .def_property_readonly("scratch_bytes", &Native::scratch_bytes)
         .def_property_readonly("plan_count", &Native::plan_count);
 }

@@ -1,10 +1,10 @@
 #include "network.h"
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 
-#include "isa.h"
-#include "pairing.h"
+#include "kernels/winograd.h"
 
 namespace dsp {
 
@@ -12,7 +12,7 @@ void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 namespace {
 
-constexpr int64_t most = int64_t(1) << 24; // channels, taps, sizes: nothing real is larger
+constexpr int64_t most = int64_t(1) << 24; // limit of channels, taps and sizes
 
 void require(bool good, const std::string& message) {
     if (!good) fail(message);
@@ -25,6 +25,64 @@ void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, c
                 "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
 }
 
+bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
+
+bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid; }
+
+// -- Pairs of channels in one word --
+
+constexpr int64_t most_candidates = 1 << 18; // about 50 ms to sort
+
+// Pairs of the groups' remaining channels, those shared by most groups first.
+std::vector<std::pair<int, int>> candidates(const std::vector<std::set<int>>& left) {
+    int64_t total = 0;
+    for (const auto& group : left) total += int64_t(group.size()) * int64_t(group.size()) / 2;
+    if (total > most_candidates) return {};
+    std::map<std::pair<int, int>, int> shared;
+    for (const auto& group : left)
+        for (auto a = group.begin(); a != group.end(); ++a)
+            for (auto b = std::next(a); b != group.end(); ++b) ++shared[{*a, *b}];
+    std::vector<std::pair<int, int>> pairs;
+    for (const auto& entry : shared) pairs.push_back(entry.first);
+    std::stable_sort(pairs.begin(), pairs.end(),
+                     [&](const auto& a, const auto& b) { return shared.at(a) > shared.at(b); });
+    return pairs;
+}
+
+// groups: the channels that each group reads. Returns the channels of each group in an order whose neighbours, 1st and
+// 2nd, 3rd and 4th and so on, are pairs, such that groups share many pairs: a plane of words is made once per pair.
+// Depends only on the sets of channels, not on their order.
+std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>& groups) {
+    std::map<int, std::vector<int>> readers; // of each channel
+    std::vector<std::set<int>> left;
+    for (size_t g = 0; g < groups.size(); ++g) {
+        left.emplace_back(groups[g].begin(), groups[g].end());
+        for (int c : left.back()) readers[c].push_back(int(g));
+    }
+    std::vector<std::vector<int>> order(groups.size());
+    const auto take = [&](int a, int b) {
+        for (size_t g = 0; g < left.size(); ++g)
+            if (left[g].count(a) && left[g].count(b)) {
+                order[g].insert(order[g].end(), {a, b});
+                left[g].erase(a), left[g].erase(b);
+            }
+    };
+    // Channels that exactly the same groups read share all their planes.
+    std::map<std::vector<int>, int> waiting;
+    for (const auto& entry : readers) {
+        const auto partner = waiting.find(entry.second);
+        if (partner == waiting.end()) {
+            waiting[entry.second] = entry.first;
+        } else {
+            take(partner->second, entry.first);
+            waiting.erase(partner);
+        }
+    }
+    for (const auto& pair : candidates(left)) take(pair.first, pair.second);
+    for (size_t g = 0; g < left.size(); ++g) order[g].insert(order[g].end(), left[g].begin(), left[g].end());
+    return order;
+}
+
 // Puts each group's channels, and its weights with them, in the order of pair_channels().
 void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
     std::vector<std::vector<int>> channels;
@@ -32,7 +90,7 @@ void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
     const auto order = pair_channels(channels);
     for (size_t g = 0; g < groups.size(); ++g) {
         GroupIndex& group = groups[g];
-        if (order[g].size() != group.in.size()) continue; // a channel that is read twice
+        if (order[g].size() != group.in.size()) continue; // a channel is read twice
         std::map<int, int64_t> position;
         for (size_t i = 0; i < group.in.size(); ++i) position[group.in[i]] = int64_t(i);
         const std::vector<float> before = std::move(group.weights);
@@ -46,19 +104,55 @@ void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
     }
 }
 
-bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
+// -- Packed weights --
 
-bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid; }
+// The weights of one tile for plain sums: floats, or words rounded by the kernels.
+void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count,
+                int64_t taps) {
+    for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
+        for (int64_t j = c; j < c + taps; ++j) {
+            float one[max_filters], other[max_filters];
+            for (int k = 0; k < filters; ++k) {
+                const float* filter = first + k * count;
+                one[k] = filter[j], other[k] = j + taps < count ? filter[j + taps] : 0.0f;
+            }
+            if (step.pairs) step.pairs->pair(one, other, one, filters, 1, 1);
+            to.insert(to.end(), one, one + filters);
+        }
+}
+
+// [sum][channel][filters], in the order of patch_input().
+void pack_patches(std::vector<float>& to, const float* first, int filters, int64_t count) {
+    for (int sum = 0; sum < patch_sums; ++sum)
+        for (int64_t c = 0; c < count; c += 9)
+            for (int k = 0; k < filters; ++k) {
+                const float* tap = first + k * count + c;
+                double column[3];
+                for (int x = 0; x < 3; ++x) column[x] = band_weight(sum / column_sums, tap[x], tap[3 + x], tap[6 + x]);
+                to.push_back(float(patch_weight(sum % column_sums, column[0], column[1], column[2])));
+            }
+}
+
+// [sum][channel, horizontal tap][filters], in the order of band_input().
+void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
+    for (int sum = 0; sum < band_sums; ++sum)
+        for (int64_t c = 0; c < count; c += 3 * columns)
+            for (int64_t x = c; x < c + columns; ++x)
+                for (int k = 0; k < filters; ++k) {
+                    const float* tap = first + k * count + x;
+                    to.push_back(float(band_weight(sum, tap[0], tap[columns], tap[2 * columns])));
+                }
+}
 
 } // namespace
 
-const WordKernels* words_of(const Kernels& kernels, Numbers numbers) {
-    if (numbers == Numbers::bf16) return &kernels.bf16;
-    return numbers == Numbers::fp16 && kernels.fp16.own ? &kernels.fp16 : nullptr;
+const WordKernels* words_of(const Kernels& kernels, Precision precision) {
+    if (precision == Precision::bf16) return &kernels.bf16;
+    return precision == Precision::fp16 && kernels.fp16.own ? &kernels.fp16 : nullptr;
 }
 
-Network::Network(const std::string& isa, Numbers numbers, Winograd winograd)
-    : kernels(kernels_for(isa)), words(words_of(kernels, numbers)), winograd(winograd) {}
+Network::Network(const std::string& isa, Precision precision, Winograd winograd)
+    : kernels(kernels_for(isa)), words(words_of(kernels, precision)), winograd(winograd) {}
 
 void Network::check(int value) const {
     require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
@@ -85,7 +179,7 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
     require(out_channels >= 1 && out_channels < most, "out_channels is " + std::to_string(out_channels));
     if (residual >= 0) {
         check(residual);
-        require(values[residual].channels == out_channels, "the residual has another number of channels");
+        require(values[residual].channels == out_channels, "the residual has a different number of channels");
     }
     require(keeps_zero(act), "a convolution cannot end in an activation that changes 0");
     const int64_t taps = int64_t(kernel[0]) * kernel[1];
@@ -99,19 +193,19 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
             written[o] = 1;
         }
         const int64_t expected = int64_t(groups[g].in.size()) * int64_t(groups[g].out.size()) * taps;
-        require(int64_t(groups[g].weights.size()) == expected, "group " + std::to_string(g) + " has a weight of another size");
+        require(int64_t(groups[g].weights.size()) == expected,
+                "group " + std::to_string(g) + " has a weight of the wrong size");
     }
-    Step step(Kind::conv);
-    step.inputs = residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
-    step.act = act;
+    Step step(Kind::conv, residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x}, act);
     step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
     for (int o = 0; o < out_channels; ++o)
         if (!written[o]) step.absent.push_back(o);
     step.bias.assign(out_channels, 0.0f);
     if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
     step.groups = std::move(groups);
-    // With one channel per group, as in a depthwise convolution, a pair would have no second half.
-    if (std::any_of(step.groups.begin(), step.groups.end(), [](const GroupIndex& group) { return group.in.size() > 1; }))
+    // With one channel per group, as in a depthwise convolution, a pair would be half empty.
+    if (std::any_of(step.groups.begin(), step.groups.end(),
+                    [](const GroupIndex& group) { return group.in.size() > 1; }))
         step.pairs = words;
     if (step.pairs) order_by_pairs(step.groups, taps);
     return make(std::move(step), out_channels, rectifies(act));
@@ -130,14 +224,13 @@ int Network::add_map(int x, int other, std::vector<float> scale, std::vector<flo
     const int channels = values[x].channels;
     require(scale.size() == shift.size() && (scale.empty() || int(scale.size()) == channels),
             "scale and shift need one number per channel");
-    Step step(Kind::map);
-    step.inputs = {x};
+    Step step(Kind::map, {x}, act);
     if (other >= 0) {
         check(other);
         require(values[other].channels == channels, "the two operands have different numbers of channels");
         step.inputs.push_back(other);
     }
-    step.scale = std::move(scale), step.shift = std::move(shift), step.act = act;
+    step.scale = std::move(scale), step.shift = std::move(shift);
     return make(std::move(step), channels, rectifies(act));
 }
 
@@ -147,8 +240,7 @@ int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair paddin
     check_window(kernel, stride, padding, dilation);
     require(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], "pool padding is more than half the kernel");
     require(divisor >= 0, "the divisor is negative");
-    Step step(Kind::pool);
-    step.inputs = {x};
+    Step step(Kind::pool, {x});
     step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
     step.average = average, step.ceil_mode = ceil_mode, step.include_pad = include_pad, step.divisor = divisor;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
@@ -156,27 +248,22 @@ int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair paddin
 
 int Network::add_mean(int x) {
     check(x);
-    Step step(Kind::mean);
-    step.inputs = {x};
-    return make(std::move(step), values[x].channels, values[x].nonnegative);
+    return make(Step(Kind::mean, {x}), values[x].channels, values[x].nonnegative);
 }
 
 int Network::add_product(int x, int other, Act act) {
     check(x);
     check(other);
     require(values[x].channels == values[other].channels, "the two factors have different numbers of channels");
-    Step step(Kind::product);
-    step.inputs = {x, other};
-    step.act = act;
-    return make(std::move(step), values[x].channels,
-                rectifies(act) || (act == Act::none && values[x].nonnegative && values[other].nonnegative));
+    const bool nonnegative = act == Act::none && values[x].nonnegative && values[other].nonnegative;
+    return make(Step(Kind::product, {x, other}, act), values[x].channels, rectifies(act) || nonnegative);
 }
 
 int Network::add_adaptive(int x, Pair size) {
     check(x);
-    require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096, "an adaptive pool makes 1 to 4095 rows and columns");
-    Step step(Kind::adaptive);
-    step.inputs = {x};
+    require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096,
+            "the output of an adaptive pool has 1 to 4095 rows and columns");
+    Step step(Kind::adaptive, {x});
     step.kernel = size;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
@@ -185,15 +272,10 @@ int Network::add_view(std::vector<int> parts, std::vector<Pair> planes) {
     require(!planes.empty() && int64_t(planes.size()) < most, "a view needs a channel");
     bool nonnegative = true;
     for (int part : parts) nonnegative = nonnegative && values[part].nonnegative;
-    Step step(Kind::view);
-    step.inputs = std::move(parts);
+    Step step(Kind::view, std::move(parts));
     step.planes = std::move(planes);
     const int channels = int(step.planes.size());
     return make(std::move(step), channels, nonnegative);
-}
-
-int Network::add_flatten(int x) {
-    return add_concat({x});
 }
 
 int Network::add_select(int x, const std::vector<int>& channels) {
@@ -220,12 +302,10 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
     check(x);
     require(out_features >= 1 && out_features < most && in_features >= 1 &&
                 int64_t(weight.size()) == int64_t(out_features) * in_features,
-            "the linear weight has another size");
-    require(in_features % values[x].channels == 0, "in_features is no multiple of the input's channels");
+            "the linear weight has the wrong size");
+    require(in_features % values[x].channels == 0, "in_features is not a multiple of the input's channels");
     // Stored transposed, [in][out padded to 16]: the outputs are the vector.
-    Step step(Kind::linear);
-    step.inputs = {x};
-    step.act = act;
+    Step step(Kind::linear, {x}, act);
     step.number = in_features;
     const int64_t pitch = (int64_t(out_features) + 15) / 16 * 16;
     step.weights.assign(pitch * in_features, 0.0f);
@@ -238,10 +318,39 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
 
 void Network::add_output(int value) {
     check(value);
-    Step step(Kind::output);
-    step.inputs = {value};
+    Step step(Kind::output, {value});
     step.number = outputs++;
     steps.push_back(std::move(step));
+}
+
+std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, Form form) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& known = packed_[{&step, splits, form}];
+    if (auto found = known.lock()) return found;
+    auto made = std::make_shared<Packed>();
+    for (size_t g = 0; g < step.groups.size(); ++g) {
+        const GroupIndex& group = step.groups[g];
+        const int64_t taps = int64_t(step.kernel[0]) * step.kernel[1], count = int64_t(group.in.size()) * taps;
+        int first = 0;
+        for (int filters : splits[g]) {
+            FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
+            const float* weights = group.weights.data() + first * count;
+            if (form == Form::patches)
+                pack_patches(made->weights, weights, filters, count);
+            else if (form == Form::bands)
+                pack_bands(made->weights, weights, filters, count, step.kernel[1]);
+            else
+                pack_plain(made->weights, step, weights, filters, count, taps);
+            for (int k = 0; k < filters; ++k) {
+                tile.channels.push_back(group.out[first + k]);
+                made->bias.push_back(step.bias[tile.channels.back()]);
+            }
+            first += filters;
+            made->tiles.push_back(std::move(tile));
+        }
+    }
+    known = made;
+    return made;
 }
 
 } // namespace dsp

@@ -1,5 +1,5 @@
-// A run of a Program's steps as the native code holds it: values, steps and packed weights. Sizes come later:
-// a Plan is made per image size (plan.h).
+// A segment of a Program in native form: values (tensors), steps and weights, without image sizes; a Plan is made per
+// image size (plan.h).
 #pragma once
 
 #include <array>
@@ -15,6 +15,11 @@
 
 namespace dsp {
 
+// Instruction sets that this CPU supports, best first (kernels/isa.cpp).
+std::vector<std::string> available_isas();
+// The kernels of one instruction set; "" is the best. Throws std::invalid_argument if it is unknown or unsupported.
+const Kernels& kernels_for(const std::string& isa);
+
 using Pair = std::array<int, 2>; // vertical, horizontal
 
 struct Size {
@@ -26,12 +31,12 @@ struct Size {
 struct FilterTile {
     int group;
     int filters;
-    int64_t weights; // where its [count][filters] weights begin
-    int64_t bias;    // where its [filters] biases begin
+    int64_t weights;           // offset of its [count][filters] weights
+    int64_t bias;              // offset of its [filters] biases
     std::vector<int> channels; // output channels
 };
 
-// A channel, or two channels whose pixels stand in one word (bf16.h, fp16.h); other is -1 without a partner.
+// A channel, or two channels packed into words (bf16.h, fp16.h); other is -1 without a partner.
 struct Source {
     int channel, other;
 };
@@ -48,85 +53,87 @@ struct Packed {
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
-// What the microtiles of a convolution sum: products, or what Winograd's method makes of them (winograd.h).
+// How a convolution is summed: directly, or in one of two forms of Winograd's method (winograd.h).
 enum class Form { plain, bands, patches };
 
 enum class Kind { input, conv, map, product, pool, mean, adaptive, view, linear, output };
 
 struct Step {
-    explicit Step(Kind kind) : kind(kind) {}
+    explicit Step(Kind kind, std::vector<int> inputs = {}, Act act = Act::none)
+        : kind(kind), inputs(std::move(inputs)), act(act) {}
     Kind kind;
-    int output = -1;         // value
     std::vector<int> inputs; // values
-    Act act = Act::none;
+    int output = -1;         // value
+    Act act;
     // conv and pool
     Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
     std::vector<GroupIndex> groups;
     std::vector<int> absent;
-    const WordKernels* pairs = nullptr; // what computes it two channels at a time, in 16 bit; null: one by one
-    std::vector<float> weights, bias; // linear: [in][out padded]; conv: the bias of each output channel
+    const WordKernels* pairs = nullptr; // computes it in 16 bit, two channels at a time; null: in float
+    std::vector<float> weights, bias;   // linear: [in][out padded]; conv: the bias of each output channel
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
-    int divisor = 0; // 0: the window's own
-    // view: per channel, the input (by its place in `inputs`) and the channel there
+    int divisor = 0; // 0: the size of the window
+    // view: per channel, the input (an index into `inputs`) and its channel
     std::vector<Pair> planes;
     // map: per channel, or empty
     std::vector<float> scale, shift;
-    int number = 0; // of an input or output
+    int number = 0; // of an input or output; of a linear layer its input features
 };
 
 struct Value {
     int channels;
-    bool nonnegative = false; // a ReLU made it, so that another ReLU changes nothing
+    bool nonnegative = false; // a ReLU computed it, so another ReLU is a no-op
 };
 
-// Whether convolutions are computed by Winograd's method; bands and patches: in this form wherever it is possible.
+// Whether convolutions are computed by Winograd's method; bands and patches: in this form wherever possible.
 enum class Winograd { never, where_faster, bands, patches };
 
-// What convolutions round their input and weights to. fp16: only where the CPU multiplies such numbers, else floats.
-enum class Numbers { f32, bf16, fp16 };
+// What convolutions round their input and weights to. fp16 is float on CPUs without float16 products.
+enum class Precision { f32, bf16, fp16 };
 
-// What computes with such numbers, or null: floats are multiplied.
-const WordKernels* words_of(const Kernels& kernels, Numbers numbers);
+// The kernels of a precision, or null: products are in float.
+const WordKernels* words_of(const Kernels& kernels, Precision precision);
 
 class Network {
   public:
-    // Values stay float in any case.
-    explicit Network(const std::string& isa, Numbers numbers = Numbers::f32, Winograd winograd = Winograd::where_faster);
+    // Values are float in any precision.
+    explicit Network(const std::string& isa, Precision precision = Precision::f32,
+                     Winograd winograd = Winograd::where_faster);
 
     const Kernels& kernels;
-    const WordKernels* const words; // of its numbers, or null: floats
+    const WordKernels* const words; // of its precision, or null: float
     const Winograd winograd;
     std::vector<Value> values;
     std::vector<Step> steps;
     int inputs = 0, outputs = 0;
 
-    // Each returns the number of the value it makes and throws std::invalid_argument for what cannot be.
+    // Each returns the number of the value it adds and throws std::invalid_argument for invalid arguments.
     int add_input(int channels);
     // bias: [out_channels] or null.
     int add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation, Act act,
                  std::vector<GroupIndex> groups, const float* bias);
-    // act(x * scale + shift + other): any of scale and shift (both or none) and other (-1) may be missing.
+    // act(x * scale + shift + other); scale and shift may be empty (both or none), other may be -1.
     int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act);
     int add_pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
                  bool include_pad, int divisor);
-    // act(x * other): of one size, or one of them a single pixel.
+    // act(x * other); equal sizes, or one of them a single pixel.
     int add_product(int x, int other, Act act);
     int add_mean(int x);
-    // The mean over each of size[0] x size[1] parts of the map.
+    // The mean over each of size[0] x size[1] parts of the feature map.
     int add_adaptive(int x, Pair size);
-    // Values that are planes of others and cost nothing: all of x, some of its channels, several one after the other.
-    int add_flatten(int x);
+    // Views of the planes of other values, without a copy: all of x, some of its channels, several concatenated.
+    int add_flatten(int x) { return add_concat({x}); }
     int add_select(int x, const std::vector<int>& channels);
     int add_concat(const std::vector<int>& parts);
     // weight: [out][in], where in is channels * height * width of x.
     int add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features, Act act);
     void add_output(int value);
 
-    // What the planes are that a group reads, in order.
+    // The planes that a group reads, in order.
     static std::vector<Source> sources(const Step& step, const std::vector<int>& channels);
 
-    // The weights of a conv step cut into these tiles and brought into a form. Plans that cut alike share one copy.
+    // The weights of a conv step in tiles of these sizes, in a form. Plans with equal tiles share one copy.
     std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits, Form form = Form::plain) const;
 
   private:

@@ -2,22 +2,557 @@
 
 #include <sys/mman.h>
 
-#include <cstdint>
+#include <algorithm>
+#include <limits>
+#include <map>
 #include <new>
+#include <set>
+#include <tuple>
+
+#include "ops.h"
+#include "tiling.h"
 
 namespace dsp {
 
-bool PlanKey::operator==(const PlanKey& other) const {
-    return interleave == other.interleave && threads == other.threads && sizes == other.sizes;
+int output_size(int size, int kernel, int stride, int padding, int dilation, bool ceil_mode) {
+    const int64_t free = int64_t(size) + 2 * padding - int64_t(dilation) * (kernel - 1) - 1;
+    if (free < 0) return -1;
+    int64_t count = free / stride + 1;
+    if (ceil_mode && free % stride) {
+        ++count;
+        // The last window has to begin inside the input or its left padding.
+        if ((count - 1) * stride >= int64_t(size) + padding) --count;
+    }
+    return int(count);
+}
+
+Vectors cover(const Geometry& g, int lanes) {
+    const int64_t row = int64_t(g.w) * g.interleave, pitch = g.pitch * g.interleave;
+    const int64_t per_row = (row + lanes - 1) / lanes;
+    const int64_t flat = ((g.h - 1) * pitch + row + lanes - 1) / lanes;
+    // A row's last vector may only extend into pad columns, never into the next row.
+    const bool rows_fit = per_row * lanes <= pitch || g.h == 1;
+    const bool by_row = rows_fit && per_row * g.h <= flat;
+    Vectors vectors;
+    vectors.covers_pads = !by_row;
+    if (by_row) {
+        for (int64_t y = 0; y < g.h; ++y)
+            for (int64_t v = 0; v < per_row; ++v) vectors.at.push_back(int32_t(y * pitch + v * lanes));
+        if (row % lanes == 0) return vectors;
+    } else {
+        for (int64_t v = 0; v < flat; ++v) vectors.at.push_back(int32_t(v * lanes));
+    }
+    vectors.mask.resize(vectors.at.size() * lanes);
+    for (size_t v = 0; v < vectors.at.size(); ++v)
+        for (int l = 0; l < lanes; ++l) {
+            const int64_t d = vectors.at[v] + l;
+            const bool live = d / pitch < g.h && d % pitch < row;
+            vectors.mask[v * lanes + l] = live ? -1 : 0;
+        }
+    return vectors;
 }
 
 namespace {
+
+int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+std::string text(int h, int w) { return std::to_string(h) + "x" + std::to_string(w); }
+
+// Makes a plan in five passes over the network: shapes, geometry, lifetimes, memory, operations.
+class Builder {
+  public:
+    Builder(const Network& network, const PlanKey& key) : network_(network), key_(key) {}
+
+    void build(Plan& plan) {
+        scratch_begin_ = round_up(allocate_all(), 16);
+        emit(plan);
+        plan.arena_floats = scratch_begin_ + scratch_floats_ + 64;
+    }
+
+    PlanSummary summary() {
+        PlanSummary summary{std::vector<std::vector<int>>(network_.outputs), allocate_all()};
+        for (const Step& step : network_.steps)
+            if (step.kind == Kind::output) {
+                const Node& node = nodes_[step.inputs[0]];
+                summary.outputs[step.number] = {node.channels, node.h, node.w};
+            }
+        return summary;
+    }
+
+  private:
+    struct Plane {
+        int node, channel;
+    };
+    // A value of the network, or a value split by phase. Nodes of one class (union-find over `parent`) have the same
+    // pitch and padding, so that a pixel has the same displacement in all of them.
+    struct Node {
+        int channels, h, w;
+        int parent;
+        int buffer;                // the node whose memory it uses; a view has no memory of its own
+        std::vector<Plane> view{}; // of a view: the source of each channel
+        int first = -1;            // operation that writes the buffer
+        int last = -1;             // last operation that reads it
+        int64_t offset = 0;
+        Geometry geometry{};
+    };
+    struct Pads {
+        int top = 0, bottom = 0, left = 0, right = 0;
+    };
+    // The phases of a node under a stride, as planes of their own.
+    struct Split {
+        int node;
+        int source;
+        Pair stride;
+        const WordKernels* pairs;                            // packs two channels into each plane, or null
+        std::map<std::tuple<int, int, int, int>, int> plane; // (row phase, column phase, channel, other) -> plane
+        bool emitted = false;
+    };
+    struct Tap {
+        int row_phase, column_phase, dy, dx;
+    };
+    struct Draft { // what is known of a step before the geometry is
+        int x = -1;
+        int split = -1;
+        std::vector<Tap> taps;
+        bool fast_pool = false;
+        int large = 0; // of a product: the input that is not a single pixel
+    };
+
+    const Network& network_;
+    const PlanKey& key_;
+    std::vector<Node> nodes_;
+    std::vector<Split> splits_;
+    std::vector<Draft> drafts_;
+    std::vector<Pads> pads_;
+    int64_t scratch_begin_ = 0, scratch_floats_ = 0; // scratch of single operations, behind the tensors
+
+    int64_t allocate_all() {
+        shapes();
+        geometry();
+        lifetimes();
+        return memory();
+    }
+
+    // -- Shapes: the size of every node, its class, and the padding of each class --
+
+    int root(int node) {
+        while (nodes_[node].parent != node) node = nodes_[node].parent = nodes_[nodes_[node].parent].parent;
+        return node;
+    }
+
+    void tie(int a, int b) {
+        a = root(a), b = root(b);
+        if (a == b) return;
+        nodes_[b].parent = a;
+        Pads &p = pads_[a], &q = pads_[b];
+        p = {std::max(p.top, q.top), std::max(p.bottom, q.bottom), std::max(p.left, q.left),
+             std::max(p.right, q.right)};
+    }
+
+    int add_node(int channels, int h, int w) {
+        if (h < 1 || w < 1 || h > (1 << 20) || w > (1 << 20))
+            fail("a feature map of " + text(h, w) + " pixels is not supported");
+        const int number = int(nodes_.size());
+        nodes_.push_back({channels, h, w, number, number});
+        pads_.push_back({});
+        return number;
+    }
+
+    // A view of views refers to the planes of nodes with memory directly.
+    void add_view(const Step& step) {
+        const Node first = nodes_[step.inputs[0]];
+        for (int input : step.inputs)
+            if (nodes_[input].h != first.h || nodes_[input].w != first.w)
+                fail("feature maps of " + text(first.h, first.w) + " and " + text(nodes_[input].h, nodes_[input].w) +
+                     " pixels cannot be concatenated");
+        const int made = add_node(int(step.planes.size()), first.h, first.w);
+        for (const Pair& plane : step.planes) {
+            const int node = step.inputs[plane[0]];
+            nodes_[made].view.push_back(nodes_[node].view.empty() ? Plane{node, plane[1]}
+                                                                  : nodes_[node].view[plane[1]]);
+        }
+        for (int input : step.inputs) tie(input, made);
+    }
+
+    void shapes() {
+        drafts_.resize(network_.steps.size());
+        // The network's values are the first nodes and keep their numbers.
+        for (size_t s = 0; s < network_.steps.size(); ++s) {
+            const Step& step = network_.steps[s];
+            if (!step.inputs.empty()) drafts_[s].x = step.inputs[0];
+            shape(step, drafts_[s]);
+            const size_t added = step.kind == Kind::map || step.kind == Kind::conv ? step.inputs.size() : 0;
+            for (size_t i = step.kind == Kind::map ? 0 : 1; i < added; ++i) {
+                const Node &other = nodes_[step.inputs[i]], &y = nodes_[step.output];
+                if (other.h != y.h || other.w != y.w)
+                    fail("a residual of " + text(other.h, other.w) + " pixels cannot be added to " + text(y.h, y.w));
+                tie(step.inputs[i], step.output);
+            }
+        }
+        for (size_t s = 0; s < network_.steps.size(); ++s) {
+            const Step& step = network_.steps[s];
+            std::vector<Source> sources;
+            if (step.kind == Kind::conv) {
+                for (const auto& group : step.groups)
+                    for (const Source& source : Network::sources(step, group.in)) sources.push_back(source);
+                window(step, drafts_[s], sources);
+            } else if (step.kind == Kind::pool) {
+                // A pad counts as 0: correct for a maximum of nonnegative numbers, and for an average with the same
+                // divisor for every window.
+                const bool zeros = step.average ? !step.ceil_mode && (step.include_pad || step.divisor ||
+                                                                      (step.padding[0] == 0 && step.padding[1] == 0))
+                                                : network_.values[step.inputs[0]].nonnegative;
+                drafts_[s].fast_pool = zeros;
+                for (int c = 0; c < nodes_[step.inputs[0]].channels; ++c) sources.push_back({c, -1});
+                if (zeros) window(step, drafts_[s], sources);
+            }
+        }
+    }
+
+    void shape(const Step& step, Draft& draft) {
+        const Node x = draft.x >= 0 ? nodes_[draft.x] : Node{};
+        switch (step.kind) {
+        case Kind::input: {
+            const Size size = key_.sizes[step.number];
+            add_node(network_.values[step.output].channels, size.h, size.w);
+            break;
+        }
+        case Kind::conv:
+        case Kind::pool: {
+            int size[2];
+            for (int a = 0; a < 2; ++a)
+                size[a] = output_size(a ? x.w : x.h, step.kernel[a], step.stride[a], step.padding[a], step.dilation[a],
+                                      step.ceil_mode);
+            if (size[0] < 1 || size[1] < 1)
+                fail("an input of " + text(x.h, x.w) + " pixels is too small for a kernel of " +
+                     text(step.kernel[0], step.kernel[1]));
+            add_node(network_.values[step.output].channels, size[0], size[1]);
+            break;
+        }
+        case Kind::map: add_node(x.channels, x.h, x.w); break;
+        case Kind::mean: add_node(x.channels, 1, 1); break;
+        case Kind::product: {
+            const Node other = nodes_[step.inputs[1]];
+            draft.large = x.h * x.w == 1 && other.h * other.w > 1;
+            const Node &large = draft.large ? other : x, &small = draft.large ? x : other;
+            if (small.h * small.w > 1 && (small.h != large.h || small.w != large.w))
+                fail("feature maps of " + text(x.h, x.w) + " and " + text(other.h, other.w) +
+                     " pixels cannot be multiplied");
+            add_node(x.channels, large.h, large.w);
+            tie(step.inputs[draft.large], step.output);
+            if (small.h == large.h && small.w == large.w) tie(step.inputs[!draft.large], step.output);
+            break;
+        }
+        case Kind::adaptive: add_node(x.channels, step.kernel[0], step.kernel[1]); break;
+        case Kind::view: add_view(step); break;
+        case Kind::linear:
+            if (int64_t(x.channels) * x.h * x.w != step.number)
+                fail("a linear layer of " + std::to_string(step.number) + " features got " +
+                     std::to_string(x.channels) + "x" + text(x.h, x.w));
+            add_node(network_.values[step.output].channels, 1, 1);
+            break;
+        case Kind::output: break;
+        }
+    }
+
+    // Turns a strided window into one of stride 1 over an input split by phase, and by pairs of channels where the
+    // step computes with those.
+    void window(const Step& step, Draft& draft, const std::vector<Source>& sources) {
+        const Pair stride = step.stride;
+        for (int ky = 0; ky < step.kernel[0]; ++ky)
+            for (int kx = 0; kx < step.kernel[1]; ++kx) {
+                const int y = ky * step.dilation[0] - step.padding[0], x = kx * step.dilation[1] - step.padding[1];
+                const int dy = floor_div(y, stride[0]), dx = floor_div(x, stride[1]);
+                draft.taps.push_back({y - dy * stride[0], x - dx * stride[1], dy, dx});
+            }
+        const bool strided = stride[0] > 1 || stride[1] > 1;
+        if (strided || step.pairs) {
+            const int source = step.inputs[0];
+            for (size_t i = 0; i < splits_.size(); ++i)
+                if (splits_[i].source == source && splits_[i].stride == stride && splits_[i].pairs == step.pairs)
+                    draft.split = int(i);
+            if (draft.split < 0) {
+                const Node x = nodes_[source];
+                const int node = add_node(0, (x.h + stride[0] - 1) / stride[0], (x.w + stride[1] - 1) / stride[1]);
+                splits_.push_back({node, source, stride, step.pairs, {}, false});
+                if (!strided) tie(source, node); // so that whole planes are paired at once
+                draft.split = int(splits_.size()) - 1;
+            }
+            Split& split = splits_[draft.split];
+            for (const Tap& tap : draft.taps)
+                for (const Source& one : sources)
+                    split.plane.emplace(std::make_tuple(tap.row_phase, tap.column_phase, one.channel, one.other), 0);
+            draft.x = split.node;
+        }
+        tie(draft.x, step.output);
+        Pads& pads = pads_[root(draft.x)];
+        const Node &x = nodes_[draft.x], &y = nodes_[step.output];
+        for (const Tap& tap : draft.taps) {
+            pads.top = std::max(pads.top, -tap.dy);
+            pads.left = std::max(pads.left, -tap.dx);
+            pads.bottom = std::max(pads.bottom, y.h + tap.dy - x.h);
+            pads.right = std::max(pads.right, y.w + tap.dx - x.w);
+        }
+    }
+
+    // -- Geometry: padding and pitch of every node --
+
+    void geometry() {
+        for (Split& split : splits_) {
+            int number = 0;
+            for (auto& entry : split.plane) entry.second = number++;
+            nodes_[split.node].channels = std::max(number, 1);
+        }
+        std::vector<int64_t> pitch(nodes_.size(), 0);
+        for (size_t n = 0; n < nodes_.size(); ++n) {
+            const int r = root(int(n));
+            pitch[r] = std::max<int64_t>(pitch[r], nodes_[n].w + std::max(pads_[r].left, pads_[r].right));
+        }
+        const int64_t I = key_.interleave;
+        for (size_t n = 0; n < nodes_.size(); ++n) {
+            Node& node = nodes_[n];
+            const Pads& pads = pads_[root(int(n))];
+            Geometry& g = node.geometry;
+            g.channels = node.channels, g.h = node.h, g.w = node.w, g.interleave = int(I);
+            g.pitch = pitch[root(int(n))];
+            // The rows below a plane are the rows above the next.
+            const int64_t gap = std::max(pads.top, pads.bottom) * g.pitch * I;
+            // A last vector that exceeds the plane must not reach the next plane.
+            g.plane = round_up(g.h * g.pitch * I + std::max<int64_t>(gap, 16), 16);
+            // Planes at a distance of a power of two would all fall into the same few sets of the cache.
+            if (g.plane / 16 % 2 == 0) g.plane += 16;
+            g.lead = round_up((pads.top * g.pitch + pads.left) * I, 16);
+            const int64_t reach = ((g.h - 1 + pads.bottom) * g.pitch + g.w + pads.right) * I + 16;
+            g.size = round_up(g.lead + (g.channels - 1) * g.plane + std::max(g.plane, reach), 16);
+            if (g.size > std::numeric_limits<int32_t>::max())
+                fail("a feature map is larger than 8 GB; use a smaller batch or image");
+        }
+    }
+
+    // -- Lifetimes and memory of buffers. Operations are numbered as emit() makes them. --
+
+    std::set<int> buffers(int node) const {
+        std::set<int> found;
+        for (const Plane& plane : nodes_[node].view) found.insert(nodes_[plane.node].buffer);
+        if (found.empty()) found.insert(nodes_[node].buffer);
+        return found;
+    }
+
+    void lifetimes() {
+        int number = 0;
+        std::vector<int> last_step(nodes_.size(), -1);
+        for (size_t s = 0; s < network_.steps.size(); ++s)
+            if (network_.steps[s].kind != Kind::view)
+                for (int input : network_.steps[s].inputs)
+                    for (int buffer : buffers(input)) last_step[buffer] = int(s);
+        const auto read = [&](int node, int operation) {
+            for (int buffer : buffers(node)) nodes_[buffer].last = operation;
+        };
+        std::set<int> split_done;
+        for (size_t s = 0; s < network_.steps.size(); ++s) {
+            const Step& step = network_.steps[s];
+            const Draft& draft = drafts_[s];
+            if (step.kind == Kind::view) continue;
+            if (draft.split >= 0 && split_done.insert(draft.split).second) {
+                nodes_[draft.x].first = number;
+                read(splits_[draft.split].source, number);
+                ++number;
+            }
+            if (draft.x >= 0) read(draft.x, number);
+            for (size_t i = 1; i < step.inputs.size(); ++i) read(step.inputs[i], number);
+            if (step.output >= 0) {
+                Node& y = nodes_[step.output];
+                y.first = number;
+                // The output may overwrite this input if no later step reads it and the window does not read it now.
+                const int candidate = step.kind == Kind::conv && step.inputs.size() == 2 ? step.inputs[1]
+                                      : step.kind == Kind::map                           ? step.inputs[0]
+                                      : step.kind == Kind::product                       ? step.inputs[draft.large]
+                                                                                         : -1;
+                if (candidate >= 0 && nodes_[candidate].view.empty()) {
+                    const int buffer = nodes_[candidate].buffer;
+                    // A window reads other pixels of it, a view other planes, after they were overwritten.
+                    bool read_again = step.kind == Kind::conv && buffers(draft.x).count(buffer);
+                    for (int input : step.inputs)
+                        if (!nodes_[input].view.empty()) read_again = read_again || buffers(input).count(buffer);
+                    if (last_step[buffer] == int(s) && !read_again) {
+                        y.buffer = buffer;
+                        last_step[buffer] = last_step[step.output];
+                    }
+                }
+                nodes_[y.buffer].last = std::max(nodes_[y.buffer].last, number);
+            }
+            ++number;
+        }
+    }
+
+    // Gives every buffer its offset, first fit; returns the floats of the arena.
+    int64_t memory() {
+        int64_t total = 0;
+        std::vector<int> order;
+        for (size_t n = 0; n < nodes_.size(); ++n)
+            if (nodes_[n].buffer == int(n) && nodes_[n].first >= 0) order.push_back(int(n));
+        std::sort(order.begin(), order.end(), [&](int a, int b) { return nodes_[a].first < nodes_[b].first; });
+        std::vector<int> placed;
+        for (int n : order) {
+            Node& node = nodes_[n];
+            node.last = std::max(node.last, node.first);
+            std::vector<std::pair<int64_t, int64_t>> taken;
+            for (int other : placed)
+                if (nodes_[other].last >= node.first)
+                    taken.push_back({nodes_[other].offset, nodes_[other].offset + nodes_[other].geometry.size});
+            std::sort(taken.begin(), taken.end());
+            int64_t offset = 0;
+            for (const auto& range : taken) {
+                if (range.first - offset >= node.geometry.size) break;
+                offset = std::max(offset, range.second);
+            }
+            node.offset = offset;
+            placed.push_back(n);
+            total = std::max(total, offset + node.geometry.size);
+        }
+        // Displacements are relative to the beginning of the arena.
+        if (total > std::numeric_limits<int32_t>::max() - 64)
+            fail("the feature maps need more than 8 GB; use a smaller image");
+        return total + 64;
+    }
+
+    // -- Operations --
+
+    Place place(int node) const {
+        const auto first_pixel = [&](int n) { return nodes_[nodes_[n].buffer].offset + nodes_[n].geometry.lead; };
+        const Node& own = nodes_[node];
+        Place place{own.geometry, first_pixel(node), {}};
+        for (int c = 0; c < own.channels; ++c) {
+            const Plane plane = own.view.empty() ? Plane{node, c} : own.view[c];
+            place.planes.push_back(first_pixel(plane.node) + plane.channel * nodes_[plane.node].geometry.plane);
+        }
+        return place;
+    }
+
+    void emit(Plan& plan) {
+        const auto add = [&](std::unique_ptr<Op> op, int channels) {
+            if (channels) op->chunks = std::max(1, std::min(key_.parts(), channels));
+            plan.ops.push_back(std::move(op));
+        };
+        for (size_t s = 0; s < network_.steps.size(); ++s) {
+            const Step& step = network_.steps[s];
+            const Draft& draft = drafts_[s];
+            if (draft.split >= 0 && !splits_[draft.split].emitted) {
+                splits_[draft.split].emitted = true;
+                add(split(splits_[draft.split]), int(splits_[draft.split].plane.size()));
+            }
+            if (step.kind == Kind::view) continue;
+            const int channels = nodes_[step.output >= 0 ? step.output : step.inputs[0]].channels;
+            const int units = step.kind == Kind::linear ? (channels + 63) / 64 : step.kind == Kind::conv ? 0 : channels;
+            add(operation(step, draft), units);
+            plan.ops.back()->made = step.output;
+        }
+    }
+
+    std::unique_ptr<Op> operation(const Step& step, const Draft& draft) {
+        switch (step.kind) {
+        case Kind::input: return std::make_unique<LoadOp>(place(step.output), step.number, used_channels(step.output));
+        case Kind::conv: return conv(step, draft);
+        case Kind::map: {
+            auto op = std::make_unique<MapOp>(network_.kernels, step, place(step.inputs[0]), place(step.output));
+            op->has_b = step.inputs.size() == 2;
+            if (op->has_b) op->b = place(step.inputs[1]);
+            return op;
+        }
+        case Kind::pool: return pool(step, draft);
+        case Kind::mean: return std::make_unique<MeanOp>(place(step.inputs[0]), place(step.output));
+        case Kind::product:
+            return std::make_unique<ProductOp>(network_.kernels, step.act, place(step.inputs[draft.large]),
+                                               place(step.inputs[!draft.large]), place(step.output));
+        case Kind::adaptive: return std::make_unique<AdaptiveOp>(place(step.inputs[0]), place(step.output));
+        case Kind::linear: return linear(step);
+        default: return std::make_unique<StoreOp>(place(step.inputs[0]), step.number);
+        }
+    }
+
+    std::unique_ptr<Op> split(const Split& split) const {
+        auto op = std::make_unique<SplitOp>(network_.kernels, place(split.source), place(split.node), split.stride,
+                                            split.pairs);
+        for (const auto& [key, plane] : split.plane)
+            op->planes.push_back({std::get<2>(key), std::get<3>(key), std::get<0>(key), std::get<1>(key), plane});
+        return op;
+    }
+
+    // Which channels of a value are read: only a convolution or a view can skip some.
+    std::vector<char> used_channels(int value) const {
+        std::vector<char> used(nodes_[value].channels, 0);
+        for (const Step& step : network_.steps)
+            for (size_t i = 0; i < step.inputs.size(); ++i) {
+                if (step.inputs[i] != value) continue;
+                if (step.kind == Kind::view) {
+                    const auto seen = used_channels(step.output);
+                    for (size_t k = 0; k < seen.size(); ++k)
+                        if (seen[k] && step.planes[k][0] == int(i)) used[step.planes[k][1]] = 1;
+                    continue;
+                }
+                if (step.kind != Kind::conv || i > 0) return std::vector<char>(used.size(), 1);
+                for (const auto& group : step.groups)
+                    for (int c : group.in) used[c] = 1;
+            }
+        return used;
+    }
+
+    std::vector<int32_t> displacements(const Draft& draft, const std::vector<Source>& sources) const {
+        const Place x = place(draft.x);
+        std::vector<int32_t> off;
+        for (const Source& one : sources)
+            for (const Tap& tap : draft.taps) {
+                const int plane = draft.split < 0 ? one.channel
+                                                  : splits_[draft.split].plane.at(std::make_tuple(
+                                                        tap.row_phase, tap.column_phase, one.channel, one.other));
+                off.push_back(int32_t(x.planes[plane] + x.geometry.at(0, tap.dy, tap.dx)));
+            }
+        return off;
+    }
+
+    std::unique_ptr<Op> conv(const Step& step, const Draft& draft) {
+        auto op = std::make_unique<ConvOp>(network_.kernels, step, place(draft.x), place(step.output));
+        op->has_add = step.inputs.size() == 2;
+        op->add = op->has_add ? place(step.inputs[1]) : Place{};
+        op->in_place = op->has_add && nodes_[step.output].buffer == nodes_[step.inputs[1]].buffer;
+        op->skip_absent = op->in_place && (step.act == Act::none ||
+                                           (step.act == Act::relu && network_.values[step.inputs[1]].nonnegative));
+        for (const auto& group : step.groups) op->off.push_back(displacements(draft, Network::sources(step, group.in)));
+        std::set<int> rows;
+        for (const Tap& tap : draft.taps) rows.insert(tap.dy);
+        return tile_conv(network_, key_, std::move(op), int(rows.size()), draft.split >= 0, scratch_begin_,
+                         scratch_floats_);
+    }
+
+    std::unique_ptr<Op> pool(const Step& step, const Draft& draft) const {
+        if (!draft.fast_pool) return std::make_unique<PoolOp>(step, place(step.inputs[0]), place(step.output));
+        // Displacements from plane c to plane c + 1 are the same for all taps only if every phase has its own run
+        // of planes; they are sorted by phase, then channel, and all channels are present.
+        auto op = std::make_unique<FastPoolOp>(network_.kernels, place(draft.x), place(step.output));
+        op->off = displacements(draft, {{0, -1}});
+        for (int32_t& off : op->off) off -= int32_t(op->x.planes[0]);
+        op->average = step.average;
+        op->scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
+        return op;
+    }
+
+    std::unique_ptr<Op> linear(const Step& step) const {
+        auto op = std::make_unique<LinearOp>(network_.kernels, step, place(step.inputs[0]), place(step.output));
+        const Geometry& g = op->x.geometry;
+        for (int c = 0; c < g.channels; ++c)
+            for (int y = 0; y < g.h; ++y)
+                for (int x = 0; x < g.w; ++x) op->off.push_back(int32_t(op->x.planes[c] + g.at(0, y, x)));
+        return op;
+    }
+};
+
+// -- Memory of arenas --
 
 constexpr size_t huge = size_t(2) << 20;
 
 size_t whole_pages(int64_t floats) { return (size_t(floats) * sizeof(float) + huge - 1) / huge * huge; }
 
-// From the system and back to it: in the heap, blocks of many sizes would leave holes that nothing else fits into.
+// Mapped and unmapped directly: in the heap, blocks of many sizes would cause fragmentation.
 float* allocate(int64_t floats) {
     const size_t bytes = whole_pages(floats);
     void* const mapped = mmap(nullptr, bytes + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -27,7 +562,7 @@ float* allocate(int64_t floats) {
     if (memory != begin) munmap(begin, memory - begin);
     if (memory != begin + huge) munmap(memory + bytes, begin + huge - memory);
 #ifdef MADV_HUGEPAGE
-    // Planes lie in different small pages; with huge pages the address translation is never missed.
+    // Planes are in different small pages; huge pages avoid TLB misses.
     madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
     return reinterpret_cast<float*>(memory);
@@ -36,6 +571,14 @@ float* allocate(int64_t floats) {
 void release(float* memory, int64_t floats) { munmap(memory, whole_pages(floats)); }
 
 } // namespace
+
+PlanSummary summarize(const Network& network, const PlanKey& key) { return Builder(network, key).summary(); }
+
+Plan::Plan(const Network& network, const PlanKey& key) : key(key) { Builder(network, this->key).build(*this); }
+
+Plan::~Plan() {
+    for (float* arena : idle_) release(arena, arena_floats);
+}
 
 float* Plan::take_arena() const {
     {
@@ -63,10 +606,6 @@ void Plan::give_arena(float* arena, int keep) const {
 int64_t Plan::idle_bytes() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return int64_t(idle_.size()) * arena_floats * int64_t(sizeof(float));
-}
-
-Plan::~Plan() {
-    for (float* arena : idle_) release(arena, arena_floats);
 }
 
 } // namespace dsp

@@ -1,4 +1,5 @@
-// A Network for one image size and one number of interleaved images: geometry, memory and work items.
+// A Network planned for one image size and one number of interleaved images: the geometry and memory of its tensors,
+// and its operations in order.
 #pragma once
 
 #include <memory>
@@ -9,7 +10,7 @@
 
 namespace dsp {
 
-// Where the pixels of one value lie, in floats from its first pixel of channel 0.
+// The layout of one tensor, in floats from its first pixel of channel 0.
 struct Geometry {
     int channels = 0, h = 0, w = 0;
     int interleave = 1;
@@ -24,69 +25,92 @@ struct Geometry {
 struct Vectors {
     std::vector<int32_t> at;
     std::vector<int32_t> mask; // [vectors][lanes], or empty: every lane is a pixel
-    bool covers_pads = false;  // the vectors run through the pad columns and write 0 there
+    bool covers_pads = false;  // the vectors include the pad columns and write 0 there
+    int64_t count() const { return int64_t(at.size()); }
+    const int32_t* mask_from(int64_t vector, int lanes) const {
+        return mask.empty() ? nullptr : mask.data() + vector * lanes;
+    }
 };
+Vectors cover(const Geometry& geometry, int lanes);
 
-// The images of one call that a block works on, and where they come from or go to.
+// A caller's batch of images.
 struct Images {
     float* base;
     int64_t stride[4]; // image, channel, row, column, in floats
 };
 
+// One block of images on its way through the plan.
 struct Context {
     float* arena;
     const std::vector<Images>* inputs;
     const std::vector<Images>* outputs;
     int64_t first; // image
     int count;     // images, at most interleave
-    int worker;    // of the threads that share the arena, from 0
+    int worker;    // index among the threads that share the arena
 };
 
-// One piece of work; chunks of it may run at the same time.
+// A tensor in the arena.
+struct Place {
+    Geometry geometry;
+    int64_t offset = 0;          // of its first pixel in the arena; unused for a view
+    std::vector<int64_t> planes; // of each channel's first pixel in the arena
+    float* in(const Context& context) const { return context.arena + offset; }
+    float* plane(const Context& context, int channel) const { return context.arena + planes[channel]; }
+};
+
+// One operation; its chunks may run concurrently.
 class Op {
   public:
+    explicit Op(const char* name) : name(name) {}
     virtual ~Op() = default;
     virtual void run(int chunk, const Context& context) const = 0;
-    virtual const char* name() const = 0;
+    const char* name;
     int chunks = 1;
-    int made = -1; // value of the network that it makes, or -1
+    int made = -1; // the network's value that it computes, or -1
 };
 
 struct PlanKey {
     std::vector<Size> sizes; // of each input
     int interleave;
-    int threads; // that share an operation
-    int parts() const { return threads > 1 ? 2 * threads : 1; } // into how many chunks it is cut, at most about
-    bool operator==(const PlanKey& other) const;
+    int threads;                                                // that share an operation
+    int parts() const { return threads > 1 ? 2 * threads : 1; } // target number of chunks of an operation
+    bool operator==(const PlanKey& other) const {
+        return interleave == other.interleave && threads == other.threads && sizes == other.sizes;
+    }
 };
 
 class Plan {
   public:
     Plan(const Network& network, const PlanKey& key);
-
-    PlanKey key;
-    std::vector<std::unique_ptr<Op>> ops;
-    int64_t arena_floats = 0;
-
-    // Scratch of one block, kept for the next call. At most `keep` lie idle.
-    float* take_arena() const;
-    void give_arena(float* arena, int keep) const;
-    int64_t idle_bytes() const;
     ~Plan();
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
+
+    const PlanKey key;
+    std::vector<std::unique_ptr<Op>> ops;
+    int64_t arena_floats = 0;
+
+    // Scratch memory of one block, kept for the next call; at most `keep` arenas stay idle.
+    float* take_arena() const;
+    void give_arena(float* arena, int keep) const;
+    int64_t idle_bytes() const;
 
   private:
     mutable std::mutex mutex_;
     mutable std::vector<float*> idle_;
 };
 
-// Pixels of a window's output along one axis; -1 if the input is smaller than the window.
+// What is known of a plan without building its operations.
+struct PlanSummary {
+    std::vector<std::vector<int>> outputs; // channels, height, width of each
+    int64_t arena_floats;
+};
+PlanSummary summarize(const Network& network, const PlanKey& key);
+
+// Output pixels of a sliding window along one axis; -1 if the input is smaller than the window.
 int output_size(int size, int kernel, int stride, int padding, int dilation, bool ceil_mode = false);
 
 // The next multiple of m.
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-
-Vectors cover(const Geometry& geometry, int lanes);
 
 } // namespace dsp

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 
 #include "kernels/winograd.h"
 
@@ -9,63 +10,90 @@ namespace dsp {
 
 namespace {
 
+// -- Estimated cycles --
+
+// What the filters of a group are computed over.
+struct Extent {
+    int64_t count; // products per output
+    int vectors;   // in one chunk
+    int block;     // vectors that all filters process before the next
+    bool aligned;  // vector loads never straddle two cache lines
+    double ready;  // cycles until a sum can take its next term
+};
+
+// The same by Winograd's method.
+struct BandExtent {
+    int64_t count; // products per sum
+    int sums;      // of a vector
+    int outputs;   // vectors of pixels computed from them
+    int bands;
+    int columns; // vectors of sums in a row
+    int block;   // vectors that all filters process before the next
+    int pieces;  // of a row that are transformed one after the other
+    int reach;   // vectors that a piece reads beyond its own
+    bool aligned;
+    bool partial; // a row's last vector has lanes that are not pixels
+};
+
 // Cycles of one term of a tile's sums.
 double term_cost(double arithmetic, double loads, double ready) {
-    // The lesser of the two is not quite hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4, which
-    // reach 83 % of peak on 8x8 maps of 2 images against 66 %.
+    // The smaller of the two is not fully hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4,
+    // which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
     return std::max({arithmetic, loads, ready}) + 0.5 * std::min(arithmetic, loads);
 }
 
-// Two loads per cycle; three of four vector loads straddle two cache lines when fewer images than lanes are interleaved.
-double load_cost(bool aligned) { return aligned ? 1.0 : 1.75; }
+// Calls visit(width, whether it is the last) for every pass of a tile of `filters` filters over `vectors` vectors in
+// blocks.
+template <typename Visit>
+void each_pass(const Kernels& kernels, int filters, int vectors, int block, const Visit& visit) {
+    for (int begin = 0; begin < vectors; begin += block)
+        for (int left = std::min(block, vectors - begin); left > 0;) {
+            const int width = pass_width(left, kernels.vectors[filters]);
+            left -= width;
+            visit(width, left == 0 && begin + block >= vectors);
+        }
+}
 
-} // namespace
+// Two multiply-adds and two loads per cycle; three of four vector loads straddle two cache lines when fewer images
+// than lanes are interleaved.
+double pass_cost(int filters, int width, bool aligned, double ready) {
+    const double load = aligned ? 1.0 : 1.75;
+    return term_cost(0.5 * filters * width, 0.5 * (load * width + filters), ready);
+}
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
-    // Two multiply-adds per cycle. A sum must be ready before its next term.
-    const double load = load_cost(extent.aligned);
     double total = 0.0;
-    for (int begin = 0; begin < extent.vectors; begin += extent.block)
-        for (int left = std::min(extent.block, extent.vectors - begin); left > 0;) {
-            const int width = pass_width(left, kernels.vectors[filters]);
-            const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
-            const double per_term = term_cost(arithmetic, loads, extent.ready);
-            // An output costs a load, a store and a few instructions; a pass a call and a mispredicted loop end.
-            total += extent.count * per_term + 1.5 * filters * width + 25.0;
-            left -= width;
-        }
+    each_pass(kernels, filters, extent.vectors, extent.block, [&](int width, bool) {
+        // An output costs a load, a store and a few instructions; a pass a call and a mispredicted loop end.
+        total += extent.count * pass_cost(filters, width, extent.aligned, extent.ready) + 1.5 * filters * width + 25.0;
+    });
     return total;
 }
 
 double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) {
-    const double load = load_cost(extent.aligned);
     double total = 0.0;
-    for (int begin = 0; begin < extent.columns; begin += extent.block)
-        for (int left = std::min(extent.block, extent.columns - begin); left > 0;) {
-            const int width = pass_width(left, kernels.vectors[filters]);
-            const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
-            // Every sum has a loop of its own and goes through memory; then each vector of pixels has an end.
-            total += extent.sums * (extent.count * term_cost(arithmetic, loads, 4.0) + 1.5 * filters * width + 40.0);
-            total += 2.0 * extent.outputs * filters * width + 25.0;
-            if (left == width && begin + extent.block >= extent.columns && extent.partial) total += 6.0 * band_rows * filters;
-            left -= width;
-        }
+    each_pass(kernels, filters, extent.columns, extent.block, [&](int width, bool last) {
+        // Every sum has its own loop and goes through memory; then each vector of pixels has an epilogue.
+        const double term = pass_cost(filters, width, extent.aligned, 4.0);
+        total += extent.sums * (extent.count * term + 1.5 * filters * width + 40.0);
+        total += 2.0 * extent.outputs * filters * width + 25.0;
+        if (last && extent.partial) total += 6.0 * band_rows * filters;
+    });
     return extent.bands * total;
 }
 
+// Of the transforms of one channel: loads, sums and stores of a vector for each sum.
 double transform_cost(const BandExtent& extent) {
-    // Loads, sums and stores of a vector for each sum.
     const double vectors = extent.columns + double(extent.pieces) * extent.reach;
     return extent.bands * (vectors * extent.sums * 2.0 + extent.pieces * 15.0);
 }
 
-namespace {
-
-// The split with the least total of cost(filters of a tile).
-template <typename Cost>
-std::vector<int> cheapest_split(int most, int filters, const Cost& cost_of) {
+// Sizes of the filter tiles of a group, the largest first, with the least estimated time.
+template <typename AnyExtent>
+std::vector<int> split_filters(const Kernels& kernels, int filters, const AnyExtent& extent) {
+    const int most = kernels.filters;
     std::vector<double> cost(most + 1, 0.0);
-    for (int k = 1; k <= most; ++k) cost[k] = cost_of(k);
+    for (int k = 1; k <= most; ++k) cost[k] = tile_cost(kernels, k, extent);
     // best[n]: least cost of n filters; last[n]: size of one tile of that choice.
     std::vector<double> best(filters + 1, 0.0);
     std::vector<int> last(filters + 1, 0);
@@ -78,14 +106,238 @@ std::vector<int> cheapest_split(int most, int filters, const Cost& cost_of) {
     return sizes;
 }
 
-} // namespace
+// -- Tiles and chunks --
 
-std::vector<int> split_filters(const Kernels& kernels, int filters, const Extent& extent) {
-    return cheapest_split(kernels.filters, filters, [&](int k) { return tile_cost(kernels, k, extent); });
+class Tiler {
+  public:
+    Tiler(const Network& network, const PlanKey& key) : network_(network), key_(key), kernels_(network.kernels) {}
+
+    void plain(ConvOp& op) const {
+        const int pieces = std::max(1, std::min(key_.parts(), int(op.vectors.at.size()) / 12));
+        Splits splits;
+        for (size_t g = 0; g < op.off.size(); ++g)
+            splits.push_back(split_filters(kernels_, int(op.step.groups[g].out.size()), extent(op, g, pieces)));
+        op.packed = network_.packed(op.step, splits);
+        std::vector<double> costs;
+        for (const auto& tile : op.packed->tiles)
+            costs.push_back(tile_cost(kernels_, tile.filters, extent(op, tile.group, pieces)));
+        finish(op, int(op.vectors.at.size()), pieces, costs);
+    }
+
+    // Estimated cycles of the plain sum on one thread.
+    double plain_cost(const ConvOp& op) const {
+        double cost = 0.0;
+        for (size_t g = 0; g < op.off.size(); ++g) {
+            const Extent whole = extent(op, g, 1);
+            for (int filters : split_filters(kernels_, int(op.step.groups[g].out.size()), whole))
+                cost += tile_cost(kernels_, filters, whole);
+        }
+        return cost;
+    }
+
+    // Vectors and reduction terms of one pass. Between passes the sums go through memory, which costs about a tenth
+    // of a pass of 40 terms. A window of several taps reads each line of the input often, so its passes keep to the
+    // first-level cache: ResNet-20's 8x8 layers 87 % of peak, 73 % without passes. A 1x1 convolution reads a line
+    // once per filter tile and would have short passes there, so it keeps to the second level: ResNet-50 at batch 1
+    // 15.5 ms, 16.6 ms with passes of 32 KB.
+    void block(ConvOp& op, int64_t rows) const {
+        const int64_t taps = int64_t(op.step.kernel[0]) * op.step.kernel[1];
+        const int64_t cache = taps > 1 ? 32 << 10 : 256 << 10;
+        const int64_t vector = kernels_.lanes * int64_t(sizeof(float));
+        int64_t widest = 0;
+        for (const auto& off : op.off) widest = std::max(widest, int64_t(off.size()) / taps);
+        // Multiples of most widths of a microtile. On a Zen 1 CPU with vectors of 8, the 1x1 convolutions of ResNet-50
+        // 80 % on 56x56 reach 56 % of peak with blocks of 12 and 44 % with 24, on 14x14 66 % and 63 %.
+        const bool narrow = taps == 1 && kernels_.lanes <= 8;
+        const int block = narrow || (taps > 1 && widest * 24 * vector * rows > cache) ? 12 : 24;
+        // No short block at the end: it would fill no microtile.
+        const int vectors = int(op.vectors.at.size()), rest = vectors % block;
+        const int blocks = (vectors + block - 1) / block;
+        op.block_vectors = rest && rest * 4 <= block ? (vectors + blocks - 1) / blocks : block;
+        const int64_t channels = std::max<int64_t>(cache / (op.block_vectors * vector * rows), 1);
+        for (const auto& off : op.off) {
+            // Equal passes, not one short one at the end.
+            const int64_t total = int64_t(off.size()) / taps;
+            const int64_t passes = std::max<int64_t>((total + channels - 1) / channels, 1);
+            op.block_terms.push_back(int(std::max<int64_t>((total + passes - 1) / passes * taps, 1)));
+        }
+    }
+
+    std::unique_ptr<BandConvOp> in_bands(const ConvOp& plain, double plain_cost, int64_t scratch_begin) const;
+
+  private:
+    const Network& network_;
+    const PlanKey& key_;
+    const Kernels& kernels_;
+
+    // A convolution by Winograd's method, and its estimated cycles.
+    struct Banding {
+        bool patches;
+        BandExtent extent;
+        int block_columns;
+        int64_t pitch, channel, scratch; // floats
+        Splits splits;
+        double cost;
+    };
+    Banding banding(const ConvOp& plain, int used, bool patches) const;
+
+    Extent extent(const ConvOp& op, size_t group, int pieces) const {
+        const int vectors = int(op.vectors.at.size());
+        return {int64_t(op.off[group].size()), (vectors + pieces - 1) / pieces, op.block_vectors,
+                key_.interleave >= kernels_.lanes, op.step.pairs ? op.step.pairs->ready : 4.0};
+    }
+
+    // Places the tiles and cuts chunks of about equal work: ranges of units (vectors or bands) where there are many,
+    // otherwise ranges of filter tiles.
+    void finish(ConvOp& op, int units, int by_units, const std::vector<double>& costs) const {
+        for (const auto& tile : op.packed->tiles) {
+            op.tile_begin.push_back(int(op.tile_planes.size()));
+            for (int c : tile.channels) op.tile_planes.push_back(c * op.y.geometry.plane);
+            for (int c : tile.channels) op.tile_planes.push_back(op.has_add ? op.add.planes[c] : 0);
+        }
+        const int tiles = int(costs.size());
+        const int absent = op.skip_absent ? 0 : int(op.step.absent.size());
+        const int by_tiles = std::max(1, std::min(tiles, (key_.parts() + by_units - 1) / by_units));
+        std::vector<double> cost(tiles + 1, 0.0);
+        std::partial_sum(costs.begin(), costs.end(), cost.begin() + 1);
+        std::vector<int> border{0};
+        for (int part = 1; part < by_tiles; ++part) {
+            const double target = cost[tiles] * part / by_tiles;
+            int t = border.back();
+            while (t < tiles && (cost[t] + cost[t + 1]) / 2 < target) ++t;
+            border.push_back(t);
+        }
+        border.push_back(tiles);
+        const int pieces = by_units * by_tiles;
+        for (int u = 0; u < by_units; ++u)
+            for (int t = 0; t < by_tiles; ++t) {
+                const Range range = cut(units, by_units, u), rest = cut(absent, pieces, u * by_tiles + t);
+                op.parts.push_back({range.first, range.last, border[t], border[t + 1], rest.first, rest.last});
+            }
+        op.chunks = int(op.parts.size());
+    }
+};
+
+// -- Winograd's method --
+
+// Limit of one thread's scratch, in floats: 64 MB, about a hundred times what ResNet-50 needs. Displacements have 32
+// bits.
+constexpr int64_t most_scratch = int64_t(1) << 24;
+
+// Vectors that fit into `bytes` of cache when each of `channels` takes this many floats per vector; equal blocks.
+int fitting(int64_t bytes, int64_t channels, int64_t floats, int least, int most) {
+    const int64_t fit = bytes / std::max<int64_t>(channels * floats * int64_t(sizeof(float)), 1);
+    const int blocks = int((most + fit - 1) / std::max<int64_t>(fit, 1));
+    return fit <= least ? std::min(least, most) : (most + blocks - 1) / blocks;
 }
 
-std::vector<int> split_filters(const Kernels& kernels, int filters, const BandExtent& extent) {
-    return cheapest_split(kernels.filters, filters, [&](int k) { return tile_cost(kernels, k, extent); });
+Tiler::Banding Tiler::banding(const ConvOp& plain, int used, bool patches) const {
+    const Step& step = plain.step;
+    const Geometry& y = plain.y.geometry;
+    const int I = key_.interleave, lanes = kernels_.lanes;
+    const int64_t columns = patches ? (y.w + 1) / 2 : y.w;
+    const int row_vectors = int((columns * I + lanes - 1) / lanes);
+    const int sums = patches ? patch_sums : band_sums;
+    size_t widest = 0;
+    for (const auto& group : step.groups) widest = std::max(widest, group.in.size());
+    Banding made{};
+    made.patches = patches;
+    // What the filters of a group read stays in the first-level cache, what all filters read of a band in the second.
+    const int sum_columns = fitting(16 << 10, int64_t(widest), sums * lanes, 6, row_vectors);
+    made.block_columns = fitting(128 << 10, used, sums * lanes, patches ? 6 : 8, row_vectors);
+    const int64_t reach = patches ? 0 : int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
+    made.extent = {0,
+                   sums,
+                   band_rows * (patches ? patch_columns : 1),
+                   (y.h + band_rows - 1) / band_rows,
+                   row_vectors,
+                   std::min(sum_columns, made.block_columns),
+                   (row_vectors + made.block_columns - 1) / made.block_columns,
+                   int((reach + lanes - 1) / lanes),
+                   I >= lanes,
+                   int64_t(y.w) * I % lanes != 0};
+    made.pitch = round_up(round_up(int64_t(made.block_columns) * lanes + reach, lanes), 16);
+    // Rows at a distance of a power of two would all fall into the same few sets of the cache.
+    if (made.pitch / 16 % 2 == 0) made.pitch += 16;
+    made.channel = sums * made.pitch;
+    made.scratch = used * made.channel;
+    made.cost = used * transform_cost(made.extent);
+    for (const auto& group : step.groups) {
+        made.extent.count = int64_t(group.in.size()) * (patches ? 1 : step.kernel[1]);
+        made.splits.push_back(split_filters(kernels_, int(group.out.size()), made.extent));
+        for (int filters : made.splits.back()) made.cost += tile_cost(kernels_, filters, made.extent);
+    }
+    return made;
+}
+
+// The convolution in bands, or in patches of them, if that is faster than plain_cost cycles, otherwise null.
+std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_cost, int64_t scratch_begin) const {
+    const Step& step = plain.step;
+    const Winograd allowed = network_.winograd;
+    std::vector<int> used, place_of(plain.x.geometry.channels, -1);
+    for (const auto& group : step.groups)
+        for (int c : group.in) place_of[c] = 0;
+    for (int c = 0; c < int(place_of.size()); ++c)
+        if (place_of[c] == 0) place_of[c] = int(used.size()), used.push_back(c);
+    if (used.empty()) return nullptr;
+
+    std::unique_ptr<Banding> best;
+    for (const bool patches : {false, true}) {
+        // Pairs of columns are pixels in the same lanes only if a pixel's images fill vectors. Sorting columns for
+        // fewer images was no faster than bands: ResNet-56 at I=4, 8x8 maps 156 and 152 % of peak, 16x16 127 and 126.
+        const bool fits = step.kernel[1] == 3 && step.dilation[1] == 1 && key_.interleave >= kernels_.lanes;
+        if (patches ? allowed == Winograd::bands || !fits : allowed == Winograd::patches && fits) continue;
+        Banding one = banding(plain, int(used.size()), patches);
+        if (one.scratch > most_scratch) continue;
+        const double bound = best ? best->cost : plain_cost;
+        if (one.cost < bound || (!best && allowed != Winograd::where_faster))
+            best = std::make_unique<Banding>(std::move(one));
+    }
+    if (!best) return nullptr;
+
+    const int I = key_.interleave, lanes = kernels_.lanes;
+    auto op = std::make_unique<BandConvOp>(plain, best->patches);
+    op->block_columns = best->block_columns, op->sum_columns = best->extent.block;
+    op->pitch = best->pitch, op->channel = best->channel;
+    for (int v = 0; v < best->extent.columns; ++v)
+        op->at.push_back(op->patches ? v * lanes / I * 2 * I + v * lanes % I : v * lanes);
+    op->zeros.assign(op->patches ? op->at.back() + 4 * I : op->pitch, 0.0f);
+    op->off.clear();
+    for (const auto& group : step.groups) {
+        op->off.emplace_back();
+        for (int c : group.in)
+            for (int tap = 0; tap < (op->patches ? 1 : step.kernel[1]); ++tap)
+                op->off.back().push_back(int32_t(place_of[c] * op->channel + int64_t(tap) * step.dilation[1] * I));
+    }
+    op->used = std::move(used);
+    op->packed = network_.packed(step, best->splits, op->patches ? Form::patches : Form::bands);
+    std::vector<double> costs;
+    for (const auto& tile : op->packed->tiles) {
+        best->extent.count = int64_t(op->off[tile.group].size());
+        costs.push_back(tile_cost(kernels_, tile.filters, best->extent));
+    }
+    op->scratch = scratch_begin, op->scratch_size = best->scratch;
+    finish(*op, best->extent.bands, std::min(key_.parts(), best->extent.bands), costs);
+    return op;
+}
+
+} // namespace
+
+std::unique_ptr<Op> tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<ConvOp> op, int rows,
+                              bool is_split, int64_t scratch_begin, int64_t& scratch_floats) {
+    const Tiler tiler(network, key);
+    const Step& step = op->step;
+    tiler.block(*op, rows);
+    if (network.winograd != Winograd::never && !step.pairs && !is_split && step.kernel[0] == 3 &&
+        step.dilation[0] == 1) {
+        // The choice must not depend on the number of threads: their results are bitwise equal.
+        if (auto in_bands = tiler.in_bands(*op, tiler.plain_cost(*op), scratch_begin)) {
+            scratch_floats = std::max(scratch_floats, in_bands->scratch_size * key.threads);
+            return in_bands;
+        }
+    }
+    tiler.plain(*op);
+    return op;
 }
 
 } // namespace dsp

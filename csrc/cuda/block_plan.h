@@ -1,5 +1,5 @@
-// From the op's list of sizes to a block kernel's parameters, grid and shared memory. Host code, used by the launcher
-// and by the emulation.
+// A block kernel's parameters, grid and shared memory from the op's list of sizes. Host code, used by the launcher and
+// by the emulation.
 #pragma once
 
 #include <stdexcept>
@@ -16,19 +16,21 @@ struct BlockLaunch {
     int threads, shared_bytes;
 };
 
-// The order of the op's `sizes`; dsp_kernels/run/gpu/cuda/blocks/conv.py writes them in this order.
-struct BlockSizes {
+// The order of the op's `sizes`, before those of regions and convolutions; dsp_kernels/run/gpu/cuda/blocks/conv.py
+// writes them in this order.
+struct BlockHead {
     int64_t filters, batch, in_channels, out_channels, tile_n, turns, shared_bytes, conv_count, residual_kind;
     int64_t channels_at, targets_at, residuals_at, tables, shortcut_stride_y, shortcut_stride_x;
-    static constexpr size_t kHead = 15, kPerRegion = 11, kPerConv = 6;
+};
+
+struct BlockSizes : BlockHead {
+    static constexpr size_t kHead = sizeof(BlockHead) / sizeof(int64_t), kPerRegion = 11, kPerConv = 6;
     std::vector<int64_t> regions, convs;
 
-    // Throws where the list does not have the length that its own number of convolutions asks for.
+    // Throws if the length of the list does not match its number of convolutions.
     explicit BlockSizes(const std::vector<int64_t>& v) {
         if (v.size() < kHead) throw std::runtime_error("dsp_kernels::cuda_block: too few sizes");
-        filters = v[0], batch = v[1], in_channels = v[2], out_channels = v[3], tile_n = v[4], turns = v[5];
-        shared_bytes = v[6], conv_count = v[7], residual_kind = v[8], channels_at = v[9], targets_at = v[10];
-        residuals_at = v[11], tables = v[12], shortcut_stride_y = v[13], shortcut_stride_x = v[14];
+        std::memcpy(static_cast<BlockHead*>(this), v.data(), sizeof(BlockHead));
         if (conv_count < 1 || conv_count > kMostConvs)
             throw std::runtime_error("dsp_kernels::cuda_block: " + std::to_string(conv_count) + " convolutions");
         const size_t count = static_cast<size_t>(conv_count), middle = kHead + (count + 1) * kPerRegion;
@@ -57,12 +59,12 @@ inline BlockLaunch block_launch(const BlockSizes& s, const void* x, void* out, c
     for (size_t i = 0; i <= s.last(); ++i) {
         const auto field = [&](size_t number) { return whole(s.region(i, number)); };
         BlockRegion& r = p.regions[i];
-        r = {field(0), field(1), field(2), field(3), field(4), field(5), field(6), field(7), field(8), field(9),
-             field(10), 0, 0};
+        r = {field(0), field(1), field(2), field(3),  field(4), field(5), field(6),
+             field(7), field(8), field(9), field(10), 0,        0};
         r.by_column = divisor_of(r.columns);
         const int64_t chunks = static_cast<int64_t>(r.rows) * r.columns * p.tile_n;
-        if (p.turns < 1 || r.rows < 1 || r.columns < 1 || p.tile_n < 1 || chunks > kMostChunks || r.columns > kLargestDivisor ||
-            p.tile_n > kLargestDivisor)
+        if (p.turns < 1 || r.rows < 1 || r.columns < 1 || p.tile_n < 1 || chunks > kMostChunks ||
+            r.columns > kLargestDivisor || p.tile_n > kLargestDivisor)
             throw std::runtime_error("a tile of " + std::to_string(r.rows) + "x" + std::to_string(r.columns) +
                                      " pixels is too large for the block kernel");
     }
@@ -80,7 +82,8 @@ inline BlockLaunch block_launch(const BlockSizes& s, const void* x, void* out, c
         r.kept = r.rows > further ? r.rows - further : 0;
     }
     p.blocks_x = whole(blocks_x), p.blocks_n = whole(blocks_n);
-    return {p, blocks_along(output.height, static_cast<int64_t>(output.rows) * p.turns) * blocks_x * blocks_n, 0, whole(s.shared_bytes)};
+    return {p, blocks_along(output.height, static_cast<int64_t>(output.rows) * p.turns) * blocks_x * blocks_n, 0,
+            whole(s.shared_bytes)};
 }
 
 // Calls run(kernel, launch) with the kernel of this many filters per tile.

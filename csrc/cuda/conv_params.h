@@ -1,14 +1,14 @@
-// One convolution as its kernel sees it, the same for every kernel. Python (dsp_kernels/run/gpu/cuda/tables.py)
+// The parameters of one convolution, the same for every kernel. Python (dsp_kernels/run/gpu/cuda/tables.py)
 // makes the tables; launch_plan.h fills this from the op's list of sizes.
 #pragma once
 
-#include "target.h"
+#include "numbers.h"
 
 namespace dsp {
 
 enum class Activation { none, relu, relu6, silu, hardswish };
 
-// One entry of the tile table: the filters of one tile and the list of what they read.
+// One entry of the tile table: the filters of one tile and what they read.
 struct alignas(16) Tile {
     int weights;   // where its weights start, in 16-byte units
     int k_blocks;  // blocks of the reduction
@@ -36,8 +36,8 @@ struct ConvParams {
     int tile_h, tile_w, tile_n, blocks_x, blocks_n;
 };
 
-// A row of the reduction: an input channel and the tap's offset in pixels, packed as dy << 16 | dx. Rows that only
-// fill up a block have dy = kOutside, which lies outside of every image (sizes are checked against kLargestSide).
+// A row of the reduction: an input channel and the tap's offset in pixels, packed as dy << 16 | dx. Rows that pad
+// a block have dy = kOutside, which is outside every image (sizes are checked against kLargestSide).
 constexpr int kOutside = 0x7fff;
 constexpr int kLargestSide = 16383;
 
@@ -49,7 +49,7 @@ DSP_HD bool is_inside(int y, int x, int height, int width) {
            static_cast<unsigned>(x) < static_cast<unsigned>(width);
 }
 
-// In place; the kind is the same for all, so it is looked at once.
+// In place, with one branch for all values.
 template <int COUNT>
 DSP_FN void activate(float (&value)[COUNT], int kind) {
     switch (static_cast<Activation>(kind)) {

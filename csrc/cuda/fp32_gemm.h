@@ -3,13 +3,13 @@
 // images of one pixel. taps: one Pair per row of the reduction: {channel, dy << 16 | dx}; weights: [row][filter].
 #pragma once
 
-#include "reduction.h"
+#include "warp_tile.h"
 
 namespace dsp {
 
 template <bool NHWC>
 struct Fp32Gemm {
-    static constexpr int kBlocks = 4;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = 4;  // resident per multiprocessor; bounds the registers
     static constexpr int kThreads = 128, kFilters = 32, kPositions = 64, kRows = 16, kStages = 3;
     static constexpr int kWeightBytes = kRows * kFilters * 4, kRowBytes = kPositions * 4;
     static constexpr int kStageBytes = kWeightBytes + kRows * kRowBytes;
@@ -103,7 +103,7 @@ struct Fp32Gemm {
                 const int row = tile_number * kFilters + thread / 16 * 4 + i;
                 const int channel = m.read(p.rows + row);
                 if (channel < 0) continue;
-                float(&value)[4] = corners[thread].at[i];
+                float (&value)[4] = corners[thread].at[i];
                 const float bias = m.read(p.bias + row);
 #pragma unroll
                 for (float& v : value) v += bias;
@@ -115,7 +115,7 @@ struct Fp32Gemm {
         });
     }
 
-    // Four pixels: their numbers lie `out_channels` apart.
+    // Four pixels, `out_channels` values apart.
     template <class M>
     DSP_FN static void finish_apart(M& m, const ConvParams& p, float (&value)[4], int position, int positions,
                                     int channel) {
@@ -132,7 +132,7 @@ struct Fp32Gemm {
                 m.write(static_cast<float*>(p.out) + first + static_cast<int64_t>(j) * p.out_channels, value[j]);
     }
 
-    // Four images of one pixel, which lie together.
+    // Four images of one pixel, which are contiguous.
     template <class M>
     DSP_FN static void finish_four(M& m, const ConvParams& p, float (&value)[4], int64_t unit) {
         if (p.residual) {

@@ -4,14 +4,51 @@
 // because 16 bytes are half of a sector. taps: input channels in blocks of 16, -1: none.
 #pragma once
 
-#include "halo_tile.h"
-#include "reduction.h"
+#include "warp_tile.h"
 
 namespace dsp {
 
+struct HaloTile {
+    int filters;        // index of the filter tile
+    int n0, x0, y0;     // first chunk of 8 images, first output pixel
+    int n8;             // chunks of the batch
+    int plane;          // chunks of a channel of x
+    int width, chunks;  // of the halo
+};
+
+DSP_HD int halo_chunks(int tile_h, int tile_w, int tile_n) { return (tile_h + 2) * (tile_w + 2) * tile_n; }
+
+DSP_FN HaloTile halo_tile(const ConvParams& p, int block) {
+    const int across = block / p.tile_count, down = across / p.blocks_n, n8 = p.batch / 8;
+    return {block % p.tile_count,
+            across % p.blocks_n * p.tile_n,
+            down % p.blocks_x * p.tile_w,
+            down / p.blocks_x * p.tile_h,
+            n8,
+            p.height * p.width * n8,
+            p.tile_w + 2,
+            halo_chunks(p.tile_h, p.tile_w, p.tile_n)};
+}
+
+// Index of chunk `place` of the halo in a channel's plane, or -1 outside the image or the halo.
+DSP_FN int halo_unit(const ConvParams& p, const HaloTile& at, int place) {
+    const int pixel = place / p.tile_n, n = at.n0 + place - pixel * p.tile_n;
+    const int row = pixel / at.width, y = at.y0 + row - p.pad_y, x = at.x0 + pixel - row * at.width - p.pad_x;
+    const bool inside = place < at.chunks && n < at.n8 && is_inside(y, x, p.height, p.width);
+    return inside ? (y * p.width + x) * at.n8 + n : -1;
+}
+
+// Stores the sums of the thread's chunk if the output has this pixel and these images.
+template <class T, class K, class M>
+DSP_FN void finish_pixel(M& m, const ConvParams& p, const HaloTile& at, int thread, int y, int x, int n) {
+    if (y >= p.out_height || x >= p.out_width || n >= at.n8) return;
+    const int plane = p.out_height * p.out_width * at.n8;
+    finish_chunk<T, K>(m, p, thread, at.filters, plane, (y * p.out_width + x) * at.n8 + n);
+}
+
 template <class T, int FILTERS>
 struct HaloConv {
-    static constexpr int kBlocks = 2;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = 2;  // resident per multiprocessor; bounds the registers
     static constexpr int kThreads = 256, kWarps = 8, kStages = 2, kChannels = 16;
     static constexpr int kFilters = FILTERS, kMT = FILTERS / 16, kNT = 16 / kMT;
     static constexpr int kChunks = kWarps * kNT;  // outputs of a block, in chunks of 8 images
@@ -30,11 +67,11 @@ struct HaloConv {
         return kStages * stage_bytes(halo) > kSumBytes ? kStages * stage_bytes(halo) : kSumBytes;
     }
 
-    // A chunk of the halo: where it lies in a channel's plane, or -1 outside of the image.
+    // A chunk of the halo: its index in a channel's plane, or -1 outside the image.
     struct Source {
         int unit;
     };
-    // Where in the halo the n tiles start that the lane gives addresses for, in bytes.
+    // Byte offsets in the halo of the n tiles whose addresses the lane provides.
     struct Targets {
         int offset[kNT / 2];
     };

@@ -1,6 +1,4 @@
-#include "device.h"
 #include "launch.cuh"
-#include "runners.h"
 
 namespace dsp {
 

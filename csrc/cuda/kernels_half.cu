@@ -1,12 +1,8 @@
 #include "launch.cuh"
-#include "runners.h"
 
 namespace dsp {
 
-void run_half(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what) {
-    dispatch_16bit<Half>(sizes, params, shared_limit(device), [&](auto kernel, const Launch& plan) {
-        launch<decltype(kernel)>(plan, device, static_cast<cudaStream_t>(stream), what);
-    });
-}
+template void run_16bit<Half>(const Sizes&, const ConvParams&, int, void*, const std::string&);
+template void run_block<Half>(const BlockSizes&, const BlockLaunch&, int, void*, const std::string&);
 
 }  // namespace dsp

@@ -1,9 +1,9 @@
 // Implicit GEMM in NHWC, any batch: filters x (image, pixel) positions, the reduction in octets: eight channels at
-// one tap. An octet that is an aligned run of channels moves in one 16-byte access, any other number by number; the
-// next block's numbers wait in registers while this one is multiplied.
-// SLICES: so many times 128 threads share the reduction of one tile, each every SLICES-th block of it, where there are
-// too few tiles to fill a chip; their sums meet in shared memory, always in the same order.
-// taps: one Pair per octet: {first channel of an aligned run, or -1 - (its place in gather), dy << 16 | dx}.
+// one tap. An octet that is an aligned run of channels is one 16-byte access, any other is loaded value by value; the
+// next block's values wait in registers while this one is multiplied.
+// SLICES: groups of 128 threads that share the reduction of one tile, each taking every SLICES-th block, where there
+// are too few tiles to fill a GPU; their sums are added in shared memory, always in the same order. taps: one Pair per
+// octet: {first channel of an aligned run, or -1 - (its place in gather), dy << 16 | dx}.
 #pragma once
 
 #include "warp_tile.h"
@@ -12,14 +12,15 @@ namespace dsp {
 
 template <class T, int FILTERS, int SLICES = 1>
 struct NhwcGemm {
-    static constexpr int kBlocks = SLICES == 1 ? 4 : 1;  // of a multiprocessor at once, as far as registers go
+    static constexpr int kBlocks = SLICES == 1 ? 4 : 1;  // resident per multiprocessor; bounds the registers
     static constexpr int kSlice = 128, kThreads = SLICES * kSlice, kPositions = 64, kOctets = 4, kStages = 2;
     static constexpr int kMT = FILTERS / 16, kNT = 2;
     static constexpr int kWeightBytes = FILTERS * kOctets * 16;
     static constexpr int kStageBytes = kWeightBytes + kPositions * kOctets * 16;
     static constexpr int kSumStride = FILTERS + 4;
     static constexpr int kSumBytes = kPositions * kSumStride * 4;  // of a slice
-    static constexpr int kSharedBytes = SLICES * (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes);
+    static constexpr int kSharedBytes =
+        SLICES * (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes);
     static constexpr int kMine = kOctets * kPositions / kSlice;  // octets of a thread in a block
     static_assert(kSumStride % 16 == 4, "store_by_position");
 
@@ -40,9 +41,8 @@ struct NhwcGemm {
         Vec16 packed = {{0, 0, 0, 0}};
         const int dy = tap_y(tap.second), dx = tap_x(tap.second);
         const bool inside = is_inside(c.y + dy, c.x + dx, p.height, p.width);
-        const uint16_t* pixel =
-            static_cast<const uint16_t*>(p.x) +
-            (inside ? c.number + (static_cast<int64_t>(dy) * p.width + dx) * p.in_channels : 0);
+        const uint16_t* pixel = static_cast<const uint16_t*>(p.x) +
+                                (inside ? c.number + (static_cast<int64_t>(dy) * p.width + dx) * p.in_channels : 0);
         if (tap.first >= 0) {
             if (inside) packed = m.read(reinterpret_cast<const Vec16*>(pixel + tap.first));
         } else {

@@ -1,11 +1,40 @@
-// What the kernels on tensor cores share: one k16 step of a warp's tile, and its sums into shared memory.
-// Fragment layouts of mma.m16n8k16: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+// Shared by the kernels: the reduction of a tile block after block through a ring of stages in shared memory, a k16
+// step of a warp's tile on tensor cores, and its sums through shared memory into the output. Fragment layouts of
+// mma.m16n8k16: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
 #pragma once
 
 #include "conv_params.h"
-#include "numbers.h"
 
 namespace dsp {
+
+// Copies `thread`'s part of the weights of one block, which are contiguous, to the beginning of its stage.
+template <int BYTES, int THREADS, class M>
+DSP_FN void copy_weights(M& m, const ConvParams& p, const Tile& tile, int k_block, int thread, int stage) {
+    constexpr int kUnits = BYTES / 16;
+    const Vec16* weights = static_cast<const Vec16*>(p.weights) + tile.weights + k_block * kUnits;
+#pragma unroll
+    for (int first = 0; first < kUnits; first += THREADS)
+        if (first + THREADS <= kUnits || first + thread < kUnits)
+            m.copy16(thread, stage + (first + thread) * 16, weights + first + thread, true);
+}
+
+// load(k) starts to copy block k into its stage while multiply() processes the blocks before it.
+template <int STAGES, class M, class Load, class Multiply>
+DSP_FN void each_block(M& m, int k_blocks, Load load, Multiply multiply) {
+    constexpr int kAhead = STAGES - 1;
+    for (int k = 0; k < kAhead; ++k) {
+        if (k < k_blocks) load(k);
+        m.commit();
+    }
+    for (int k = 0; k < k_blocks; ++k) {
+        m.template wait<kAhead - 1>();
+        m.sync();
+        if (k + kAhead < k_blocks) load(k + kAhead);
+        m.commit();
+        multiply(k);
+    }
+    m.template wait<0>();
+}
 
 // MT * 16 filters by NT * 8 positions.
 template <class M, int MT, int NT>
@@ -13,14 +42,14 @@ struct Sums {
     typename M::Acc at[MT][NT];
 };
 
-// A step's weights lie as the fragments: [m tile][lane][8 numbers], so a lane reads 16 bytes.
+// A step's weights are stored as fragments: [m tile][lane][8 values], so a lane reads 16 bytes.
 template <int MT>
 DSP_HD int fragment_offset(int step, int m, int lane) {
     return ((step * MT + m) * 32 + lane) * 16;
 }
 
 // The fragments `a` of one step times its positions. at(pair of n tiles, lane): the shared address of that lane's row
-// of eight numbers, for ldmatrix.x4: lanes 0-7 and 8-15 the k halves of the first n tile, 16-23 and 24-31 those of the
+// of eight values, for ldmatrix.x4: lanes 0-7 and 8-15 the k halves of the first n tile, 16-23 and 24-31 those of the
 // second.
 template <class T, bool TRANSPOSED, class M, int MT, int NT, class Address>
 DSP_FN void multiply_fragments(M& m, int warp, Sums<M, MT, NT>& sums, const typename M::Quad (&a)[MT], Address at) {
@@ -54,7 +83,7 @@ DSP_FN void clear(Sums<M, MT, NT>& sums) {
         for (int j = 0; j < NT; ++j) M::clear(sums.at[i][j]);
 }
 
-// Sums as float [filter][position], rows of `stride` floats; stride % 32 == 8 keeps the banks apart.
+// Stores sums as float [filter][position], rows of `stride` floats; stride % 32 == 8 avoids bank conflicts.
 template <class M, int MT, int NT>
 DSP_FN void store_by_filter(M& m, int warp, Sums<M, MT, NT>& sums, int first_position, int stride,
                             int first_filter = 0) {
@@ -73,7 +102,7 @@ DSP_FN void store_by_filter(M& m, int warp, Sums<M, MT, NT>& sums, int first_pos
     });
 }
 
-// The same as [position][filter]; stride % 16 == 4 keeps the banks apart.
+// The same as [position][filter]; stride % 16 == 4 avoids bank conflicts.
 template <class M, int MT, int NT>
 DSP_FN void store_by_position(M& m, int warp, Sums<M, MT, NT>& sums, int first_position, int stride) {
     m.each_lane(warp, [&](int lane) {
@@ -85,8 +114,7 @@ DSP_FN void store_by_position(M& m, int warp, Sums<M, MT, NT>& sums, int first_p
                 for (int e = 0; e < 4; ++e) {
                     const int filter = i * 16 + e / 2 * 8 + lane / 4;
                     const int position = first_position + j * 8 + lane % 4 * 2 + e % 2;
-                    m.store_one(warp * 32 + lane, (position * stride + filter) * 4,
-                                M::get(sums.at[i][j], e, lane));
+                    m.store_one(warp * 32 + lane, (position * stride + filter) * 4, M::get(sums.at[i][j], e, lane));
                 }
     });
 }
@@ -106,7 +134,7 @@ DSP_FN void load_eight(M& m, int thread, int offset, bool swapped, float (&value
     }
 }
 
-// Bias, residual and activation of eight sums that lie together in memory, and their one store.
+// Bias, residual and activation of eight sums that are adjacent in memory, and their one store.
 template <class T, class M>
 DSP_FN void finish_eight(M& m, const ConvParams& p, float (&value)[8], const float (&bias)[8], int64_t unit) {
 #pragma unroll

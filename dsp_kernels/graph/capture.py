@@ -82,6 +82,8 @@ class Tracer(fx.Tracer):
 
 
 class Proxy(fx.Proxy):
+    """Has a length where the tracer knows it."""
+
     def __len__(self) -> int:
         length = self.tracer.length_of(self)  # type: ignore[attr-defined]
         return super().__len__() if length is None else length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,8 @@ _BATCH = "what it does there depends on the number of images; move that out of f
 class SizedTracer(Tracer):
     """Traces a model of one input for the height and width of its example.
 
-    An operation runs for three inputs: two images, three images and two larger images. A number that is the
-    same for two and three is a Python number for forward(); what depends on the number of images stays a
+    An operation runs for three inputs: two images, many images and two larger images. A number that is the
+    same for two and many is a Python number for forward(); what depends on the number of images stays a
     proxy. uses_size: whether such a number depends on height or width.
     """
 
@@ -38,15 +38,16 @@ class SizedTracer(Tracer):
         image = example.shape[1:]
         larger = (image[0], 2 * image[1] + 128, 2 * image[2] + 192)  # other sizes after any usual stride
         with self._mode:
-            self._inputs = [example.new_empty(shape) for shape in ((2, *image), (3, *image), (2, *larger))]
+            self._inputs = [example.new_empty(shape) for shape in ((2, *image), (67, *image), (2, *larger))]
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        logs = fake_tensor.log.disabled
         fake_tensor.log.disabled = True  # an operation that fails for the larger image is no error
         try:
             with _forward_is_a_call(self, root):
                 graph = super().trace(root, concrete_args)
         finally:
-            fake_tensor.log.disabled = False
+            fake_tensor.log.disabled = logs
         for node in reversed(graph.nodes):
             if node in self._numbers and not node.users:
                 graph.erase_node(node)
@@ -122,7 +123,7 @@ class SizedTracer(Tracer):
 class _SizedProxy(Proxy):
     """values: the results for the three inputs of a SizedTracer."""
 
-    values: list[Any] = []  # noqa: RUF012  # of a proxy that is being made
+    values: Sequence[Any] = ()
 
     def __getattr__(self, name: str) -> Any:
         if callable(getattr(self.values[0], name)):

@@ -80,7 +80,7 @@ class Blocks(Parts):
 
 
 class Windows(Parts):
-    """Every second row and column, by a view of six dimensions; a loop over rows."""
+    """Every second row and column, by a view of six dimensions and a loop."""
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = (y := self.inner(x)).size()
@@ -191,32 +191,6 @@ def test_a_packed_network_is_exported(tmp_path: Path) -> None:
     close(torch.export.load(tmp_path / "net.pt2").module()(images(3)), model(images(3)))
 
 
-class ByValue(Parts):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        if y.mean() > 0:
-            y = y + 1
-        return self.head(y)
-
-
-class ByItem(Parts):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inner(x)) * float(x.mean())
-
-
-class ByBatch(Parts):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        if x.shape[0] > 1:
-            y = y + self.branches["a"](y)
-        return self.head(y)
-
-
-class ByLoop(Parts):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.head(self.inner(image[None])) for image in x])
-
-
 class Counts(Parts):
     def __init__(self) -> None:
         super().__init__()
@@ -236,23 +210,15 @@ class Autocast(Parts):
         return self.head(y.to(x))
 
 
-REFUSED = {
-    ByValue: r"line \d+ of test_trace_sized.py: if y.mean\(\) > 0: .*depends on the values of a tensor; move",
-    ByItem: r"line \d+ of .*float\(x.mean\(\)\): .*depends on the values of a tensor; move",
-    ByBatch: r"line \d+ of .*: if x.shape\[0\] > 1: .*depends on the number of images; move",
-    ByLoop: r"line \d+ of .* for image in x\]\): .*depends on the number of images; move",
-    Counts: "writes into calls in eval mode",
-    Autocast: "turns autocast on by itself",
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
-def test_the_reason_why_a_model_cannot_be_traced(kind: type[Parts]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Counts, "writes into calls in eval mode"), (Autocast, "turns autocast on by itself")],
+)
+def test_the_reason_why_a_model_cannot_be_traced(kind: type[Parts], reason: str) -> None:
     model = made(kind)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(DSPTraceError, match=REFUSED[kind]) as refusal:
+    with pytest.raises(DSPTraceError, match=reason):
         trace(model, images())
-    assert len(str(refusal.value)) < 300
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

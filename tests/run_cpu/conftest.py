@@ -1,16 +1,21 @@
-"""Without the extension these tests fail where a compiler could have made it, and are skipped elsewhere."""
+"""Without the extension these tests fail where a compiler could have built it, and are skipped elsewhere."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from compiled import EMULATED_ISA, emulated_fp16
+from isas import ISAS
 
+from dsp_kernels.run.cpu import extension
 from dsp_kernels.run.cpu.extension import native, why_missing
 
-# These hold without the extension too.
-ALWAYS = ("test_native_build.py", "test_the_extension_is_built_where_a_compiler_is")
+# These pass without the extension too.
+ALWAYS = ("test_native_build.py", "test_the_extension_is_built_if_there_is_a_compiler")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,3 +25,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents and not any(name in item.nodeid for name in ALWAYS):
             item.add_marker(pytest.mark.skip(reason=f"there is no C++ compiler; {why_missing()}"))
+
+
+@pytest.fixture
+def replace_extension(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType | None, str], None]:
+    """Makes another module the native extension, or none with a reason, for one test."""
+
+    def replace(module: ModuleType | None, reason: str = "") -> None:
+        monkeypatch.setattr(extension, "_load", lambda: (module, reason))
+
+    return replace
+
+
+@pytest.fixture
+def use_isa(
+    monkeypatch: pytest.MonkeyPatch, replace_extension: Callable[[ModuleType | None, str], None]
+) -> Callable[[str], None]:
+    """Selects an instruction set for one test."""
+
+    def use(name: str) -> None:
+        if name == EMULATED_ISA:
+            replace_extension(emulated_fp16(), "")
+        monkeypatch.setenv("DSP_KERNELS_ISA", name)
+
+    return use
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
+    """Runs the test on every tested instruction set."""
+    use_isa(request.param)
+    name: str = request.param
+    return name

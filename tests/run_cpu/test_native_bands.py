@@ -1,4 +1,4 @@
-"""Convolutions by Winograd's method, in bands of rows or patches of them, forced, against the definition."""
+"""Convolutions forced to Winograd's method, in bands of rows or patches of them, against the definition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Arguments, Case, reference
-from test_native_op import ISAS, need
 
 from dsp_kernels import GroupStructure, fuse
 from dsp_kernels.op.packed import PackedConv2d
@@ -16,7 +15,7 @@ from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.tolerances import op_tolerance
 
 WIDE = GroupStructure.build(13, 21, [(range(0, 13, 2), range(9)), (range(1, 9), range(9, 20)), ([3], [20])])
-# Heights that fill the last band with one to four rows, widths around the lengths of a vector.
+# Heights that leave one to four rows in the last band, widths around the lengths of a vector.
 SIZES = [
     Case(f"{h}x{w}", WIDE, hw=(h, w), batch=3, residual=h % 2 == 1, activation="relu", seed=h)
     for h, w in ((4, 8), (5, 7), (6, 16), (7, 9), (8, 15), (9, 3), (13, 33), (2, 17), (1, 1))
@@ -32,7 +31,7 @@ FORMS = ("bands", "patches")
 TABLE = [case for case in CASES if case.batch] + SIZES + SHAPES
 
 
-def network_of(case: Case, a: Arguments, isa: str, winograd: str) -> Any:
+def network_of(case: Case, a: Arguments, isa: str = "", winograd: str = "where faster") -> Any:
     network = native().Network(isa, False, winograd)  # type: ignore[union-attr]
     x = network.input(case.structure.in_channels)
     residual = -1 if a.residual is None else network.input(case.structure.out_channels)
@@ -40,21 +39,22 @@ def network_of(case: Case, a: Arguments, isa: str, winograd: str) -> Any:
     return network
 
 
+def forms(network: Any, *hw: tuple[int, int], interleave: int = 16) -> set[str]:
+    """The names of the network's operations."""
+    return {name for name, _ in network.operations(hw, interleave)}
+
+
 def possible(case: Case, form: str) -> bool:
-    """Whether Winograd's method can compute the case at all."""
+    """Whether Winograd's method can compute the case."""
     spec = case.spec
     reads = any(group.in_index for group in case.structure.groups)
     rows = reads and spec.kernel_size[0] == 3 and spec.stride == (1, 1) and spec.dilation[0] == 1
     return rows and (form == "bands" or (spec.kernel_size[1], spec.dilation[1]) == (3, 1))
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
-def test_every_form_is_the_convolution(
-    case: Case, form: str, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need(isa, monkeypatch)
+def test_every_form_is_the_convolution(case: Case, form: str, isa: str) -> None:
     a = case.tensors()
     expected = reference(case, a)
     allowed = op_tolerance(torch.float32, case.reduction) * max(expected.abs().max().item(), 1.0)
@@ -65,9 +65,10 @@ def test_every_form_is_the_convolution(
         network.run(inputs, [y.numpy()], threads, interleave)
         error = (y.double() - expected).abs().max().item()
         assert error <= allowed, (interleave, threads)
-    # Patches take a pixel's images for vectors; of fewer images they are bands.
+    # Patches need vectors of a pixel's images; with fewer images the form is bands.
     for interleave, form_of_them in ((1, "bands"), (16, form)):
-        names = {name for name, _, _ in network.profile(inputs, [y.numpy()], interleave, 1)}
+        sizes = [case.hw] if a.residual is None else [case.hw, tuple(expected.shape[2:])]
+        names = forms(network, *sizes, interleave=interleave)
         assert (f"conv in {form_of_them}" in names) == possible(case, form_of_them), names
 
 
@@ -76,12 +77,12 @@ def test_every_form_is_the_convolution(
     [
         (WIDE, (30, 23), "bands"),
         (WIDE, (30, 23), "patches"),
-        # Both ways cost about the same: the pieces of several threads must not tip the balance.
+        # Both forms cost about the same: the choice must not depend on the number of threads.
         (GroupStructure.dense(16, 4), (16, 16), "where faster"),
         (GroupStructure.dense(4, 12), (28, 28), "where faster"),
     ],
 )
-def test_one_image_by_many_threads_is_the_same_to_the_bit(
+def test_one_image_is_bitwise_equal_on_any_number_of_threads(
     structure: GroupStructure, hw: tuple[int, int], winograd: str
 ) -> None:
     case = Case("many", structure, hw=hw, batch=1, activation="relu")
@@ -95,18 +96,13 @@ def test_one_image_by_many_threads_is_the_same_to_the_bit(
         assert torch.equal(y, first)
 
 
-def test_chosen_where_it_is_faster_and_never_when_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wide 3x3 layer saves half its products; a layer of one channel has no sum to save on."""
+def test_chosen_where_it_is_faster_and_not_when_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide 3x3 layer saves half its products; a depthwise layer saves nothing."""
     wide, thin = GroupStructure.dense(64, 64), GroupStructure.uniform(16, 16, 16)
 
     def names(structure: GroupStructure, **how: str) -> set[str]:
-        case = Case("", structure, hw=(16, 16), batch=16)
-        a = case.tensors()
-        network = native().Network("", **how)  # type: ignore[union-attr]
-        x = network.input(structure.in_channels)
-        network.output(add_conv(network, case.spec, a.weights, a.bias, x, -1))
-        y = torch.empty(16, structure.out_channels, 16, 16)
-        return {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
+        case = Case("", structure)
+        return forms(network_of(case, case.tensors(), **how), (16, 16))
 
     assert "conv in patches" in names(wide)
     assert "conv" in names(thin)
@@ -123,7 +119,7 @@ def test_chosen_where_it_is_faster_and_never_when_turned_off(monkeypatch: pytest
     assert not torch.equal(by_bands, plain)
 
 
-def test_a_band_that_would_fill_the_memory_is_a_plain_sum() -> None:
+def test_bands_with_too_much_scratch_are_a_plain_sum() -> None:
     """A thousand columns between the taps of 200 channels: 150 MB of transformed rows."""
     case = Case(
         "far", GroupStructure.dense(200, 2), dilation=(1, 1000), padding=(1, 1000), hw=(4, 3), batch=16
@@ -132,24 +128,19 @@ def test_a_band_that_would_fill_the_memory_is_a_plain_sum() -> None:
     network = network_of(case, a, "", "bands")
     y = torch.full((16, 2, 4, 3), float("nan"))
     network.run([a.x.numpy()], [y.numpy()], 1, 16)
-    names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
-    assert "conv in bands" not in names
+    assert "conv in bands" not in forms(network, (4, 3))
     torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-4)
 
 
-def test_the_cost_of_transforms_counts_what_lies_between_far_taps() -> None:
-    """Taps 128 columns apart on 64 columns: most of what is transformed is read by no output."""
-    case = Case("far", GroupStructure.dense(64, 8), dilation=(1, 64), padding=(1, 64), hw=(8, 64), batch=16)
-    a = case.tensors()
-    network = network_of(case, a, "", "where faster")
-    y = torch.full((16, 8, 8, 64), float("nan"))
-    names = {name for name, _, _ in network.profile([a.x.numpy()], [y.numpy()], 16, 1)}
-    assert "conv" in names
+def test_the_cost_of_transforms_includes_columns_between_distant_taps() -> None:
+    """Taps 128 columns apart on 64 columns: most transformed columns are read by no output."""
+    case = Case("far", GroupStructure.dense(64, 8), dilation=(1, 64), padding=(1, 64))
+    assert "conv" in forms(network_of(case, case.tensors()), (8, 64))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_threads_that_share_an_image_have_one_scratch_each(form: str) -> None:
-    """Four threads cut an image into eight bands; those of one thread follow one another in its scratch."""
+def test_each_thread_that_shares_an_image_has_its_own_scratch(form: str) -> None:
+    """Four threads split an image into eight chunks; each thread reuses one scratch."""
     case = Case("many", GroupStructure.dense(64, 8), hw=(64, 64), batch=1)
     a = case.tensors()
     y = torch.empty(1, 8, 64, 64)

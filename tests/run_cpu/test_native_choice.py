@@ -1,8 +1,9 @@
-"""Which layers the automatic choice gives to the native kernels, and plans kept between calls of the op."""
+"""Which layers run natively by default, and the op's cache of plans."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.torch_op import PLANS
 from dsp_kernels.run.convs import BACKENDS
-from dsp_kernels.run.cpu.conv import products_per_move
+from dsp_kernels.run.cpu.conv import CpuBackend, products_per_move
+from dsp_kernels.run.eager.conv import EagerBackend
 
 LAST, PLAIN = torch.channels_last, torch.contiguous_format
 THIN = GroupStructure.build(64, 64, [(range(18), range(16)), (range(20, 41), range(16, 30))])
@@ -35,20 +37,18 @@ def chosen(spec: ConvSpec, layout: torch.memory_format, name: str = "auto") -> s
     return BACKENDS.choose(name, spec, torch.float32, torch.device("cpu"), layout).name
 
 
-def test_thin_channels_last_layers_go_to_eager() -> None:
-    assert chosen(ConvSpec(THIN, (1, 1)), LAST) == "eager"
-    assert chosen(ConvSpec(THIN, (1, 1)), PLAIN) == "cpu"
-    assert chosen(ConvSpec(WIDE, (1, 1)), LAST) == "cpu"
-    assert chosen(ConvSpec(THIN, (3, 3)), LAST) == "cpu"
-
-
-def test_who_asks_by_name_gets_it() -> None:
-    assert chosen(ConvSpec(THIN, (1, 1)), LAST, "cpu") == "cpu"
-
-
-def test_one_thread_is_always_native() -> None:
+@pytest.mark.parametrize(
+    ("structure", "kernel", "layout", "expected"),
+    [(THIN, 1, LAST, "eager"), (THIN, 1, PLAIN, "cpu"), (WIDE, 1, LAST, "cpu"), (THIN, 3, LAST, "cpu")],
+)
+def test_thin_channels_last_layers_run_in_eager(
+    structure: GroupStructure, kernel: int, layout: torch.memory_format, expected: str
+) -> None:
+    spec = ConvSpec(structure, (kernel, kernel))
+    assert chosen(spec, layout) == expected
+    assert chosen(spec, layout, "cpu") == "cpu"  # an explicit choice is honoured
     torch.set_num_threads(1)
-    assert chosen(ConvSpec(THIN, (1, 1)), LAST) == "cpu"
+    assert chosen(spec, layout) == "cpu"
 
 
 def test_products_per_moved_channel_and_pixel() -> None:
@@ -56,27 +56,31 @@ def test_products_per_moved_channel_and_pixel() -> None:
     assert products_per_move(ConvSpec(THIN, (3, 3), (2, 2))) == 9 * (18 * 16 + 21 * 14) / (39 * 4 + 64)
 
 
-def test_a_module_chooses_again_for_another_layout() -> None:
+def test_a_module_chooses_again_for_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    for backend in (CpuBackend, EagerBackend):
+
+        def prepare(self: Any, *a: Any, original: Any = backend.prepare) -> Any:
+            used.append(self.name)
+            return original(self, *a)
+
+        monkeypatch.setattr(backend, "prepare", prepare)
     weights = [torch.randn(len(g.out_index), len(g.in_index), 1, 1) for g in THIN.groups]
     module = FusedConv2d(ConvSpec(THIN, (1, 1)), weights)
     x = torch.randn(2, 64, 5, 5)
-    plans = []
     for layout in (PLAIN, LAST):
         y = module(x.contiguous(memory_format=layout))
         assert y.is_contiguous(memory_format=layout)
-        plans.append(type(module._plan[1]).__name__)
-    assert plans == ["CpuPlan", "function"]
+    assert used == ["cpu", "eager"]
 
 
-# -- plans of the raw op ---------------------------------------------------------------------------------
+# -- Cached plans of the op ------------------------------------------------------------------------------
 
 
-def test_the_op_keeps_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = []
-    prepare = type(BACKENDS.choose("cpu", ConvSpec(WIDE, (1, 1)), torch.float32, torch.device("cpu"))).prepare
-    monkeypatch.setattr(
-        "dsp_kernels.run.cpu.conv.CpuBackend.prepare", lambda *a: packed.append(1) or prepare(*a)
-    )
+def test_the_op_caches_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[int] = []
+    prepare = CpuBackend.prepare
+    monkeypatch.setattr(CpuBackend, "prepare", lambda *a: packed.append(1) or prepare(*a))
     weights, x = [torch.randn(64, 64, 1, 1)], torch.randn(1, 64, 4, 4)
     results = [gather_grouped_conv2d(x, weights, WIDE) for _ in range(3)]
     assert len(packed) == 1
@@ -87,7 +91,7 @@ def in_place(weight: Tensor) -> None:
     weight.add_(1)
 
 
-def behind_the_counter(weight: Tensor) -> None:
+def without_version_counter(weight: Tensor) -> None:
     weight.data.add_(1)
 
 
@@ -95,9 +99,9 @@ def by_numpy(weight: Tensor) -> None:
     weight.numpy()[0, 0, 0, 0] += 1
 
 
-@pytest.mark.parametrize("change", [in_place, behind_the_counter, by_numpy])
+@pytest.mark.parametrize("change", [in_place, without_version_counter, by_numpy])
 @pytest.mark.parametrize("which", ["weight", "bias"])
-def test_changed_numbers_are_packed_again(change: Callable[[Tensor], None], which: str) -> None:
+def test_changed_weights_are_packed_again(change: Callable[[Tensor], None], which: str) -> None:
     case = Case("", THIN, kernel=1, padding=0)
     a = case.tensors()
     for _ in range(2):
@@ -108,7 +112,7 @@ def test_changed_numbers_are_packed_again(change: Callable[[Tensor], None], whic
 
 
 def test_the_same_memory_in_another_structure() -> None:
-    """A plan is found by the weights' addresses, which say nothing of the channels."""
+    """The key has the weights' addresses, which do not imply the channels."""
     weights, x = [torch.randn(2, 2, 1, 1)], torch.randn(1, 4, 3, 3)
     for channels in ([0, 1], [2, 3], [0, 1]):
         structure = GroupStructure.build(4, 4, [(channels, channels)])
@@ -128,7 +132,7 @@ def test_with_and_without_residual_from_one_plan() -> None:
     assert torch.equal(plan(a.x, torch.zeros_like(without)), without)
 
 
-def test_kept_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 64, 2, 2)
     held = [[torch.randn(64, 64, 1, 1)] for _ in range(6)]
     monkeypatch.setattr(PLANS, "limit", 4)

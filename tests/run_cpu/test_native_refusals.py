@@ -1,6 +1,12 @@
-"""Wrong input is an error, never a crash; what cannot be native says why."""
+"""Wrong input is an error, never a crash; what cannot run natively has a reason."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,22 +15,21 @@ from torch import nn
 
 from dsp_kernels import fuse
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
-from dsp_kernels.run.cpu import extension as native_module
-from dsp_kernels.run.cpu.extension import native
+from dsp_kernels.run.cpu.extension import native, warn_if_missing
 
 WEIGHT = np.zeros((2, 3, 3, 3), np.float32)
 CONV = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
 
 
 def add(network: object, **changes: object) -> int:
-    """A good convolution of 3 to 2 channels, but for the changes."""
+    """A valid convolution of 3 to 2 channels, except for the changes."""
     a = {"x": 0, "residual": -1, "out": 2, **CONV, "act": "relu", "i": [[0, 1, 2]], "o": [[0, 1]]}
     a |= {"weights": [WEIGHT], "bias": None} | changes
     made: int = network.conv(*a.values())  # type: ignore[attr-defined]
     return made
 
 
-def opened() -> object:
+def network_with_input() -> object:
     network = native().Network()  # type: ignore[union-attr]
     network.input(3)
     return network
@@ -57,9 +62,9 @@ def opened() -> object:
     ],
     ids=str,
 )
-def test_a_convolution_that_cannot_be(change: dict[str, object]) -> None:
-    network = opened()
-    assert add(opened()) == 1
+def test_an_invalid_convolution(change: dict[str, object]) -> None:
+    network = network_with_input()
+    assert add(network_with_input()) == 1
     with pytest.raises(ValueError, match=r"."):
         add(network, **change)
 
@@ -86,15 +91,15 @@ def f(*shape: int) -> np.ndarray:
     ids=str,
 )
 def test_arrays_that_do_not_fit(inputs: list[np.ndarray], outputs: list[np.ndarray]) -> None:
-    network = opened()
+    network = network_with_input()
     network.output(add(network))  # type: ignore[attr-defined]
     with pytest.raises((ValueError, TypeError)):
         network.run(inputs, outputs, 2)  # type: ignore[attr-defined]
     network.run([f(1, 3, 5, 5)], [f(1, 2, 5, 5)], 2)  # type: ignore[attr-defined]
 
 
-def test_an_output_that_cannot_be_written() -> None:
-    network = opened()
+def test_a_read_only_output() -> None:
+    network = network_with_input()
     network.output(add(network))  # type: ignore[attr-defined]
     y = f(1, 2, 5, 5)
     y.flags.writeable = False
@@ -102,8 +107,8 @@ def test_an_output_that_cannot_be_written() -> None:
         network.run([f(1, 3, 5, 5)], [y], 1)  # type: ignore[attr-defined]
 
 
-def test_a_network_that_has_run_cannot_grow() -> None:
-    network = opened()
+def test_a_network_is_immutable_after_its_first_run() -> None:
+    network = network_with_input()
     network.output(add(network))  # type: ignore[attr-defined]
     network.output_shapes([(5, 5)])  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="grow"):
@@ -127,19 +132,52 @@ def test_float64_runs_elsewhere() -> None:
         fuse(model, x, backend="cpu")
 
 
-def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_views_products_and_gates() -> None:
+    network = native().Network("")  # type: ignore[union-attr]
+    x, other = network.input(3), network.input(4)
+    with pytest.raises(ValueError, match="out of range"):
+        network.select(x, [0, 3])
+    with pytest.raises(ValueError, match="needs a channel"):
+        network.select(x, [])
+    with pytest.raises(ValueError, match="different numbers of channels"):
+        network.product(x, other, "none")
+    with pytest.raises(ValueError, match="changes 0"):
+        network.conv(x, -1, 1, (1, 1), (1, 1), (0, 0), (1, 1), "sigmoid", [], [], [], None)
+    network.output(network.concat([x, other]))
+    with pytest.raises(ValueError, match="cannot be concatenated"):
+        network.output_shapes([(4, 4), (4, 5)])
+
+
+def test_without_the_extension(replace_extension: Callable[[None, str], None]) -> None:
     """Everything runs in plain PyTorch, with one warning that names the fix."""
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
     x = torch.randn(1, 3, 9, 9)
-    monkeypatch.setattr(native_module, "_load", lambda: (None, "it is not there; run the build"))
-    native_module.warn_if_missing.cache_clear()
+    replace_extension(None, "it is not there; run the build")
+    warn_if_missing.cache_clear()
     with pytest.warns(RuntimeWarning, match="run the build"):
         assert fuse(model, x).backend == "eager"
-    import warnings
-
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once per process is enough
+        warnings.simplefilter("error")  # once per process
         fuse(model, x)
     with pytest.raises(DSPBackendError, match="run the build"):
         fuse(model, x, backend="cpu")
-    native_module.warn_if_missing.cache_clear()
+    warn_if_missing.cache_clear()
+
+
+def test_the_op_without_the_extension() -> None:
+    """In a process of its own: what torch expects of an op, and its schema."""
+    code = (
+        "import sys; sys.modules['dsp_kernels._C'] = None\n"
+        "import torch; from dsp_kernels.op.torch_op import NAMESPACE, OP_NAME, SCHEMA\n"
+        "op = getattr(getattr(torch.ops, NAMESPACE), OP_NAME).default\n"
+        "assert op._schema == torch._C.parse_schema(f'{NAMESPACE}::{OP_NAME}{SCHEMA}')\n"
+        "x, weight = (torch.randn(s, requires_grad=True) for s in ((1, 3, 5, 5), (2, 2, 3, 3)))\n"
+        "channels = [torch.tensor([0, 2])], [torch.tensor([1, 3])]\n"
+        "window = [3, 3], [1, 1], [1, 1], [1, 1]\n"
+        "torch.library.opcheck(op, (x, [weight], *channels, None, None, 4, *window, 'relu'))\n"
+        "print('passed')"
+    )
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "passed"

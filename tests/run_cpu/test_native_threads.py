@@ -1,4 +1,4 @@
-"""Calls at the same time, numbers of threads, scratch, and what is left running."""
+"""Concurrent calls, numbers of threads, scratch memory, and helper threads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from test_native_programs import Net
+from native_nets import Net
 from torch import Tensor
 
 from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d
@@ -19,171 +21,172 @@ from dsp_kernels.op.torch_op import PLANS
 from dsp_kernels.run.cpu.program import build
 
 
-def network_and_model(seed: int = 1) -> tuple[object, object]:
-    fused = fuse(Net(seed).eval(), torch.randn(1, 3, 20, 20), backend="cpu")
-    program = fused.program
-    return fused, build([program.input], [3], program.steps, [program.output])
+def fused_network() -> Any:
+    return fuse(Net(1).eval(), torch.randn(1, 3, 20, 20), backend="cpu")
 
 
-def test_many_python_threads_get_the_same_bits_as_one() -> None:
-    fused, _ = network_and_model()
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1 + n % 5, 3, 12, 12, generator=generator) for n in range(8)]
-    serial = [fused(x) for x in inputs]  # type: ignore[operator]
+def native_network() -> Any:
+    program = fused_network().program
+    return build([program.input], [3], program.steps, [program.output])
 
-    def hammer(number: int) -> bool:
-        torch.set_num_threads(1 + number % 3)
-        return all(
-            torch.equal(fused(inputs[(number + turn) % 8]), serial[(number + turn) % 8])  # type: ignore[operator]
-            for turn in range(1000)
-        )
+
+def run(network: Any, x: Tensor, threads: int, interleave: int = 1) -> Tensor:
+    y = torch.empty(len(x), 11, 1, 1)
+    network.run([x.numpy()], [y.numpy()], threads, interleave)
+    return y
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def check_concurrently(call: Callable[[int], Tensor], count: int) -> None:
+    """1,000 calls from each of 8 Python threads are bitwise equal to calls from one."""
+    serial = [call(number) for number in range(count)]
+    PLANS.clear()
+
+    def hammer(first: int) -> bool:
+        torch.set_num_threads(1 + first % 3)
+        numbers = [(first + turn) % count for turn in range(1000)]
+        return all(torch.equal(call(number), serial[number]) for number in numbers)
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(hammer, range(8)))
 
 
-def test_the_op_from_many_python_threads() -> None:
-    """The same weights, so that all threads share one kept plan, with and without a residual."""
-    PLANS.clear()
+def test_a_network_on_many_python_threads() -> None:
+    fused = fused_network()
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1 + n % 5, 3, 12, 12, generator=generator) for n in range(8)]
+    check_concurrently(lambda number: fused(inputs[number]), 8)
+
+
+def test_the_op_on_many_python_threads() -> None:
+    """With the same weights, so that all threads share one cached plan, with and without a residual."""
     generator = torch.Generator().manual_seed(0)
     structure = GroupStructure.build(6, 5, [([0, 2], [0, 3]), ([1, 2, 5], [4])])
     weights = [torch.randn(2, 2, 3, 3, generator=generator), torch.randn(1, 3, 3, 3, generator=generator)]
     inputs = [torch.randn(1 + n % 3, 6, 7, 7, generator=generator) for n in range(6)]
 
     def call(number: int) -> Tensor:
-        x = inputs[number % 6]
+        x = inputs[number]
         residual = x[:, :5] if number % 2 else None
         return gather_grouped_conv2d(x, weights, structure, None, residual, padding=1, activation="relu")
 
-    serial = [call(number) for number in range(6)]
-    PLANS.clear()
-    with ThreadPoolExecutor(8) as pool:
-        assert all(
-            pool.map(
-                lambda first: all(
-                    torch.equal(call(first + turn), serial[(first + turn) % 6]) for turn in range(1000)
-                ),
-                range(8),
-            )
-        )
+    check_concurrently(call, 6)
     assert len(PLANS) == 1
 
 
-def test_every_number_of_threads_gives_the_same_bits() -> None:
-    _, network = network_and_model()
+def test_any_number_of_threads_is_bitwise_equal() -> None:
+    network = native_network()
     for batch in (1, 7):
         x = torch.randn(batch, 3, 20, 20, generator=torch.Generator().manual_seed(batch))
-
-        def run(threads: int, x: Tensor = x, batch: int = batch) -> Tensor:
-            y = torch.empty(batch, 11, 1, 1)
-            network.run([x.numpy()], [y.numpy()], threads, 1)  # type: ignore[attr-defined]
-            return y
-
-        assert all(torch.equal(run(threads), run(1)) for threads in (2, 3, 8))
-
-
-def printed_alone(code: str) -> str:
-    """What the code prints in a process of its own, with this file's folder on its path."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def test_one_thread_starts_no_helper_and_torch_decides_how_many() -> None:
-    """In a process of its own, because helpers stay for the next call."""
-    code = (
-        "import torch\n"
-        "from test_native_threads import network_and_model; from dsp_kernels import _C\n"
-        "torch.set_num_threads(1); fused, _ = network_and_model(); x = torch.randn(9, 3, 20, 20)\n"
-        "fused(x); print(_C.worker_count()); torch.set_num_threads(3); fused(x); print(_C.worker_count())"
-    )
-    assert printed_alone(code).split() == ["0", "2"]
-
-
-def test_no_thread_is_left_spinning() -> None:
-    fused, _ = network_and_model()
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        fused(torch.randn(4, 3, 20, 20))  # type: ignore[operator]
-    finally:
-        torch.set_num_threads(before)
-    begin = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - begin < 0.03
+        expected = run(network, x, 1)
+        assert all(torch.equal(run(network, x, threads), expected) for threads in (2, 3, 8))
 
 
 def test_scratch_and_plans_are_bounded() -> None:
-    _, network = network_and_model()
+    network = native_network()
     for size in range(16, 56):
-        x, y = torch.zeros(2, 3, size, size), torch.empty(2, 11, 1, 1)
-        network.run([x.numpy()], [y.numpy()], 2)  # type: ignore[attr-defined]
-    assert network.plan_count <= 16  # type: ignore[attr-defined]
-    assert 0 < network.scratch_bytes < 64 << 20  # type: ignore[attr-defined]
+        run(network, torch.zeros(2, 3, size, size), 2, 0)
+    assert network.plan_count <= 16
+    assert 0 < network.scratch_bytes < 64 << 20
 
 
-def test_a_forked_child_can_call() -> None:
-    fused, _ = network_and_model()
-    x = torch.randn(4, 3, 20, 20)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = fused(x)  # type: ignore[operator]
-        child = os.fork()
-        if child == 0:  # the parent's helper does not exist here
-            good = torch.equal(fused(x), expected)  # type: ignore[operator]
-            os._exit(0 if good else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_memory_that_is_not_there_is_an_error_on_every_thread() -> None:
-    """In a process of its own, which may not take more memory than it has."""
-    code = (
-        "import resource, torch\n"
-        "from pathlib import Path; from test_native_threads import network_and_model\n"
-        "_, network = network_and_model(); small = [torch.randn(6, 3, 20, 20), torch.empty(6, 11, 1, 1)]\n"
-        "call = lambda x, y: network.run([x.numpy()], [y.numpy()], 3, 1)\n"
-        "call(*small); right = small[1].clone()\n"
-        "large = [torch.zeros(6, 3, 2000, 2000), torch.empty(6, 11, 1, 1)]\n"
-        "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)\n"
-        "for _ in range(3):\n"
-        "    try: call(*large)\n"
-        "    except MemoryError: print('no memory')\n"
-        "    call(*small); assert torch.equal(small[1], right)"
-    )
-    assert printed_alone(code).splitlines() == ["no memory"] * 3
-
-
-def test_threads_that_meet_a_new_size_keep_one_plan() -> None:
-    _, network = network_and_model()
+def test_concurrent_calls_with_a_new_size_keep_one_plan() -> None:
+    network = native_network()
     together, x = threading.Barrier(12), torch.zeros(1, 3, 24, 24)
 
     def call(_: int) -> None:
         together.wait()
-        network.run([x.numpy()], [torch.empty(1, 11, 1, 1).numpy()], 1)  # type: ignore[attr-defined]
+        run(network, x, 1)
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(call, range(12)))
-    assert network.plan_count == 1  # type: ignore[attr-defined]
+    assert network.plan_count == 1
 
 
-def test_helpers_leave_signals_to_the_program() -> None:
-    """Four helpers block what may come from outside, and not the faults that a crash handler reports."""
-    code = (
-        "import os, signal, torch\n"
-        "from test_native_threads import network_and_model\n"
-        "_, network = network_and_model(); x, y = torch.zeros(8, 3, 20, 20), torch.empty(8, 11, 1, 1)\n"
-        "before = set(os.listdir('/proc/self/task'))\n"
-        "blocked = lambda number: [bool(mask >> (number - 1) & 1) for mask in masks]\n"
-        "for _ in range(5000):\n"  # the C library starts a thread with all signals blocked
-        "    network.run([x.numpy()], [y.numpy()], 5, 1)\n"
-        "    helpers = set(os.listdir('/proc/self/task')) - before\n"
-        "    lines = [line for name in helpers for line in open(f'/proc/self/task/{name}/status')]\n"
-        "    masks = [int(line.split()[1], 16) for line in lines if line.startswith('SigBlk')]\n"
-        "    if not any(blocked(signal.SIGSEGV)): break\n"
-        "print(len(masks), all(blocked(signal.SIGUSR1)), any(blocked(signal.SIGSEGV)))"
+@pytest.mark.usefixtures("_two_threads")
+def test_a_forked_child_can_call() -> None:
+    fused = fused_network()
+    x = torch.randn(4, 3, 20, 20)
+    expected = fused(x)
+    child = os.fork()
+    if child == 0:  # without the parent's helper
+        os._exit(0 if torch.equal(fused(x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -- In a process of its own, because helpers persist ----------------------------------------------------
+
+
+def printed_alone(*lines: str) -> list[str]:
+    """The words that the code prints, with the names of this file."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    code = "\n".join(["import os, torch; from test_native_threads import *", *lines])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    return done.stdout.split()
+
+
+HELPERS = (
+    "tasks = lambda: set(os.listdir('/proc/self/task'))",
+    "read = lambda name, file: open(f'/proc/self/task/{name}/{file}').read()",
+    "network, before = native_network(), tasks()",
+    "run(network, torch.zeros(8, 3, 20, 20), 5); helpers = tasks() - before",
+)
+
+
+def test_torch_sets_the_number_of_threads_and_one_starts_no_helper() -> None:
+    words = printed_alone(
+        "torch.set_num_threads(1); fused = fused_network(); x = torch.randn(9, 3, 20, 20)",
+        "tasks = lambda: len(os.listdir('/proc/self/task')); before = tasks()",
+        "fused(x); print(tasks() - before); torch.set_num_threads(3); fused(x); print(tasks() - before)",
     )
-    assert printed_alone(code).split() == ["4", "True", "False"]
+    assert words == ["0", "2"]
+
+
+def test_helpers_sleep_after_a_call() -> None:
+    """A helper polls for 0.2 ms, then waits for the next call; a thread that spins is never in state S."""
+    words = printed_alone(
+        *HELPERS,
+        "state = lambda name: read(name, 'stat').rpartition(')')[2].split()[0]",
+        "while any(state(name) != 'S' for name in helpers): os.sched_yield()",
+        "print(len(helpers))",
+    )
+    assert words == ["4"]
+
+
+def test_helpers_block_signals() -> None:
+    """All but the faults that a crash handler reports."""
+    words = printed_alone(
+        *HELPERS,
+        "import signal",
+        "blocked = lambda number: [bool(mask >> (number - 1) & 1) for mask in masks]",
+        "while True:",  # the C library starts a thread with all signals blocked
+        "    lines = [line for name in helpers for line in read(name, 'status').splitlines()]",
+        "    masks = [int(line.split()[1], 16) for line in lines if line.startswith('SigBlk')]",
+        "    if not any(blocked(signal.SIGSEGV)): break",
+        "    run(network, torch.zeros(8, 3, 20, 20), 5)",
+        "print(len(masks), all(blocked(signal.SIGUSR1)))",
+    )
+    assert words == ["4", "True"]
+
+
+def test_too_little_memory_is_an_error() -> None:
+    """In a process with limited memory; later calls run."""
+    words = printed_alone(
+        "import resource; network, small = native_network(), torch.randn(6, 3, 20, 20)",
+        "expected, large = run(network, small, 3), torch.zeros(6, 3, 2000, 2000)",
+        "pages = int(open('/proc/self/statm').read().split()[0])",
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)",
+        "for _ in range(3):",
+        "    try: run(network, large, 3)",
+        "    except MemoryError: print('refused')",
+        "    assert torch.equal(run(network, small, 3), expected)",
+    )
+    assert words == ["refused"] * 3

@@ -2,9 +2,6 @@
 #if defined(__x86_64__)
 #define DSP_LANES 8
 #define DSP_WIDE 0
-#define DSP_BF16 0
-#define DSP_FP16 0
-#define DSP_NAME "avx2"
 #define DSP_TABLE kernels_avx2
 #include "impl.h"
 #endif

@@ -1,10 +1,8 @@
-// For CPUs with AVX-512 BF16 too. Built where the compiler knows it; setup.py defines DSP_HAS_AVX512_BF16 then.
+// For CPUs that also have AVX-512 BF16. setup.py defines DSP_HAS_AVX512_BF16 if the compiler supports it.
 #if defined(__x86_64__) && defined(DSP_HAS_AVX512_BF16)
 #define DSP_LANES 16
 #define DSP_WIDE 1
 #define DSP_BF16 1
-#define DSP_FP16 0
-#define DSP_NAME "avx512_bf16"
 #define DSP_TABLE kernels_avx512_bf16
 #include "impl.h"
 #endif

@@ -1,5 +1,5 @@
-// Winograd's method over the rows of a convolution, a part of impl.h; winograd.h has the formulas.
-// A vector never meets a transform: these combine whole rows, so any interleaving and any width works.
+// Winograd's method over the rows of a convolution, included by impl.h; winograd.h has the formulas. The transforms
+// combine whole rows, never lanes of a vector, so any interleaving and any width works.
 #pragma once
 
 #include "winograd.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr float near_float = float(near_point), far_float = float(far_point);
 
-// What the sums of the rows take from six pixels of a column.
+// The inputs of the six sums from six pixels of a column.
 inline void combine_rows(const V (&d)[band_sums], float* out, int64_t pitch) {
     constexpr float near = float(square_near), far = float(square_far);
     const V near_even = d[4] - far * d[2], near_odd = d[3] - far * d[1];
@@ -43,9 +43,10 @@ void band_input(const BandInput& call) {
     }
 }
 
-// One of the sums of a tile.
+// One of the six (or 24) sums of a tile.
 template <int K, int P>
-inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float* x, const BandCall& call, const float* w) {
+inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float* x, const BandCall& call,
+                                                    const float* w) {
     const int32_t* off = call.off;
     const int32_t* const end = off + call.count;
     V acc[K][P];
@@ -71,7 +72,7 @@ inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float*
         for (int p = 0; p < P; ++p) sum[k][p] = acc[k][p];
 }
 
-// The first `count` lanes; fewer than all.
+// Stores the first `count` lanes; count < L.
 inline void store_some(float* y, V v, int count) {
     float rest[L];
     store(rest, v);
@@ -86,8 +87,8 @@ inline void store_some(float* y, V v, int count) {
 
 __attribute__((noinline)) V activate_late(V v, Act act) { return activate(v, act); }
 
-// Residual, activation and the store of a vector of pixels. A copy of what it needs of a call: a store through a pointer
-// to vectors may change anything that is in memory. whole: every lane of every vector is a pixel.
+// Residual, activation and store of a vector of pixels. Copies what it needs of a call, because a store through a
+// vector pointer may alias anything in memory. whole: every lane of every vector is a pixel.
 template <bool whole>
 struct Finish {
     const Bounds bounds;
@@ -102,7 +103,7 @@ struct Finish {
         if (late) v = activate_late(v, act);
         if (whole || at + L <= row)
             store(y + at, v);
-        else if (at < row) // what follows are pad columns, or the next row, which another thread may be writing
+        else if (at < row) // behind it are pad columns, or the next row, which another thread may be writing
             store_some(y + at, v, row - at);
     }
 };
@@ -135,17 +136,68 @@ __attribute__((noinline)) void finish_band(const V* sums, int filters, const Ban
     }
 }
 
-} // namespace
-} // namespace dsp
+// -- Patches: pairs of columns of a band --
 
-#include "patches.h"
+void patch_input(const PatchInput& call) {
+    constexpr int first[column_sums] = {1, 2, 0, 3}, second[column_sums] = {2, 1, 2, 1};
+    const int64_t images = call.images;
+    for (int64_t v = 0; v < call.vectors; ++v) {
+        const int64_t at = call.at[v];
+#pragma GCC unroll 4
+        for (int u = 0; u < column_sums; ++u) {
+            V d[band_sums];
+#pragma GCC unroll 6
+            for (int i = 0; i < band_sums; ++i) {
+                const float* const row = call.row[i] + at;
+                const V a = load(row + first[u] * images), b = load(row + second[u] * images);
+                d[i] = u == 0 ? a + b : a - b;
+            }
+            combine_rows(d, call.out + u * call.pitch + v * L, column_sums * call.pitch);
+        }
+    }
+}
 
-namespace dsp {
-namespace {
+template <int P, bool whole>
+__attribute__((noinline)) void finish_patches(const V* sums, int filters, const BandCall& call) {
+    const Finish<whole> finish(call);
+    const int rows = call.rows, next = filters * P, second = call.second;
+    const int64_t pitch = call.y_pitch;
+    int at[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) at[p] = call.at[p];
+    for (int k = 0; k < filters; ++k) {
+        float* const plane = call.y + call.y_plane[k];
+        const float* const add = call.add ? call.add + call.add_plane[k] : nullptr;
+        const V bias = V{} + call.bias[k];
+        for (int p = 0; p < P; ++p, ++sums) {
+            V sum[band_sums], left[band_rows], right[band_rows];
+#pragma GCC unroll 6
+            for (int s = 0; s < band_sums; ++s) {
+                const V* const of = sums + s * column_sums * next;
+                sum[s] = of[0] + of[next] + of[2 * next];
+            }
+            separate_rows(sum, left, bias);
+#pragma GCC unroll 6
+            for (int s = 0; s < band_sums; ++s) {
+                const V* const of = sums + s * column_sums * next;
+                sum[s] = of[0] - of[next] + of[3 * next];
+            }
+            separate_rows(sum, right, bias);
+#pragma GCC unroll 4
+            for (int row = 0; row < band_rows; ++row) {
+                if (row >= rows) break;
+                float* const y = plane + row * pitch;
+                const float* const residual = add ? add + row * pitch : nullptr;
+                finish(y, residual, at[p], left[row]);
+                finish(y, residual, at[p] + second, right[row]);
+            }
+        }
+    }
+}
 
 template <int K, int P>
 void band_tile(const BandCall& call) {
-    // One sum at a time fills the registers as a plain tile does; the others are in the first-level cache.
+    // One sum at a time fills the registers as a plain tile does; the others stay in the first-level cache.
     V sums[patch_sums][K][P];
     const int count = call.second ? patch_sums : band_sums;
     for (int s = 0; s < count; ++s) sum_band<K, P>(sums[s], call.x + s * call.pitch, call, call.w + s * call.count * K);

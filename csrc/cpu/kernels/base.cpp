@@ -5,8 +5,5 @@
 #else
 #define DSP_WIDE 0
 #endif
-#define DSP_BF16 0
-#define DSP_FP16 0
-#define DSP_NAME "base"
 #define DSP_TABLE kernels_base
 #include "impl.h"

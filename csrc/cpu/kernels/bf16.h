@@ -1,11 +1,11 @@
-// Convolutions in bfloat16, a part of impl.h. A word of 32 bits holds one pixel of two channels, the first
-// in the lower half; a vector holds `lanes` words. Two products are added to a float sum at a time: by one
-// instruction where the CPU has it (DSP_BF16), else as two float products, which round in another order.
-// The instruction takes denormal numbers as 0.
+// Convolutions in bfloat16, included by impl.h. A 32-bit word holds one pixel of two channels, the first in the lower
+// half; a vector holds `lanes` words. Two products are added to a float sum at a time: by one instruction where the CPU
+// has it (DSP_BF16), otherwise as two float products, which round in another order. The instruction treats denormal
+// numbers as 0.
 #pragma once
 
 #if DSP_BF16
-#include <immintrin.h> // its functions are always inlined and leave no symbols
+#include <immintrin.h> // its functions are always inlined and emit no symbols
 #endif
 
 namespace dsp {
@@ -25,7 +25,7 @@ inline W round_upper(V v) {
 
 inline V pack_pair(V a, V b) {
 #if DSP_BF16
-    // All of a, then all of b, as 16-bit numbers; then brought together pixel by pixel.
+    // All of a, then all of b, as 16-bit numbers; then interleaved pixel by pixel.
     typedef int16_t H __attribute__((vector_size(64)));
     constexpr H order{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -36,9 +36,10 @@ inline V pack_pair(V a, V b) {
 #endif
 }
 
-// One word of each channel for every pixel of a tile: P vectors times K weights, two products each.
+// One term of a tile's sums: P vectors of words times K weights, two products each.
 template <int K, int P>
-inline __attribute__((always_inline)) void add_pairs(V (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
+inline __attribute__((always_inline)) void add_pairs(V (&acc)[K][P], const float* const (&x)[P], int64_t o,
+                                                     const float* w) {
     V in[P];
 #if DSP_BF16
 #pragma GCC unroll 8
@@ -47,11 +48,10 @@ inline __attribute__((always_inline)) void add_pairs(V (&acc)[K][P], const float
     for (int k = 0; k < K; ++k) {
         const __m512bh weight = (__m512bh)_mm512_set1_ps(w[k]);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p)
-            acc[k][p] = (V)_mm512_dpbf16_ps((__m512)acc[k][p], (__m512bh)in[p], weight);
+        for (int p = 0; p < P; ++p) acc[k][p] = (V)_mm512_dpbf16_ps((__m512)acc[k][p], (__m512bh)in[p], weight);
     }
 #else
-    // All lower halves, then all upper ones: so no more registers are needed than in float.
+    // All lower halves, then all upper ones: needs no more registers than float.
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 8
@@ -99,34 +99,6 @@ void pair(const float* a, const float* b, float* target, int64_t count, int64_t 
         if (b) thin({b + n * stride * images, thinned[1], 1, 0, 0, some, stride, images});
         pair_row<pack>(thinned[0], b ? thinned[1] : nullptr, target + n * images, some * images);
     }
-}
-
-// As arithmetic(), in words; add is one term of the sums, whose type is S.
-template <typename S, auto add>
-int64_t pair_arithmetic(int64_t turns) {
-    constexpr int K = DSP_WIDE ? 8 : 4, P = 3;
-    alignas(64) float words[P * L], weights[K];
-    for (int i = 0; i < P * L; ++i) words[i] = 0.0f;
-    for (int k = 0; k < K; ++k) weights[k] = 0.0f;
-    const float* x[P];
-    for (int p = 0; p < P; ++p) x[p] = words + p * L;
-    S acc[K][P];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = S{};
-    for (int64_t t = 0; t < turns; ++t) {
-        asm volatile("" : : "r"(words), "r"(weights) : "memory"); // else GCC sees that they are zeros
-        add(acc, x, 0, weights);
-    }
-    V total{};
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) total += (V)acc[k][p];
-    volatile float sink = total[0];
-    (void)sink;
-    return turns * K * P * L * 2;
 }
 
 } // namespace

@@ -1,14 +1,14 @@
-// Convolutions in float16, a part of impl.h for CPUs with AVX512-FP16. A word of 32 bits holds one pixel of two
-// channels, the first in the lower half, as in bf16.h. One instruction multiplies a vector of words with a word of
-// weights and adds to sums that are halves too: of even channels in the lower halves, of odd ones in the upper.
+// Convolutions in float16, included by impl.h for CPUs with AVX512-FP16. A 32-bit word holds one pixel of two channels,
+// the first in the lower half, as in bf16.h. One instruction multiplies a vector of words by a word of weights and adds
+// to sums in float16: of even channels in the lower halves, of odd ones in the upper.
 //
-// Such a sum is rounded to 11 bits at every term, so it goes to a float sum after half_terms terms at most. With
-// n = half_terms and terms of random signs, the root mean square error of a whole sum is 2^-11 * sqrt(n / 6) times
-// what is typical of it, however long it is; tolerances.py knows n too. Products and sums of n terms that leave the range
-// of float16 (65504) are infinite, and what is below 2^-25 is lost.
+// Such a sum is rounded to 11 bits at every term, so it is added to a float sum after at most half_terms terms. With
+// n = half_terms and terms of random signs, the root mean square error of a sum is 2^-11 * sqrt(n / 6) times its
+// typical size, whatever its length; tolerances.py derives its bound from n. Products and sums of n terms beyond the
+// range of float16 (65504) become infinite, and anything below 2^-25 underflows.
 #pragma once
 
-#include <immintrin.h> // its functions are always inlined and leave no symbols
+#include <immintrin.h> // its functions are always inlined and emit no symbols
 
 namespace dsp {
 namespace {
@@ -17,15 +17,15 @@ typedef W H; // two halves per word
 
 #if defined(__AVX512FP16__)
 
-constexpr __mmask16 all = 0xffff; // the forms without a mask make GCC warn of values that are not set
+constexpr __mmask16 all = 0xffff; // without a mask GCC warns of uninitialized values
 
-// Of the three forms GCC 12 takes others too, which cost moves and spills: 16 in the 72 multiply-adds of a loop.
+// By assembly: GCC 12 also uses the other two forms, which costs moves and spills, 16 in a loop of 72 multiply-adds.
 inline H multiply_add(H sum, H a, H b) {
     asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
 }
 
-// The nearest half, ties to even, in the lower half of each word. Beyond its range it is infinite, a NaN stays one.
+// The nearest float16, ties to even, in the lower half of each word; infinite beyond its range. A NaN stays a NaN.
 inline W narrow(V v) {
     const __m256i halves = _mm512_maskz_cvtps_ph(all, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
     return (W)_mm512_maskz_cvtepu16_epi32(all, halves);
@@ -37,36 +37,22 @@ inline V widen_sum(H h) {
     constexpr I order{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                       1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
     const __m512i sorted = _mm512_permutexvar_epi16((__m512i)order, (__m512i)h);
-    const __m256i even = _mm512_maskz_extracti64x4_epi64(0xff, sorted, 0), odd = _mm512_maskz_extracti64x4_epi64(0xff, sorted, 1);
+    const __m256i even = _mm512_maskz_extracti64x4_epi64(0xff, sorted, 0),
+                  odd = _mm512_maskz_extracti64x4_epi64(0xff, sorted, 1);
     return (V)_mm512_maskz_cvtph_ps(all, even) + (V)_mm512_maskz_cvtph_ps(all, odd);
 }
 
-#else // The same with vectors of 8 by F16C, which tests run on other CPUs. A sum is rounded to float first, then to half.
-
-inline V widen_lower(W words) {
-    const __m256i lower = (__m256i)(words & 0xffffu);
-    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
-    return (V)_mm256_cvtph_ps(halves);
-}
-
-inline W narrow(V v) { return (W)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
-
-inline H multiply_add(H sum, H a, H b) {
-    const V even = widen_lower(sum) + widen_lower(a) * widen_lower(b);
-    const V odd = widen_lower(sum >> 16) + widen_lower(a >> 16) * widen_lower(b >> 16);
-    return narrow(even) | narrow(odd) << 16;
-}
-
-inline V widen_sum(H h) { return widen_lower(h) + widen_lower(h >> 16); }
-
+#else
+#include "emulated_fp16.h" // in tests/helpers
 #endif
 
 inline V pack_halves(V a, V b) { return (V)(narrow(a) | narrow(b) << 16); }
 
-// One word of each channel for every pixel of a tile: P vectors times K weights, two products each. The fewer of both
-// wait in registers.
+// One term of a tile's sums: P vectors of words times K weights, two products each. The fewer of the two stay in
+// registers.
 template <int K, int P>
-inline __attribute__((always_inline)) void add_halves(H (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
+inline __attribute__((always_inline)) void add_halves(H (&acc)[K][P], const float* const (&x)[P], int64_t o,
+                                                      const float* w) {
     const Word* words = reinterpret_cast<const Word*>(w);
     if constexpr (K < P) {
         H weight[K];
@@ -91,7 +77,7 @@ inline __attribute__((always_inline)) void add_halves(H (&acc)[K][P], const floa
     }
 }
 
-// Adds up a tile in runs of about equal length; their float sums wait in memory, because the sums in halves fill the
+// Sums a tile in runs of about equal length; the float sums stay in memory, because those in float16 fill the
 // registers.
 template <int K, int P>
 void half_tile(const TileCall& call) {

@@ -1,11 +1,18 @@
-// The kernels, written once for any vector length. A file that compiles them for an instruction set defines
-// DSP_LANES (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_BF16 and DSP_FP16 (1 with
-// products of such numbers), DSP_NAME and DSP_TABLE first.
-// Everything is in an anonymous namespace and no header with inline functions is included: code compiled for
-// a newer instruction set must not replace code that an older CPU runs.
+// The kernels for any vector length. Before including this, the source file of an instruction set defines DSP_LANES
+// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16 and DSP_FP16 to 1 if it has
+// multiply-add instructions for these types.
+// Everything is in an anonymous namespace and no header with inline functions is included: the linker must not pick
+// code compiled for a newer instruction set than the CPU has.
 #pragma once
 
 #include "kernel.h"
+
+#ifndef DSP_BF16
+#define DSP_BF16 0
+#endif
+#ifndef DSP_FP16
+#define DSP_FP16 0
+#endif
 
 namespace dsp {
 namespace {
@@ -18,10 +25,8 @@ typedef int32_t MU __attribute__((vector_size(L * 4), aligned(4), may_alias));
 
 inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
-inline V keep(V v, const int32_t* mask) {
-    return (V)((M)v & *reinterpret_cast<const MU*>(mask));
-}
-// A NaN stays a NaN: the comparison is false and the value itself is taken.
+inline V keep(V v, const int32_t* mask) { return (V)((M)v & *reinterpret_cast<const MU*>(mask)); }
+// A NaN stays a NaN: the comparison is false and v is returned.
 inline V at_least(V v, float low) { return V{} + low > v ? V{} + low : v; }
 inline V at_most(V v, float high) { return V{} + high < v ? V{} + high : v; }
 
@@ -46,7 +51,7 @@ inline V activate(V v, Act act) {
     switch (act) {
     case Act::relu: return at_least(v, 0.0f);
     case Act::relu6: return at_most(at_least(v, 0.0f), 6.0f);
-    // Below -88 the exponential is clamped: the result is a zero there, and NaN for -inf, as in PyTorch.
+    // Below -88 the exponential is clamped: the result is zero, and NaN for -inf, as in PyTorch.
     case Act::silu: return v < -88.0f ? v * 0.0f : v / (1.0f + exponential(-v));
     case Act::hardswish: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     case Act::sigmoid: return 1.0f / (1.0f + exponential(-v));
@@ -64,21 +69,22 @@ template <int K, int P>
 inline __attribute__((always_inline)) void multiply_add(V (&acc)[K][P], const V (&in)[P], const float* w) {
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-        // A scalar times a vector becomes a broadcast load; a broadcast vector would cost a shuffle.
+        // Scalar times vector compiles to a broadcast load; a broadcast vector would cost a shuffle.
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) acc[k][p] += w[k] * in[p];
     }
 }
 
 template <int K, int P>
-inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float* const (&x)[P], int64_t o, const float* w) {
+inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float* const (&x)[P], int64_t o,
+                                                    const float* w) {
     V in[P];
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) in[p] = load(x[p] + o);
     multiply_add<K, P>(acc, in, w);
 }
 
-// What the activations that are computed in a tile clamp to. Bounds that change nothing cost less than branches.
+// The bounds to which a tile's activation clamps; infinite bounds cost less than branches.
 struct Bounds {
     V low, high;
     explicit Bounds(Act act) {
@@ -92,7 +98,7 @@ struct Bounds {
     }
 };
 
-// The two costly ones would bloat every tile and come after it.
+// These two are costly: inside every tile they would bloat the code, so they run after it.
 inline bool is_late(Act act) { return act == Act::silu || act == Act::hardswish; }
 
 // Bias, residual, activation and the store of a tile.
@@ -131,7 +137,7 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
     }
 }
 
-// Adds up a tile; add(acc, x, off, w) is one entry of the offset list, numbers or pairs of them.
+// Sums a tile; add(acc, x, off, w) adds the term of one displacement, floats or words.
 template <int K, int P, typename Add>
 void sum_tile(const TileCall& call, const Add& add) {
     V acc[K][P];
@@ -145,7 +151,7 @@ void sum_tile(const TileCall& call, const Add& add) {
     const float* w = call.w;
     const int32_t* off = call.off;
     const int32_t* const end = off + call.count;
-    // Three terms at a time: the branch predictor can learn the end of a loop that is a third as long.
+    // Three terms at a time: the branch predictor learns the end of a shorter loop.
     for (; end - off >= 3; off += 3, w += 3 * K) {
         add(acc, x, off[0], w);
         add(acc, x, off[1], w + K);
@@ -162,26 +168,6 @@ template <int K, int P>
 void tile(const TileCall& call) {
     sum_tile<K, P>(call, [](V(&acc)[K][P], const float* const(&x)[P], int64_t off, const float* w)
                              __attribute__((always_inline)) { add_term<K, P>(acc, x, off, w); });
-}
-
-// What the arithmetic units can do at most: the yardstick of every other kernel.
-int64_t arithmetic(int64_t turns) {
-    constexpr int sums = DSP_WIDE ? 24 : 12;
-    V acc[sums];
-#pragma GCC unroll 24
-    for (int s = 0; s < sums; ++s) acc[s] = V{} + float(s);
-    V a = V{} + 0.999f, b = V{} + 1e-3f;
-    for (int64_t t = 0; t < turns; ++t) {
-#pragma GCC unroll 24
-        for (int s = 0; s < sums; ++s) acc[s] = acc[s] * a + b;
-        asm volatile("" : : : "memory");
-    }
-    V total{};
-#pragma GCC unroll 24
-    for (int s = 0; s < sums; ++s) total += acc[s];
-    volatile float sink = total[0];
-    (void)sink;
-    return turns * sums * L;
 }
 
 } // namespace
@@ -214,10 +200,9 @@ void row(Kernels& table) {
     fill<K, P>(table);
 }
 
-// Microtiles that fit the registers: filters x vectors sums, the vectors loaded and one broadcast weight.
+// Microtiles that fit the registers: filters x vectors sums, the loaded vectors and one broadcast weight.
 Kernels make() {
     Kernels table{};
-    table.name = DSP_NAME;
     table.lanes = L;
     table.map = map;
     table.product = product;
@@ -226,14 +211,11 @@ Kernels make() {
     table.thin = thin;
     table.band_input = band_input;
     table.patch_input = patch_input;
-    table.arithmetic = arithmetic;
     table.bf16.own = DSP_BF16, table.bf16.ready = 6.0; // measured on Zen 5
     table.bf16.pair = pair<pack_pair>;
-    table.bf16.arithmetic = pair_arithmetic<V, add_pairs<DSP_WIDE ? 8 : 4, 3>>;
 #if DSP_FP16
-    table.fp16.own = true, table.fp16.ready = 4.0; // as its float multiply-adds; not measured
+    table.fp16.own = true, table.fp16.ready = 4.0; // like float multiply-adds; not measured
     table.fp16.pair = pair<pack_halves>;
-    table.fp16.arithmetic = pair_arithmetic<H, add_halves<DSP_WIDE ? 8 : 4, 3>>;
 #endif
 #if DSP_WIDE
     table.filters = 8;

@@ -1,14 +1,14 @@
-// What the executor asks of one instruction set: a table of small functions over vectors of floats.
+// The table of kernels of one instruction set.
 //
 // Every buffer is planar, zero-padded and has I images interleaved innermost: [C][H + pads][pitch][I].
-// A "vector" is `lanes` consecutive floats of a plane, named by its displacement from the plane's first pixel.
+// A "vector" is `lanes` consecutive floats of a plane, given by its displacement from the plane's first pixel.
 #pragma once
 
 #include <cstdint>
 
 namespace dsp {
 
-// The last two do not map 0 to 0 and would dirty the padding, so only masked elementwise steps have them.
+// The last two do not map 0 to 0, which would corrupt the padding, so only masked elementwise steps use them.
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4, sigmoid = 5, hardsigmoid = 6 };
 
 // y[o][v] = act(bias[o] + sum_j w[j][o] * x[v + off[j]] + add[o][v]) for `filters` planes o and some vectors v.
@@ -23,12 +23,12 @@ struct TileCall {
     const float* add;         // residual, or y itself to continue a sum, or null
     const int64_t* add_plane; // [filters] displacement of each plane of `add`
     const int32_t* vec;       // displacement of each vector
-    const int32_t* mask;      // [vectors][lanes] all ones where a pixel lives, or null: all live
+    const int32_t* mask;      // [vectors][lanes] all ones for pixels, or null: all lanes are pixels
     Act act;
 };
 
-// Winograd's method over the rows (winograd.h): a band of four output rows comes from six sums instead of twelve.
-// The inputs of the sums, of one channel: six combinations of as many rows of x.
+// Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the
+// sums' inputs of one channel: six combinations of six rows of x.
 struct BandInput {
     const float* row[6]; // of x, at the first column that is read
     float* out;          // [6] sums
@@ -36,22 +36,22 @@ struct BandInput {
     int64_t vectors;
 };
 
-// Winograd's method over pairs of columns too, where a pixel's images fill vectors: the inputs of the sums of a channel.
+// The same over pairs of columns too, where a pixel's images fill vectors.
 struct PatchInput {
-    const float* row[6];  // of x, at the first of the four columns of pair 0
-    int images;           // interleaved: from one column to the next
-    const int32_t* at;    // [vectors] displacement in a row
-    float* out;           // [24] sums
-    int64_t pitch;        // floats from one sum to the next
+    const float* row[6]; // of x, at the first of the four columns of pair 0
+    int images;          // interleaved: from one column to the next
+    const int32_t* at;   // [vectors] displacement in a row
+    float* out;          // [24] sums
+    int64_t pitch;       // floats from one sum to the next
     int64_t vectors;
 };
 
-// The rows of a band from its sums, for `filters` planes o and some vectors that lie side by side. In patches a vector
-// of sums makes two vectors of pixels: those of even and those of odd columns.
+// The rows of a band from its sums, for `filters` planes o and adjacent vectors. In patches a vector of sums makes two
+// vectors of pixels: of even and of odd columns.
 struct BandCall {
-    const float* x;           // sum 0 of channel 0, at the first vector
-    int64_t pitch;            // floats from one sum to the next
-    const int32_t* off;       // [count] displacement of (channel, horizontal tap) j; in patches of channel j
+    const float* x;     // sum 0 of channel 0, at the first vector
+    int64_t pitch;      // floats from one sum to the next
+    const int32_t* off; // [count] displacement of (channel, horizontal tap) j; in patches of channel j
     int64_t count;
     const float* w;           // [sums][count][filters]
     const float* bias;        // [filters]
@@ -61,9 +61,9 @@ struct BandCall {
     const float* add;         // residual, or null
     const int64_t* add_plane; // [filters]
     const int32_t* at;        // [vectors] displacement of each vector in a row
-    int second;               // in patches, from there to the second vector that it makes; else 0
-    int rows;                 // of the band that exist
-    int row;                  // floats of a row that are pixels
+    int second;               // in patches, displacement of the second vector of pixels; otherwise 0
+    int rows;                 // of the band that are inside the map
+    int row;                  // floats of pixels in a row
     Act act;
 };
 
@@ -82,7 +82,7 @@ struct MapCall {
 // y[v] = act(a[v] * b[v]), one plane.
 struct ProductCall {
     const float* a;
-    const float* b; // a plane; or one pixel of `period` images, written often enough to fill a vector from any image
+    const float* b; // a plane; or one pixel of `period` images, repeated to fill a vector from any image
     float* y;
     int period; // 0: b is a plane
     const int32_t* vec;
@@ -105,14 +105,14 @@ struct PoolCall {
 };
 
 // y[o * y_plane + i] = act(bias[o] + sum_f x[off[f] + i] * w[f][o]) for i < images and first <= o < last;
-// first is a multiple of 16. The outputs are the vector here, because one image alone fills no vector.
+// first is a multiple of 16. Vectors run along the outputs, because one image fills no vector.
 struct LinearCall {
     const float* x;
     const int32_t* off;
     int64_t count;
     int images;
-    const float* w; // [count][pitch]
-    int64_t pitch;  // a multiple of 16
+    const float* w;    // [count][pitch]
+    int64_t pitch;     // a multiple of 16
     const float* bias; // [pitch]
     float* y;
     int64_t y_plane;
@@ -129,33 +129,27 @@ struct ThinCall {
     int images;
 };
 
-// A sum of halves goes to a float sum after so many terms at most (fp16.h). With 8, 32, 64, 128 and all terms the
+// Most terms of a sum in float16 before it is added to a float sum (fp16.h). With 8, 32, 64, 128 and all terms the
 // logits of ResNet-56 g=4 have a root mean square error of 0.0036, 0.0044, 0.0047, 0.0050 and 0.0054 (bfloat16: 0.022);
 // 64 costs half as many conversions as 32.
-#if defined(DSP_HALF_TERMS) // for measurements
-constexpr int half_terms = DSP_HALF_TERMS;
-#else
 constexpr int half_terms = 64;
-#endif
 
 constexpr int max_filters = 8; // rows of the largest microtile
 constexpr int max_vectors = 8; // columns of the widest one
 
 // Convolutions over words of two channels: x and w of a TileCall are words, all else is float.
 struct WordKernels {
-    bool own;     // by an instruction of that CPU for such numbers
-    double ready; // cycles from a sum to its next term
+    bool own;     // the CPU has an instruction for them
+    double ready; // cycles until a sum can take its next term
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     // target[n][i] = a[n * stride][i] and b[n * stride][i] as one word; b may be null.
     void (*pair)(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images);
-    int64_t (*arithmetic)(int64_t turns); // as in Kernels
 };
 
 struct Kernels {
-    const char* name;
     int lanes;
-    int filters;                    // most filters of a tile
-    int vectors[max_filters + 1];   // vectors[k]: most vectors of a tile with k filters
+    int filters;                  // most filters of a tile
+    int vectors[max_filters + 1]; // vectors[k]: most vectors of a tile with k filters
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     WordKernels bf16; // bf16.h
     WordKernels fp16; // fp16.h; empty without AVX512-FP16
@@ -167,15 +161,14 @@ struct Kernels {
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
     void (*thin)(const ThinCall&);
-    int64_t (*arithmetic)(int64_t turns); // multiply-adds on registers alone; returns how many were done
 };
 
 const Kernels& kernels_base();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-const Kernels& kernels_avx512_bf16(); // where the compiler knows it
-const Kernels& kernels_avx512_fp16(); // likewise
+const Kernels& kernels_avx512_bf16(); // if the compiler supports it
+const Kernels& kernels_avx512_fp16(); // the same
 #endif
 
 } // namespace dsp

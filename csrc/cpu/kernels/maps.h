@@ -1,4 +1,4 @@
-// All kernels that are no convolution, a part of impl.h: elementwise steps, pools, linear layers, strides.
+// Kernels other than convolutions, included by impl.h: elementwise steps, pools, linear layers, strides.
 #pragma once
 
 namespace dsp {

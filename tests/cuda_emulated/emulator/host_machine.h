@@ -2,8 +2,8 @@
 // barriers. Asynchronous copies land either at once or at the wait that needs them, and threads run in either order,
 // so a kernel that reads or overwrites a stage too early gives a wrong answer in one of the modes. A copy counts as a
 // store by its thread where it lands.
-// Products of a warpgroup happen at once where copies land late, and else as late as they may, when whoever
-// overwrites an operand too early has done so.
+// Products of a warpgroup are computed at once in the mode with late copies, otherwise as late as allowed, so that an
+// operand that is overwritten too early gives a wrong answer.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/warpgroup_tile.h"
+#include "../../../csrc/cuda/wgmma.h"
 #include "shared_memory.h"
 
 namespace dsp {
@@ -228,22 +228,14 @@ struct HostMachine {
     }
     static void clear(Acc& acc) { std::memset(&acc, 0, sizeof acc); }
     static float get(const Acc& acc, int element, int lane) { return acc.value[element][lane]; }
-    static float as_float(uint32_t word) {
-        float value;
-        std::memcpy(&value, &word, 4);
-        return value;
-    }
-    static uint32_t as_word(float value) {
-        uint32_t word;
-        std::memcpy(&word, &value, 4);
-        return word;
-    }
+    static float as_float(uint32_t word) { return reinterpret<float>(word); }
+    static uint32_t as_word(float value) { return reinterpret<uint32_t>(value); }
 
 private:
     static constexpr uint32_t kSharedAddress = 1024;  // where a GPU's first block of shared memory starts
     int open_products = 0;
 
-    // A number of an operand. PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor"; see warpgroup_tile.h.
+    // A number of an operand. PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor"; see wgmma.h.
     template <class T>
     float element(uint64_t descriptor, Order order, int mn, int k) {
         const auto bytes = [&](int bit) { return static_cast<int>(descriptor >> bit & 0x3fff) * 16; };

@@ -41,7 +41,7 @@ public:
         note(Kind::store, thread, offset, size);
         put(thread, offset, size, value);
     }
-    // An asynchronous copy: its access, what nobody may read before it has landed, and its landing.
+    // An asynchronous copy: its start, the bytes that are invalid until it has landed, and its landing.
     void begin_copy(int thread, int offset, int size) { note(Kind::copy, thread, offset, size); }
     void spoil(int offset, int size) { std::memset(at(offset, size), 0xff, size); }
     void put(int thread, int offset, int size, const void* value) {
@@ -90,7 +90,7 @@ private:
         int lane, offset;
     };
     static constexpr int kProducts = -3;  // wgmma, which is no thread
-    // Of one word: who wrote and who read it since which barrier; -2: several threads.
+    // Of one word: the thread that wrote it and the one that read it, and since which barrier; -2: several threads.
     struct Use {
         int writer = -1, written = -1, reader = -1, read = -1;
     };

@@ -1,12 +1,11 @@
-// The native network against plain loops, without Python: for machines that are only emulated, and for sanitizers.
-// scripts/check_arm64.sh builds and runs it. Prints one line per instruction set; returns 1 at the first difference.
+// The native network against plain loops, without Python: for emulated machines and sanitizers
+// (scripts/check_arm64.sh). Prints one line per instruction set; returns 1 at the first difference.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 
-#include "isa.h"
-#include "session.h"
+#include "run.h"
 
 namespace {
 
@@ -72,10 +71,11 @@ bool agrees(const Case& c, const std::string& isa) {
     for (auto& group : groups) group.weights = numbers(int64_t(group.in.size()) * group.out.size() * taps);
     const auto bias = numbers(c.filters);
 
-    auto network = std::make_unique<dsp::Network>(isa, dsp::Numbers::f32, c.winograd);
+    auto network = std::make_unique<dsp::Network>(isa, dsp::Precision::f32, c.winograd);
     const int x = network->add_input(c.channels);
     const int add = c.residual ? network->add_input(c.filters) : -1;
-    const int y = network->add_conv(x, add, c.filters, c.kernel, c.stride, c.padding, c.dilation, c.act, groups, bias.data());
+    const int y =
+        network->add_conv(x, add, c.filters, c.kernel, c.stride, c.padding, c.dilation, c.act, groups, bias.data());
     const int gate = network->add_map(network->add_mean(y), -1, {}, {}, Act::sigmoid);
     network->add_output(network->add_concat({network->add_product(y, gate, Act::none), y}));
     dsp::Session session(std::move(network));

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Compiles the CPU kernels for arm64 with setup.py's flags and runs them against plain loops: under qemu-user on
 # another machine, and here under AddressSanitizer and UBSan. Needs g++-aarch64-linux-gnu and qemu-user.
-# Usage: scripts/check_arm64.sh [cases]
+# Usage: scripts/safety/check_arm64.sh [cases]
 set -euo pipefail
-root="$(cd "$(dirname "$0")/.." && pwd)"
+root="$(cd "$(dirname "$0")/../.." && pwd)"
 python="${PYTHON:-python3}"
 build="$(mktemp -d)"
 trap 'rm -rf "$build"' EXIT
 cd "$root"
 
-flags_of() { # machine source: what setup.py would compile it with there, one flag per line
+flags_of() { # machine source: setup.py's flags for this source there, one per line
     "$python" - "$@" <<'END'
 import pathlib, runpy, sys, setuptools
 setuptools.setup = lambda **_: None
@@ -24,8 +24,8 @@ compile() { # machine compiler folder extra flags...
     local machine="$1" compiler="$2" folder="$build/$3"
     shift 3
     mkdir -p "$folder"
-    for source in csrc/cpu/*.cpp csrc/cpu/kernels/*.cpp tests/run_cpu/kernels_alone.cpp; do
-        [ "$(basename "$source")" = module.cpp ] && continue # the door to Python
+    for source in csrc/cpu/*.cpp csrc/cpu/kernels/*.cpp scripts/safety/kernels_alone.cpp; do
+        [ "$(basename "$source")" = module.cpp ] && continue # the Python bindings
         mapfile -t flags < <(flags_of "$machine" "$source")
         "$compiler" "${flags[@]}" "$@" -Icsrc/cpu -c "$source" -o "$folder/$(basename "$source" .cpp).o"
     done

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree so that the
-# ordinary build stays. Usage: scripts/sanitize_cpu.sh [pytest arguments]
+# ordinary build stays. Usage: scripts/safety/sanitize_cpu.sh [pytest arguments]
 set -euo pipefail
-root="$(cd "$(dirname "$0")/.." && pwd)"
+root="$(cd "$(dirname "$0")/../.." && pwd)"
 python="${PYTHON:-python}"
 copy="$(mktemp -d)"
 trap 'rm -rf "$copy"' EXIT
-cp -r "$root"/{csrc,dsp_kernels,python,tests,benchmarks,setup.py,pyproject.toml,README.md,LICENSE} "$copy"
+cp -r "$root"/{csrc,tools,dsp_kernels,python,tests,benchmarks,setup.py,pyproject.toml,README.md,LICENSE} "$copy"
 rm -f "$copy"/dsp_kernels/_C*.so
 cd "$copy"
 DSP_KERNELS_CUDA=0 CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" \
