@@ -118,7 +118,10 @@ def call_graph(
 
 
 def _captured(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[fx.Graph, SizedTracer | None]:
-    """The graph for any size or else, of a model of one image, for the example's. inputs: () if unknown."""
+    """The graph for any size; where sizes have to be numbers, that for the example's size, with its tracer.
+
+    inputs: () if unknown.
+    """
     try:
         return symbolic_graph(model, len(inputs) or None), None
     except DSPTraceError:
