@@ -48,7 +48,7 @@ test-triton36: $(INSTALLED)
 
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet timm
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py pack --out docs/notes/zoo.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py --out docs/notes/zoo.md
 
 fuzz: $(INSTALLED)
 	$(BIN)/python scripts/safety/fuzz_files.py --count 20000

@@ -16,9 +16,8 @@ from dsp_kernels.program.steps import ConvStep, LinearStep, Program
 from dsp_kernels.tolerances import network_tolerance
 
 from .engines import ENGINES, Runner
-from .measure.accuracy import accuracy
 from .report.results import Row
-from .subjects.networks import REFERENCE, Network
+from .subjects.networks import REFERENCE, Labelled, Network
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,10 @@ class Case:
             return self.engine.startswith("fused:") and self.engine != "fused:eager"
         return self.form == "dense" and self.engine in _STRONGEST
 
+    def row(self, batch: int, status: str, reason: str) -> Row:
+        """A row without times."""
+        return Row(self.label, batch, status=status, reason=reason, form=self.form, runner=self.engine)
+
     @property
     def priority(self) -> tuple[bool, bool, bool]:
         """The smallest is built first; whatever is slow to build comes last."""
@@ -52,7 +55,7 @@ _STRONGEST = ("openvino", "onnxruntime", "cudnn-fused-fp16", "cuda-graph-fp16")
 _CPU = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
 _GPU = ("cuda-graph", "cuda-graph-fp16", "cudnn-fused-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
 _COMPILED = ("compile", "compile-autotune", "compile-freezing", "compile-autotune-fp16")
-_FUSED = tuple(name for name in ENGINES if name.startswith("fused"))
+_FUSED = tuple(name for name in ENGINES if name.startswith("fused:"))
 _PLAN = {
     "dense": ("torch", *_CPU, *_COMPILED, *_GPU),
     "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),
@@ -113,7 +116,7 @@ def build_case(
     count_right: fill in the accuracy of 16-bit engines and of the native one, if the network has labelled
     images. Not of all: a thousand images in a slow engine take longer than its timing.
     """
-    row = Row(case.label, len(x), None, None, form=case.form, runner=case.engine)
+    row = case.row(len(x), "ok", "")
     engine = ENGINES[case.engine]
     able, reason = engine.available()
     if able and engine.device not in ("any", x.device.type):
@@ -182,3 +185,14 @@ def check(name: str, run: Runner, x: Tensor, expected: Tensor, allowed: float) -
         return math.nan, f"engine {name!r} is not timed: {error}"
     wrong = f"engine {name!r} is off by {difference:.3g}, at most {allowed:.3g} is right: it is not timed"
     return difference, "" if difference <= allowed else wrong
+
+
+def accuracy(run: Runner, labelled: Labelled, batch: int) -> float:
+    """The share (0..1) of correct answers; ``run`` is called with ``batch`` images each time."""
+    correct = 0
+    for images, labels in zip(labelled.images.split(batch), labelled.labels.split(batch), strict=True):
+        # An engine may be built for this batch size only: the last batch is padded with repeated images.
+        places = torch.arange(batch, device=images.device).clamp(max=len(images) - 1)
+        found = run(images[places].contiguous())[: len(images)].argmax(1)
+        correct += int((found == labels).sum())
+    return correct / len(labelled.labels)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,10 +15,10 @@ import torch
 
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.whole_file import write_text
+from dsp_pruning.recipes.run import pick_device
 
 from .cases import Case, case_input, choose_cases
 from .engines import ENGINES
-from .engines.base import cuda_available
 from .measure.environment import environment
 from .measure.peaks import measure_peaks
 from .measure.profiles import profile_engine
@@ -28,7 +28,7 @@ from .report.page import html_page
 from .report.plots import draw_plots
 from .report.results import Result, Run, read_result, write_result
 from .report.tables import COLUMNS, cells, machine, markdown, put_into_readme
-from .run import Budget, run_cases, with_floors
+from .run import run_cases, time_shares, with_floors
 from .subjects.networks import FORMS, Network, NetworkSource, load_network, shared_folder
 
 _HERE = Path(__file__).resolve().parent
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.function(options)
-    except (DSPError, OSError) as error:  # OSError: a file that does not exist or may not be written
+    except (DSPError, OSError, ImportError) as error:  # also a missing file, and a missing package
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -77,7 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=50, help="turns of each engine")
     add("--seed", type=int, default=0, help="of images, weights, random structures and the order of engines")
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
-    add("--isolate", action="store_true", help="run each engine in a process of its own")
     short = "take 270 seconds: torch.compile for one batch size only, fewer rounds of slow engines"
     add("--short", action="store_true", help=short)
     seconds = "for everything; an engine that does not fit is shown as skipped"
@@ -129,8 +128,8 @@ def run(options: Namespace) -> int:
     seconds = options.seconds or (_SHORT_SECONDS if options.short else None)
     if seconds is not None:
         seconds = max(0.0, seconds - _RESERVE - (time.perf_counter() - started))
-    budget = Budget(seconds, _weights([network for _, network, _ in parts], cases, options))
-    measured = [_run_network(*part, cases, options, budget) for part in parts]
+    budget = time_shares(seconds, _weights([network for _, network, _ in parts], cases, options))
+    measured = _run_parts(parts, cases, options, budget)
     # Measured again at the end: a busy machine would make floors that engines beat.
     peaks = before.best(measure_peaks(options.device, _dtypes(cases)))
     runs = [
@@ -151,35 +150,50 @@ def run(options: Namespace) -> int:
     return 1 if broken else 0
 
 
-def _run_network(
-    source: NetworkSource, network: Network, mode: str, cases: list[Case], options: Namespace, budget: Budget
-) -> Run:
-    if mode == "throughput":
-        rules = TimingRules.throughput(rounds=min(options.rounds, 10), seed=options.seed)
-    else:
-        rules = TimingRules(rounds=options.rounds, seed=options.seed)
-    if options.short:
-        rules = replace(rules, warmup=_SHORT_WARMUP)
-    rows = run_cases(
-        network,
-        sorted(options.batch or _BATCHES),
-        cases,
-        rules,
-        device=options.device,
-        isolate=source if options.isolate else None,
-        short=options.short,
-        budget=budget,
-        tell=lambda text: print(text, file=sys.stderr),
-    )
-    ratio = network.macs("dense") / network.macs("packed")
-    return Run(Path(source.name).stem, network.label, mode, ratio, tuple(rows))
+def _run_parts(
+    parts: Sequence[tuple[NetworkSource, Network, str]],
+    cases: list[Case],
+    options: Namespace,
+    budget: Iterator[float],
+) -> list[Run]:
+    """Measure each network in its mode, with a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    batches = sorted(options.batch or _BATCHES)
+    warmup = _SHORT_WARMUP if options.short else TimingRules.warmup
+    rules = {
+        "latency": TimingRules(rounds=options.rounds, seed=options.seed),
+        "throughput": TimingRules.throughput(rounds=min(options.rounds, 10), seed=options.seed),
+    }
+    steps = sum(len(batches) * (len(cases) + rules[mode].rounds) for _, _, mode in parts)
+    runs = []
+    with tqdm(total=steps, disable=None, leave=False) as bar:  # None: on a terminal only
+
+        def step(text: str) -> None:
+            bar.set_description(text, refresh=False)
+            bar.update()
+
+        for source, network, mode in parts:
+            rows = run_cases(
+                network,
+                batches,
+                cases,
+                replace(rules[mode], warmup=warmup),
+                device=options.device,
+                short=options.short,
+                budget=budget,
+                step=step,
+            )
+            ratio = network.macs("dense") / network.macs("packed")
+            runs.append(Run(Path(source.name).stem, network.label, mode, ratio, tuple(rows)))
+    return runs
 
 
 def compare(options: Namespace) -> int:
     """Compare two results; the exit status is 1 if something became slower."""
     first, second = read_result(options.first), read_result(options.second)
     found = comparing.compare_results(first, second, other_machine=options.other_machine)
-    _print(f"{options.second} against {options.first}", *comparing.table(found))
+    _print(f"{options.second} against {options.first}", comparing.COLUMNS, [one.cells for one in found])
     slower = sum(one.verdict == "slower" for one in found)
     undecided = sum(one.verdict.startswith("no verdict") for one in found)
     print(f"{slower} slower, {undecided} without verdict, of {len(found)}")
@@ -287,24 +301,9 @@ def _check_options(options: Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise DSPError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
-    _check_device(options.device)
+    # torch keeps eight bits of the index: "cuda:256" would be the first device.
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", options.device):
+        raise DSPError(f"--device is {options.device!r}; expected cpu, cuda or cuda:1")
+    pick_device(options.device)
     if options.profile and "/" not in options.profile:
         raise DSPError(f"--profile is {options.profile!r}; expected FORM/ENGINE, as packed/fused:cpu")
-
-
-def _check_device(name: str) -> None:
-    device = None
-    with suppress(RuntimeError):
-        device = torch.device(name)
-    # torch keeps eight bits of the index: "cuda:256" would be the first device.
-    wrapped = device is not None and ":" in name and str(device) != name
-    if device is None or wrapped or (device.type != "cuda" and name != "cpu"):
-        raise DSPError(f"--device is {name!r}; expected cpu, cuda or cuda:1")
-    if device.type == "cpu":
-        return
-    able, reason = cuda_available()
-    count = torch.cuda.device_count() if able else 0
-    if able and (device.index or 0) >= count:
-        reason = f"torch finds {count} CUDA device{'s' * (count != 1)}, the last is cuda:{count - 1}"
-    if reason:
-        raise DSPError(f"--device is {name!r}, but {reason}")

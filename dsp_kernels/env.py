@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = "dsp-kernels", "torch", "torchvision", "triton", "numpy", "safetensors", "onnxruntime", "openvino"
+_PACKAGES = (
+    *("dsp-kernels", "torch", "torchvision", "triton", "numpy", "safetensors"),
+    *("onnx", "onnxruntime", "openvino", "tensorrt"),
+)
 
 
 def describe_environment() -> dict[str, str]:
@@ -42,10 +45,9 @@ def describe_environment() -> dict[str, str]:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

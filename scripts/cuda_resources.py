@@ -46,13 +46,11 @@ def find_cuobjdump() -> str | None:
     found = shutil.which("cuobjdump")
     if found:
         return found
-    try:
-        spec = importlib.util.find_spec("triton")
-    except (ImportError, ValueError):
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
         return None
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    candidate = folder / "backends" / "nvidia" / "bin" / "cuobjdump" if folder else None
-    return str(candidate) if candidate and candidate.is_file() else None
+    candidate = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(candidate) if candidate.is_file() else None
 
 
 def plain_name(mangled: str) -> str:

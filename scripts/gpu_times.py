@@ -51,25 +51,17 @@ Row = dict[str, Any]
 def layer_times(
     program: Program, batch: int, dtype: torch.dtype, peaks: Peaks, device: torch.device, kernels: str
 ) -> Iterator[Row]:
-    """One row per convolution. floor: of bytes and FLOPs, without the launch; only channels read count."""
+    """One row per convolution."""
     layout = layout_for_batch(batch)
-    peak = peaks.flops[str(dtype).removeprefix("torch.")]
     for step in program.steps:
         if not isinstance(step, ConvStep):
             continue
-        spec = step.spec
-        family = GPU_KERNELS.choose(kernels, spec, dtype, device, layout)
-        weights = [weight.to(device, dtype) for weight in step.weights]
-        bias = None if step.bias is None else step.bias.to(device, dtype)
-        conv = family.prepare(spec, weights, bias, layout)
-        x, *others = [(batch, *program.shapes[name][1:]) for name in (*step.inputs, step.output)]
-        seconds = replayed_seconds(conv, [x, *others], layout, dtype, device)
-        numbers = batch * len(spec.structure.read) * x[2] * x[3]
-        numbers += sum(torch.Size(shape).numel() for shape in others)
-        numbers += sum(weight.numel() for weight in weights)
-        moved = numbers * dtype.itemsize
-        flops = 2 * batch * spec.structure.macs(spec.kernel_size, others[-1][2:])
-        floor = max(moved / peaks.bandwidth, flops / peak)
+        family = GPU_KERNELS.choose(kernels, step.spec, dtype, device, layout)
+        moved = step.map_tensors(lambda tensor: tensor.to(device, dtype))
+        conv = family.prepare(step.spec, moved.weights, moved.bias, layout)
+        shapes = [(batch, *program.shapes[name][1:]) for name in (*step.inputs, step.output)]
+        seconds = replayed_seconds(conv, shapes, layout, dtype, device)
+        floor = part_floor(program, [step], batch, peaks, dtype)
         yield {
             "layer": step.output,
             "what": step.describe(),
@@ -78,8 +70,6 @@ def layer_times(
             "batch": batch,
             "seconds": seconds,
             "floor": floor,
-            "bytes": moved,
-            "flops": flops,
             "fraction": floor / seconds,
         }
 
@@ -182,25 +172,27 @@ def main() -> None:
         for batch in options.batch or BATCHES[options.what]:
             if options.what == "layers":
                 rows = list(layer_times(program, batch, dtype, peaks, device, options.kernels))
-                print(
-                    f"{name}, batch {batch}, {rows[0]['layout']}: {len(rows)} convolutions, "
-                    f"{1e6 * sum(row['seconds'] for row in rows):.0f} us, median share of the floor "
-                    f"{statistics.median(row['fraction'] for row in rows):.2f}",
-                    flush=True,
-                )
+                total, share = sum(row["seconds"] for row in rows), [row["fraction"] for row in rows]
+                shown = f"{rows[0]['layout']}: {len(rows)} convolutions, {1e6 * total:.0f} us, "
+                lines = [f"{shown}median share of the floor {statistics.median(share):.2f}"]
             else:
                 rows = list(block_times(program, batch, dtype, peaks, device))
-                for row in rows:
-                    print(
-                        f"{name}, batch {batch}, {row['block']}, {row['what']}"
-                        f"{', chosen' if row['chosen'] else ''}: {1e6 * row['seconds']:.1f} us (predicted "
-                        f"{1e6 * row['predicted']:.1f}), per convolution {1e6 * row['per_conv']:.1f}, floor "
-                        f"{1e6 * row['floor']:.1f}, share of the floor {row['fraction']:.2f}",
-                        flush=True,
-                    )
+                lines = [block_line(row) for row in rows]
+            for line in lines:
+                print(f"{name}, batch {batch}, {line}", flush=True)
             found += rows
             plain = {"environment": describe_environment(), options.what: found}
             write_text(options.out, json.dumps(plain, indent=1) + "\n")
+
+
+def block_line(row: Row) -> str:
+    """A row of ``block_times`` as text; microseconds."""
+    times = {name: f"{1e6 * row[name]:.1f}" for name in ("seconds", "predicted", "per_conv", "floor")}
+    return (
+        f"{row['block']}, {row['what']}{', chosen' * row['chosen']}: {times['seconds']} us (predicted "
+        f"{times['predicted']}), per convolution {times['per_conv']}, floor {times['floor']}, share of the "
+        f"floor {row['fraction']:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What every test shares: where the real nets are, and memory that shows when it was not written."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

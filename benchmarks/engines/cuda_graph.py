@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.graph.network import evaluating
 from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.program.steps import ConvStep, Step
 from dsp_kernels.run.eager.program import EagerExecutor
+from dsp_kernels.run.gpu.graphs import capture
 
 from ..measure.floors import program_of
 from .base import Engine, Runner, converted
-
-_WARM_CALLS = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CudaGraph(Engine):
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         network = converted(model, self.dtype, torch.channels_last).to(example.device)
-        return _replayed(network, example, self.dtype)
+        return replayed(network, example, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CudnnFused(Engine):
 
         with evaluating(model):
             program = program_of(model, example).map_tensors(moved)
-        return _replayed(CudnnConvs().prepare(program), example, self.dtype)
+        return replayed(CudnnConvs().prepare(program), example, self.dtype)
 
 
 class CudnnConvs(EagerExecutor):
@@ -78,28 +78,28 @@ class CudnnConvs(EagerExecutor):
         )
 
 
-def _replayed(network: Runner, example: Tensor, dtype: torch.dtype) -> Runner:
+def replayed(
+    network: Runner,
+    example: Tensor,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.channels_last,
+) -> Runner:
     """Captured on the example's shape; input and output are copied outside the graph."""
-    static_input = example.to(dtype).contiguous(memory_format=torch.channels_last).clone()
-    graph, static_output = capture(lambda: network(static_input))
+    static_input = example.to(dtype).contiguous(memory_format=layout).clone()
+    outputs: list[Tensor] = []
+
+    def launch() -> None:
+        with torch.no_grad():
+            outputs[:] = [network(static_input)]
+
+    replay = capture(launch, example.device, None)
+    if replay is None:
+        raise DSPBackendError("the network cannot be captured in a CUDA graph")
 
     def run(x: Tensor) -> Tensor:
         static_input.copy_(x)
-        graph.replay()
-        return static_output.float()
+        replay()
+        return outputs[0].float()
 
+    run.network = network  # type: ignore[attr-defined]  # the graph reads its weights
     return run
-
-
-def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of one call, and the tensor that holds the output of each replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(_WARM_CALLS):  # cuDNN and cuBLAS allocate and choose here, which a graph may not do
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        result = call()
-    return graph, result

@@ -1,4 +1,4 @@
-"""The fused network: ``dsp_kernels.fuse``, one engine for each executor of this build."""
+"""The fused network: ``dsp_kernels.fuse``, by the executor that it chooses or by a named one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from .base import Engine, Runner
 class Fused(Engine):
     """backend: the name of an executor, or "auto" for the one that ``fuse`` chooses."""
 
-    name: str = "fused"
     backend: str = "auto"
     any_batch: bool = True
 
@@ -53,7 +52,7 @@ def _runs(backend: str, dtype: torch.dtype) -> tuple[bool, str]:
 
 def fused_engines() -> tuple[Fused, ...]:
     """One engine per executor, in order of preference; 16-bit ones too where that can be faster."""
-    made = []
+    made = [Fused("fused")]
     for name in EXECUTORS.names():
         device = "cuda" if name in ("cuda", "triton") else "any"
         made.append(Fused(f"fused:{name}", device=device, backend=name))

@@ -23,23 +23,22 @@ _OPSET = 20
 _exported: WeakKeyDictionary[nn.Module, bytes] = WeakKeyDictionary()
 
 
-def onnx_bytes(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32) -> bytes:
-    """``model`` in eval mode as ONNX with weights, input and output of ``dtype``, for the example's shape."""
-    return _export(model, example, dtype, {})
-
-
 def any_batch_bytes(model: nn.Module, example: Tensor) -> bytes:
-    """The same in float32 with a dynamic first axis, exported once per module.
+    """``model`` as ONNX in float32 with a dynamic first axis, exported once per module.
 
     Engines fix the batch size before they optimise; one export per batch size took most of their build time.
     """
     if model not in _exported:
-        axes = {INPUT: {0: _BATCH}, OUTPUT: {0: _BATCH}}
-        _exported[model] = _export(model, example[:1], torch.float32, axes)
+        _exported[model] = onnx_bytes(
+            model, example[:1], dynamic_axes={name: {0: _BATCH} for name in (INPUT, OUTPUT)}
+        )
     return _exported[model]
 
 
-def _export(model: nn.Module, example: Tensor, dtype: torch.dtype, axes: dict[str, dict[int, str]]) -> bytes:
+def onnx_bytes(
+    model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32, **settings: Any
+) -> bytes:
+    """``model`` in eval mode as ONNX with weights, input and output of ``dtype``, for the example's shape."""
     network = copy.deepcopy(model).eval().to("cpu", dtype)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         file = Path(folder) / "network.onnx"
@@ -53,7 +52,7 @@ def _export(model: nn.Module, example: Tensor, dtype: torch.dtype, axes: dict[st
             opset_version=_OPSET,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_axes=axes,
+            **settings,
         )
         return file.read_bytes()
 

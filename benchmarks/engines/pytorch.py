@@ -42,11 +42,6 @@ class TorchScript(Engine):
     optimize: bool = False
     any_batch: bool = True
 
-    def available(self) -> tuple[bool, str]:
-        if not hasattr(torch.jit, "trace") or not hasattr(torch.jit, "optimize_for_inference"):
-            return False, "this torch has no TorchScript"
-        return True, ""
-
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer torch deprecates TorchScript

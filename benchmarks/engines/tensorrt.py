@@ -14,14 +14,14 @@ from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.whole_file import write_bytes
 
 from .base import Engine, Runner, module_available
-from .cuda_graph import capture
+from .cuda_graph import replayed
 from .onnx_engines import INPUT, OUTPUT, onnx_bytes
 
 _WORKSPACE_BYTES = 4 << 30
 
 
 def cache_folder() -> Path:
-    """Built engines and the timing cache: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels/tensorrt."""
+    """Built engines: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels/tensorrt."""
     return Path(os.environ.get("DSP_TENSORRT_CACHE") or Path.home() / ".cache" / "dsp-kernels" / "tensorrt")
 
 
@@ -45,27 +45,17 @@ class TensorRT(Engine):
         plan = build_engine(onnx_bytes(model, example, self.dtype), gpu)
         engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan)
         context = engine.create_execution_context()
-        static_input = example.to(self.dtype).contiguous().clone()
         shape = tuple(engine.get_tensor_shape(OUTPUT))
-        static_output = torch.empty(shape, dtype=self.dtype, device=example.device)
-        context.set_tensor_address(INPUT, static_input.data_ptr())
-        context.set_tensor_address(OUTPUT, static_output.data_ptr())
+        output = torch.empty(shape, dtype=self.dtype, device=example.device)
+        context.set_tensor_address(OUTPUT, output.data_ptr())
 
-        def execute() -> Tensor:
+        def execute(x: Tensor) -> Tensor:
+            context.set_tensor_address(INPUT, x.data_ptr())
             if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
                 raise DSPBackendError("TensorRT could not enqueue the network")
-            return static_output
+            return output
 
-        graph, _ = capture(execute)
-
-        def run(x: Tensor) -> Tensor:
-            static_input.copy_(x)
-            graph.replay()
-            return static_output.float()
-
-        # The context and engine must outlive the graph that holds their kernels.
-        run.keep = (engine, context)  # type: ignore[attr-defined]
-        return run
+        return replayed(execute, example, self.dtype, torch.contiguous_format)
 
 
 def build_engine(network: bytes, gpu: str) -> bytes:
@@ -91,12 +81,8 @@ def build_engine(network: bytes, gpu: str) -> bytes:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
     config.clear_flag(tensorrt.BuilderFlag.TF32)
-    timings = cache_folder() / f"timing-{tensorrt.__version__}.cache"
-    cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-    config.set_timing_cache(cache, False)
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
         raise DSPBackendError("TensorRT could not build the network; its log on standard error says why")
-    write_bytes(timings, bytes(cache.serialize()))
     write_bytes(path, bytes(plan))
     return bytes(plan)

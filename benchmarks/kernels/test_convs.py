@@ -1,4 +1,4 @@
-"""Every layer shape in every backend; run with
+"""One layer of each shape in the released networks and in ResNet-50, in every backend; run with
 
 ``python -m pytest benchmarks/kernels --benchmark-enable --benchmark-group-by=group --benchmark-autosave``
 and compare two runs with ``pytest-benchmark compare``. Without --benchmark-enable each runs once, as a test.
@@ -6,46 +6,93 @@ and compare two runs with ``pytest-benchmark compare``. Without --benchmark-enab
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.graph.compare import largest_difference
-from dsp_kernels.op.dense import dense_weight
 from dsp_kernels.op.reference import gather_grouped_conv2d_reference
 from dsp_kernels.program.steps import ConvStep
 from dsp_kernels.run.convs import BACKENDS
 from dsp_kernels.tolerances import op_tolerance
 
-from .shapes import Layer, layers
+from ..subjects.networks import NetworkSource, load_network, shared_folder
 
-pytestmark = pytest.mark.parametrize("batch", [1, 8])
-_EACH_LAYER = pytest.mark.parametrize(
-    "layer", layers(), ids=lambda layer: f"{layer.network}-{layer.step.output}"
+_SOURCES = (
+    NetworkSource("resnet20_g4"),
+    NetworkSource("resnet56_g4"),
+    NetworkSource("resnet50", "random:g=2,rate=0.8"),
 )
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "activation")
 
 
-@_EACH_LAYER
+@dataclass(frozen=True)
+class Layer:
+    """One packed convolution. shape: of the dense layer, ``64x8x8->64 3x3/1``; input_shape: of one image."""
+
+    network: str
+    shape: str
+    input_shape: tuple[int, ...]
+    step: ConvStep
+
+    def example(self, batch: int) -> Tensor:
+        """(batch, channels, height, width), standard normal."""
+        return torch.randn(batch, *self.input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def layers(sources: tuple[NetworkSource, ...] = _SOURCES) -> list[Layer]:
+    """The first layer of every dense shape in each network that exists here."""
+    found: dict[tuple[str, str], Layer] = {}
+    for source in sources:
+        if source.structure is None and not (shared_folder() / "nets" / f"{source.name}.npz").is_file():
+            continue
+        network = load_network(source)
+        dense, packed = network.program("dense"), network.program("packed")
+        wide = {step.output: step.spec for step in dense.steps if isinstance(step, ConvStep)}
+        for step in packed.steps:
+            if isinstance(step, ConvStep) and step.output in wide:
+                spec, input_shape = wide[step.output], packed.shapes[step.inputs[0]][1:]
+                size = "x".join(str(length) for length in (spec.structure.in_channels, *input_shape[1:]))
+                kernel = "x".join(str(length) for length in spec.kernel_size)
+                shape = f"{size}->{spec.structure.out_channels} {kernel}/{spec.stride[0]}"
+                found.setdefault((source.name, shape), Layer(source.name, shape, input_shape, step))
+    return list(found.values())
+
+
+pytestmark = [
+    pytest.mark.parametrize("batch", [1, 8]),
+    pytest.mark.parametrize("layer", layers(), ids=lambda layer: f"{layer.network}-{layer.step.output}"),
+]
+
+
 @pytest.mark.parametrize("backend", BACKENDS.names())
 def test_conv(benchmark: Any, layer: Layer, backend: str, batch: int) -> None:
     """One convolution with bias and activation, checked before it is timed."""
     benchmark.group = f"{layer.shape}, batch {batch}"
-    step = layer.step
-    chosen = {item.name: item for item in BACKENDS}[backend]
-    able, reason = chosen.can_run(step.spec, torch.float32, torch.device("cpu"))
+    step, x = layer.step, layer.example(batch)
+    (chosen,) = (item for item in BACKENDS if item.name == backend)
+    able, reason = chosen.can_run(step.spec, torch.float32, torch.device("cpu"), torch.contiguous_format)
     if not able:
         pytest.skip(reason)
-    x = layer.example(batch)
     with torch.inference_mode():
         run = chosen.prepare(step.spec, step.weights, step.bias)
-        _check(step, x[:1], run(x[:1], None))
+        expected = gather_grouped_conv2d_reference(
+            x[:1],
+            step.weights,
+            step.spec.structure,
+            step.bias,
+            **{name: getattr(step.spec, name) for name in _SETTINGS},
+        )
+        difference, scale = largest_difference(expected, run(x[:1], None))
+        reduction = step.spec.structure.in_channels * math.prod(step.spec.kernel_size)
+        assert difference <= op_tolerance(torch.float32, reduction) * scale
         benchmark(run, x, None)
 
 
-@_EACH_LAYER
 def test_floor_copy(benchmark: Any, layer: Layer, batch: int) -> None:
     """The floor of a memory-bound kernel: the input copied and the output written once."""
     benchmark.group = f"{layer.shape}, batch {batch}"
@@ -59,34 +106,3 @@ def test_floor_copy(benchmark: Any, layer: Layer, batch: int) -> None:
 
     benchmark(copy)
     assert torch.equal(target, x)
-
-
-@_EACH_LAYER
-def test_dense_channels_last(benchmark: Any, layer: Layer, batch: int) -> None:
-    """The alternative: a dense convolution over the live channels, with zeros between groups."""
-    benchmark.group = f"{layer.shape}, batch {batch}"
-    spec, step = layer.step.spec, layer.step
-    weight = dense_weight(spec.structure, step.weights, spec.kernel_size)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    x = layer.example(batch).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        y = benchmark(F.conv2d, x, weight, step.bias, spec.stride, spec.padding, spec.dilation)
-    assert y.shape == (batch, spec.structure.out_channels, *spec.output_hw(layer.input_shape[1:]))
-
-
-def _check(step: ConvStep, x: Tensor, y: Tensor) -> None:
-    spec = step.spec
-    expected = gather_grouped_conv2d_reference(
-        x,
-        step.weights,
-        spec.structure,
-        step.bias,
-        kernel_size=spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        activation=spec.activation,
-    )
-    difference, scale = largest_difference(expected, y)
-    reduction = spec.structure.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
-    assert difference <= op_tolerance(torch.float32, reduction) * scale

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dsp_kernels.env import describe_environment
 
 # Two results are comparable if these are equal.
 MACHINE_KEYS = ("processor", "cores", "threads", "cpu_capability", "accelerator", "device")
@@ -19,33 +19,27 @@ _PACKAGES = ("dsp-kernels", "numpy", "onnx", "onnxruntime", "openvino", "tensorr
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Plain JSON: time, versions, commit, processor, threads, and the accelerator if it is used."""
+    about = describe_environment()
     found: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
+        "python": about["python"],
         "torch": torch.__version__,
-        "packages": {name: number for name in _PACKAGES if (number := _version(name))},
+        "packages": {name: about[name] for name in _PACKAGES if about[name] != "not installed"},
         "commit": _commit(),
-        "platform": platform.platform(),
-        "processor": _processor(),
+        "platform": about["platform"],
+        "processor": about["cpu"],
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": about["cpu capability"],
         "device": str(device),
     }
     if torch.device(device).type == "cuda":
         found["accelerator"] = torch.cuda.get_device_name(device)
-        found["cuda"] = str(torch.version.cuda)
+        found["cuda"] = about["cuda"]
         query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
         found["driver"] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     return found
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _commit() -> str:
@@ -61,10 +55,3 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

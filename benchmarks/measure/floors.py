@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,24 +30,16 @@ def part_floor(
     program: Program, part: Sequence[Step], batch: int, peaks: Peaks, dtype: torch.dtype = torch.float32
 ) -> float:
     """Seconds of some steps of a program as one kernel. dtype: one that ``peaks.knows``."""
-    flops = 2 * batch * sum(_macs(program, step) for step in part)
+    flops = 2 * batch * replace(program, steps=tuple(part)).macs
     moved = compulsory_bytes(program, part, batch, dtype)
     return max(flops / peaks.flops[dtype_name(dtype)], moved / peaks.bandwidth) + peaks.launch
-
-
-def _macs(program: Program, step: Step) -> int:
-    if isinstance(step, ConvStep):
-        height, width = program.shapes[step.output][2:]
-        return step.spec.structure.macs(step.spec.kernel_size, (height, width))
-    return step.weight.numel() if isinstance(step, LinearStep) else 0
 
 
 def compulsory_bytes(program: Program, part: Sequence[Step], batch: int, dtype: torch.dtype) -> int:
     """Bytes that must be read and written if no tensor inside ``part`` leaves the chip."""
     written = {step.output for step in part}
     read = {name for step in part for name in step.inputs} - written
-    inside = {id(step) for step in part}
-    outside = {name for step in program.steps if id(step) not in inside for name in step.inputs}
+    outside = {name for step in program.steps if step.output not in written for name in step.inputs}
     tensors = read | (written & (outside | {program.output}))
     numbers = sum(batch * math.prod(program.shapes[name][1:]) for name in tensors if name in program.shapes)
     for step in part:

@@ -18,38 +18,16 @@ import torch
 # 12 independent accumulators hide the latency of the multiply-add (4 cycles, 2 per cycle on current cores)
 # and leave registers for the operands, even with 16 registers.
 _SOURCE = """
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-typedef float vec __attribute__((vector_size(BYTES)));
-#define ALL(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
+typedef float vec __attribute__((vector_size(__BIGGEST_ALIGNMENT__)));
 double fma_flops(long turns, float *out) {
-  vec a = {}, b = {};
+  vec s[12], a = {}, b = {};
   a += 0.999f; b += 0.001f;
-#define START(i) vec s##i = b + (float)i;
-  ALL(START)
-  for (long t = 0; t < turns; ++t) {
-#define STEP(i) s##i = s##i * a + b; __asm__ volatile("" : KEEP(s##i));
-#define KEEP(x) "+x"(x)
-#if BYTES == 64
-#undef KEEP
-#define KEEP(x) "+v"(x)
-#endif
-#if !defined(__x86_64__)
-#undef STEP
-#define STEP(i) s##i = s##i * a + b;
-#endif
-    ALL(STEP)
-  }
-  vec s = b;
-#define SUM(i) s += s##i;
-  ALL(SUM)
-  for (int i = 0; i < BYTES / 4; ++i) out[i] = s[i];
-  return 12.0 * 2.0 * (BYTES / 4) * turns;
+  for (int i = 0; i < 12; ++i) s[i] = b + (float)i;
+  for (long t = 0; t < turns; ++t)
+    for (int i = 0; i < 12; ++i) s[i] = s[i] * a + b;
+  for (int i = 1; i < 12; ++i) s[0] += s[i];
+  for (int i = 0; i < (int)sizeof(vec) / 4; ++i) out[i] = s[0][i];
+  return 12.0 * 2.0 * (sizeof(vec) / 4) * turns;
 }
 """
 _PROBE_SIZE = 256
@@ -61,14 +39,12 @@ _KERNEL_SECONDS = 2.5e-6  # launch of one kernel inside a CUDA graph: assumed, n
 class Peaks:
     """flops: by dtype name, per second (a multiply-add is two). bandwidth: bytes read and written per second.
 
-    launch: seconds that starting one kernel costs. how: where each number comes from.
+    launch: seconds that starting one kernel costs.
     """
 
     flops: dict[str, float]
     bandwidth: float
-    launch: float
-    threads: int
-    how: dict[str, str]
+    launch: float = 0.0
 
     def knows(self, dtype: torch.dtype) -> bool:
         """Whether the peak of this dtype was measured."""
@@ -77,9 +53,7 @@ class Peaks:
     def best(self, other: Peaks) -> Peaks:
         """The higher of each number of two measurements of one machine."""
         higher = {name: rate for name, rate in other.flops.items() if rate > self.flops.get(name, 0.0)}
-        how = self.how | {name: other.how[name] for name in higher}
-        bandwidth = max(self.bandwidth, other.bandwidth)
-        return replace(self, flops=self.flops | higher, bandwidth=bandwidth, how=how)
+        return replace(self, flops=self.flops | higher, bandwidth=max(self.bandwidth, other.bandwidth))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -90,19 +64,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 def measure_peaks(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Peaks:
     """Measure for about a second, with torch's number of threads on a CPU."""
     flops: dict[str, float] = {}
-    how: dict[str, str] = {}
     for dtype in dtypes:
-        name = dtype_name(dtype)
-        flops[name], how[name] = _matmul_peak(dtype, device, flops.get("float32", 0.0))
-        if dtype == torch.float32 and device == "cpu" and (found := _fma_peak(torch.get_num_threads())):
-            flops[name], how[name] = max((found, "loop of multiply-adds"), (flops[name], how[name]))
-        # 16-bit products in software are slower than float32 ones, and no engine needs them.
-        elif device == "cpu" and flops[name] < flops.get("float32", 0.0):
-            flops[name], how[name] = flops["float32"], "as float32: this processor has no faster arithmetic"
-    bandwidth = _copy_bandwidth(device)
-    how["bandwidth"] = f"torch copy of {_COPY_BYTES >> 20} MiB"
-    launch = 0.0 if device == "cpu" else _KERNEL_SECONDS
-    return Peaks(flops, bandwidth, launch, torch.get_num_threads(), how)
+        known = flops.get("float32", 0.0)
+        peak = _matmul_peak(dtype, device, known)
+        if device == "cpu":
+            # 16-bit products in software are slower than float32 ones, and no engine needs them.
+            peak = max(peak, known)
+            if dtype == torch.float32:
+                peak = max(peak, _fma_peak(torch.get_num_threads()))
+        flops[dtype_name(dtype)] = peak
+    return Peaks(flops, _copy_bandwidth(device), 0.0 if device == "cpu" else _KERNEL_SECONDS)
 
 
 def _best(call: Callable[[], object], device: str, times: int = 5) -> float:
@@ -123,16 +94,16 @@ def _copy_bandwidth(device: str) -> float:
     return 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device)
 
 
-def _matmul_peak(dtype: torch.dtype, device: str, known: float = 0.0) -> tuple[float, str]:
-    """The higher rate of two sizes, and where it is from.
+def _matmul_peak(dtype: torch.dtype, device: str, known: float) -> float:
+    """The higher rate of two sizes. known: the rate of float32.
 
-    known: the rate of float32. If a small product on a CPU runs at less than an eighth of it, the large ones
-    could take a minute and are not measured.
+    0 if a small product on a CPU runs at less than an eighth of it: large ones could take a minute.
     """
     if known and device == "cpu" and _matmul_rate(_PROBE_SIZE, dtype, device) < known / 8:
-        return 0.0, "not measured"
-    sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
-    return max((_matmul_rate(size, dtype, device), f"torch matmul of {size} x {size}") for size in sizes)
+        return 0.0
+    return max(
+        _matmul_rate(size, dtype, device) for size in ((1024, 2048) if device == "cpu" else (4096, 8192))
+    )
 
 
 def _matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
@@ -141,18 +112,18 @@ def _matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
         return 2 * size**3 / _best(partial(torch.matmul, left, right), device, times=3)
 
 
-def _fma_peak(threads: int) -> float | None:
-    """FLOP/s of a loop of vector multiply-adds; None without a C compiler."""
+def _fma_peak(threads: int) -> float:
+    """FLOP/s of a loop of vector multiply-adds; 0 without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        return None
+        return 0.0
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "peak.c", Path(folder) / "peak.so"
         source.write_text(_SOURCE, encoding="utf-8")
         flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
         built = subprocess.run([compiler, *flags, str(source), "-o", str(library)], capture_output=True)
         if built.returncode:
-            return None
+            return 0.0
         function = ctypes.CDLL(str(library)).fma_flops
     function.restype = ctypes.c_double
     function.argtypes = [ctypes.c_long, ctypes.c_void_p]

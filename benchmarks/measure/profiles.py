@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..engines.onnx_engines import OpenVINO
 from ..engines.pytorch import TorchEager
 from .floors import part_floor, program_of
 from .peaks import Peaks
-from .timing import LocalTimer, TimingRules, measure
+from .timing import Timer, TimingRules, measure
 
 _CALLS = 5
 _STEP_RULES = TimingRules(rounds=15, warmup=0.01, gap=0.0, burst=0.005)
@@ -55,7 +55,7 @@ def profile_engine(name: str, model: nn.Module, x: Tensor, peaks: Peaks) -> list
     else:
         raise DSPError(f"engine {name!r} has no profile; torch, torch-nhwc, openvino and fused ones have")
     floors = _layer_floors(model, x, peaks, engine.dtype)
-    parts = [Part(part, seconds, _floor_of(part, floors)) for part, seconds in found]
+    parts = [Part(part, seconds, floors.get(_module_path(part))) for part, seconds in found]
     return sorted(parts, key=lambda part: -part.seconds)
 
 
@@ -71,7 +71,7 @@ def _steps(engine: Fused, model: nn.Module, x: Tensor, peaks: Peaks) -> list[Par
     for count, step in enumerate(program.steps, 1):
         run = executor.prepare(replace(program, steps=program.steps[:count], output=step.output))
         call = torch.inference_mode()(lambda run=run: run(x))
-        timers[step.output] = LocalTimer(call, torch.cuda.synchronize if x.is_cuda else None)
+        timers[step.output] = Timer(call, torch.cuda.synchronize if x.is_cuda else None)
     samples = measure(timers, _STEP_RULES)
     parts, before = [], 0.0
     for step in program.steps:
@@ -127,17 +127,8 @@ def _layer_floors(model: nn.Module, x: Tensor, peaks: Peaks, dtype: torch.dtype)
     return found
 
 
-def _floor_of(part: str, floors: Mapping[str, float]) -> float | None:
-    """Parts are named by module path, or as the ONNX exporter does: /stage_1/stage_1.0/conv_a/Conv ..."""
-    for path, floor in floors.items():
-        scope = _onnx_scope(path)
-        if part == path or (part.startswith(scope) and part[len(scope) :].startswith(("Conv", "Gemm"))):
-            return floor
-    return None
-
-
-def _onnx_scope(path: str) -> str:
-    names: list[str] = []
-    for name in path.split("."):
-        names.append(f"{names[-1]}.{name}" if name.isdigit() and names else name)
-    return "/" + "/".join(names) + "/"
+def _module_path(part: str) -> str:
+    """Of a part named by module path, or as the ONNX exporter does: /stage_1/stage_1.0/conv_a/Conv ..."""
+    if found := re.match(r"/(.+?)/(?:Conv|Gemm)", part):
+        return ".".join(scope.rpartition(".")[2] for scope in found[1].split("/"))
+    return part

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from .samples import FEWEST_ROUNDS, Samples
 
@@ -47,26 +46,15 @@ class TimingRules:
         return cls(rounds=rounds, burst=0.0, most_calls=1, shortest=window, seed=seed)
 
 
-class Timer(Protocol):
-    """Times one engine, in this process or another."""
-
-    def warm_up(self, seconds: float) -> float:
-        """Run for a while, at least twice, once if a call is long; the seconds of the fastest call."""
-        ...
-
-    def burst(self, warm_calls: int, calls: int, repeats: int) -> list[float]:
-        """Seconds per call of ``calls`` samples of ``repeats`` calls, after some untimed ones."""
-        ...
-
-
 @dataclass(frozen=True)
-class LocalTimer:
+class Timer:
     """Times a callable in this process. synchronize: waits for the device before the clock stops."""
 
     call: Callable[[], object]
     synchronize: Callable[[], None] | None = None
 
     def warm_up(self, seconds: float) -> float:
+        """Run for a while, at least twice, once if a call is long; the seconds of the fastest call."""
         taken: list[float] = []
         end = time.perf_counter() + seconds
         while len(taken) < 2 or time.perf_counter() < end:
@@ -76,6 +64,7 @@ class LocalTimer:
         return min(taken)
 
     def burst(self, warm_calls: int, calls: int, repeats: int) -> list[float]:
+        """Seconds per call of ``calls`` samples of ``repeats`` calls, after some untimed ones."""
         for _ in range(warm_calls):
             self._sample(1)
         return [self._sample(repeats) for _ in range(calls)]
@@ -109,7 +98,11 @@ class _Turn:
 
 
 def measure(
-    timers: Mapping[str, Timer], rules: TimingRules | None = None, *, always: Collection[str] = ()
+    timers: Mapping[str, Timer],
+    rules: TimingRules | None = None,
+    *,
+    always: Collection[str] = (),
+    step: Callable[[], object] = lambda: None,
 ) -> dict[str, Samples]:
     """Seconds per call of each engine, taken side by side.
 
@@ -119,6 +112,7 @@ def measure(
     If the time is limited, slow engines skip rounds, evenly over the run, but take part in eight at least.
     ``timers`` holds the most important engines first: one whose eight rounds do not fit beside those of the
     engines before it is left out. always: engines that get eight rounds in any case.
+    step: called after each round.
     """
     rules = rules or TimingRules()
     fewest = min(rules.rounds, FEWEST_ROUNDS)
@@ -151,24 +145,18 @@ def measure(
                 continue
             time.sleep(rules.gap)
             seconds[name] += timers[name].burst(turn.warm_calls, turn.calls, turn.repeats)
+        step()
     return {name: Samples(tuple(values), turns[name].calls) for name, values in seconds.items() if values}
 
 
 def shared_rounds(turn: Mapping[str, float], rounds: int, seconds: float) -> dict[str, int]:
     """Rounds of each engine, at least eight, so that all fit into ``seconds`` if possible.
 
-    turn: seconds of one turn of each. Every engine may use the same time.
+    turn: seconds of one turn of each. Every engine may use the same time; what a quick one leaves is shared.
     """
-    if seconds == math.inf:
-        return dict.fromkeys(turn, rounds)
-    fewest = min(rounds, FEWEST_ROUNDS)
-
-    def given(allowance: float) -> dict[str, int]:
-        return {name: min(rounds, max(fewest, int(allowance / once + 1e-6))) for name, once in turn.items()}
-
-    low, high = 0.0, max(0.0, seconds)
-    for _ in range(30):
-        middle = (low + high) / 2
-        fits = sum(count * turn[name] for name, count in given(middle).items()) <= seconds
-        low, high = (middle, high) if fits else (low, middle)
-    return given(low)
+    shared = {}
+    for place, (name, once) in enumerate(sorted(turn.items(), key=lambda item: item[1])):
+        fitting = max(0.0, seconds) / (len(turn) - place) / once + 1e-6
+        shared[name] = int(min(rounds, max(FEWEST_ROUNDS, fitting)))
+        seconds -= shared[name] * once
+    return shared

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsp_kernels.errors import DSPError
@@ -11,6 +10,7 @@ from ..measure.environment import MACHINE_KEYS
 from ..measure.samples import Samples, mann_whitney, ratio_interval
 from .results import Result
 
+COLUMNS = ("what", "first ms", "second ms", "second : first", "95 % interval", "p", "verdict")
 _ALPHA = 0.01  # of the U-test
 # A smaller change is "same", however significant: two runs of one program on a quiet machine differ by up to
 # 1.5 % in their medians because memory is allocated at other addresses.
@@ -21,31 +21,26 @@ _MIN_CHANGE = 0.03
 class Comparison:
     """One engine, network and batch size in both results.
 
-    ratio, low, high: times of the second over the first, Hodges-Lehmann estimate and 95 % interval.
-    verdict: "slower", "faster", "same" or "no verdict: ..." if one of the two is unstable.
+    verdict: "slower", "faster", "same" or "no verdict: ..." if one of the two is unstable. cells: in COLUMNS;
+    the ratio of times is a Hodges-Lehmann estimate.
     """
 
-    name: str
-    first: Samples
-    second: Samples
-    p: float
-    ratio: float
-    low: float
-    high: float
     verdict: str
+    cells: tuple[str, ...]
 
 
 def compare_samples(name: str, first: Samples, second: Samples) -> Comparison:
     """U-test on the medians of rounds, as calls of one round are not independent of each other."""
-    a, b = first.rounds, second.rounds
-    p = mann_whitney(a, b)
-    low, ratio, high = ratio_interval(a, b)
+    p = mann_whitney(first.rounds, second.rounds)
+    low, ratio, high = ratio_interval(first.rounds, second.rounds)
     verdict = "same"
     if unstable := first.unstable or second.unstable:
         verdict = f"no verdict: {unstable}"
     elif p < _ALPHA and abs(ratio - 1) > _MIN_CHANGE:
         verdict = "slower" if ratio > 1 else "faster"
-    return Comparison(name, first, second, p, ratio, low, high, verdict)
+    medians = (f"{1e3 * samples.median:.3g}" for samples in (first, second))
+    cells = (name, *medians, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{p:.1g}", verdict)
+    return Comparison(verdict, cells)
 
 
 def compare_results(first: Result, second: Result, *, other_machine: bool = False) -> list[Comparison]:
@@ -66,31 +61,13 @@ def compare_results(first: Result, second: Result, *, other_machine: bool = Fals
     common = [key for key in ours if key in theirs]
     if not common:
         raise DSPError("the two results have no engine, network and batch size in common")
-    return [compare_samples(" ".join(key), ours[key], theirs[key]) for key in common]
+    return [compare_samples(key, ours[key], theirs[key]) for key in common]
 
 
-def _timed(result: Result) -> dict[tuple[str, ...], Samples]:
+def _timed(result: Result) -> dict[str, Samples]:
     return {
-        (run.name, run.mode, row.engine, f"batch {row.batch}"): row.samples
+        f"{run.name} {run.mode} {row.engine} batch {row.batch}": row.samples
         for run in result.runs
         for row in run.rows
         if row.samples is not None
     }
-
-
-def table(comparisons: Sequence[Comparison]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns, and cells as text."""
-    columns = ("what", "first ms", "second ms", "second : first", "95 % interval", "p", "verdict")
-    lines: list[tuple[str, ...]] = [
-        (
-            c.name,
-            f"{1e3 * c.first.median:.3g}",
-            f"{1e3 * c.second.median:.3g}",
-            f"{c.ratio:.3f}",
-            f"{c.low:.3f} to {c.high:.3f}",
-            f"{c.p:.1g}",
-            c.verdict,
-        )
-        for c in comparisons
-    ]
-    return columns, lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.whole_file import write_text
 
-from ..measure.environment import environment
 from ..measure.samples import Samples
 
 _FORMAT = 1
@@ -37,8 +36,8 @@ class Row:
 
     engine: str
     batch: int
-    samples: Samples | None
-    difference: float | None
+    samples: Samples | None = None
+    difference: float | None = None
     status: str = "ok"
     reason: str = ""
     form: str = ""
@@ -80,9 +79,8 @@ class Row:
         """The row that ``as_json`` wrote. Raises KeyError or TypeError for another mapping."""
         seconds = data.get("seconds")
         samples = None if seconds is None else Samples(tuple(seconds), data["per_round"])
-        # device_seconds is not in the oldest files.
-        plain = {name: data[_KEYS.get(name, name)] for name in _PLAIN if name != "device_seconds"}
-        return cls(samples=samples, device_seconds=data.get("device_seconds"), **plain)
+        plain = {name: data[key] for name in _PLAIN if (key := _KEYS.get(name, name)) in data}
+        return cls(samples=samples, **plain)
 
 
 _PLAIN = tuple(field.name for field in fields(Row) if field.name != "samples")
@@ -161,9 +159,3 @@ def read_result(path: str | Path) -> Result:
         if isinstance(error, DSPFormatError):
             raise
         raise DSPFormatError(f"{path} is not a result of these benchmarks: {error!r}") from error
-
-
-def write_json(path: Path, rows: Sequence[Row], device: str = "cpu", net: str = "") -> Path:
-    """Write a result file of one network."""
-    run = Run(net, net, "latency", None, tuple(rows))
-    return write_result(path, Result(environment(device), None, (run,)))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 
+import torch
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, trace
 from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.op.packed import PackedConv2d
+from dsp_pruning import pack
 
 _PASSES_CHANNELS = ("batch_norm", "activation", "max_pool", "avg_pool", "identity")
 
@@ -44,24 +48,30 @@ def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
     """
     model = copy.deepcopy(dense).eval()
     network = trace(model, example)
-    pairs = inner_pairs(network)
+    pairs = _inner_pairs(network)
+    costs = {
+        node.name: node.module.get_parameter("weight").numel() * math.prod(node.shape[2:])
+        for node in network.of_kind("conv", "linear")
+        if node.module is not None and node.shape is not None
+    }
+    cuts = Counter(node.name for first, _, second in pairs for node in (first, second))
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if _macs(network, pairs, middle) < macs else (low, middle)
-    for first, between, second in pairs:
-        assert isinstance(first.module, nn.Conv2d)
-        assert isinstance(second.module, nn.Conv2d)
-        width = _width(first.module.out_channels, high)
-        _cut(first.module, rows=width)
-        for node in between:
-            if isinstance(node.module, nn.BatchNorm2d):
-                _cut_norm(node.module, width)
-        _cut(second.module, columns=width)
-    return model
+        left = sum(cost * middle ** cuts[name] for name, cost in costs.items())
+        low, high = (middle, high) if left < macs else (low, middle)
+    with torch.no_grad():
+        for first, between, _ in pairs:
+            assert isinstance(first.module, nn.Conv2d)
+            width = max(1, round(high * first.module.out_channels))
+            norms = [node.module for node in between if isinstance(node.module, nn.BatchNorm2d)]
+            for module in (first.module, *norms):
+                for parameter in module.parameters():
+                    parameter[width:] = 0
+    return compacted(pack(model, example))
 
 
-def inner_pairs(network: TracedNetwork) -> list[tuple[TracedNode, list[TracedNode], TracedNode]]:
+def _inner_pairs(network: TracedNetwork) -> list[tuple[TracedNode, list[TracedNode], TracedNode]]:
     """(conv, nodes between, conv) where the second is the only reader of the first."""
     pairs = []
     for first in network.of_kind("conv"):
@@ -75,42 +85,3 @@ def inner_pairs(network: TracedNetwork) -> list[tuple[TracedNode, list[TracedNod
             if all(isinstance(conv, nn.Conv2d) and conv.groups == 1 for conv in convs):
                 pairs.append((first, between, second))
     return pairs
-
-
-def _width(channels: int, scale: float) -> int:
-    return max(1, round(channels * scale))
-
-
-def _macs(
-    network: TracedNetwork, pairs: list[tuple[TracedNode, list[TracedNode], TracedNode]], scale: float
-) -> float:
-    cut_output = {first.name for first, _, _ in pairs}
-    cut_input = {second.name for _, _, second in pairs}
-    total = 0.0
-    for node in network.of_kind("conv", "linear"):
-        assert node.module is not None
-        assert node.shape is not None
-        weight = node.module.get_parameter("weight")
-        pixels = node.shape[2] * node.shape[3] if node.kind == "conv" else 1
-        share = 1.0
-        if node.name in cut_output:
-            share *= _width(weight.shape[0], scale) / weight.shape[0]
-        if node.name in cut_input:
-            share *= _width(weight.shape[1], scale) / weight.shape[1]
-        total += weight.numel() * pixels * share
-    return total
-
-
-def _cut(conv: nn.Conv2d, rows: int | None = None, columns: int | None = None) -> None:
-    conv.weight = nn.Parameter(conv.weight.detach()[:rows, :columns].clone())
-    if conv.bias is not None:
-        conv.bias = nn.Parameter(conv.bias.detach()[:rows].clone())
-    conv.out_channels, conv.in_channels = conv.weight.shape[:2]
-
-
-def _cut_norm(norm: nn.BatchNorm2d, width: int) -> None:
-    for name, tensor in norm.state_dict().items():
-        if tensor.dim() == 1:
-            cut = tensor[:width].clone()
-            setattr(norm, name, nn.Parameter(cut) if name in ("weight", "bias") else cut)
-    norm.num_features = width

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,10 @@ from dsp_kernels.program.steps import Program
 from dsp_pruning import build_released
 from dsp_pruning.data import normalise
 from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
-from dsp_pruning.models import cifar_resnet
+from dsp_pruning.models import cifar_resnet, torchvision_resnet
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.released.arrays import read_released_arrays
 
-from ..measure.accuracy import Labelled
 from ..measure.floors import program_of
 from .forms import compacted, filter_pruned
 from .released_form import ReleasedNetwork
@@ -48,7 +47,7 @@ def shared_folder() -> Path:
 
 @dataclass(frozen=True)
 class NetworkSource:
-    """What to measure, as plain data, so that another process can build the same network.
+    """What to measure.
 
     name: a released network (``resnet56_g4``), an architecture with a shared structure (``resnet50_g2_80``),
     an architecture (``cifar_resnet56``, ``resnet50``) or a file (.npz of a released network, .safetensors of
@@ -60,6 +59,14 @@ class NetworkSource:
     structure: str | None = None
     image_size: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """images: (n, channels, height, width), float32, normalised as in training; labels: (n,), int64."""
+
+    images: Tensor
+    labels: Tensor
 
 
 class Network:
@@ -139,7 +146,8 @@ def load_network(source: NetworkSource) -> Network:
         saved = dsp_kernels.load(path)
         if len(getattr(saved, "example_shapes", ())) > 1:
             raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
-        size = source.image_size or _made_for(saved)
+        shape: tuple[int, ...] = getattr(saved, "example_shape", None) or ()
+        size = source.image_size or (int(shape[2]) if len(shape) == 4 else 32)
         known = getattr(saved, "dense_widths", None)
         label = path.name if known else f"{path.name} (dense has the packed widths: the file holds no others)"
         return Network(label, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
@@ -157,19 +165,17 @@ def load_network(source: NetworkSource) -> Network:
 
 def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
     """The dense network with random weights, and its image size."""
+    build: Callable[[], nn.Module]
     if match := re.fullmatch(r"cifar_resnet(\d+)", name):
-        return _seeded(lambda: cifar_resnet(int(match[1])), source.seed).eval(), source.image_size or 32
-    if name in ("resnet18", "resnet34", "resnet50"):
-        try:
-            import torchvision
-        except ImportError as error:
-            raise DSPError(f"{name} needs torchvision: pip install 'dsp-kernels[vision]'") from error
-        made = _seeded(lambda: getattr(torchvision.models, name)(weights=None), source.seed)
-        return made.eval(), source.image_size or 224
-    raise DSPFormatError(
-        f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
-        "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
-    )
+        build, size = partial(cifar_resnet, int(match[1])), 32
+    elif name in ("resnet18", "resnet34", "resnet50"):
+        build, size = partial(torchvision_resnet, name), 224
+    else:
+        raise DSPFormatError(
+            f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
+            "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
+        )
+    return _seeded(build, source.seed).eval(), source.image_size or size
 
 
 def _labelled(classes: int, image_size: int) -> Labelled | None:
@@ -180,12 +186,6 @@ def _labelled(classes: int, image_size: int) -> Labelled | None:
     with np.load(path) as archive:
         images, labels = (torch.from_numpy(archive[f"test_{what}"]) for what in ("images", "labels"))
     return Labelled(normalise(images, CIFAR10_MEAN, CIFAR10_STD), labels.long())
-
-
-def _made_for(saved: nn.Module) -> int:
-    """The image size of a file that was saved with an example, else 32."""
-    shape = getattr(saved, "example_shape", None)
-    return int(shape[2]) if shape is not None and len(shape) == 4 else 32
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -26,16 +26,15 @@ class ReleasedNetwork(nn.Module):
     def __init__(self, arrays: Arrays, meta: Mapping[str, Any]) -> None:
         super().__init__()
         eps = float(meta["bn_eps"])
-        self.conv = _conv(arrays, "stem.conv")
-        self.bn = _batch_norm(arrays, "stem.bn", eps)
+        self.stem = _conv_norm(arrays, "stem.conv", "stem.bn", eps)
         self.blocks = nn.Sequential(*(_Block(arrays, block, eps) for block in meta["blocks"]))
         self.classifier = nn.Linear(*reversed(arrays["classifier.weight"].shape))
-        _load(self.classifier, arrays, "classifier")
+        _copy(self.classifier, arrays, "classifier")
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Stem, blocks, global average pool, classifier."""
-        x = self.blocks(F.relu(self.bn(self.conv(x))))
+        x = self.blocks(F.relu(self.stem(x)))
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
@@ -44,18 +43,17 @@ class _Block(nn.Module):
         super().__init__()
         name, stride = block["name"], int(block["stride"])
         self.branches_a = nn.ModuleList(
-            _Branch(arrays, f"{name}.conv_a.{g}", stride, eps) for g in range(block["groups_a"])
+            _Branch(arrays, f"{name}.conv_a.{g}", eps, stride) for g in range(block["groups_a"])
         )
         self.branches_b = nn.ModuleList(
-            _Branch(arrays, f"{name}.conv_b.{g}", 1, eps) for g in range(block["groups_b"])
+            _Branch(arrays, f"{name}.conv_b.{g}", eps) for g in range(block["groups_b"])
         )
         for g in range(block["groups_b"]):
-            self.register_buffer(f"out_index_{g}", _index(arrays[f"{name}.conv_b.{g}.out_index"]))
+            self.register_buffer(f"out_index_{g}", _index(arrays, f"{name}.conv_b.{g}.out_index"))
         self.downsample: nn.Module = nn.Identity()
         if block["downsample"]:
-            self.downsample = nn.Sequential(
-                _conv(arrays, f"{name}.downsample.conv", stride),
-                _batch_norm(arrays, f"{name}.downsample.bn", eps),
+            self.downsample = _conv_norm(
+                arrays, f"{name}.downsample.conv", f"{name}.downsample.bn", eps, stride
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,34 +69,29 @@ class _Block(nn.Module):
 class _Branch(nn.Module):
     index: Tensor
 
-    def __init__(self, arrays: Arrays, name: str, stride: int, eps: float) -> None:
+    def __init__(self, arrays: Arrays, name: str, eps: float, stride: int = 1) -> None:
         super().__init__()
-        self.register_buffer("index", _index(arrays[f"{name}.in_index"]).view(1, -1, 1, 1))
-        self.conv = _conv(arrays, name, stride)
-        self.bn = _batch_norm(arrays, f"{name}.bn", eps)
+        self.register_buffer("index", _index(arrays, f"{name}.in_index").view(1, -1, 1, 1))
+        self.conv = _conv_norm(arrays, name, f"{name}.bn", eps, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(torch.take_along_dim(x, self.index, 1)))
+        return self.conv(torch.take_along_dim(x, self.index, 1))
 
 
-def _conv(arrays: Arrays, name: str, stride: int = 1) -> nn.Conv2d:
-    filters, channels, height, width = arrays[f"{name}.weight"].shape
-    padding = (height // 2, width // 2)
-    conv = nn.Conv2d(channels, filters, (height, width), stride=stride, padding=padding, bias=False)
-    _load(conv, arrays, name)
-    return conv
+def _conv_norm(arrays: Arrays, conv: str, norm: str, eps: float, stride: int = 1) -> nn.Sequential:
+    filters, channels, height, width = arrays[f"{conv}.weight"].shape
+    window = (height, width), stride, (height // 2, width // 2)
+    made = nn.Sequential(nn.Conv2d(channels, filters, *window, bias=False), nn.BatchNorm2d(filters, eps))
+    _copy(made[0], arrays, conv)
+    _copy(made[1], arrays, norm)
+    return made
 
 
-def _batch_norm(arrays: Arrays, name: str, eps: float) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(len(arrays[f"{name}.weight"]), eps=eps)
-    _load(norm, arrays, name)
-    return norm
+def _copy(module: nn.Module, arrays: Arrays, name: str) -> None:
+    for key, tensor in module.state_dict().items():
+        if key != "num_batches_tracked":
+            tensor.copy_(torch.from_numpy(arrays[f"{name}.{key}"]))
 
 
-def _load(module: nn.Module, arrays: Arrays, name: str) -> None:
-    names = [key for key in module.state_dict() if key != "num_batches_tracked"]
-    module.load_state_dict({key: torch.from_numpy(arrays[f"{name}.{key}"]) for key in names}, strict=False)
-
-
-def _index(array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))
+def _index(arrays: Arrays, name: str) -> Tensor:
+    return torch.from_numpy(arrays[name].astype(np.int64))

@@ -75,7 +75,6 @@ class LoadedNetwork(fx.GraphModule):
         return self.example_shapes[0]
 
     def train(self, mode: bool = True) -> LoadedNetwork:
-        """Training or eval mode, as for every module."""
         if mode and self.modes == "eval":
             raise DSPError(
                 "this network runs other operations in training mode than its file holds (auxiliary heads, "
@@ -141,16 +140,10 @@ def build_network(header: Mapping[str, Any], table: TensorTable, budget: Budget)
     root = nn.Module()
     callable_paths = set()
     for path, settings in modules.items():
-        parent, name = _parent(root, path), path.rpartition(".")[2]
-        bare = (
-            isinstance(settings, dict) and set(settings) == {"class"} and isinstance(settings["class"], str)
-        )
-        container = CONTAINERS.get(settings["class"]) if bare else None
-        if container is None:
+        parent, module = _parent(root, path), build_module(settings, path, budget)
+        parent.add_module(path.rpartition(".")[2], module)
+        if type(module) not in CONTAINERS.values():
             callable_paths.add(path)
-            parent.add_module(name, build_module(settings, path, budget))
-        else:
-            parent.add_module(name, container())
     for path, kind in tensors.items():
         if path not in table:
             raise DSPFormatError(f"tensor {path!r} is not in the file")
@@ -268,6 +261,7 @@ def _fused(
 _PACKED = (*CONV_SETTINGS, "structure", "bias")
 # Class -> the function that makes it, and the settings that it takes.
 _BUILDERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    **{name: (kind, ()) for name, kind in CONTAINERS.items()},
     **{kind.__name__: (kind, settings) for kind, settings in MODULES.items()},
     "PackedConv2d": (PackedConv2d, _PACKED),
     "FusedConv2d": (_fused, (*_PACKED, "activation", "backend")),
@@ -275,11 +269,7 @@ _BUILDERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 
 
 def _build_call(
-    graph: fx.Graph,
-    call: Any,
-    nodes: list[fx.Node],
-    last: bool,
-    names: Mapping[str, set[str]],
+    graph: fx.Graph, call: Any, nodes: list[fx.Node], last: bool, names: Mapping[str, set[str]]
 ) -> fx.Node:
     number = len(nodes)
     if not isinstance(call, dict):
@@ -306,15 +296,11 @@ def _build_call(
     function = functions(name) if kind == "function" else None
     if function is None:
         raise DSPFormatError(f"call {number} is of the {kind} {name[:80]!r}, which is not known here")
-    if function is getattr and not (len(arguments) == 2 and not named and _is_attribute(arguments[1])):
-        raise DSPFormatError(f"call {number} reads an attribute other than {', '.join(sorted(ATTRIBUTES))}")
+    if function is getattr and (len(args) != 2 or kwargs or args[1] not in ATTRIBUTES):
+        raise DSPFormatError(f"call {number} reads an attribute other than {', '.join(ATTRIBUTES)}")
     if name in SCALAR_FUNCTIONS and not (arguments and _are_operands(name, arguments)):
         raise DSPFormatError(f"call {number} is {name} of {str(args)[:80]}; expected calls and numbers")
     return graph.call_function(function, arguments, named)
-
-
-def _is_attribute(value: Any) -> bool:
-    return isinstance(value, str) and value in ATTRIBUTES
 
 
 def _are_operands(name: str, arguments: tuple[Any, ...]) -> bool:

@@ -25,12 +25,7 @@ from dsp_kernels.graph.inputs import Example
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 
-_CALLS = {
-    "call_module": "module",
-    "call_function": "function",
-    "call_method": "method",
-    "get_attr": "tensor",
-}
+_CALLS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 
 
 def encode_network(model: nn.Module, example_input: Example | None = None) -> dict[str, Any]:
@@ -88,9 +83,8 @@ def encode_module(module: nn.Module, path: str) -> dict[str, Any]:
     """{"class": name, setting: value, ...} of plain JSON values. Raises DSPFormatError for other modules."""
     encoded: dict[str, Any] = {"class": type(module).__name__}
     if type(module) is PackedConv2d or type(module) is FusedConv2d:
-        spec: Any = module.spec if isinstance(module, FusedConv2d) else module
-        encoded |= {name: list(getattr(spec, name)) for name in CONV_SETTINGS}
-        encoded |= {"structure": spec.structure.to_dict(), "bias": module.bias is not None}
+        encoded |= {name: list(getattr(module.spec, name)) for name in CONV_SETTINGS}
+        encoded |= {"structure": module.spec.structure.to_dict(), "bias": module.bias is not None}
         if isinstance(module, FusedConv2d):
             encoded |= {"activation": module.spec.activation, "backend": module.backend}
         return encoded

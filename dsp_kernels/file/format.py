@@ -72,7 +72,7 @@ DTYPES = {
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool)
 }
 # All that getattr may read.
-ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
+ATTRIBUTES = ("device", "dtype", "ndim", "shape")
 
 
 def _names(text: str) -> frozenset[str]:
@@ -122,13 +122,10 @@ _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad
 # Class -> the arguments of its constructor, which its modules keep as attributes of the same names. "bias"
 # means whether there is one.
 MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: _CONV,
-    nn.Conv1d: _CONV,
+    **dict.fromkeys((nn.Conv2d, nn.Conv1d), _CONV),
     nn.ConvTranspose2d: (*_CONV, "output_padding"),
     nn.Linear: ("in_features", "out_features", "bias"),
-    nn.BatchNorm2d: _BATCH_NORM,
-    nn.BatchNorm1d: _BATCH_NORM,
-    nn.InstanceNorm2d: _BATCH_NORM,
+    **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm1d, nn.InstanceNorm2d), _BATCH_NORM),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
     nn.LocalResponseNorm: ("size", "alpha", "beta", "k"),
@@ -137,45 +134,27 @@ MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.AdaptiveMaxPool2d: ("output_size", "return_indices"),
     nn.LPPool2d: ("norm_type", "kernel_size", "stride", "ceil_mode"),
-    nn.Identity: (),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Unflatten: ("dim", "unflattened_size"),
-    nn.Dropout: ("p", "inplace"),
-    nn.Dropout2d: ("p", "inplace"),
-    nn.AlphaDropout: ("p", "inplace"),
-    nn.ReLU: ("inplace",),
-    nn.ReLU6: ("inplace",),
+    **dict.fromkeys((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), ("p", "inplace")),
+    **dict.fromkeys(
+        (nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid), ("inplace",)
+    ),
+    **dict.fromkeys((nn.Identity, nn.Tanhshrink, nn.Softsign, nn.LogSigmoid, nn.Sigmoid, nn.Tanh), ()),
+    nn.Softmax2d: (),
     nn.Hardtanh: ("min_val", "max_val", "inplace"),
     nn.LeakyReLU: ("negative_slope", "inplace"),
     nn.PReLU: ("num_parameters",),
-    nn.ELU: ("alpha", "inplace"),
-    nn.CELU: ("alpha", "inplace"),
-    nn.SELU: ("inplace",),
+    **dict.fromkeys((nn.ELU, nn.CELU), ("alpha", "inplace")),
     nn.GELU: ("approximate",),
-    nn.SiLU: ("inplace",),
-    nn.Mish: ("inplace",),
-    nn.Hardshrink: ("lambd",),
-    nn.Softshrink: ("lambd",),
-    nn.Tanhshrink: (),
-    nn.Softsign: (),
-    nn.LogSigmoid: (),
+    **dict.fromkeys((nn.Hardshrink, nn.Softshrink), ("lambd",)),
     nn.Threshold: ("threshold", "value", "inplace"),
     nn.RReLU: ("lower", "upper", "inplace"),
-    nn.GLU: ("dim",),
-    nn.Softmax2d: (),
-    nn.Sigmoid: (),
-    nn.Tanh: (),
+    **dict.fromkeys((nn.GLU, nn.Softmax, nn.LogSoftmax), ("dim",)),
     nn.Softplus: ("beta", "threshold"),
-    nn.Softmax: ("dim",),
-    nn.LogSoftmax: ("dim",),
-    nn.Hardswish: ("inplace",),
-    nn.Hardsigmoid: ("inplace",),
     nn.Upsample: ("size", "scale_factor", "mode", "align_corners"),
-    nn.ZeroPad2d: ("padding",),
+    **dict.fromkeys((nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d), ("padding",)),
     nn.ConstantPad2d: ("padding", "value"),
-    nn.ReflectionPad2d: ("padding",),
-    nn.ReplicationPad2d: ("padding",),
-    nn.CircularPad2d: ("padding",),
     nn.PixelShuffle: ("upscale_factor",),
     nn.PixelUnshuffle: ("downscale_factor",),
     nn.ChannelShuffle: ("groups",),

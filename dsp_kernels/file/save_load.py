@@ -109,7 +109,9 @@ def _load(path: str | Path) -> LoadedNetwork:
     for name, first in tied.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, state[first])
-    _make_index_tensors(model)
+    for module in model.modules():
+        if isinstance(module, PackedConv2d | FusedConv2d):
+            module.reset_index("cpu")  # no file holds index tensors
     return model
 
 
@@ -118,17 +120,6 @@ def _other_kind(path: str | Path) -> str:
     if zipfile.is_zipfile(path):
         return " (it is a zip archive, as of torch.save or numpy; dsp_kernels.save writes what load reads)"
     return " (ONNX is only written)" if Path(path).suffix == ".onnx" else ""
-
-
-def _make_index_tensors(model: nn.Module) -> None:
-    """Replace index tensors on the meta device, which no file holds, by real ones."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PackedConv2d):
-                child.reset_index("cpu")
-            elif isinstance(child, FusedConv2d):
-                made = FusedConv2d(child.spec, list(child.weights), child.bias, child.backend)
-                setattr(parent, name, made)
 
 
 def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None) -> dict[str, Any]:
@@ -174,8 +165,8 @@ def _input_shapes(
 def input_channels(model: nn.Module) -> int:
     """Input channels of the first convolution. Raises DSPFormatError where there is none."""
     for module in model.modules():
-        if isinstance(module, FusedConv2d):
+        if isinstance(module, PackedConv2d | FusedConv2d):
             return module.spec.structure.in_channels
-        if isinstance(module, nn.Conv2d | PackedConv2d):
+        if isinstance(module, nn.Conv2d):
             return module.in_channels
     raise DSPFormatError(f"{type(model).__name__} has no convolution, so an example input is needed")

@@ -38,8 +38,8 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hards
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """x: any shape. A new tensor, or x itself for "none"."""
-    return ACTIVATIONS[name][0](x)
+    """x: any shape; also the gates. A new tensor, or x itself for "none"."""
+    return GATES[name](x) if name in GATES else ACTIVATIONS[name][0](x)
 
 
 def activate_(x: Tensor, name: str) -> Tensor:

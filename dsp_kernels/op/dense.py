@@ -1,13 +1,15 @@
-"""Groups as tensors: channel lists as index tensors, group weights as one dense weight and back."""
+"""Groups as tensors: index tensors, group weights as one dense weight and back, a batch norm folded in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.op.structure import Group, GroupStructure
 
 
 def index_tensors(
@@ -42,3 +44,42 @@ def live_bias(structure: GroupStructure, bias: Tensor | None) -> Tensor | None:
     if bias is None or not structure.absent:
         return bias
     return bias.index_fill(0, torch.tensor(structure.absent, device=bias.device), 0.0)
+
+
+def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (channels,) in float64, with norm(x) = x * scale + shift in eval mode."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.detach().double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def fold_batch_norm(
+    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d
+) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
+    """Spec, weights and bias, in the weights' dtype, of the convolution that equals ``norm(conv(x))``.
+
+    An absent channel is 0 before the norm and ``shift`` after it. Where that is not 0, a group that reads no
+    channel is added to write it, so folding is exact for every structure.
+    """
+    structure = spec.structure
+    scale, shift = batch_norm_affine(norm)
+    folded_bias = live_bias(structure, None if bias is None else bias.detach().double() * scale)
+    _, out_index = index_tensors(structure, scale.device)
+    folded = [
+        (weight.detach().double() * scale[rows][:, None, None, None]).to(weight.dtype)
+        for rows, weight in zip(out_index, weights, strict=True)
+    ]
+    dtype = weights[0].dtype if weights else norm.running_var.dtype  # type: ignore[union-attr]
+    constant = tuple(channel for channel in structure.absent if shift[channel] != 0)
+    if constant:
+        groups = (*structure.groups, Group((), constant))
+        structure = GroupStructure(structure.in_channels, structure.out_channels, groups)
+        folded.append(torch.zeros(len(constant), 0, *spec.kernel_size, dtype=dtype, device=shift.device))
+    full_bias = shift if folded_bias is None else folded_bias + shift
+    return replace(spec, structure=structure), tuple(folded), full_bias.to(dtype)

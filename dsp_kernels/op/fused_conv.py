@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
-from dsp_kernels.op.torch_op import gather_grouped_conv2d_tensors
+from dsp_kernels.op.torch_op import OP
 from dsp_kernels.run.convs import BACKENDS, ConvPlan
 
 
@@ -44,13 +44,15 @@ class FusedConv2d(nn.Module):
             nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights
         )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        device = next((t.device for t in (*weights, *([] if bias is None else [bias]))), None)
-        for name, indices in zip(
-            ("in_index", "out_index"), index_tensors(spec.structure, device), strict=True
-        ):
-            for number, index in enumerate(indices):
-                self.register_buffer(f"{name}_{number}", index, persistent=False)
+        self.reset_index(next((t.device for t in (*weights, *([] if bias is None else [bias]))), None))
         self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
+
+    def reset_index(self, device: torch.device | str | None = None) -> None:
+        """Make the index buffers from the structure, for a module that was made on the meta device."""
+        indices = index_tensors(self.spec.structure, device)
+        for name, tensors in zip(("in_index", "out_index"), indices, strict=True):
+            for number, index in enumerate(tensors):
+                self.register_buffer(f"{name}_{number}", index, persistent=False)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
         """input: (batch, in_channels, height, width); residual: like the output, or None."""
@@ -67,10 +69,8 @@ class FusedConv2d(nn.Module):
     def _run(self, x: Tensor, residual: Tensor | None, constants: list[Tensor]) -> Tensor:
         if self._needs_op(x, residual):
             return self._call_op(x, residual)
-        shape = self.spec.check_input(x, constants, residual)
+        self.spec.check_input(x, constants, residual)
         layout = memory_format_of(x)
-        if shape[0] == 0:
-            return x.new_empty(shape).contiguous(memory_format=layout)
         key = (x.dtype, x.device, layout, *(_version(constant) for constant in constants))
         cached = self._plan  # key and plan in one attribute: another thread may replace both meanwhile
         if cached is None or cached[0] != key or any(constant.is_inference() for constant in constants):
@@ -99,23 +99,18 @@ class FusedConv2d(nn.Module):
         return any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
     def _call_op(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        count = len(self.weights)
-        return gather_grouped_conv2d_tensors(
-            x,
-            list(self.weights),
-            [self.get_buffer(f"in_index_{number}") for number in range(count)],
-            [self.get_buffer(f"out_index_{number}") for number in range(count)],
-            self.bias,
-            residual,
-            self.spec,
+        in_index, out_index = (
+            [self.get_buffer(f"{name}_{number}") for number in range(len(self.weights))]
+            for name in ("in_index", "out_index")
         )
+        lists = list(self.weights), in_index, out_index
+        return OP(x, *lists, self.bias, residual, self.spec.structure.out_channels, *self.spec.settings)
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds closures and native objects, which cannot be copied.
         return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
-        """Structure and settings, for print()."""
         spec = self.spec
         return (
             f"{spec.structure}, kernel_size={spec.kernel_size}, stride={spec.stride}, "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.reference import conv_output_hw
-from dsp_kernels.op.spec import pair
+from dsp_kernels.op.spec import ConvSpec, pair
 from dsp_kernels.op.structure import GroupStructure
 
 
@@ -48,6 +48,7 @@ class PackedConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.structure = structure
+        self.in_channels, self.out_channels = structure.in_channels, structure.out_channels
         self.kernel_size = pair(kernel_size, "kernel_size", 1)
         self.stride = pair(stride, "stride", 1)
         self.padding = pair(padding, "padding", 0)
@@ -63,14 +64,9 @@ class PackedConv2d(nn.Module):
         self.reset_parameters()
 
     @property
-    def in_channels(self) -> int:
-        """Channels of the input."""
-        return self.structure.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output, absent ones included."""
-        return self.structure.out_channels
+    def spec(self) -> ConvSpec:
+        """Structure and settings, as of a FusedConv2d."""
+        return ConvSpec(self.structure, self.kernel_size, self.stride, self.padding, self.dilation)
 
     def reset_index(self, device: torch.device | str | None = None) -> None:
         """Make the index buffers from the structure, for a module that was made on the meta device."""
@@ -128,7 +124,6 @@ class PackedConv2d(nn.Module):
         return x.new_zeros(x.shape[0], channels, height, width)
 
     def extra_repr(self) -> str:
-        """Structure and settings, for print()."""
         return (
             f"{self.structure}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"

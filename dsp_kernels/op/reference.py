@@ -40,13 +40,10 @@ def gather_grouped_conv2d_reference(
     dilation: tuple[int, int] = (1, 1),
     activation: str = "none",
 ) -> Tensor:
-    """``gather_grouped_conv2d``, one output channel at a time.
-
-    x: (batch, in_channels, height, width); weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,).
+    """``gather_grouped_conv2d``, one output channel at a time, computed in float32 or more precisely.
 
     For every group g: y[:, out_g] = act(conv(x[:, in_g], W_g) + bias[out_g] (+ residual[:, out_g])).
-    Absent channels are act(residual), or act(0). kernel_size is required only if there are no weights.
-    Computes in float32 or more precisely; the result has x's dtype.
+    Absent channels are act(residual), or act(0).
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     kernel_size = kernel_size or (weights[0].shape[2], weights[0].shape[3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ class ConvSpec:
         """The same convolution followed by another activation."""
         return replace(self, activation=activation)
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All but the structure, in the order of the op's arguments."""
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.activation
+
     def output_hw(self, input_hw: Sequence[int]) -> tuple[int, int]:
         """(height, width) of the output. Raises DSPShapeError if the input is smaller than the kernel."""
         height, width = conv_output_hw(input_hw, self.kernel_size, self.stride, self.padding, self.dilation)
@@ -66,6 +72,10 @@ class ConvSpec:
                 f"{self.kernel_size} with padding {self.padding} and dilation {self.dilation}"
             )
         return height, width
+
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """(batch, out_channels, height, width) for an input of (batch, channels, height, width)."""
+        return (input_shape[0], self.structure.out_channels, *self.output_hw(input_shape[2:]))
 
     def check_constants(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         """Check weights[g]: (O_g, C_g, kh, kw) and bias: (out_channels,) or None, of one dtype and device.
@@ -105,8 +115,7 @@ class ConvSpec:
             )
         if not x.dtype.is_floating_point:
             raise DSPShapeError(f"x has dtype {x.dtype}; expected a floating point dtype")
-        height, width = self.output_hw((x.shape[2], x.shape[3]))
-        shape = (x.shape[0], self.structure.out_channels, height, width)
+        shape = self.output_shape(x.shape)
         for constant in constants:
             if constant.dtype != x.dtype or constant.device != x.device:
                 raise DSPShapeError(

@@ -71,24 +71,9 @@ def gather_grouped_conv2d(
     spec = ConvSpec(structure, *settings)
     spec.check_input(x, (), residual)
     # Under a mode that makes other tensors (fake ones), index tensors are fake too and must not be cached.
-    in_index, out_index = (_cached_index if type(x) is Tensor else _new_index)(structure, x.device)
-    return gather_grouped_conv2d_tensors(x, weights, in_index, out_index, bias, residual, spec)
-
-
-def gather_grouped_conv2d_tensors(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    in_index: Sequence[Tensor],
-    out_index: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    spec: ConvSpec,
-) -> Tensor:
-    """Call the torch op with the structure's index tensors."""
-    settings = spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.activation
-    lists = list(weights), list(in_index), list(out_index)
-    op = torch.ops.dsp_kernels.gather_grouped_conv2d
-    return op(x, *lists, bias, residual, spec.structure.out_channels, *settings)
+    indices = (_cached_index if type(x) is Tensor else _new_index)(structure, x.device)
+    lists = list(weights), *map(list, indices)
+    return OP(x, *lists, bias, residual, structure.out_channels, *spec.settings)
 
 
 def _new_index(
@@ -129,10 +114,8 @@ def _run(
         raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected (batch, channels, height, width)")
     spec = ConvSpec(_structure_of(in_index, out_index, x.shape[1], out_channels), *settings)
     spec.check_constants(weights, bias)
-    shape = spec.check_input(x, [*weights, *([] if bias is None else [bias])], residual)
+    spec.check_input(x, [*weights, *([] if bias is None else [bias])], residual)
     layout = memory_format_of(x)
-    if shape[0] == 0:
-        return x.new_empty(shape).contiguous(memory_format=layout)
     return _plan_for(spec, weights, bias, x, layout)(x, residual).contiguous(memory_format=layout)
 
 
@@ -186,10 +169,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weights, in_index, out_index = rest[:n], rest[n : 2 * n], rest[2 * n :]
     if ctx.activation != "none":
         if ctx.activation not in _FROM_OUTPUT:
-            op = torch.ops.dsp_kernels.gather_grouped_conv2d
-            before = op(
-                x, weights, in_index, out_index, bias, residual, ctx.out_channels, *ctx.settings, "none"
-            )
+            indices = in_index, out_index
+            before = OP(x, weights, *indices, bias, residual, ctx.out_channels, *ctx.settings, "none")
         slope = activation_gradient(before, ctx.activation)
         # Not a plain product: an infinite gradient times a slope of 0 would be NaN.
         grad = torch.where(slope != 0, grad * slope, 0.0)
@@ -218,12 +199,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad_x, grad_weights, nothing, nothing, grad_bias, grad_residual, *[None] * 6)
 
 
-def _register() -> None:
-    name = f"{NAMESPACE}::{OP_NAME}"
-    torch.library.define(name, SCHEMA)
-    torch.library.impl(name, "default", _run)
-    torch.library.register_fake(name, _fake)
-    torch.library.register_autograd(name, _backward, setup_context=_save_context)
+_NAME = f"{NAMESPACE}::{OP_NAME}"
+torch.library.define(_NAME, SCHEMA)
+torch.library.impl(_NAME, "default", _run)
+torch.library.register_fake(_NAME, _fake)
+torch.library.register_autograd(_NAME, _backward, setup_context=_save_context)
+OP = torch.ops.dsp_kernels.gather_grouped_conv2d
 
 
 # -- caches: index tensors -> checked structure; weights -> CPU plan with packed weights
@@ -281,9 +262,8 @@ def _plan_for(
     backend = BACKENDS.choose("auto", spec, x.dtype, x.device, layout)
     if backend.name != "cpu":
         return backend.prepare(spec, weights, bias)
-    constants = [*weights, *([] if bias is None else [bias])]
-    how = chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size
-    key = (*how, *(constant.data_ptr() for constant in constants))
+    addresses = (tensor.data_ptr() for tensor in (*weights, bias) if tensor is not None)
+    key = (chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size, *addresses)
     plan = PLANS.get(key)
     if plan is None or plan.spec != spec or not plan.holds(weights, bias):
         made = backend.prepare(spec, weights, bias)
@@ -291,6 +271,3 @@ def _plan_for(
         plan = made
         PLANS.put(key, plan)
     return plan
-
-
-_register()

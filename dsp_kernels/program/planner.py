@@ -6,6 +6,7 @@ made its input instead of adding one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -17,23 +18,18 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, works_in_place
-from dsp_kernels.op.folding import batch_norm_affine, fold_batch_norm
+from dsp_kernels.op.dense import batch_norm_affine, fold_batch_norm
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.steps import (
-    ActivationStep,
-    AdaptivePoolStep,
-    AddStep,
-    AffineStep,
     ConcatStep,
     ConvStep,
+    ElementwiseStep,
     FlattenStep,
-    GateStep,
     GlobalPoolStep,
     LinearStep,
-    MulStep,
     PoolStep,
     Program,
     SelectStep,
@@ -55,12 +51,11 @@ def plan(network: TracedNetwork) -> Program:
 
 
 def conv_spec_of(
-    module: nn.Conv2d | PackedConv2d,
+    module: nn.Conv2d | PackedConv2d | FusedConv2d,
 ) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor | None] | str:
     """Spec, weights and bias of a convolution; a string with the reason where no spec describes it."""
-    if isinstance(module, PackedConv2d):
-        spec = ConvSpec(module.structure, module.kernel_size, module.stride, module.padding, module.dilation)
-        return spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
+    if isinstance(module, PackedConv2d | FusedConv2d):
+        return module.spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
     padding = zero_padding(module)
     if isinstance(padding, str):
         return padding
@@ -172,14 +167,9 @@ class _Planner:
     # -- one handler per kind of node: the step that computes it, or why there is none ---------------------
 
     def _conv(self, node: TracedNode) -> Step | str:
-        assert isinstance(node.module, nn.Conv2d | PackedConv2d)
+        assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
         read = conv_spec_of(node.module)
         return read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read)
-
-    def _fused_conv(self, node: TracedNode) -> Step:
-        assert isinstance(node.module, FusedConv2d)
-        weights, bias = tuple(w.detach() for w in node.module.weights), _detached(node.module.bias)
-        return ConvStep(node.name, self._inputs(node), node.module.spec, weights, bias)
 
     def _batch_norm(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.BatchNorm2d)
@@ -190,13 +180,13 @@ class _Planner:
         assert node.module.running_var is not None
         dtype = node.module.running_var.dtype
         scale, shift = (part.to(dtype) for part in batch_norm_affine(node.module))
-        return AffineStep(node.name, self._inputs(node), scale, shift)
+        return ElementwiseStep(node.name, self._inputs(node), "affine", scale=scale, shift=shift)
 
     def _activation(self, node: TracedNode) -> Step:
-        function, kinds = node.attributes["function"], (ConvStep, AddStep, MulStep, AffineStep, LinearStep)
-        before: Any = self._extendable(node.inputs[0], *kinds)
+        function = node.attributes["function"]
+        before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep)
         if before is None:
-            return ActivationStep(node.name, self._inputs(node), function)
+            return ElementwiseStep(node.name, self._inputs(node), "activation", function)
         if isinstance(before, ConvStep):
             activated = replace(before, output=node.name, spec=before.spec.with_activation(function))
         else:
@@ -214,20 +204,16 @@ class _Planner:
                 if conv is not None:
                     operands = conv.inputs[0], inputs[1 - side]
                     return self._instead_of(conv, replace(conv, output=node.name, inputs=operands))
-        return AddStep(node.name, (inputs[0], inputs[-1]))
+        return ElementwiseStep(node.name, (inputs[0], inputs[-1]), "add")
 
     def _pool(self, node: TracedNode) -> Step:
         return PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes))
 
-    def _global_pool(self, node: TracedNode) -> Step:
-        return GlobalPoolStep(node.name, self._inputs(node), node.attributes["keepdim"])
-
     def _adaptive_pool(self, node: TracedNode) -> Step | str:
         size = _pool_size(node)
-        return _UNKNOWN if size is None else AdaptivePoolStep(node.name, self._inputs(node)[:1], size)
-
-    def _flatten(self, node: TracedNode) -> Step:
-        return FlattenStep(node.name, self._inputs(node)[:1])
+        if size is None:
+            return _UNKNOWN
+        return PoolStep(node.name, self._inputs(node)[:1], "adaptive_avg_pool", {"output_size": size})
 
     def _linear(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.Linear)
@@ -239,19 +225,17 @@ class _Planner:
 
     def _gate(self, node: TracedNode) -> Step | str:
         target: Any = node.fx_node.target if node.module is None else type(node.module).forward
-        kind = _GATES.get(target)
-        return _UNKNOWN if kind is None else GateStep(node.name, self._inputs(node)[:1], kind)
+        if target not in _GATES:
+            return _UNKNOWN
+        return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", _GATES[target])
 
     def _combine(self, node: TracedNode) -> Step | str:
-        known = node.attributes["operation"] == "multiply" and self._can_multiply(node)
-        return MulStep(node.name, self._operands(node)) if known else _UNKNOWN
-
-    def _can_multiply(self, node: TracedNode) -> bool:
-        """Whether its operands have one shape, or one is a single pixel per channel."""
-        a, b = (self.network[name].shape for name in node.attributes["operands"])
-        if a is None or b is None or not self._all_batched(node) or a[:2] != b[:2]:
-            return False
-        return a == b or (len(a) == 4 and (1, 1) in (a[2:], b[2:]))
+        a, b = (self.network[name].shape or () for name in node.attributes["operands"])
+        # One operand may be a single pixel per channel.
+        fits = a and (a == b or (len(a) == 4 and a[:2] == b[:2] and (1, 1) in (a[2:], b[2:])))
+        if node.attributes["operation"] != "multiply" or not fits or not self._all_batched(node):
+            return _UNKNOWN
+        return ElementwiseStep(node.name, self._operands(node), "multiply")
 
     def _all_batched(self, node: TracedNode) -> bool:
         """Whether all its operands have the batch of the input and the same number of dimensions."""
@@ -300,15 +284,17 @@ _UNKNOWN = "not an operation of a Program"
 _HANDLERS: dict[str, Callable[[_Planner, TracedNode], Step | str | None]] = {
     "conv": _Planner._conv,
     "packed_conv": _Planner._conv,
-    "fused_conv": _Planner._fused_conv,
+    "fused_conv": _Planner._conv,
     "batch_norm": _Planner._batch_norm,
     "activation": _Planner._activation,
     "add": _Planner._add,
     "max_pool": _Planner._pool,
     "avg_pool": _Planner._pool,
-    "global_avg_pool": _Planner._global_pool,
+    "global_avg_pool": lambda planner, node: GlobalPoolStep(
+        node.name, planner._inputs(node), node.attributes["keepdim"]
+    ),
     "adaptive_pool": _Planner._adaptive_pool,
-    "flatten": _Planner._flatten,
+    "flatten": lambda planner, node: FlattenStep(node.name, planner._inputs(node)[:1]),
     "linear": _Planner._linear,
     "identity": _Planner._identity,
     "elementwise": _Planner._gate,
@@ -333,13 +319,12 @@ _GATES: dict[Any, str] = {
 def _count_readers(network: TracedNetwork) -> dict[str, int]:
     """Node -> how many operations read its value, under its own name or through identities."""
     root: dict[str, str] = {}
-    count: dict[str, int] = {}
+    count: Counter[str] = Counter()
     for node in network:
         root[node.name] = root[node.inputs[0]] if node.kind == "identity" else node.name
         if node.kind != "identity":
-            for name in node.inputs:
-                count[root[name]] = count.get(root[name], 0) + 1
-    return {name: count.get(source, 0) for name, source in root.items()}
+            count.update(root[name] for name in node.inputs)
+    return {name: count[source] for name, source in root.items()}
 
 
 def _depend_on_input(network: TracedNetwork) -> set[str]:

@@ -68,46 +68,23 @@ class ConvStep(Step):
 
 
 @dataclass(frozen=True, eq=False)
-class AffineStep(Step):
-    """act(x * scale + shift) per channel: a norm that follows no convolution. scale, shift: (channels,)."""
+class ElementwiseStep(Step):
+    """act(x * scale + shift) per channel, act(x + y), act(x * y) or act(x), by kind.
 
-    scale: Tensor
-    shift: Tensor
-    activation: str = "none"
-
-
-@dataclass(frozen=True, eq=False)
-class AddStep(Step):
-    """act(inputs[0] + inputs[1])."""
-
-    activation: str = "none"
-
-
-@dataclass(frozen=True, eq=False)
-class ActivationStep(Step):
-    """An activation that could not be folded into the step before."""
-
-    activation: str
-
-
-@dataclass(frozen=True, eq=False)
-class GateStep(Step):
-    """A gate: not 0 at 0, so it cannot be folded into a convolution. kind: of ``activations.GATES``."""
+    kind: "affine" (a norm that follows no convolution; scale, shift: (channels,)), "add", "multiply" (equal
+    shapes, or one is (batch, channels, 1, 1)) or "activation" (not folded into the step before).
+    activation: for kind "activation" also a gate of ``activations.GATES``.
+    """
 
     kind: str
-
-    def describe(self) -> str:
-        return self.kind
-
-
-@dataclass(frozen=True, eq=False)
-class MulStep(Step):
-    """act(inputs[0] * inputs[1]); of equal shapes, or one is (batch, channels, 1, 1)."""
-
     activation: str = "none"
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
     def describe(self) -> str:
-        return "multiply" + (f" + {self.activation}" if self.activation != "none" else "")
+        if self.kind == "activation":
+            return self.activation
+        return self.kind + (f" + {self.activation}" if self.activation != "none" else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,13 +104,13 @@ class SelectStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class PoolStep(Step):
-    """Max or average pooling. kind: "max_pool" or "avg_pool"; settings: keyword arguments of the function."""
+    """Pooling. kind: "max_pool", "avg_pool" or "adaptive_avg_pool"; settings: the function's arguments."""
 
     kind: str
     settings: Mapping[str, Any]
 
     def describe(self) -> str:
-        return f"{self.kind} {self.settings['kernel_size']}"
+        return f"{self.kind} {self.settings.get('kernel_size') or self.settings['output_size']}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,16 +118,6 @@ class GlobalPoolStep(Step):
     """The mean of every channel; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
     keepdim: bool
-
-
-@dataclass(frozen=True, eq=False)
-class AdaptivePoolStep(Step):
-    """Adaptive average pooling to size = (height, width)."""
-
-    size: tuple[int, int]
-
-    def describe(self) -> str:
-        return f"adaptive average pool to {self.size[0]}x{self.size[1]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,16 +230,12 @@ class Program:
 
 
 # Steps whose result has the size of what they read.
-_SIZE_KEEPING = (
-    ActivationStep,
-    AddStep,
-    AffineStep,
-    ConcatStep,
-    FlattenStep,
-    GateStep,
-    MulStep,
-    SelectStep,
-)
+_SIZE_KEEPING = (ElementwiseStep, ConcatStep, FlattenStep, SelectStep)
+
+
+def is_activation(step: Step) -> bool:
+    """Whether it is an elementwise function of one tensor, without parameters."""
+    return isinstance(step, ElementwiseStep) and step.kind == "activation"
 
 
 class Flattened(NamedTuple):
@@ -293,16 +256,13 @@ def flattened_maps(steps: Sequence[Step], shapes: Mapping[str, tuple[int, ...]])
     derived: set[str] = set()
     for step in steps:
         keeps_size = isinstance(step, _SIZE_KEEPING)
-        if _is_global_pool(step) or (keeps_size and pixels.issuperset(step.inputs)):
+        is_global = isinstance(step, PoolStep) and step.settings.get("output_size") == (1, 1)
+        if is_global or isinstance(step, GlobalPoolStep) or (keeps_size and pixels.issuperset(step.inputs)):
             pixels.add(step.output)
         elif (isinstance(step, FlattenStep) and len(shapes[step.inputs[0]]) == 4) or (
-            isinstance(step, ActivationStep | GateStep) and maps.issuperset(step.inputs)
+            is_activation(step) and maps.issuperset(step.inputs)
         ):
             maps.add(step.output)
         elif (keeps_size or isinstance(step, TorchStep)) and not (maps | derived).isdisjoint(step.inputs):
             derived.add(step.output)
     return Flattened(maps, derived)
-
-
-def _is_global_pool(step: Step) -> bool:
-    return isinstance(step, GlobalPoolStep) or (isinstance(step, AdaptivePoolStep) and step.size == (1, 1))

@@ -8,10 +8,9 @@ from torch import nn
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.graph.network import call_graph
-from dsp_kernels.op.folding import fold_batch_norm
+from dsp_kernels.op.dense import fold_batch_norm
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
-from dsp_kernels.program.planner import conv_spec_of
 
 
 def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
@@ -51,12 +50,9 @@ def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
 
 
 def _fused(conv: PackedConv2d, norm: nn.BatchNorm2d | None, backend: str) -> FusedConv2d:
-    read = conv_spec_of(conv)
-    assert not isinstance(read, str)  # every PackedConv2d has a spec
-    spec, weights, bias = read
-    if norm is not None:
-        spec, weights, bias = fold_batch_norm(spec, weights, bias, norm)
-    return FusedConv2d(spec, weights, bias, backend).eval()
+    if norm is None:
+        return FusedConv2d(conv.spec, list(conv.weights), conv.bias, backend).eval()
+    return FusedConv2d(*fold_batch_norm(conv.spec, list(conv.weights), conv.bias, norm), backend).eval()
 
 
 def _following_norms(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
@@ -78,13 +74,9 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
             and type(norm).forward is nn.BatchNorm2d.forward
             and norm.running_mean is not None
             and not norm.training
-            and not any(_has_hooks(module) for module in (conv, norm))
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
             and not any(name == path or name.startswith(f"{path}.") for name in read)
             and uses[id(conv)] == uses[id(norm)] == 1
         ):
             found[conv] = norm
     return found
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,9 +1,4 @@
-"""The backends of one gather-grouped convolution.
-
-A backend answers ``can_run(spec, dtype, device, layout) -> (bool, reason)`` and may answer ``is_worth`` for
-the same request (registry.py). ``prepare`` arranges the weights once; the plan it returns, (x, residual) ->
-y, is called many times.
-"""
+"""The backends of one gather-grouped convolution."""
 
 from __future__ import annotations
 
@@ -23,16 +18,12 @@ ConvPlan = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class ConvBackend(Protocol):
-    """One implementation of the op."""
+    """Arranges the weights once in a plan, (x, residual) -> y, which is called many times."""
 
     name: str
 
     def can_run(
-        self,
-        spec: ConvSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: torch.memory_format = torch.contiguous_format,
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
         """Whether it runs this convolution on tensors of this dtype, device and layout; the reason if not."""
         ...
@@ -42,8 +33,6 @@ class ConvBackend(Protocol):
         ...
 
 
-BACKENDS: Registry[ConvBackend] = Registry("backend")
-for _kernels in GPU_KERNELS:
-    BACKENDS.register(GpuBackend(_kernels))
-BACKENDS.register(CpuBackend())
-BACKENDS.register(EagerBackend())
+BACKENDS: Registry[ConvBackend] = Registry(
+    "backend", *map(GpuBackend, GPU_KERNELS), CpuBackend(), EagerBackend()
+)

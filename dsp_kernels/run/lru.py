@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -29,21 +30,16 @@ class LRU(Generic[T]):
     """
 
     def __init__(
-        self, limit: int, size_of: Callable[[T], int] | None = None, max_size: int | None = None
+        self, limit: int, size_of: Callable[[T], int] = lambda value: 0, max_size: float = math.inf
     ) -> None:
         self.limit = limit
         self.max_size = max_size
+        self.total_size = 0  # the sum of ``size_of`` over all entries
         self._size_of = size_of
         self._entries: OrderedDict[Hashable, T] = OrderedDict()
-        self._total = 0
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    @property
-    def total_size(self) -> int:
-        """Sum of ``size_of`` over all entries; 0 without ``size_of``."""
-        return self._total
 
     def get(self, key: Hashable) -> T | None:
         """The value of a key, which becomes the most recently used one; None if there is none."""
@@ -58,7 +54,7 @@ class LRU(Generic[T]):
         with _lock:
             self._remove(key)
             self._entries[key] = value
-            self._total += self._size(value)
+            self.total_size += self._size_of(value)
             self._evict(self.limit)
 
     def get_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -75,18 +71,14 @@ class LRU(Generic[T]):
         return value
 
     def clear(self) -> None:
-        """Evict everything."""
         with _lock:
             self._entries.clear()
-            self._total = 0
-
-    def _size(self, value: T) -> int:
-        return 0 if self._size_of is None else self._size_of(value)
+            self.total_size = 0
 
     def _remove(self, key: Hashable) -> None:
         if key in self._entries:
-            self._total -= self._size(self._entries.pop(key))
+            self.total_size -= self._size_of(self._entries.pop(key))
 
     def _evict(self, limit: int) -> None:
-        while len(self._entries) > limit or (self.max_size is not None and self._total > self.max_size):
+        while len(self._entries) > limit or self.total_size > self.max_size:
             self._remove(next(iter(self._entries)))

@@ -1,8 +1,4 @@
-"""The executors of a whole Program.
-
-An executor answers ``can_run(program, dtype, device) -> (bool, reason)`` and turns a Program once into a
-function x -> y, which is called many times, with any batch size.
-"""
+"""The executors of a whole Program."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ Runner = Callable[[Tensor], Tensor]
 
 
 class Executor(Protocol):
-    """One implementation of Programs."""
+    """Turns a Program once into a function x -> y, which is called many times, with any batch size."""
 
     name: str
     takes_any_dtype: bool  # whether x may have another floating dtype than the Program
@@ -44,8 +40,6 @@ class Executor(Protocol):
         ...
 
 
-EXECUTORS: Registry[Executor] = Registry("backend")
-EXECUTORS.register(CudaExecutor())
-EXECUTORS.register(CudaExecutor("triton"))
-EXECUTORS.register(CpuExecutor())
-EXECUTORS.register(EagerExecutor())
+EXECUTORS: Registry[Executor] = Registry(
+    "backend", CudaExecutor(), CudaExecutor("triton"), CpuExecutor(), EagerExecutor()
+)

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dsp_kernels.errors import DSPBackendError
 
-
-class CanRun(Protocol):
-    """An entry of a registry.
-
-    It may also have ``is_worth(*request)`` with the same kind of answer: "auto" skips an entry that can run
-    but would be slower than the next one. An explicit choice is honoured.
-    """
-
-    name: str
-
-    def can_run(self, *request: Any) -> tuple[bool, str]:
-        """Whether this entry can run the request, and the reason if it cannot."""
-        ...
-
-
-T = TypeVar("T", bound=CanRun)
+T = TypeVar("T")
 
 
 class Registry(Generic[T]):
     """Entries in order of preference; "auto" takes the first that can run a request and is worth it.
 
+    An entry has a ``name`` and ``can_run(*request)`` -> (whether it can, the reason if not). It may have
+    ``is_worth(*request)`` with the same kind of answer: "auto" skips an entry that can run but would be
+    slower than the next one. An explicit choice is honoured.
     what: what an entry is called in error messages.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *entries: T) -> None:
         self.what = what
-        self._entries: list[T] = []
+        self._entries: list[Any] = list(entries)
 
     def __iter__(self) -> Iterator[T]:
         return iter(self._entries)
@@ -44,7 +32,6 @@ class Registry(Generic[T]):
         return entry
 
     def names(self) -> tuple[str, ...]:
-        """Names in order of preference."""
         return tuple(entry.name for entry in self._entries)
 
     def check(self, name: str) -> str:

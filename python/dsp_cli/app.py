@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dsp_cli import bench, demo, export, import_, inspect, pack, train
+from dsp_cli import bench, demo, files, train
 
 app = typer.Typer(
     name="dsp",
@@ -17,8 +17,8 @@ app.command("demo")(demo.demo)
 app.command("pretrain")(train.pretrain)
 app.command("learn-groups")(train.learn_groups)
 app.command("finetune")(train.finetune)
-app.command("pack")(pack.pack)
-app.command("inspect")(inspect.inspect)
+app.command("pack")(files.pack)
+app.command("inspect")(files.inspect)
 app.command("bench")(bench.bench)
-app.command("import")(import_.import_network)
-app.command("export")(export.export)
+app.command("import")(files.import_network)
+app.command("export")(files.export)

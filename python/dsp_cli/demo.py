@@ -8,17 +8,26 @@ from typing import Annotated
 
 import torch
 import typer
-from dsp_benchmarks.report.results import Row, write_json
+from dsp_benchmarks.cases import Case
+from dsp_benchmarks.measure.environment import environment
+from dsp_benchmarks.measure.timing import TimingRules
+from dsp_benchmarks.report.results import Result, Row, Run, write_result
+from dsp_benchmarks.run import run_cases
+from dsp_benchmarks.subjects.networks import Network
 from rich.table import Table
 
 from dsp_cli import options as o
-from dsp_cli.bench import bench_model
 from dsp_cli.show import console, progress_bars
+from dsp_kernels.errors import DSPVerificationError
 from dsp_pruning.recipes.demo import DemoConfig, DemoResult, run_demo
-from dsp_pruning.recipes.run import pick_device
 from dsp_pruning.report import draw_structures
 
 _BATCHES = (1, 32)
+_ENGINES = {
+    Case("dense", "torch"): "dense",
+    Case("packed", "torch"): "packed",
+    Case("packed", "fused"): "fused",
+}
 
 
 def demo(
@@ -29,9 +38,7 @@ def demo(
     ] = DemoConfig.epochs,
     layers: o.Layers = DemoConfig.depth,
     groups: o.Groups = DemoConfig.groups,
-    prune: Annotated[
-        float, typer.Option("--prune", "-p", help="Share of the grouped layers' FLOPs to remove, 0..1.")
-    ] = DemoConfig.prune,
+    prune: o.Prune = DemoConfig.prune,
     rounds: o.Rounds = 30,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
@@ -42,9 +49,13 @@ def demo(
     with progress_bars() as bars:
         result = run_demo(save_dir, config, bars)
     image_size = result.data.image_hw[0]
-    rows = bench_model(result.packed, result.dense, _BATCHES, image_size, rounds, seed, pick_device("cpu"))
+    network = Network(f"ResNet-{config.depth}, digits", result.packed, result.dense, image_size)
+    rows = run_cases(network, _BATCHES, list(_ENGINES), TimingRules(rounds=rounds, seed=seed))
+    if bad := [f"{row.engine}: {row.reason}" for row in rows if row.samples is None]:
+        raise DSPVerificationError("; ".join(bad))
     picture = draw_structures(result.packed, save_dir / "structure.png", f"ResNet-{config.depth}, digits")
-    raw = write_json(save_dir / "latency.json", rows, net=f"resnet{config.depth}_digits")
+    run = Run(f"resnet{config.depth}_digits", network.label, "latency", None, tuple(rows))
+    raw = write_result(save_dir / "latency.json", Result(environment(), None, (run,)))
     console.print(_table(result, config, rows))
     seconds = time.perf_counter() - started
     console.print(f"{result.path}, {picture}, {raw}; {seconds:.0f} s in total", soft_wrap=True)
@@ -63,18 +74,16 @@ def _table(result: DemoResult, config: DemoConfig, rows: list[Row]) -> Table:
             shown = "FLOPs" if what == "flops" else what
             made.add_row(f"pruned {shown}", f"{percent:.2f} %", convention)
     made.add_section()
-    for name, difference in (
-        ("packed vs masked", result.packed_difference),
-        ("fused vs packed", result.fused_difference),
-    ):
-        made.add_row(name, f"{difference:.1e}", "largest logit difference")
+    made.add_row("packed vs masked", f"{result.packed_difference:.1e}", "largest logit difference")
+    made.add_row("fused vs packed", f"{result.fused_difference:.1e}", "largest logit difference")
     made.add_section()
-    dense = {row.batch: row.samples.median for row in rows if row.engine == "dense"}
+    names = {case.label: name for case, name in _ENGINES.items()}
+    dense = {row.batch: row.samples.median for row in rows if row.form == "dense"}
     threads = torch.get_num_threads()
     for row in rows:
         faster = dense[row.batch] / row.samples.median
         made.add_row(
-            f"latency {row.engine}, batch {row.batch}",
+            f"latency {names[row.engine]}, batch {row.batch}",
             f"{1e3 * row.samples.median:.2f} ms",
             f"{faster:.2f}x as fast as dense, {threads} thread{'s' * (threads > 1)}",
         )

@@ -4,56 +4,87 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import typer
 
 from dsp_cli.show import print_result, progress_bars
-from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.errors import DSPPruningError
 from dsp_pruning import data as datasets
 from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.recipes.run import RunConfig
 from dsp_pruning.recipes.training import RecipeResult
 
 DataName = StrEnum("DataName", "digits cifar10 folder")
-Arch = StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152")
-Precision = StrEnum("Precision", "float32 bfloat16 float16")
 
 Config = TypeVar("Config", bound=RunConfig)
 
-Layers = Annotated[
-    int, typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110.")
-]
-Groups = Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups per layer.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of initial weights, splits, shuffling and noise.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
+# The settings of the recipes that are options, by name of the field, which has the type and the default.
+SETTINGS: dict[str, Any] = {
+    "groups": typer.Option("--groups", "-g", min=1, help="Groups per layer."),
+    "layer_groups": typer.Option(
+        "--layer-groups",
+        metavar="PATTERN=G",
+        help="Another number of groups for layers whose name matches, such as 'stage_3.*=8'; repeatable.",
+    ),
+    "regularize": typer.Option(
+        "--regularize", "-r", help="Strength of the regulariser (lambda of the paper)."
+    ),
+    "temperature": typer.Option("--temperature", help="Of the Gumbel softmax."),
+    "second_order": typer.Option("--second-order", help="Second-order term of the gradient of the logits."),
+    "prune": typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1."),
+    "target": typer.Option("--target", help="That cost: multiply-adds or parameters."),
+    "channel_multiple": typer.Option(
+        "--channel-multiple", min=1, help="Keep a multiple of this many channels per group."
+    ),
+    "fp_every_nth_conv": typer.Option(
+        "--fp-every-nth-conv", help="Also prune filters of every nth layer: 2, bottlenecks 3, none -1."
+    ),
+    "cycles": typer.Option("--cycles", min=1, help="Cosine cycles; each starts by pruning a little more."),
+    "one_shot": typer.Option("--one-shot", help="Prune all in the first cycle."),
+    "depth": typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110."),
+    "arch": typer.Option("--arch", help="cifar, or a torchvision ResNet (which ignores --layers)."),
+    "epochs": typer.Option("--epochs", min=0, help="Epochs to train."),
+    "batch_size": typer.Option("--batch-size", min=1, help="Images per step, summed over all processes."),
+    "lr": typer.Option("--lr", help="Base learning rate."),
+    "momentum": typer.Option("--momentum", help="Momentum of SGD."),
+    "weight_decay": typer.Option("--wd", help="Weight decay of SGD."),
+    "precision": typer.Option("--precision", help="Of forward and backward passes."),
+    "channels_last": typer.Option("--channels-last", help="Memory format of the weights; faster on a CPU."),
+    "seed": typer.Option("--seed", help="Of initial weights, splits, shuffling and noise."),
+    "device": typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto."),
+}
+# Types for typer where the field has another one.
+_TYPES = {
+    "arch": StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152"),
+    "precision": StrEnum("Precision", "float32 bfloat16 float16"),
+    "second_order": StrEnum("SecondOrder", "exact none original"),
+    "target": StrEnum("Target", "macs params"),
+    "layer_groups": list[str] | None,
+}
+
+Layers = Annotated[int, SETTINGS["depth"]]
+Groups = Annotated[int, SETTINGS["groups"]]
+Prune = Annotated[float, SETTINGS["prune"]]
+Seed = Annotated[int, SETTINGS["seed"]]
+Device = Annotated[str, SETTINGS["device"]]
+File = Annotated[Path, typer.Argument(help="A packed network (.safetensors).")]
 ImageSize = Annotated[
     int | None,
-    typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size in the file."),
+    typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size trained on."),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timing samples per network.")]
 
 
-def check_packed_name(path: Path) -> None:
-    """Raise DSPFormatError for a path with the suffix of another format."""
-    if path.suffix in (".pt", ".pth", ".pt2", ".onnx", ".npz"):
-        raise DSPFormatError(
-            f"{path} would contain safetensors: use .safetensors, or dsp export for another format"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
-class RunFlags:
-    """Options of every training command, see ``run_command``. None: the default of the recipe."""
+class RunFlags(Generic[Config]):
+    """Options of every training command, see ``run_command``: the settings of its recipe, and the others."""
 
-    layers: Layers = RunConfig.depth
-    arch: Annotated[
-        Arch, typer.Option("--arch", help="cifar, or a torchvision ResNet (which ignores --layers).")
-    ] = Arch.cifar
+    config: Config
     data: Annotated[
         DataName,
         typer.Option("--data", help="Data set. folder: image files in train/<class>/ and val/<class>/."),
@@ -72,48 +103,16 @@ class RunFlags:
         Path | None,
         typer.Option("--save-dir", help="Folder of all stages. Default: runs/resnet<layers>_<data>."),
     ] = None
-    epochs: Annotated[int | None, typer.Option("--epochs", min=0, help="Epochs to train.")] = None
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Images per step, summed over all processes.")
-    ] = RunConfig.batch_size
-    lr: Annotated[float | None, typer.Option("--lr", help="Base learning rate.")] = None
-    momentum: Annotated[float, typer.Option("--momentum", help="Momentum of SGD.")] = RunConfig.momentum
-    wd: Annotated[float | None, typer.Option("--wd", help="Weight decay of SGD.")] = None
-    precision: Annotated[Precision, typer.Option("--precision", help="Of forward and backward passes.")] = (
-        Precision.float32
-    )
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Memory format of the weights; faster on a CPU.")
-    ] = False
-    seed: Seed = 0
-    device: Device = "auto"
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint, with the same settings.")
     ] = False
 
-    def config(self, kind: type[Config], **more: Any) -> Config:
-        """Settings of a recipe from these options and ``more``."""
-        given: dict[str, Any] = {"epochs": self.epochs, "lr": self.lr, "weight_decay": self.wd}
-        return kind(
-            arch=self.arch.value,
-            depth=self.layers,
-            batch_size=self.batch_size,
-            momentum=self.momentum,
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision.value,
-            channels_last=self.channels_last,
-            **{name: value for name, value in given.items() if value is not None},
-            **more,
-        )
-
     def images(self) -> datasets.TrainingData:
-        """The data set."""
         return datasets.load(
             self.data.value,
             self.data_root,
             download=self.download,
-            seed=self.seed,
+            seed=self.config.seed,
             image_size=self.image_size,
             workers=self.workers,
         )
@@ -121,23 +120,26 @@ class RunFlags:
     @property
     def network(self) -> str:
         """Options that select the same network."""
-        return f"-l {self.layers}" if self.arch == Arch.cifar else f"--arch {self.arch.value}"
+        cifar = self.config.arch == "cifar"
+        return f"-l {self.config.depth}" if cifar else f"--arch {self.config.arch}"
 
     @property
     def folder(self) -> Path:
         """Folder of all stages of a network."""
-        if self.save_dir is not None:
-            return self.save_dir
-        name = f"resnet{self.layers}" if self.arch == Arch.cifar else self.arch.value
-        return Path("runs") / f"{name}_{self.data.value}"
+        name = f"resnet{self.config.depth}" if self.config.arch == "cifar" else self.config.arch
+        return self.save_dir or Path("runs") / f"{name}_{self.data.value}"
 
-    def train(self, stage: str, folder: str, recipe: Callable[..., RecipeResult]) -> None:
-        """Run a recipe, in torchrun's process group if there is one; rank 0 shows progress and the result.
-
-        recipe: takes (images, directory=, resume=, progress=). folder: of the stage.
-        """
+    def train(self, stage: str, folder: str, recipe: Callable[..., RecipeResult], **more: Any) -> None:
+        """Run a recipe, in torchrun's process group if there is one; rank 0 shows progress and the result."""
         with process_group():
-            run = functools.partial(recipe, self.images(), directory=self.folder / folder, resume=self.resume)
+            run = functools.partial(
+                recipe,
+                self.images(),
+                config=self.config,
+                directory=self.folder / folder,
+                resume=self.resume,
+                **more,
+            )
             if not is_main():
                 run()
                 return
@@ -146,32 +148,46 @@ class RunFlags:
             print_result(result)
 
 
-def run_command(defaults: type[RunConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options of RunFlags to a command whose first parameter is a RunFlags.
-
-    defaults: the recipe whose epochs, learning rate and weight decay ``--help`` shows.
-    """
-    fields = {"epochs": "epochs", "lr": "lr", "wd": "weight_decay"}
-    shown = {flag: getattr(defaults, name) for flag, name in fields.items()}
+def run_command(kind: type[RunConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options of RunFlags and of a recipe's settings to a command that takes a RunFlags first."""
+    types = get_type_hints(kind)
+    settings = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(kind, name, None),
+            annotation=Annotated[_TYPES.get(name, types[name]), option],
+        )
+        for name, option in SETTINGS.items()
+        if name in types
+    ]
+    _, *common = inspect.signature(RunFlags, eval_str=True).parameters.values()
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        common = [
-            parameter.replace(
-                kind=inspect.Parameter.KEYWORD_ONLY, default=shown.get(parameter.name, parameter.default)
-            )
-            for parameter in inspect.signature(RunFlags, eval_str=True).parameters.values()
-        ]
-        names = [parameter.name for parameter in common]
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
 
         @functools.wraps(command)
         def with_flags(**given: Any) -> None:
-            flags = RunFlags(**{name: given.pop(name) for name in names})
-            command(flags, **given)
+            if "layer_groups" in given:
+                given["layer_groups"] = _by_layer(given["layer_groups"])
+            config = kind(**{parameter.name: given.pop(parameter.name) for parameter in settings})
+            flags = {parameter.name: given.pop(parameter.name) for parameter in common}
+            command(RunFlags(config=config, **flags), **given)
 
-        signature = inspect.Signature([*own, *common])
+        signature = inspect.Signature([*own, *settings, *common])
         with_flags.__signature__ = signature  # type: ignore[attr-defined]
         with_flags.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         return with_flags
 
     return decorate
+
+
+def _by_layer(given: Sequence[str] | None) -> dict[str, int]:
+    """Pattern -> G of every ``--layer-groups``."""
+    found = {}
+    for text in given or ():
+        pattern, _, count = text.rpartition("=")
+        if not pattern or not count.isdecimal():
+            raise DSPPruningError(f"--layer-groups is {text!r}; expected PATTERN=G such as 'stage_3.*=8'")
+        found[pattern] = int(count)
+    return found

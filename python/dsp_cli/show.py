@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
 from dsp_pruning.recipes.training import Progress, RecipeResult
@@ -41,16 +38,6 @@ def progress_bars() -> Iterator[Callable[[str], Progress]]:
         yield stage
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A table: the first column is text, the others are numbers."""
-    made = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    return made
-
-
 def print_result(result: RecipeResult) -> None:
     """Print the scores of a training run and the path of its weights."""
     for name, value in result.extra.items():
@@ -59,4 +46,4 @@ def print_result(result: RecipeResult) -> None:
     for name, score in (("validation", result.validation), ("test", result.test)):
         console.print(f"{name}: {100 * score.accuracy:.2f} % of {score.n} images")
     if result.path is not None:
-        console.print(f"weights: {Path(result.path)}", soft_wrap=True)
+        console.print(f"weights: {result.path}", soft_wrap=True)

@@ -22,21 +22,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dsp_kernels.errors import DSPTrainingError
 
-__all__ = [
-    "all_reduce_max",
-    "all_reduce_mean",
-    "any_rank",
-    "barrier",
-    "broadcast_tensors",
-    "is_distributed",
-    "is_main",
-    "local_rank",
-    "process_group",
-    "rank",
-    "unwrap",
-    "world_size",
-]
-
 _GLOO_THREAD = "pt_gloo_runloop"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,8 @@ def export_onnx(
     onnx and onnxscript are missing or torch cannot export the network, and DSPShapeError if the network does
     not run on the example.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from dsp_kernels import GroupStructure, PackedConv2d
-    >>> from dsp_pruning.export import export_onnx
     >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export_onnx(net, f"{folder}/net.onnx", torch.zeros(1, 4, 8, 8)).name
@@ -63,27 +63,24 @@ def export_onnx(
         import onnxscript  # noqa: F401  # torch needs it to write ONNX
     except ImportError as error:
         raise DSPError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
-    _refuse_fused(model)
+    inputs = tuple(x.cpu().to(dtype) for x in _two_images(model, example_input))
     plain = _plain_form(model).cpu().to(dtype)
-    inputs = tuple(x.cpu().to(dtype) for x in _two_images(example_input))
 
-    def write(temporary: Path) -> None:
-        with torch.no_grad():
-            program = torch.onnx.export(
-                plain,
-                inputs,
-                dynamo=True,
-                opset_version=opset,
-                input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
-                output_names=["output"],
-                dynamic_shapes=_any_batch(inputs),
-                external_data=False,
-                verbose=False,
-            )
+    with _exporting(model, path, plain, inputs) as temporary:
+        program = torch.onnx.export(
+            plain,
+            inputs,
+            dynamo=True,
+            opset_version=opset,
+            input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
+            output_names=["output"],
+            dynamic_shapes=_any_batch(inputs),
+            external_data=False,
+            verbose=False,
+        )
         assert program is not None
         program.save(str(temporary), external_data=False)
-
-    return _write(write, model, path, plain, inputs)
+    return Path(path)
 
 
 def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Path:
@@ -93,24 +90,19 @@ def export_pt2(model: nn.Module, path: str | Path, example_input: Example) -> Pa
     ``dsp_kernels::gather_grouped_conv2d`` node, so import dsp_kernels before ``torch.export.load``.
     Raises DSPError if torch cannot export the network.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from dsp_kernels import GroupStructure, PackedConv2d
-    >>> from dsp_pruning.export import export_pt2
     >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = export_pt2(net, f"{folder}/net.pt2", torch.zeros(1, 4, 8, 8))
     ...     torch.export.load(path).module()(torch.zeros(5, 4, 8, 8)).shape
     torch.Size([5, 8, 6, 6])
     """
-    _refuse_fused(model)
-    copied, inputs = copy.deepcopy(model).eval(), _two_images(example_input)
-
-    def write(temporary: Path) -> None:
-        with torch.no_grad():
-            program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
+    inputs, copied = _two_images(model, example_input), copy.deepcopy(model).eval()
+    with _exporting(model, path, copied, inputs) as temporary:
+        program = torch.export.export(copied, inputs, dynamic_shapes=_any_batch(inputs))
         fill(temporary, partial(torch.export.save, program))
-
-    return _write(write, model, path, copied, inputs)
+    return Path(path)
 
 
 def export_torchscript(model: nn.Module, path: str | Path, example_input: Example) -> Path:
@@ -119,29 +111,25 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     In eval mode, with batch norms folded, for every batch and image size that the network takes. Raises
     DSPError if torch cannot trace the network, or if what its code does depends on these sizes.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from dsp_kernels import GroupStructure, PackedConv2d
-    >>> from dsp_pruning.export import export_torchscript
     >>> net = torch.nn.Sequential(PackedConv2d(GroupStructure.uniform(4, 8, 2), 3)).eval()
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = export_torchscript(net, f"{folder}/net.pt", torch.zeros(1, 4, 8, 8))
     ...     torch.jit.load(path)(torch.zeros(5, 4, 16, 16)).shape
     torch.Size([5, 8, 14, 14])
     """
-    _refuse_fused(model)
-    plain, inputs = _plain_form(model), _two_images(example_input)
-
-    def write(temporary: Path) -> None:
+    inputs, plain = _two_images(model, example_input), _plain_form(model)
+    with _exporting(model, path, plain, inputs) as temporary:
         # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
         if trace(plain, inputs).size_check is not None:
             raise DSPError("what forward() does depends on the size of the images")
-        with torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)
             traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)
         _check_other_sizes(traced, plain, inputs)
         fill(temporary, partial(torch.jit.save, traced))
-
-    return _write(write, model, path, plain, inputs)
+    return Path(path)
 
 
 def _plain_form(model: nn.Module) -> nn.Module:
@@ -213,8 +201,10 @@ class _PlainConv(nn.Module):
         return activate(y, self.activation)
 
 
-def _two_images(example_input: Example) -> tuple[Tensor, ...]:
-    """Batches of two: torch takes a batch of one for a constant."""
+def _two_images(model: nn.Module, example_input: Example) -> tuple[Tensor, ...]:
+    """Batches of two: torch takes a batch of one for a constant. Raises DSPError for a fused network."""
+    if isinstance(model, FusedNetwork):
+        raise DSPError("a fused network is for this machine: export the packed one that it was made from")
     inputs = as_inputs(example_input)
     if inputs[0].dim() != 4:
         raise DSPShapeError(
@@ -226,11 +216,6 @@ def _two_images(example_input: Example) -> tuple[Tensor, ...]:
 def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
     batch = torch.export.Dim("batch")
     return tuple({0: batch} for _ in inputs)
-
-
-def _refuse_fused(model: nn.Module) -> None:
-    if isinstance(model, FusedNetwork):
-        raise DSPError("a fused network is for this machine: export the packed one that it was made from")
 
 
 def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -249,20 +234,18 @@ def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor
             raise DSPError(f"it would be wrong for images of another size: {error}") from error
 
 
-def _write(
-    write: Callable[[Path], None],
-    model: nn.Module,
-    path: str | Path,
-    exported: nn.Module,
-    inputs: tuple[Tensor, ...],
-) -> Path:
+@contextmanager
+def _exporting(
+    model: nn.Module, path: str | Path, exported: nn.Module, inputs: tuple[Tensor, ...]
+) -> Iterator[Path]:
+    """A temporary file that becomes ``path``, or a DSPError."""
     logger = logging.getLogger("torch.onnx")  # torch reports its progress there, and in warnings
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with whole_file(path) as temporary, warnings.catch_warnings():
+        with whole_file(path) as temporary, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            write(temporary)
+            yield temporary
     except OSError:
         raise
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
@@ -277,4 +260,3 @@ def _write(
         raise DSPError(f"{type(model).__name__} cannot be exported to {path}: {str(error)[:400]}") from error
     finally:
         logger.setLevel(level)
-    return Path(path)

@@ -1,11 +1,11 @@
-"""Which convolutions take part in learning and pruning, and how large they are."""
+"""Which convolutions take part in learning and pruning, how large they are, and how many groups they have."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTraceError
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, evaluating, trace
+from dsp_pruning.checks import check_kind, check_names, is_count
 from dsp_pruning.table import text_table
 
 LayerPredicate = Callable[[str, nn.Conv2d], bool]
+GroupCount = int | Mapping[str, int] | Callable[[str, nn.Conv2d], int]
 
 _KEEPS_CHANNELS = ("batch_norm", "identity")  # allowed between a shortcut conv and its add
 _SHORTCUT_NAMES = ("downsample", "shortcut")
@@ -100,14 +102,19 @@ def survey_layers(
     check_kind(layers is None or callable(layers), "layers", layers, "a function (name, conv) -> bool")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     example = inputs_like(model, example_input)
-    sizes = _measure(model, convs, example)
+    first, channels = next((name, conv.in_channels) for name, conv in convs.items())
+    advice = (
+        f". Its first conv {first!r} reads {channels} channels; pass example_input= of shape "
+        f"(1, {channels}, height, width), or a tuple of all inputs of forward()"
+    )
+    shapes = run_shapes(model, convs.values(), example, advice)
     if layers is None:
-        excluded = _excluded_by_default(model, convs, sizes, example)
+        excluded = _excluded_by_default(model, convs, shapes, example)
         chosen = [name for name in convs if name not in excluded]
     else:
         chosen = [name for name, conv in convs.items() if layers(name, conv)]
         excluded = {name: "rejected by layers=" for name in convs if name not in chosen}
-        _check_chosen(convs, chosen, sizes)
+        _check_chosen({name: convs[name] for name in chosen}, shapes)
     if not chosen:
         listed = [f"{name!r} ({reason})" for name, reason in excluded.items()]
         more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
@@ -117,18 +124,45 @@ def survey_layers(
         )
     infos = []
     for name in chosen:
-        conv, (input_hw, output_hw) = convs[name], sizes[name]
+        conv = convs[name]
         kernel_size = (conv.kernel_size[0], conv.kernel_size[1])
+        input_hw, output_hw = ((shape[-2], shape[-1]) for shape in shapes[conv])
         infos.append(
             LayerInfo(name, conv, conv.in_channels, conv.out_channels, kernel_size, input_hw, output_hw)
         )
     return LayerSurvey(convs, tuple(infos), excluded, example)
 
 
-def check_kind(valid: bool, name: str, value: object, expected: str) -> None:
-    """Raise DSPPruningError, which names the type of the value, unless ``valid``."""
-    if not valid:
-        raise DSPPruningError(f"{name} is a {type(value).__name__}; it must be {expected}")
+def groups_of_layers(layers: Sequence[LayerInfo], n_groups: GroupCount) -> dict[str, int]:
+    """Layer name -> number of groups, from one number, a mapping by name or ``(name, conv) -> number``."""
+    if isinstance(n_groups, Mapping):
+        check_names("n_groups needs one number", set(n_groups), {layer.name for layer in layers})
+        counts = {layer.name: n_groups[layer.name] for layer in layers}
+    elif callable(n_groups):
+        counts = {layer.name: n_groups(layer.name, layer.conv) for layer in layers}
+    else:
+        counts = {layer.name: n_groups for layer in layers}
+    for layer in layers:
+        count = counts[layer.name]
+        where = "" if isinstance(n_groups, int | float) else f" for layer {layer.name!r}"
+        if not is_count(count):
+            raise DSPPruningError(f"n_groups is {count!r}{where}; expected an integer of at least 1")
+        if count > layer.out_channels:
+            raise DSPPruningError(
+                f"layer {layer.name!r} has {layer.out_channels} filters, too few for n_groups={count}; use "
+                f"n_groups <= {layer.out_channels} or exclude the layer with layers="
+            )
+    return counts
+
+
+def check_existing(layer: LayerInfo, name: str, shape: tuple[int, ...]) -> None:
+    """Raise DSPPruningError if the conv has an attribute ``name`` that is not a tensor of this shape."""
+    value = getattr(layer.conv, name, None)
+    if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise DSPPruningError(
+            f"layer {layer.name!r} already has a {name!r} of {found}; this n_groups needs shape {shape}"
+        )
 
 
 def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
@@ -148,42 +182,34 @@ def inputs_like(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]
     )
 
 
-_Size = tuple[tuple[int, int], tuple[int, int]]
+def run_shapes(
+    model: nn.Module, modules: Iterable[nn.Module], example: tuple[Tensor, ...], advice: str = ""
+) -> dict[nn.Module, tuple[torch.Size, torch.Size]]:
+    """Shapes of input and output at the first call of every module that runs on the example in eval mode.
 
+    Raises DSPShapeError, which ends with the advice, if the model does not run.
+    """
+    shapes: dict[nn.Module, tuple[torch.Size, torch.Size]] = {}
 
-def _measure(
-    model: nn.Module, convs: Mapping[str, nn.Conv2d], example: tuple[Tensor, ...]
-) -> dict[str, _Size]:
-    """Height and width of input and output, for every conv that runs on the example."""
-    sizes: dict[str, _Size] = {}
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes.setdefault(module, (inputs[0].shape, output.shape))
 
-    def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            before, after = inputs[0].shape[-2:], output.shape[-2:]
-            sizes.setdefault(name, ((before[0], before[1]), (after[0], after[1])))
-
-        return hook
-
-    handles = [conv.register_forward_hook(record(name)) for name, conv in convs.items()]
-    try:
-        with evaluating(model), torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(evaluating(model))
+        for module in modules:
+            stack.callback(module.register_forward_hook(record).remove)
+        try:
             model(*(x.clone() for x in example))  # forward() may modify its input in place
-    except Exception as error:  # forward() may raise anything on a shape that it does not support
-        first, conv = next(iter(convs.items()))
-        raise DSPShapeError(
-            f"{type(model).__name__} does not run on an example input of shape "
-            f"{' and '.join(str(tuple(x.shape)) for x in example)}: {error}. Its first conv {first!r} reads "
-            f"{conv.in_channels} channels; pass example_input= of shape "
-            f"(1, {conv.in_channels}, height, width), or a tuple of all inputs of forward()"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sizes
+        except Exception as error:  # forward() may raise anything on a shape that it does not support
+            raise DSPShapeError(
+                f"{type(model).__name__} does not run on an example input of shape "
+                f"{' and '.join(str(tuple(x.shape)) for x in example)}: {error}{advice}"
+            ) from error
+    return shapes
 
 
 def _excluded_by_default(
-    model: nn.Module, convs: Mapping[str, nn.Conv2d], sizes: Mapping[str, _Size], example: tuple[Tensor, ...]
+    model: nn.Module, convs: Mapping[str, nn.Conv2d], runs: Collection[nn.Module], example: tuple[Tensor, ...]
 ) -> dict[str, str]:
     """Name -> reason, for every conv that the default choice excludes."""
     first = next(iter(convs))
@@ -200,7 +226,7 @@ def _excluded_by_default(
             excluded[name] = f"groups={conv.groups}"
         elif name in shortcuts:
             excluded[name] = "a 1x1 shortcut"
-        elif name not in sizes:
+        elif conv not in runs:
             excluded[name] = "does not run on the example input"
         elif weight is None:
             excluded[name] = "its weight is computed, not a parameter"
@@ -261,13 +287,13 @@ def _passes_conv(network: TracedNetwork, name: str, source: str, without: str) -
     return False
 
 
-def _check_chosen(convs: Mapping[str, nn.Conv2d], chosen: list[str], sizes: Mapping[str, _Size]) -> None:
-    for name in chosen:
-        if convs[name].groups != 1:
+def _check_chosen(chosen: Mapping[str, nn.Conv2d], runs: Collection[nn.Module]) -> None:
+    for name, conv in chosen.items():
+        if conv.groups != 1:
             raise DSPPruningError(
-                f"layer {name!r} has groups={convs[name].groups}; only convs with groups=1 can learn groups"
+                f"layer {name!r} has groups={conv.groups}; only convs with groups=1 can learn groups"
             )
-        if name not in sizes:
+        if conv not in runs:
             raise DSPPruningError(
                 f"layer {name!r} does not run on the example input, so its size is unknown; exclude it"
             )

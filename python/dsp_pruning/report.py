@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError
+from dsp_kernels.errors import DSPError, DSPPruningError
 from dsp_kernels.graph.inputs import Example, as_inputs
-from dsp_kernels.graph.network import evaluating
 from dsp_kernels.op.dense import dense_weight
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.whole_file import whole_file
+from dsp_pruning.layers import run_shapes
 
 # Colour-blind safe (Okabe and Ito 2008), strongest first; reused from the 9th group on.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -211,23 +210,10 @@ def _short(name: str, most: int) -> str:
 
 
 def _output_sizes(model: nn.Module, example_input: Example) -> dict[nn.Module, tuple[int, int]]:
-    """(height, width) of the output of each convolution and linear layer; (1, 1) for a linear one."""
-    sizes: dict[nn.Module, tuple[int, int]] = {}
-    inputs = as_inputs(example_input)
-
-    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        sizes[module] = (output.shape[2], output.shape[3]) if output.ndim == 4 else (1, 1)
-
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(evaluating(model))
-        for module in model.modules():
-            if isinstance(module, PackedConv2d | nn.Conv2d | nn.Linear):
-                stack.callback(module.register_forward_hook(note).remove)
-        try:
-            model(*inputs)
-        except (RuntimeError, DSPShapeError) as error:
-            raise DSPShapeError(
-                f"{type(model).__name__} does not run on an input of shape "
-                f"{' and '.join(str(tuple(x.shape)) for x in inputs)}: {error}"
-            ) from error
-    return sizes
+    """(height, width) of the output of each convolution; (1, vectors per image) of a linear layer."""
+    layers = [m for m in model.modules() if isinstance(m, PackedConv2d | nn.Conv2d | nn.Linear)]
+    shapes = run_shapes(model, layers, as_inputs(example_input)).items()
+    return {
+        layer: (1, math.prod(output[1:-1])) if isinstance(layer, nn.Linear) else (output[2], output[3])
+        for layer, (_, output) in shapes
+    }

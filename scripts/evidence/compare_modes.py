@@ -1,8 +1,7 @@
 """Learned groups against their alternatives: from one dense ResNet, every variant at equal pruned FLOPs.
 
-``python scripts/evidence/compare_modes.py --data-root FOLDER --out FOLDER [--page PAGE.md]`` trains on
-``cifar10_jpeg.npz`` (JPEG copies of CIFAR-10) and resumes where it was stopped. It prints a table of the
-results; ``--page`` also writes it between two marks of that page.
+``python scripts/evidence/compare_modes.py --data-root FOLDER --out FOLDER`` trains on ``cifar10_jpeg.npz``
+(JPEG copies of CIFAR-10), resumes where it was stopped, and prints a table of the results.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY
 from dsp_pruning.recipes.training import Progress, RecipeResult
 
 RESULTS, TABLE, SETTINGS = "results.json", "results.md", "settings.json"
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 FIXED_LOGIT = 200.0  # the softmax stays 0 or 1 for any Gumbel noise and after 1e4 steps of Adam
 
 
@@ -45,17 +43,17 @@ class Variant:
     """groups: ``learned``, ``contiguous``, ``random``, or ``none``: filters by magnitude, no penalty."""
 
     label: str
-    second_order: SecondOrder
     groups: str
+    second_order: SecondOrder = "none"
 
 
-VARIANTS: dict[str, Variant] = {
-    "none": Variant("learned groups, mode `none`", "none", "learned"),
-    "exact": Variant("learned groups, mode `exact`", "exact", "learned"),
-    "original": Variant("learned groups, mode `original`", "original", "learned"),
-    "filters": Variant("filter pruning by magnitude", "none", "none"),
-    "contiguous": Variant("fixed contiguous groups", "none", "contiguous"),
-    "random": Variant("fixed random groups", "none", "random"),
+VARIANTS = {
+    "none": Variant("learned groups, mode `none`", "learned"),
+    "exact": Variant("learned groups, mode `exact`", "learned", "exact"),
+    "original": Variant("learned groups, mode `original`", "learned", "original"),
+    "filters": Variant("filter pruning by magnitude", "none"),
+    "contiguous": Variant("fixed contiguous groups", "contiguous"),
+    "random": Variant("fixed random groups", "random"),
 }
 
 
@@ -96,7 +94,7 @@ def compare(
         raise DSPTrainingError(f"{directory} contains a comparison with other settings: {found}")
     write_text(path, json.dumps(settings, indent=2) + "\n")
 
-    common: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "batch_size")}
+    common: dict[str, Any] = {"depth": config.depth, "batch_size": config.batch_size}
     common |= {"device": "cpu", "channels_last": True}
     pretraining = PretrainConfig(epochs=config.dense_epochs, seed=0, **common)
     dense = _once(directory / "dense", partial(pretrain, data, pretraining), stage("dense"))
@@ -125,42 +123,26 @@ def compare(
             learned = _once(folder / "learn", run, stage(f"{name}, seed {seed}: learn"))
             run = partial(finetune, data, learned["weights"], pruning)
             pruned = _once(folder / "finetune", run, stage(f"{name}, seed {seed}: finetune"))
-            rows.append(
-                {
-                    "variant": name,
-                    "seed": seed,
-                    "pruned_flops": pruned["pruned_flops"],
-                    "pruned_params": pruned["pruned_params"],
-                    "just_pruned": pruned["accuracy_before_finetuning"],
-                    "accuracy": pruned["test"]["accuracy"],
-                    "learn_seconds": learned["seconds"],
-                }
-            )
+            row = {"variant": name, "seed": seed, "just_pruned": pruned["accuracy_before_finetuning"]}
+            row |= {what: pruned[what] for what in ("pruned_flops", "pruned_params")}
+            rows.append(row | {"accuracy": pruned["test"]["accuracy"], "learn_seconds": learned["seconds"]})
             accuracy = dense["test"]["accuracy"]
             content = {"config": asdict(config), "data": data.name, "dense": accuracy, "rows": rows}
             write_text(directory / RESULTS, json.dumps(content, indent=2) + "\n")
-            write_text(directory / TABLE, markdown(config, data, accuracy, rows))
+            write_text(directory / TABLE, markdown(rows, config.learn_epochs))
     return rows
 
 
-def markdown(config: CompareConfig, data: ImageData, dense: float, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The schedule and a table of the results. dense: test accuracy of the dense network, 0..1."""
-    interval = 100 * 1.96 * (dense * (1 - dense) / len(data.test)) ** 0.5
+def markdown(rows: Sequence[Mapping[str, Any]], learn_epochs: int) -> str:
+    """A table of the results."""
     lines = [
-        f"ResNet-{config.depth}, {len(data.train):,} training images, {len(data.validation):,} for "
-        f"validation, all {len(data.test):,} test images of {data.name}; batch {config.batch_size}; "
-        f"dense {config.dense_epochs} epochs, then {config.learn_epochs} epochs of learning (lambda "
-        f"{config.regularize:g}, logits at {config.group_lr:g}) and {config.finetune_epochs} of finetuning "
-        f"in one cosine; G = {config.groups}. One dense network for all: {100 * dense:.2f} % "
-        f"(95 % interval of one accuracy: +-{interval:.1f}).",
-        "",
         "| variant | seed | pruned FLOPs | pruned params | just pruned | finetuned | s/epoch learning |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {VARIANTS[row['variant']].label} | {row['seed']} | {row['pruned_flops']:.1f} % "
         f"| {row['pruned_params']:.1f} % | {100 * row['just_pruned']:.2f} % | {100 * row['accuracy']:.2f} % "
-        f"| {row['learn_seconds'] / config.learn_epochs:.0f} |"
+        f"| {row['learn_seconds'] / learn_epochs:.0f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
@@ -221,27 +203,18 @@ def decode(archive: Mapping[str, Any], part: str, positions: Tensor) -> Split:
 
 
 def main() -> None:
-    """Compare, print the table, and put it into a page."""
+    """Compare and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, required=True, help="folder of cifar10_jpeg.npz")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
-    parser.add_argument("--page", type=Path, help="page with the marks of the table")
     for name, value in asdict(CompareConfig()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args())
-    root, out, page = given.pop("data_root"), given.pop("out"), given.pop("page")
+    root, out = given.pop("data_root"), given.pop("out")
     config = CompareConfig(**given)
-
     data = load_jpeg(root / "cifar10_jpeg.npz", config.train_images)
     compare(data, config, out, lambda name: lambda done, total, text: print(name, text))
-    table = (out / TABLE).read_text(encoding="utf-8")
-    print(table)
-    if page is not None:
-        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        _, marked, after = rest.partition(END)
-        if not marked:
-            raise SystemExit(f"{page} has no {BEGIN} ... {END}")
-        write_text(page, f"{before}{BEGIN}\n{table}{END}{after}")
+    print((out / TABLE).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
+from dsp_kernels.graph.compare import largest_difference, tensors_of
 from dsp_pruning import GroupWrapper, PruneWrapper, pack
 from dsp_pruning.packing.report import PackingReport
 from dsp_pruning.prune.report import PruningReport
+from dsp_pruning.report import network_cost
 
 MOST_PARAMETERS = 150_000_000
 SEGMENTATION = ("fcn_resnet50", "deeplabv3_resnet50")
@@ -29,6 +30,7 @@ CI = (
     *("regnet_y_400mf", "densenet121"),
 )
 _GROUPS = 4
+_NORMS = {"running_mean": (-0.3, 0.3), "running_var": (0.5, 1.5), "weight": (0.7, 1.4), "bias": (-0.5, 0.5)}
 
 
 def names() -> list[str]:
@@ -79,11 +81,11 @@ def images(batch: int, height: int, width: int | None = None) -> Tensor:
 
 def loss_of(output: Any, _: Any = None) -> Tensor:
     """A scalar that depends on every output, whatever its structure."""
-    return torch.stack([tensor.square().mean() for tensor in _tensors(output)]).sum()
+    return torch.stack([tensor.square().mean() for tensor in tensors_of(output)]).sum()
 
 
 def learn(name: str, second_order: Any, steps: int = 3) -> GroupWrapper:
-    """Learn groups. Raises AssertionError if a value is not finite or a layer's logits did not move."""
+    """Learn groups. Raises AssertionError if a tensor is not finite or a layer's logits did not move."""
     model, size = build(name).float().train(), side(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     learner = GroupWrapper(
@@ -105,13 +107,9 @@ def learn(name: str, second_order: Any, steps: int = 3) -> GroupWrapper:
     return learner
 
 
-def prune(name: str, rate: float, steps: int = 3) -> tuple[PruningReport, float]:
-    """Prune random weights with random groups, or to the nearest rate within reach, and train a little.
-
-    Returns the report after training, and the seconds that pruning took.
-    """
+def prune(name: str, rate: float, steps: int = 3) -> PruningReport:
+    """Prune random weights with random groups, or to the nearest rate within reach, and train a little."""
     model, size = build(name).float(), side(name)
-    start = time.perf_counter()
     groups = lambda _, conv: min(_GROUPS, conv.out_channels)  # noqa: E731
     pruner = PruneWrapper(model, groups, 2, example_input=torch.randn(1, 3, size, size))
     for layer in pruner.layers:
@@ -120,7 +118,6 @@ def prune(name: str, rate: float, steps: int = 3) -> tuple[PruningReport, float]
         flops, _ = pruner.initialize(rate)
     except DSPPruningError:
         flops, _ = pruner.initialize(pruner.reachable()[1])
-    seconds = time.perf_counter() - start
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -130,10 +127,10 @@ def prune(name: str, rate: float, steps: int = 3) -> tuple[PruningReport, float]
     assert all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *model.buffers()))
     report = pruner.report()
     assert report.pruned_flops == flops
-    return report, seconds
+    return report
 
 
-def scramble(model: nn.Module, rate: float, seed: int, n_groups: int = _GROUPS) -> nn.Module:
+def scramble(model: nn.Module, rate: float, seed: int) -> nn.Module:
     """Random group masks on every dense conv but the first, and random norms and biases.
 
     One half of the pruned filters has a cleared norm, as the pruner leaves it. The other half has a norm with
@@ -150,21 +147,16 @@ def scramble(model: nn.Module, rate: float, seed: int, n_groups: int = _GROUPS) 
                 gone = None
                 if module.groups == 1 and not first:
                     rows, columns = module.weight.shape[:2]
-                    group = torch.randint(0, n_groups, (rows,), generator=generator)
-                    channels = torch.rand(n_groups, columns, generator=generator) >= rate
+                    group = torch.randint(0, _GROUPS, (rows,), generator=generator)
+                    channels = torch.rand(_GROUPS, columns, generator=generator) >= rate
                     mask = channels[group] & (torch.rand(rows, 1, generator=generator) >= rate)
                     module.register_buffer("mask", mask[:, :, None, None].double())
                     module.weight.mul_(module.mask)
                     gone = ~mask.any(1)
                 first = False
             elif isinstance(module, nn.BatchNorm2d):
-                for tensor, low, high in (
-                    (module.running_mean, -0.3, 0.3),
-                    (module.running_var, 0.5, 1.5),
-                    (module.weight, 0.7, 1.4),
-                    (module.bias, -0.5, 0.5),
-                ):
-                    tensor.uniform_(low, high, generator=generator)
+                for name, (low, high) in _NORMS.items():
+                    getattr(module, name).uniform_(low, high, generator=generator)
                 if gone is not None and len(gone) == module.num_features:
                     cleared = gone & (torch.rand(len(gone), generator=generator) < 0.5)
                     module.weight[cleared] = 0
@@ -174,16 +166,13 @@ def scramble(model: nn.Module, rate: float, seed: int, n_groups: int = _GROUPS) 
 
 @dataclass(frozen=True)
 class Packed:
-    """One network packed at one rate; errors are relative to the largest output."""
+    """A network packed at one rate. channels: of all convolutions; errors: over the largest output."""
 
-    name: str
-    rate: float
+    report: PackingReport
     removed: int
     channels: int
     macs_before: int
     macs_after: int
-    folded: int
-    barriers: tuple[str, ...]
     seconds: float
     error_64: float
     error_32: float
@@ -197,61 +186,22 @@ def pack_masked(name: str, rate: float, seed: int = 0) -> Packed:
     start = time.perf_counter()
     packed = pack(model, inputs[0])
     seconds = time.perf_counter() - start
-    report = packed.packing
-    assert isinstance(report, PackingReport)
+    macs = [network_cost(network, inputs[0]).macs for network in (model, packed)]
+    channels = sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    left = sum(m.out_channels for m in packed.modules() if isinstance(m, nn.Conv2d | PackedConv2d))
     expected = copy.deepcopy(model)  # ``scramble`` multiplied the masks into the weights
-    before, after = _macs(expected, inputs[0]), _macs(packed, inputs[0])
     error_64 = largest_error(expected, packed, inputs)
     error_32 = largest_error(expected.float(), packed.float(), [x.float() for x in inputs])
-    channels = sum(module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
-    left = sum(m.out_channels for m in packed.modules() if isinstance(m, nn.Conv2d | PackedConv2d))
-    barriers = tuple(_operation(barrier.reason) for barrier in report.barriers if barrier.kept)
-    return Packed(
-        *(name, rate, channels - left, channels, before, after, report.folded, barriers, seconds),
-        *(error_64, error_32),
-    )
+    return Packed(packed.packing, channels - left, channels, *macs, seconds, error_64, error_32)
 
 
 @torch.no_grad()
 def largest_error(expected: nn.Module, packed: nn.Module, inputs: list[Tensor]) -> float:
     """The largest difference of two networks over the largest output, over all inputs and outputs."""
-    worst = 0.0
+    errors = []
     for x in inputs:
-        for right, got in zip(_tensors(expected(x)), _tensors(packed(x)), strict=True):
+        for right, got in zip(tensors_of(expected(x)), tensors_of(packed(x)), strict=True):
             assert bool(right.isfinite().all())
-            worst = max(worst, ((right - got).abs().max() / right.abs().max()).item())
-    return worst
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    else:
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(part)
-
-
-@torch.no_grad()
-def _macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds of convolutions and linear layers for one input."""
-    total = 0
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        weights = module.weights if isinstance(module, PackedConv2d) else [module.weight]
-        places = output[0, 0].numel() if output.dim() == 4 and not isinstance(module, nn.Linear) else 1
-        if isinstance(module, nn.Linear):
-            places = output[..., 0].numel()
-        total += sum(weight.numel() for weight in weights) * places
-
-    kinds = (nn.Conv2d, nn.Linear, PackedConv2d)
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, kinds)]
-    model(x)
-    for handle in handles:
-        handle.remove()
-    return total
-
-
-def _operation(reason: str) -> str:
-    """The operation that a barrier's reason names."""
-    return reason.partition("(")[2].partition(",")[0].strip() or reason
+            difference, scale = largest_difference(right, got)
+            errors.append(difference / scale)
+    return float(torch.tensor(errors).max())  # NaN if one is

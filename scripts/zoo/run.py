@@ -1,7 +1,6 @@
-"""Pack, learn or prune every network of the zoo and print a table.
+"""Pack every network of the zoo, or the named ones, and print a table.
 
-``python scripts/zoo/run.py pack --out docs/notes/zoo.md`` (or ``learn``, ``prune``),
-then names, or none for all.
+``python scripts/zoo/run.py --out docs/notes/zoo.md``. Exit status 1 if a network fails or is not exact.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from pathlib import Path
 import networks
 import torch
 
-PACKED_RATES, MOST_ERROR_64, MOST_ERROR_32 = (0.3, 0.7), 1e-10, 1e-4
-PRUNED_RATE, NEAR = 0.5, 0.5  # percentage points: how far above the rate one threshold may end
-_HEADS = {
-    "pack": """# The zoo
+RATES, MOST_ERROR_64, MOST_ERROR_32 = (0.3, 0.7), 1e-10, 1e-4
+_HEAD = """# The zoo
 
 Made by `make test-zoo` (`scripts/zoo/run.py`): every classification CNN of torchvision up to 150 M
 parameters, two networks for segmentation with their auxiliary heads, ten of timm. Random weights, random
@@ -31,17 +28,12 @@ thread, its own check included.
 | network | rate | channels removed | MACs before | MACs after | constants folded | barriers | seconds \
 | error float64 | error float32 |
 |---|---|---|---|---|---|---|---|---|---|
-""",
-    "learn": "| network | input | convs | that learn |\n|---|---:|---:|---:|\n",
-    "prune": "| network | layers | pruned FLOPs | pruned params | by own mask | seconds to prune |\n"
-    "|---|---:|---:|---:|---:|---:|\n",
-}
+"""
 
 
 def main() -> int:
-    """Exit status 1 if a network fails, or misses its bound."""
+    """Run; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=_HEADS)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--out", type=Path, help="write the table there too")
     given = parser.parse_args()
@@ -49,47 +41,33 @@ def main() -> int:
     rows, failed = [], []
     names = given.names or networks.names()
     for name in names:
-        for rate in PACKED_RATES if given.what == "pack" else (PRUNED_RATE,):
+        for rate in RATES:
             try:
-                cells, good = {"pack": _pack, "learn": _learn, "prune": _prune}[given.what](name, rate)
+                made = networks.pack_masked(name, rate)
             except Exception as error:  # the table says which network, and why
                 failed.append(f"* {name} at {rate}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)
                 continue
-            rows.append(f"| {' | '.join((name, *cells))} |")
+            rows.append(f"| {' | '.join((name, f'{rate:.0%}', *_cells(made)))} |")
             print(rows[-1], flush=True)
-            if not good:
+            if not (made.error_64 <= MOST_ERROR_64 and made.error_32 <= MOST_ERROR_32):
                 failed.append(f"* {name} at {rate}: out of bounds")
     end = "failed:\n\n" + "\n".join(failed) if failed else f"all of {len(rows)} rows are within bounds."
-    text = _HEADS[given.what] + "\n".join(rows) + f"\n\n{len(names)} networks; {end}\n"
     if given.out:
-        given.out.write_text(text)
+        given.out.write_text(_HEAD + "\n".join(rows) + f"\n\n{len(names)} networks; {end}\n")
     return 1 if failed else 0
 
 
-def _pack(name: str, rate: float) -> tuple[tuple[str, ...], bool]:
-    result = networks.pack_masked(name, rate)
-    barriers = ", ".join(f"{count} x {what}" for what, count in Counter(result.barriers).items()) or "none"
-    cells = (
-        *(f"{rate:.0%}", f"{result.removed} of {result.channels}"),
-        *(f"{result.macs_before / 1e6:.1f} M", f"{result.macs_after / 1e6:.1f} M", str(result.folded)),
-        *(barriers, f"{result.seconds:.1f}", f"{result.error_64:.1e}", f"{result.error_32:.1e}"),
+def _cells(made: networks.Packed) -> tuple[str, ...]:
+    reasons = [barrier.reason for barrier in made.report.barriers if barrier.kept]
+    # The operation that a barrier's reason names.
+    barriers = Counter(text.partition("(")[2].partition(",")[0].strip() or text for text in reasons)
+    return (
+        *(f"{made.removed} of {made.channels}", f"{made.macs_before / 1e6:.1f} M"),
+        *(f"{made.macs_after / 1e6:.1f} M", str(made.report.folded)),
+        ", ".join(f"{count} x {what}" for what, count in barriers.items()) or "none",
+        *(f"{made.seconds:.1f}", f"{made.error_64:.1e}", f"{made.error_32:.1e}"),
     )
-    return cells, result.error_64 <= MOST_ERROR_64 and result.error_32 <= MOST_ERROR_32
-
-
-def _learn(name: str, _: float) -> tuple[tuple[str, ...], bool]:
-    networks.learn(name, "none")
-    layers = networks.learn(name, "exact").layers
-    return (str(networks.side(name)), str(len(layers.convs)), str(len(layers.chosen))), True
-
-
-def _prune(name: str, rate: float) -> tuple[tuple[str, ...], bool]:
-    report, seconds = networks.prune(name, rate)
-    alone = sum("own mask" in row["note"] for row in report.layers)
-    percent = f"{report.pruned_flops:.2f} %", f"{report.pruned_params:.2f} %"
-    cells = (str(len(report.layers)), *percent, str(alone), f"{seconds:.1f}")
-    return cells, 0 <= report.pruned_flops - 100 * rate < NEAR
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """A fake clock, a small result, and a network that takes milliseconds, for the tests of the benchmarks."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
-from bench_rows import ENVIRONMENT, PEAKS, SMALL, made_row
 from dsp_benchmarks.report.results import Result, Run
 from dsp_benchmarks.subjects.networks import Network, load_network
-from fakes import Clock
+from fakes import ENVIRONMENT, PEAKS, SMALL, Clock, made_row
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """``compare``: few false alarms, few misses, and never across machines unless asked."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable
@@ -9,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bench_rows import made_row
 from dsp_benchmarks.cli import main
 from dsp_benchmarks.measure.samples import Samples, mann_whitney, median_interval, ratio_interval
 from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.report.compare import compare_results, compare_samples
 from dsp_benchmarks.report.results import Result, read_result, write_result
+from fakes import made_row
 
 from dsp_kernels.errors import DSPError
 
 NOISE = Path(__file__).with_name("noise.json")
-_TRIALS = 100
 
 
 def _drawn(noise: list[list[float]], generator: random.Random, scale: float = 1.0) -> Samples:
@@ -39,34 +36,19 @@ def test_error_rates_on_measured_noise(noises: dict[str, list[list[float]]], nam
     noise, generator = noises[name], random.Random(1)
 
     def verdicts(scale: float) -> list[str]:
-        pairs = ((_drawn(noise, generator), _drawn(noise, generator, scale)) for _ in range(_TRIALS))
+        pairs = ((_drawn(noise, generator), _drawn(noise, generator, scale)) for _ in range(100))
         return [compare_samples(name, *pair).verdict for pair in pairs]
 
     assert sum(verdict in ("slower", "faster") for verdict in verdicts(1.0)) <= 2
     assert verdicts(1.1).count("slower") >= 98
 
 
-def test_the_u_test_alone_keeps_its_level(noises: dict[str, list[list[float]]]) -> None:
-    """Without the smallest change that counts, the level of the test bounds the false alarms."""
-    for name, noise in noises.items():
-        generator = random.Random(2)
-        p = [
-            mann_whitney(_drawn(noise, generator).rounds, _drawn(noise, generator).rounds)
-            for _ in range(4 * _TRIALS)
-        ]
-        assert sum(value < 0.01 for value in p) <= 2.5 * 4, name
-        assert 0.4 <= sum(value < 0.5 for value in p) / len(p) <= 0.6, name
-
-
-def test_a_speed_up_is_found_and_a_small_change_is_the_same() -> None:
+def test_verdicts() -> None:
     first = made_row("packed", "a", 1, 1.0).timed
     assert compare_samples("x", first, made_row("packed", "a", 1, 0.9).timed).verdict == "faster"
     assert compare_samples("x", first, made_row("packed", "a", 1, 1.02).timed).verdict == "same"
-
-
-def test_unstable_samples_allow_no_verdict() -> None:
-    steady, wild = Samples((1.0,) * 20), Samples((1.0, 3.0) * 10)
-    assert compare_samples("x", steady, wild).verdict.startswith("no verdict: the median")
+    wild = Samples((1.0, 3.0) * 10)
+    assert compare_samples("x", first, wild).verdict.startswith("no verdict: the median")
 
 
 def test_the_u_test_against_published_numbers() -> None:
@@ -83,15 +65,6 @@ def test_intervals_contain_the_estimate() -> None:
     low, estimate, high = ratio_interval([1.0, 1.01, 0.99] * 5, [1.5, 1.51, 1.49] * 5)
     assert low < estimate < high
     assert estimate == pytest.approx(1.5, rel=0.01)
-
-
-def test_intervals_of_the_median_cover_it() -> None:
-    generator = random.Random(0)
-    covered = 0
-    for _ in range(500):
-        low, high = median_interval([generator.expovariate(1) for _ in range(30)])
-        covered += low <= 0.6931 <= high
-    assert 0.93 <= covered / 500 <= 0.99
 
 
 def _slower(result: Result) -> Result:

@@ -1,16 +1,12 @@
 """Networks in all their forms, structures, floors and peaks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
-import dsp_benchmarks.measure.peaks as peaks_module
 import numpy as np
 import pytest
 import torch
-from bench_rows import SMALL
 from dsp_benchmarks.cases import Case, build_case, case_input
-from dsp_benchmarks.kernels.shapes import layers
+from dsp_benchmarks.kernels.test_convs import layers
 from dsp_benchmarks.measure.floors import compulsory_bytes, part_floor, program_of
 from dsp_benchmarks.measure.peaks import Peaks, measure_peaks
 from dsp_benchmarks.measure.samples import Samples
@@ -19,12 +15,12 @@ from dsp_benchmarks.run import with_floors
 from dsp_benchmarks.subjects.networks import FORMS, Network, NetworkSource, load_network
 from dsp_benchmarks.subjects.released_form import ReleasedNetwork
 from dsp_benchmarks.subjects.structures import apply_structure
-from fakes import Clock
+from fakes import SMALL
 from torch import nn
 
 import dsp_kernels
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.errors import DSPFormatError, DSPPruningError
+from dsp_kernels.errors import DSPFormatError
 from dsp_pruning.data import normalise
 from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet
@@ -32,7 +28,7 @@ from dsp_pruning.released.arrays import read_released_arrays
 from dsp_pruning.report import network_cost
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
-PEAKS = Peaks({"float32": 1e9}, 1e8, 0.0, 1, {})
+PEAKS = Peaks({"float32": 1e9}, 1e8)
 
 
 @pytest.mark.parametrize("name", ["resnet20_g2", "resnet20_g3", "resnet20_g4", "resnet56_g4"])
@@ -69,37 +65,27 @@ def test_a_form_that_was_built_in_inference_mode_can_be_trained(form: str) -> No
     fresh = load_network(SMALL)
     with torch.inference_mode():
         made = fresh.form(form)
-        fresh.program(form)
-    loss = made(torch.randn(2, 3, 16, 16)).sum()
-    loss.backward()
+    made(torch.randn(2, 3, 16, 16)).sum().backward()
     assert all(parameter.grad is not None for parameter in made.parameters())
-    assert not any(tensor.is_inference() for tensor in made.state_dict().values())
-    assert not fresh.example.is_inference()
 
 
-@pytest.mark.parametrize(("groups", "rate"), [(1, 0.5), (2, 0.7), (4, 0.6)])
+@pytest.mark.parametrize(("groups", "rate"), [(2, 0.8), (4, 0.6)])
 def test_a_random_structure_has_its_groups_and_its_rate(groups: int, rate: float) -> None:
     dense = cifar_resnet(20).eval()
-    packed = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed=1)
-    convs = [module for module in packed.modules() if isinstance(module, PackedConv2d)]
-    assert len(convs) == 18
+
+    def structures(seed: int) -> list[GroupStructure]:
+        packed = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed)
+        return [module.structure for module in packed.modules() if isinstance(module, PackedConv2d)]
+
+    found = structures(1)
     # Groups with equal inputs are merged, and groups whose filters are not read are removed.
-    assert max(len(conv.structure.groups) for conv in convs) == groups
-    outside = network_cost(dense, EXAMPLE).macs - sum(
-        conv.weight.numel() * size * size
-        for stage, size in ((dense.stage_1, 16), (dense.stage_2, 8), (dense.stage_3, 4))
-        for block in stage
-        for conv in (block.conv_a, block.conv_b)
-    )
-    total, left = network_cost(dense, EXAMPLE).macs - outside, network_cost(packed, EXAMPLE).macs - outside
-    if rate >= 0.6:
-        assert 1 - left / total == pytest.approx(rate, abs=0.03)
-    again = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed=1)
-    other = apply_structure(dense, EXAMPLE, f"random:g={groups},rate={rate}", seed=2)
-    structures = [
-        [m.structure for m in net.modules() if isinstance(m, PackedConv2d)] for net in (packed, again, other)
-    ]
-    assert structures[0] == structures[1] != structures[2]
+    assert max(len(structure.groups) for structure in found) == groups
+    sizes = [16 * 16] * 6 + [8 * 8] * 6 + [4 * 4] * 6
+    left = sum(structure.macs((3, 3), (1, size)) for structure, size in zip(found, sizes, strict=True))
+    convs = [conv for name, conv in dense.named_modules() if name.endswith(("conv_a", "conv_b"))]
+    total = sum(conv.weight.numel() * size for conv, size in zip(convs, sizes, strict=True))
+    assert 1 - left / total == pytest.approx(rate, abs=0.01)
+    assert found == structures(1) != structures(2)
 
 
 def test_a_structure_from_a_file(shared: Path) -> None:
@@ -123,11 +109,6 @@ def test_a_structure_of_another_network_is_refused(tmp_path: Path) -> None:
         np.savez(tmp_path / "s.npz", meta="{}", **arrays)
         with pytest.raises(DSPFormatError, match=words):
             apply_structure(cifar_resnet(8), EXAMPLE, str(tmp_path / "s.npz"))
-
-
-def test_an_impossible_rate_is_refused() -> None:
-    with pytest.raises(DSPPruningError, match=r"rate 0\.1"):
-        apply_structure(cifar_resnet(8), EXAMPLE, "random:g=2,rate=0.1")
 
 
 def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
@@ -189,33 +170,8 @@ def test_peaks_are_measured_and_the_best_is_kept() -> None:
     assert 1e9 < peaks.flops["float32"] < 1e14
     assert 1e8 < peaks.bandwidth < 1e13
     assert peaks.best(PEAKS) == peaks
-    faster = Peaks({"float32": 1e15}, 1e14, 0.0, 1, {"float32": "known"})
-    assert peaks.best(faster).flops == {"float32": 1e15}
-    assert peaks.best(faster).how["float32"] == "known"
-
-
-@pytest.mark.parametrize("half_rate", [1e9, 4e12], ids=["in-software", "in-hardware"])
-def test_large_products_are_not_measured_if_small_ones_are_far_slower_than_float32(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock, half_rate: float
-) -> None:
-    sizes: list[int] = []
-
-    def matmul(left: torch.Tensor, right: torch.Tensor) -> None:
-        half = left.dtype == torch.bfloat16
-        if half:
-            sizes.append(len(left))
-        # One call that the machine held up does not make the processor slow.
-        hiccup = half and len(sizes) == 2
-        clock.spend(2 * len(left) ** 3 / (half_rate if half and not hiccup else 1e9 if hiccup else 1e12))
-
-    monkeypatch.setattr(torch, "matmul", matmul)
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda target, _: clock.spend(0.1) or target)
-    monkeypatch.setattr(peaks_module.shutil, "which", lambda _: None)  # no compiler for the multiply-add loop
-    peaks = measure_peaks("cpu", (torch.float32, torch.bfloat16))
-    assert peaks.flops == pytest.approx({"float32": 1e12, "bfloat16": max(half_rate, 1e12)})
-    assert set(sizes) == ({256} if half_rate == 1e9 else {256, 1024, 2048})
-    assert ("as float32" in peaks.how["bfloat16"]) == (half_rate == 1e9)
-    assert peaks.bandwidth == pytest.approx(2 * 256 * 2**20 / 0.1)
+    faster = Peaks({"float32": 1e15}, 1e14)
+    assert peaks.best(faster) == faster
 
 
 def test_single_op_layers_are_one_of_each_shape() -> None:

@@ -1,14 +1,12 @@
 """The commands, with small runs: what they write and print, and errors as one line without a traceback."""
 
-from __future__ import annotations
-
 import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,26 +25,21 @@ SMALL = ["-l", "8", "--data", "digits", "--epochs", "2", "--batch-size", "64"]
 SMALL += ["--seed", "1", "--device", "cpu"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    status: int
-    out: str
-    error: str
+Command = Callable[..., SimpleNamespace]
 
 
 @pytest.fixture
-def dsp(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def run(*arguments: object) -> Outcome:
+def dsp(capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: object) -> SimpleNamespace:
         status = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        return Outcome(status, captured.out, captured.err)
+        return SimpleNamespace(status=status, out=captured.out, error=captured.err)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of every stage, with the published options."""
     folder = tmp_path_factory.mktemp("runs")
     common = [*SMALL, "--save-dir", str(folder)]
     assert main(["pretrain", *common, "--lr", "0.1", "--momentum", "0.9", "--wd", "1e-4"]) == 0
@@ -95,9 +88,7 @@ def test_the_packed_file_has_the_structure_of_the_pruned_network(packed_file: Pa
     assert 100 * (1 - macs / whole) == pytest.approx(summary["pruned_flops"], abs=1e-6)
 
 
-def test_inspect_lists_every_layer_and_draws_it(
-    packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
-) -> None:
+def test_inspect_lists_every_layer_and_draws_it(packed_file: Path, dsp: Command, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "structure.png"
     shown = dsp("inspect", packed_file, "--picture", picture, "--image-size", 16)
     assert shown.status == 0
@@ -114,7 +105,7 @@ def test_inspect_lists_every_layer_and_draws_it(
 
 
 def test_bench_times_a_packed_file_in_the_chosen_engines(
-    packed_file: Path, dsp: Callable[..., Outcome], tmp_path: Path
+    packed_file: Path, dsp: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "bench.json"
     flags = ["--batch", 1, "--batch", 3, "--rounds", 2, "--image-size", 16, "--out", out, "--report"]
@@ -131,7 +122,7 @@ def test_bench_times_a_packed_file_in_the_chosen_engines(
     assert "packed/fused:eager" in shown.out
 
 
-def test_demo_runs_the_whole_pipeline(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_demo_runs_the_whole_pipeline(dsp: Command, tmp_path: Path) -> None:
     shown = dsp("demo", "-l", 8, "--epochs", 2, "--rounds", 2, "--save-dir", tmp_path)
     assert shown.status == 0, shown.error
     cells = [line.split("│") for line in shown.out.splitlines() if "│ accuracy" in line]
@@ -148,7 +139,7 @@ def test_demo_runs_the_whole_pipeline(dsp: Callable[..., Outcome], tmp_path: Pat
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(
-    dsp: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dsp: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
     def interrupting() -> Iterator[Callable[[str], Progress]]:
@@ -200,20 +191,14 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "status", "message"), BAD)
 def test_bad_input_is_one_line(
-    arguments: str,
-    status: int,
-    message: str,
-    trained: Path,
-    packed_file: Path,
-    dsp: Callable[..., Outcome],
-    tmp_path: Path,
+    arguments: str, status: int, message: str, packed_file: Path, dsp: Command, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.safetensors"
     text.write_text("not a network")
     (tmp_path / "empty").mkdir()
     for name, value in (
         ("RUN", " ".join([*SMALL, "--save-dir", "TRAINED"])),
-        ("TRAINED", trained),
+        ("TRAINED", packed_file.parent),
         ("PACKED", packed_file),
         ("TEXT", text),
         ("FOLDER", tmp_path / "empty"),
@@ -227,7 +212,7 @@ def test_bad_input_is_one_line(
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_help_names_every_command(dsp: Callable[..., Outcome]) -> None:
+def test_help_names_every_command(dsp: Command) -> None:
     shown = dsp("--help")
     assert shown.status == 0
     for command in ("demo", "pretrain", "learn-groups", "finetune", "pack", "inspect", "bench"):
@@ -252,7 +237,7 @@ class _TwoInputs(nn.Module):
         return self.head(self.a(x) + self.b(y)).mean((2, 3))
 
 
-def test_a_network_with_several_inputs_in_every_command(dsp: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_network_with_several_inputs_in_every_command(dsp: Command, tmp_path: Path) -> None:
     file = tmp_path / "two.safetensors"
     network, given = _TwoInputs().eval(), (torch.randn(1, 3, 8, 8), torch.randn(1, 1, 8, 8))
     dsp_kernels.save(network, file, given)
@@ -276,12 +261,9 @@ GROUPS: list[tuple[int, dict[str, int]]] = [
     (4, {}),
     (48, {}),
     *((4, {pattern: 8}) for pattern in ("stage_3.*", "stage_3.?", "stage_3.", "stage_3/*", "stage_3.%2A")),
-    (4, {"a": 1, "b": 2}),
-    (4, {"b": 2, "a": 1}),  # the order counts if both match a layer
-    (4, {"a=1_b": 2}),
-    (4, {"a": 12}),
-    (4, {f"layer{number}.*": 2 for number in range(40)}),
-    (4, {f"layer{number}.?": 2 for number in range(40)}),
+    # The order counts if both match a layer.
+    *((4, choice) for choice in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a=1_b": 2}, {"a": 12})),
+    *((4, {f"layer{number}.{end}": 2 for number in range(40)}) for end in "*?"),
 ]
 
 

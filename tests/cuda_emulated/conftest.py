@@ -1,7 +1,5 @@
 """The CUDA kernels' templates on the host."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,11 @@ def emulator_library() -> Path:
     return cuda_emulator()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def emulator(emulator_library: Path) -> Emulator:
     return Emulator(emulator_library, "cuda_conv")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def block_emulator(emulator_library: Path) -> Emulator:
     return Emulator(emulator_library, "cuda_block")

@@ -1,7 +1,5 @@
 """Networks with residual blocks as one kernel: the executor on the CPU, the kernel in the emulator."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 
@@ -60,7 +58,6 @@ def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: Emulator) -> I
     )
     monkeypatch.setattr(block_plan, "CudaBlock", partial(CudaBlock, launch=block_emulator))
     monkeypatch.delenv("DSP_KERNELS_BLOCKS", raising=False)
-    block_emulator.launches.clear()
     with torch.no_grad():
         yield
 

@@ -1,9 +1,8 @@
 """When the CUDA kernels are built, for which GPUs, what the library contains, and the reasons without it."""
 
-from __future__ import annotations
-
 import ctypes
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dsp_kernels.run.gpu.layout import GpuLayout
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))
 RESOURCES = runpy.run_path(str(ROOT / "scripts" / "cuda_resources.py"))
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 SPEC = ConvSpec(GroupStructure.dense(2, 2), (3, 3))
 
 
@@ -119,17 +119,11 @@ def test_the_library_says_whether_it_has_wgmma() -> None:
     assert built == ("9.0a" in archs)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
-def test_the_reason_without_a_gpu() -> None:
-    able, reason = CudaKernels().can_run(SPEC, torch.float16, torch.device("cuda"), GpuLayout.CHWN)
-    assert not able
-    assert "not built" in reason or "CUDA" in reason
-
-
 @pytest.mark.parametrize(
     ("spec", "dtype", "device", "text"),
     [
         (SPEC, torch.float16, "cpu", "tensors are on cpu"),
+        pytest.param(SPEC, torch.float16, "cuda", "not built|CUDA", marks=WITHOUT_GPU),
         (SPEC, torch.float64, "cuda", "float64"),
         (ConvSpec(SPEC.structure, (3, 3), dilation=(9000, 1)), torch.float16, "cuda", "farther than"),
     ],
@@ -137,7 +131,7 @@ def test_the_reason_without_a_gpu() -> None:
 def test_reasons_why_it_cannot_run(spec: ConvSpec, dtype: torch.dtype, device: str, text: str) -> None:
     able, reason = CudaKernels().can_run(spec, dtype, torch.device(device), GpuLayout.NHWC)
     assert not able
-    assert text in reason
+    assert re.search(text, reason)
 
 
 def test_importing_loads_no_cuda_library() -> None:

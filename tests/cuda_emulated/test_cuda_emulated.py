@@ -1,21 +1,25 @@
 """The CUDA kernels' own templates and tables, run on the host thread by thread, against the definition."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import block_cases
 import pytest
 import torch
+from block_cases import BACK, NARROW, SQUARE, BlockCase
 from cases import CASES, UNEQUAL, WIDE, Case
-from emulation import LEAST_SHARED, MOST_SHARED, Emulator
-from gpu_checks import check_conv
+from emulation import LEAST_SHARED, Emulator
+from gpu_checks import check_block, check_conv
+from torch import Tensor
 
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
+from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
+from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.cuda.conv import CudaConv
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, kernels_for
 from dsp_kernels.run.gpu.layout import ACTIVATION_CODES, GPU_DTYPES, GpuLayout
@@ -53,7 +57,6 @@ def layout_of(kernel: str) -> GpuLayout:
 
 
 def in_chwn(case: Case) -> Case:
-    """With the next batch that CHWN can hold."""
     batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
     return replace(case, batch=batch)
 
@@ -90,15 +93,11 @@ def test_no_stage_is_read_or_overwritten_too_early(kernel: str, mode: str, emula
     """Asynchronous copies land at once or at the wait; threads run in both orders; out is the residual."""
     case = Case("many steps", GroupStructure.dense(70, 20), hw=(4, 4), residual=True, activation="relu")
     emulator.late, emulator.backwards = MODES[mode]
-    try:
-        check(case, torch.float32 if "fp32" in kernel else torch.float16, kernel, emulator, in_place=True)
-    finally:
-        emulator.late = emulator.backwards = False
+    check(case, torch.float32 if "fp32" in kernel else torch.float16, kernel, emulator, in_place=True)
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if "fp32" not in name])
 def test_every_filter_tile_without_bank_conflicts(kernel: str, emulator: Emulator) -> None:
-    """ldmatrix, asynchronous copies, fragments and sums."""
     seen = set()
     for filters in (9, 30, 64, 128):
         case = Case("conflicts", GroupStructure.dense(16, filters), hw=(4, 8), batch=16, residual=True)
@@ -118,11 +117,8 @@ def test_every_filter_tile_without_bank_conflicts(kernel: str, emulator: Emulato
 
 def test_halo_tiles_fit_the_smallest_chip(emulator: Emulator) -> None:
     emulator.shared_limit = LEAST_SHARED
-    try:
-        case = Case("small chip", GroupStructure.dense(20, 12), hw=(17, 16), batch=16)
-        check(case, torch.bfloat16, "halo", emulator)
-    finally:
-        emulator.shared_limit = MOST_SHARED
+    case = Case("small chip", GroupStructure.dense(20, 12), hw=(17, 16), batch=16)
+    check(case, torch.bfloat16, "halo", emulator)
 
 
 def test_no_image_affects_another(emulator: Emulator) -> None:
@@ -150,7 +146,7 @@ def test_no_image_affects_another(emulator: Emulator) -> None:
 )
 def test_tensors_that_do_not_fit(
     layout: GpuLayout,
-    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     text: str,
     emulator: Emulator,
 ) -> None:
@@ -217,3 +213,90 @@ def test_numbers_agree_with_the_enums_of_csrc(enum: str, numbers: dict[str, int]
     assert names
     assert names[1].replace(" ", "").split(",") == sorted(numbers, key=lambda name: numbers[name])
     assert set(numbers.values()) == set(range(len(numbers)))
+
+
+BY_NAME = {case.name: case for case in block_cases.CASES}
+
+
+def prepared(case: BlockCase, dtype: torch.dtype, emulator: Emulator) -> CudaBlock:
+    step = case.step(dtype)
+    tables = block_tables(step, dtype, CPU)
+    rows, columns, tile_n = case.tile
+    geometry = BlockGeometry.of(step, tables.slots, case.hw, (rows, columns), tile_n, case.turns)
+    assert geometry is not None
+    return CudaBlock(step, tables, geometry, emulator)
+
+
+def check_prepared(case: BlockCase, dtype: torch.dtype, emulator: Emulator, in_place: bool = False) -> None:
+    check_block(prepared(case, dtype, emulator), case, dtype, in_place=in_place)
+
+
+@pytest.mark.parametrize("case", block_cases.CASES, ids=block_cases.IDS)
+def test_block(case: BlockCase, block_emulator: Emulator) -> None:
+    """Every access is in bounds, and no two threads use a word of shared memory without a barrier."""
+    check_prepared(case, torch.float16, block_emulator)
+
+
+@pytest.mark.parametrize("name", ["unequal groups, absent channels", "strided bottleneck"])
+def test_block_in_bfloat16(name: str, block_emulator: Emulator) -> None:
+    check_prepared(BY_NAME[name], torch.bfloat16, block_emulator)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("name", ["stride 2, another residual", "bottleneck in turns"])
+def test_copies_and_threads_of_a_block_in_any_order(name: str, late: bool, block_emulator: Emulator) -> None:
+    """Asynchronous copies land at once or at the wait; threads run backwards; out is the residual."""
+    block_emulator.late, block_emulator.backwards = late, True
+    check_prepared(BY_NAME[name], torch.float16, block_emulator, in_place=True)
+
+
+def test_blocks_have_few_bank_conflicts(block_emulator: Emulator) -> None:
+    """ldmatrix, sums into the next map, the residual, rows kept for the next turn."""
+    dense = GroupStructure.dense(16, 16)
+    case = BlockCase("conflicts", ((dense, 3, 1), (dense, 3, 1)), hw=(4, 6), tile=(2, 6, 1), turns=2)
+    check_prepared(case, torch.float16, block_emulator)
+    counts = block_emulator.counts
+    assert counts.matrices > 1000
+    assert counts.matrix_conflicts == 0
+    # Four chunks of one channel next to four of another may begin at the same bank.
+    assert counts.load_conflicts <= counts.loads // 4
+    assert counts.store_conflicts <= counts.stores // 10
+
+
+def test_no_image_affects_another_in_a_block(block_emulator: Emulator) -> None:
+    case = BlockCase("infinite", ((SQUARE, 3, 1), (SQUARE, 3, 1)), hw=(3, 4))
+    block = prepared(case, torch.float16, block_emulator)
+    x = case.input(torch.float16)
+    x[1:] = torch.inf
+    out = torch.empty(CHWN.shape(x.shape), dtype=x.dtype)
+    block(CHWN.from_nchw(x), out)
+    assert torch.isfinite(CHWN.as_nchw(out)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x, out: (x[..., :4].contiguous(), out[..., :4].contiguous(), None), "multiple of 8"),
+        (lambda x, out: (x[:, 1:].contiguous(), out, None), "x has shape"),
+        (lambda x, out: (x, out[:, :, 1:].contiguous(), None), "out has shape"),
+        (lambda x, out: (x.bfloat16(), out, None), "bfloat16"),
+        (lambda x, out: (x.transpose(1, 2).contiguous().transpose(1, 2), out, None), "not contiguous"),
+        (lambda x, out: (x, out, out), "takes no residual"),
+    ],
+)
+def test_tensors_that_do_not_fit_a_block(
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]],
+    text: str,
+    block_emulator: Emulator,
+) -> None:
+    case = BlockCase("bad", ((NARROW, 3, 1), (BACK, 3, 1)))
+    block = prepared(case, torch.float16, block_emulator)
+    x = CHWN.from_nchw(case.input(torch.float16))
+    with pytest.raises(DSPShapeError, match=text):
+        block(*change(x, torch.empty_like(x)))
+
+
+def test_a_shortcut_that_reads_outside_the_tile_has_no_geometry() -> None:
+    wide = BlockCase("far", ((NARROW, 3, 1), (BACK, 3, 1)), (GroupStructure.dense(7, 7), 7, 1))
+    tables = block_tables(wide.step(torch.float16), torch.float16, CPU)
+    assert BlockGeometry.of(tables.step, tables.slots, (8, 8), (4, 4), 1) is None

@@ -1,7 +1,5 @@
 """load refuses damaged, foreign and hostile files, and says what is wrong with them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import subprocess
@@ -16,7 +14,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from wild_net import IMAGE, images, wild
 
 import dsp_kernels
 from dsp_kernels import GroupStructure
@@ -190,22 +187,30 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
 }
 
 
+def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["dsp_kernels"]), load_file(path)
+
+
+def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, path, metadata={"dsp_kernels": json.dumps(header)})
+    return path
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Header, dict[str, Tensor]]:
     path = tmp_path_factory.mktemp("template") / "net"
-    dsp_kernels.save(wild(), path, IMAGE)
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["dsp_kernels"]), load_file(path)
+    dsp_kernels.save(nets.wild(), path, nets.IMAGE)
+    return read(path)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_description(template: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str) -> None:
     change, message = HOSTILE[name]
-    header, tensors = copy.deepcopy(template[0]), template[1]
+    header = copy.deepcopy(template[0])
     change(header)
-    save_file(tensors, tmp_path / "net", metadata={"dsp_kernels": json.dumps(header)})
     with pytest.raises(DSPFormatError, match=message):
-        dsp_kernels.load(tmp_path / "net")
+        dsp_kernels.load(write(tmp_path / "net", header, template[1]))
 
 
 def test_the_description_loads_without_these_changes(
@@ -214,8 +219,8 @@ def test_the_description_loads_without_these_changes(
     """A later version that says it is compatible may add keys."""
     header = copy.deepcopy(template[0]) | {"version": 9, "readable_from": 2, "licence": "a new key"}
     _first(*_squares(3))(header)
-    save_file(template[1], tmp_path / "net", metadata={"dsp_kernels": json.dumps(header)})
-    assert torch.equal(dsp_kernels.load(tmp_path / "net")(images())["map"], wild()(images())["map"])
+    loaded, x = dsp_kernels.load(write(tmp_path / "net", header, template[1])), nets.example(3)
+    assert torch.equal(loaded(x)["map"], nets.wild()(x)["map"])
 
 
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
@@ -236,9 +241,8 @@ def test_tensors_that_do_not_fit(
 ) -> None:
     (change, message), tensors = TENSORS[name], dict(template[1])
     change(tensors)
-    save_file(tensors, tmp_path / "net", metadata={"dsp_kernels": json.dumps(template[0])})
     with pytest.raises(DSPFormatError, match=message):
-        dsp_kernels.load(tmp_path / "net")
+        dsp_kernels.load(write(tmp_path / "net", template[0], tensors))
 
 
 def test_widths_of_all_layers_share_one_budget() -> None:
@@ -270,28 +274,24 @@ class _Two(nn.Module):
 @pytest.mark.parametrize("name", FURTHER)
 def test_a_hostile_description_of_several_inputs(tmp_path: Path, name: str) -> None:
     path = tmp_path / "net"
-    dsp_kernels.save(_Two(), path, (IMAGE, torch.zeros(1, 3)))
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["dsp_kernels"])
+    dsp_kernels.save(_Two(), path, (nets.IMAGE, torch.zeros(1, 3)))
+    header, tensors = read(path)
     assert (header["version"], header["readable_from"]) == (3, 3)
     change, words = FURTHER[name]
     change(header)
-    save_file({}, path, metadata={"dsp_kernels": json.dumps(header)})
     with pytest.raises(DSPFormatError, match=words):
-        dsp_kernels.load(path)
+        dsp_kernels.load(write(path, header, tensors))
 
 
 def test_a_fused_layer_of_other_channels_is_refused(tmp_path: Path) -> None:
     """Its groups read only channels that exist."""
     path = tmp_path / "net"
-    dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, IMAGE)
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["dsp_kernels"])
+    dsp_kernels.save(dsp_kernels.swap(nets.make("residual")), path, nets.IMAGE)
+    header, tensors = read(path)
     fused = next(m for m in header["modules"].values() if m["class"] == "FusedConv2d")
     fused["structure"]["in_channels"] += 100
-    save_file(load_file(path), path, metadata={"dsp_kernels": json.dumps(header)})
     with pytest.raises(DSPFormatError, match="channels reads a tensor of shape"):
-        dsp_kernels.load(path)
+        dsp_kernels.load(write(path, header, tensors))
 
 
 def test_foreign_files(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_foreign_files(tmp_path: Path) -> None:
 
 def test_every_truncation(tmp_path: Path) -> None:
     path = tmp_path / "net"
-    dsp_kernels.save(nets.make("residual"), path, IMAGE)
+    dsp_kernels.save(nets.make("residual"), path, nets.IMAGE)
     whole = path.read_bytes()
     for size in [*range(0, 200, 7), *range(200, len(whole), 97), len(whole) - 1]:
         path.write_bytes(whole[:size])

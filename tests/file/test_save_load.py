@@ -1,7 +1,5 @@
 """save and load: networks come back as they were, and what a file cannot hold is named."""
 
-from __future__ import annotations
-
 import copy
 import resource
 from collections.abc import Callable
@@ -12,7 +10,6 @@ import nets
 import pytest
 import torch
 from torch import Tensor, nn
-from wild_net import IMAGE, images, wild
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
@@ -20,7 +17,7 @@ from dsp_kernels.errors import DSPError, DSPFormatError
 
 def assert_same(left: nn.Module, right: nn.Module) -> None:
     """Equal answers in both modes, equal statistics after a training step, to the last bit."""
-    x = images().to(next(left.parameters()).dtype)
+    x = nets.example(3).to(next(left.parameters()).dtype)
     for training in (False, True):
         answers = []
         for model in (left.train(training), right.train(training)):
@@ -38,7 +35,7 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
 
 
 def made(name: str) -> nn.Module:
-    return wild() if name == "wild" else nets.make(name)
+    return nets.wild() if name == "wild" else nets.make(name)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +49,7 @@ def made(name: str) -> nn.Module:
 def test_any_network_comes_back_as_it_was(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     model, path = made(name).to(dtype), tmp_path / "net"
     model.dense_widths = {next(path for path, _ in model.named_modules() if path): (3, 9, 1)}
-    dsp_kernels.save(model, path, IMAGE)
+    dsp_kernels.save(model, path, nets.IMAGE)
     loaded = dsp_kernels.load(path)
     assert not loaded.training
     assert loaded.example_shape == (1, 3, 8, 8)
@@ -65,12 +62,12 @@ def test_any_network_comes_back_as_it_was(tmp_path: Path, name: str, dtype: torc
 
 
 def test_copies_keep_hooks_and_attributes(tmp_path: Path) -> None:
-    dsp_kernels.save(nets.make("residual"), tmp_path / "net", IMAGE)
+    dsp_kernels.save(nets.make("residual"), tmp_path / "net", nets.IMAGE)
     loaded, seen = dsp_kernels.load(tmp_path / "net"), []
     loaded.note = "mine"
     loaded.register_forward_pre_hook(lambda *_: seen.append(1))
     copied = copy.deepcopy(loaded)
-    copied(images())
+    copied(nets.example(3))
     assert (copied.note, seen) == ("mine", [1])
 
 
@@ -78,13 +75,13 @@ def test_copies_keep_hooks_and_attributes(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
     path, model = tmp_path / "net", nets.make("residual")
     if there:
-        dsp_kernels.save(model, path, IMAGE)
+        dsp_kernels.save(model, path, nets.IMAGE)
     before = path.read_bytes() if there else b""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            dsp_kernels.save(model, path, IMAGE)
+            dsp_kernels.save(model, path, nets.IMAGE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before] * there
@@ -93,27 +90,27 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
 @pytest.mark.parametrize("name", ["residual", "branching"])
 def test_a_loaded_network_is_an_ordinary_module(tmp_path: Path, name: str) -> None:
     model = nets.make(name)
-    dsp_kernels.save(model, tmp_path / "net", IMAGE)
+    dsp_kernels.save(model, tmp_path / "net", nets.IMAGE)
     loaded = dsp_kernels.load(tmp_path / "net")
-    expected = model(images())
-    fused = dsp_kernels.fuse(loaded, IMAGE)
-    torch.testing.assert_close(fused(images()), expected)
+    expected = model(nets.example(3))
+    fused = dsp_kernels.fuse(loaded, nets.IMAGE)
+    torch.testing.assert_close(fused(nets.example(3)), expected)
     compiled = torch.compile(loaded, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(images()), expected)
-    exported = torch.export.export(loaded, (images(),)).module()
-    assert torch.equal(exported(images()), expected)
-    loaded.train()(images()).sum().backward()
+    assert torch.equal(compiled(nets.example(3)), expected)
+    exported = torch.export.export(loaded, (nets.example(3),)).module()
+    assert torch.equal(exported(nets.example(3)), expected)
+    loaded.train()(nets.example(3)).sum().backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
     halved = copy.deepcopy(loaded).eval().to(torch.bfloat16)
-    assert halved(images().bfloat16()).dtype == torch.bfloat16
+    assert halved(nets.example(3).bfloat16()).dtype == torch.bfloat16
 
 
 def test_swapped_networks_can_be_saved(tmp_path: Path) -> None:
     swapped = dsp_kernels.swap(nets.make("residual"))
-    dsp_kernels.save(swapped, tmp_path / "net", IMAGE)
+    dsp_kernels.save(swapped, tmp_path / "net", nets.IMAGE)
     loaded = dsp_kernels.load(tmp_path / "net")
     assert any(isinstance(module, dsp_kernels.FusedConv2d) for module in loaded.modules())
-    assert torch.equal(loaded(images()), swapped(images()))
+    assert torch.equal(loaded(nets.example(3)), swapped(nets.example(3)))
     assert not any(parameter.requires_grad for parameter in loaded.packed.parameters())
 
 
@@ -132,7 +129,7 @@ def test_a_network_with_another_training_graph_is_for_evaluation(tmp_path: Path)
     model = Auxiliary().eval()
     dsp_kernels.save(model, tmp_path / "net")
     loaded = copy.deepcopy(dsp_kernels.load(tmp_path / "net"))
-    assert torch.equal(loaded(images()), model(images()))
+    assert torch.equal(loaded(nets.example(3)), model(nets.example(3)))
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert torch.equal(loaded.state_dict()["aux.mask"], model.aux.mask)
     with pytest.raises(DSPError, match="can only be evaluated"):
@@ -142,8 +139,6 @@ def test_a_network_with_another_training_graph_is_for_evaluation(tmp_path: Path)
 
 
 class Tied(nn.Module):
-    """One weight in two layers, one norm under two names."""
-
     def __init__(self) -> None:
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
@@ -157,27 +152,18 @@ class Tied(nn.Module):
 
 def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     model = nets.settled(Tied())
-    dsp_kernels.save(model, tmp_path / "net", IMAGE)
+    dsp_kernels.save(model, tmp_path / "net", nets.IMAGE)
     loaded = copy.deepcopy(dsp_kernels.load(tmp_path / "net"))
-    assert torch.equal(loaded(images()), model(images()))
+    assert torch.equal(loaded(nets.example(3)), model(nets.example(3)))
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert loaded.convs[1].weight is loaded.convs[0].weight
     assert loaded.convs[1].bias is not loaded.convs[0].bias
     assert loaded.again.running_mean is loaded.norm.running_mean
     assert loaded.again.weight is loaded.norm.weight
     for x in (model, loaded):
-        x.train()(images()).square().sum().backward()
+        x.train()(nets.example(3)).square().sum().backward()
     assert torch.equal(loaded.norm.running_var, model.norm.running_var)
     torch.testing.assert_close(loaded.convs[0].weight.grad, model.convs[0].weight.grad)
-
-
-class Calls(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv, self.function = nn.Conv2d(3, 3, 1), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.conv(x))
 
 
 def _masked() -> nn.Module:
@@ -188,14 +174,17 @@ def _masked() -> nn.Module:
 
 REFUSED = {
     "masks": (_masked, "layer '0' carries mask, which no Conv2d has"),
-    "function": (lambda: Calls(torch.special.erf), "special_erf|erf"),
-    "method": (lambda: Calls(lambda x: x.cholesky()), "cholesky"),
-    "attribute": (lambda: Calls(lambda x: x.grad_fn), "reads an attribute"),
+    "function": (lambda: nets.ConvThen(torch.special.erf), "special_erf|erf"),
+    "method": (lambda: nets.ConvThen(lambda x: x.cholesky()), "cholesky"),
+    "attribute": (lambda: nets.ConvThen(lambda x: x.grad_fn), "reads an attribute"),
     "module": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Bilinear(1, 1, 1)), "Bilinear"),
-    "constant": (lambda: Calls(lambda x: x.to(torch.complex64)), "complex64"),
-    "control flow": (lambda: Calls(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
+    "constant": (lambda: nets.ConvThen(lambda x: x.to(torch.complex64)), "complex64"),
+    "control flow": (nets.Undecided, "cannot be traced"),
     "two inputs": (lambda: nn.Bilinear(3, 3, 3), "takes 2 inputs, the example has 1"),
-    "fused": (lambda: dsp_kernels.fuse(nets.make("pools"), IMAGE), "holds no parameters: save the packed"),
+    "fused": (
+        lambda: dsp_kernels.fuse(nets.make("pools"), nets.IMAGE),
+        "holds no parameters: save the packed",
+    ),
 }
 
 
@@ -203,21 +192,19 @@ REFUSED = {
 def test_save_names_what_a_file_cannot_hold(tmp_path: Path, name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(DSPFormatError, match=message):
-        dsp_kernels.save(make(), tmp_path / "net", IMAGE)
+        dsp_kernels.save(make(), tmp_path / "net", nets.IMAGE)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_example_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DSPFormatError, match=r"does not run on an input of shape \(1, 4, 8, 8\)"):
-        dsp_kernels.save(wild(), tmp_path / "net", torch.zeros(1, 4, 8, 8))
+        dsp_kernels.save(nets.wild(), tmp_path / "net", torch.zeros(1, 4, 8, 8))
     # Without an example: 8 x 8 is the only usual size that its linear layer takes.
     dsp_kernels.save(nets.make("pre-activation"), tmp_path / "net")
     assert dsp_kernels.load(tmp_path / "net").example_shape == (1, 3, 8, 8)
 
 
 class _Rows(nn.Module):
-    """Channel attention along the channels, as ECA-Net has it."""
-
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.along = nn.Conv2d(3, 4, 3), nn.Conv1d(1, 1, 3, padding=1)
@@ -229,10 +216,10 @@ class _Rows(nn.Module):
 
 
 OPERATIONS: dict[str, Callable[[], nn.Module]] = {
-    "power": lambda: Calls(lambda x: x**2),
-    "matrix product": lambda: Calls(lambda x: x.flatten(2).transpose(1, 2) @ x.flatten(2)),
-    "choice": lambda: Calls(lambda x: torch.where(x > 0, x, x.exp())),
-    "normalise": lambda: Calls(lambda x: nn.functional.normalize(x, dim=1)),  # passes out=None
+    "power": lambda: nets.ConvThen(lambda x: x**2),
+    "matrix product": lambda: nets.ConvThen(lambda x: x.flatten(2).transpose(1, 2) @ x.flatten(2)),
+    "choice": lambda: nets.ConvThen(lambda x: torch.where(x > 0, x, x.exp())),
+    "normalise": lambda: nets.ConvThen(lambda x: nn.functional.normalize(x, dim=1)),  # passes out=None
     "one dimension": _Rows,
     "hard shrink": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink(0.3)),
     "circular padding": lambda: nn.Sequential(nn.CircularPad2d(1), nn.Conv2d(3, 4, 3)),
@@ -242,5 +229,5 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_of_other_networks_are_known(tmp_path: Path, name: str) -> None:
     model = OPERATIONS[name]().eval()
-    dsp_kernels.save(model, tmp_path / "net", IMAGE)
-    assert torch.equal(dsp_kernels.load(tmp_path / "net")(images()), model(images()))
+    dsp_kernels.save(model, tmp_path / "net", nets.IMAGE)
+    assert torch.equal(dsp_kernels.load(tmp_path / "net")(nets.example(3)), model(nets.example(3)))

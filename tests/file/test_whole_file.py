@@ -1,7 +1,5 @@
 """Files are written completely or not at all, with the access rights of any new file."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -70,15 +68,8 @@ def test_a_failure_after_writing_keeps_both_that_were_there(
         raise OSError("no space")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_text(path, "3")
-
-    def third() -> None:
-        with whole_file(path, previous) as temporary:
-            temporary.write_text("3")
-
-    with pytest.raises(OSError, match="no space"):
-        third()
+    with pytest.raises(OSError, match="no space"), whole_file(path, previous) as temporary:
+        temporary.write_text("3")
     assert (path.read_text(), previous.read_text()) == ("2", "1")
 
 

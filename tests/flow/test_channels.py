@@ -1,7 +1,5 @@
 """Channel flow against the network itself: constant, zero, read and dead are what they are when it runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The comparison of two answers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The traced graph: one kind however an operation is written, and edges of in-place operations."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

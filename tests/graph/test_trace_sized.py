@@ -1,7 +1,5 @@
 """Networks whose forward() needs sizes as numbers are traced, packed, fused and saved for one size."""
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tracing leaves a model and other threads as they were; models that write into buffers are refused."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

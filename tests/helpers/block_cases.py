@@ -1,14 +1,11 @@
 """The table of residual blocks that every implementation has to pass, and the reference result."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
-from cases import ONE_TO_ONE, Case
+from cases import ONE_TO_ONE, Case, definition
 from torch import Tensor
 
-from dsp_kernels.op.reference import gather_grouped_conv2d_reference
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.steps import ConvStep
@@ -76,22 +73,9 @@ def reference(step: BlockStep, x: Tensor, residual: Tensor | None) -> Tensor:
     """The result by the definition in float64, without rounding between convolutions."""
 
     def run(conv: ConvStep, value: Tensor, added: Tensor | None) -> Tensor:
-        spec = conv.spec
-        return gather_grouped_conv2d_reference(
-            value,
-            [weight.double() for weight in conv.weights],
-            spec.structure,
-            None if conv.bias is None else conv.bias.double(),
-            added,
-            kernel_size=spec.kernel_size,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            activation=spec.activation,
-        )
+        return definition(conv.spec, value, conv.weights, conv.bias, added)
 
-    value = x.double()
-    added = None if residual is None else residual.double()
+    value, added = x, residual
     if step.shortcut:
         added = run(step.shortcut, value, None)
     elif step.adds_input:
@@ -127,6 +111,12 @@ CONSTANT = (
 DEPTHWISE = (POINTWISE, (GroupStructure.uniform(5, 5, 5), 3, 1), (GroupStructure.dense(5, 12), 1, 1))
 GROUPED_SHORTCUT = (GroupStructure.build(7, 8, [([0, 5], [1, 2, 7]), ([6], [0])]), 1, 2)
 
+STRIDED_BACK = ((NARROW, 3, 2), (BACK, 3, 1))
+STRIDED_BOTTLENECK = (POINTWISE, (SPATIAL[0], 3, 2), EXPAND)
+DENSE_SHORTCUT = (GroupStructure.dense(7, 8), 1, 2)
+WIDE_SHORTCUT = (GroupStructure.uniform(40, 40, 4), 1, 1)
+LONG_SHORTCUT = (GroupStructure.dense(12, 12), 1, 2)
+
 CASES = (
     BlockCase("unequal groups, absent channels", BASIC),
     BlockCase("strips that divide nothing", BASIC, hw=(9, 7), tile=(4, 3, 1), batch=24),
@@ -136,41 +126,15 @@ CASES = (
     BlockCase("no bias, other activations", BASIC, bias=False, activation="silu", inner="hardswish"),
     BlockCase("no activation at the end", SQUARES, activation="none", inner="relu6"),
     BlockCase("another residual", BASIC, "tensor", batch=16, tile=(3, 5, 1)),
-    BlockCase(
-        "stride 2 with a shortcut", STRIDED, (GroupStructure.dense(7, 8), 1, 2), hw=(9, 8), tile=(3, 2, 1)
-    ),
-    BlockCase(
-        "stride 2, groups in the shortcut", STRIDED, GROUPED_SHORTCUT, hw=(7, 7), tile=(1, 4, 1), turns=4
-    ),
-    BlockCase(
-        "stride 2, another residual",
-        ((NARROW, 3, 2), (BACK, 3, 1)),
-        "tensor",
-        hw=(7, 9),
-        tile=(2, 3, 1),
-        turns=2,
-    ),
-    BlockCase(
-        "shortcut without stride",
-        WIDER,
-        (GroupStructure.uniform(40, 40, 4), 1, 1),
-        hw=(4, 4),
-        tile=(2, 4, 2),
-        batch=16,
-        turns=2,
-    ),
+    BlockCase("stride 2 with a shortcut", STRIDED, DENSE_SHORTCUT, hw=(9, 8), tile=(3, 2, 1)),
+    BlockCase("stride 2, grouped shortcut", STRIDED, GROUPED_SHORTCUT, hw=(7, 7), tile=(1, 4, 1), turns=4),
+    BlockCase("stride 2, another residual", STRIDED_BACK, "tensor", hw=(7, 9), tile=(2, 3, 1), turns=2),
+    BlockCase("shortcut without stride", WIDER, WIDE_SHORTCUT, 16, hw=(4, 4), tile=(2, 4, 2), turns=2),
     BlockCase("more filters than a tile", WIDER, hw=(4, 5), tile=(4, 5, 1)),
     BlockCase("two tiles of 32", LARGE, hw=(3, 3), tile=(3, 3, 1)),
     BlockCase("bottleneck", BOTTLENECK, tile=(3, 5, 1)),
     BlockCase("bottleneck in turns", BOTTLENECK, hw=(7, 4), tile=(2, 2, 1), turns=4, batch=16),
-    BlockCase(
-        "bottleneck with stride and shortcut",
-        (POINTWISE, (SPATIAL[0], 3, 2), EXPAND),
-        (GroupStructure.dense(12, 12), 1, 2),
-        hw=(7, 6),
-        tile=(2, 3, 1),
-        turns=2,
-    ),
+    BlockCase("strided bottleneck", STRIDED_BOTTLENECK, LONG_SHORTCUT, hw=(7, 6), tile=(2, 3, 1), turns=2),
     BlockCase("bottleneck, another residual", BOTTLENECK, "tensor", tile=(6, 5, 1)),
     BlockCase("depthwise inside", DEPTHWISE),
     BlockCase("a convolution that reads nothing", CONSTANT),

@@ -1,8 +1,7 @@
 """The one table of cases of the op, for every backend."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,9 +14,15 @@ from dsp_kernels.op.spec import ConvSpec
 
 
 @dataclass(frozen=True)
-class Case:
-    """One convolution and its input."""
+class Arguments:
+    x: Tensor
+    weights: list[Tensor]
+    bias: Tensor | None
+    residual: Tensor | None
 
+
+@dataclass(frozen=True)
+class Case:
     name: str
     structure: GroupStructure
     kernel: int | tuple[int, int] = 3
@@ -40,9 +45,7 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of the op."""
-        names = ("kernel_size", "stride", "padding", "dilation", "activation")
-        return {name: getattr(self.spec, name) for name in names}
+        return settings_of(self.spec)
 
     @property
     def reduction(self) -> int:
@@ -51,7 +54,6 @@ class Case:
         return longest * self.spec.kernel_size[0] * self.spec.kernel_size[1] + 2
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Arguments:
-        """Seeded random arguments."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape: int) -> Tensor:
@@ -71,22 +73,24 @@ class Case:
         return Arguments(x, weights, bias, draw(*shape) if self.residual else None)
 
 
-@dataclass(frozen=True)
-class Arguments:
-    x: Tensor
-    weights: list[Tensor]
-    bias: Tensor | None
-    residual: Tensor | None
+def settings_of(spec: ConvSpec) -> dict[str, Any]:
+    """The op's keyword arguments."""
+    names = ("kernel_size", "stride", "padding", "dilation", "activation")
+    return {name: getattr(spec, name) for name in names}
 
 
 def reference(case: Case, arguments: Arguments) -> Tensor:
-    """The answer of the op's definition, in float64."""
-    a = arguments
-    bias, residual = (None if t is None else t.double() for t in (a.bias, a.residual))
-    weights = [weight.double() for weight in a.weights]
-    return gather_grouped_conv2d_reference(
-        a.x.double(), weights, case.structure, bias, residual, **case.settings
-    )
+    return definition(case.spec, *(getattr(arguments, field.name) for field in fields(Arguments)))
+
+
+def definition(
+    spec: ConvSpec, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The op's result by its definition, in float64."""
+    bias, residual = (None if t is None else t.double() for t in (bias, residual))
+    weights = [weight.double() for weight in weights]
+    settings = settings_of(spec)
+    return gather_grouped_conv2d_reference(x.double(), weights, spec.structure, bias, residual, **settings)
 
 
 UNEQUAL = GroupStructure.build(7, 9, [([0, 3, 6], [1, 8]), ([2], [0, 4, 5]), ([5, 1, 2, 0], [7, 3])])

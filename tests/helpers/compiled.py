@@ -4,8 +4,6 @@ A library is built into build/tests/ under a file lock. Its name has a hash of i
 and flags, so a stale build is never used. ``python tests/helpers/compiled.py`` builds all in advance.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.metadata

@@ -5,8 +5,6 @@ modes none and exact; then a step in which one process alone overflows, and ever
 ``dsp_pruning.distributed``. "die": rank 1 is killed in between.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -17,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning import distributed
 from dsp_pruning.learn.wrapper import GroupWrapper

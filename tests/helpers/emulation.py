@@ -1,7 +1,5 @@
 """A launch of a CUDA kernel in tests/cuda_emulated/emulator, with the tables and sizes of the op."""
 
-from __future__ import annotations
-
 import ctypes
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -29,8 +27,6 @@ class Counts:
 
 
 class Arguments(ctypes.Structure):
-    """See emulator.cpp."""
-
     _fields_ = (
         ("dtype", ctypes.c_int64),
         ("tensors", ctypes.c_void_p * 6),

@@ -1,7 +1,5 @@
 """Prepared GPU convolutions and blocks against the definition, whatever runs them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import block_cases

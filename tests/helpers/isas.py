@@ -1,7 +1,5 @@
 """The instruction sets on which tests run the CPU kernels."""
 
-from __future__ import annotations
-
 import os
 
 from compiled import EMULATED_ISA, why_no_emulated_fp16

@@ -1,15 +1,13 @@
 """A toy net that learns groups, and all state that a step could change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from nets import ToyA
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from toy_net import ToyA
 
 from dsp_pruning.learn.wrapper import GroupWrapper
 
@@ -35,8 +33,6 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 class Setup:
-    """A toy net with its optimizer and learner, and seeded batches."""
-
     def __init__(
         self, optimizer: str = "momentum", model: nn.Module | None = None, seed: int = 0, **settings: Any
     ) -> None:

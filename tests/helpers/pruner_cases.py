@@ -1,7 +1,5 @@
 """A small network with learned groups to prune, and readings of its state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from dsp_pruning.prune.wrapper import PruneWrapper
 
 
 def learned(model: nn.Module, n_groups: Any = 3, seed: int = 0, **options: Any) -> PruneWrapper:
-    """A wrapper whose model has random weights, batch norms and group logits."""
     generator = torch.Generator().manual_seed(seed)
     pruner = PruneWrapper(model, n_groups, **({"fp_every_nth_conv": 2} | options))
     with torch.no_grad():

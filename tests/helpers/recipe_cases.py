@@ -1,7 +1,5 @@
 """Tiny runs of the recipes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

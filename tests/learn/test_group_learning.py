@@ -1,7 +1,5 @@
 """Trajectories of group learning against an independent implementation, in float64 and mode "original"."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import cifar_images
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning.learn.penalty import hard_assignment
 from dsp_pruning.learn.wrapper import GroupWrapper
@@ -21,7 +20,6 @@ from dsp_pruning.models.cifar import cifar_resnet
 # Two independent implementations agreed to 2e-14 and 8e-15.
 WEIGHTS, LOGITS, BY_NORM = 1e-12, 1e-10, 1e-10
 CLEAR_MARGIN = 1e-9  # between the two largest logits; below it rounding decides the group
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Golden:
@@ -34,10 +32,7 @@ class Golden:
         if "x" in loaded:
             self.x = torch.from_numpy(loaded["x"]).double()
         else:
-            images = np.load(shared / "data" / "cifar10_subset.npz")["train_images"]
-            chosen = torch.from_numpy(images[loaded["train_index"]]).double() / 255
-            mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
-            self.x = (chosen - mean) / std
+            self.x = cifar_images(shared, "train", torch.float64)[loaded["train_index"]]
         self.y = torch.from_numpy(loaded["y"])
 
     def __getitem__(self, key: str) -> Tensor:
@@ -52,24 +47,11 @@ def replay(golden: Golden, model: nn.Module) -> Iterator[tuple[int, GroupWrapper
     meta = golden.meta
     model.double().load_state_dict(golden.under("init/"))
     model.train()
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=meta["lrs"][0],
-        momentum=meta["momentum"],
-        weight_decay=meta["weight_decay"],
-        nesterov=meta["nesterov"],
-    )
-    learner = GroupWrapper(
-        model,
-        optimizer,
-        F.cross_entropy,
-        meta["reg"],
-        meta["total_steps"],
-        meta["n_groups"],
-        meta["temperature"],
-        meta["group_optimizer"]["lr"],
-        second_order="original",
-    )
+    settings = {name: meta[name] for name in ("momentum", "weight_decay", "nesterov")}
+    optimizer = torch.optim.SGD(model.parameters(), lr=meta["lrs"][0], **settings)
+    numbers = [meta[name] for name in ("reg", "total_steps", "n_groups", "temperature")]
+    rate = meta["group_optimizer"]["lr"]
+    learner = GroupWrapper(model, optimizer, F.cross_entropy, *numbers, rate, second_order="original")
     learner.steps = meta["first_step"]
     for layer, logits in golden.under("logits0/").items():
         model.get_submodule(layer).group.copy_(logits)

@@ -1,7 +1,5 @@
 """Invalid input to GroupWrapper: one clear error, and nothing changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning_setup import LAYERS, Setup, everything
-from torch import nn
-from toy_net import ToyA
+from nets import ToyA
+from torch import Tensor
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError, DSPTrainingError
 from dsp_pruning.learn.finite import NonFiniteFlag
@@ -48,35 +46,21 @@ def test_invalid_settings_leave_the_model_unchanged(settings: dict[str, Any], me
 def test_swapped_arguments_are_named() -> None:
     model = ToyA()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(DSPPruningError, match=r"model is a SGD; it must be an nn\.Module"):
-        GroupWrapper(optimizer, model, F.cross_entropy, 0.1, 10, 2, 0.5)  # type: ignore[arg-type]
-    with pytest.raises(DSPPruningError, match="optimizer is a function; it must be a torch optimizer"):
-        GroupWrapper(model, F.cross_entropy, optimizer, 0.1, 10, 2, 0.5)  # type: ignore[arg-type]
-    with pytest.raises(DSPPruningError, match="criterion is a NoneType; it must be a function"):
-        GroupWrapper(model, optimizer, None, 0.1, 10, 2, 0.5)  # type: ignore[arg-type]
+    for arguments, message in (
+        ((optimizer, model, F.cross_entropy), r"model is a SGD; it must be an nn\.Module"),
+        ((model, F.cross_entropy, optimizer), "optimizer is a function; it must be a torch optimizer"),
+        ((model, optimizer, None), "criterion is a NoneType; it must be a function"),
+    ):
+        with pytest.raises(DSPPruningError, match=message):
+            GroupWrapper(*arguments, 0.1, 10, 2, 0.5)  # type: ignore[arg-type]
 
 
-def without_conv2(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for n, p in model.named_parameters() if n != "conv2.weight"], lr=0.1)
-
-
-def with_frozen_conv2(model: nn.Module) -> torch.optim.Optimizer:
-    model.get_submodule("conv2").weight.requires_grad_(False)
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (without_conv2, "does not hold the weight of layer 'conv2'"),
-        (with_frozen_conv2, "weight of layer 'conv2' is frozen"),
-    ],
-)
-def test_a_layer_that_does_not_train(
-    make: Callable[[nn.Module], torch.optim.Optimizer], message: str
-) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_that_does_not_train(frozen: bool) -> None:
     model = ToyA()
-    optimizer = make(model)
+    weight = model.conv2.weight.requires_grad_(not frozen)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if frozen or p is not weight], lr=0.1)
+    message = "weight of layer 'conv2' is frozen" if frozen else "does not hold the weight of layer 'conv2'"
     with pytest.raises(DSPPruningError, match=message):
         GroupWrapper(model, optimizer, F.cross_entropy, 0.1, 10, 3, 0.5)
     others = lambda name, conv: name in ("conv1", "conv3")  # noqa: E731
@@ -166,34 +150,23 @@ def test_tensors_replaced_after_wrapping() -> None:
         setup.learner.initialize()
 
 
-def infinite_weight(setup: Setup) -> None:
-    setup.model.conv2.weight.data[0, 0] = float("inf")
-
-
-def nan_logits(setup: Setup) -> None:
-    setup.model.conv3.group.data[0, 0] = float("nan")
-    setup.learner.initialize()
-
-
-def nan_image(setup: Setup) -> None:
-    setup.x[0, 0, 0, 0] = float("nan")
-
-
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("tensor", "value", "message"),
     [
-        (infinite_weight, "the weight of layer 'conv2' is NaN or infinite at step 1"),
-        (nan_logits, "the logits of layer 'conv3' is NaN or infinite at step 1"),
-        (nan_image, "the loss of the look-ahead is NaN or infinite at step 1"),
+        (lambda setup: setup.model.conv2.weight.data, torch.inf, "the weight of layer 'conv2'"),
+        (lambda setup: setup.model.conv3.group.data, torch.nan, "the logits of layer 'conv3'"),
+        (lambda setup: setup.x, torch.nan, "the loss of the look-ahead"),
     ],
 )
-def test_values_that_are_not_finite(spoil: Callable[[Setup], None], message: str) -> None:
+def test_values_that_are_not_finite(tensor: Callable[[Setup], Tensor], value: float, message: str) -> None:
     setup = Setup()
     setup.step()
     setup.forward_and_step()
-    spoil(setup)
+    tensor(setup)[0, 0] = value
+    if "logits" in message:
+        setup.learner.initialize()
     before = everything(setup)
-    with pytest.raises(DSPTrainingError, match=message):
+    with pytest.raises(DSPTrainingError, match=f"{message} is NaN or infinite at step 1"):
         setup.learner.after_step(setup.x, setup.y)
     after = everything(setup)
     for key, value in before.items():  # what was infinite may have become a NaN

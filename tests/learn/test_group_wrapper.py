@@ -1,7 +1,5 @@
 """GroupWrapper: what it leaves on the model, copies, checkpoints, random numbers and statistics."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -11,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning_setup import LAYERS, MODES, Setup
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.logits import gumbel_noise
@@ -35,8 +33,14 @@ def test_every_mode_learns(second_order: str) -> None:
 
 def test_the_model_can_be_copied_at_any_moment() -> None:
     setup = Setup()
-
-    def check() -> None:
+    for act in (
+        lambda: None,
+        setup.learner.initialize,
+        lambda: F.cross_entropy(setup.learner(setup.x), setup.y).backward(),
+        setup.optimizer.step,
+        lambda: setup.learner.after_step(setup.x, setup.y),
+    ):
+        act()
         wanted = setup.model.state_dict()
         buffer = io.BytesIO()
         torch.save(wanted, buffer)
@@ -49,16 +53,6 @@ def test_the_model_can_be_copied_at_any_moment() -> None:
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], value) for key, value in wanted.items())
         assert {key for key in wanted if key.endswith(("group", "mask"))} == {f"{n}.group" for n in LAYERS}
-
-    check()
-    setup.learner.initialize()
-    check()
-    F.cross_entropy(setup.learner(setup.x), setup.y).backward()
-    check()
-    setup.optimizer.step()
-    check()
-    setup.learner.after_step(setup.x, setup.y)
-    check()
 
 
 def test_logits_are_parameters_that_no_optimizer_moves() -> None:
@@ -95,7 +89,6 @@ def test_the_buffer_of_a_pruner_becomes_a_parameter() -> None:
 
 
 def test_resuming_from_state_dicts_gives_the_same_bits() -> None:
-    """Three steps and three after a checkpoint equal six steps."""
     whole, begun = Setup(), Setup()
     for _ in range(6):
         whole.step()

@@ -1,14 +1,12 @@
 """Which layers take part, in networks of several families, and the errors if none can."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import ToyA
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError
 from dsp_pruning.layers import inputs_like, select_layers, survey_layers

@@ -1,7 +1,5 @@
 """The regulariser and its derivatives: against golden numbers and torch.autograd, and at the edges."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -127,18 +125,6 @@ def test_terms_are_the_derivatives(groups: int, filters: int, channels: int, ker
         assert float((found - wanted.detach()).abs().max()) <= AUTOGRAD
 
 
-def test_the_default_eps_stays_near_the_derivative() -> None:
-    """It changes what reaches weights (penalty) and logits (prob * dR/dp) by less than 1e-7."""
-    prob, weight, _ = problem(4, 16, 8, (3, 3))
-    close(penalty(prob, weight), penalty(prob, weight, eps=0.0), 1e-7)
-    energy = terms.kernel_energy(weight)
-    close(
-        prob * terms.first_order(Assigned(prob), energy),
-        prob * terms.first_order(Assigned(prob), energy, eps=0.0),
-        1e-7,
-    )
-
-
 def test_logit_gradient_is_that_of_the_softmax() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, noise, slope = torch.randn(3, 4, 9, generator=generator, dtype=torch.float64)
@@ -197,21 +183,6 @@ def test_equal_logits_go_to_the_lowest_group() -> None:
     hard = terms.hard_assignment(logits)
     assert torch.equal(hard.argmax(0), torch.tensor([0, 1, 0]))
     assert torch.equal(hard.sum(0), torch.ones(3))
-
-
-def test_layers_of_equal_shape_can_be_stacked() -> None:
-    alone = [problem(3, 8, 5, (3, 3)), tuple(0.5 * value.flip(0) for value in problem(3, 8, 5, (3, 3)))]
-    prob, weight, direction = (torch.stack(values) for values in zip(*alone, strict=True))
-    energy, product = terms.kernel_energy(weight), terms.kernel_product(weight, direction)
-    for index, (p, w, v) in enumerate(alone):
-        m, mv = terms.kernel_energy(w), terms.kernel_product(w, v)
-        close(terms.regulariser(Assigned(prob), energy)[index], terms.regulariser(Assigned(p), m))
-        close(terms.penalty_factor(Assigned(prob), energy)[index], terms.penalty_factor(Assigned(p), m))
-        close(terms.first_order(Assigned(prob), energy)[index], terms.first_order(Assigned(p), m))
-        close(
-            terms.second_order_exact(Assigned(prob), energy, product)[index],
-            terms.second_order_exact(Assigned(p), m, mv),
-        )
 
 
 def test_half_precision_weights_are_squared_in_float32() -> None:

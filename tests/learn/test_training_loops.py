@@ -1,7 +1,5 @@
 """GroupWrapper in other networks and training loops than the published ones, each compared in numbers."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -97,17 +95,10 @@ def test_layers_of_equal_shape_learn_as_they_would_alone() -> None:
     found = []
     for names in (("1", "2"), ("1",), ("2",)):
         twin = copy.deepcopy(model).double()
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.01)
+        settings = {"layers": lambda name, conv, names=names: name in names, "second_order": "none"}
         learner = GroupWrapper(
-            twin,
-            torch.optim.SGD(twin.parameters(), lr=0.01),
-            F.cross_entropy,
-            0.5,
-            5,
-            2,
-            0.5,
-            example_input=x[:1],
-            layers=lambda name, conv, names=names: name in names,
-            second_order="none",
+            twin, optimizer, F.cross_entropy, 0.5, 5, 2, 0.5, example_input=x[:1], **settings
         )
         with torch.no_grad():
             for name in names:
@@ -145,7 +136,6 @@ def test_float32_follows_float64() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_network_that_is_already_pruned(mode: str) -> None:
-    """Filters, input channels and a whole layer are zero: they stay zero, and nothing becomes NaN."""
     setup = Setup(second_order=mode)
     with torch.no_grad():
         for name in LAYERS:

@@ -3,8 +3,6 @@
 DSP_DEVICE=cpu rehearses the table of single convolutions in Triton's interpreter.
 """
 
-from __future__ import annotations
-
 import os
 
 import pytest
@@ -13,7 +11,6 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU, or the CPU for a rehearsal."""
     if os.environ.get("DSP_DEVICE") == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -24,7 +21,6 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def gpu(device: torch.device) -> torch.device:
-    """The GPU; skips in a rehearsal."""
     if device.type != "cuda":
         pytest.skip("needs a GPU")
     return device

@@ -1,7 +1,5 @@
 """Residual blocks as one kernel on a GPU against the definition, and networks with and without blocks."""
 
-from __future__ import annotations
-
 import nets
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Every GPU kernel against the definition in float64, on the one table of cases."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from itertools import product

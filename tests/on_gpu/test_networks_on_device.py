@@ -1,9 +1,7 @@
 """Whole networks on a GPU: results, CUDA graphs, streams, devices, and invalid inputs."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from golden import RELEASED, cifar_images, golden_logits
 from torch import Tensor
 
 import dsp_kernels
@@ -58,17 +57,17 @@ def test_fused_networks(name: str, dtype: torch.dtype, backend: str, gpu: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("name", [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)])
+@pytest.mark.parametrize("name", RELEASED)
 def test_real_networks(
-    name: str, dtype: torch.dtype, gpu: torch.device, shared: Path, record_property: pytest.RecordProperty
+    name: str,
+    dtype: torch.dtype,
+    gpu: torch.device,
+    shared: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    data = np.load(shared / "data" / "cifar10_subset.npz")
-    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-    std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
-    images = ((torch.from_numpy(data["test_images"]).float() / 255 - mean) / std).to(gpu)
-    labels = torch.from_numpy(data["test_labels"]).to(gpu)
-    golden = np.load(shared / "golden" / "logits.npz")
-    correct = int(golden["correct1017"][list(golden["names"]).index(name)])
+    images = cifar_images(shared).to(gpu)
+    labels = torch.from_numpy(np.load(shared / "data" / "cifar10_subset.npz")["test_labels"]).to(gpu)
+    golden, correct = golden_logits(shared, name)
     packed = read_released(shared / "nets" / f"{name}.npz").to(gpu)
     fused = dsp_kernels.fuse(packed, images[:8], backend="cuda", dtype=dtype)
     logits = torch.cat([fused(batch) for batch in images.split(256)])
@@ -76,7 +75,7 @@ def test_real_networks(
     record_property("correct", right)
     print(f"{name} {dtype}: {right} of {len(labels)} right, float32 on the CPU {correct}")
     if dtype == torch.float32:
-        assert (logits.cpu() - torch.from_numpy(golden[f"{name}_all"])).abs().max() <= 1e-4
+        assert (logits.cpu() - golden).abs().max() <= 1e-4
     assert abs(right - correct) <= (0 if dtype == torch.float32 else 2 if dtype == torch.float16 else 6)
 
 

@@ -1,7 +1,5 @@
 """The op: every backend against its definition, and what torch expects of an op."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -62,7 +60,6 @@ def test_output_has_the_memory_format_of_the_input(layout: torch.memory_format) 
 
 
 def raw_arguments(case: Case, dtype: torch.dtype, requires_grad: bool) -> list[Any]:
-    """Arguments of the torch op."""
     a = case.tensors(dtype)
     for tensor in (a.x, *a.weights, *(t for t in (a.bias, a.residual) if t is not None)):
         tensor.requires_grad_(requires_grad)
@@ -144,9 +141,6 @@ def test_fake_tensors_leave_nothing_behind() -> None:
         assert gather_grouped_conv2d(x, [weight], structure, padding=1)[0, 1, 2, 2] == 18
 
 
-# -- invalid input: a clear error, never a crash or a wrong answer
-
-
 BAD_ARGUMENTS = {
     "wrong input channels": (lambda g: {"x": g["x"][:, :6]}, r"expected \(batch, 7"),
     "three dimensions": (lambda g: {"x": g["x"][0]}, r"expected \(batch"),
@@ -222,8 +216,8 @@ def test_tensors_on_meta() -> None:
 
 def test_explicit_choice_of_a_backend() -> None:
     spec, cpu = Case("", UNEQUAL).spec, torch.device("cpu")
-    assert BACKENDS.choose("eager", spec, torch.float32, cpu).name == "eager"
+    assert BACKENDS.choose("eager", spec, torch.float32, cpu, torch.contiguous_format).name == "eager"
     with pytest.raises(DSPBackendError, match="'warp' is unknown; known are auto"):
-        BACKENDS.choose("warp", spec, torch.float32, cpu)
+        BACKENDS.choose("warp", spec, torch.float32, cpu, torch.contiguous_format)
     with pytest.raises(DSPBackendError, match="not a floating dtype"):
-        BACKENDS.choose("eager", spec, torch.int8, cpu)
+        BACKENDS.choose("eager", spec, torch.int8, cpu, torch.contiguous_format)

@@ -1,7 +1,5 @@
 """GroupStructure: valid and invalid structures, and what it counts."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

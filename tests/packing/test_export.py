@@ -1,9 +1,6 @@
 """Exported networks give the same outputs in other programs, without this package unless they use its op."""
 
-from __future__ import annotations
-
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import cifar_images, golden_counts, golden_logits
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -23,17 +21,10 @@ from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_pruning import read_released
 from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
-from dsp_pruning.report import LayerRow, draw_overview, draw_structures
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-NETS = ["resnet20_g2", "resnet20_g4"]  # of six: the ResNet-50 below is the deep network
-
-
-def images(batch: int, size: int) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def run(path: Path, x: Tensor) -> Tensor:
@@ -50,21 +41,17 @@ def error(path: Path, model: nn.Module, x: Tensor) -> float:
 
 def export_by_command(network: nn.Module, path: Path, form: str, *options: str) -> None:
     file = path.with_suffix(".safetensors")
-    dsp_kernels.save(network, file, images(1, 8))
+    dsp_kernels.save(network, file, nets.example(1))
     assert main(["export", str(file), str(path), "--format", form, *options]) == 0
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_onnx_of_released_networks(shared: Path, tmp_path: Path, name: str) -> None:
-    network = read_released(shared / "nets" / f"{name}.npz")
-    path = export_onnx(network, tmp_path / "net.onnx", images(1, 32))
+def test_onnx_of_a_released_network(shared: Path, tmp_path: Path) -> None:
+    network = read_released(shared / "nets" / "resnet20_g4.npz")
+    path = export_onnx(network, tmp_path / "net.onnx", nets.example(1, size=32))
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
-    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"][:8]
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
-    x = (torch.from_numpy(data).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    golden = torch.from_numpy(np.load(shared / "golden" / "logits.npz")[name][:8])
-    assert (run(path, x) - golden).abs().max() <= 1e-4
-    assert error(path, network, images(3, 32)) <= 1e-4
+    golden, _ = golden_logits(shared, "resnet20_g4")
+    assert (run(path, cifar_images(shared)[:8]) - golden[:8]).abs().max() <= 1e-4
+    assert error(path, network, nets.example(3, size=32)) <= 1e-4
     graph = onnx.load(path).graph
     kinds = [node.op_type for node in graph.node]
     convs = [module for module in network.modules() if isinstance(module, PackedConv2d)]
@@ -99,15 +86,15 @@ def resnet50(shared: Path) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # statistics of the batch: logits as large as those of trained networks
     with torch.no_grad():
-        model.train()(images(4, 64))
+        model.train()(nets.example(4, size=64))
     return model.eval()
 
 
 def test_onnx_of_a_pruned_resnet50(shared: Path, tmp_path: Path) -> None:
     model = resnet50(shared)
-    dsp_kernels.save(model, tmp_path / "net.safetensors", images(1, 64))
+    dsp_kernels.save(model, tmp_path / "net.safetensors", nets.example(1, size=64))
     loaded = dsp_kernels.load(tmp_path / "net.safetensors")
-    x = images(2, 64)
+    x = nets.example(2, size=64)
     with torch.no_grad():
         expected = model(x)
         assert torch.equal(loaded(x), expected)
@@ -131,7 +118,7 @@ for batch in (1, 2, 7):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_onnx_runs_without_this_package(tmp_path: Path, precision: str) -> None:
-    network, path, x = nets.make("residual"), tmp_path / "net.onnx", images(4, 8)
+    network, path, x = nets.make("residual"), tmp_path / "net.onnx", nets.example(4)
     export_by_command(network, path, "onnx", "--precision", precision)
     half = precision == "fp16"
     got = run(path, x.half() if half else x).float()
@@ -165,7 +152,7 @@ def unusual() -> nn.Module:
 
 
 def test_unusual_structures_are_plain_operations(tmp_path: Path) -> None:
-    network, x = unusual(), images(3, 8)
+    network, x = unusual(), nets.example(3)
     with torch.no_grad():
         expected = network(x)
         for part, name in ((network, "all.pt"), (network[0], "first.pt")):
@@ -180,11 +167,11 @@ def test_exported_programs_of_packed_and_swapped_networks(tmp_path: Path) -> Non
     network = nets.make("residual")
     export_by_command(network, tmp_path / "packed.pt2", "pt2")
     swapped = dsp_kernels.swap(copy.deepcopy(network))
-    export_pt2(swapped, tmp_path / "swapped.pt2", images(1, 8))
+    export_pt2(swapped, tmp_path / "swapped.pt2", nets.example(1))
     for name, model in (("packed", network), ("swapped", swapped)):
         program = torch.export.load(tmp_path / f"{name}.pt2")
         for batch in (1, 5):
-            x = images(batch, 8)
+            x = nets.example(batch)
             torch.testing.assert_close(program.module()(x), model(x))
         ops = [
             str(node.target) for node in program.graph.nodes if "gather_grouped_conv2d" in str(node.target)
@@ -192,11 +179,10 @@ def test_exported_programs_of_packed_and_swapped_networks(tmp_path: Path) -> Non
         assert len(ops) == (2 if name == "swapped" else 0)
 
 
-@pytest.mark.parametrize("name", ["residual", "branching"])
-def test_torchscript_runs_without_this_package(tmp_path: Path, name: str) -> None:
-    network = nets.make(name)
+def test_torchscript_runs_without_this_package(tmp_path: Path) -> None:
+    network = nets.make("residual")
     export_by_command(network, tmp_path / "net.pt", "torchscript")
-    inputs = images(1, 8), images(5, 8), images(2, 13)
+    inputs = nets.example(1), nets.example(5), nets.example(2, size=13)
     torch.save([(x, network(x).detach()) for x in inputs], tmp_path / "pairs.pt")
     code = (
         "import sys, torch\n"
@@ -222,41 +208,28 @@ def test_torchscript_runs_without_this_package(tmp_path: Path, name: str) -> Non
 def test_torchscript_of_numbers_computed_from_sizes_is_refused(
     tmp_path: Path, middle: Callable[[Tensor], Tensor]
 ) -> None:
-    class Sized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return middle(self.conv(x))
-
     with pytest.raises(DSPError, match="cannot be exported"):
-        export_torchscript(Sized().eval(), tmp_path / "net.pt", images(1, 8))
+        export_torchscript(nets.ConvThen(middle).eval(), tmp_path / "net.pt", nets.example(1))
     assert not list(tmp_path.iterdir())
 
 
 def test_float16_onnx_of_operations_without_float16_kernels(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2)).eval()
-    export_onnx(model, tmp_path / "net.onnx", images(1, 8), dtype=torch.float16)
+    export_onnx(model, tmp_path / "net.onnx", nets.example(1), dtype=torch.float16)
     assert (tmp_path / "net.onnx").is_file()
-
-
-class Undecided(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
 
 
 def test_errors_of_exports(tmp_path: Path) -> None:
     network = nets.make("residual")
     with pytest.raises(DSPError, match="export the packed one"):
-        export_onnx(dsp_kernels.fuse(network, images(1, 8)), tmp_path / "net.onnx", images(1, 8))
+        export_onnx(dsp_kernels.fuse(network, nets.example(1)), tmp_path / "net.onnx", nets.example(1))
     with pytest.raises(DSPError, match="opset is 11"):
-        export_onnx(network, tmp_path / "net.onnx", images(1, 8), opset=11)
+        export_onnx(network, tmp_path / "net.onnx", nets.example(1), opset=11)
     for write in (export_onnx, export_pt2, export_torchscript):
         with pytest.raises(DSPShapeError, match=r"does not run on an example of shape \(1, 4, 8, 8\): .*4"):
             write(network, tmp_path / "net", torch.zeros(1, 4, 8, 8))
         with pytest.raises(DSPError, match=r"Undecided cannot be exported to .*net: "):
-            write(Undecided(), tmp_path / "net", images(1, 8))
+            write(nets.Undecided(), tmp_path / "net", nets.example(1))
     with pytest.raises(DSPError, match="the example has shape"):
         export_onnx(network, tmp_path / "net.onnx", torch.zeros(3, 8, 8))
     assert not list(tmp_path.iterdir())
@@ -264,44 +237,17 @@ def test_errors_of_exports(tmp_path: Path) -> None:
 
 def test_inspect_of_any_file(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No image size is asked for; a network of unknown dense widths is shown as well."""
-    network = read_released(shared / "nets" / "resnet56_g4.npz")
-    dsp_kernels.save(network, tmp_path / "known", images(1, 32))
-    dsp_kernels.save(nets.make("residual"), tmp_path / "graph", images(1, 8))
+    network = read_released(shared / "nets" / "resnet20_g4.npz")
+    dsp_kernels.save(network, tmp_path / "known", nets.example(1, size=32))
+    dsp_kernels.save(nets.make("residual"), tmp_path / "graph", nets.example(1))
     dsp_kernels.save(nets.make("residual"), tmp_path / "unsized")
-    shown_names, shown = ("known", "graph", "unsized"), {}
-    for name in shown_names:
-        pictures = ["--picture", tmp_path / f"{name}.png", "--overview", tmp_path / f"{name}.pdf"]
-        assert main([str(argument) for argument in ("inspect", tmp_path / name, *pictures)]) == 0
+    shown = {}
+    for name in ("known", "graph", "unsized"):
+        assert main(["inspect", str(tmp_path / name), "--overview", str(tmp_path / f"{name}.pdf")]) == 0
         shown[name] = capsys.readouterr().out
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert (tmp_path / f"{name}.pdf").read_bytes().count(b"/Type /Page ") == 1
-    totals = json.loads((shared / "golden" / "structures.json").read_text())["resnet56_g4"]["totals"]
-    pruned = totals["upstream_pruned_layers_only"]["pruned_macs_pct"]
+    pruned = golden_counts(shared, "resnet20_g4")["upstream_pruned_layers_only"]["pruned_macs_pct"]
     assert f"packed layers: {100 - pruned:.2f} %" in shown["known"]
     assert "images of 8 x 8" in shown["graph"]
     assert "does not hold" in shown["graph"]
     assert "does not say how large" in shown["unsized"]
-
-
-def test_pictures_of_many_layers(tmp_path: Path) -> None:
-    """130 layers have 130 rows that do not overlap; unused parts of the page stay empty."""
-    rows = [
-        LayerRow(f"features.denseblock{n}.denselayer.conv", 2, 3, 8, 4, 8, 10 + n, 200) for n in range(130)
-    ]
-    draw_overview(rows, tmp_path / "overview.png")
-    image = pytest.importorskip("matplotlib.image")
-    pixels = image.imread(tmp_path / "overview.png")[..., :3]
-    assert pixels.shape[0] >= 130 * 0.15 * 200  # pixels per inch
-    blue = (abs(pixels - np.array([0, 0x72, 0xB2]) / 255) < 0.01).all(2)
-    # Down the left end of the bars: as many runs of blue as layers.
-    first = int(np.argmax(blue.sum(0) > 130))
-    column = blue[:, first + 3].astype(int)
-    legend = 1
-    assert 130 <= (np.diff(column) == 1).sum() <= 130 + legend
-    structure = GroupStructure.build(4, 4, [([0, 1, 2, 3], [0, 1, 2, 3])])
-    model = nn.Sequential(*(PackedConv2d(structure, 1) for _ in range(5)))  # on a page of 3 x 2
-    page = image.imread(draw_structures(model, tmp_path / "page.png"))[..., :3]
-    last = page[-page.shape[0] * 2 // 5 :, -page.shape[1] // 4 :]
-    assert (last > 0.99).all()
-    with pytest.raises(DSPError, match="nothing to draw"):
-        draw_overview([], tmp_path / "none.png")

@@ -1,7 +1,5 @@
 """pack gives the masked network's outputs and holds nothing that the masks removed."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable
@@ -11,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import cifar_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import masked
-from test_packing_any import images
+from nets import masked, settled
+from test_packing_operations import images
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -46,19 +45,11 @@ def scramble(model: nn.Module, rate: float, seed: int, *, clear_norms: bool, n_g
             conv.register_buffer("mask", mask[:, :, None, None].double())
             conv.weight.mul_(conv.mask)
             gone[name] = ~mask.any(1)
-        for name, norm in model.named_modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                for tensor, low, high in (
-                    (norm.running_mean, -0.3, 0.3),
-                    (norm.running_var, 0.5, 1.5),
-                    (norm.weight, 0.5, 1.5),
-                    (norm.bias, -0.5, 0.5),
-                ):
-                    tensor.uniform_(low, high, generator=generator)
-                conv_name = name.replace("bn_", "conv_").replace("bn", "conv")
-                if clear_norms and conv_name in gone:
-                    for tensor in (norm.weight, norm.bias):
-                        tensor[gone[conv_name]] = 0
+        for name, norm in settled(model, seed).named_modules():
+            conv_name = name.replace("bn_", "conv_").replace("bn", "conv")
+            if clear_norms and isinstance(norm, nn.BatchNorm2d) and conv_name in gone:
+                for tensor in (norm.weight, norm.bias):
+                    tensor[gone[conv_name]] = 0
     return model
 
 
@@ -75,7 +66,6 @@ def test_equals_the_masked_network(rate: float, seed: int, clear_norms: bool, n_
 
 
 def test_trains_as_the_masked_network_does() -> None:
-    """Same loss and same running statistics in training mode, step after step."""
     model = scramble(cifar_resnet(8), 0.5, 3, clear_norms=True)
     dense, packed = masked(model), pack(model, images(2, 16))
     masks = {name: m.mask for name, m in dense.named_modules() if hasattr(m, "mask")}
@@ -114,10 +104,7 @@ def golden(shared: Path) -> tuple[np.lib.npyio.NpzFile, dict, nn.Module, Tensor]
         key[len("state/") :]: torch.from_numpy(file[key]) for key in file.files if key.startswith("state/")
     }
     model.load_state_dict(state)
-    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"][:32]
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
-    x = (torch.from_numpy(data).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    return file, json.loads(str(file["meta"])), model.double().eval(), x.double()
+    return file, json.loads(str(file["meta"])), model.double().eval(), cifar_images(shared)[:32].double()
 
 
 def test_golden_logits_and_structure(shared: Path) -> None:
@@ -171,7 +158,6 @@ def test_torchvision(name: str) -> None:
 
 
 def chain() -> nn.Sequential:
-    """conv - norm - relu - conv - norm - relu - pool - flatten - linear."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
@@ -293,8 +279,6 @@ def test_a_wrong_packed_network_is_never_returned(hook: Callable[..., Tensor], w
 
 
 def test_amplified_rounding_errors_are_accepted() -> None:
-    """Rounding errors that a network amplifies beyond the tolerance show in its float64 output too."""
-
     class Amplified(nn.Module):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
@@ -313,7 +297,6 @@ def test_amplified_rounding_errors_are_accepted() -> None:
 
 
 def test_warns_of_weights_that_are_not_0_where_the_mask_is() -> None:
-    """The packed network is then another one than the one that was evaluated."""
     model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True)
     with torch.no_grad():
         model.stage_1[0].conv_a.weight += 0.01
@@ -324,11 +307,6 @@ def test_warns_of_weights_that_are_not_0_where_the_mask_is() -> None:
     model.stage_1[0].conv_b.mask = torch.ones(16, 16, 3, 3)
     with pytest.raises(DSPPruningError, match=r"expected \(16, 16, 1, 1\)"):
         pack(model, images(2, 16))
-
-
-def test_frozen_parameters_stay_frozen() -> None:
-    model = scramble(cifar_resnet(8), 0.5, 1, clear_norms=True).requires_grad_(False)
-    assert not any(parameter.requires_grad for parameter in pack(model, images(2, 16)).parameters())
 
 
 def test_packs_under_autocast_and_from_a_wrapper() -> None:

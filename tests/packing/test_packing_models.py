@@ -1,6 +1,4 @@
-"""pack on wrapped models, computed weights and unusual model code."""
-
-from __future__ import annotations
+"""pack on wrapped models, computed weights, unusual code, several inputs and examples that do not fit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import dsp_kernels
 from dsp_kernels import PackedConv2d
-from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPTraceError
-from dsp_pruning import GroupWrapper, pack
+from dsp_kernels.errors import (
+    DSPError,
+    DSPFormatError,
+    DSPPruningError,
+    DSPShapeError,
+    DSPTraceError,
+    DSPVerificationError,
+)
+from dsp_pruning import GroupWrapper, PruneWrapper, pack
+from dsp_pruning.packing.pack import plain_copy
 from dsp_pruning.packing.unpack import unpack
 
 WIDTH = 8
@@ -80,25 +86,55 @@ def test_torch_nn_utils_prune() -> None:
     assert prune.is_pruned(model.a)
 
 
-@pytest.mark.parametrize(
-    "reparametrise", [weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
-)
+WAYS: dict[str, Callable[[nn.Module], object]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "weight norm, by a hook": weight_norm,
+    "spectral norm, by a hook": spectral_norm,
+    "pruned": lambda conv: prune.l1_unstructured(conv, "weight", amount=5),
+}
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["learns", "frozen"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings(
     "ignore:.*weight_norm.*:FutureWarning", "ignore:.*weights that are not 0:UserWarning"
 )
-def test_computed_weights_become_plain_weights(reparametrise: Callable[[nn.Module], nn.Module]) -> None:
+def test_computed_weights_become_plain_weights(way: str, learns: bool) -> None:
     model = masked(Net())
-    reparametrise(model.b)
-    model.eval()
-    model(images())
+    WAYS[way](model.b)
+    expected = model.requires_grad_(learns).eval()(images())
     packed = pack(model, images())
     assert isinstance(packed.b, PackedConv2d)
     assert packed.a.out_channels == WIDTH - 3
-    assert agree(model(images()), packed(images()))
+    assert {parameter.requires_grad for parameter in packed.parameters()} == {learns}
+    assert agree(expected, packed(images()))
+
+
+def test_a_weight_learns_if_a_part_of_it_does() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
+    model[0].parametrizations.weight.original1.requires_grad_(False)  # the direction; the length learns
+    assert plain_copy(model)[0].weight.requires_grad  # type: ignore[index]
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_buffer_stays_a_buffer(dtype: torch.dtype) -> None:
+    model = nn.BatchNorm2d(4)
+    model.register_buffer("count", torch.arange(4, dtype=dtype))
+    parametrize.register_parametrization(model, "count", Doubled())
+    plain = plain_copy(model)
+    assert torch.equal(dict(plain.named_buffers())["count"], 2 * torch.arange(4, dtype=dtype))
+    assert {name for name, _ in plain.named_parameters()} == {"weight", "bias"}
+    assert plain.state_dict().keys() == {"count", *nn.BatchNorm2d(4).state_dict()}
+    assert parametrize.is_parametrized(model)  # the original is left alone
 
 
 def learning(model: nn.Module) -> GroupWrapper:
-    """A learner of a model that is wrapped itself."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     settings = {"reg": 0.1, "total_steps": 10, "n_groups": 2, "temp": 0.5, "example_input": images()}
     return GroupWrapper(nn.DataParallel(model), optimizer, F.cross_entropy, **settings)
@@ -128,8 +164,6 @@ def test_other_models_are_refused(model: nn.Module, error: type[DSPError], words
 
 
 class Borrows(Net):
-    """Code that reads the weight of a layer that it also calls."""
-
     def head(self, y: Tensor) -> Tensor:
         return super().head(y) + self.b.weight.square().sum()
 
@@ -175,3 +209,125 @@ def test_unpack_keeps_the_dtype_of_layers_without_weights() -> None:
         torch.float64
     }
     assert agree(model(images()), dense(images()))
+
+
+class Two(Net):
+    """An image, features, and optional arguments; torch.fx alone takes ``mask is not None`` for true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, WIDTH)
+
+    def forward(self, x: Tensor, features: Tensor, mask: Tensor | None = None, raw: bool = False) -> Tensor:
+        y = F.relu(self.norm(self.a(x)))
+        if mask is not None:
+            y = y * mask
+        y = y * torch.sigmoid(self.embed(features))[:, :, None, None]
+        return y if raw else self.head(y)
+
+
+def two_inputs() -> tuple[Tensor, Tensor]:
+    return images(), torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def test_several_inputs(tmp_path: Path) -> None:
+    model, given = masked(Two()), two_inputs()
+    packed = pack(model, given)
+    assert packed.a.out_channels == packed.embed.out_features == WIDTH - 3
+    assert agree(model(*given), packed(*given))
+    dense = unpack(packed)
+    assert dense.embed.weight.shape == (WIDTH, 5)
+    assert agree(model(*given), dense(*given))
+
+    dsp_kernels.save(packed, tmp_path / "net", given)
+    loaded = dsp_kernels.load(tmp_path / "net")
+    assert loaded.example_shapes == ((1, 3, 8, 8), (1, 5))
+    assert torch.equal(loaded(*given), packed(*given))
+    dsp_kernels.save(loaded, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "net").read_bytes()
+    with pytest.raises(DSPFormatError, match="takes 2 inputs; pass"):
+        dsp_kernels.save(packed, tmp_path / "other")
+    with pytest.raises(DSPFormatError, match="takes 2 inputs, the example has 1"):
+        dsp_kernels.save(packed, tmp_path / "other", given[0])
+    with pytest.raises(DSPTraceError):
+        dsp_kernels.fuse(packed, given[0])
+
+
+def test_an_example_that_does_not_fit_names_the_layer() -> None:
+    with pytest.raises(
+        DSPTraceError, match=r"shape \(2, 2, 8, 8\) and dtype torch.float64, at 'a'"
+    ) as caught:
+        pack(masked(Net()), images(2))
+    assert "tlparse" not in str(caught.value)
+
+
+def test_an_example_with_more_than_the_model_takes_is_named() -> None:
+    class Exactly(Two):
+        def forward(self, x: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, features)
+
+    image, features = two_inputs()
+    with pytest.raises(
+        DSPShapeError, match=r"Exactly.forward\(\) takes 2 inputs; input 3 .* \(2, 5\), has no"
+    ):
+        pack(masked(Exactly()), (image, features, features))
+    with pytest.raises(DSPShapeError, match=r"input 2 of the example, of shape \(2, 5\), has no place"):
+        pack(masked(Net()), (image, features))
+    with pytest.raises(DSPShapeError, match="input 2 of the example is a float"):
+        pack(masked(Two()), (image, 1.0))  # type: ignore[arg-type]
+
+
+def test_an_example_on_another_device_is_refused() -> None:
+    with pytest.raises(DSPShapeError, match="the example is on meta; expected cpu"):
+        pack(masked(Net()), images().to("meta"))
+
+
+@pytest.mark.parametrize("second_order", ["exact", "original", "none"])
+def test_learn_prune_and_pack_with_several_inputs(second_order: str) -> None:
+    class Deep(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+        def forward(self, x: Tensor, features: Tensor) -> Tensor:
+            y = F.relu(self.norm(self.a(x))) * torch.sigmoid(self.embed(features))[:, :, None, None]
+            return self.head(F.relu(self.c(y)))
+
+    torch.manual_seed(0)
+    model, given = Deep().double(), two_inputs()
+    target = torch.zeros_like(model(*given))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    settings = {"example_input": given, "second_order": second_order}
+    wrapper = GroupWrapper(model, optimizer, F.mse_loss, 1e-2, 2, 2, 1.0, **settings)  # type: ignore[arg-type]
+    for _ in range(2):
+        wrapper.initialize()
+        optimizer.zero_grad()
+        F.mse_loss(wrapper(*given), target).backward()
+        optimizer.step()
+        before = {name: p.clone() for name, p in model.named_parameters() if name.endswith(".group")}
+        wrapper.after_step(given, target)
+        assert before
+        assert not any(torch.equal(model.get_parameter(name), logits) for name, logits in before.items())
+    pruner = PruneWrapper(model, 2, 1, example_input=given)
+    assert pruner.initialize(0.4)[0] >= 40
+    packed = pack(pruner, given).eval()
+    assert agree(model.eval()(*given), packed(*given))
+    with pytest.raises(DSPShapeError, match="input 2 of the example is a int"):
+        PruneWrapper(model, 2, 1, example_input=(given[0], 5))  # type: ignore[arg-type]
+    with pytest.raises(DSPShapeError, match="or a tuple of all inputs"):
+        PruneWrapper(model, 2, 1)
+
+
+def test_weights_that_are_nan_are_named() -> None:
+    model = masked(Net())
+    with torch.no_grad():
+        model.linear.weight[0] = float("nan")
+    with pytest.raises(
+        DSPVerificationError, match=r"itself answers the example .*'linear\.weight' is not finite"
+    ):
+        pack(model, images())
+
+
+def test_integer_images_are_an_example() -> None:
+    model, image = masked(Net()), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert len(PruneWrapper(model, 2, 1, example_input=image).layers) == 1

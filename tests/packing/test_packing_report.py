@@ -1,14 +1,12 @@
 """The packing report, constants, modules that run twice, and unpack."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing_any import images
+from test_packing_operations import images
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -109,8 +107,6 @@ def test_constants_that_cancel_are_not_lost() -> None:
 
 
 def test_constants_made_of_constants() -> None:
-    """A kept constant that is computed from a kept constant: neither lost nor counted twice."""
-
     class Chain(nn.Module):
         def __init__(self) -> None:
             super().__init__()

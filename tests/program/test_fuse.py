@@ -1,16 +1,18 @@
-"""fuse: the same answers as the model, and everything folded that can be."""
-
-from __future__ import annotations
+"""fuse: the same answers as the model, also under tracers and dispatch modes, and everything folded."""
 
 import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import nets
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import dsp_kernels
 from dsp_kernels.program.steps import ConvStep, TorchStep
@@ -132,7 +134,6 @@ def test_threads_may_share_it() -> None:
 
 
 def test_a_large_batch_runs_in_parts() -> None:
-    """The last part is smaller."""
     model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 24 * 24, 2))
     model = nets.settled(model.double())
     x = torch.randn(75, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -172,20 +173,6 @@ class _WritesAfterReading(nn.Module):
         return self.norm(read) + hidden
 
 
-def test_a_convolution_stays_before_a_write_in_place() -> None:
-    model = nets.settled(_WritesAfterReading())
-    for name in nets.ON_A_CPU:
-        fused = dsp_kernels.fuse(model, nets.example(), backend=name)
-        assert_close(fused(nets.example(seed=2)), model(nets.example(seed=2)))
-
-
-def test_plain_modules_are_kept_in_eval_mode() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU(0.1, 0.9), nn.Dropout3d(0.9)).train()
-    fused = dsp_kernels.fuse(model, nets.example())
-    model.eval()
-    assert_close(fused(nets.example()), model(nets.example()))
-
-
 class _Offset(nn.Module):
     """For one image, the parameter has the shape of what it is added to."""
 
@@ -213,45 +200,107 @@ class _Aliased(nn.Module):
         return self.conv(z) + y
 
 
-@pytest.mark.parametrize("model", [_Offset(), _Aliased()], ids=["offset", "aliased"])
-def test_one_example_image_stands_for_all(model: nn.Module) -> None:
-    given = nets.example(1)
-    before = given.clone()
-    for name in nets.ON_A_CPU:
-        fused = dsp_kernels.fuse(model.eval(), given, backend=name)
-        assert torch.equal(given, before)
-        for x in (nets.example(5, seed=5), torch.randn(2, 3, 12, 12)):
-            with torch.no_grad():
-                assert_close(fused(x.clone()), model(x.clone()))
-
-
-class _Cut(nn.Module):
+def _cut(cut: Callable[[Tensor], Tensor], width: int = 8) -> nn.Module:
     """Indexing between two convolutions; there are as many columns as channels."""
-
-    def __init__(self, cut: Callable[[Tensor], Tensor], width: int) -> None:
-        super().__init__()
-        self.cut = cut
-        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(width, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.cut(self.first(x).relu()).relu())
+    return nn.Sequential(nets.ConvThen(lambda y: cut(y.relu()).relu(), 8), nn.Conv2d(width, 4, 1))
 
 
-@pytest.mark.parametrize(
-    ("cut", "width"),
-    [
-        (lambda y: y[..., 1:-1], 8),
-        (lambda y: y[..., :6], 8),
-        (lambda y: y[:, ..., 2:], 8),
-        (lambda y: y[..., 1:4, :, :], 3),
-        (lambda y: y[:, 1:4, ...], 3),
-    ],
-    ids=["inner columns", "first columns", "last columns", "channels from the end", "channels"],
-)
-def test_indexing_with_an_ellipsis(cut: Callable[[Tensor], Tensor], width: int) -> None:
+UNUSUAL: dict[str, Callable[[], nn.Module]] = {
+    "parameter of the shape of an image": _Offset,
+    "writes through an alias": _Aliased,
+    "write in place after a convolution": lambda: nets.settled(_WritesAfterReading()),
+    "random in training mode": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.RReLU(0.1, 0.9), nn.Dropout3d(0.9)
+    ),
+    "inner columns": lambda: _cut(lambda y: y[..., 1:-1]),
+    "first columns": lambda: _cut(lambda y: y[..., :6]),
+    "last columns": lambda: _cut(lambda y: y[:, ..., 2:]),
+    "channels from the end": lambda: _cut(lambda y: y[..., 1:4, :, :], 3),
+    "channels": lambda: _cut(lambda y: y[:, 1:4, ...], 3),
+}
+
+
+@pytest.mark.parametrize("backend", nets.ON_A_CPU)
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_one_example_image_stands_for_all(name: str, backend: str) -> None:
     torch.manual_seed(0)
-    model = _Cut(cut, width).eval()
-    for name in nets.ON_A_CPU:
-        fused = dsp_kernels.fuse(model, nets.example(), backend=name)
+    model, given = UNUSUAL[name]().train(), nets.example(1)
+    fused = dsp_kernels.fuse(model, given, backend=backend)
+    assert torch.equal(given, nets.example(1))
+    model.eval()
+    for x in (nets.example(5, seed=5), torch.randn(2, 3, 12, 12)):
         with torch.no_grad():
-            assert_close(fused(nets.example(3)), model(nets.example(3)))
+            assert_close(fused(x.clone()), model(x.clone()))
+
+
+def test_it_can_be_traced_compiled_and_exported() -> None:
+    model, x = nets.make("residual"), nets.example(seed=3)
+    fused = dsp_kernels.fuse(model, nets.example())
+    with torch.no_grad():
+        expected = model(x)
+        for recorded in (
+            torch.jit.trace(fused, nets.example(), check_trace=False),
+            torch.compile(fused, fullgraph=True),
+            torch.export.export(fused, (nets.example(),)).module(),
+        ):
+            torch.testing.assert_close(recorded(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture(params=nets.ON_A_CPU)
+def fused(request: pytest.FixtureRequest) -> dsp_kernels.FusedNetwork:
+    return dsp_kernels.fuse(nets.make("residual"), nets.example(), backend=request.param)
+
+
+def test_a_dispatch_mode_sees_every_operation(fused: dsp_kernels.FusedNetwork) -> None:
+    x = nets.example()
+    expected = fused(x)
+    with _Names() as names:
+        seen = fused(x)
+    assert sum("convolution" in op for op in names.seen) >= 5
+    assert any("addmm" in op or "linear" in op for op in names.seen)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fused(x), expected)  # afterwards the backend runs again
+
+
+@pytest.mark.parametrize("name", nets.ON_A_CPU)
+def test_operations_of_a_fused_network_can_be_counted(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)).eval()
+    fused = dsp_kernels.fuse(model, nets.example(), backend=name)
+    with FlopCounterMode(display=False) as counter:
+        fused(nets.example(3))
+    assert counter.get_total_flops() == 3 * 2 * fused.program.macs
+
+
+def test_fake_tensors_give_the_output_shape(fused: dsp_kernels.FusedNetwork) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        answers: list[Tensor] = [fused(torch.empty(7, 3, 8, 8)), fused(mode.from_tensor(nets.example(7)))]
+    assert [type(answer).__name__ for answer in answers] == ["FakeTensor"] * 2
+    assert [tuple(answer.shape) for answer in answers] == [(7, 5)] * 2
+
+
+def test_one_recorder_does_not_affect_the_next(fused: dsp_kernels.FusedNetwork) -> None:
+    """What is prepared under one recorder is kept for later calls."""
+    x = nets.example()
+    expected = fused(x)
+    fresh = copy.deepcopy(fused)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fresh(torch.empty(2, 3, 8, 8))
+    with _Names() as first:
+        seen = fresh(x)
+    with _Names() as again:
+        fresh(x)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    assert first.seen == again.seen
+    assert torch.equal(fresh(x), expected)

@@ -1,18 +1,15 @@
 """PruneWrapper: what is pruned at a rate or a beta, and what stays pruned in training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import ToyA
 from pruner_cases import fresh, learned, same, state_of, train, zeros
 from torch import Tensor, nn
-from toy_net import ToyA
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning.models import cifar_resnet
 from dsp_pruning.prune.wrapper import PruneWrapper
 
 
@@ -23,7 +20,7 @@ def test_the_result_is_the_nearest_at_or_above_the_rate(rate: float, fp: dict[st
     flops, _ = pruner.initialize(rate)
     assert flops >= 100 * rate
     assert pruner.beta is not None
-    others = [pruner.prune_at(beta)[0] for beta in torch.linspace(0, min(1.0, 2 * pruner.beta), 40).tolist()]
+    others = [pruner.prune_at(beta)[0] for beta in torch.linspace(0, min(1.0, 2 * pruner.beta), 20).tolist()]
     assert all(other < 100 * rate or other >= flops for other in others)
     assert rate == 0 or min(others) < 100 * rate
 
@@ -238,19 +235,7 @@ def test_a_layer_that_is_called_twice_keeps_what_either_call_needs() -> None:
     assert torch.equal(pruner.model.norm.bias, bias)
 
 
-@pytest.mark.filterwarnings("ignore:layers .* have no group logits")
-def test_after_step_needs_masks_from_a_pruning_or_a_checkpoint() -> None:
-    pruner = PruneWrapper(cifar_resnet(8), 2, -1)
-    with pytest.raises(DSPPruningError, match=r"call initialize\(rate\) first"):
-        pruner.after_step()
-    pruner.initialize(0.3)
-    resumed = PruneWrapper(cifar_resnet(8), 2, -1)
-    resumed.model.load_state_dict(pruner.model.state_dict())
-    resumed.after_step()
-
-
 def channels_per_group(pruner: PruneWrapper) -> list[list[int]]:
-    """Live channels of every group, read off the weights."""
     found = []
     for layer in pruner.layers:
         alive = ~zeros(pruner)[layer.name]

@@ -1,7 +1,5 @@
 """A few digits, and the weights after each recipe."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

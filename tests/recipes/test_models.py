@@ -1,7 +1,5 @@
 """The CIFAR ResNets: names and shapes of the published checkpoints, initialisation, errors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training commands in two processes: who writes, and what is lost when a process is killed."""
 
-from __future__ import annotations
-
 import csv
 import multiprocessing
 import os
@@ -77,7 +75,6 @@ def keep_model(recipe: Any, folder: Path) -> Any:
 
 
 def finish(processes: list[ForkServerProcess]) -> list[int | None]:
-    """Exit codes. A process that takes too long is killed."""
     for process in processes:
         process.join(200)
         process.kill()
@@ -98,7 +95,6 @@ def command(image_folder: Path) -> Command:
 
 @pytest.fixture(scope="module")
 def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run of all stages."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder, *(command(stage, folder) for stage in STAGES))
     return folder

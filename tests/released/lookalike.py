@@ -1,7 +1,5 @@
 """Networks of the shape of the authors' archives, to be traced: one gather, conv and norm per branch."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The six released networks: logits, classes and counts, packed, fused, swapped and saved."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden import RELEASED, cifar_images, golden_counts, golden_logits
 from torch import Tensor
 
 import dsp_kernels
@@ -18,8 +17,9 @@ from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning import build_released, read_released
+from dsp_pruning.models import cifar_resnet
+from dsp_pruning.report import layer_rows, network_cost
 
-NETS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
 PUBLISHED = {  # pruned FLOPs %, pruned params %, of block convolutions
     "resnet20_g2": (61.23, 48.35),
     "resnet20_g3": (62.43, 49.15),
@@ -32,10 +32,7 @@ PUBLISHED = {  # pruned FLOPs %, pruned params %, of block convolutions
 
 @pytest.fixture(scope="module")
 def images(shared: Path) -> Tensor:
-    data = np.load(shared / "data" / "cifar10_subset.npz")["test_images"]
-    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-    std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
-    return (torch.from_numpy(data).float() / 255 - mean) / std
+    return cifar_images(shared)
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +40,30 @@ def labels(shared: Path) -> Tensor:
     return torch.from_numpy(np.load(shared / "data" / "cifar10_subset.npz")["test_labels"])
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", RELEASED)
 def test_packed_and_fused_logits(shared: Path, images: Tensor, labels: Tensor, name: str) -> None:
-    golden = np.load(shared / "golden" / "logits.npz")
-    correct = int(golden["correct1017"][list(golden["names"]).index(name)])
+    golden, correct = golden_logits(shared, name)
     packed = read_released(shared / "nets" / f"{name}.npz")
     fused = dsp_kernels.fuse(packed, images[:1])
     with torch.no_grad():
-        assert (packed(images[:64]) - torch.from_numpy(golden[name])).abs().max() <= 1e-4
+        assert (packed(images[:64]) - golden[:64]).abs().max() <= 1e-4
         logits = torch.cat([fused(batch) for batch in images.split(339)])
-    assert (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() <= 1e-4
+    assert (logits - golden).abs().max() <= 1e-4
     assert (logits.argmax(1) == labels).sum() == correct
     assert "plain PyTorch:" not in fused.explain()
 
 
 @pytest.mark.skipif(native() is None, reason="16 bit by the native kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", RELEASED)
 def test_16_bit_classes(shared: Path, images: Tensor, labels: Tensor, name: str, dtype: torch.dtype) -> None:
     """As many images right as in float32, give or take two of 1,017."""
-    golden = np.load(shared / "golden" / "logits.npz")
-    correct = int(golden["correct1017"][list(golden["names"]).index(name)])
+    golden, correct = golden_logits(shared, name)
     packed = read_released(shared / "nets" / f"{name}.npz")
     fused = dsp_kernels.fuse(packed, images[:1], backend="cpu", dtype=dtype)
     logits = torch.cat([fused(batch) for batch in images.split(339)])
     assert abs(int((logits.argmax(1) == labels).sum()) - correct) <= 2
-    error = (logits - torch.from_numpy(golden[f"{name}_all"])).abs().max() / logits.abs().max()
+    error = (logits - golden).abs().max() / logits.abs().max()
     assert error <= network_tolerance(dtype, 576, int(name[6:8]))
 
 
@@ -84,13 +79,17 @@ def test_swapped_and_saved(shared: Path, images: Tensor, tmp_path: Path, name: s
         assert (swapped(images[:16]) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", RELEASED)
 def test_counts_are_the_published_ones(shared: Path, name: str) -> None:
-    totals = json.loads((shared / "golden" / "structures.json").read_text())[name]["totals"]
-    packed = read_released(shared / "nets" / f"{name}.npz")
-    program = dsp_kernels.fuse(packed, torch.zeros(1, 3, 32, 32)).program
-    assert program.macs == totals["all_convs_plus_linear"]["macs_packed"]
-    blocks = totals["upstream_pruned_layers_only"]
+    totals, image = golden_counts(shared, name), torch.zeros(1, 3, 32, 32)
+    whole, blocks = totals["all_convs_plus_linear"], totals["upstream_pruned_layers_only"]
+    packed, dense = read_released(shared / "nets" / f"{name}.npz"), cifar_resnet(int(name[6:8]))
+    assert dsp_kernels.fuse(packed, image).program.macs == whole["macs_packed"]
+    assert network_cost(packed, image).macs == whole["macs_packed"]
+    assert network_cost(dense, image).macs == whole["macs_dense"]
+    rows = layer_rows(packed, image, dense)
+    assert sum(row.macs for row in rows) == blocks["macs_packed"]
+    assert sum(row.dense_macs for row in rows) == blocks["macs_dense"]
     convs = [m for m in packed.modules() if isinstance(m, dsp_kernels.PackedConv2d)]
     params = sum(conv.structure.params(conv.kernel_size) for conv in convs)
     assert params == blocks["params_packed"]
@@ -171,15 +170,12 @@ def test_a_missing_array_is_named(arrays: dict, meta: dict) -> None:
 
 def test_files_that_are_no_released_network(tmp_path: Path) -> None:
     path = tmp_path / "net.npz"
-    for content in (b"", b"PK\x03\x04", b"not a zip file"):
-        path.write_bytes(content)
+    for content in (b"", b"PK\x03\x04", b"not a zip file", np.zeros(2), np.array([{"pickled": 1}], object)):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            np.savez(path, meta=content)
         with pytest.raises(DSPFormatError, match=r"not an \.npz file of a released network"):
             read_released(path)
-    np.savez(path, a=np.zeros(2))
-    with pytest.raises(DSPFormatError, match="not an"):
-        read_released(path)
-    np.savez(path, meta=np.array([{"pickled": 1}], dtype=object))
-    with pytest.raises(DSPFormatError, match="not an"):
-        read_released(path)
     with pytest.raises(FileNotFoundError):
         read_released(tmp_path / "nothing.npz")

@@ -1,7 +1,5 @@
 """Without the extension these tests fail where a compiler could have built it, and are skipped elsewhere."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Networks with every kind of step that the native executor computes."""
 
-from __future__ import annotations
-
 import itertools
 import random
 

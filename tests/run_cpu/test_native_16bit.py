@@ -3,8 +3,6 @@
 float16 runs on CPUs with AVX512-FP16, elsewhere in an emulation that is compiled from the same source.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Callable

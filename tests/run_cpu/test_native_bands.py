@@ -1,7 +1,5 @@
 """Convolutions forced to Winograd's method, in bands of rows or patches of them, against the definition."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The build without a prerequisite: a pure Python package, and one line that says why."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Which layers run natively by default, and the op's cache of plans."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -125,7 +123,9 @@ def test_with_and_without_residual_from_one_plan() -> None:
     case = next(case for case in CASES if case.residual and case.batch)
     a = case.tensors()
     spec = case.spec
-    plan = BACKENDS.choose("cpu", spec, torch.float32, torch.device("cpu")).prepare(spec, a.weights, a.bias)
+    plan = BACKENDS.choose("cpu", spec, torch.float32, torch.device("cpu"), PLAIN).prepare(
+        spec, a.weights, a.bias
+    )
     without = plan(a.x, None)
     for weight in a.weights:  # the plan has its own copy
         weight.zero_()

@@ -1,7 +1,5 @@
 """The native kernels against the op's definition, and the choice of the instruction set."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

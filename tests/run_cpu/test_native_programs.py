@@ -1,7 +1,5 @@
 """Whole networks by the native executor against the model they were made from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Wrong input is an error, never a crash; what cannot run natively has a reason."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

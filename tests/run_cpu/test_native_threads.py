@@ -1,7 +1,5 @@
 """Concurrent calls, numbers of threads, scratch memory, and helper threads."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from dsp_kernels import GroupStructure, fuse, gather_grouped_conv2d
 from dsp_kernels.op.torch_op import PLANS
-from dsp_kernels.run.cpu.program import build
+from dsp_kernels.run.cpu.program import build, segments
 
 
 def fused_network() -> Any:
@@ -27,7 +25,7 @@ def fused_network() -> Any:
 
 def native_network() -> Any:
     program = fused_network().program
-    return build([program.input], [3], program.steps, [program.output])
+    return build(*segments(program), program)
 
 
 def run(network: Any, x: Tensor, threads: int, interleave: int = 1) -> Tensor:

@@ -1,7 +1,5 @@
 """Which residual blocks of the released networks would run as one kernel; needs neither GPU nor kernels."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,7 @@ from dsp_benchmarks.subjects.networks import NetworkSource, load_network
 
 from dsp_kernels.program.steps import ConvStep, Program
 from dsp_kernels.run.gpu.cuda.blocks.cost import H200, conv_seconds
-from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlan, plan_blocks, variants
+from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlan, plan_blocks
 from dsp_kernels.run.gpu.cuda.blocks.step import blocks_of, residual_last, with_blocks
 from dsp_kernels.run.gpu.memory import value_shapes
 
@@ -68,7 +66,7 @@ def test_every_residual_block_is_found(name: str, shared: Path) -> None:
 )
 def test_plans_agree_with_floors_costs_and_limits(name: str, batch: int, shared: Path) -> None:
     program, shapes = program_of(name), shapes_of(name, batch)
-    peaks = Peaks({"float16": H200.peak_flops}, H200.bandwidth, H200.launch, 1, {})
+    peaks = Peaks({"float16": H200.peak_flops}, H200.bandwidth, H200.launch)
     sized = replace(program, shapes={key: shape for key, shape in shapes.items() if shape})
     for plan in plans_of(name, batch):
         assert plan.floor < plan.seconds <= plan.per_conv
@@ -104,14 +102,3 @@ def test_plans_fit_the_smallest_chip(shared: Path) -> None:
     chosen = [plan.geometry for plan in plans if plan.geometry is not None]
     assert len(chosen) >= 4
     assert all(geometry.shared_bytes <= SM_86.shared_per_block for geometry in chosen)
-
-
-def test_variants_of_a_block(shared: Path) -> None:
-    block = blocks_of(program_of("resnet50_g2_80"))[0]
-    whole, without, tail = variants(block)
-    assert whole is block
-    assert block.shortcut is not None
-    assert without.shortcut is None
-    assert without.inputs == (block.inputs[0], block.shortcut.output)
-    assert tail.convs == block.convs[1:]
-    assert tail.inputs == (block.convs[0].output, block.shortcut.output)

@@ -3,25 +3,22 @@
 PyTorch stands in for the kernels, behind their interface, and checks their operands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import nets
 import pytest
 import torch
+from cases import definition
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.graph.network import evaluating, trace
-from dsp_kernels.op.reference import gather_grouped_conv2d_reference
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
 from dsp_kernels.run.gpu import program as cuda
-from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, layout_for_batch
+from dsp_kernels.run.gpu.layout import GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
 from dsp_kernels.run.registry import Registry
@@ -43,19 +40,9 @@ class StandInConv:
             assert tensor is None or tensor.is_contiguous()
         assert not _overlap(x, out)
         assert residual is None or residual.data_ptr() == out.data_ptr() or not _overlap(residual, out)
-        spec, nchw = self.spec, self.layout.as_nchw
-        y = gather_grouped_conv2d_reference(
-            nchw(x),
-            self.weights,
-            spec.structure,
-            self.bias,
-            None if residual is None else nchw(residual),
-            kernel_size=spec.kernel_size,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            activation=spec.activation,
-        )
+        nchw = self.layout.as_nchw
+        added = None if residual is None else nchw(residual)
+        y = definition(self.spec, nchw(x), self.weights, self.bias, added)
         out.fill_(float("nan"))
         nchw(out).copy_(y)
 
@@ -145,8 +132,6 @@ def test_the_input_may_have_another_dtype() -> None:
 
 
 class Joined(nn.Module):
-    """Concatenates, splits and gates channels."""
-
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
@@ -202,7 +187,6 @@ def test_concurrent_calls_do_not_mix_their_images() -> None:
 
 
 def test_the_memory_plan_reuses_memory() -> None:
-    """A chain of equal layers needs two buffers, however long it is."""
     convs = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(10)]
     program = program_of(nn.Sequential(*convs).eval(), torch.randn(8, 8, 16, 16))
     arena = arena_for(program, value_shapes(program, (8, 8, 16, 16), torch.float32), 4)
@@ -265,14 +249,6 @@ def test_layouts_keep_the_values() -> None:
         assert torch.equal(layout.as_nchw(converted), x)
     chosen = [layout_for_batch(batch).name for batch in (1, 8, 12, 16)]
     assert chosen == ["NHWC", "CHWN", "NHWC", "CHWN"]
-
-
-def test_absent_channels_are_a_group_that_reads_nothing() -> None:
-    structure = GroupStructure.build(4, 5, [([0, 1], [3]), ([2], [0, 4])])
-    written = [channel for group in all_groups(structure) for channel in group.out_index]
-    assert sorted(written) == [0, 1, 2, 3, 4]
-    assert all_groups(structure)[-1].in_index == ()
-    assert all_groups(GroupStructure.dense(4, 5)) == GroupStructure.dense(4, 5).groups
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

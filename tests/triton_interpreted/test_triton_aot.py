@@ -1,7 +1,5 @@
 """The Triton kernel compiled for real GPUs, without one (``make test-triton``: every configuration)."""
 
-from __future__ import annotations
-
 import runpy
 import subprocess
 import sys
@@ -62,25 +60,6 @@ def test_faults_are_found() -> None:
     words = " ".join(faults(bad, GOOD, HALF, 90))
     found = ("spilled", "255 registers", "0 warps", "wgmma", "asynchronous", "2 bytes", "0 of 1 stores")
     assert all(word in words for word in found)
-
-
-@pytest.mark.parametrize(
-    ("registers", "shared", "warps", "capability", "held"),
-    [
-        (168, 0, 4, 80, 12),  # 65,536 / (128 x 168) = 3.05 programs
-        (169, 0, 4, 80, 8),  # allocated as 176
-        (136, 0, 8, 90, 8),
-        (40, 80 << 10, 4, 80, 8),  # two times 81 KiB in 164
-        (40, 80 << 10, 4, 90, 8),
-        (40, 75 << 10, 4, 90, 12),  # three times 76 KiB in 228
-        (16, 0, 4, 90, 64),
-    ],
-)
-def test_warps_that_fit_a_multiprocessor(
-    registers: int, shared: int, warps: int, capability: int, held: int
-) -> None:
-    config = TritonConfig(True, 64, 32, 64, 32, warps, 3)
-    assert TABLE["resident_warps"](Compiled(registers, shared, 0, "", ""), config, capability) == held
 
 
 def test_the_table_has_a_row_per_kernel() -> None:

@@ -1,7 +1,5 @@
 """The Triton kernel in Triton's interpreter against the reference in float64; outputs start as NaN."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 
@@ -177,7 +175,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 def test_backend_keeps_the_memory_format(batch: int, channels_last: bool) -> None:
     case = Case("", UNEQUAL, batch=batch, hw=(3, 4), residual=True, channels_last=channels_last)
     a = case.tensors()
-    backend = BACKENDS.choose("triton", case.spec, SINGLE, a.x.device)
+    backend = BACKENDS.choose("triton", case.spec, SINGLE, a.x.device, torch.contiguous_format)
     y = backend.prepare(case.spec, a.weights, a.bias)(a.x, a.residual)
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     torch.testing.assert_close(y.double(), reference(case, a), rtol=1e-5, atol=1e-5)
@@ -185,7 +183,9 @@ def test_backend_keeps_the_memory_format(batch: int, channels_last: bool) -> Non
 
 def test_auto_never_chooses_the_interpreter() -> None:
     spec, device = RESIDUAL.spec, torch.device("cpu")
-    assert BACKENDS.choose("auto", spec, SINGLE, device).name not in GPU_KERNELS.names()
+    assert (
+        BACKENDS.choose("auto", spec, SINGLE, device, torch.contiguous_format).name not in GPU_KERNELS.names()
+    )
     assert GPU_KERNELS.choose("triton", spec, SINGLE, device, CHWN).name == "triton"
 
 

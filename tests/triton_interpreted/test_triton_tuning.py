@@ -1,7 +1,5 @@
 """Tile sizes: the rule that chooses them, tuning, and its file."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from collections.abc import Callable
@@ -41,7 +39,6 @@ def test_tuning_measures_few_keeps_the_fastest_and_does_not_write_out(tmp_path: 
     times: list[float] = []
 
     def timer(launch: Callable[[], None]) -> float:
-        """Every candidate is faster than the ones before."""
         launch()
         times.append(1 / (len(times) + 1))
         return times[-1]

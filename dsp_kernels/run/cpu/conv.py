@@ -7,6 +7,7 @@ fused network (``dsp_kernels.fuse``) pays for the conversion once instead of per
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,7 @@ class CpuBackend:
     name = "cpu"
 
     def can_run(
-        self,
-        spec: ConvSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: torch.memory_format = torch.contiguous_format,
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
         """On the CPU in float32, if the extension is built."""
         if device.type != "cpu":
@@ -39,11 +36,7 @@ class CpuBackend:
         return (False, why_missing()) if native() is None else (True, "")
 
     def is_worth(
-        self,
-        spec: ConvSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: torch.memory_format = torch.contiguous_format,
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
         """Whether it beats plain PyTorch: not for channels_last 1x1 layers with little arithmetic."""
         if layout != torch.channels_last or spec.kernel_size != (1, 1) or torch.get_num_threads() == 1:
@@ -57,7 +50,6 @@ class CpuBackend:
         )
 
     def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> CpuPlan:
-        """A function (x, residual) -> y; see ``ConvBackend.prepare``."""
         return CpuPlan(spec, weights, bias)
 
 
@@ -71,21 +63,21 @@ class CpuPlan:
         x = self._plain.input(spec.structure.in_channels)
         self._value = add_conv(self._plain, spec, weights, bias, x, -1)
         self._plain.output(self._value)
-        self._with_residual: Any = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (batch, in_channels, height, width), float32; residual: like the output, or None.
 
         Raises DSPShapeError for an input that the convolution cannot take.
         """
-        shape = (x.shape[0], self.spec.structure.out_channels, *self.spec.output_hw(x.shape[2:]))
+        shape = self.spec.output_shape(x.shape)
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
         if shape[0]:
             inputs = [tensor.detach().numpy() for tensor in (x, residual) if tensor is not None]
             try:
-                self._network(residual is not None).run(
-                    inputs, [y.numpy()], torch.get_num_threads(), _interleave(shape[0])
-                )
+                network = self._plain if residual is None else self._with_residual
+                threads = torch.get_num_threads()
+                # Interleaved images cost more to convert than they save where threads outnumber them.
+                network.run(inputs, [y.numpy()], threads, int(shape[0] >= threads))
             except ValueError as error:
                 raise DSPShapeError(f"this convolution cannot take this input: {error}") from error
         return y
@@ -96,16 +88,13 @@ class CpuPlan:
         same: bool = self._plain.conv_holds(self._value, arrays, None if bias is None else as_array(bias))
         return same
 
-    def _network(self, with_residual: bool) -> Any:
-        if not with_residual:
-            return self._plain
-        if self._with_residual is None:
-            made = new_network()
-            x = made.input(self.spec.structure.in_channels)
-            residual = made.input(self.spec.structure.out_channels)
-            made.output(made.conv_like(self._plain, self._value, x, residual))
-            self._with_residual = made
-        return self._with_residual
+    @cached_property
+    def _with_residual(self) -> Any:
+        made = new_network()
+        x = made.input(self.spec.structure.in_channels)
+        residual = made.input(self.spec.structure.out_channels)
+        made.output(made.conv_like(self._plain, self._value, x, residual))
+        return made
 
 
 # Products per moved channel and pixel below which plain PyTorch is faster in channels_last. Measured at
@@ -122,11 +111,6 @@ def products_per_move(spec: ConvSpec) -> float:
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     moved = len(structure.read) * spec.stride[0] * spec.stride[1] + structure.out_channels
     return structure.kernels * taps / moved
-
-
-def _interleave(images: int) -> int:
-    """1 unless threads outnumber images: interleaved images cost more to convert than they save."""
-    return 1 if images >= torch.get_num_threads() else 0
 
 
 def add_conv(

@@ -11,8 +11,9 @@ outside and whose outputs are read later; one thread takes a few images through 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,23 +21,19 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.program.steps import (
-    ActivationStep,
-    AdaptivePoolStep,
-    AddStep,
-    AffineStep,
     ConcatStep,
     ConvStep,
+    ElementwiseStep,
     FlattenStep,
-    GateStep,
     GlobalPoolStep,
     LinearStep,
-    MulStep,
     PoolStep,
     Program,
     SelectStep,
     Step,
     TorchStep,
     flattened_maps,
+    is_activation,
 )
 from dsp_kernels.run.cpu.conv import add_conv, as_array
 from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, why_missing
@@ -64,22 +61,18 @@ class CpuExecutor:
         return True, ""
 
     def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
-        """A function x -> y; see ``Executor.prepare``."""
         parts = segments(program)
         dtype = _dtype(program)
         if _is_whole(parts, program):
             return _whole_network(parts[0], program, dtype)
         calls = [_native_call(part, program, dtype) if part.native else _torch_call(part) for part in parts]
         plain_input = any(program.input in part.inputs for part in parts if not part.native)
-        needed_after = [
-            {name for later in parts[n + 1 :] for name in later.inputs} for n in range(len(parts))
-        ]
 
         def run(x: Tensor) -> Tensor:
             values: dict[str, Any] = {program.input: x.to(dtype) if plain_input else x}
-            for call, needed in zip(calls, needed_after, strict=True):
+            for call, part in zip(calls, parts, strict=True):
                 call(values)
-                for name in values.keys() - needed - {program.output}:
+                for name in part.dying:
                     del values[name]
             result: Tensor = values[program.output]
             return result.contiguous()
@@ -122,28 +115,31 @@ def _dtype(program: Program) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive steps, all native or none. inputs: values made outside; outputs: values read later."""
+    """Consecutive steps, all native or none. inputs: values made outside; outputs: values read later.
+
+    dying: those of its inputs, and of the values that its plain PyTorch steps make, that nothing reads later.
+    """
 
     native: bool
     steps: tuple[Step, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    dying: tuple[str, ...]
 
 
 def segments(program: Program) -> tuple[Segment, ...]:
     """The Program as alternating runs of native and plain PyTorch steps, in order."""
-    runs: list[tuple[bool, list[Step]]] = []
-    for step, reason in zip(program.steps, _why_not_native(program), strict=True):
-        if not runs or runs[-1][0] != (not reason):
-            runs.append((not reason, []))
-        runs[-1][1].append(step)
-    parts = []
-    for number, (is_native, steps) in enumerate(runs):
-        made = {step.output for step in steps}
-        later = {name for _, rest in runs[number + 1 :] for step in rest for name in step.inputs}
-        inputs = dict.fromkeys(name for step in steps for name in step.inputs if name not in made)
-        outputs = tuple(step.output for step in steps if step.output in later | {program.output})
-        parts.append(Segment(is_native, tuple(steps), tuple(inputs), outputs))
+    parts, end, last_use = [], 0, program.last_use
+    reasons = zip(_why_not_native(program), program.steps, strict=True)
+    for is_native, run in groupby(reasons, key=lambda pair: not pair[0]):
+        steps = tuple(step for _, step in run)
+        end += len(steps)
+        made = [step.output for step in steps]
+        inputs = tuple(dict.fromkeys(name for step in steps for name in step.inputs if name not in made))
+        outputs = tuple(name for name in made if last_use[name] >= end)
+        held = inputs if is_native else (*inputs, *made)
+        dying = tuple(name for name in held if last_use[name] < end)
+        parts.append(Segment(is_native, steps, inputs, outputs, dying))
     return tuple(parts)
 
 
@@ -170,8 +166,7 @@ def _why_not_native(program: Program) -> list[str]:
         features = {name for name, rank in zip(step.inputs, ranks, strict=False) if rank == 2}
         # The native network keeps a flattened map as its planes: elementwise steps work on it, but its
         # features cannot be indexed.
-        is_unary = isinstance(step, ActivationStep | GateStep)
-        if features & (flattened.derived if is_unary else flattened.maps | flattened.derived):
+        if features & (flattened.derived if is_activation(step) else flattened.maps | flattened.derived):
             return "eager: its features are the numbers of a map of any size"
         return ""
 
@@ -190,7 +185,7 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
 
 def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """_native_call without the dict of values: at batch 1 every microsecond around the kernels shows."""
-    network = _build(part, program, dtype)
+    network = build(part, program, dtype)
     is_vector = [len(program.shapes[program.output]) == 2]
 
     def run(x: Tensor) -> Tensor:
@@ -204,7 +199,7 @@ def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Calla
 
 
 def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
-    network = _build(part, program, dtype)
+    network = build(part, program, dtype)
     is_vector = [len(program.shapes[name]) == 2 for name in part.outputs]
     # Plain PyTorch steps need the Program's dtype; the network's output stays float32.
     dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]
@@ -218,16 +213,11 @@ def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callabl
     return call
 
 
-def _build(part: Segment, program: Program, dtype: torch.dtype) -> Any:
-    channels = [program.shapes[name][1] for name in part.inputs]
-    return build(part.inputs, channels, part.steps, part.outputs, dtype)
-
-
 def _compute(network: Any, tensors: list[Tensor], is_vector: list[bool]) -> list[Tensor]:
     """float32 inputs -> outputs, (batch, features) where is_vector, else (batch, channels, height, width)."""
     images = tensors[0].shape[0]
     try:
-        shapes = network.output_shapes([_pixels(tensor) for tensor in tensors])
+        shapes = network.output_shapes([tuple(tensor.shape[2:]) or (1, 1) for tensor in tensors])
         results = []
         for shape, vector in zip(shapes, is_vector, strict=True):
             size = (images, shape[0]) if vector and shape[1] == shape[2] == 1 else (images, *shape)
@@ -246,26 +236,16 @@ def _compute(network: Any, tensors: list[Tensor], is_vector: list[bool]) -> list
     ]
 
 
-def _pixels(tensor: Tensor) -> tuple[int, int]:
-    return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else (1, 1)
-
-
-def build(
-    inputs: Sequence[str],
-    channels: Sequence[int],
-    steps: Sequence[Step],
-    outputs: Sequence[str],
-    dtype: torch.dtype = torch.float32,
-) -> Any:
-    """A native Network of these steps. inputs, outputs: values that come from and go to PyTorch.
+def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -> Any:
+    """A native Network of these steps of a Program.
 
     dtype: what convolutions multiply (float16 where the CPU can); all other arithmetic is float32.
     """
     network = new_network(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
-    value = {name: network.input(width) for name, width in zip(inputs, channels, strict=True)}
-    for step in steps:
+    value = {name: network.input(program.shapes[name][1]) for name in part.inputs}
+    for step in part.steps:
         value[step.output] = _NATIVE[type(step)](network, step, *(value[name] for name in step.inputs))
-    for name in outputs:
+    for name in part.outputs:
         network.output(value[name])
     return network
 
@@ -274,8 +254,17 @@ def _conv(network: Any, step: ConvStep, x: int, residual: int = -1) -> int:
     return add_conv(network, step.spec, step.weights, step.bias, x, residual)
 
 
+def _elementwise(network: Any, step: ElementwiseStep, x: int, y: int = -1) -> Any:
+    if step.kind == "multiply":
+        return network.product(x, y, step.activation)
+    scale, shift = (None if part is None else as_array(part) for part in (step.scale, step.shift))
+    return network.map(x, y, scale, shift, step.activation)
+
+
 def _pool(network: Any, step: PoolStep, x: int) -> Any:
     settings = step.settings
+    if step.kind == "adaptive_avg_pool":
+        return network.adaptive(x, settings["output_size"])
     return network.pool(
         x,
         step.kind == "avg_pool",
@@ -297,16 +286,11 @@ def _linear(network: Any, step: LinearStep, x: int) -> Any:
 # (network, step, numbers of its input values) -> number of its output value.
 _NATIVE: dict[type[Step], Callable[..., Any]] = {
     ConvStep: _conv,
-    AffineStep: lambda n, step, x: n.map(x, -1, as_array(step.scale), as_array(step.shift), step.activation),
-    AddStep: lambda n, step, x, y: n.map(x, y, None, None, step.activation),
-    MulStep: lambda n, step, x, y: n.product(x, y, step.activation),
-    ActivationStep: lambda n, step, x: n.map(x, -1, None, None, step.activation),
-    GateStep: lambda n, step, x: n.map(x, -1, None, None, step.kind),
+    ElementwiseStep: _elementwise,
     ConcatStep: lambda n, step, *xs: n.concat(list(xs)),
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,
     GlobalPoolStep: lambda n, step, x: n.mean(x),
-    AdaptivePoolStep: lambda n, step, x: n.adaptive(x, step.size),
     FlattenStep: lambda n, step, x: n.flatten(x),
     LinearStep: _linear,
 }

@@ -27,19 +27,13 @@ class EagerBackend:
     name = "eager"
 
     def can_run(
-        self,
-        spec: ConvSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: torch.memory_format = torch.contiguous_format,
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
-        """Always, for floating dtypes."""
         return (True, "") if dtype.is_floating_point else (False, f"dtype {dtype} is not a floating dtype")
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """A function (x, residual) -> y; see ``ConvBackend.prepare``."""
         convolve = FORMS[form_of(spec)](spec, weights, bias)
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -81,7 +75,7 @@ def _constant(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) ->
     added = live_bias(spec.structure, bias)
 
     def convolve(x: Tensor) -> Tensor:
-        y = x.new_zeros(x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
+        y = x.new_zeros(spec.output_shape(x.shape))
         return y if added is None else y.add_(added[:, None, None])
 
     return convolve
@@ -93,21 +87,23 @@ def _uniform(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> 
     return lambda x: F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, n_groups)
 
 
-def _single(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _single(
+    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, read: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
     weight = dense_weight(spec.structure, weights, spec.kernel_size)
+    weight = weight if read is None else weight[:, read]
     weight = weight.contiguous(memory_format=torch.channels_last)
     added = live_bias(spec.structure, bias)
-    return lambda x: F.conv2d(x, weight, added, spec.stride, spec.padding, spec.dilation)
+
+    def convolve(x: Tensor) -> Tensor:
+        gathered = x if read is None else x.index_select(1, read)
+        return F.conv2d(gathered, weight, added, spec.stride, spec.padding, spec.dilation)
+
+    return convolve
 
 
 def _gathered(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    read = torch.tensor(spec.structure.read, device=weights[0].device)
-    weight = dense_weight(spec.structure, weights, spec.kernel_size)[:, read]
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    added = live_bias(spec.structure, bias)
-    return lambda x: F.conv2d(
-        x.index_select(1, read), weight, added, spec.stride, spec.padding, spec.dilation
-    )
+    return _single(spec, weights, bias, torch.tensor(spec.structure.read, device=weights[0].device))
 
 
 def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -119,8 +115,7 @@ def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -
     ]
 
     def convolve(x: Tensor) -> Tensor:
-        shape = (x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
-        y = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        y = torch.zeros(spec.output_shape(x.shape), dtype=x.dtype, device=x.device)
         y = y.contiguous(memory_format=memory_format_of(x))
         for in_index, out_index, weight, group_bias in branches:
             if weight.shape[1]:

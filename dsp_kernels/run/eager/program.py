@@ -10,19 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsp_kernels.op.activations import GATES, activate, activate_
+from dsp_kernels.op.activations import activate, activate_
 from dsp_kernels.program.steps import (
-    ActivationStep,
-    AdaptivePoolStep,
-    AddStep,
-    AffineStep,
     ConcatStep,
     ConvStep,
+    ElementwiseStep,
     FlattenStep,
-    GateStep,
     GlobalPoolStep,
     LinearStep,
-    MulStep,
     PoolStep,
     Program,
     SelectStep,
@@ -31,7 +26,11 @@ from dsp_kernels.program.steps import (
 )
 from dsp_kernels.run.eager.conv import EagerBackend, form_of
 
-_POOLS: dict[str, Callable[..., Tensor]] = {"max_pool": F.max_pool2d, "avg_pool": F.avg_pool2d}
+_POOLS: dict[str, Callable[..., Tensor]] = {
+    "max_pool": F.max_pool2d,
+    "avg_pool": F.avg_pool2d,
+    "adaptive_avg_pool": F.adaptive_avg_pool2d,
+}
 _LARGEST_VALUE = 4 << 20  # bytes of one value at which the batch is split, see _batch_limit
 
 
@@ -42,11 +41,9 @@ class EagerExecutor:
     takes_any_dtype = False
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """Always, for floating dtypes."""
         return (True, "") if dtype.is_floating_point else (False, f"dtype {dtype} is not a floating dtype")
 
     def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
-        """A function x -> y; see ``Executor.prepare``."""
         calls = [(step, self.call(step)) for step in program.steps]
         dying = program.dying
 
@@ -69,7 +66,6 @@ class EagerExecutor:
         return run_in_parts
 
     def is_native(self, program: Program) -> bool:
-        """Never: every step is a PyTorch operation."""
         return False
 
     def describe(self, program: Program) -> list[str]:
@@ -84,27 +80,13 @@ class EagerExecutor:
             return lambda values: convolve(values[x], None if residual is None else values[residual])
         if isinstance(step, TorchStep):
             return step.run
+        if isinstance(step, ElementwiseStep):
+            return elementwise(step)
         source = step.inputs[0]
-        if isinstance(step, AddStep):
-            left, right = step.inputs
-            return lambda values: activate_(values[left] + values[right], step.activation)
-        if isinstance(step, AffineStep):
-            scale, shift = step.scale[:, None, None], step.shift[:, None, None]
-            return lambda values: activate_(torch.addcmul(shift, values[source], scale), step.activation)
-        if isinstance(step, ActivationStep):
-            return lambda values: activate(values[source], step.activation)
-        if isinstance(step, GateStep):
-            gate = GATES[step.kind]
-            return lambda values: gate(values[source])
-        if isinstance(step, MulStep):
-            left, right = step.inputs
-            return lambda values: activate_(values[left] * values[right], step.activation)
         if isinstance(step, ConcatStep):
             return lambda values: torch.cat([values[name] for name in step.inputs], 1)
         if isinstance(step, SelectStep):
             return _select(source, step.index)
-        if isinstance(step, AdaptivePoolStep):
-            return lambda values: F.adaptive_avg_pool2d(values[source], step.size)
         if isinstance(step, PoolStep):
             pool = _POOLS[step.kind]
             return lambda values: pool(values[source], **step.settings)
@@ -115,6 +97,28 @@ class EagerExecutor:
         if isinstance(step, LinearStep):
             return lambda values: activate_(F.linear(values[source], step.weight, step.bias), step.activation)
         raise AssertionError(f"unknown step {step!r}")
+
+
+def elementwise(step: ElementwiseStep, channel_axis: int = 1) -> Callable[..., Tensor]:
+    """A function (values, out=None) -> the result, in ``out`` if given. channel_axis: of 4-D values."""
+    first, second, activation = step.inputs[0], step.inputs[-1], step.activation
+    if step.scale is not None and step.shift is not None:
+        shape = [-1 if axis == channel_axis else 1 for axis in range(4)]
+        scale, shift = step.scale.view(shape), step.shift.view(shape)
+        return lambda values, out=None: activate_(
+            torch.addcmul(shift, values[first], scale, out=out), activation
+        )
+    if step.kind == "activation":
+
+        def call(values: dict[str, Any], out: Tensor | None = None) -> Tensor:
+            x = values[first]
+            if out is None:
+                return activate(x, activation)
+            return activate_(out if out.data_ptr() == x.data_ptr() else out.copy_(x), activation)
+
+        return call
+    combine = torch.add if step.kind == "add" else torch.mul
+    return lambda values, out=None: activate_(combine(values[first], values[second], out=out), activation)
 
 
 def _select(source: str, index: tuple[int, ...]) -> Callable[[dict[str, Any]], Tensor]:

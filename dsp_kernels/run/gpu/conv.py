@@ -18,9 +18,7 @@ from dsp_kernels.run.gpu.triton.conv import TritonKernels
 from dsp_kernels.run.registry import Registry
 
 # The order of preference is not measured yet.
-GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel")
-GPU_KERNELS.register(CudaKernels())
-GPU_KERNELS.register(TritonKernels())
+GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel", CudaKernels(), TritonKernels())
 
 
 class GpuBackend:
@@ -31,11 +29,7 @@ class GpuBackend:
         self._kernels = kernels
 
     def can_run(
-        self,
-        spec: ConvSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: torch.memory_format = torch.contiguous_format,
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
         """If the kernels run both layouts: the batch of each call decides between them."""
         for each in GpuLayout:
@@ -45,11 +39,7 @@ class GpuBackend:
         return True, ""
 
     def is_worth(
-        self,
-        spec: ConvSpec,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: torch.memory_format = torch.contiguous_format,
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
         """Not on the CPU, where Triton only interprets its kernel."""
         return (True, "") if device.type == "cuda" else (False, f"tensors are on {device}")
@@ -66,8 +56,7 @@ class GpuBackend:
             layout = GpuLayout.NHWC if channels_last else layout_for_batch(x.shape[0])
             if layout not in prepared:
                 prepared[layout] = self._kernels.prepare(spec, weights, bias, layout)
-            shape = (x.shape[0], spec.structure.out_channels, *spec.output_hw(x.shape[2:]))
-            out = torch.empty(layout.shape(shape), dtype=x.dtype, device=x.device)
+            out = torch.empty(layout.shape(spec.output_shape(x.shape)), dtype=x.dtype, device=x.device)
             added = None if residual is None else layout.from_nchw(residual)
             prepared[layout](layout.from_nchw(x), out, added)
             return layout.as_nchw(out).contiguous(memory_format=memory_format)

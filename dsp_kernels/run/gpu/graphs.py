@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-_WARM_UP_RUNS = 2  # the first compiles kernels and initialises libraries; the second shows that it worked
-
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of this device is being captured into a CUDA graph."""
@@ -29,8 +27,8 @@ def capture(launch: Callable[[], None], device: torch.device, pool: Any) -> Call
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UP_RUNS):
-                launch()
+            launch()  # compiles kernels and initialises libraries
+            launch()  # shows that it worked
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:

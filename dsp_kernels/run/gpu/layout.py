@@ -6,8 +6,9 @@ pixel are contiguous (NHWC). A whole network stays in one of the two from its fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -107,8 +108,8 @@ def check_conv_operands(
     structure = spec.structure
     if x.dim() != 4:
         raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected 4 dimensions in {layout.name}")
-    batch, _, height, width = layout.as_nchw(x).shape
-    expected = layout.shape((batch, structure.out_channels, *spec.output_hw((height, width))))
+    batch, _, height, width = shape = layout.as_nchw(x).shape
+    expected = layout.shape(spec.output_shape(shape))
     operands = {
         "x": (x, layout.shape((batch, structure.in_channels, height, width))),
         "out": (out, expected),
@@ -120,27 +121,25 @@ def check_conv_operands(
     return batch, structure.in_channels, height, width
 
 
-def why_too_old(device: torch.device | int | None) -> str:
-    """Why this CUDA device (None: the current one) cannot run the kernels; empty if it can."""
-    major, minor = torch.cuda.get_device_capability(device)
+@cache
+def why_not_on(index: int | None) -> str:
+    """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) >= _OLDEST_CAPABILITY:
         return ""
     return (
-        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the GPU kernels need "
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; the GPU kernels need "
         f"{_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]} or newer"
     )
 
 
-class GpuConv(Protocol):
-    """One convolution with its weights arranged, ready to launch."""
-
-    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """x, out, residual: contiguous in the layout it was prepared for; all of out is overwritten.
-
-        residual may be ``out`` itself: every element is read before it is written. Launches on the current
-        stream of x's device and returns; can be captured in a CUDA graph (no synchronisation, no allocation).
-        """
-        ...
+# One convolution with its weights arranged: (x, out, residual), contiguous in the layout it was prepared for.
+# All of out is overwritten; residual may be ``out`` itself: every element is read before it is written.
+# Launches on the current stream of x's device; can be captured in a CUDA graph (no synchronisation, no
+# allocation).
+GpuConv = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 class GpuKernels(Protocol):

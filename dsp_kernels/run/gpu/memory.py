@@ -10,26 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsp_kernels.program.steps import (
-    ActivationStep,
-    AddStep,
-    AffineStep,
-    ConcatStep,
-    ConvStep,
-    MulStep,
-    Program,
-    SelectStep,
-    Step,
-)
+from dsp_kernels.op.activations import GATES
+from dsp_kernels.program.steps import ConcatStep, ConvStep, ElementwiseStep, Program, SelectStep, Step
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.layout import round_up
 
 _ALIGNMENT = 256  # bytes, as cudaMalloc aligns
-
-_ELEMENTWISE = (AffineStep, AddStep, ActivationStep, MulStep)
-# Steps that write into a given buffer.
-_WRITERS = (ConvStep, BlockStep, *_ELEMENTWISE, ConcatStep, SelectStep)
 
 
 def value_shapes(
@@ -44,8 +31,7 @@ def value_shapes(
     for step in program.steps:
         if isinstance(step, ConvStep):
             x = values[step.inputs[0]]
-            shape = (x.shape[0], step.spec.structure.out_channels, *step.spec.output_hw(x.shape[2:]))
-            values[step.output] = x.new_empty(shape)
+            values[step.output] = x.new_empty(step.spec.output_shape(x.shape))
         elif isinstance(step, BlockStep):
             x = values[step.inputs[0]]
             values[step.output] = x.new_empty(step.output_shape(x.shape))
@@ -64,7 +50,7 @@ class Arena:
 
 
 def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], itemsize: int) -> Arena:
-    """Places the input and the results of _WRITERS; values that are live at once never overlap.
+    """Places the input and the results of steps that take a buffer. Values live at once never overlap.
 
     A residual, or an operand of an elementwise step, is overwritten in place after its last use.
     """
@@ -73,7 +59,7 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
     born = {program.input: -1}
     for position, step in enumerate(program.steps):
         shape = shapes[step.output]
-        if not isinstance(step, _WRITERS) or shape is None or len(shape) != 4:
+        if not _takes_buffer(step) or shape is None or len(shape) != 4:
             continue
         born[step.output] = position
         for name in _may_be_overwritten(step):
@@ -108,9 +94,16 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
     return Arena(total, {name: offset_of[buffer] for name, buffer in owner.items()})
 
 
+def _takes_buffer(step: Step) -> bool:
+    """Whether the step writes into a given buffer."""
+    if isinstance(step, ElementwiseStep):
+        return step.activation not in GATES
+    return isinstance(step, (ConvStep, BlockStep, ConcatStep, SelectStep))
+
+
 def _may_be_overwritten(step: Step) -> tuple[str, ...]:
     """Inputs of which the step reads every element before it writes the element at the same position."""
     if isinstance(step, ConvStep | BlockStep):
         x, *residual = step.inputs
         return tuple(name for name in residual if name != x)
-    return step.inputs if isinstance(step, _ELEMENTWISE) else ()
+    return step.inputs if isinstance(step, ElementwiseStep) else ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,6 @@ class CudaExecutor:
         return False, reasons[0] if reasons else "the network has no convolution with weights"
 
     def prepare(self, program: Program) -> GpuRunner:
-        """A function x -> y; see ``Executor.prepare``."""
         return GpuRunner(program, self._kernels)
 
     def is_native(self, program: Program) -> bool:
@@ -99,7 +99,6 @@ class GpuRunner:
         self._prepared: set[GpuLayout] = set()
         self._blocks = _block_planner(program, kernels)
         self._runs: LRU[GpuRun] = LRU(_MOST_RUNS)
-        self._eager: Callable[[Tensor], Tensor] | None = None
         self._lock = threading.Lock()
         self._graph_pool: Any = None
         self._done: torch.cuda.Event | None = None
@@ -107,7 +106,6 @@ class GpuRunner:
     def __call__(self, x: Tensor) -> Tensor:
         """x: (batch, channels, height, width) on the Program's device; the result is a new tensor."""
         if not len(x):
-            self._eager = self._eager or EagerExecutor().prepare(self._program)
             return self._eager(x.to(self._dtype))
         with self._lock:
             if is_capturing(x.device):
@@ -121,6 +119,10 @@ class GpuRunner:
                 y = self._run_for(x)(x)
                 self._done = stream.record_event()
             return y
+
+    @cached_property
+    def _eager(self) -> Callable[[Tensor], Tensor]:
+        return EagerExecutor().prepare(self._program)
 
     def is_captured(self, shape: Sequence[int]) -> bool:
         """Whether calls with an input of this shape replay a CUDA graph."""
@@ -195,7 +197,6 @@ class GpuRun:
 
     @property
     def is_captured(self) -> bool:
-        """Whether calls replay a CUDA graph."""
         return self._replay is not None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -12,23 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dsp_kernels.op.activations import GATES, activate_
 from dsp_kernels.program.steps import (
-    ActivationStep,
-    AdaptivePoolStep,
-    AddStep,
-    AffineStep,
     ConcatStep,
     ConvStep,
-    GateStep,
+    ElementwiseStep,
     GlobalPoolStep,
-    MulStep,
     PoolStep,
     SelectStep,
     Step,
 )
 from dsp_kernels.run.eager.conv import EagerBackend
-from dsp_kernels.run.eager.program import EagerExecutor
+from dsp_kernels.run.eager.program import EagerExecutor, elementwise
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
 
@@ -59,16 +53,12 @@ def step_call(
     if isinstance(step, ConvStep | BlockStep):
         assert conv is not None
         return _conv(step, conv)
-    if images and isinstance(step, (AffineStep, AddStep, ActivationStep, MulStep)):
-        return _elementwise(step, layout)
+    if images and isinstance(step, ElementwiseStep):
+        return elementwise(step, layout.value.index(1))
     if images and isinstance(step, (ConcatStep, SelectStep)):
         return _channels(step, layout, device)
-    if images and isinstance(step, GateStep):
-        return lambda values, out: GATES[step.kind](values[step.inputs[0]])
-    if images and isinstance(step, (PoolStep, AdaptivePoolStep)):
+    if images and isinstance(step, PoolStep):
         return _pool(step)
-    if isinstance(step, GlobalPoolStep) and len(shapes[step.inputs[0]] or ()) == 4:
-        return _mean(step, layout)
     return _in_nchw(step, layout)
 
 
@@ -77,25 +67,6 @@ def _conv(step: ConvStep | BlockStep, conv: GpuConv) -> StepCall:
         assert out is not None
         conv(values[step.inputs[0]], out, values[step.inputs[1]] if len(step.inputs) == 2 else None)
         return out
-
-    return call
-
-
-def _elementwise(step: AffineStep | AddStep | ActivationStep | MulStep, layout: GpuLayout) -> StepCall:
-    per_channel = [-1 if axis == 1 else 1 for axis in layout.value]
-
-    def call(values: Values, out: Tensor | None) -> Tensor:
-        x = values[step.inputs[0]]
-        if isinstance(step, AddStep):
-            y = torch.add(x, values[step.inputs[1]], out=out)
-        elif isinstance(step, MulStep):
-            y = torch.mul(x, values[step.inputs[1]], out=out)
-        elif isinstance(step, AffineStep):
-            y = torch.addcmul(step.shift.view(per_channel), x, step.scale.view(per_channel), out=out)
-        else:
-            assert out is not None
-            y = out if out.data_ptr() == x.data_ptr() else out.copy_(x)
-        return activate_(y, step.activation)
 
     return call
 
@@ -109,7 +80,7 @@ def _channels(step: ConcatStep | SelectStep, layout: GpuLayout, device: torch.de
     return lambda values, out: torch.index_select(values[step.inputs[0]], axis, index, out=out)
 
 
-def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
+def _pool(step: PoolStep) -> StepCall:
     # Pooling treats images and channels alike, so CHWN can be seen as a channels_last tensor of C images
     # with N channels, without a copy.
     run = EagerExecutor().call(step)
@@ -122,20 +93,11 @@ def _pool(step: PoolStep | AdaptivePoolStep) -> StepCall:
     return call
 
 
-def _mean(step: GlobalPoolStep, layout: GpuLayout) -> StepCall:
-    spatial = [layout.value.index(2), layout.value.index(3)]
-
-    def call(values: Values, out: Tensor | None) -> Tensor:
-        x: Tensor = values[step.inputs[0]]
-        if step.keepdim:
-            return x.mean(spatial, keepdim=True)
-        return x.mean(spatial).t() if layout is GpuLayout.CHWN else x.mean(spatial)
-
-    return call
-
-
 def _in_nchw(step: Step, layout: GpuLayout) -> StepCall:
-    """Any other step as the eager executor runs it, on contiguous NCHW copies: a ``view`` may need those."""
+    """Any other step as the eager executor runs it, on NCHW tensors.
+
+    They are contiguous copies, because a ``view`` may need those; a mean does not.
+    """
     run = EagerExecutor().call(step)
 
     def call(values: Values, out: Tensor | None) -> Any:
@@ -144,7 +106,10 @@ def _in_nchw(step: Step, layout: GpuLayout) -> StepCall:
         return result if out is None else out.copy_(result)
 
     def to_nchw(value: Tensor) -> Tensor:
-        return layout.as_nchw(value).contiguous() if value.dim() == 4 else value
+        if value.dim() != 4:
+            return value
+        nchw = layout.as_nchw(value)
+        return nchw if isinstance(step, GlobalPoolStep) else nchw.contiguous()
 
     def to_layout(value: Tensor) -> Tensor:
         return layout.from_nchw(value) if value.dim() == 4 else value

@@ -82,11 +82,7 @@ def training_steps(data: TrainingData, batch_size: int, world_size: int = 1) -> 
 
 
 def evaluation_batches(
-    data: TrainingData,
-    split: Split | FolderSplit,
-    batch_size: int = 512,
-    rank: int = 0,
-    world_size: int = 1,
+    data: TrainingData, split: Split | FolderSplit, batch_size: int = 512, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass in order, without augmentation; shapes, dtypes and ranks as in ``training_batches``."""
     positions = torch.arange(rank, len(split), world_size)

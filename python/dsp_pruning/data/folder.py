@@ -56,20 +56,14 @@ class FolderData:
     device: str = "cpu"
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    channels = 3  # red, green, blue
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.classes)
 
     @property
-    def channels(self) -> int:
-        """Channels of an image: red, green, blue."""
-        return 3
-
-    @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width of a crop."""
         return self.image_size, self.image_size
 
     def to(self, device: torch.device | str) -> FolderData:
@@ -134,10 +128,10 @@ def load_folder(root: str | Path, *, image_size: int = 224, workers: int = 0, se
     return FolderData(f"folder:{root.name}", train, validation, test, classes, image_size, workers)
 
 
+@dataclass
 class _Files(Dataset[tuple[Tensor, int]]):
-    def __init__(self, split: FolderSplit, size: int) -> None:
-        self.split = split
-        self.size = size
+    split: FolderSplit
+    size: int
 
     def __getitem__(self, item: Any) -> tuple[Tensor, int]:
         position, seed = item

@@ -41,7 +41,6 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> Split:
-        """A copy on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -85,16 +84,13 @@ class ImageData:
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
         return int(self.train.images.shape[1])
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width of an image."""
         return int(self.train.images.shape[2]), int(self.train.images.shape[3])
 
     def to(self, device: torch.device | str) -> ImageData:
-        """A copy on another device."""
         return replace(
             self, **{name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         )

@@ -23,9 +23,8 @@ _CHANNELWISE = (
 )
 _CONVOLUTIONS = ("conv", "packed_conv", "conv_transpose")
 
-_Tie = tuple[
-    str, Tensor, str, Tensor
-]  # channels of one tensor that are tied, pair by pair, to those of another
+# Channels of one tensor that are tied, pair by pair, to those of another.
+_Tie = tuple[str, Tensor, str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dsp_kernels.errors import DSPPruningError
-from dsp_pruning.group_counts import check_existing
-from dsp_pruning.layers import LayerInfo
+from dsp_pruning.layers import LayerInfo, check_existing
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.logits import attach_logits
 
@@ -64,7 +63,6 @@ class Bucket:
         torch.mul(self.scale, strength, out=self.strength)
 
     def assigned(self) -> Tensor:
-        """The soft assignment that ``start`` drew."""
         assert self.prob is not None
         return self.prob
 
@@ -94,10 +92,6 @@ class BucketStep:
         self.weight = bucket.weight()
         self.energy = terms.kernel_energy(self.weight)
         self.soft = terms.Assigned(bucket.assigned())
-
-    def first_slope(self) -> Tensor:
-        """[L, G, O]: gradient of the regulariser by the assignment, at the current weights."""
-        return terms.first_order(self.soft, self.energy)
 
     def penalised(self) -> Tensor:
         """[L, O, C, kh, kw]: the weights after the soft penalty, in the memory format of the layers."""
@@ -137,11 +131,7 @@ class BucketStep:
 def attach_layers(
     infos: Sequence[LayerInfo], counts: Mapping[str, int], optimizer: Optimizer, generator: torch.Generator
 ) -> list[LearnedLayer]:
-    """Attach logits to every layer, or to none if one of the layers cannot take part.
-
-    counts: layer name -> number of groups. Raises DSPPruningError for a weight that is frozen or not in the
-    optimizer, and for a layer that already has a ``group`` of another shape.
-    """
+    """Attach logits to every layer, or to none if one of them cannot take part. counts: layer name -> G."""
     holders = {
         parameter: index
         for index, group in enumerate(optimizer.param_groups)

@@ -28,10 +28,7 @@ class NonFiniteFlag:
         return {"_flag": None, "_host": None, "_view": None}
 
     def hold(self, values: Sequence[Tensor], overflow: Tensor | None) -> Tensor:
-        """Bool scalar: hold this step back. Records values that are not finite without an overflow.
-
-        overflow: float scalar, 1 after an overflow of the gradient scaler; None without a scaler.
-        """
+        """Bool scalar: hold this step back. Records values that are not finite without an overflow (1)."""
         first = values[0]
         bad = ~torch.stack([value.sum().to(first) for value in values]).sum().isfinite()
         if self._flag is None or self._host is None or self._flag.device != bad.device:
@@ -51,15 +48,11 @@ class NonFiniteFlag:
         return self._flag is not None and bool(self._flag.item() != 0)
 
     def clear(self) -> None:
-        """Forget what was recorded."""
         self._flag = self._host = self._view = None
 
 
 def overflowed(stepped: bool, found: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """Float32 scalar: 1 if the scaler skipped a step or the look-ahead overflowed, on any process.
-
-    stepped: this process's optimizer took its step. found: scalars that are 1 after an overflow.
-    """
+    """Float32 scalar: 1 if a process's optimizer took no step, or one of the scalars ``found`` is 1."""
     skip = torch.full((), float(not stepped), device=device)
     for one in found:
         if one is not None:

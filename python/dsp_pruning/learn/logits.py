@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPPruningError, DSPShapeError
+from dsp_kernels.errors import DSPShapeError
+from dsp_pruning.checks import check_names
 from dsp_pruning.layers import LayerInfo
 
 # With equal logits rounding would decide the first hard groups. This is one Adam step at lr 1e-3: enough to
 # break ties and forgotten after a few steps; the Gumbel noise is a thousand times larger.
 _INITIAL_LOGIT = 1e-3
-
-_ADAM_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-12
 
 
 def attach_logits(info: LayerInfo, n_groups: int, generator: torch.Generator) -> nn.Parameter:
@@ -53,9 +52,7 @@ def gumbel_noise(
 
 def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     """Raise unless ``noise`` holds one tensor of the right shape for every layer name in ``shapes``."""
-    if set(noise) != set(shapes):
-        missing, unknown = sorted(set(shapes) - set(noise)), sorted(set(noise) - set(shapes))
-        raise DSPPruningError(f"noise needs one tensor for every layer: missing {missing}, unknown {unknown}")
+    check_names("noise needs one tensor", noise.keys(), shapes.keys())
     for name, shape in shapes.items():
         if noise[name].shape != shape:
             raise DSPShapeError(
@@ -66,16 +63,14 @@ def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
 def logit_optimizer(logits: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     """The logits' own Adam."""
     # Only the fused form takes a tensor that says whether to skip a step, so that the host need not wait.
-    return torch.optim.Adam(logits, lr, _ADAM_BETAS, _ADAM_EPS, fused=True, capturable=True)
+    return torch.optim.Adam(logits, lr, eps=1e-12, fused=True, capturable=True)
 
 
 def step_logits(
     optimizer: torch.optim.Adam, logits: Sequence[nn.Parameter], gradients: Sequence[Tensor], hold: Tensor
 ) -> None:
-    """One step. Outside of it the logits have no gradient, so that no other optimizer moves them.
-
-    gradients: one per logits tensor. hold: float32 scalar, 1 to skip the step.
-    """
+    """One step, skipped if the float32 scalar ``hold`` is 1."""
+    # Outside of the step the logits have no gradient, so that no other optimizer moves them.
     optimizer.found_inf = hold  # type: ignore[attr-defined]
     try:
         for own, gradient in zip(logits, gradients, strict=True):

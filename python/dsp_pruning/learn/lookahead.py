@@ -254,12 +254,7 @@ def _scratch_optimizer(optimizer: Optimizer, copies: Mapping[Tensor, Tensor]) ->
 
 def _with_foreach(group: dict[str, Any]) -> dict[str, Any]:
     """The parameter group with foreach=True, unless the user chose an implementation."""
-    settings = [
-        part
-        for name, setting in group.items()
-        if name != "params"
-        for part in (setting if isinstance(setting, tuple | list) else (setting,))
-    ]
     # Some optimizers do not support foreach with learning rates or betas that are tensors.
-    fixed = group.get("fused") or any(isinstance(setting, Tensor) for setting in settings)
-    return group if fixed or group.get("foreach", False) is not None else group | {"foreach": True}
+    tensors = any(isinstance(setting, Tensor) for setting in (group["lr"], *group.get("betas", ())))
+    fixed = tensors or group.get("fused") or group.get("foreach", False) is not None
+    return group if fixed else group | {"foreach": True}

@@ -112,10 +112,7 @@ def second_order_exact(p: Assigned, energy: Tensor, product: Tensor, eps: float 
 
 
 def second_order_original(p: Assigned, energy: Tensor, product: Tensor, eps: float = _EPS) -> Tensor:
-    """Q [G, O]: the mixed term of the published implementation; arguments as for the exact one.
-
-    It is not the derivative, because the cross-filter terms are missing.
-    """
+    """Q [G, O]: the mixed term of the published implementation, which lacks the cross-filter terms."""
     inverse = (_norm(p, energy) + eps).reciprocal()
     along = _product(inverse, product.mT)  # sum over c, k of w v / n, [G, O]
     own = p.prob * _product(inverse, energy.mT)

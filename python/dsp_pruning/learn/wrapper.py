@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.inputs import Example
 from dsp_pruning import distributed
-from dsp_pruning.group_counts import GroupCount, groups_of_layers
-from dsp_pruning.layers import LayerPredicate, check_kind, survey_layers
+from dsp_pruning.checks import check, check_count, check_kind, check_one_of
+from dsp_pruning.layers import GroupCount, LayerPredicate, groups_of_layers, survey_layers
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_finite
@@ -93,13 +93,11 @@ class GroupWrapper:
         check_kind(callable(criterion), "criterion", criterion, "a function of the model's output and y")
         is_generator = generator is None or isinstance(generator, torch.Generator)
         check_kind(is_generator, "generator", generator, "a torch.Generator")
-        is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
-        _check(is_count, "total_steps", total_steps, "an integer of at least 1")
-        _check(_is_finite(reg) and reg >= 0, "reg", reg, "a finite number of at least 0")
+        check_count("total_steps", total_steps)
+        check(_is_finite(reg) and reg >= 0, "reg", reg, "a finite number of at least 0")
         for name, value in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
-            _check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
-        modes = get_args(SecondOrder)
-        _check(second_order in modes, "second_order", second_order, f"one of {', '.join(modes)}")
+            check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
+        check_one_of("second_order", second_order, get_args(SecondOrder))
         if second_order != "none":
             check_optimizer(optimizer)
         counts = groups_of_layers(self.layers.chosen, n_groups)
@@ -131,7 +129,6 @@ class GroupWrapper:
         self.optimizer.register_step_post_hook(self._note_step)  # a copied optimizer has no hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
         return self.model(*args, **kwargs)
 
     @property
@@ -141,8 +138,7 @@ class GroupWrapper:
 
     @steps.setter
     def steps(self, value: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise DSPPruningError(f"steps is {value!r}; expected an integer of at least 0")
+        check_count("steps", value, least=0)
         self._steps = value
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,8 +240,7 @@ class GroupWrapper:
 
         Raises DSPTrainingError if any step so far was not finite.
         """
-        if self._not_finite.wait():
-            self._raise_not_finite()
+        self._require_finite(wait=True)
         total, counts = 0.0, torch.zeros(max(layer.logits.shape[0] for layer in self._layers)).double()
         for bucket in self._buckets:
             value, filters = bucket.regulariser()
@@ -281,7 +276,7 @@ class GroupWrapper:
         """Gradient [L, G, O] of each bucket's regulariser by its assignment; overflow of the look-ahead."""
         if self.second_order == "none":
             self._loss = None
-            return [step.first_slope() for step in steps], None
+            return [terms.first_order(step.soft, step.energy) for step in steps], None
         starts = [step.penalised() for step in steps]
         ahead = look_ahead(
             self._network,
@@ -320,21 +315,14 @@ class GroupWrapper:
         ]
         step_logits(self._group_optimizer, logits, each, hold.float())
 
-    def _require_finite(self) -> None:
-        if self._not_finite.seen():
-            self._raise_not_finite()
-
-    def _raise_not_finite(self) -> None:
+    def _require_finite(self, wait: bool = False) -> None:
+        if not (self._not_finite.wait() if wait else self._not_finite.seen()):
+            return
         self._not_finite.clear()
         suspects = [(f"the weight of layer {layer.info.name!r}", layer.weight) for layer in self._layers]
         suspects += [(f"the logits of layer {layer.info.name!r}", layer.logits) for layer in self._layers]
         suspects += [] if self._loss is None else [("the loss of the look-ahead", self._loss)]
         raise_first_not_finite(suspects, self._steps - 1)
-
-
-def _check(valid: bool, name: str, value: object, expected: str) -> None:
-    if not valid:
-        raise DSPPruningError(f"{name} is {value!r}; expected {expected}")
 
 
 def _is_finite(value: Any) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPPruningError
+from dsp_pruning.checks import check, check_count, is_count
 
 _MAX_DEPTH = 1202  # the deepest network in the paper
 
@@ -57,11 +57,7 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(
-    depth: int,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    *,
-    generator: torch.Generator | None = None,
+    depth: int, num_classes: int = 10, in_channels: int = 3, *, generator: torch.Generator | None = None
 ) -> CifarResNet:
     """ResNet for CIFAR: float32 images (batch, in_channels, height, width) -> logits (batch, num_classes).
 
@@ -73,14 +69,11 @@ def cifar_resnet(
     >>> model(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    if not _is_count(depth) or depth < 8 or depth > _MAX_DEPTH or (depth - 2) % 6:
-        raise DSPPruningError(
-            f"cifar_resnet: depth is {depth!r}; it must be 6n + 2 with n >= 1 and at most {_MAX_DEPTH}, "
-            "for example 20, 32, 44, 56 or 110"
-        )
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not _is_count(value) or value < 1:
-            raise DSPPruningError(f"cifar_resnet: {name} is {value!r}; it must be an integer of at least 1")
+    valid = is_count(depth, least=8) and depth <= _MAX_DEPTH and (depth - 2) % 6 == 0
+    examples = "20, 32, 44, 56 or 110"
+    check(valid, "depth", depth, f"6n + 2 with n >= 1 and at most {_MAX_DEPTH}, for example {examples}")
+    check_count("num_classes", num_classes)
+    check_count("in_channels", in_channels)
     model = CifarResNet(depth, num_classes, in_channels)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -95,7 +88,3 @@ def cifar_resnet(
 def _stage(in_channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
     first = _Block(in_channels, planes, stride)
     return nn.Sequential(first, *(_Block(planes, planes, 1) for _ in range(blocks - 1)))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

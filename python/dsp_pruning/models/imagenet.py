@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPError, DSPPruningError
+from dsp_kernels.errors import DSPError
+from dsp_pruning.checks import check, check_one_of
 
 # Blocks per stage, and whether they are bottlenecks (He et al. 2016, table 1).
 _VARIANTS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -27,20 +28,17 @@ def torchvision_resnet(variant: str = "resnet18", num_classes: int = 1000) -> nn
     >>> torchvision_resnet("resnet18", num_classes=10).fc.out_features
     10
     """
-    _check(variant)
-    if not isinstance(num_classes, int) or not 1 <= num_classes <= 1_000_000:
-        raise DSPPruningError(f"num_classes is {num_classes!r}; expected 1 to 1,000,000")
+    check_one_of("variant", variant, tuple(_VARIANTS.values()))
+    valid = isinstance(num_classes, int) and 1 <= num_classes <= 1_000_000
+    check(valid, "num_classes", num_classes, "1 to 1,000,000")
     import torchvision  # an extra: the runtime and CIFAR need no torchvision
 
     return getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
 
 
 def published_weights(variant: str) -> dict[str, Tensor]:
-    """State dict of a variant trained on ImageNet by torchvision, downloaded once.
-
-    Raises DSPPruningError for an unknown variant, DSPError if the download fails.
-    """
-    _check(variant)
+    """State dict of a variant trained on ImageNet by torchvision, downloaded once."""
+    check_one_of("variant", variant, tuple(_VARIANTS.values()))
     import torchvision
 
     try:
@@ -58,8 +56,3 @@ def variant_of(weights: Mapping[str, Tensor]) -> str | None:
         for stage in (1, 2, 3, 4)
     )
     return _VARIANTS.get((blocks, "layer1.0.conv3.weight" in weights))
-
-
-def _check(variant: str) -> None:
-    if variant not in _VARIANTS.values():
-        raise DSPPruningError(f"variant is {variant!r}; expected one of {', '.join(_VARIANTS.values())}")

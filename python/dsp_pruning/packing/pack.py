@@ -23,7 +23,7 @@ from dsp_kernels.graph.network import TracedNetwork, call_graph, evaluating, tra
 from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.distributed import unwrap
-from dsp_pruning.packing.plan import plan_packing
+from dsp_pruning.packing.plan import Planner
 from dsp_pruning.packing.rebuild import rebuild, replace_module
 from dsp_pruning.packing.twin import planned_widths
 
@@ -58,9 +58,6 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
     DSPVerificationError if the copy and the masked network differ. Warns if weights are not 0 where their
     mask is.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from dsp_pruning import pack
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     >>> _ = model[0].weight.data[:3].zero_(), model[0].bias.data[:3].zero_()  # three pruned filters
     >>> packed = pack(model, torch.zeros(1, 3, 8, 8))
@@ -85,7 +82,7 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
     masked = _masked_copy(model)
     packed = copy.deepcopy(masked)
     network = trace(packed, inputs)
-    report = plan_packing(network, _read_in_training(packed, network, inputs), fixed_size)
+    report = Planner(network, _read_in_training(packed, network, inputs), fixed_size).plan()
     for path, plan in report.layers.items():
         replace_module(packed, path, rebuild(packed.get_submodule(path), plan))
     packed.packing = report  # type: ignore[assignment]
@@ -139,10 +136,7 @@ def _masked_copy(model: nn.Module) -> nn.Module:
 
 
 def _read_in_training(model: nn.Module, network: TracedNetwork, inputs: tuple[Tensor, ...]) -> dict[str, str]:
-    """Node -> reason, for tensors read by modules that run in training mode only (auxiliary heads).
-
-    Such a module is left as it is, so its input keeps its width.
-    """
+    """Node -> reason, for tensors whose width auxiliary heads, which run in training mode only, rely on."""
     graph = call_graph(model, training=True, example_input=inputs)
     held: dict[str, str] = {}
     for node in graph.nodes if graph is not None else ():

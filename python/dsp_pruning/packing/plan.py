@@ -21,16 +21,13 @@ _NORMS = ("batch_norm", "functional_norm", "instance_norm")
 _MOST_PATTERNS = 16
 
 
-def plan_packing(network: TracedNetwork, held: Mapping[str, str], fixed_size: bool) -> PackingReport:
-    """What stays of every convolution, norm and linear layer of a traced network, and why.
+class Planner:
+    """Decides what stays of every convolution, norm and linear layer of a traced network.
 
     held: node name -> reason, for tensors that something outside this graph reads; they keep their channels.
     fixed_size: whether a constant may go into a bias per output position where its reader pads zeros.
     """
-    return _Planner(network, held, fixed_size).plan()
 
-
-class _Planner:
     def __init__(self, network: TracedNetwork, held: Mapping[str, str], fixed_size: bool) -> None:
         self.network = network
         self.fixed_size = fixed_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from dsp_kernels.op.dense import group_weights
 from dsp_kernels.program.planner import zero_padding
 from dsp_pruning.flow.kernels import dense_weight
 from dsp_pruning.packing.report import LayerPlan
+
+# Of a tensor: (its name, the dimension, kept channels, original width, tensor) -> tensor.
+Change = Callable[[str, int, Sequence[int], int, Tensor], Tensor]
 
 
 def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
@@ -32,7 +36,7 @@ def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
     return FixedSizeConv2d(made, check, plan.position_bias.to(like)).train(made.training)
 
 
-def channel_dims(module: nn.Module, plan: LayerPlan) -> dict[str, tuple[int, int | None]]:
+def _channel_dims(module: nn.Module, plan: LayerPlan) -> dict[str, tuple[int, int | None]]:
     """Tensor name -> its dimension of output channels, and of input channels where it has one."""
     if isinstance(module, nn.ConvTranspose2d):
         return {"weight": (1, 0), "bias": (0, None)}
@@ -40,6 +44,15 @@ def channel_dims(module: nn.Module, plan: LayerPlan) -> dict[str, tuple[int, int
         grouped = isinstance(module, nn.Conv2d) and plan.structure is None
         return {"weight": (0, None if grouped else 1), "bias": (0, None)}
     return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (0, None))
+
+
+def change_channels(module: nn.Module, plan: LayerPlan, change: Change) -> None:
+    """Replace the tensors of a layer or norm, along every dimension of which packing removes channels."""
+    for name, (rows, columns) in _channel_dims(module, plan).items():
+        if len(plan.out_keep) < plan.out_channels:
+            replace_tensor(module, name, partial(change, name, rows, plan.out_keep, plan.out_channels))
+        if columns is not None and len(plan.in_keep) < plan.in_channels:
+            replace_tensor(module, name, partial(change, name, columns, plan.in_keep, plan.in_channels))
 
 
 def set_widths(module: nn.Module, in_channels: int, out_channels: int) -> None:
@@ -75,10 +88,7 @@ def replace_tensor(module: nn.Module, name: str, change: Callable[[Tensor], Tens
 
 
 def _narrow(module: nn.Module, plan: LayerPlan) -> nn.Module:
-    for name, (rows, columns) in channel_dims(module, plan).items():
-        _select(module, name, rows, plan.out_keep, plan.out_channels)
-        if columns is not None:
-            _select(module, name, columns, plan.in_keep, plan.in_channels)
+    change_channels(module, plan, _select)
     set_widths(module, len(plan.in_keep), len(plan.out_keep))
     if plan.bias is not None:
         weight = module.get_parameter("weight")
@@ -87,9 +97,8 @@ def _narrow(module: nn.Module, plan: LayerPlan) -> nn.Module:
     return module
 
 
-def _select(module: nn.Module, name: str, dim: int, keep: Sequence[int], width: int) -> None:
-    if len(keep) < width:
-        replace_tensor(module, name, lambda t: t.index_select(dim, torch.tensor(keep, device=t.device)))
+def _select(name: str, dim: int, keep: Sequence[int], width: int, tensor: Tensor) -> Tensor:
+    return tensor.index_select(dim, torch.tensor(keep, device=tensor.device))
 
 
 def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Conv2d | PackedConv2d:

@@ -38,10 +38,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Barrier:
-    """An operation that keeps channels which nothing needs.
-
-    node: name in the traced graph; kept: how many channels of it and its inputs could have been removed.
-    """
+    """An operation that keeps ``kept`` channels of itself and its inputs that nothing needs."""
 
     node: str
     reason: str

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.size_check import FixedSizeConv2d
 from dsp_pruning.flow.kernels import connections, dense_weight, own_bias
-from dsp_pruning.packing.rebuild import channel_dims, replace_module, replace_tensor, set_widths
+from dsp_pruning.packing.rebuild import change_channels, replace_module, replace_tensor, set_widths
 from dsp_pruning.packing.report import LayerPlan, PackingReport
 
 
@@ -24,9 +26,7 @@ def unpack(packed: nn.Module) -> nn.Module:
 
     Raises DSPPruningError if the network has no PackingReport, for example because it was built by hand.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from dsp_pruning import pack, unpack
+    >>> from dsp_pruning import pack
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     >>> _ = model[0].weight.data[:3].zero_(), model[0].bias.data[:3].zero_()
     >>> packed = pack(model, torch.zeros(1, 3, 8, 8))
@@ -52,15 +52,13 @@ def unpack(packed: nn.Module) -> nn.Module:
 
 def _dense(module: nn.Module, plan: LayerPlan, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, FixedSizeConv2d):
-        _widen(module, "position_bias", 0, plan.out_keep, plan.out_channels)
+        widen = partial(_widen, "position_bias", 0, plan.out_keep, plan.out_channels)
+        replace_tensor(module, "position_bias", widen)
         module.conv = _dense(module.conv, plan, dtype)  # type: ignore[assignment]
     elif isinstance(module, PackedConv2d):
         return _dense_conv(module, plan, dtype)
-    elif len(plan.out_keep) < plan.out_channels or len(plan.in_keep) < plan.in_channels:
-        for name, (rows, columns) in channel_dims(module, plan).items():
-            _widen(module, name, rows, plan.out_keep, plan.out_channels)
-            if columns is not None:
-                _widen(module, name, columns, plan.in_keep, plan.in_channels)
+    else:
+        change_channels(module, plan, _widen)
         set_widths(module, plan.in_channels, plan.out_channels)
     return module
 
@@ -88,12 +86,8 @@ def _dense_conv(packed: PackedConv2d, plan: LayerPlan, dtype: torch.dtype) -> nn
     return conv.train(packed.training)
 
 
-def _widen(module: nn.Module, name: str, dim: int, kept: tuple[int, ...], width: int) -> None:
-    """Put the entries of a tensor back in their places along one dimension; the others are neutral."""
-
-    def widen(tensor: torch.Tensor) -> torch.Tensor:
-        shape = (*tensor.shape[:dim], width, *tensor.shape[dim + 1 :])
-        wide = tensor.new_full(shape, float(name == "running_var"))
-        return wide.index_copy(dim, torch.tensor(kept, device=tensor.device), tensor)
-
-    replace_tensor(module, name, widen)
+def _widen(name: str, dim: int, kept: Sequence[int], width: int, tensor: Tensor) -> Tensor:
+    """Put the entries back in their places along one dimension; the others are neutral."""
+    shape = (*tensor.shape[:dim], width, *tensor.shape[dim + 1 :])
+    wide = tensor.new_full(shape, float(name == "running_var"))
+    return wide.index_copy(dim, torch.tensor(kept, device=tensor.device), tensor)

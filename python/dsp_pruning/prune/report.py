@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.prune.rule import Masks, hard_groups
-from dsp_pruning.prune.search import Target, kernel_cost
+from dsp_pruning.prune.search import pruned_share
 from dsp_pruning.table import text_table
 
 _COLUMNS = ("layer", "filters", "channels", "per group", "kernels", "MACs kept", "note")
@@ -20,14 +20,12 @@ _COLUMNS = ("layer", "filters", "channels", "per group", "kernels", "MACs kept",
 class RoundingCost:
     """The cost of keeping multiples of channels, compared with the same rate without rounding.
 
-    multiple: of channels per group. beta, energy: threshold, and share of the sum of squared weights that is
-    pruned (0 to 1); unrounded_*: the same without rounding. exceptions: groups that keep another number,
-    because fewer channels were left to choose from.
+    multiple: of channels per group. energy, unrounded_energy: share of the sum of squared weights that is
+    pruned, 0 to 1, with and without rounding. exceptions: groups that keep another number, because fewer
+    channels were left to choose from.
     """
 
     multiple: int
-    beta: float
-    unrounded_beta: float
     energy: float
     unrounded_energy: float
     exceptions: int
@@ -105,12 +103,4 @@ def layer_row(
 
 def percent_pruned(layers: Sequence[LayerInfo], masks: Masks) -> tuple[float, float]:
     """Multiply-adds and weights that are pruned, each in percent over these layers."""
-    percent = []
-    for target in get_args(Target):
-        whole = gone = 0
-        for layer in layers:
-            cost, mask = kernel_cost(layer, target), masks[layer.name]
-            whole += cost * mask.numel()
-            gone += cost * (mask.numel() - int(mask.sum()))
-        percent.append(100 * (gone / whole))
-    return percent[0], percent[1]
+    return 100 * pruned_share(layers, masks, "macs"), 100 * pruned_share(layers, masks, "params")

@@ -31,10 +31,7 @@ def kernel_energy(weight: Tensor) -> Tensor:
 
 
 def channel_shares(energy: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """energy: [O, C]; groups: [O] -> [G, C], the share of each input channel in its group's energy.
-
-    All shares of a group without filters, or with zero weights only, are 0.
-    """
+    """energy: [O, C]; groups: [O] -> [G, C], the share of each input channel in its group's energy."""
     per_group = torch.zeros(n_groups, energy.shape[1], dtype=energy.dtype).index_add_(0, groups, energy)
     return per_group / (per_group.sum(1, keepdim=True) + _EPS)
 
@@ -110,16 +107,8 @@ class LayerRule:
     channels: Tensor | None
     filters: Tensor | None
 
-    @property
-    def shares(self) -> tuple[Tensor, ...]:
-        """All shares that beta cuts."""
-        return tuple(shares for shares in (self.channels, self.filters) if shares is not None)
-
     def mask(self, beta: float, multiple: int = 1, barred: Tensor | None = None) -> Tensor:
-        """[O, C] bool: the kernels that are kept, before dead ones are removed.
-
-        multiple: each group keeps a multiple of this many channels, none of them from barred [G, C].
-        """
+        """[O, C] bool: what is kept, before dead kernels are removed. barred: [G, C], see keep_multiples."""
         kept = self.alive
         if self.channels is not None:
             if barred is None:
@@ -139,10 +128,7 @@ class LayerRule:
 def layer_rule(
     layer: LayerInfo, weight: Tensor, mask: Tensor, prunes_filters: bool, prunes_channels: bool
 ) -> LayerRule:
-    """weight: [O, C, kh, kw] and mask: [O, C, 1, 1] before pruning; the groups are those of the conv.
-
-    Raises DSPPruningError if a weight or a logit is not finite.
-    """
+    """weight: [O, C, kh, kw] and mask: [O, C, 1, 1] before pruning; the groups are those of the conv."""
     logits = layer.conv.get_buffer("group")
     for what, values in (("weights", weight), ("group logits", logits)):
         if not values.isfinite().all():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -20,11 +22,18 @@ Target = Literal["macs", "params"]  # what a rate is a share of: multiply-adds, 
 _GUESSES = 3  # by the rule alone, before the actual search
 
 
-def kernel_cost(layer: LayerInfo, target: Target) -> int:
-    """Cost of one 2-D kernel: multiply-adds of one sample, or weights."""
-    return layer.kernel_macs if target == "macs" else math.prod(layer.kernel_size)
+def pruned_share(layers: Sequence[LayerInfo], masks: Masks, target: Target) -> float:
+    """Share of the layers' cost that these masks prune, 0 to 1."""
+    whole = gone = 0
+    for layer in layers:
+        cost = layer.kernel_macs if target == "macs" else math.prod(layer.kernel_size)
+        mask = masks[layer.name]
+        whole += cost * mask.numel()
+        gone += cost * (mask.numel() - int(mask.sum()))
+    return gone / whole
 
 
+@dataclass(frozen=True, eq=False)
 class ThresholdSearch:
     """What each beta would leave of a network with fixed weights. It changes nothing.
 
@@ -32,23 +41,19 @@ class ThresholdSearch:
     target: what a rate is a share of. multiple: each group keeps a multiple of this many channels.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerInfo],
-        rules: Sequence[LayerRule],
-        network: TracedNetwork | None,
-        target: Target = "macs",
-        multiple: int = 1,
-    ) -> None:
-        self.rules = rules
-        self.network = network
-        self.target = target
-        self.multiple = multiple
-        self.betas = candidate_betas(shares for rule in rules for shares in rule.shares)
-        self._costs = {layer.name: kernel_cost(layer, target) for layer in layers}
-        self._whole = sum(self._costs[rule.name] * rule.alive.numel() for rule in rules)
-        self._outcomes: dict[int, tuple[float, bool]] = {}
-        self._by_rule_alone: dict[int, float] = {}
+    layers: Sequence[LayerInfo]
+    rules: Sequence[LayerRule]
+    network: TracedNetwork | None
+    target: Target
+    multiple: int = 1
+    _outcomes: dict[int, tuple[float, bool]] = field(default_factory=dict, init=False)
+    _by_rule_alone: dict[int, float] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def betas(self) -> list[float]:
+        return candidate_betas(
+            shares for rule in self.rules for shares in (rule.channels, rule.filters) if shares is not None
+        )
 
     def masks(self, beta: float) -> tuple[Masks, bool]:
         """The masks at beta without dead kernels, and whether the output still depends on the input."""
@@ -68,11 +73,7 @@ class ThresholdSearch:
                 return live, connected
 
     def _without_dead(self, masks: Masks) -> tuple[Masks, bool]:
-        """Remove kernels that read nothing or are read by nothing.
-
-        A conv that is called more than once keeps what any of its calls needs. Layers that the traced network
-        does not call keep their own mask.
-        """
+        """Remove kernels that read nothing or are read by nothing, in any call of their layer."""
         if self.network is None:
             return masks, True
         flow = channel_flow(self.network, masks, "pruning")
@@ -87,8 +88,7 @@ class ThresholdSearch:
 
     def pruned(self, masks: Masks) -> float:
         """Share of the target's cost that these masks prune, 0 to 1."""
-        kept = sum(cost * int(masks[name].sum()) for name, cost in self._costs.items())
-        return (self._whole - kept) / self._whole
+        return pruned_share(self.layers, masks, self.target)
 
     def pruned_energy(self, masks: Masks) -> float:
         """Share of the layers' sum of squared weights that these masks prune, 0 to 1."""
@@ -102,10 +102,7 @@ class ThresholdSearch:
         return (self._outcome(0)[0], self._outcome(cut - 1)[0]) if cut else None
 
     def best(self, rate: float) -> float:
-        """The smallest beta that prunes at least ``rate``, 0 to 1.
-
-        Raises DSPPruningError for a rate that cannot be reached, with the range that can.
-        """
+        """The smallest beta that prunes at least ``rate``, 0 to 1."""
         # Both the pruned share and whether the network is cut in two are monotone in beta.
         found = self._first_pruning(rate)
         if rate < 1 and found < len(self.betas) and self._outcome(found)[1]:

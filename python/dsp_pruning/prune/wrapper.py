@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -15,9 +14,17 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.graph.inputs import Example
 from dsp_kernels.graph.network import TracedNetwork, trace
+from dsp_pruning.checks import check, check_count, check_one_of, is_count
 from dsp_pruning.distributed import unwrap
-from dsp_pruning.group_counts import GroupCount, check_existing, groups_of_layers
-from dsp_pruning.layers import LayerInfo, LayerPredicate, inputs_like, survey_layers
+from dsp_pruning.layers import (
+    GroupCount,
+    LayerInfo,
+    LayerPredicate,
+    check_existing,
+    groups_of_layers,
+    inputs_like,
+    survey_layers,
+)
 from dsp_pruning.prune.report import PruningReport, RoundingCost, layer_row, percent_pruned
 from dsp_pruning.prune.rule import LayerRule, Masks, layer_rule
 from dsp_pruning.prune.search import Target, ThresholdSearch
@@ -76,7 +83,10 @@ class PruneWrapper:
     ) -> None:
         self._network = unwrap(model)
         survey = survey_layers(self._network, example_input, layers)
-        _check_settings(target, channel_multiple, prune_channels)
+        check_one_of("target", target, get_args(Target))
+        check_count("channel_multiple", channel_multiple)
+        if channel_multiple > 1 and not prune_channels:
+            raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
         self.model = model
         self.rank = rank
         self.prune_channels = prune_channels
@@ -96,12 +106,12 @@ class PruneWrapper:
         self._example = survey.example
         self._traced: TracedNetwork | None = None
         self._untraced = ""  # why it cannot be traced
-        self._undo = _Undo({}, {})
+        # Parameter or buffer -> its value before and after the last pruning.
+        self._undo: dict[str, tuple[Tensor, Tensor]] = {}
         self._zeros: Zeros | None = None
         self._rounding: RoundingCost | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
         return self.model(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,9 +132,7 @@ class PruneWrapper:
         unchanged.
         """
         if not (isinstance(cycle, int) and isinstance(cycles, int) and 0 <= cycle < cycles):
-            raise DSPPruningError(
-                f"cycle {cycle!r} of {cycles!r}: expected 0 to one below the number of cycles"
-            )
+            raise DSPPruningError(f"cycle {cycle!r} of {cycles!r}: expected a cycle from 0 to cycles - 1")
         search = self._search()
         return self._prune(search, search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles))
 
@@ -133,7 +141,7 @@ class PruneWrapper:
         search = self._search()
         beta = search.best(_fraction(rate, "the pruning rate"))
         masks, _ = search.masks(beta)
-        return self._describe(masks, beta, self._rounding_cost(search, beta, masks))
+        return self._describe(masks, beta, self._rounding_cost(search, masks))
 
     def reachable(self) -> tuple[float, float]:
         """The smallest and the largest rate that can be reached, 0 to 1. Changes nothing.
@@ -201,26 +209,24 @@ class PruneWrapper:
             rows.append(layer_row(layer, masks[layer.name], prunes_filters, "; ".join(notes)))
         return PruningReport(beta, flops, params, self._untraced, tuple(rows), rounding)
 
-    def _rounding_cost(self, search: ThresholdSearch, beta: float, masks: Masks) -> RoundingCost | None:
+    def _rounding_cost(self, search: ThresholdSearch, masks: Masks) -> RoundingCost | None:
         """Compared with the smallest beta that prunes as much without rounding."""
         if search.multiple == 1:
             return None
         plain = ThresholdSearch(self.layers, search.rules, search.network, search.target)
         span = plain.reachable()
-        same = plain.best(min(search.pruned(masks), span[1] if span is not None else 0.0))
+        beta = plain.best(min(search.pruned(masks), span[1] if span is not None else 0.0))
         kept = [rule.columns(masks[rule.name]).sum(1) for rule in search.rules]
         return RoundingCost(
             search.multiple,
-            beta,
-            same,
             search.pruned_energy(masks),
-            plain.pruned_energy(plain.masks(same)[0]),
+            plain.pruned_energy(plain.masks(beta)[0]),
             sum(int((channels % search.multiple != 0).sum()) for channels in kept),
         )
 
     def _search(self) -> ThresholdSearch:
         """On the state before the last pruning, if that can be undone."""
-        before = self._undo.before if self._undo.possible(self._network) else {}
+        before = {name: value for name, (value, _) in self._undo.items()} if self._unchanged() else {}
         missing = [layer.name for layer in self.layers if not _has_logits(layer)]
         if missing:
             warnings.warn(
@@ -239,19 +245,30 @@ class PruneWrapper:
     @torch.no_grad()
     def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
         masks, _ = search.masks(beta)
-        self._rounding = self._rounding_cost(search, beta, masks)
-        if self._undo.possible(self._network):
-            self._undo.undo(self._network)
+        self._rounding = self._rounding_cost(search, masks)
+        if self._unchanged():
+            for name, (value, _) in self._undo.items():
+                self._tensor(name).copy_(value)
         names = [f"{layer.name}.{kind}" for layer in self.layers for kind in ("weight", "mask")]
         names += [f"{layer.name}.bias" for layer in self.layers if layer.conv.bias is not None]
         names += [f"{path}.{kind}" for path in clearable(self._trace()) for kind in ("weight", "bias")]
-        before = _copies(self._network, names)
+        before = {name: self._tensor(name).clone() for name in names}
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
         self.beta = beta
         self.after_step()
-        self._undo = _Undo(before, _copies(self._network, names))
+        self._undo = {name: (value, self._tensor(name).clone()) for name, value in before.items()}
         return percent_pruned(self.layers, masks)
+
+    def _tensor(self, name: str) -> Tensor:
+        return operator.attrgetter(name)(self._network).detach()
+
+    def _unchanged(self) -> bool:
+        """Does the model still hold exactly what the last pruning left?"""
+        return all(
+            now.shape == left.shape and now.device == left.device and torch.equal(now, left)
+            for now, left in ((self._tensor(name), left) for name, (_, left) in self._undo.items())
+        )
 
     def _trace(self) -> TracedNetwork | None:
         if self._traced is None and not self._untraced:
@@ -262,38 +279,8 @@ class PruneWrapper:
         return self._traced
 
 
-@dataclass(frozen=True, eq=False)
-class _Undo:
-    """Parameters and buffers by dotted name, before and after the last pruning; empty before the first."""
-
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-
-    def possible(self, model: nn.Module) -> bool:
-        """Does the model still hold exactly what the pruning left?"""
-        return all(
-            now.shape == left.shape and now.device == left.device and torch.equal(now, left)
-            for now, left in zip(_tensors(model, self.after), self.after.values(), strict=True)
-        )
-
-    def undo(self, model: nn.Module) -> None:
-        for tensor, value in zip(_tensors(model, self.before), self.before.values(), strict=True):
-            tensor.copy_(value)
-
-
-def _copies(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in zip(names, _tensors(model, names), strict=True)}
-
-
-def _tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    return [operator.attrgetter(name)(model).detach() for name in names]
-
-
 def _register_buffers(layer: LayerInfo, n_groups: int) -> None:
-    """Put ``group`` [G, O] and ``mask`` [O, C, 1, 1] on the conv; existing values are kept.
-
-    A ``group`` that was a parameter during group learning becomes a buffer.
-    """
+    """Put the buffers ``group`` [G, O] and ``mask`` [O, C, 1, 1] on the conv; existing values are kept."""
     conv = layer.conv
     # Logits stay in float32 or better: half precision would make ties of what was learned.
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
@@ -312,22 +299,12 @@ def _has_logits(layer: LayerInfo) -> bool:
     return len(logits) == 1 or bool(logits.any())
 
 
-def _check_settings(target: Any, channel_multiple: Any, prune_channels: bool) -> None:
-    if target not in get_args(Target):
-        raise DSPPruningError(f"target is {target!r}; expected one of {', '.join(get_args(Target))}")
-    if isinstance(channel_multiple, bool) or not isinstance(channel_multiple, int) or channel_multiple < 1:
-        raise DSPPruningError(f"channel_multiple is {channel_multiple!r}; expected an integer of at least 1")
-    if channel_multiple > 1 and not prune_channels:
-        raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
-
-
 def _fraction(value: Any, what: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not 0 <= number <= 1:  # also for NaN
-        raise DSPPruningError(f"{what} is {value!r}; expected a fraction from 0 to 1, for example 0.5")
+    check(0 <= number <= 1, what, value, "a fraction from 0 to 1, for example 0.5")
     return number
 
 
@@ -351,6 +328,6 @@ def _filter_layers(every_nth: Any, indices: Any, n_layers: int) -> Sequence[int]
             "neither fp_every_nth_conv nor fp_layer_indices is given; name the layers that prune filters, "
             "or pass fp_every_nth_conv=-1 to prune none"
         )
-    if isinstance(every_nth, bool) or not isinstance(every_nth, int) or (every_nth < 1 and every_nth != -1):
-        raise DSPPruningError(f"fp_every_nth_conv is {every_nth!r}; expected 1 or more, or -1 for no filters")
+    valid = is_count(every_nth, least=-1) and every_nth != 0
+    check(valid, "fp_every_nth_conv", every_nth, "1 or more, or -1 for no filters")
     return range(every_nth - 1, n_layers, every_nth) if every_nth > 0 else ()

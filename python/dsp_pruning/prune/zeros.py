@@ -17,24 +17,22 @@ from dsp_pruning.layers import LayerInfo
 class Zeros:
     """The zeros that the layers' masks imply.
 
-    masks: [O, C, 1, 1] of every layer. versions: of these tensors. places: module, parameter name and a bool
-    tensor that broadcasts over the parameter, True where it is zero.
+    masks: [O, C, 1, 1] of every layer, and the version of the tensor. places: module, parameter name and a
+    bool tensor that broadcasts over the parameter, True where it is zero.
     """
 
-    masks: list[Tensor]
-    versions: list[int]
+    masks: list[tuple[Tensor, int]]
     places: list[tuple[nn.Module, str, Tensor]]
 
     def valid_for(self, masks: list[Tensor]) -> bool:
         """Are these the same, unmodified masks? Compares no values, so that no step waits for the device."""
         return all(
             mask is known and mask._version == version
-            for mask, known, version in zip(masks, self.masks, self.versions, strict=True)
+            for mask, (known, version) in zip(masks, self.masks, strict=True)
         )
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write the zeros."""
         for module, name, gone in self.places:
             module.get_parameter(name).masked_fill_(gone, 0)
 
@@ -59,7 +57,7 @@ def zeros_of(model: nn.Module, layers: Sequence[LayerInfo], network: TracedNetwo
             zero = flow[network.calls(path)[0].inputs[0]].zero.to(norm.get_parameter("weight").device)
             places += [(norm, "weight", zero), (norm, "bias", zero)]
     masks = [layer.conv.get_buffer("mask") for layer in layers]
-    return Zeros(masks, [mask._version for mask in masks], places)
+    return Zeros([(mask, mask._version) for mask in masks], places)
 
 
 def clearable(network: TracedNetwork | None) -> list[str]:

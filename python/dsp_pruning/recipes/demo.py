@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -60,9 +59,7 @@ class DemoResult:
 
 
 def run_demo(
-    directory: Path,
-    config: DemoConfig | None = None,
-    progress: Callable[[str], Progress | None] = lambda stage: None,
+    directory: Path, config: DemoConfig, progress: Callable[[str], Progress | None] = lambda stage: None
 ) -> DemoResult:
     """Run every stage.
 
@@ -70,25 +67,16 @@ def run_demo(
     progress: stage name -> progress callback.
     Raises the errors of the stages: DSPTrainingError, DSPPruningError, DSPVerificationError.
     """
-    config = config or DemoConfig()
     data = load_digits(config.seed)
-    common: dict[str, Any] = {
-        "depth": config.depth,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "device": config.device,
-    }
-    groups: dict[str, Any] = {**common, "groups": config.groups}
+    common = asdict(config)
+    epochs, groups, prune = (common.pop(name) for name in ("epochs", "groups", "prune"))
     trained = pretrain(
-        data,
-        PretrainConfig(**common, epochs=config.epochs),
-        directory / "pretrain",
-        progress=progress("pretrain"),
+        data, PretrainConfig(**common, epochs=epochs), directory / "pretrain", progress=progress("pretrain")
     )
     learned = learn_groups(
         data,
         trained.model.state_dict(),
-        LearnGroupsConfig(**groups, epochs=(config.epochs + 1) // 2),
+        LearnGroupsConfig(**common, groups=groups, epochs=(epochs + 1) // 2),
         directory / "learn_groups",
         progress=progress("learn groups"),
     )
@@ -96,7 +84,7 @@ def run_demo(
         data,
         learned.model.state_dict(),
         # One cosine cycle: five would be eight epochs each.
-        FinetuneConfig(**groups, epochs=config.epochs, lr=0.05, prune=config.prune, cycles=1),
+        FinetuneConfig(**common, groups=groups, epochs=epochs, lr=0.05, prune=prune, cycles=1),
         directory / "finetune",
         progress=progress("prune and finetune"),
     )

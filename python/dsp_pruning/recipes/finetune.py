@@ -17,17 +17,15 @@ from dsp_pruning.models.imagenet import torchvision_resnet, variant_of
 from dsp_pruning.prune.report import PruningReport
 from dsp_pruning.prune.wrapper import PruneWrapper, Target
 from dsp_pruning.recipes.checkpoint import load_weights, restore_weights
-from dsp_pruning.recipes.precision import Precision
-from dsp_pruning.recipes.run import RunConfig, depth_of, group_counts, new_model, pick_device
-from dsp_pruning.recipes.schedules import cosine
+from dsp_pruning.recipes.run import GroupedConfig, cosine, depth_of, start
 from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(GroupedConfig):
     """The published settings of CIFAR-10: five cosine cycles, each of which starts by pruning a little more.
 
-    groups, layer_groups: G of every layer, as learned.
+    groups, layer_groups: as learned.
     prune: share of the grouped layers' cost to remove, 0..1. target: that cost, ``macs`` or ``params``.
     channel_multiple, fp_every_nth_conv, prune_channels: see PruneWrapper.
     cycles: cosine cycles. one_shot: prune to the full rate at the start of the first cycle.
@@ -36,8 +34,6 @@ class FinetuneConfig(RunConfig):
     epochs: int = 400
     lr: float = 0.015
     weight_decay: float = 1e-3
-    groups: int = 4
-    layer_groups: Mapping[str, int] = field(default_factory=dict)
     prune: float = 0.5
     target: Target = "macs"
     channel_multiple: int = 1
@@ -57,15 +53,15 @@ class FinetuneConfig(RunConfig):
         return 1 if self.one_shot else max(1, min(self.cycles, self.epochs))
 
 
-class _PruneHook(Hook):
-    """Prunes at the start of every cycle and keeps pruned weights at zero."""
+@dataclass
+class _Cycles:
+    """Prunes at the start of every cycle. just_pruned: numbers of the last pruning."""
 
-    def __init__(self, pruner: PruneWrapper, config: FinetuneConfig, data: TrainingData) -> None:
-        self.pruner = pruner
-        self.config = config
-        self.data = data
-        self.prunings_done = 0
-        self.just_pruned: dict[str, float] = {}
+    pruner: PruneWrapper
+    config: FinetuneConfig
+    data: TrainingData
+    prunings_done: int = 0
+    just_pruned: dict[str, float] = field(default_factory=dict)
 
     def cycle(self, epoch: int) -> int:
         return epoch * self.config.prunings // max(1, self.config.epochs)
@@ -85,9 +81,6 @@ class _PruneHook(Hook):
                 "accuracy_before_finetuning": score.accuracy,
             }
 
-    def after_step(self, images: Tensor, labels: Tensor, precision: Precision) -> None:
-        self.pruner.after_step()
-
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.prunings_done, "just_pruned": self.just_pruned}
 
@@ -98,7 +91,7 @@ class _PruneHook(Hook):
 def finetune(
     data: TrainingData,
     weights: Mapping[str, Tensor],
-    config: FinetuneConfig | None = None,
+    config: FinetuneConfig,
     directory: Path | None = None,
     *,
     source: str | Path = "the given weights",
@@ -113,72 +106,52 @@ def finetune(
     ``accuracy_before_finetuning`` (0..1, on the test split right after the last pruning).
     Raises DSPFormatError if the weights do not fit, DSPPruningError for an unreachable rate, DSPTrainingError
     if the loss is not finite or the checkpoint has other settings.
-
-    >>> from dsp_pruning.data import load_digits
-    >>> from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
-    >>> from dsp_pruning.models import cifar_resnet
-    >>> data, common = load_digits(size=8), {"depth": 8, "groups": 2, "epochs": 0, "device": "cpu"}
-    >>> dense = cifar_resnet(8, in_channels=1).state_dict()
-    >>> learned = learn_groups(data, dense, LearnGroupsConfig(**common)).model.state_dict()
-    >>> result = finetune(data, learned, FinetuneConfig(**common, prune=0.5))
-    >>> 50 <= result.extra["pruned_flops"] < 60
-    True
     """
-    config = config or FinetuneConfig()
-    device = pick_device(config.device)
-    data = data.to(device)
-    pruner = _pruner(data, weights, config, source, device)
-    model = pruner.model
+    pruner, data = _pruner(data, weights, config, source)
     pruner.preview(config.prune)  # raise for an unreachable rate now, not in the last cycle
-    hook = _PruneHook(pruner, config, data)
+    cycles = _Cycles(pruner, config, data)
     trainer = Trainer(
-        model,
-        config.optimizer(model),
+        pruner.model,
+        config.optimizer(pruner.model),
         data,
         config,
         schedule=cosine(config.epochs, cycles=config.cycles),
-        hook=hook,
+        hook=Hook(
+            before_epoch=cycles.before_epoch,
+            after_step=lambda *_: pruner.after_step(),
+            state_dict=cycles.state_dict,
+            load_state_dict=cycles.load_state_dict,
+        ),
         directory=directory,
-        choose_from=next((e for e in range(config.epochs) if hook.cycle(e) == config.prunings - 1), 0),
+        choose_from=next((e for e in range(config.epochs) if cycles.cycle(e) == config.prunings - 1), 0),
     )
     trainer.run(progress, resume=resume)
-    trainer.load_best()
-    if hook.prunings_done < config.prunings:  # with 0 epochs no cycle has started
-        hook.prune(config.prunings - 1)
-    return trainer.conclude("finetune", hook.just_pruned)
+    if cycles.prunings_done < config.prunings:  # with 0 epochs no cycle has started
+        cycles.prune(config.prunings - 1)
+    return trainer.conclude("finetune", cycles.just_pruned)
 
 
 def preview(
     data: TrainingData,
     weights: Mapping[str, Tensor],
-    config: FinetuneConfig | None = None,
+    config: FinetuneConfig,
     *,
     source: str | Path = "the given weights",
 ) -> tuple[tuple[float, float], PruningReport | None]:
-    """Lowest and highest reachable rate, 0..1, and what ``finetune`` would keep at the rate of the config.
-
-    Trains and writes nothing. The report is None if the rate is unreachable.
-    Raises DSPPruningError if no rate is reachable.
-    """
-    config = config or FinetuneConfig()
-    device = pick_device(config.device)
-    pruner = _pruner(data.to(device), weights, config, source, device)
+    """Lowest and highest reachable rate, 0..1, and what ``finetune`` would keep; None for a rate beyond."""
+    pruner, _ = _pruner(data, weights, config, source)
     low, high = pruner.reachable()
     return (low, high), pruner.preview(config.prune) if config.prune <= high else None
 
 
 def _pruner(
-    data: TrainingData,
-    weights: Mapping[str, Tensor],
-    config: FinetuneConfig,
-    source: str | Path,
-    device: torch.device,
-) -> PruneWrapper:
-    model = new_model(config, data, device)
-    example = data.example().to(device)
+    data: TrainingData, weights: Mapping[str, Tensor], config: FinetuneConfig, source: str | Path
+) -> tuple[PruneWrapper, TrainingData]:
+    model, data = start(config, data)
+    example = data.example()
     pruner = PruneWrapper(
         model,
-        group_counts(model, example, config.groups, config.layer_groups),
+        config.counts(model, example),
         fp_every_nth_conv=config.fp_every_nth_conv,
         example_input=example,
         prune_channels=config.prune_channels,
@@ -186,13 +159,12 @@ def _pruner(
         channel_multiple=config.channel_multiple,
     )
     restore_weights(model, weights, source, optional=(".mask",))
-    return pruner
+    return pruner, data
 
 
 def load_pruned(path: str | Path, image_hw: tuple[int, int] = (32, 32)) -> nn.Module:
-    """The masked network in a file that ``finetune`` wrote, in eval mode, ready for ``pack``.
+    """The masked network in a file that ``finetune`` wrote, in eval mode, for images of this size.
 
-    image_hw: height and width of the images.
     Raises DSPFormatError if the file contains no pruned ResNet for CIFAR or of torchvision.
     """
     weights, _ = load_weights(path)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,14 @@ from dsp_pruning.data import TrainingData, training_steps
 from dsp_pruning.distributed import world_size
 from dsp_pruning.learn.wrapper import GroupWrapper, SecondOrder
 from dsp_pruning.recipes.checkpoint import restore_weights
-from dsp_pruning.recipes.precision import Precision
-from dsp_pruning.recipes.run import RunConfig, group_counts, new_model, pick_device
-from dsp_pruning.recipes.schedules import cosine
-from dsp_pruning.recipes.training import Hook, Progress, RecipeResult, Trainer
+from dsp_pruning.recipes.run import GroupedConfig, cosine, start
+from dsp_pruning.recipes.training import Hook, Precision, Progress, RecipeResult, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnGroupsConfig(RunConfig):
+class LearnGroupsConfig(GroupedConfig):
     """The published settings of CIFAR-10; the strength of the regulariser grows linearly over the run.
 
-    groups: G of every layer. layer_groups: shell pattern of layer names (``stage_3.*``) -> another G; the
-        last match counts.
     regularize: lambda of the paper. temperature: of the Gumbel softmax. group_lr: of the group logits.
     second_order: ``exact``, ``none`` or ``original``, see GroupWrapper.
     """
@@ -33,39 +29,16 @@ class LearnGroupsConfig(RunConfig):
     epochs: int = 120
     lr: float = 0.05
     weight_decay: float = 1e-3
-    groups: int = 4
-    layer_groups: Mapping[str, int] = field(default_factory=dict)
     regularize: float = 2e-3
     temperature: float = 0.5
     group_lr: float = 1e-3
     second_order: SecondOrder = "exact"
 
 
-class _LearnHook(Hook):
-    def __init__(self, learner: GroupWrapper) -> None:
-        self.learner = learner
-
-    def before_forward(self) -> None:
-        self.learner.initialize()
-
-    def after_step(self, images: Tensor, labels: Tensor, precision: Precision) -> None:
-        with precision.autocast(enabled=False):
-            self.learner.after_step(images, labels, precision.mixed, precision.scaler)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.learner.load_state_dict(state)
-
-    def metrics(self) -> dict[str, float]:
-        return self.learner.stats()
-
-
 def learn_groups(
     data: TrainingData,
     weights: Mapping[str, Tensor],
-    config: LearnGroupsConfig | None = None,
+    config: LearnGroupsConfig,
     directory: Path | None = None,
     *,
     source: str | Path = "the given weights",
@@ -78,27 +51,16 @@ def learn_groups(
     directory, resume: as in ``pretrain``.
     Raises DSPFormatError if the weights do not fit, DSPPruningError for more groups than filters,
     DSPTrainingError if the loss is not finite or the checkpoint has other settings.
-
-    >>> from dsp_pruning.data import load_digits
-    >>> from dsp_pruning.models import cifar_resnet
-    >>> config = LearnGroupsConfig(depth=8, groups=2, epochs=0, device="cpu")
-    >>> result = learn_groups(load_digits(), cifar_resnet(8, in_channels=1).state_dict(), config)
-    >>> result.model.state_dict()["stage_1.0.conv_a.group"].shape  # logits [G, O]
-    torch.Size([2, 16])
     """
-    config = config or LearnGroupsConfig()
-    device = pick_device(config.device)
-    data = data.to(device)
-    model = new_model(config, data, device)
-    optimizer = config.optimizer(model)
-    example = data.example().to(device)
+    model, data = start(config, data)
+    optimizer, example = config.optimizer(model), data.example()
     learner = GroupWrapper(
         model,
         optimizer,
         nn.CrossEntropyLoss(),
         config.regularize,
         max(1, config.epochs * training_steps(data, config.batch_size, world_size())),
-        n_groups=group_counts(model, example, config.groups, config.layer_groups),
+        n_groups=config.counts(model, example),
         temp=config.temperature,
         group_optimizer_lr=config.group_lr,
         example_input=example,
@@ -112,8 +74,21 @@ def learn_groups(
         data,
         config,
         schedule=cosine(config.epochs),
-        hook=_LearnHook(learner),
+        hook=Hook(
+            before_forward=learner.initialize,
+            after_step=partial(_after_step, learner),
+            state_dict=learner.state_dict,
+            load_state_dict=learner.load_state_dict,
+            metrics=learner.stats,
+        ),
         directory=directory,
+        choose_from=config.epochs - 1,
     )
     trainer.run(progress, resume=resume)
     return trainer.conclude("learn-groups")
+
+
+def _after_step(learner: GroupWrapper, images: Tensor, labels: Tensor, precision: Precision) -> None:
+    with precision.autocast(enabled=False):
+        scaler = precision.scaler if precision.scaler.is_enabled() else None
+        learner.after_step(images, labels, precision.mixed, scaler)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsp_pruning.data import TrainingData
-from dsp_pruning.recipes.run import RunConfig, new_model, pick_device
-from dsp_pruning.recipes.schedules import multi_step
+from dsp_pruning.recipes.run import RunConfig, multi_step, start
 from dsp_pruning.recipes.training import Progress, RecipeResult, Trainer
 
 
@@ -23,7 +22,7 @@ class PretrainConfig(RunConfig):
 
 def pretrain(
     data: TrainingData,
-    config: PretrainConfig | None = None,
+    config: PretrainConfig,
     directory: Path | None = None,
     *,
     resume: bool = False,
@@ -34,18 +33,9 @@ def pretrain(
     directory: gets checkpoints, ``metrics.csv``, ``summary.json`` and ``model.pt`` = [state_dict, accuracy].
     resume: continue from the last checkpoint in it.
     Raises DSPTrainingError if the loss is not finite or the checkpoint has other settings.
-
-    >>> from dsp_pruning.data import load_digits
-    >>> result = pretrain(load_digits(size=8), PretrainConfig(depth=8, epochs=1, device="cpu"))
-    >>> len(result.history), result.test.n
-    (1, 544)
     """
-    config = config or PretrainConfig()
-    device = pick_device(config.device)
-    data = data.to(device)
-    model = new_model(config, data, device)
+    model, data = start(config, data)
     schedule = multi_step(config.epochs, warmup_epochs=config.warmup_epochs)
     trainer = Trainer(model, config.optimizer(model), data, config, schedule=schedule, directory=directory)
     trainer.run(progress, resume=resume)
-    trainer.load_best()
     return trainer.conclude("pretrain")

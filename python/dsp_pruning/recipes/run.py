@@ -1,23 +1,26 @@
-"""What the recipes share: settings, device, network, and the names of the files that a run leaves."""
+"""What the recipes share: settings, device, network, learning rate schedules, names of files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels.errors import DSPError, DSPFormatError, DSPTrainingError
+from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPTrainingError
 from dsp_pruning.data import TrainingData
 from dsp_pruning.distributed import local_rank
-from dsp_pruning.group_counts import GroupCount, by_pattern
-from dsp_pruning.layers import select_layers
+from dsp_pruning.layers import GroupCount, select_layers
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
+
+Schedule = Callable[[int], float]  # epoch, counted from 0 -> factor of the base learning rate
 
 MODEL, SUMMARY, METRICS = "model.pt", "summary.json", "metrics.csv"
 
@@ -63,10 +66,35 @@ class RunConfig:
         return {**plain, "data": data.name, "train_images": len(data.train)}
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """SGD over all parameters of the model."""
         return torch.optim.SGD(
             model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedConfig(RunConfig):
+    """groups: G of every layer. layer_groups: shell pattern of layer names (``stage_3.*``) -> another G; the
+    last match counts.
+    """
+
+    groups: int = 4
+    layer_groups: Mapping[str, int] = field(default_factory=dict)
+
+    def counts(self, model: nn.Module, example: Tensor) -> GroupCount:
+        """``n_groups`` of the wrappers. Raises DSPPruningError for a pattern that matches no layer."""
+        if not self.layer_groups:
+            return self.groups
+        names = [layer.name for layer in select_layers(model, example)]
+        counts = dict.fromkeys(names, self.groups)
+        for pattern, count in self.layer_groups.items():
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise DSPPruningError(
+                    f"the pattern {pattern!r} fits none of the {len(names)} layers that learn groups: "
+                    f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+                )
+            counts |= dict.fromkeys(matching, count)
+        return counts
 
 
 def pick_device(name: str) -> torch.device:
@@ -81,8 +109,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def new_model(config: RunConfig, data: TrainingData, device: torch.device) -> nn.Module:
-    """The network of a run, with initial weights that depend on the seed only."""
+def start(config: RunConfig, data: TrainingData) -> tuple[nn.Module, TrainingData]:
+    """The network of a run, with initial weights that depend on the seed only, and the data on its device."""
+    device = pick_device(config.device)
     if config.arch == "cifar":
         generator = torch.Generator().manual_seed(config.seed)
         model: nn.Module = cifar_resnet(config.depth, data.num_classes, data.channels, generator=generator)
@@ -92,27 +121,38 @@ def new_model(config: RunConfig, data: TrainingData, device: torch.device) -> nn
             model = torchvision_resnet(config.arch, data.num_classes)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
+    return model.to(device), data.to(device)
 
 
-def group_counts(
-    model: nn.Module, example: Tensor, groups: int, layer_groups: Mapping[str, int]
-) -> GroupCount:
-    """``n_groups`` of the wrappers: groups for every layer, but for those that match a pattern.
+def multi_step(epochs: int, *, warmup_epochs: int = 0) -> Schedule:
+    """1, 0.1 after half of the epochs and 0.01 after three quarters; 0.25 in the warm-up epochs.
 
-    example: (batch, channels, height, width). layer_groups: pattern of layer names -> G.
-    Raises DSPPruningError for a pattern that matches no layer.
+    >>> factor = multi_step(100, warmup_epochs=2)
+    >>> [round(factor(epoch), 4) for epoch in (0, 2, 50, 75)]
+    [0.25, 1.0, 0.1, 0.01]
     """
-    if not layer_groups:
-        return groups
-    return by_pattern(groups, layer_groups, [layer.name for layer in select_layers(model, example)])
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup_epochs:
+            return 0.25
+        return 0.1 ** sum(epoch >= share * epochs for share in (0.5, 0.75))
+
+    return factor
+
+
+def cosine(epochs: int, *, cycles: int = 1) -> Schedule:
+    """Half a cosine from 1 towards 0, repeated ``cycles`` times (Loshchilov and Hutter 2017).
+
+    >>> factor = cosine(10, cycles=2)
+    >>> [round(factor(epoch), 4) for epoch in (0, 4, 5)]
+    [1.0, 0.0955, 1.0]
+    """
+    length = epochs / cycles
+    return lambda epoch: 0.5 * (1 + math.cos(math.pi * (epoch % length) / length))
 
 
 def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:
-    """Depth of the CIFAR ResNet that a state dict belongs to, from its names.
-
-    Raises DSPFormatError for the state dict of another network.
-    """
+    """Depth of the CIFAR ResNet that a state dict belongs to. Raises DSPFormatError for another network."""
     blocks = {name.split(".")[1] for name in weights if name.startswith("stage_1.")}
     if not blocks or "conv_1_3x3.weight" not in weights:
         first = ", ".join(list(weights)[:3])

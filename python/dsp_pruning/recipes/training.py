@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from dsp_kernels.errors import DSPTrainingError
 from dsp_kernels.graph.network import evaluating
 from dsp_kernels.whole_file import write_text
-from dsp_pruning.data import (
-    FolderSplit,
-    Split,
-    TrainingData,
-    evaluation_batches,
-    training_batches,
-    training_steps,
-)
-from dsp_pruning.distributed import (
-    all_reduce_mean,
-    broadcast_tensors,
-    is_distributed,
-    is_main,
-    rank,
-    world_size,
-)
+from dsp_pruning import distributed
+from dsp_pruning.data import FolderSplit, Split, TrainingData
+from dsp_pruning.data.batches import evaluation_batches, training_batches, training_steps
+from dsp_pruning.distributed import is_main, rank, world_size
 from dsp_pruning.recipes.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint, save_weights
-from dsp_pruning.recipes.precision import Precision
-from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig
-from dsp_pruning.recipes.schedules import Schedule
+from dsp_pruning.recipes.run import METRICS, MODEL, SUMMARY, RunConfig, Schedule
+
+_PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Called after every step with (steps done, total steps, text to show).
 Progress = Callable[[int, int, str], None]
@@ -70,7 +58,7 @@ def evaluate(model: Callable[[Tensor], Tensor], data: TrainingData, split: Split
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     sums = torch.tensor([correct, loss], dtype=torch.float64)
-    all_reduce_mean([sums])
+    distributed.all_reduce_mean([sums])
     accuracy, mean_loss = (sums * world_size() / len(split)).tolist()
     return Score(accuracy, mean_loss, len(split))
 
@@ -92,30 +80,45 @@ class RecipeResult:
     extra: dict[str, float] = field(default_factory=dict)
 
 
+class Precision:
+    """dtype of forward and backward passes; weights, optimizer and batch norm stay float32.
+
+    name: ``float16`` scales the loss and skips a step whose gradients overflow. device: of the model.
+    Raises DSPTrainingError for an unknown name.
+    """
+
+    def __init__(self, name: str = "float32", device: torch.device | str = "cpu") -> None:
+        if name not in _PRECISIONS:
+            raise DSPTrainingError(f"precision is {name!r}; expected one of {', '.join(_PRECISIONS)}")
+        self.device_type = torch.device(device).type
+        self.dtype: torch.dtype = getattr(torch, name)
+        self.mixed = name != "float32"
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=name == "float16")
+
+    def autocast(self, enabled: bool = True) -> AbstractContextManager[None]:
+        """Context of a forward pass. enabled=False sets only the dtype for autocast regions inside it."""
+        # Without mixed precision not even a disabled autocast: on a CPU torch warns about float32.
+        return torch.autocast(self.device_type, self.dtype, enabled) if self.mixed else nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hook:
-    """What a recipe does around every training step; the default does nothing."""
+    """What a recipe does in the training loop.
 
-    def before_epoch(self, epoch: int) -> None:
-        """Runs before an epoch, counted from 0; a resumed run starts with the epoch that it resumes at."""
+    before_epoch: gets the number of the epoch, counted from 0. after_step: runs after the optimizer's step,
+    before the update of the loss scale. state_dict, load_state_dict: for checkpoints. metrics: additional
+    columns for the metrics of an epoch.
+    """
 
-    def before_forward(self) -> None:
-        """Runs before every forward pass."""
-
-    def after_step(self, images: Tensor, labels: Tensor, precision: Precision) -> None:
-        """Runs after every optimizer step and before the update of the loss scale."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
-
-    def metrics(self) -> dict[str, float]:
-        """Additional columns for the metrics of an epoch."""
-        return {}
+    before_epoch: Callable[[int], None] = lambda epoch: None
+    before_forward: Callable[[], None] = lambda: None
+    after_step: Callable[[Tensor, Tensor, Precision], None] = lambda images, labels, precision: None
+    state_dict: Callable[[], dict[str, Any]] = dict
+    load_state_dict: Callable[[Mapping[str, Any]], None] = lambda state: None
+    metrics: Callable[[], dict[str, float]] = dict
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains a model, keeps the best epoch by validation accuracy, and can be stopped and resumed.
 
@@ -128,37 +131,29 @@ class Trainer:
     rank 0 writes files. On a CPU, a run that was stopped and resumed equals an uninterrupted one bit for bit.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        data: TrainingData,
-        config: RunConfig,
-        *,
-        schedule: Schedule,
-        hook: Hook | None = None,
-        directory: Path | None = None,
-        choose_from: int = 0,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.data = data
-        self.config = config
-        self.schedule = schedule
-        self.hook = hook or Hook()
-        self.directory = directory
-        self.choose_from = choose_from
-        self.generator = torch.Generator().manual_seed(config.seed)  # of shuffling and augmentation
-        self.precision = Precision(config.precision, next(model.parameters()).device)
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: TrainingData
+    config: RunConfig
+    schedule: Schedule
+    hook: Hook = field(default_factory=Hook)
+    directory: Path | None = None
+    choose_from: int = 0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.config.seed)  # of shuffling and augmentation
+        self.precision = Precision(self.config.precision, next(self.model.parameters()).device)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
-        self._forward = model
-        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._steps = training_steps(data, config.batch_size, world_size())
+        self._forward = self.model
+        self._base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._steps = training_steps(self.data, self.config.batch_size, world_size())
 
     def run(self, progress: Progress | None = None, *, resume: bool = False) -> None:
-        """Train up to the last epoch, from the last checkpoint of the directory if ``resume`` is True.
+        """Train up to the last epoch, then load the best one.
+
+        resume: start from the last checkpoint of the directory.
 
         A run that is interrupted or killed keeps the checkpoint of its last complete epoch.
         Raises DSPTrainingError if the loss is not finite or the checkpoint has other settings, DSPFormatError
@@ -168,7 +163,7 @@ class Trainer:
             self._resume()
         elif not self.history:
             self._save()
-        if self.epoch < self.config.epochs and is_distributed():
+        if self.epoch < self.config.epochs and distributed.is_distributed():
             device = next(self.model.parameters()).device
             self._forward = DistributedDataParallel(
                 self.model, device_ids=[device] if device.type == "cuda" else None
@@ -180,7 +175,7 @@ class Trainer:
             for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base * factor
             loss, accuracy = self._train_epoch(progress)
-            broadcast_tensors(list(self.model.buffers()))  # batch norm statistics differ between processes
+            distributed.broadcast_tensors(list(self.model.buffers()))  # processes differ in statistics
             score = evaluate(self.model, self.data, self.data.validation)
             self.epoch += 1
             self.history.append(
@@ -198,17 +193,11 @@ class Trainer:
             if self.epoch > self.choose_from:
                 self._keep_best(score)
             self._save()
-
-    def load_best(self) -> None:
-        """Load the weights of the best epoch into the model."""
         if self.best:
             self.model.load_state_dict(self.best["model"])
 
     def conclude(self, recipe: str, extra: Mapping[str, float] | None = None) -> RecipeResult:
-        """Score the model in its current state and write ``model.pt`` and ``summary.json``.
-
-        extra: numbers of the recipe for the summary.
-        """
+        """Score the model and write ``model.pt`` and ``summary.json``, with the numbers in ``extra``."""
         data = self.data
         validation, test = (evaluate(self.model, data, split) for split in (data.validation, data.test))
         path = None if self.directory is None else self.directory / MODEL
@@ -240,14 +229,16 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.hook.load_state_dict(state["hook"])
-        if self.precision.scaler is not None:
-            self.precision.scaler.load_state_dict(state["scaler"])
+        self.precision.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        self.epoch, self.history = state["epoch"], state["history"]
+        # Earlier versions also kept epochs before choose_from.
+        self.best = state["best"] if state["best"].get("epoch", 0) > self.choose_from else {}
 
     def _train_epoch(self, progress: Progress | None) -> tuple[float, float]:
         self._forward.train()
+        scaler = self.precision.scaler
         total_loss, correct, seen = 0.0, 0, 0
         batches = training_batches(self.data, self.config.batch_size, self.generator, rank(), world_size())
         for step, (images, labels) in enumerate(batches, start=1):
@@ -261,9 +252,11 @@ class Trainer:
                     f"the loss is {value} at epoch {self.epoch + 1}, step {step} of {self._steps}: "
                     f"a learning rate below {self.optimizer.param_groups[0]['lr']:g} may help"
                 )
-            self.precision.step(loss, self.optimizer)
+            self.optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(self.optimizer)
             self.hook.after_step(images, labels, self.precision)
-            self.precision.update()
+            scaler.update()  # after its last use
             total_loss += value * len(labels)
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(labels)
@@ -271,7 +264,7 @@ class Trainer:
                 shown = f"epoch {self.epoch + 1}/{self.config.epochs}, loss {total_loss / seen:.3f}"
                 progress(self.epoch * self._steps + step, self.config.epochs * self._steps, shown)
         sums = torch.tensor([total_loss, correct, seen], dtype=torch.float64)
-        all_reduce_mean([sums])
+        distributed.all_reduce_mean([sums])
         total_loss, correct_all, seen_all = sums.tolist()
         return total_loss / seen_all, correct_all / seen_all
 
@@ -292,7 +285,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "hook": self.hook.state_dict(),
-                "scaler": {} if self.precision.scaler is None else self.precision.scaler.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
                 "generator": self.generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
                 "history": self.history,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ def read_released(path: str | Path) -> CifarResNet:
 
     Raises FileNotFoundError, and DSPFormatError for another kind of file.
 
-    >>> from dsp_pruning import read_released
     >>> network = read_released("resnet56_g4.npz")  # doctest: +SKIP
     """
     return build_released(*read_released_arrays(path))
@@ -55,9 +55,6 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
     The branches' batch norms become one per convolution, so that the result is an ordinary packed network.
     Raises DSPFormatError if an array is missing or does not fit.
 
-    >>> import torch
-    >>> from dsp_pruning import build_released
-    >>> from dsp_pruning.models import cifar_resnet
     >>> renamed = {"conv_1_3x3": "stem.conv", "bn_1": "stem.bn", "ple.0": "ple.conv", "ple.1": "ple.bn"}
     >>> arrays = {}
     >>> for name, tensor in cifar_resnet(8).state_dict().items():
@@ -128,11 +125,11 @@ def _fill_block(block: Any, name: str, described: Mapping[str, Any], read: _Read
         read.fill_norm(block.downsample[1], f"{name}.downsample.bn")
 
 
+@dataclass(frozen=True)
 class _Reader:
     """The arrays as tensors; an array that is missing or does not fit is an error that names it."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        self.arrays = arrays
+    arrays: Mapping[str, np.ndarray[Any, Any]]
 
     def tensor(self, name: str) -> NamedTensor:
         if name not in self.arrays:
@@ -140,9 +137,8 @@ class _Reader:
         array = np.asarray(self.arrays[name])
         if array.dtype.kind not in "fiu":
             raise DSPFormatError(f"array {name!r} holds {array.dtype}; expected numbers")
-        return NamedTensor(
-            name, torch.from_numpy(np.array(array, np.float32 if array.dtype.kind == "f" else np.int64))
-        )
+        dtype = np.float32 if array.dtype.kind == "f" else np.int64
+        return NamedTensor(name, torch.from_numpy(np.array(array, dtype)))
 
     def index(self, name: str) -> list[int]:
         tensor = self.tensor(name).tensor

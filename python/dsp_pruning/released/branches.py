@@ -37,7 +37,6 @@ class Branch:
 
     @property
     def filters(self) -> int:
-        """Number of output channels."""
         return len(self.weight.tensor)
 
 
@@ -61,11 +60,7 @@ def joined_conv(
     padding: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
 ) -> PackedConv2d:
-    """One convolution of all branches, which have a bias if the first one has.
-
-    places[g]: output channels of branch g; widths: (in_channels, out_channels).
-    Raises DSPFormatError for branches that are not the groups of one convolution.
-    """
+    """One convolution of all branches. places[g]: output channels of branch g; widths: in, out."""
     biased = bool(branches) and branches[0].bias is not None
     groups = [(branch.index, tuple(place)) for branch, place in zip(branches, places, strict=True)]
     try:

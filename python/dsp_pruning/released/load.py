@@ -28,17 +28,15 @@ def load_released(path: str | Path) -> nn.Module:
     The file is one of
     - a TorchScript archive of a traced network whose branches gather channels, convolve and normalise, and
       are concatenated or added into a tensor, of any depth, width and number of branches. Each set of
-      branches
-      becomes one PackedConv2d and one batch norm. The graph is read, its code is never run;
+      branches becomes one PackedConv2d and one batch norm. The graph is read, its code is never run;
     - a training checkpoint ``[state_dict, accuracy]`` of a masked CIFAR ResNet with ``<conv>.group`` and
       ``<conv>.mask``, which is packed;
     - the ``.npz`` arrays of ``read_released``.
 
     Raises FileNotFoundError, and DSPFormatError for a file that does not fit, naming what was found.
 
-    >>> import tempfile, torch
-    >>> from dsp_pruning import PruneWrapper, load_released
-    >>> from dsp_pruning.models import cifar_resnet
+    >>> import tempfile
+    >>> from dsp_pruning import PruneWrapper
     >>> model = cifar_resnet(8)
     >>> _ = PruneWrapper(model, 2, fp_layer_indices=[], example_input=torch.zeros(1, 3, 32, 32))  # adds masks
     >>> with tempfile.NamedTemporaryFile(suffix=".pt") as file:
@@ -53,9 +51,9 @@ def load_released(path: str | Path) -> nn.Module:
         model = load_pruned(path)
         channels = next(model.parameters()).shape[1]
         return pack(model, torch.zeros(1, channels, 32, 32)).eval()
-    archive = read_archive(path)
+    graph, state = read_archive(path)
     try:
-        network = packed_network(archive)
+        network = packed_network(graph, state)
         check_network(copy.deepcopy(network).eval().to("meta"), network.example_shapes, torch.float32)
     except DSPFormatError as error:
         raise DSPFormatError(f"{path} is not a released network: {error}") from error
@@ -64,10 +62,7 @@ def load_released(path: str | Path) -> nn.Module:
 
 
 def verify_released(path: str | Path, network: nn.Module, image_hw: tuple[int, int]) -> float:
-    """Run the archive, which is code, on random images; return its largest difference from ``network``.
-
-    Raises DSPVerificationError if they differ by more than rounding errors.
-    """
+    """Run the archive, which is code, on random images; return its largest difference from ``network``."""
     archive = torch.jit.load(str(path), map_location="cpu").eval()
     channels = next(network.parameters()).shape[1]
     x = torch.randn(2, channels, *image_hw, generator=torch.Generator().manual_seed(0))

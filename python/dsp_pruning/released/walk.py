@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -22,14 +22,11 @@ from torch import Tensor, fx, nn
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.decode import LoadedNetwork
-from dsp_pruning.released.archive import Archive, Call
 from dsp_pruning.released.branches import NORM, Branch, NamedTensor, copy_into, joined_conv, joined_norm
 
 
 @dataclass(frozen=True)
 class _Owner:
-    """A module of the archive."""
-
     path: str
 
 
@@ -66,42 +63,45 @@ class _Scatter:
     places: tuple[tuple[int, ...], ...] = ()
 
 
-def packed_network(archive: Archive) -> LoadedNetwork:
-    """Raises DSPFormatError for calls that no released network holds."""
-    walk = _Walk(archive)
-    for call in archive.calls:
-        walk.step(call)
-    return walk.network(archive.output)
+def packed_network(graph: Any, state: Mapping[str, Tensor]) -> LoadedNetwork:
+    """The network of ``read_archive``. Raises DSPFormatError for calls that no released network holds."""
+    walk = _Walk(graph, state)
+    for node in graph.nodes():
+        walk.step(node)
+    return walk.network(*_names(graph.outputs()))
 
 
 class _Walk:
-    def __init__(self, archive: Archive) -> None:
-        self.state = archive.state
+    def __init__(self, graph: Any, state: Mapping[str, Tensor]) -> None:
+        self.state = state
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.placed: set[str] = set()
         self.pooled = False
-        self.values: dict[str, Any] = {
-            archive.network: _Owner(""),
-            archive.input: _Image(self.graph.placeholder("x"), None),
-        }
+        network, images = _names(graph.inputs())
+        self.values: dict[str, Any] = {network: _Owner(""), images: _Image(self.graph.placeholder("x"), None)}
 
-    def step(self, call: Call) -> None:
-        handler = _HANDLERS.get(call.kind.removesuffix("_"))
+    def step(self, call: Any) -> None:
+        """Follow a ``torch._C.Node``."""
+        kind, outputs = call.kind(), _names(call.outputs())
+        if list(call.blocks()):
+            raise DSPFormatError(f"{kind} is control flow; expected the archive of a traced network")
+        handler = _HANDLERS.get(kind.removesuffix("_"))
         if handler is None:
-            raise DSPFormatError(f"{call.kind} is not known here")
-        operands = [self.values[name] for name in call.inputs]
-        if call.kind in ("prim::Constant", "prim::GetAttr"):
-            operands.append(call.value)
+            raise DSPFormatError(f"{kind} is not known here")
+        operands = [self.values[name] for name in _names(call.inputs())]
+        if kind == "prim::Constant":
+            operands.append(call.output().toIValue())
+        elif kind == "prim::GetAttr":
+            operands.append(call.s("name"))
         try:
             result = handler(self, *operands)
-            results = [result] if len(call.outputs) == 1 else result
-            made = dict(zip(call.outputs, results, strict=True))
+            made = dict(zip(outputs, [result] if len(outputs) == 1 else result, strict=True))
         except DSPFormatError:
             raise
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-            raise DSPFormatError(f"{call.kind} has operands that do not fit: {error}") from error
-        if call.kind.endswith("_"):  # in place: later readers of the operand read the result
+            raise DSPFormatError(f"{kind} has operands that do not fit: {error}") from error
+        if kind.endswith("_"):  # in place: later readers of the operand read the result
             self._replace(operands[0], result)
         self.values |= made
 
@@ -189,6 +189,10 @@ class _Walk:
             renamed = re.sub(r"conv_(\w+)$", r"bn_\1", path)
             made = self.module(renamed if renamed != path else f"{path}_norm", norm, made, out_channels)
         return self.call(torch.relu, made) if first.relu else made
+
+
+def _names(values: Iterable[Any]) -> list[str]:
+    return [value.debugName() for value in values]
 
 
 def _joined_path(paths: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for
-from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda, why_not_on
+from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda
 from dsp_kernels.run.gpu.cuda.tables import Tables, make_tables
 from dsp_kernels.run.gpu.layout import (
     ACTIVATION_CODES,
@@ -20,6 +20,7 @@ from dsp_kernels.run.gpu.layout import (
     GPU_DTYPES,
     GpuLayout,
     check_conv_operands,
+    why_not_on,
 )
 
 # Thread blocks below which an H200 (132 multiprocessors) is not full.
@@ -77,7 +78,6 @@ class CudaKernels:
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
     ) -> CudaConv:
-        """See ``GpuKernels.prepare``."""
         return CudaConv(spec, weights, bias, layout)
 
 
@@ -122,12 +122,10 @@ class CudaConv:
     ) -> dict[str, Tables]:
         if dtype not in GPU_DTYPES:
             raise DSPShapeError(f"dtype {dtype} is none of float16, bfloat16, float32")
-        has_wgmma_here = self._has_wgmma
-        if has_wgmma_here is None:
-            has_wgmma_here = device.type == "cuda" and has_wgmma(device.index)
-        names = kernels_for(
-            self.spec, dtype, self.layout, has_wgmma_here and self._prefers_wgmma is not False
-        )
+        wgmma = self._has_wgmma
+        if wgmma is None:
+            wgmma = device.type == "cuda" and has_wgmma(device.index)
+        names = kernels_for(self.spec, dtype, self.layout, wgmma and self._prefers_wgmma is not False)
         made: dict[str, Tables] = {}
         for name in names if self._kernel is None else (self._kernel,):
             shared = made.get("nhwc") if name == "nhwc_sliced" else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dsp_kernels.run.gpu.layout import why_too_old
+from dsp_kernels.run.gpu.layout import why_not_on
 
 LIBRARY = Path(__file__).resolve().parents[3] / "_C_cuda.so"
 _FIX = (
@@ -29,12 +29,6 @@ def why_no_cuda() -> str:
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__} ({error}); {_FIX}"
     return ""
-
-
-@cache
-def why_not_on(index: int | None) -> str:
-    """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can."""
-    return why_too_old(index) if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 @cache

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec
@@ -116,7 +117,6 @@ class _Writer:
         self.tiles: list[tuple[int, int, list[int], Tensor]] = []
 
     def add(self, group: FilterGroup) -> None:
-        """Add all tiles of one group."""
         structure = self.spec.structure
         if self.kind.gathers_runs:
             group = in_runs(group, structure.in_channels, structure.out_channels)
@@ -125,8 +125,7 @@ class _Writer:
         weight = self._by_row(group.weight, rows)
         for start in range(0, len(group.out_index), self.filters):
             outputs = list(group.out_index[start : start + self.filters])
-            padded = torch.zeros(self.filters, rows)
-            padded[: len(outputs)] = weight[start : start + self.filters]
+            padded = F.pad(weight[start : start + self.filters], (0, 0, 0, self.filters - len(outputs)))
             outputs = _filled(outputs, self.filters)
             packed = WEIGHT_ORDERS[self.kind.order](padded)
             self.tiles.append((rows // self.kind.rows, first, outputs, packed))
@@ -134,15 +133,12 @@ class _Writer:
     def _by_row(self, weight: Tensor, rows: int) -> Tensor:
         """weight: (filters, channels, taps) -> (filters, rows) in the order of the kernel's reduction."""
         outputs, channels, taps = weight.shape
-        filled = torch.zeros(outputs, round_up(channels, self.kind.channels), taps)
-        filled[:, :channels] = weight
+        filled = F.pad(weight, (0, 0, 0, round_up(channels, self.kind.channels) - channels))
         if self.kind.has_halo:  # (block of 16 channels, tap, channel)
             ordered = filled.view(outputs, -1, 16, taps).transpose(2, 3).reshape(outputs, -1)
         else:  # (tap, channel)
             ordered = filled.transpose(1, 2).reshape(outputs, -1)
-        result = torch.zeros(outputs, rows)
-        result[:, : ordered.shape[1]] = ordered
-        return result
+        return F.pad(ordered, (0, rows - ordered.shape[1]))
 
     def _write_taps(self, channels: Sequence[int]) -> int:
         """Append the entries of one group; returns the rows of its reduction."""
@@ -179,7 +175,6 @@ class _Writer:
         return firsts
 
     def finish(self, bias: Tensor, dtype: torch.dtype, device: torch.device) -> Tables:
-        """bias: (out_channels,), float32."""
         tiles = sorted(self.tiles, key=lambda tile: -tile[0])
         records, rows, start = [], [], 0
         for blocks, first, outputs, packed in tiles:

@@ -41,15 +41,8 @@ class TritonConfig:
     cache: str = ""
 
     def constants(self) -> dict[str, object]:
-        """The constexpr arguments that it sets."""
-        return {
-            "CHWN": self.chwn,
-            "COLS": self.cols,
-            "IMAGES": self.images,
-            "FILTERS": self.filters,
-            "BK": self.bk,
-            "CACHE": self.cache,
-        }
+        names = "chwn", "cols", "images", "filters", "bk", "cache"
+        return {name.upper(): getattr(self, name) for name in names}
 
     def options(self) -> dict[str, int | bool]:
         """Compiler options. The registers of wide tiles are limited so that three programs fit.

@@ -23,7 +23,7 @@ from dsp_kernels.run.gpu.layout import (
     GpuConv,
     GpuLayout,
     check_conv_operands,
-    why_too_old,
+    why_not_on,
 )
 from dsp_kernels.run.gpu.triton.config import TritonConfig, choose, choose_packing, columns_in_l2
 from dsp_kernels.run.gpu.triton.tables import (
@@ -45,7 +45,7 @@ def _has_triton() -> bool:
     """Whether it is installed; importing it is slow, and most processes never need it."""
     try:
         return importlib.util.find_spec("triton") is not None
-    except ImportError:
+    except ImportError:  # of an import hook that hides it
         return False
 
 
@@ -64,7 +64,7 @@ class TritonKernels:
             return False, f"dtype {dtype} is not float16, bfloat16 or float32"
         if not _has_triton():
             return False, "triton is not installed"
-        if device.type == "cuda" and (reason := why_too_old(device)):
+        if device.type == "cuda" and (reason := why_not_on(device.index)):
             return False, reason
         if spec.structure.in_channels > MOST_CHANNELS:
             return False, f"{spec.structure.in_channels} input channels are more than {MOST_CHANNELS}"
@@ -76,13 +76,11 @@ class TritonKernels:
     def is_worth(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
-        """Not on the CPU."""
         return (True, "") if device.type == "cuda" else (False, "on the CPU it runs in Triton's interpreter")
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
     ) -> GpuConv:
-        """See ``GpuKernels.prepare``."""
         return TritonConv(spec, weights, bias, layout)
 
 
@@ -115,7 +113,6 @@ class TritonConv:
             self._pack(*self._kind, self.packing(self._kind[0]))
 
     def packing(self, dtype: torch.dtype) -> tuple[int, int]:
-        """(filters, bk) of the tiles."""
         if self.config is not None:
             return self.config.filters, self.config.bk
         return choose_packing(self.spec, dtype, self.wide_in)
@@ -154,13 +151,14 @@ class TritonConv:
             col_tiles = batch // config.images * -(-pixels // (config.cols // config.images))
         else:
             col_tiles = -(-batch * pixels // config.cols)
-        grid = (tables.n_tiles * col_tiles,)
+        n_tiles = len(tables.tiles)
+        grid = (n_tiles * col_tiles,)
         interpreted = x.device.type == "cpu"
         with nullcontext() if interpreted else torch.cuda.device(x.device):
             _kernel(interpreted)[grid](
                 *(x, out, out if residual is None else residual, weights, bias),
                 *(tables.k, tables.tiles, tables.filters),
-                *(tables.n_tiles, col_tiles),
+                *(n_tiles, col_tiles),
                 min(col_tiles, columns_in_l2(config, self.spec, x.element_size())),
                 *(batch, self.spec.structure.in_channels, out_channels, in_h, in_w, out_h, out_w),
                 *self.spec.stride,

@@ -43,11 +43,6 @@ class TritonTables:
     weight_index: Tensor
     bias_index: Tensor
 
-    @property
-    def n_tiles(self) -> int:
-        """Programs per column tile."""
-        return self.tiles.shape[0]
-
 
 def reads_runs(spec: ConvSpec) -> bool:
     """Whether every group reads whole aligned runs of 8 channels (16 bytes in NHWC)."""

@@ -92,7 +92,7 @@ def signature(conv: TritonConv, x: Tensor, residual: Tensor | None) -> str:
     spec = conv.spec
     settings = [
         spec.structure.to_dict(),
-        *(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.activation),
+        *spec.settings,
         *(conv.layout.name, str(x.dtype), list(x.shape), residual is not None),
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -107,12 +107,7 @@ def _cache_of(x: Tensor) -> ConfigCache:
     import triton
 
     name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "interpreter"
-    return _opened(str(cache_file(name, triton.__version__)))
-
-
-@lru_cache(maxsize=16)
-def _opened(file: str) -> ConfigCache:
-    return ConfigCache(Path(file))
+    return _opened(cache_file(name, triton.__version__))
 
 
 _VERSION = 1
@@ -151,6 +146,9 @@ class ConfigCache:
         plain = {"version": _VERSION, "configs": {key: asdict(kept) for key, kept in configs.items()}}
         with suppress(OSError):
             write_text(self.file, json.dumps(plain, indent=1))
+
+
+_opened = lru_cache(maxsize=16)(ConfigCache)
 
 
 def _read(file: Path) -> dict[str, TritonConfig]:

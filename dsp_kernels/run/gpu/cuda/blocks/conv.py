@@ -12,8 +12,8 @@ from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables
 from dsp_kernels.run.gpu.cuda.conv import Launch, launch_op
-from dsp_kernels.run.gpu.cuda.library import why_no_cuda, why_not_on
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands
+from dsp_kernels.run.gpu.cuda.library import why_no_cuda
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands, why_not_on
 
 _LAUNCH: Launch = partial(launch_op, "cuda_block")
 
@@ -33,11 +33,7 @@ class CudaBlock:
     """A GpuConv that runs one block for one input size. launch: the op, or its emulation in tests."""
 
     def __init__(
-        self,
-        step: BlockStep,
-        tables: BlockTables,
-        geometry: BlockGeometry,
-        launch: Launch = _LAUNCH,
+        self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry, launch: Launch = _LAUNCH
     ) -> None:
         self.step, self.tables, self.geometry = step, tables, geometry
         self._launch = launch

@@ -69,25 +69,20 @@ def device_model(device: torch.device) -> DeviceModel:
     )
 
 
-def _size(shapes: Shapes, name: str) -> int:
-    return math.prod(shapes[name] or ())
-
-
 def _moved(step: BlockStep | ConvStep, shapes: Shapes) -> int:
     """Bytes that one kernel must read and write at least."""
     convs = step.members if isinstance(step, BlockStep) else (step,)
     weights = sum(weight.numel() for conv in convs for weight in conv.weights)
-    return _BYTES * (sum(_size(shapes, name) for name in {*step.inputs, step.output}) + weights)
-
-
-def _flops(step: ConvStep, shapes: Shapes) -> int:
-    batch, _, height, width = shapes[step.output] or (0, 0, 0, 0)
-    return 2 * batch * step.spec.structure.macs(step.spec.kernel_size, (height, width))
+    values = sum(math.prod(shapes[name] or ()) for name in {*step.inputs, step.output})
+    return _BYTES * (values + weights)
 
 
 def block_floor(step: BlockStep, shapes: Shapes, device: DeviceModel) -> float:
     """Lower bound in seconds of one kernel for the block; formula of benchmarks/measure/floors.py."""
-    flops = sum(_flops(conv, shapes) for conv in step.members)
+    flops = 0
+    for conv in step.members:
+        batch, _, height, width = shapes[conv.output] or (0, 0, 0, 0)
+        flops += 2 * batch * conv.spec.structure.macs(conv.spec.kernel_size, (height, width))
     return max(flops / device.peak_flops, _moved(step, shapes) / device.bandwidth) + device.launch
 
 
@@ -110,14 +105,8 @@ def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
             flops += 2 * tiles * reduction * filters
         l2 = _BYTES * positions * rows * reread + _moved(step, shapes) / 2
         shared = _BYTES * positions * rows * (1 + reread)
-        best = min(
-            best,
-            max(
-                l2 / device.l2_bandwidth,
-                shared / (device.shared_per_clock * device.clock * device.multiprocessors),
-                positions * flops / device.flops,
-            ),
-        )
+        staging = shared / (device.shared_per_clock * device.clock * device.multiprocessors)
+        best = min(best, max(l2 / device.l2_bandwidth, staging, positions * flops / device.flops))
     return max(best + _LATENCY, _moved(step, shapes) / device.bandwidth) + device.launch
 
 

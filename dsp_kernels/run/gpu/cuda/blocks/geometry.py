@@ -107,40 +107,39 @@ class BlockGeometry:
 
     def table(self, tables: BlockTables, device: torch.device) -> tuple[Tensor, list[int]]:
         """The int32 table of a launch, and the op's sizes from tile_n on (csrc/cuda/block_plan.h)."""
-        targets, added = tables.static
+        targets = tables.targets
         tile_records: list[int] = []
         offsets: list[int] = []
-        conv_sizes: list[list[int]] = []
+        conv_sizes: list[int] = []
         count = sum(len(tiles) for tiles in tables.tiles)
         offsets_at = 4 * count + len(tables.channels) + 2 * len(targets)
         weight, first_row = 0, 0
+        shortcut, source = tables.step.shortcut, self.regions[0]
+        padding = shortcut.spec.padding if shortcut else (0, 0)
+        # Offset in pixels of the first input that the shortcut reads within the input region.
+        shift = -source.shift[0] - padding[0], -source.shift[1] - padding[1]
         for number, (conv, tiles) in enumerate(zip(tables.step.convs, tables.tiles, strict=True)):
             spec = conv.spec
-            conv_sizes.append(
-                [
-                    *(len(tiles), len(tile_records), first_row, *spec.stride),
-                    ACTIVATION_CODES[spec.activation],
-                ]
-            )
+            conv_sizes += [len(tiles), len(tile_records), first_row, *spec.stride]
+            conv_sizes.append(ACTIVATION_CODES[spec.activation])
             for tile in tiles:
                 steps = len(tile.rows) // STEP, len(tile.second_rows) // STEP
                 tile_records += [weight, *steps, offsets_at + len(offsets)]
                 offsets += self._offsets(tile.rows, number, (0, 0))
-                offsets += self._offsets(tile.second_rows, 0, self._shortcut_shift(tables.step))
+                offsets += self._offsets(tile.second_rows, 0, shift)
                 weight += sum(steps) * tables.filters // 16 * 32
                 first_row += tables.filters
         head = len(tile_records)
-        table = [*tile_records, *tables.channels, *targets, *added, *offsets]
-        shortcut = tables.step.shortcut.spec.stride if tables.step.shortcut else (1, 1)
+        table = [*tile_records, *tables.channels, *targets, *tables.added, *offsets]
         residual = 1 if tables.step.adds_input else 2 if len(tables.step.inputs) == 2 else 0
         sizes = [
             *(self.tile_n, self.turns, self.shared_bytes, len(tables.tiles), residual, head),
             head + len(tables.channels),
             head + len(tables.channels) + len(targets),
             len(table),
-            *shortcut,
+            *(shortcut.spec.stride if shortcut else (1, 1)),
             *(value for region in self.regions for value in region.numbers()),
-            *(value for one in conv_sizes for value in one),
+            *conv_sizes,
         ]
         return torch.tensor(table, dtype=torch.int32).to(device), sizes
 
@@ -152,10 +151,3 @@ class BlockGeometry:
             + ((y + shift[0]) * region.columns + x + shift[1]) * self.tile_n * _PIECE
             for slot, y, x in rows
         ]
-
-    def _shortcut_shift(self, step: BlockStep) -> tuple[int, int]:
-        """Offset in pixels of the first input that the shortcut reads within the input region."""
-        if step.shortcut is None:
-            return 0, 0
-        shift, padding = self.regions[0].shift, step.shortcut.spec.padding
-        return -shift[0] - padding[0], -shift[1] - padding[1]

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -86,15 +87,11 @@ def variants(block: BlockStep) -> list[BlockStep]:
     return found
 
 
-def _half_tables(step: BlockStep) -> BlockTables:
-    return block_tables(step, torch.float16, torch.device("cpu"))
+_half_tables = partial(block_tables, dtype=torch.float16, device=torch.device("cpu"))
 
 
 def plan_blocks(
-    program: Program,
-    shapes: Shapes,
-    device: DeviceModel,
-    make_tables: MakeTables = _half_tables,
+    program: Program, shapes: Shapes, device: DeviceModel, make_tables: MakeTables = _half_tables
 ) -> list[BlockPlan]:
     """A plan per residual block of a Program in the form of ``residual_last``.
 
@@ -166,7 +163,7 @@ class BlockPlanner:
         self._cpu_tables: dict[tuple[str, ...], BlockTables] = {}
         self._device_tables: dict[tuple[str, ...], BlockTables] = {}
         self._planned: LRU[tuple[Program, dict[str, GpuConv]]] = LRU(_MOST_SHAPES)
-        self._batches: dict[tuple[int, ...], int] = {}
+        self._batches: LRU[int] = LRU(_MOST_SHAPES)
 
     def can_run(self, layout: GpuLayout) -> bool:
         """Whether any block can run as one kernel in this layout."""
@@ -178,12 +175,9 @@ class BlockPlanner:
         The added images are uninitialised; no other image depends on them. A TorchStep may mix images, so
         such a Program always runs with its own batch.
         """
-        batch, key = shape[0], tuple(shape)
-        if batch % BATCH_MULTIPLE == 0 or not self.can_run(GpuLayout.CHWN):
-            return batch
-        if key not in self._batches:
-            self._batches[key] = self._faster_batch(shape)
-        return self._batches[key]
+        if shape[0] % BATCH_MULTIPLE == 0 or not self.can_run(GpuLayout.CHWN):
+            return shape[0]
+        return self._batches.get_or_make(tuple(shape), lambda: self._faster_batch(shape))
 
     def _faster_batch(self, shape: Sequence[int]) -> int:
         batch = shape[0]

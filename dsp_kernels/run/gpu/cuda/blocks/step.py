@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsp_kernels.program.steps import ConvStep, Program, Step, TensorMap
+from dsp_kernels.program.steps import ConvStep, Program, Step
 
 # csrc/cuda/block_kernel.h: kMostConvs
 MOST_CONVS = 3
@@ -41,15 +41,10 @@ class BlockStep(Step):
 
     def output_shape(self, x: Sequence[int]) -> tuple[int, ...]:
         """For x: (batch, channels, height, width). Raises DSPShapeError if x is too small."""
-        size = tuple(x[2:])
+        shape = tuple(x)
         for conv in self.convs:
-            size = conv.spec.output_hw(size)
-        return (x[0], self.convs[-1].spec.structure.out_channels, *size)
-
-    def map_tensors(self, function: TensorMap) -> BlockStep:
-        shortcut = None if self.shortcut is None else self.shortcut.map_tensors(function)
-        convs = tuple(conv.map_tensors(function) for conv in self.convs)
-        return replace(self, convs=convs, shortcut=shortcut)
+            shape = conv.spec.output_shape(shape)
+        return shape
 
     def describe(self) -> str:
         kernels = ", ".join("x".join(map(str, conv.spec.kernel_size)) for conv in self.convs)

@@ -10,21 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.steps import ConvStep
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
-from dsp_kernels.run.gpu.cuda.groups import (
-    FilterGroup,
-    bias_per_channel,
-    fragments,
-    groups_of,
-    join_groups,
-)
+from dsp_kernels.run.gpu.cuda.groups import FilterGroup, bias_per_channel, fragments, groups_of, join_groups
 
 STEP = 16  # rows of the reduction of one mma
 # Clocks of a multiprocessor per step of a tile for eight chunks, by filters of the tile: 16 are bound by
@@ -54,8 +48,9 @@ class BlockTables:
     """The part of a launch that does not depend on the input size.
 
     tiles: per convolution, the longest reduction first. channels: of every slot of the input; slots: number
-    of slots per region but the last. residual_slots: per output channel, the input slot that is added to
-    it, or empty. weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every tile.
+    of slots per region but the last. targets: of all filters of all tiles; added: the input slots that are
+    added to them (-1: none). weights: 1-D, in the tensors' dtype; bias: float32, one per filter of every
+    tile.
     """
 
     step: BlockStep
@@ -63,21 +58,10 @@ class BlockTables:
     tiles: tuple[tuple[Tile, ...], ...]
     channels: tuple[int, ...]
     slots: tuple[int, ...]
-    residual_slots: tuple[int, ...]
+    targets: tuple[int, ...]
+    added: tuple[int, ...]
     weights: Tensor
     bias: Tensor
-
-    @cached_property
-    def static(self) -> tuple[list[int], list[int]]:
-        """Targets of all filters of all tiles, and the input slots that are added to them (-1: none)."""
-        targets = [target for tiles in self.tiles for tile in tiles for target in tile.targets]
-        last = sum(len(tile.targets) for tile in self.tiles[-1])
-        added = [-1] * (len(targets) - last)
-        if self.residual_slots:
-            added += [self.residual_slots[c] if c >= 0 else -1 for c in targets[-last:]]
-        else:
-            added += [-1] * last
-        return targets, added
 
 
 def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
@@ -121,13 +105,19 @@ def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> B
         tiles.append(
             tuple(replace(tile, targets=tuple(written.get(c, -1) for c in tile.targets)) for tile, _ in made)
         )
+    targets = [target for made in tiles for tile in made for target in tile.targets]
+    added = [-1] * len(targets)
+    if step.adds_input:
+        last = len(targets) - filters * len(tiles[-1])
+        added[last:] = [slots[0].get(channel, -1) for channel in targets[last:]]
     return BlockTables(
         step,
         filters,
         tuple(tiles),
         tuple(channels[0]),
         tuple(len(each) for each in channels[:-1]),
-        tuple(slots[0][channel] for channel in outputs) if step.adds_input else (),
+        tuple(targets),
+        tuple(added),
         torch.cat(weights).to(device, dtype),
         torch.cat(bias).to(device),
     )
@@ -191,10 +181,9 @@ def _tile(
         second, weight = _shortcut_of(outputs, shortcut)
         second_rows, more = _reduction(second, weight, shortcut.spec, input_slots)
         matrix = torch.cat([matrix, more], 1)
-    padded = torch.zeros(filters, matrix.shape[1])
-    padded[: len(outputs)] = matrix
-    outputs += [-1] * (filters - len(outputs))
-    return Tile(tuple(rows), tuple(second_rows), tuple(outputs)), padded
+    missing = filters - len(outputs)
+    tile = Tile(tuple(rows), tuple(second_rows), (*outputs, *[-1] * missing))
+    return tile, F.pad(matrix, (0, 0, 0, missing))
 
 
 def _reduction(
@@ -211,7 +200,7 @@ def _reduction(
     matrix = weight[:, torch.tensor(order, dtype=torch.long)].transpose(1, 2).reshape(len(weight), len(rows))
     missing = -len(rows) % STEP
     rows += rows[-1:] * missing
-    return rows, torch.nn.functional.pad(matrix, (0, missing))
+    return rows, F.pad(matrix, (0, missing))
 
 
 def _spread(slots: Sequence[int]) -> list[int]:
@@ -229,16 +218,7 @@ def _spread(slots: Sequence[int]) -> list[int]:
 
 def _shortcut_of(outputs: Sequence[int], shortcut: ConvStep) -> tuple[tuple[int, ...], Tensor]:
     """The shortcut's input channels for these outputs, and its weights (outputs, channels, taps)."""
-    groups = [
-        (group, [row for row, channel in enumerate(group.out_index) if channel in set(outputs)])
-        for group in groups_of(shortcut.spec, shortcut.weights)
-    ]
-    in_index = tuple(sorted({channel for group, rows in groups if rows for channel in group.in_index}))
-    column = {channel: i for i, channel in enumerate(in_index)}
-    taps = shortcut.spec.kernel_size[0] * shortcut.spec.kernel_size[1]
-    weight = torch.zeros(len(outputs), len(in_index), taps)
-    for group, rows in groups:
-        columns = torch.tensor([column[channel] for channel in group.in_index], dtype=torch.long)
-        for row in rows:
-            weight[outputs.index(group.out_index[row])].index_copy_(0, columns, group.weight[row])
-    return in_index, weight
+    joined = join_groups(_only(groups_of(shortcut.spec, shortcut.weights), set(outputs)))
+    columns = sorted(range(len(joined.in_index)), key=joined.in_index.__getitem__)
+    rows = [joined.out_index.index(channel) for channel in outputs]
+    return tuple(joined.in_index[i] for i in columns), joined.weight[rows][:, columns]

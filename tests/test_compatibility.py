@@ -1,12 +1,19 @@
-"""Code written for the published modules runs with ours: define, initialize, process after every step."""
+"""Code for the published modules runs; files of older versions (commit a908e13) load and resume."""
 
-from __future__ import annotations
+import json
+import shutil
+from pathlib import Path
 
+import pytest
 import torch
+from recipe_cases import TINY, few_digits, state
+from safetensors.torch import load_file
 from torch import nn
 
+import dsp_kernels
 import dsp_module
 from dsp_pruning.models import cifar_resnet
+from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -73,3 +80,32 @@ def test_calling_a_wrapper_calls_its_model() -> None:
     learner = dsp_module.GroupWrapper(model, optimizer, nn.CrossEntropyLoss(), 1e-3, 1, 2, 0.5)
     assert torch.equal(learner(x), expected)
     assert torch.equal(dsp_module.PruneWrapper(model, 2, -1)(x), expected)
+
+
+DATA = Path(__file__).resolve().parent / "data"
+ANSWERS = load_file(DATA / "answers.safetensors")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_saved_networks_give_the_same_answers(version: int) -> None:
+    network = dsp_kernels.load(DATA / f"version_{version}.safetensors")
+    inputs = [ANSWERS["images"], *([ANSWERS["features"]] if version == 3 else [])]
+    with torch.no_grad():
+        torch.testing.assert_close(network(*inputs), ANSWERS[f"version_{version}"])
+
+
+def test_an_exported_program_gives_the_same_answers() -> None:
+    program = torch.export.load(DATA / "packed.pt2")
+    torch.testing.assert_close(program.module()(ANSWERS["images"]), ANSWERS["pt2"])
+
+
+def test_an_interrupted_training_run_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(DATA / "learn_groups_run", run)
+    weights = state(cifar_resnet(TINY["depth"], in_channels=1))  # replaced by those of the checkpoint
+    result = learn_groups(few_digits(), weights, LearnGroupsConfig(**TINY, groups=2), run, resume=True)
+    expected = json.loads((DATA / "learn_groups_run" / "history.json").read_text())
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    for row, old in zip(result.history, expected, strict=True):
+        for name in ("lr", "step", "train_loss", "validation_loss", "penalty"):
+            assert row[name] == pytest.approx(old[name], rel=1e-3), name

@@ -1,12 +1,31 @@
-"""Every public function and class has a short example in its docstring, and the examples run."""
-
-from __future__ import annotations
+"""The examples of README and docstrings run, and every public function and class has one."""
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_python_blocks_of_the_readme_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README.md, python block {number}", "exec"), names)
+
+
+def test_set_up_commands_are_targets_of_the_makefile() -> None:
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"^make (\w+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"demo", "test"} <= set(commands)
+    for command in commands:
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+
 
 PUBLIC_MODULES = ["dsp_kernels", "dsp_pruning", "dsp_pruning.export", "dsp_pruning.models"]
 PUBLIC = [(module, name) for module in PUBLIC_MODULES for name in importlib.import_module(module).__all__]
