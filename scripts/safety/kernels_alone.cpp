@@ -1,5 +1,5 @@
 // The native network against plain loops, without Python: for emulated machines and sanitizers
-// (scripts/check_arm64.sh). Prints one line per instruction set; returns 1 at the first difference.
+// (scripts/safety/check_arm64.sh). Prints one line per instruction set; returns 1 at the first difference.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
