@@ -32,7 +32,7 @@ def encode_network(model: nn.Module, example_input: Example | None = None) -> di
     """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values.
 
     example_input: (batch, channels, height, width), or a tuple of all inputs; needed for a model of several
-    inputs and for one that torch.fx cannot trace.
+    inputs and for one whose forward() needs sizes as numbers.
     Raises DSPFormatError that names whatever a file cannot hold.
     """
     graph, modes, added = traced_calls(model, example_input)

@@ -43,8 +43,8 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
     the file. Without it, the first usual size that fits is. A model of several inputs needs a tuple of
     tensors of one floating dtype, the image first.
 
-    The file holds a graph of known operations and modules. Where only torch.export can trace a model, an
-    example is needed and the file holds eval mode only.
+    The file holds a graph of known operations and modules. Where forward() needs sizes as numbers, an
+    example is needed and the file holds eval mode for images of its size.
     Raises DSPFormatError, naming it, for something that a file cannot hold, and OSError where the file cannot
     be written.
 

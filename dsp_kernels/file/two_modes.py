@@ -10,10 +10,9 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTraceError
 from dsp_kernels.file.format import TRAINING
-from dsp_kernels.graph.capture import Tracer, calls_of, without_stand_ins
-from dsp_kernels.graph.export import SIZE_CHECK
+from dsp_kernels.graph.capture import Tracer, symbolic_graph, without_stand_ins
 from dsp_kernels.graph.inputs import Example, as_inputs
-from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.graph.network import SIZE_CHECK, evaluating, trace
 
 _ASSERTS = ("_assert",)  # torch._assert and timm's
 _PURE = {getattr, operator.getitem, *(getattr(operator, n) for n in ("eq", "ne", "lt", "le", "gt", "ge"))}
@@ -38,8 +37,8 @@ def traced_calls(
 
     The modes are "both", or "eval" where training mode runs other operations. Arguments that are True in
     training mode only (of functional dropout and norms) become reads of the attribute ``training``.
-    Where torch.fx cannot trace a model of one input, the graph is that of ``trace``, with its SizeCheck.
-    Raises DSPFormatError where neither works.
+    Where forward() needs sizes as numbers, the graph is that of ``trace``, in eval mode, with its SizeCheck.
+    Raises DSPFormatError for a model that cannot be traced.
     """
     inputs = None if example_input is None else as_inputs(example_input)
     count = 1 if inputs is None else len(inputs)
@@ -47,9 +46,13 @@ def traced_calls(
         try:
             graph = _trace(model, count)
         except DSPFormatError as error:
+            if inputs is None:
+                raise DSPFormatError(
+                    f"{error}. Pass save(..., example_input=...): sizes are numbers then"
+                ) from error
             if count > 1:
                 raise
-            return _exported(model, None if inputs is None else inputs[0], error)
+            return _trace_for_size(model, inputs[0])
         _check_inputs(graph, model, count, inputs is not None)
     try:
         training = _trace_in_training(model, count)
@@ -69,11 +72,7 @@ def _trace_in_training(model: nn.Module, count: int) -> fx.Graph:
         return _trace(copied.train(), count)
 
 
-def _exported(
-    model: nn.Module, example_input: Tensor | None, first: DSPFormatError
-) -> tuple[fx.Graph, str, dict[str, nn.Module]]:
-    if example_input is None:
-        raise DSPFormatError(f"{first}. Pass save(..., example_input=...): torch.export may follow it then")
+def _trace_for_size(model: nn.Module, example_input: Tensor) -> tuple[fx.Graph, str, dict[str, nn.Module]]:
     try:
         network = trace(model, example_input)
     except DSPTraceError as error:
@@ -90,12 +89,9 @@ def _exported(
 def _trace(model: nn.Module, count: int) -> fx.Graph:
     with without_stand_ins(model) as written:
         try:
-            graph = calls_of(_Tracer(), model, count)
-        except Exception as error:  # fx raises whatever the model's own code raises on proxies
-            raise DSPFormatError(
-                f"{type(model).__name__} cannot be traced by torch.fx, so its architecture cannot be written "
-                f"to a file: {error}"
-            ) from error
+            graph = symbolic_graph(model, count, _Tracer())
+        except DSPTraceError as error:
+            raise DSPFormatError(str(error)) from error
     if written:
         raise DSPFormatError(f"{type(model).__name__}.forward() gives the model another {written[0]}")
     _drop_checks(graph)

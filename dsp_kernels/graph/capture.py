@@ -16,28 +16,37 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dsp_kernels.errors import DSPTraceError
+from dsp_kernels.errors import DSPError, DSPTraceError
 from dsp_kernels.graph.operations import LEAF_TYPES
+
+_CHUNKS = (torch.chunk, "chunk")
+_SPLITS = (torch.split, "split", "split_with_sizes")
+_TENSOR_SPLITS = (torch.tensor_split, "tensor_split")
 
 
 class Tracer(fx.Tracer):
     """Modules of this library are one node. Refuses autocast, which a graph does not keep."""
+
+    executing = False  # whether an operation runs beside being recorded
 
     def __init__(self) -> None:
         super().__init__()
         self.autocast = _autocast()
         self.thread = threading.get_ident()
 
-    # torch.fx patches nn.Module for the whole process: modules that other threads run are not traced.
+    def is_outside(self) -> bool:
+        """Whether the code that runs is not traced. torch.fx patches nn.Module for the whole process."""
+        return self.executing or threading.get_ident() != self.thread
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self.thread:
+        if self.is_outside():
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
+        if self.is_outside():
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -49,43 +58,75 @@ class Tracer(fx.Tracer):
             raise DSPTraceError("forward() turns autocast on by itself; trace it without")
         return super().create_node(*args, **kwargs)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
+    def length_of(self, obj: fx.Proxy) -> int | None:
+        """Number of parts of a result; None if its call does not tell."""
+        node = obj.node
+        named = (value for name, value in node.kwargs.items() if name not in ("input", "dim"))
+        amount: Any = next(iter((*node.args[1:2], *named)), None)
+        if isinstance(amount, list | tuple) and node.target in (*_SPLITS, *_TENSOR_SPLITS):
+            return len(amount) + (node.target in _TENSOR_SPLITS)
+        return amount if isinstance(amount, int) and node.target in (*_CHUNKS, *_TENSOR_SPLITS) else None
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        length = self.length_of(obj)
+        if length is None:
+            return super().iter(obj)
+        return (obj[place] for place in range(length))  # type: ignore[index]
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        # A traced call gives no keywords to **kwargs.
+        return [] if obj.node.op == "placeholder" and str(obj.node.target)[:2] == "**" else super().keys(obj)
+
+
+class Proxy(fx.Proxy):
+    """Has a length where the tracer knows it."""
+
+    def __len__(self) -> int:
+        length = self.tracer.length_of(self)  # type: ignore[attr-defined]
+        return super().__len__() if length is None else length
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise fx.proxy.TraceError(
+            "it writes into a part of a tensor there; make a new one, as torch.cat does"
+        )
+
 
 def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
     return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
 
 
-def is_leaf(module: nn.Module, path: str) -> bool:
-    """Whether a call of this module is one node of a graph."""
-    return Tracer().is_leaf_module(module, path)
+def symbolic_graph(model: nn.Module, count: int | None, tracer: Tracer | None = None) -> fx.Graph:
+    """The graph of a model in its present mode. Raises DSPTraceError naming the line of its code.
 
-
-def symbolic_graph(model: nn.Module, count: int | None) -> fx.Graph:
-    """``calls_of`` in the model's present mode. Raises DSPTraceError naming the line of its code."""
+    count: of the inputs; other arguments of forward() keep their default. None if it is unknown: every
+    argument is an input then. Proxies may stay in the model: see ``without_stand_ins``.
+    """
     try:
-        return calls_of(Tracer(), model, count)
+        return _calls_of(tracer or Tracer(), model, count)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
-        place = place_in_user_code(error)
+        place = _place_in_user_code(error)
+        reason = str(error).strip().partition("\n")[0][:300]
+        if not isinstance(error, fx.proxy.TraceError | DSPError):
+            reason += "; move what torch.fx cannot record there out of forward()"
         raise DSPTraceError(
-            f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {error}"
+            f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {reason}"
         ) from error
 
 
-def place_in_user_code(error: BaseException) -> str:
+def _place_in_user_code(error: BaseException) -> str:
     """The innermost line of an error's traceback outside torch and this package; "" if there is none."""
     skipped = Path(__file__).parents[1], Path(torch.__file__).parent, Path(contextlib.__file__)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_file() and not any(path.is_relative_to(place) for place in skipped):
-            return f"line {frame.lineno} of {path.name}: {frame.line}"
+            return f"line {frame.lineno} of {path.name}: {(frame.line or '').rstrip(':')}"
     return ""
 
 
-def calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph:
-    """The graph of a model called with ``count`` inputs; other arguments of forward() keep their default.
-
-    count: None if unknown; every argument is an input then.
-    Raises whatever the model's code raises on proxies, which may stay in it: see ``without_stand_ins``.
-    """
+def _calls_of(tracer: fx.Tracer, model: nn.Module, count: int | None) -> fx.Graph:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     # The class's function, as torch.fx uses, whatever is assigned to the instance.
     signature = inspect.signature(type(model).forward).parameters.values()

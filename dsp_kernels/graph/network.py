@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPError, DSPTraceError
+from dsp_kernels.errors import DSPError, DSPTraceError, DSPVerificationError
 from dsp_kernels.graph.capture import symbolic_graph, without_stand_ins
-from dsp_kernels.graph.compare import tensors_of
-from dsp_kernels.graph.export import export_calls, exported_network
+from dsp_kernels.graph.compare import compare_answers, tensors_of
 from dsp_kernels.graph.inputs import Example, as_inputs, check_taken
 from dsp_kernels.graph.operations import classify
-from dsp_kernels.graph.size_check import SizeCheck
+from dsp_kernels.graph.size_check import SizeCheck, fixed_size
+from dsp_kernels.graph.sized import SizedTracer
+from dsp_kernels.tolerances import network_tolerance
+
+SIZE_CHECK = "size_check"  # path of the SizeCheck in a graph for one size
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,7 @@ class TracedNetwork:
     """The nodes of a network in execution order.
 
     graph_module: the fx graph module; it shares its submodules with the traced model.
-    size_check: the image sizes for which the graph is right; None if it is right for all.
-    two_ways: whether it computes both what the model does with one image and what it does with several.
+    size_check: of the image size that the graph is right for; None if it is right for all.
     """
 
     def __init__(
@@ -63,12 +65,10 @@ class TracedNetwork:
         graph_module: fx.GraphModule,
         nodes: tuple[TracedNode, ...],
         size_check: SizeCheck | None = None,
-        two_ways: bool = False,
     ) -> None:
         self.graph_module = graph_module
         self.nodes = nodes
         self.size_check = size_check
-        self.two_ways = two_ways
         self._by_name = {node.name: node for node in nodes}
 
     def __getitem__(self, name: str) -> TracedNode:
@@ -103,7 +103,7 @@ def call_graph(
 ) -> fx.Graph | None:
     """The calls of a model in eval or training mode, without shapes; None if it cannot be traced.
 
-    example_input: (batch, channels, height, width) or a tuple; without it torch.export is not tried.
+    example_input: (batch, channels, height, width) or a tuple; with it, sizes may be Python numbers.
     """
     inputs = () if example_input is None else as_inputs(example_input)
     with evaluating(model), without_stand_ins(model):
@@ -112,56 +112,86 @@ def call_graph(
         except DSPError:  # a loaded network whose file holds eval mode only
             return None
         try:
-            return symbolic_graph(model, len(inputs) or None)
-        except DSPTraceError:
-            pass
-        try:
-            return export_calls(model, inputs[0], mutates=True).graph if len(inputs) == 1 else None
+            return _captured(model, inputs)[0]
         except DSPTraceError:
             return None
 
 
-def trace(model: nn.Module, example_input: Example, every_path: bool = False) -> TracedNetwork:
-    """Trace a model in eval mode, by torch.fx or, if that fails, by torch.export.
+def _captured(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[fx.Graph, SizedTracer | None]:
+    """The graph for any size; where sizes have to be numbers, that for the example's size, with its tracer.
+
+    inputs: () if unknown.
+    """
+    try:
+        return symbolic_graph(model, len(inputs) or None), None
+    except DSPTraceError:
+        if len(inputs) != 1 or inputs[0].dim() != 4:
+            raise
+    tracer = SizedTracer(inputs[0])
+    return symbolic_graph(model, 1, tracer), tracer
+
+
+def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
+    """Trace a model in eval mode by torch.fx.
 
     example_input: (batch, channels, height, width), on the model's device; or a tuple of tensors, one for
-        each input of forward(), which only torch.fx can trace.
-    every_path: if forward() takes another branch for a batch of one image, trace both branches as one network
-        with both answers; without it such a model is refused.
+        each input of forward().
+
+    If forward() of a model of one input needs sizes as Python numbers, it is traced for the example's height
+    and width. A graph that depends on them begins with a SizeCheck.
 
     The model's modes, buffers and parameters do not change.
-    Raises DSPTraceError if neither can trace the model, naming the line of its code, or if the model does not
-    run on the example; DSPShapeError for an example of more inputs than forward() takes.
+    Raises DSPTraceError if torch.fx cannot trace the model, naming the line of its code, or if the model does
+    not run on the example; DSPShapeError for an example of more inputs than forward() takes.
     """
     inputs = as_inputs(example_input)
     with evaluating(model), without_stand_ins(model) as written:
-        check, two_ways = None, False
-        try:
-            graph_module = fx.GraphModule(model, symbolic_graph(model, len(inputs)))
-        except DSPTraceError as error:
-            if len(inputs) > 1:
-                raise
-            graph_module, check, two_ways = exported_network(model, inputs[0], every_path, error)
-        check_taken(model, graph_module.graph, inputs)
+        graph, sized = _captured(model, inputs)
+        check_taken(model, graph, inputs)
+        graph_module = fx.GraphModule(model, graph)
+        check = fixed_size(*inputs[0].shape[2:]) if sized is not None and sized.uses_size else None
+        if check is not None:
+            _add_check(graph_module, check)
         _make_inplace_explicit(graph_module)
         graph_module.recompile()
         recorder = _ShapeRecorder(graph_module)
         try:
             with torch.no_grad():
-                # A model may write into its input.
-                recorder.run(*(x[:1].clone() if two_ways else x.clone() for x in inputs))
+                recorder.run(*(x.clone() for x in inputs))  # a model may write into its input
         except Exception as error:
             raise DSPTraceError(
                 f"{type(model).__name__} does not run on an example input of shape "
                 f"{' and '.join(f'{tuple(x.shape)} and dtype {x.dtype}' for x in inputs)}, at "
                 f"{recorder.running!r}: {error}{_dtype_advice(model, inputs)}"
             ) from error
+        if sized is not None:
+            _compare(model, graph_module, inputs[0][:1])
     if written:
         raise DSPTraceError(
             f"{type(model).__name__}.forward() writes into {written[0]} in eval mode; expected a forward() "
             "that changes no buffer and no part of a tensor in place"
         )
-    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check, two_ways)
+    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check)
+
+
+def _compare(model: nn.Module, graph_module: fx.GraphModule, image: Tensor) -> None:
+    """Raise DSPTraceError if a graph whose numbers are those of several images is wrong for one."""
+    bound = network_tolerance(image.dtype, 4096, 100)  # as of most networks: products per sum, layers
+    with torch.no_grad():
+        expected, got = (run(image.clone()) for run in (model, graph_module))
+    try:
+        compare_answers(expected, got, bound, "its graph gives another answer", "one image")
+    except DSPVerificationError as error:
+        raise DSPTraceError(f"{type(model).__name__} cannot be traced: {error}") from error
+
+
+def _add_check(graph_module: fx.GraphModule, check: SizeCheck) -> None:
+    graph = graph_module.graph
+    graph_module.add_submodule(SIZE_CHECK, check)
+    image = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(image):
+        checked = graph.call_module(SIZE_CHECK, (image,))
+    image.replace_all_uses_with(checked, lambda user: user is not checked)
 
 
 class _ShapeRecorder(fx.Interpreter):

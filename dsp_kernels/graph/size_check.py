@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,13 +48,13 @@ class SizeCheck(nn.Module):
         if not 1 <= len(conditions) <= _MOST:
             raise DSPShapeError(f"{len(conditions)} conditions on sizes; expected 1 to {_MOST}")
         self.conditions = tuple(conditions)
-        self._parsed = tuple(parse_condition(condition) for condition in self.conditions)
+        self._parsed = tuple(_parse(condition) for condition in self.conditions)
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of any dtype."""
         sizes = x.shape[0], x.shape[-2], x.shape[-1]
-        for text, parsed in zip(self.conditions, self._parsed, strict=True):
-            if not holds(parsed, sizes):
+        for text, (compare, left, right) in zip(self.conditions, self._parsed, strict=True):
+            if not compare(_value(left, sizes), _value(right, sizes)):
                 raise DSPShapeError(
                     f"input has (batch, height, width) = {tuple(int(size) for size in sizes)}; this network "
                     f"is right only for {text} at this place"
@@ -68,6 +69,13 @@ class SizeCheck(nn.Module):
 def fixed_size(height: int, width: int) -> SizeCheck:
     """The check for images of this size only."""
     return SizeCheck((f"height == {height}", f"width == {width}"))
+
+
+def needed_images(conditions: Iterable[str]) -> str:
+    """In words: "images of 32 x 32", or "images with height % 2 == 0" for other conditions."""
+    text = " and ".join(conditions)
+    sizes = re.fullmatch(r"height == (\d+) and width == (\d+)", text)
+    return f"images of {sizes[1]} x {sizes[2]}" if sizes else f"images with {text}"
 
 
 class FixedSizeConv2d(nn.Module):
@@ -89,7 +97,7 @@ class FixedSizeConv2d(nn.Module):
         return self.conv(self.check(x)) + self.position_bias
 
 
-def parse_condition(text: str) -> tuple[Any, ...]:
+def _parse(text: str) -> tuple[Any, ...]:
     """A comparison as (compare, left, right). Raises DSPShapeError for any other text."""
     try:
         if not isinstance(text, str) or len(text) > _LONGEST or not text.isascii():
@@ -101,12 +109,6 @@ def parse_condition(text: str) -> tuple[Any, ...]:
         return compare, _term(tree.left, 0), _term(tree.comparators[0], 0)
     except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError) as error:
         raise DSPShapeError(f"{str(text)[:80]!r} is no condition on sizes: {error!r}") from error
-
-
-def holds(parsed: tuple[Any, ...], sizes: tuple[int, int, int]) -> bool:
-    """Whether a condition holds for (batch, height, width)."""
-    compare, left, right = parsed
-    return bool(compare(_value(left, sizes), _value(right, sizes)))
 
 
 def _term(tree: ast.AST, depth: int) -> Any:

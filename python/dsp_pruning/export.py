@@ -122,9 +122,8 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     inputs, plain = _two_images(model, example_input), _plain_form(model)
     with _exporting(model, path, plain, inputs) as temporary:
         # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
-        network = trace(model, inputs, every_path=True)
-        if network.two_ways or network.size_check is not None:
-            raise DSPError("what forward() does depends on the number or the size of the images")
+        if trace(plain, inputs).size_check is not None:
+            raise DSPError("what forward() does depends on the size of the images")
         with warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)
             traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)

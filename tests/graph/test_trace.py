@@ -87,7 +87,10 @@ WRITTEN = {
     "concat": [lambda m, x: torch.cat([x, x], 1), lambda m, x: torch.cat((x, x, x), dim=-3)],
     "piece": [
         lambda m, x: x.chunk(2, 1)[1],
+        lambda m, x: list(x.chunk(2, dim=1))[1],
         lambda m, x: torch.split(x, 3, dim=1)[-1],
+        lambda m, x: tuple(x.split(split_size=[3, 1], dim=1))[1],
+        lambda m, x: list(x.split(3, 1))[-1],
         lambda m, x: x[:, 1:3],
         lambda m, x: x[:, :2, :, :],
         lambda m, x: x[..., 1:3, :, :],
@@ -113,6 +116,9 @@ WRITTEN = {
         lambda m, x: x.view(-1, 8),
         lambda m, x: torch.cat([x, x], 2),
         lambda m, x: x[:1],
+        lambda m, x: list(x.tensor_split(2, 1))[-1],
+        lambda m, x: list(torch.tensor_split(x, [1, 3], dim=1))[2],
+        lambda m, x: list(x.unbind(1))[3],
         lambda m, x: x + x.mean(1, keepdim=True),
         lambda m, x: x.softmax(1),
         lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)),
@@ -194,10 +200,25 @@ def test_optional_arguments_are_no_inputs(model: nn.Module, count: int) -> None:
     assert torch.equal(network.graph_module(*inputs), model(*inputs))
 
 
-def test_models_that_cannot_be_traced() -> None:
-    undecided = Calls(lambda m, x: x if x.sum() > 0 else -x)
-    assert call_graph(undecided) is None
-    with pytest.raises(DSPTraceError, match="cannot be traced by torch"):
-        trace(undecided, torch.zeros(1, 2, 3, 3))
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda m, x: x if x.sum() > 0 else -x, "the values of a tensor; move that out of"),
+        (lambda m, x: x * float(x.mean()), "the values of a tensor; move that out of"),
+        (lambda m, x: x if x.shape[0] > 1 else -x, "the number of images; move that out of"),
+        (lambda m, x: torch.stack([-image for image in x]), "the number of images; move that out of"),
+        (lambda m, x: [half + 1 for half in x.split(4)], "the number of images; move that out of"),
+        (lambda m, x: x.__setitem__(0, x[1]), "writes into a part of a tensor there"),
+    ],
+)
+def test_a_refusal_is_short_and_names_the_line(run: Any, reason: str) -> None:
+    assert call_graph(Calls(run)) is None
+    with pytest.raises(DSPTraceError, match=r"line \d+ of test_trace.py: \(lambda") as refusal:
+        trace(Calls(run), torch.zeros(2, 2, 3, 3))
+    assert reason in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
+def test_an_example_that_does_not_fit() -> None:
     with pytest.raises(DSPTraceError, match=r"does not run on an example input of shape \(1, 9, 8, 8\)"):
         trace(nets.make("residual"), torch.zeros(1, 9, 8, 8))

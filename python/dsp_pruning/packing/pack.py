@@ -51,11 +51,11 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
     The copy is an ordinary module in the model's own mode. It trains as the masked network does if the norms
     of pruned filters have weight and bias 0, as PruneWrapper leaves them. The model is not changed.
 
-    A model that torch.fx cannot trace is traced by torch.export. Branches that its code takes by image size
-    are then fixed: images for which it would take another branch raise DSPShapeError.
+    A model of one input whose code needs sizes as numbers is traced for the example's height and width.
+    Images of other sizes then raise DSPShapeError, and the report says so.
 
-    Raises DSPTraceError if neither can trace the model, DSPPruningError if a mask does not fit its weight,
-    and DSPVerificationError if the copy and the masked network differ. Warns if weights are not 0 where their
+    Raises DSPTraceError if the model cannot be traced, DSPPruningError if a mask does not fit its weight, and
+    DSPVerificationError if the copy and the masked network differ. Warns if weights are not 0 where their
     mask is.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
@@ -81,7 +81,7 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
 def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.Module:
     masked = _masked_copy(model)
     packed = copy.deepcopy(masked)
-    network = trace(packed, inputs, every_path=True)
+    network = trace(packed, inputs)
     report = Planner(network, _read_in_training(packed, network, inputs), fixed_size).plan()
     for path, plan in report.layers.items():
         replace_module(packed, path, rebuild(packed.get_submodule(path), plan))
@@ -91,14 +91,11 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
     if network.size_check is not None:
         packed.register_forward_pre_hook(partial(_check_size, network.size_check))
     _verify(masked, packed, inputs)
-    if network.two_ways:
-        _verify(masked, packed, (inputs[0][:1],))
-        _verify(masked, packed, (inputs[0][:1].repeat(2, 1, 1, 1),))
     return packed
 
 
 def _check_size(check: SizeCheck, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A pre-hook that refuses images for which the model's code takes another branch."""
+    """A pre-hook that refuses images of a size for which the model was not traced."""
     for x in args[:1]:
         check(x)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.graph.network import TracedNetwork, TracedNode
+from dsp_kernels.graph.size_check import SizeCheck, needed_images
 from dsp_pruning.flow.channels import channel_flow, keeps_constants
 from dsp_pruning.flow.kernels import dense_weight, groups_of, kernel_sums, own_bias
 from dsp_pruning.flow.map import ChannelMap, norm_of, tied_and_kept
@@ -74,7 +75,15 @@ class Planner:
             for node in self.network
             if reasons.get(node.name)
         )
-        return PackingReport(layers, tuple(barriers))
+        return PackingReport(layers, tuple(barriers), self._needs())
+
+    def _needs(self) -> str:
+        """What the checks of the network's own input say."""
+        conditions: dict[str, None] = {}
+        for node in self.network.of_kind("size_check"):
+            if isinstance(node.module, SizeCheck) and self.network[node.inputs[0]].kind == "input":
+                conditions |= dict.fromkeys(node.module.conditions)
+        return needed_images(conditions) if conditions else ""
 
     def _is_borrowed(self, node: TracedNode) -> bool:
         return (node.path or node.attributes.get("path")) in self.borrowed

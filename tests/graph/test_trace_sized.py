@@ -1,6 +1,7 @@
-"""Networks that only torch.export can trace are packed, fused, saved and exported like any other."""
+"""Networks whose forward() needs sizes as numbers are traced, packed, fused and saved for one size."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels import fuse
-from dsp_kernels.errors import DSPFormatError, DSPShapeError, DSPTraceError
+from dsp_kernels.errors import DSPShapeError, DSPTraceError
 from dsp_kernels.graph.network import trace
+from dsp_kernels.graph.size_check import SizeCheck
 from dsp_pruning import pack, unpack
 from dsp_pruning.export import export_pt2
 
@@ -46,15 +48,15 @@ class SizeAssert(Parts):
         return self.head(self.inner(x))
 
 
-class Keywords(Parts):
-    def run(self, name: str, *args: Tensor, **kwargs: Any) -> Tensor:
-        return self.branches[name](*args, **kwargs)
+class SamePadding(Parts):
+    """TensorFlow's padding, computed from the size as in timm."""
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        y = self.inner(x)
-        if x.dim() == 4 and x.shape[0] >= 0:
-            for name in self.branches:
-                y = y + self.run(name, y, **kwargs)
+    def pad(self, x: Tensor, kernel: int, stride: int) -> Tensor:
+        height, width = (max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
+        return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(self.pad(self.inner(x), 3, 2), 3, 2)
         return self.head(y)
 
 
@@ -77,8 +79,6 @@ class Blocks(Parts):
 
 
 class Nested(Parts):
-    """The answer is a dict; there is a branch for images that are not square."""
-
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = self.inner(x)
         if y.shape[2] != y.shape[3]:
@@ -86,17 +86,30 @@ class Nested(Parts):
         return {"logits": self.head(y), "maps": [y]}
 
 
-class OneImage(Parts):
-    """Takes another branch for a batch of one image."""
+class Keywords(Parts):
+    def run(self, name: str, *args: Tensor, **kwargs: Any) -> Tensor:
+        return self.branches[name](*args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         y = self.inner(x)
-        if x.shape[0] > 1:
-            y = y + self.branches["a"](y)
+        if x.dim() == 4 and len(x.shape) == x.ndim and y.size(1) == y.shape[1] and not kwargs:
+            for name in self.branches:
+                y = y + self.run(name, y, **kwargs)
         return self.head(y)
 
 
-TRACED = (SizeAssert, Keywords, OtherEntry, Blocks, Nested)
+class Neck(Parts):
+    """Parts of known number, as in YOLOv8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = list(self.inner(x).chunk(2, 1))
+        y.extend(F.relu(part) for part in y[-1].split([WIDTH // 4, WIDTH // 4], dim=1))
+        first, *others = torch.cat(y, 1).split(WIDTH // 2, dim=1)
+        return self.head(torch.cat([others[-1], first], 1))
+
+
+FOR_ONE_SIZE = (SizeAssert, SamePadding, OtherEntry, Blocks, Nested)
+FOR_ANY_SIZE = (Keywords, Neck)
 
 
 def made(kind: type[Parts], seed: int = 0) -> Parts:
@@ -129,23 +142,32 @@ def close(left: Any, right: Any) -> None:
     torch.testing.assert_close(left, right, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", TRACED, ids=lambda kind: kind.__name__)
-def test_packing_and_saving(kind: type[Parts], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*FOR_ONE_SIZE, *FOR_ANY_SIZE], ids=lambda kind: kind.__name__)
+def test_every_form_of_a_packed_network(kind: type[Parts], tmp_path: Path) -> None:
     model = made(kind)
     packed = pack(model, images())
     # Chunks have to stay equal, and an output keeps its channels.
-    assert packed.stem.out_channels == (WIDTH if kind in (Blocks, Nested) else WIDTH - 2)
-    networks = [packed, copy.deepcopy(packed), unpack(packed)]
-    if kind is OtherEntry:  # conv.forward() leaves no trace of the module, so a file cannot name it
-        networks.append(fuse(packed, images()))
-    else:
-        dsp_kernels.save(packed, tmp_path / "net", images())
-        networks.append(dsp_kernels.load(tmp_path / "net"))
-    if kind in (Keywords, Blocks):
-        networks.append(fuse(networks[-1], images()))
-    for x in (images(1), images(2), images(5)):
-        for network in networks:
+    assert packed.stem.out_channels == (WIDTH if kind in (Blocks, Nested, Neck) else WIDTH - 2)
+    assert ("needs images of 12 x 12" in str(packed.packing)) == (kind in FOR_ONE_SIZE)
+    dsp_kernels.save(packed, tmp_path / "net", images())
+    loaded = dsp_kernels.load(tmp_path / "net")
+    networks = [packed, copy.deepcopy(packed), loaded]
+    if kind is not Nested:
+        networks += [fuse(packed, images()), fuse(loaded, images())]
+    others = [unpack(packed)]
+    if kind is not Blocks:  # torch.export cannot write its disabled autocast
+        export_pt2(packed, tmp_path / "net.pt2", images())
+        others.append(torch.export.load(tmp_path / "net.pt2").module())
+    for network in (*networks, *others):
+        for x in (images(1), images(2), images(5)):
             close(network(x), model(x))
+    other = images(2, 16, 20)
+    for network in networks:
+        if kind in FOR_ANY_SIZE:
+            close(network(other), model(other))
+        else:
+            with pytest.raises(DSPShapeError, match=r"right only for (height|width) == 12"):
+                network(other)
 
 
 def test_the_graph_is_that_of_torch_fx() -> None:
@@ -153,48 +175,9 @@ def test_the_graph_is_that_of_torch_fx() -> None:
     assert [node for node in nodes[1] if node[0] != "size_check"] == nodes[0]
 
 
-def test_an_assertion_about_sizes_is_kept(tmp_path: Path) -> None:
-    model = made(SizeAssert)
-    packed = pack(model, images())
-    dsp_kernels.save(packed, tmp_path / "net", images())
-    for network in (packed, dsp_kernels.load(tmp_path / "net"), fuse(packed, images(), backend="eager")):
-        close(network(images(3, 14, 11)), model(images(3, 14, 11)))
-        with pytest.raises(DSPShapeError, match="height % 2"):
-            network(images(2, 13))
-
-
-def test_sizes_that_take_another_branch_are_refused() -> None:
-    """Only the traced branch was packed correctly."""
-    packed = pack(made(Nested), images())
-    for network in (packed, copy.deepcopy(packed)):
-        with pytest.raises(DSPShapeError, match="right only for"):
-            network(images(2, 12, 14))
-
-
-def test_a_branch_for_one_image_is_packed_but_not_fused(tmp_path: Path) -> None:
-    model = made(OneImage)
-    packed = pack(model, images())
-    assert packed.stem.out_channels == WIDTH - 2  # the constant of channel 5 is read in both branches
-    for batch in (1, 2, 4):
-        close(packed(images(batch)), model(images(batch)))
-    with pytest.raises(DSPTraceError, match="another branch for a batch of one"):
-        fuse(packed, images())
-    with pytest.raises(DSPFormatError, match="another branch for a batch of one"):
-        dsp_kernels.save(packed, tmp_path / "net", images())
-
-
-def test_a_packed_network_is_exported(tmp_path: Path) -> None:
-    model = made(Keywords)
-    export_pt2(pack(model, images()), tmp_path / "net.pt2", images())
-    close(torch.export.load(tmp_path / "net.pt2").module()(images(3)), model(images(3)))
-
-
-class ByValue(Parts):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        if y.mean() > 0:
-            y = y + 1
-        return self.head(y)
+def test_other_conditions_are_reported_in_words() -> None:
+    packed = pack(nn.Sequential(SizeCheck(("height % 2 == 0", "width >= 4")), made(Parts)), images())
+    assert str(packed.packing).endswith("needs images with height % 2 == 0 and width >= 4")
 
 
 class Counts(Parts):
@@ -203,7 +186,7 @@ class Counts(Parts):
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] >= 0:
+        if x.shape[2] >= 0:
             self.calls += 1
         return self.head(self.inner(x))
 
@@ -216,18 +199,14 @@ class Autocast(Parts):
         return self.head(y.to(x))
 
 
-REFUSED = {
-    ByValue: r"line \d+ of test_trace_export.py: if y.mean\(\) > 0:.*values of a tensor",
-    Counts: "writes into calls in eval mode",
-    Autocast: "turns autocast on by itself",
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
-def test_the_reason_why_a_model_cannot_be_traced(kind: type[Parts]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Counts, "writes into calls in eval mode"), (Autocast, "turns autocast on by itself")],
+)
+def test_the_reason_why_a_model_cannot_be_traced(kind: type[Parts], reason: str) -> None:
     model = made(kind)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(DSPTraceError, match=REFUSED[kind]):
+    with pytest.raises(DSPTraceError, match=reason):
         trace(model, images())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
