@@ -153,7 +153,9 @@ class _Planner:
         if self.readers[name] != 1:
             return None
         value = self.value_of[name]
-        step = next((step for step in reversed(self.steps[self.first_movable :]) if step.output == value), None)
+        step = next(
+            (step for step in reversed(self.steps[self.first_movable :]) if step.output == value), None
+        )
         if not isinstance(step, kinds):
             return None
         has_activation: Any = step.spec if isinstance(step, ConvStep) else step
