@@ -1,7 +1,5 @@
 """Packages and native extensions; everything else is in pyproject.toml."""
 
-from __future__ import annotations
-
 import os
 import platform
 import runpy

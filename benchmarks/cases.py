@@ -1,7 +1,5 @@
 """One case is a form of a network in an engine: chosen, built, and checked against its reference."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """``python -m dsp_benchmarks run | compare | report``: the parser and the commands."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -1,7 +1,5 @@
 """Engines side by side on one network: each must first give the right answer, then it is timed."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The environment for a bug report: ``python -m dsp_kernels.env``."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -1,7 +1,5 @@
 """The errors that the packages raise on purpose: one family, so that a caller can catch them all."""
 
-from __future__ import annotations
-
 
 class DSPError(Exception):
     """Base class. The message names the layer or argument, its value and what was expected.

@@ -4,8 +4,6 @@ Rounding errors of a sum of K products grow like sqrt(K) (random signs), those o
 sqrt(depth). The factor is four standard deviations. All bounds are relative to the largest absolute output.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

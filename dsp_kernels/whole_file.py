@@ -1,7 +1,5 @@
 """Atomic writes: a file is there completely or not at all, even if the process is killed."""
 
-from __future__ import annotations
-
 import io
 import os
 import stat

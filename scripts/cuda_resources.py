@@ -3,8 +3,6 @@
 Usage: python scripts/cuda_resources.py [library]. Needs cuobjdump (CUDA toolkit or triton's), no GPU.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shutil

@@ -8,8 +8,6 @@ can hold, as in a network, where a layer reads what was written long ago. Every 
 is timed, also those that the planner would not choose: these times are there to calibrate its constants.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

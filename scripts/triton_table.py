@@ -6,8 +6,6 @@ The exit status is 1 if a configuration has a fault (spilled registers, narrow a
 With TRITON_CACHE_DIR set, an interrupted run resumes.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os

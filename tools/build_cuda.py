@@ -4,8 +4,6 @@ The library does not depend on Python and uses torch through its stable ABI, so 
 version of Python and every torch from 2.10 on.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

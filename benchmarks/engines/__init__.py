@@ -1,7 +1,5 @@
 """Ways of running a network side by side: ``available()`` says whether here, ``prepare()`` builds."""
 
-from __future__ import annotations
-
 import torch
 
 from .base import Engine, Runner

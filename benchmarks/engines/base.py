@@ -1,7 +1,5 @@
 """What every engine has: a name, a device, a precision, whether it can run here, and how it is built."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 from collections.abc import Callable

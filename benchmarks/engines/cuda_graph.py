@@ -1,7 +1,5 @@
 """Dense networks in half precision as a CUDA graph: PyTorch's own kernels, or cuDNN's fused convolutions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The fused network: ``dsp_kernels.fuse``, by the executor that it chooses or by a named one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Engines that read ONNX: ONNX Runtime and OpenVINO; and the export for them and for TensorRT."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 import warnings

@@ -1,7 +1,5 @@
 """PyTorch itself: eager, TorchScript and ``torch.compile``."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """TensorRT 10.x and 11.x: reads ONNX, caches the built engine on disk, runs as a CUDA graph."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 and compare two runs with ``pytest-benchmark compare``. Without --benchmark-enable each runs once, as a test.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

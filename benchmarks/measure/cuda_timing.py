@@ -1,7 +1,5 @@
 """Times of one call on a GPU: device time with a warm and a cold L2 cache, and the time to enqueue."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

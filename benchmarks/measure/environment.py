@@ -1,7 +1,5 @@
 """The machine and the software behind a measurement, written into every result file."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from datetime import UTC, datetime

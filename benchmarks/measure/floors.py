@@ -5,8 +5,6 @@ and output once. Only the floor of the whole network as one kernel bounds every 
 can hold the feature maps between layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Where one call of an engine spends its time, layer by layer."""
 
-from __future__ import annotations
-
 import re
 import statistics
 import time

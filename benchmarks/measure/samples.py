@@ -1,7 +1,5 @@
 """The samples of one engine: quantiles, spread, and whether they allow a verdict."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

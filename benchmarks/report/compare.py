@@ -1,7 +1,5 @@
 """Two results compared: has anything become slower, beyond what noise explains?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dsp_kernels.errors import DSPError

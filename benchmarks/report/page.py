@@ -1,7 +1,5 @@
 """A result as one self-contained HTML file: tables, plots and the environment."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """Plots of a result: latency over batch size, speed-up against FLOP ratio, roofline."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections.abc import Callable, Mapping

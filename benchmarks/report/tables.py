@@ -1,7 +1,5 @@
 """Results as text: the cells of a table, Markdown, and the table of the README."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from dsp_kernels.errors import DSPFormatError

@@ -1,7 +1,5 @@
 """Other forms of a pruned network: the alternatives that a fused kernel has to beat."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import Counter

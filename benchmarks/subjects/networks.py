@@ -1,7 +1,5 @@
 """Networks to measure, by name: the real ones, CIFAR and torchvision architectures, any saved file."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Each branch gathers its channels, convolves and normalises. The branches of a bl
 concatenated, those of its second are added into the block's identity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Latency does not depend on weights, so a structure from a file or from a seeded 
 of each table says which it is.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from pathlib import Path

@@ -5,8 +5,6 @@ and takes no memory: they have to fit each other, and a network that would need 
 is refused.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

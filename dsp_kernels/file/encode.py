@@ -1,7 +1,5 @@
 """A network as plain JSON: the calls of its torch.fx graph, its modules and its other tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

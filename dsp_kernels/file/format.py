@@ -3,8 +3,6 @@
 A name is looked up in the tables here and nowhere else. docs/guide/files.md describes the format.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 from collections.abc import Callable, Mapping

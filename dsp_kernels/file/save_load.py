@@ -1,7 +1,5 @@
 """save and load: tensors in safetensors, the network in its JSON header; no pickle, no code."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The calls of a model in training and eval mode as one graph."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from typing import Any

@@ -1,7 +1,5 @@
 """The graph of a model by torch.fx, which runs forward() on proxies; the model stays as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import os

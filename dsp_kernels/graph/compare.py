@@ -1,7 +1,5 @@
 """The one comparison of two answers to the same images: of a network and of what was made from it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

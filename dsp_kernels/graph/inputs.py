@@ -1,7 +1,5 @@
 """Example inputs: the tensors that a model is traced with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, fx, nn

@@ -3,8 +3,6 @@
 ``fuse``, ``pack`` and ``save`` read this graph, so operations are recognised in one place: operations.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Every way of writing an operation (module, function, method) becomes one kind with one set of attributes.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A condition is a short text of arithmetic over ``batch``, ``height`` and ``width
 It is parsed into a tree of integers and operators; nothing is evaluated as Python code.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 import re

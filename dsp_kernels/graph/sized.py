@@ -1,7 +1,5 @@
 """Tracing for the example's size: each operation also runs on fake tensors, so sizes are Python numbers."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The activations that the op can apply, by name. Each of them maps 0 to 0."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Groups as tensors: index tensors, group weights as one dense weight and back, a batch norm folded in."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

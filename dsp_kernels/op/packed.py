@@ -1,7 +1,5 @@
 """PackedConv2d: a pruned, grouped convolution as several small ones, in plain PyTorch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

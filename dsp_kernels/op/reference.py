@@ -1,7 +1,5 @@
 """The definition of the op. Every backend is tested against it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

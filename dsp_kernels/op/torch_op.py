@@ -3,8 +3,6 @@
 A structure object cannot be an argument of a torch op, so the torch op takes the structure as index tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any

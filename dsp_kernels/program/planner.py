@@ -4,8 +4,6 @@ The planner visits the nodes once and keeps a list of steps. A node that can be 
 made its input instead of adding one.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace

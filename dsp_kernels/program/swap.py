@@ -1,7 +1,5 @@
 """swap(model): the packed convolutions of any model become fused ones, in place."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from torch import nn

@@ -1,7 +1,5 @@
 """The backends of one gather-grouped convolution."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Protocol
 

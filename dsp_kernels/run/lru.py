@@ -1,7 +1,5 @@
 """LRU: a bounded cache that evicts the least recently used entries first."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import OrderedDict

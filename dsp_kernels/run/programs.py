@@ -1,7 +1,5 @@
 """The executors of a whole Program."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Backends in order of preference, each of which answers whether it can run a request and why not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 

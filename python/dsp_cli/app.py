@@ -1,7 +1,5 @@
 """The ``dsp`` application with all commands."""
 
-from __future__ import annotations
-
 import typer
 
 from dsp_cli import bench, demo, files, train

@@ -1,7 +1,5 @@
 """``dsp bench``: ``python -m dsp_benchmarks run`` with a packed network in all its forms."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """``dsp demo``: the whole pipeline on real images, and a table of the results."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Annotated

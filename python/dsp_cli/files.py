@@ -1,7 +1,5 @@
 """``dsp pack``, ``import``, ``inspect`` and ``export``: files of networks."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated

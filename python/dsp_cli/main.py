@@ -1,7 +1,5 @@
 """The ``dsp`` command. A DSPError or OSError prints one red line and no traceback."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Output of the commands: errors, progress bars, tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

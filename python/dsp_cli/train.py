@@ -1,7 +1,5 @@
 """``dsp pretrain``, ``dsp learn-groups`` and ``dsp finetune``; each starts from the previous one."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

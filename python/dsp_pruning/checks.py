@@ -1,7 +1,5 @@
 """Checks of arguments, with one wording for their errors."""
 
-from __future__ import annotations
-
 from collections.abc import Set
 
 from dsp_kernels.errors import DSPPruningError

@@ -5,8 +5,6 @@ loop needs no branches. Backends: gloo (CPU) and nccl (CUDA). Broadcasts, reduct
 ``barrier`` are collective: all processes call them in the same order.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence

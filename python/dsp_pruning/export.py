@@ -1,7 +1,5 @@
 """Packed networks as ONNX, PyTorch exported programs and TorchScript, for other programs to run."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """Which convolutions take part in learning and pruning, how large they are, and how many groups they have."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack

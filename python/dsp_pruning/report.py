@@ -1,7 +1,5 @@
 """What pruning has left of a network: one row per layer, totals, and pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Plain-text tables for ``print``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -4,8 +4,6 @@
 (JPEG copies of CIFAR-10), resumes where it was stopped, and prints a table of the results.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

@@ -7,8 +7,6 @@ ResNet-50 at 224 x 224). A second child of the old version is the control. Only 
 a new random order per block. Prints the median, 10th and 90th percentile of new / old and of old / old.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

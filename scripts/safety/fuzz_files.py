@@ -4,8 +4,6 @@ A file must load completely or raise DSPFormatError, with limited memory and tim
 on its example shapes. Any other outcome is an error that names the seed of the file.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -4,8 +4,6 @@
 CIFAR ResNet on digits. Exit status 1 if a bit of the final weights or metrics differs.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import multiprocessing

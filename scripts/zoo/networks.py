@@ -1,7 +1,5 @@
 """The zoo: networks of torchvision and timm, and what learning, pruning and packing do to them."""
 
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 ``python scripts/zoo/run.py --out docs/notes/zoo.md``. Exit status 1 if a network fails or is not exact.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections import Counter

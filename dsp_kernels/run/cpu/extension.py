@@ -1,7 +1,5 @@
 """The native extension ``dsp_kernels._C``, or the reason why it is missing."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import warnings

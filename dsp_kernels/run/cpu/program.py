@@ -9,8 +9,6 @@ The Program is cut into segments of native steps. Each segment is one native net
 outside and whose outputs are read later; one thread takes a few images through all its steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby

@@ -8,8 +8,6 @@
 ``per_group``: gather, one convolution and scatter per group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

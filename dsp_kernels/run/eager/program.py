@@ -1,7 +1,5 @@
 """The eager executor: a Program in plain PyTorch, channels_last, on any device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ The kernels have their own layouts. A channels_last tensor already is NHWC; a co
 both ends, which a fused network (``dsp_kernels.fuse``) pays for once instead of per layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """CUDA graphs: launches on fixed buffers are captured once and replayed as one launch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

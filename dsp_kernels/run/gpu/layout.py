@@ -4,8 +4,6 @@ A gather costs nothing where a channel is a contiguous plane (CHWN), and little 
 pixel are contiguous (NHWC). A whole network stays in one of the two from its first convolution to its pool.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cache

@@ -1,7 +1,5 @@
 """The memory plan of a Program on a GPU: shapes and lifetimes of its values, placed in one arena."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

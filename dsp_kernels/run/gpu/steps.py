@@ -3,8 +3,6 @@
 Every 4-D value is a tensor contiguous in the layout; all other values are as in PyTorch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

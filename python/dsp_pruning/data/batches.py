@@ -1,7 +1,5 @@
 """Batches from memory or files: seeded shuffling, augmentation of whole batches, normalisation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

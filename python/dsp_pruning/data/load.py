@@ -1,7 +1,5 @@
 """Data sets by name. Digits come with scikit-learn, so the demo downloads nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

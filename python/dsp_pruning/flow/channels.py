@@ -5,8 +5,6 @@ without cycles this is the fixpoint: a kernel is dead because its input is zero 
 output, and each pass carries one of these through the whole network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

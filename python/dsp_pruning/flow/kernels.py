@@ -4,8 +4,6 @@ A matrix is [O, C / groups], as ``nn.Conv2d`` stores it: a filter has one column
 Linear layers and packed or transposed convolutions have groups = 1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

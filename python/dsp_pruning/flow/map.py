@@ -3,8 +3,6 @@
 The channels of a tensor are its entries along dimension 1; so are the features after a flatten.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes, with L layers in a bucket: weight [L, O, C, kh, kw], energy [L, O, C], logits and prob [L, G, O].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Detecting NaN, infinity and overflow in a training step without making the host wait for the GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

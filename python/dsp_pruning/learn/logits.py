@@ -1,7 +1,5 @@
 """The logits on the layers, ``<conv>.group``: their initial values, their noise and their optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The look-ahead: one more training step on scratch copies, which leaves model and optimizer unchanged."""
 
-from __future__ import annotations
-
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress

@@ -12,8 +12,6 @@ All functions are pure and work in float32 or float64. Every division is guarded
 all-zero channel contributes 0.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

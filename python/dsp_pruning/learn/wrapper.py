@@ -1,7 +1,5 @@
 """GroupWrapper: learns, beside ordinary training, which filters of a layer share their input channels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args

@@ -1,7 +1,5 @@
 """ResNets for small images (He et al. 2016, section 4.2), with a 1x1 convolution in shortcuts (option B)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

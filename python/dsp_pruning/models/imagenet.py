@@ -1,7 +1,5 @@
 """torchvision's ResNets by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """pack(model, example_input): from a masked dense network to one of small grouped convolutions, exactly."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterable

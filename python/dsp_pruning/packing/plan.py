@@ -1,7 +1,5 @@
 """What packing keeps: the channels of every tensor, and the groups of every convolution."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

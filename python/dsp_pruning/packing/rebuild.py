@@ -1,7 +1,5 @@
 """Modules after packing, made from the original ones and their plans; and where their channels are stored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

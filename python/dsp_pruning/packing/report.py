@@ -1,7 +1,5 @@
 """What packing does to each layer, and where channels have to stay."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The widths that a packed network had before packing, and a dense network of these widths."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 

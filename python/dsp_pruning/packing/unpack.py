@@ -1,7 +1,5 @@
 """unpack(packed): from packed layers back to a dense network with masks and the same outputs."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """What pruning kept of every layer, as plain numbers and as a table to print."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Pure functions of weights and groups, computed in float64 on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The search for the threshold beta that prunes a network to a rate."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Sequence

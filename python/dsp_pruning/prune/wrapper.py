@@ -1,7 +1,5 @@
 """PruneWrapper: prunes the input channels of each filter group, and filters, to a share of the MACs."""
 
-from __future__ import annotations
-
 import math
 import operator
 import warnings

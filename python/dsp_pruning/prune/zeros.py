@@ -1,7 +1,5 @@
 """Where a pruned network has to stay zero, and restoring these zeros after a training step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

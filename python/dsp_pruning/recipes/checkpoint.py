@@ -1,7 +1,5 @@
 """Checkpoints and weights on disk: written atomically, read without running pickled code."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """The whole pipeline on scikit-learn's digits: train, learn groups, prune, pack, save, load, fuse."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path

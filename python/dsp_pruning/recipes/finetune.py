@@ -1,7 +1,5 @@
 """Recipe 3: prune a network with learned groups, at once or in cycles, and finetune it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

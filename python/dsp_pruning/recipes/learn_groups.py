@@ -1,7 +1,5 @@
 """Recipe 2: learn which filters form a group, from the weights of a trained dense network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

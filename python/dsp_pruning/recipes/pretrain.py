@@ -1,7 +1,5 @@
 """Recipe 1: train the dense network."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the recipes share: settings, device, network, learning rate schedules, names of files."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The training loop of all recipes: epochs, metrics, checkpoints, resuming; and evaluation."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -4,8 +4,6 @@ A TorchScript archive holds code. ``torch.jit.load`` compiles that code and read
 ``__setstate__`` methods. An archive with such a method is refused before it is loaded.
 """
 
-from __future__ import annotations
-
 import warnings
 import zipfile
 from pathlib import Path

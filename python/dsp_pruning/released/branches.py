@@ -3,8 +3,6 @@
 The released networks run every group as a branch of its own: gather, convolution, norm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The authors' published files, TorchScript archives and training checkpoints, as packed networks."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

@@ -5,8 +5,6 @@ apply ReLU; branches that are concatenated, or added into one tensor at given ch
 convolution.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

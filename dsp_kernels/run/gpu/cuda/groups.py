@@ -1,7 +1,5 @@
 """Groups of filters and the weight orders of the CUDA kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The table of CUDA convolution kernels (csrc/cuda/launch_plan.h), and which of them can run what."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,5 @@
 """The library of CUDA kernels, ``_C_cuda.so``: loaded at the first use of a kernel, or the reason why not."""
 
-from __future__ import annotations
-
 import ctypes
 from functools import cache
 from pathlib import Path

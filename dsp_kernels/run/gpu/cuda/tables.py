@@ -5,8 +5,6 @@ of all groups, the longest reduction first. Small groups share a tile where that
 of channels that a filter does not read are then zero, as in a dense convolution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

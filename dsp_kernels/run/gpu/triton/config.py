@@ -4,8 +4,6 @@ The rule is derived from lower bounds and resource use, not measured on a GPU ye
 ``tune`` (tune.py) measures instead.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

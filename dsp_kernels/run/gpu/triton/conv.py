@@ -3,8 +3,6 @@
 On the CPU it runs in Triton's interpreter: for tests, and never chosen by "auto".
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Sequence

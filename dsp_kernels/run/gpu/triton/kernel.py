@@ -5,8 +5,6 @@ times filters. In both layouts a program reads ``x[column base + offset of k]``;
 contiguous differs, so one kernel serves both. tables.py makes the tables that it reads.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -4,8 +4,6 @@ They depend on the structure and the tile size only, so that they are made once,
 gather on the device.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

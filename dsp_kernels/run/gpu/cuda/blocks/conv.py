@@ -1,7 +1,5 @@
 """A residual block as one launch of a CUDA kernel (csrc/cuda/block_kernel.h): CHWN, 16-bit numbers."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

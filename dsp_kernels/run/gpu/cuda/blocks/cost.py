@@ -6,8 +6,6 @@ padding, halo pixels computed twice) and what the GPU's memory has to move; the 
 time.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

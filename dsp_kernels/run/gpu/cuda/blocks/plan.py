@@ -1,7 +1,5 @@
 """Which residual blocks of a Program run as one kernel: all of a block, a part of it, or none."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Sequence

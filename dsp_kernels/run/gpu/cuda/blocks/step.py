@@ -5,8 +5,6 @@ output of a shortcut convolution of that input, or any other value. The outputs 
 have no other reader.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ computed. The tiles do not depend on the input size; addresses in shared memory 
 csrc/cuda/block_kernel.h.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
