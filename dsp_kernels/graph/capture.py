@@ -162,7 +162,7 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 _tracing = threading.RLock()
-_methods = nn.Module.__call__, nn.Module.__getattr__  # as they were before the trace that runs
+_methods: tuple[Any, Any] | None = None  # of nn.Module, as they were before the trace that runs
 
 
 @contextmanager
@@ -179,14 +179,16 @@ def _one_trace_at_a_time() -> Iterator[None]:
 
 
 def _restore_methods() -> None:
-    nn.Module.__call__, nn.Module.__getattr__ = _methods  # type: ignore[method-assign]
+    if _methods is not None:
+        nn.Module.__call__, nn.Module.__getattr__ = _methods  # type: ignore[method-assign]
 
 
 def _after_fork() -> None:
     """The thread that traces does not exist in the child, so it cannot release the lock or undo the patch."""
-    global _tracing
+    global _tracing, _methods
     _tracing = threading.RLock()
     _restore_methods()
+    _methods = None
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -199,8 +201,8 @@ _CONSTANT = "_tensor_constant"  # torch.fx stores tensors that forward() makes i
 def without_stand_ins(model: nn.Module) -> Iterator[list[str]]:
     """Undo what tracing ``model`` in this context changes in it: proxies, fake tensors, written buffers.
 
-    Yields a list that holds the names of all written buffers when the context has ended. What forward() makes
-    of real tensors or modules at its first call stays, because any call would make it.
+    Yields a list that holds the names of all written buffers when the context has ended. Other changes stay
+    (counters, flags, tensors and modules made at the first call), because any call would make them.
     """
     before = {id(own): dict(own) for _, own in _namespaces(model)}
     copies = [

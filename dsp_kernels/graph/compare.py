@@ -30,12 +30,16 @@ def largest_difference(expected: Any, got: Any) -> tuple[float, float]:
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in pairs]
     if shapes[0] != shapes[1]:
         raise DSPVerificationError(f"the answer has shapes {shapes[1]}; expected {shapes[0]}")
-    both = [(a.double(), b.to(a.device).double()) for a, b in zip(*pairs, strict=True) if a.numel()]
+    both = [(_wide(a), _wide(b.to(a.device))) for a, b in zip(*pairs, strict=True) if a.numel()]
     if not both:
         return 0.0, 0.0
     worst = torch.stack([torch.stack(((a - b).abs().max(), a.abs().max())).cpu() for a, b in both])
     difference, scale = worst.amax(0).tolist()
     return difference, scale
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def compare_answers(

@@ -50,10 +50,11 @@ class LRU(Generic[T]):
     def put(self, key: Hashable, value: T) -> None:
         """Store a value, replacing an older one of this key, and evict what exceeds the limits."""
         with _lock:
-            self._remove(key)
+            evicted = self._remove(key)
             self._entries[key] = value
             self.total_size += self._size_of(value)
-            self._evict(self.limit)
+            evicted += self._evict(self.limit)
+        del evicted  # freed without the lock
 
     def get_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key; ``make()`` if there is none. Two threads may both make it; the later one stays.
@@ -63,20 +64,26 @@ class LRU(Generic[T]):
         value = self.get(key)
         if value is None:
             with _lock:
-                self._evict(self.limit - 1)
+                evicted = self._evict(self.limit - 1)
+            del evicted
             value = make()
             self.put(key, value)
         return value
 
     def clear(self) -> None:
         with _lock:
-            self._entries.clear()
-            self.total_size = 0
+            entries, self._entries, self.total_size = self._entries, OrderedDict(), 0
+        del entries
 
-    def _remove(self, key: Hashable) -> None:
-        if key in self._entries:
-            self.total_size -= self._size_of(self._entries.pop(key))
+    def _remove(self, key: Hashable) -> list[T]:
+        if key not in self._entries:
+            return []
+        value = self._entries.pop(key)
+        self.total_size -= self._size_of(value)
+        return [value]
 
-    def _evict(self, limit: int) -> None:
+    def _evict(self, limit: int) -> list[T]:
+        evicted: list[T] = []
         while len(self._entries) > limit or self.total_size > self.max_size:
-            self._remove(next(iter(self._entries)))
+            evicted += self._remove(next(iter(self._entries)))
+        return evicted

@@ -70,3 +70,8 @@ def test_a_model_that_is_not_finite_is_named(value: float, reason: str) -> None:
         DSPVerificationError, match=f"Linear itself answers zeros with NaN or infinity.*{reason}"
     ):
         compare_answers(answer, answer, 1.0, "it differs", "zeros", model=model)
+
+
+def test_imaginary_parts_count() -> None:
+    difference, scale = largest_difference(torch.tensor([1 + 1j]), torch.tensor([1 - 1j]))
+    assert (difference, scale) == pytest.approx((2.0, 2**0.5))

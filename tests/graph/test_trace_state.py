@@ -255,3 +255,15 @@ def test_a_fused_network_cannot_be_saved(tmp_path: Path) -> None:
     fused = dsp_kernels.fuse(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X)
     with pytest.raises(DSPFormatError, match="save the packed one"):
         dsp_kernels.save(fused, tmp_path / "net.safetensors", X)
+
+
+def test_a_patch_of_nn_module_survives_a_fork_while_nothing_is_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trace(nn.Conv2d(3, 4, 1), X)
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args, **kwargs: self.forward(*args, **kwargs))
+    patched = nn.Module.__call__
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if nn.Module.__call__ is patched else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -7,7 +7,6 @@ fused network (``dsp_kernels.fuse``) pays for the conversion once instead of per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,6 +62,7 @@ class CpuPlan:
         x = self._plain.input(spec.structure.in_channels)
         self._value = add_conv(self._plain, spec, weights, bias, x, -1)
         self._plain.output(self._value)
+        self._with_residual: Any = None  # made at the first call with a residual
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (batch, in_channels, height, width), float32; residual: like the output, or None.
@@ -74,7 +74,7 @@ class CpuPlan:
         if shape[0]:
             inputs = [tensor.detach().numpy() for tensor in (x, residual) if tensor is not None]
             try:
-                network = self._plain if residual is None else self._with_residual
+                network = self._plain if residual is None else self._residual_network()
                 threads = torch.get_num_threads()
                 # Interleaved images cost more to convert than they save where threads outnumber them.
                 network.run(inputs, [y.numpy()], threads, int(shape[0] >= threads))
@@ -88,13 +88,15 @@ class CpuPlan:
         same: bool = self._plain.conv_holds(self._value, arrays, None if bias is None else as_array(bias))
         return same
 
-    @cached_property
-    def _with_residual(self) -> Any:
-        made = new_network()
-        x = made.input(self.spec.structure.in_channels)
-        residual = made.input(self.spec.structure.out_channels)
-        made.output(made.conv_like(self._plain, self._value, x, residual))
-        return made
+    def _residual_network(self) -> Any:
+        # Without a lock, which a fork could leave held; two threads may both make it.
+        if self._with_residual is None:
+            made = new_network()
+            x = made.input(self.spec.structure.in_channels)
+            residual = made.input(self.spec.structure.out_channels)
+            made.output(made.conv_like(self._plain, self._value, x, residual))
+            self._with_residual = made
+        return self._with_residual
 
 
 # Products per moved channel and pixel below which plain PyTorch is faster in channels_last. Measured at

@@ -73,18 +73,16 @@ def look_ahead(
     autocast_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     reorder: bool = False,
-    several: bool = False,
 ) -> LookAhead:
     """One optimizer step on (x, y) from other weights.
 
     starts: parameter -> the value it starts from, without history. All other parameters are kept fixed,
         because their new values are not needed.
-    batches: the micro-batches of one step, each with weight 1 / len(batches).
+    batches: the micro-batches of one step, each with weight 1 / len(batches). A tuple x holds several inputs.
     autocast_dtype: runs the forward pass under autocast.
     scaler: its scale multiplies the loss and is divided out of the gradients; it is not updated.
     reorder: convert images on a CPU to channels_last, which is faster there. If the network raises on them
         (because of a ``view`` across channels and pixels), it runs on the images as they are.
-    several: every x is a tuple of the inputs of forward().
 
     Gradients are averaged over the processes. The forward pass runs on copies of these parameters and of all
     buffers; the step runs in a copy of the optimizer with its state and without its hooks. So weights,
@@ -98,7 +96,7 @@ def look_ahead(
         # Without the cast cache: inside an outer autocast it could hold casts of other weights.
         device_type, enabled = leaves[0].device.type, autocast_dtype is not None
         with torch.autocast(device_type, autocast_dtype, enabled, cache_enabled=False):
-            return criterion(model(*x) if several else model(x), y)
+            return criterion(model(*x) if isinstance(x, tuple) else model(x), y)
 
     def passes(batches: Sequence[Batch]) -> tuple[list[Tensor | None], Tensor]:
         with torch.enable_grad(), _kept_random_state(leaves[0].device), _substituted(model, copies):

@@ -192,8 +192,7 @@ class GroupWrapper:
         """After ``optimizer.step()``: update the logits, then shrink the weights.
 
         x, y: the batch of this step, on the model's device. With gradient accumulation two lists, the
-            micro-batches in order, each with weight 1 / len(x). If ``example_input`` had several inputs, x is
-            a tuple of them.
+            micro-batches in order, each with weight 1 / len(x). A tuple x holds several inputs of forward().
         amp: run the look-ahead's forward pass under autocast, in torch's autocast dtype of the device.
         scaler: the caller's gradient scaler. It scales the look-ahead's loss and is not updated. If it
             skipped the real step (an overflow), or the look-ahead overflows, on any process, the step is only
@@ -289,7 +288,6 @@ class GroupWrapper:
             autocast_dtype,
             scaler,
             self._reorder,
-            several=len(self.layers.example) > 1,
         )
         self._reorder = self._reorder and not ahead.refused
         self._loss = ahead.loss
