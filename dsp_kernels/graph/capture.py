@@ -261,6 +261,9 @@ def _remove_stand_ins(value: Any) -> None:
 
 
 def _equal(now: Any, before: Tensor) -> bool:
+    """NaN equals NaN."""
     if not isinstance(now, Tensor) or isinstance(now, FakeTensor) or now.shape != before.shape:
         return False
-    return before.is_meta or bool(((now == before) | ((now != now) & (before != before))).all())
+    if before.is_meta or now.dtype != before.dtype or now.device != before.device:
+        return before.is_meta
+    return torch.equal(now, before) or bool(((now == before) | ((now != now) & (before != before))).all())

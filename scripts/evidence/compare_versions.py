@@ -29,7 +29,7 @@ def latency_jobs(shared: Path) -> dict[str, Callable[[], float]]:
     from dsp_pruning import read_released
 
     torch.set_num_threads(2)
-    packed, _ = read_released(shared / "nets" / "resnet56_g4.npz")
+    packed = read_released(shared / "nets" / "resnet56_g4.npz")
     fused = dsp_kernels.fuse(packed, torch.randn(1, 3, 32, 32))
 
     def job(batch: int) -> Callable[[], float]:
