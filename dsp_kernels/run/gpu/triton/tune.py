@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -169,8 +169,7 @@ def _read(file: Path) -> dict[str, TritonConfig]:
 
 def _config(entry: Any) -> TritonConfig | None:
     """The configuration, if the entry has exactly its fields, each of its type."""
-    kinds = {"bool": bool, "int": int, "str": str}
-    expected: Mapping[str, type] = {field.name: kinds[str(field.type)] for field in fields(TritonConfig)}
+    expected = get_type_hints(TritonConfig)
     if not isinstance(entry, dict) or entry.keys() != expected.keys():
         return None
     if any(type(entry[name]) is not kind for name, kind in expected.items()):
