@@ -199,3 +199,21 @@ def test_a_copied_learner_uses_its_own_optimizer() -> None:
     scaler.update()
     setup.learner.after_step(setup.x, setup.y, scaler=scaler)
     assert setup.learner.stats()["skipped_steps"] == 0
+
+
+def test_a_tuple_of_inputs_is_passed_on_as_several() -> None:
+    class Masked(nn.Sequential):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            y = super().forward(x)
+            return y if mask is None else y * mask
+
+    model = Masked(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    x, mask, y = torch.randn(2, 3, 8, 8), torch.ones(2, 2), torch.tensor([0, 1])
+    model(x)
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    learner = GroupWrapper(model, optimizer, criterion, 1e-3, 1, 2, 0.5, example_input=x[:1])
+    learner.initialize()
+    criterion(model(x, mask), y).backward()
+    optimizer.step()
+    learner.after_step((x, mask), y)
+    assert learner.steps == 1
