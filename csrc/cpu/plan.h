@@ -3,7 +3,7 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
+#include <string>
 #include <vector>
 
 #include "network.h"
@@ -66,7 +66,8 @@ class Op {
     virtual void run(int chunk, const Context& context) const = 0;
     const char* name;
     int chunks = 1;
-    int made = -1; // the network's value that it computes, or -1
+    int made = -1;      // the network's value that it computes, or -1
+    std::string detail; // of a convolution, its tiles
 };
 
 struct PlanKey {
@@ -79,25 +80,13 @@ struct PlanKey {
     }
 };
 
-class Plan {
-  public:
+struct Plan {
     Plan(const Network& network, const PlanKey& key);
-    ~Plan();
     Plan(const Plan&) = delete;
-    Plan& operator=(const Plan&) = delete;
 
     const PlanKey key;
     std::vector<std::unique_ptr<Op>> ops;
-    int64_t arena_floats = 0;
-
-    // Scratch memory of one block, kept for the next call; at most `keep` arenas stay idle.
-    float* take_arena() const;
-    void give_arena(float* arena, int keep) const;
-    int64_t idle_bytes() const;
-
-  private:
-    mutable std::mutex mutex_;
-    mutable std::vector<float*> idle_;
+    int64_t arena_floats = 0; // scratch memory of one block
 };
 
 // What is known of a plan without building its operations.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <set>
+#include <string>
 
 #include "kernels/winograd.h"
 
@@ -323,6 +325,17 @@ std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_co
 
 } // namespace
 
+// The sizes of its tiles, for explain().
+static std::string tiles_of(const ConvOp& op) {
+    std::set<int, std::greater<int>> sizes;
+    for (const FilterTile& tile : op.packed->tiles) sizes.insert(tile.filters);
+    std::string text;
+    for (int filters : sizes)
+        text += (text.empty() ? " in tiles of " : ", ") + std::to_string(filters) + "x" +
+                std::to_string(op.kernels.vectors[filters]);
+    return text;
+}
+
 std::unique_ptr<Op> tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<ConvOp> op, int rows,
                               bool is_split, int64_t scratch_begin, int64_t& scratch_floats) {
     const Tiler tiler(network, key);
@@ -333,10 +346,12 @@ std::unique_ptr<Op> tile_conv(const Network& network, const PlanKey& key, std::u
         // The choice must not depend on the number of threads: their results are bitwise equal.
         if (auto in_bands = tiler.in_bands(*op, tiler.plain_cost(*op), scratch_begin)) {
             scratch_floats = std::max(scratch_floats, in_bands->scratch_size * key.threads);
+            in_bands->detail = tiles_of(*in_bands);
             return in_bands;
         }
     }
     tiler.plain(*op);
+    op->detail = tiles_of(*op);
     return op;
 }
 

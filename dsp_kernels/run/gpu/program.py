@@ -60,7 +60,7 @@ class CudaExecutor:
         """Never: PyTorch copies the input and the output."""
         return False
 
-    def describe(self, program: Program) -> list[str]:
+    def describe(self, program: Program, verbose: bool = False) -> list[str]:
         """Per step, its kernels and layout for the example's batch."""
         dtype, device = _dtype_and_device(program)
         blocks = _block_planner(program, self._kernels)
