@@ -111,7 +111,8 @@ class PackedConv2d(nn.Module):
             y = y.index_select(1, self.get_buffer("output_place"))
         if self.bias is not None:
             bias: Tensor = self.bias
-            if absent:  # dense.live_bias, by a buffer: index tensors made here would be copied to a GPU each call
+            # dense.live_bias, by a buffer: index tensors made here would be copied to a GPU each call
+            if absent:
                 bias = torch.where(self.get_buffer("output_place") < self.out_channels - absent, bias, 0.0)
             y = y + bias[:, None, None]
         # index_select() makes contiguous tensors.

@@ -26,7 +26,7 @@ class Executor(Protocol):
         ...
 
     def prepare(self, program: Program) -> Runner:
-        """x -> y in any memory format; x: (batch, channels, height, width) of the Program's dtype and device."""
+        """x -> y, of any memory format; x: images of the Program's dtype and device."""
         ...
 
     def is_native(self, program: Program) -> bool:

@@ -17,10 +17,12 @@ class NativeCall:
     def __init__(self, network: Any, is_vector: list[bool]) -> None:
         self.network = network
         self._is_vector = is_vector
-        # What was called last and tensors like its outputs, in one attribute: another thread may replace both.
+        # The last call and tensors like its outputs, in one attribute: another thread may replace both.
         self._last: tuple[list[Any], list[Tensor]] = [], []
 
-    def __call__(self, inputs: list[Tensor], layout: torch.memory_format, interleave: int = 0) -> list[Tensor]:
+    def __call__(
+        self, inputs: list[Tensor], layout: torch.memory_format, interleave: int = 0
+    ) -> list[Tensor]:
         """inputs: of any strides; layout: memory format of the outputs that are maps.
 
         interleave: images that are computed at once, 0 to choose. Raises DSPShapeError.
@@ -50,8 +52,8 @@ class NativeCall:
         return results
 
     def _templates(self, inputs: list[Tensor], layout: torch.memory_format) -> list[Tensor]:
-        """Tensors of the outputs' shapes and strides, without memory: empty_like() is the fastest allocation."""
-        templates = []
+        """Tensors like the outputs, without memory, for empty_like(), the fastest allocation."""
+        templates: list[Tensor] = []
         shapes = self.network.output_shapes([tuple(x.shape[2:]) or (1, 1) for x in inputs])
         for shape, is_vector in zip(shapes, self._is_vector, strict=True):
             shape = shape[:1] if is_vector and shape[1:] == [1, 1] else shape

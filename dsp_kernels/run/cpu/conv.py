@@ -78,8 +78,8 @@ class CpuPlan:
 
     def holds(self, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether the plan was made from weights and bias equal to these, bit for bit."""
-        arrays = [as_array(weight) for weight in weights]
-        same: bool = self._plain.network.conv_holds(self._value, arrays, None if bias is None else as_array(bias))
+        arrays = [as_array(weight) for weight in weights], None if bias is None else as_array(bias)
+        same: bool = self._plain.network.conv_holds(self._value, *arrays)
         return same
 
     def _residual_call(self) -> NativeCall:

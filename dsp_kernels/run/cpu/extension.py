@@ -25,7 +25,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"the native extension dsp_kernels._C is missing ({error}); to build it, {_FIX}"
     if set(getattr(module, "activations", ())) != {*ACTIVATIONS, *GATES}:
-        return None, f"the native extension dsp_kernels._C has other activations; it is of another version: {_FIX}"
+        return None, f"the native extension dsp_kernels._C is of another version: {_FIX}"
     return module, ""
 
 

@@ -234,12 +234,11 @@ def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callabl
 
 
 def _caller(part: Segment, program: Program, dtype: torch.dtype) -> NativeCall:
-    return NativeCall(build(part, program, dtype)[0], [len(program.shapes[name]) == 2 for name in part.outputs])
+    network, _ = build(part, program, dtype)
+    return NativeCall(network, [len(program.shapes[name]) == 2 for name in part.outputs])
 
 
-def build(
-    part: Segment, program: Program, dtype: torch.dtype = torch.float32
-) -> tuple[Any, dict[str, int]]:
+def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, int]]:
     """A native Network of these steps of a Program, and the numbers of its values by name.
 
     dtype: what convolutions multiply (float16 where the CPU can); all other arithmetic is float32.
