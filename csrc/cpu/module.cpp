@@ -8,6 +8,10 @@
 
 #include "run.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -188,6 +192,11 @@ class Native {
         {
             py::gil_scoped_release release;
             made = session.make(key, known);
+#ifdef __GLIBC__
+            // What a plan allocates between large tensors keeps the heap from shrinking when they are freed: ResNet-20
+            // swapped kept 3.1 GB after 400 sizes of images of 192 to 345 pixels, and 0.1 GB with this.
+            if (int64_t(key.sizes[0].h) * key.sizes[0].w > 1 << 14) malloc_trim(0);
+#endif
         }
         return session.keep(std::move(made));
     }

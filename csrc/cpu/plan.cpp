@@ -39,13 +39,20 @@ Vectors cover(const Geometry& g, int lanes) {
     } else {
         for (int64_t v = 0; v < flat; ++v) vectors.at.push_back(int32_t(v * lanes));
     }
-    vectors.mask.resize(vectors.at.size() * lanes);
+    // By far the largest part of a plan of large maps; most neighbouring operations share one.
+    thread_local std::array<int64_t, 4> last_key;
+    thread_local std::weak_ptr<const std::vector<int32_t>> last;
+    const std::array<int64_t, 4> key{g.h, row, pitch, lanes};
+    if (key == last_key && (vectors.mask = last.lock())) return vectors;
+    std::vector<int32_t> mask(vectors.at.size() * lanes);
     for (size_t v = 0; v < vectors.at.size(); ++v)
         for (int l = 0; l < lanes; ++l) {
             const int64_t d = vectors.at[v] + l;
             const bool live = d / pitch < g.h && d % pitch < row;
-            vectors.mask[v * lanes + l] = live ? -1 : 0;
+            mask[v * lanes + l] = live ? -1 : 0;
         }
+    last = vectors.mask = std::make_shared<const std::vector<int32_t>>(std::move(mask));
+    last_key = key;
     return vectors;
 }
 

@@ -24,11 +24,11 @@ struct Geometry {
 // The vectors that cover all pixels of a plane.
 struct Vectors {
     std::vector<int32_t> at;
-    std::vector<int32_t> mask; // [vectors][lanes], or empty: every lane is a pixel
+    std::shared_ptr<const std::vector<int32_t>> mask; // [vectors][lanes], or null: every lane is a pixel
     bool covers_pads = false;  // the vectors include the pad columns and write 0 there
     int64_t count() const { return int64_t(at.size()); }
     const int32_t* mask_from(int64_t vector, int lanes) const {
-        return mask.empty() ? nullptr : mask.data() + vector * lanes;
+        return mask ? mask->data() + vector * lanes : nullptr;
     }
 };
 Vectors cover(const Geometry& geometry, int lanes);

@@ -174,7 +174,9 @@ class Patience {
 
 // -- Blocks of images --
 
-constexpr size_t most_routes = 16; // kept per network: a few image sizes at a few batch sizes
+// Kept per network: a few image sizes at a few batch sizes. A plan has about 4 bytes for a pixel and kind of map.
+constexpr size_t most_routes = 16;
+constexpr int64_t most_pixels = int64_t(1) << 22;
 
 // Scratch memory for one block of images. Every thread has its own, which all networks share.
 class Scratch {
@@ -375,7 +377,14 @@ RoutePtr Session::make(const CallKey& key, const Routes& known) const {
 RoutePtr Session::keep(RoutePtr made) {
     if (RoutePtr found = find(made->key)) return found;
     routes_.push_front(std::move(made));
-    if (routes_.size() > most_routes) routes_.pop_back();
+    int64_t pixels = 0;
+    size_t kept = 0;
+    for (const auto& route : routes_) {
+        for (const Size& size : route->key.sizes) pixels += int64_t(size.h) * size.w;
+        if (kept == most_routes || (kept > 0 && pixels > most_pixels)) break;
+        ++kept;
+    }
+    routes_.resize(kept);
     return routes_.front();
 }
 
