@@ -51,8 +51,14 @@ _STRONGEST = ("openvino", "onnxruntime", "cudnn-fused-fp16", "cuda-graph-fp16")
 # Worth comparing: the dense network and dense forms of the pruned one in strong engines, the pruned one as it
 # is released and as exporters take it, and ours.
 _CPU = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
-_GPU = ("cuda-graph", "cuda-graph-fp16", "cudnn-fused-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
-_COMPILED = ("compile", "compile-autotune", "compile-freezing", "compile-autotune-fp16")
+_GPU = (
+    *("cuda-graph", "cuda-graph-tf32", "cuda-graph-fp16", "cudnn-fused-fp16"),
+    *("onnxruntime-cuda", "onnxruntime-cuda-tf32", "tensorrt", "tensorrt-tf32", "tensorrt-fp16"),
+)
+_COMPILED = (
+    *("compile", "compile-autotune", "compile-freezing"),
+    *("compile-autotune-tf32", "compile-autotune-fp16"),
+)
 _FUSED = tuple(name for name in ENGINES if name.startswith("fused:"))
 _PLAN = {
     "dense": ("torch", *_CPU, *_COMPILED, *_GPU),
@@ -116,10 +122,8 @@ def build_case(
     """
     row = case.row(len(x), "ok", "")
     engine = ENGINES[case.engine]
-    able, reason = engine.available()
-    if able and engine.device not in ("any", x.device.type):
-        able, reason = False, f"it runs on {engine.device} only, this run is on {x.device.type}"
-    if not able:
+    if engine.device not in ("any", x.device.type):
+        reason = f"it runs on {engine.device} only, this run is on {x.device.type}"
         return replace(row, status="unavailable", reason=reason), None
     try:
         model = network.form(case.form).to(x.device)
@@ -131,10 +135,13 @@ def build_case(
             run, seconds = built[case.label]
         else:
             started = time.perf_counter()
-            run = engine.prepare(model, x)
+            run = engine.runner(model, x)
             seconds = time.perf_counter() - started
-        allowed = allowed_difference(program, engine.dtype, expected)
+        allowed = allowed_difference(program, engine.rounding, expected)
         difference, wrong = check(case.label, run, x, expected, allowed)
+    except ImportError as error:
+        reason = f"{error} (dsp-kernels[bench] installs all engines but TensorRT)"
+        return replace(row, status="unavailable", reason=reason), None
     except DSPError as error:  # a form that the network does not have, an executor that cannot run it, ...
         return replace(row, status="unavailable", reason=" ".join(str(error).split())), None
     except Exception as error:  # an engine may break in any way; the others are still measured

@@ -95,8 +95,6 @@ def _why_skipped(
     size, since it began, and of its slowest build so far.
     """
     engine = ENGINES[case.engine]
-    if not engine.available()[0]:
-        return ""  # its row will say more
     if engine.slow_build and slow_batch not in (None, batch):
         return f"built for batch {slow_batch} only in the short plan"
     late = spent + slowest * engine.slow_build > _BUILDING * share
@@ -110,7 +108,7 @@ def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row
     made = []
     for row in rows:
         engine = ENGINES.get(row.runner)
-        if engine is not None and row.samples is not None and peaks.knows(engine.dtype):
+        if engine is not None and row.samples and not engine.tf32 and peaks.knows(engine.dtype):
             program = network.program(row.form)
             floor = part_floor(program, program.steps, row.batch, peaks, engine.dtype)
             moved = compulsory_bytes(program, program.steps, row.batch, engine.dtype)

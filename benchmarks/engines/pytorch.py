@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsp_kernels.errors import DSPBackendError
+
 from .base import Engine, Runner, converted
 
 
@@ -68,21 +70,13 @@ class TorchCompile(Engine):
     freezing: bool = False
     slow_build: bool = True
 
-    def available(self) -> tuple[bool, str]:
-        from torch._inductor import cpp_builder, exc
+    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
+        from torch._inductor import config, cpp_builder, exc
 
-        able, reason = super().available()
-        if not able:
-            return able, reason
         try:
             cpp_builder.get_cpp_compiler()
         except (exc.InvalidCxxCompiler, RuntimeError) as error:
-            return False, f"Inductor finds no C++ compiler ({' '.join(str(error).split())[:120]})"
-        return True, ""
-
-    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        from torch._inductor import config
-
+            raise DSPBackendError(f"Inductor finds no C++ compiler ({str(error)[:120]})") from error
         network = converted(model, self.dtype, torch.channels_last)
         compiled = torch.compile(_own_code(lambda x: network(x)), dynamic=False, **self.options)
 

@@ -108,7 +108,9 @@ class Run:
     def baseline(self, batch: int) -> Row | None:
         """The fastest dense float32 engine, else the first that was timed; speed-ups are against it."""
         timed = [row for row in self.rows if row.batch == batch and row.samples is not None]
-        dense = [row for row in timed if row.form == "dense" and not row.runner.endswith(("bf16", "fp16"))]
+        dense = [
+            row for row in timed if row.form == "dense" and not row.runner.endswith(("bf16", "fp16", "tf32"))
+        ]
         if dense:
             return min(dense, key=lambda row: row.timed.median)
         return timed[0] if timed else None

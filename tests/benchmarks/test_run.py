@@ -111,7 +111,6 @@ def test_choosing_cases() -> None:
 
 def test_an_engine_of_another_device_says_so(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "fake", FakeEngine(device="cuda"))
-    monkeypatch.setattr(FakeEngine, "available", lambda _: (True, ""))
     row, run = build_case(Case("packed", "fake"), network, case_input(network, 1, 0))
     assert run is None
     assert row.reason == "it runs on cuda only, this run is on cpu"
