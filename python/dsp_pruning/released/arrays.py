@@ -27,20 +27,16 @@ def read_released(path: str | Path) -> CifarResNet:
 
     >>> network = read_released("resnet56_g4.npz")  # doctest: +SKIP
     """
-    return build_released(*read_released_arrays(path))
-
-
-def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """Arrays and ``meta`` as ``build_released`` takes them, with the errors of ``read_released``."""
     require_file(path)
     if "meta.npy" not in zip_names(path):
         raise DSPFormatError(f"{path} is not an .npz file of a released network: it has no array 'meta'")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-            return arrays, dict(json.loads(str(arrays.pop("meta"))))
+            meta = dict(json.loads(str(arrays.pop("meta"))))
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not an .npz file of a released network: {error}") from error
+    return build_released(arrays, meta)
 
 
 def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> CifarResNet:
