@@ -246,11 +246,6 @@ int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair paddin
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 
-int Network::add_mean(int x) {
-    check(x);
-    return make(Step(Kind::mean, {x}), values[x].channels, values[x].nonnegative);
-}
-
 int Network::add_product(int x, int other, Act act) {
     check(x);
     check(other);
@@ -264,7 +259,7 @@ int Network::add_adaptive(int x, Pair size) {
     require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096,
             "the output of an adaptive pool has 1 to 4095 rows and columns");
     Step step(Kind::adaptive, {x});
-    step.kernel = size;
+    step.kernel = size, step.average = true;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 

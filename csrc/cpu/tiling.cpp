@@ -14,11 +14,11 @@ namespace {
 
 // What the filters of a group are computed over.
 struct Extent {
-    int64_t count; // products per output
-    int vectors;   // in one chunk
-    int block;     // vectors that all filters process before the next
-    bool aligned;  // vector loads never straddle two cache lines
-    double add_latency;  // cycles until a sum can take its next term
+    int64_t count;      // products per output
+    int vectors;        // in one chunk
+    int block;          // vectors that all filters process before the next
+    bool aligned;       // vector loads never straddle two cache lines
+    double add_latency; // cycles until a sum can take its next term
 };
 
 // The same by Winograd's method.
@@ -65,7 +65,8 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     double total = 0.0;
     each_pass(kernels, filters, extent.vectors, extent.block, [&](int width, bool) {
         // An output costs a load, a store and a few instructions; a pass a call and a mispredicted loop end.
-        total += extent.count * pass_cost(filters, width, extent.aligned, extent.add_latency) + 1.5 * filters * width + 25.0;
+        total +=
+            extent.count * pass_cost(filters, width, extent.aligned, extent.add_latency) + 1.5 * filters * width + 25.0;
     });
     return total;
 }
@@ -112,7 +113,7 @@ class Tiler {
   public:
     Tiler(const Network& network, const PlanKey& key) : network_(network), key_(key), kernels_(network.kernels) {}
 
-    void plain(ConvOp& op) const {
+    void plain(Conv& op) const {
         const int pieces = std::max(1, std::min(key_.parts(), int(op.vectors.at.size()) / 12));
         Splits splits;
         for (size_t g = 0; g < op.off.size(); ++g)
@@ -125,7 +126,7 @@ class Tiler {
     }
 
     // Estimated cycles of the plain sum on one thread.
-    double plain_cost(const ConvOp& op) const {
+    double plain_cost(const Conv& op) const {
         double cost = 0.0;
         for (size_t g = 0; g < op.off.size(); ++g) {
             const Extent whole = extent(op, g, 1);
@@ -140,7 +141,7 @@ class Tiler {
     // first-level cache: ResNet-20's 8x8 layers 87 % of peak, 73 % without passes. A 1x1 convolution reads a line
     // once per filter tile and would have short passes there, so it keeps to the second level: ResNet-50 at batch 1
     // 15.5 ms, 16.6 ms with passes of 32 KB.
-    void block(ConvOp& op, int64_t rows) const {
+    void block(Conv& op, int64_t rows) const {
         const int64_t taps = int64_t(op.step.kernel[0]) * op.step.kernel[1];
         const int64_t cache = taps > 1 ? 32 << 10 : 256 << 10;
         const int64_t vector = kernels_.lanes * int64_t(sizeof(float));
@@ -163,7 +164,7 @@ class Tiler {
         }
     }
 
-    std::unique_ptr<BandConvOp> in_bands(const ConvOp& plain, double plain_cost, int64_t scratch_begin) const;
+    std::unique_ptr<BandConv> in_bands(const Conv& plain, double plain_cost, int64_t scratch_begin) const;
 
   private:
     const Network& network_;
@@ -179,9 +180,9 @@ class Tiler {
         Splits splits;
         double cost;
     };
-    Banding banding(const ConvOp& plain, int used, bool patches) const;
+    Banding banding(const Conv& plain, int used, bool patches) const;
 
-    Extent extent(const ConvOp& op, size_t group, int pieces) const {
+    Extent extent(const Conv& op, size_t group, int pieces) const {
         const int vectors = int(op.vectors.at.size());
         return {int64_t(op.off[group].size()), (vectors + pieces - 1) / pieces, op.block_vectors,
                 key_.interleave >= kernels_.lanes, op.step.pairs ? op.step.pairs->add_latency : 4.0};
@@ -189,11 +190,11 @@ class Tiler {
 
     // Places the tiles and cuts chunks of about equal work: ranges of units (vectors or bands) where there are many,
     // otherwise ranges of filter tiles.
-    void finish(ConvOp& op, int units, int by_units, const std::vector<double>& costs) const {
+    void finish(Conv& op, int units, int by_units, const std::vector<double>& costs) const {
         for (const auto& tile : op.packed->tiles) {
             op.tile_begin.push_back(int(op.tile_planes.size()));
             for (int c : tile.channels) op.tile_planes.push_back(c * op.y.geometry.plane);
-            for (int c : tile.channels) op.tile_planes.push_back(op.has_add ? op.add.planes[c] : 0);
+            for (int c : tile.channels) op.tile_planes.push_back(op.add ? op.add->planes[c] : 0);
         }
         const int tiles = int(costs.size());
         const int absent = op.skip_absent ? 0 : int(op.step.absent.size());
@@ -214,7 +215,6 @@ class Tiler {
                 const Range range = cut(units, by_units, u), rest = cut(absent, pieces, u * by_tiles + t);
                 op.parts.push_back({range.first, range.last, border[t], border[t + 1], rest.first, rest.last});
             }
-        op.chunks = int(op.parts.size());
     }
 };
 
@@ -231,7 +231,7 @@ int fitting(int64_t bytes, int64_t channels, int64_t floats, int least, int most
     return fit <= least ? std::min(least, most) : (most + blocks - 1) / blocks;
 }
 
-Tiler::Banding Tiler::banding(const ConvOp& plain, int used, bool patches) const {
+Tiler::Banding Tiler::banding(const Conv& plain, int used, bool patches) const {
     const Step& step = plain.step;
     const Geometry& y = plain.y.geometry;
     const int I = key_.interleave, lanes = kernels_.lanes;
@@ -271,7 +271,7 @@ Tiler::Banding Tiler::banding(const ConvOp& plain, int used, bool patches) const
 }
 
 // The convolution in bands, or in patches of them, if that is faster than plain_cost cycles, otherwise null.
-std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_cost, int64_t scratch_begin) const {
+std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, int64_t scratch_begin) const {
     const Step& step = plain.step;
     const Winograd allowed = network_.winograd;
     std::vector<int> used, place_of(plain.x.geometry.channels, -1);
@@ -296,7 +296,7 @@ std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_co
     if (!best) return nullptr;
 
     const int I = key_.interleave, lanes = kernels_.lanes;
-    auto op = std::make_unique<BandConvOp>(plain, best->patches);
+    auto op = std::make_unique<BandConv>(plain, best->patches);
     op->block_columns = best->block_columns, op->sum_columns = best->extent.block;
     op->pitch = best->pitch, op->channel = best->channel;
     for (int v = 0; v < best->extent.columns; ++v)
@@ -323,21 +323,29 @@ std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_co
 
 } // namespace
 
-std::unique_ptr<Op> tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<ConvOp> op, int rows,
-                              bool is_split, int64_t scratch_begin, int64_t& scratch_floats) {
+Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> conv, int rows, bool is_split,
+             int64_t scratch_begin, int64_t& scratch_floats) {
+    const auto operation = [](const char* name, auto made) {
+        const int parts = int(made->parts.size());
+        const auto run = [made = std::shared_ptr(std::move(made))](int first, int last, const Context& context) {
+            for (int part = first; part < last; ++part) made->run(made->parts[part], context);
+        };
+        return Op{name, parts, run};
+    };
     const Tiler tiler(network, key);
-    const Step& step = op->step;
-    tiler.block(*op, rows);
+    const Step& step = conv->step;
+    tiler.block(*conv, rows);
     if (network.winograd != Winograd::never && !step.pairs && !is_split && step.kernel[0] == 3 &&
         step.dilation[0] == 1) {
         // The choice must not depend on the number of threads: their results are bitwise equal.
-        if (auto in_bands = tiler.in_bands(*op, tiler.plain_cost(*op), scratch_begin)) {
+        if (auto in_bands = tiler.in_bands(*conv, tiler.plain_cost(*conv), scratch_begin)) {
             scratch_floats = std::max(scratch_floats, in_bands->scratch_size * key.threads);
-            return in_bands;
+            const char* const name = in_bands->patches ? "conv in patches" : "conv in bands";
+            return operation(name, std::move(in_bands));
         }
     }
-    tiler.plain(*op);
-    return op;
+    tiler.plain(*conv);
+    return operation("conv", std::move(conv));
 }
 
 } // namespace dsp
