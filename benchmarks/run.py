@@ -62,7 +62,8 @@ def run_cases(
             if run is not None:
                 runners[case.label] = run
             slowest = max(slowest, time.perf_counter() - began)
-        timers = {label: _timer(run, x) for label, run in runners.items()}
+        wait = torch.cuda.synchronize if x.is_cuda else None
+        timers = {label: Timer(partial(run, x), wait) for label, run in runners.items()}
         # A build that overran must not cost the others their timing.
         left = max((1 - _BUILDING) * share, share - (time.perf_counter() - started))
         timing = f"{network.label}, batch {batch}: timing {len(timers)} engines"
@@ -75,9 +76,8 @@ def run_cases(
         for case in cases:
             row = replace(built[case], samples=samples.get(case.label))
             if row.status == "ok" and row.samples is None:
-                row = case.row(
-                    batch, "skipped", f"{FEWEST_ROUNDS} rounds do not fit into the time for this batch size"
-                )
+                reason = f"{FEWEST_ROUNDS} rounds do not fit into the time for this batch size"
+                row = case.row(batch, "skipped", reason)
             elif x.is_cuda and row.samples is not None:
                 warm, cold, enqueue = device_times(partial(runners[case.label], x))
                 row = replace(row, device_seconds=warm, cold_seconds=cold, enqueue_seconds=enqueue)
@@ -115,10 +115,6 @@ def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row
             row = replace(row, floor=floor, moved=moved)
         made.append(row)
     return made
-
-
-def _timer(run: Runner, x: Tensor) -> Timer:
-    return Timer(partial(run, x), torch.cuda.synchronize if x.is_cuda else None)
 
 
 def time_shares(seconds: float | None, weights: Sequence[float]) -> Iterator[float]:
