@@ -1,6 +1,7 @@
 """``python -m dsp_benchmarks run | compare | report``: the parser and the commands."""
 
 import argparse
+import itertools
 import re
 import sys
 import time
@@ -269,11 +270,10 @@ def _weights(networks: Sequence[Network], cases: Iterable[Case], options: Namesp
     slow = any(ENGINES[case.engine].slow_build for case in cases)
     macs = [network.macs("dense") for network in networks]
     weights = []
-    for count in macs:
-        size = count / max(macs)
-        for number, batch in enumerate(batches):
-            compiles = slow and (not options.short or number == len(batches) // 2)
-            weights.append(1 + size * (3 * batch / batches[-1] + 4 * compiles + 2 * (number == 0)))
+    for size, (number, batch) in itertools.product(macs, enumerate(batches)):
+        compiles = slow and (not options.short or number == len(batches) // 2)
+        work = 3 * batch / batches[-1] + 4 * compiles + 2 * (number == 0)
+        weights.append(1 + work * size / max(macs))
     return weights
 
 

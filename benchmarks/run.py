@@ -53,7 +53,14 @@ def run_cases(
         for case in sorted(cases, key=lambda case: case.priority):
             step(f"{network.label}, batch {batch}: building {case.label}")
             began = time.perf_counter()
-            if reason := _why_skipped(case, batch, slow_batch, share, began - started, slowest):
+            slow = ENGINES[case.engine].slow_build
+            late = began - started + slowest * slow > _BUILDING * share  # one like the slowest would not fit
+            reason = ""
+            if slow and slow_batch not in (None, batch):
+                reason = f"built for batch {slow_batch} only in the short plan"
+            elif late and (slow or not case.is_key):
+                reason = f"building the others took the time: {share:.0f} s for this batch size"
+            if reason:
                 built[case] = case.row(batch, "skipped", reason)
                 continue
             built[case], run = build_case(
@@ -84,23 +91,6 @@ def run_cases(
             rows.append(row)
     right = {row.engine: row.accuracy for row in rows if row.accuracy is not None}
     return [replace(row, accuracy=right.get(row.engine)) if row.samples else row for row in rows]
-
-
-def _why_skipped(
-    case: Case, batch: int, slow_batch: int | None, share: float, spent: float, slowest: float
-) -> str:
-    """Why a case is not built, or "".
-
-    slow_batch: the only batch size for slow builds, None: all. share, spent, slowest: seconds for this batch
-    size, since it began, and of its slowest build so far.
-    """
-    engine = ENGINES[case.engine]
-    if engine.slow_build and slow_batch not in (None, batch):
-        return f"built for batch {slow_batch} only in the short plan"
-    late = spent + slowest * engine.slow_build > _BUILDING * share
-    if late and (engine.slow_build or not case.is_key):
-        return f"building the others took the time: {share:.0f} s for this batch size"
-    return ""
 
 
 def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row]:

@@ -150,14 +150,10 @@ def read_result(path: str | Path) -> Result:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:
-            raise DSPFormatError(f"{path} has format {data['format']!r}; this version reads {_FORMAT}")
+            raise ValueError(f"format {data['format']!r}; this version reads {_FORMAT}")
         runs = tuple(
             Run(**run | {"rows": tuple(Row.from_json(row) for row in run["rows"])}) for run in data["runs"]
         )
         return Result(data["environment"], data["peaks"], runs)
-    except FileNotFoundError as error:
-        raise DSPFormatError(f"{path}: no such file") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DSPFormatError):
-            raise
         raise DSPFormatError(f"{path} is not a result of these benchmarks: {error!r}") from error

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -154,17 +154,15 @@ def load_network(source: NetworkSource) -> Network:
 
 def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
     """The dense network with random weights, and its image size."""
-    build: Callable[[], nn.Module]
     if match := re.fullmatch(r"cifar_resnet(\d+)", name):
-        build, size = partial(cifar_resnet, int(match[1])), 32
-    elif name in ("resnet18", "resnet34", "resnet50"):
-        build, size = partial(torchvision_resnet, name), 224
-    else:
-        raise DSPFormatError(
-            f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
-            "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
-        )
-    return _seeded(build, source.seed).eval(), source.image_size or size
+        dense = _seeded(lambda: cifar_resnet(int(match[1])), source.seed)
+        return dense.eval(), source.image_size or 32
+    if name in ("resnet18", "resnet34", "resnet50"):
+        return _seeded(lambda: torchvision_resnet(name), source.seed).eval(), source.image_size or 224
+    raise DSPFormatError(
+        f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
+        "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
+    )
 
 
 def _labelled(classes: int, image_size: int) -> Labelled | None:

@@ -288,6 +288,16 @@ void each_channel(const Place& y, bool covers_pads, int first, int last, const C
     for (int c = first; c < last; ++c) visit(c, base + c * y.geometry.plane);
 }
 
+// An operation that calls visit(channel, its first pixel in y, the vectors of y, context).
+template <typename Visit>
+Op by_channel(const char* name, const Kernels& kernels, const Place& y, const Visit& visit) {
+    const auto body = [=, vectors = cover(y.geometry, kernels.lanes)](int first, int last, const Context& context) {
+        each_channel(y, vectors.covers_pads, first, last, context,
+                     [&](int c, float* out) { visit(c, out, vectors, context); });
+    };
+    return {name, y.geometry.channels, body};
+}
+
 // The pixels of one axis that an output pixel reads: first, first + step and so on below last; an average divides by
 // the product of two sizes.
 struct Window {
@@ -317,51 +327,35 @@ std::vector<Window> windows(const Step& step, int axis, int in, int out) {
 } // namespace
 
 Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y) {
-    const int channels = y.geometry.channels;
-    const auto body = [=, &kernels, &step, vectors = cover(y.geometry, kernels.lanes)](int first, int last,
-                                                                                       const Context& context) {
-        const bool affine = !step.scale.empty();
-        each_channel(y, vectors.covers_pads, first, last, context, [&](int c, float* out) {
-            kernels.map({x.plane(context, c), b ? b->plane(context, c) : nullptr, out, affine ? step.scale[c] : 1.0f,
-                         affine ? step.shift[c] : 0.0f, vectors.at.data(), vectors.mask_from(0, kernels.lanes),
-                         vectors.count(), step.act});
-        });
-    };
-    return {"map", channels, body};
+    const bool affine = !step.scale.empty();
+    return by_channel("map", kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
+        kernels.map({x.plane(at, c), b ? b->plane(at, c) : nullptr, out, affine ? step.scale[c] : 1.0f,
+                     affine ? step.shift[c] : 0.0f, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act});
+    });
 }
 
 Op product(const Kernels& kernels, Act act, Place x, Place b, Place y) {
-    const int channels = y.geometry.channels;
-    const auto body = [=, &kernels, vectors = cover(y.geometry, kernels.lanes)](int first, int last,
-                                                                                const Context& context) {
-        const bool one_pixel = b.geometry.h * b.geometry.w == 1;
-        const int I = y.geometry.interleave;
+    const bool one_pixel = b.geometry.h * b.geometry.w == 1;
+    const int I = y.geometry.interleave;
+    return by_channel("product", kernels, y, [=, &kernels](int c, float* out, const Vectors& v, const Context& at) {
+        const float* factor = b.plane(at, c);
         float pattern[32]; // I and the lanes are at most 16 each
-        each_channel(y, vectors.covers_pads, first, last, context, [&](int c, float* out) {
-            const float* factor = b.plane(context, c);
-            if (one_pixel) {
-                for (int i = 0; i < 32; ++i) pattern[i] = factor[i % I];
-                factor = pattern;
-            }
-            kernels.product({x.plane(context, c), factor, out, one_pixel ? I : 0, vectors.at.data(),
-                             vectors.mask_from(0, kernels.lanes), vectors.count(), act});
-        });
-    };
-    return {"product", channels, body};
+        if (one_pixel) {
+            for (int i = 0; i < 32; ++i) pattern[i] = factor[i % I];
+            factor = pattern;
+        }
+        kernels.product({x.plane(at, c), factor, out, one_pixel ? I : 0, v.at.data(), v.mask_from(0, kernels.lanes),
+                         v.count(), act});
+    });
 }
 
 Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::vector<int32_t> off) {
-    const int channels = y.geometry.channels;
     const bool average = step.average;
     const float scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
-    const auto body = [=, &kernels, vectors = cover(y.geometry, kernels.lanes)](int first, int last,
-                                                                                const Context& context) {
-        each_channel(y, vectors.covers_pads, first, last, context, [&](int c, float* out) {
-            kernels.pool({x.plane(context, c), off.data(), int64_t(off.size()), out, vectors.at.data(),
-                          vectors.mask_from(0, kernels.lanes), vectors.count(), average, scale});
-        });
-    };
-    return {"pool", channels, body};
+    return by_channel("pool", kernels, y, [=, &kernels](int c, float* out, const Vectors& v, const Context& at) {
+        kernels.pool({x.plane(at, c), off.data(), int64_t(off.size()), out, v.at.data(), v.mask_from(0, kernels.lanes),
+                      v.count(), average, scale});
+    });
 }
 
 Op slow_pool(const Step& step, Place x, Place y) {

@@ -93,7 +93,10 @@ def test_an_unknown_structure_is_refused(structure: str) -> None:
 
 def test_a_structure_of_another_network_is_refused(tmp_path: Path) -> None:
     index = np.arange(4, dtype=np.int32)
-    for name, top, words in (("conv9", 0, "does not have"), ("stage_1.0.conv_a", 99, "does not fit layer")):
+    for name, top, words in (
+        ("conv9", 0, "no attribute `conv9`"),
+        ("stage_1.0.conv_a", 99, "does not fit CifarResNet"),
+    ):
         arrays = {f"{name}.0.in_index": index, f"{name}.0.out_index": index + top}
         np.savez(tmp_path / "s.npz", meta="{}", **arrays)
         with pytest.raises(DSPFormatError, match=words):
