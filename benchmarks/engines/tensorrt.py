@@ -1,26 +1,17 @@
-"""TensorRT 10.x and 11.x: reads ONNX, caches the built engine on disk, runs as a CUDA graph."""
+"""TensorRT 10.x and 11.x: reads ONNX, runs as a CUDA graph."""
 
-import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.whole_file import write_bytes
 
 from .base import Engine, Runner
 from .cuda_graph import replayed
 from .onnx_engines import INPUT, OUTPUT, onnx_bytes
 
 _WORKSPACE_BYTES = 4 << 30
-
-
-def cache_folder() -> Path:
-    """Built engines: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels/tensorrt."""
-    return Path(os.environ.get("DSP_TENSORRT_CACHE") or Path.home() / ".cache" / "dsp-kernels" / "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -33,8 +24,7 @@ class TensorRT(Engine):
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         import tensorrt
 
-        gpu = torch.cuda.get_device_name(example.device)
-        plan = build_engine(onnx_bytes(model, example, self.dtype), gpu, self.tf32)
+        plan = build_engine(onnx_bytes(model, example, self.dtype), self.tf32)
         engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan)
         context = engine.create_execution_context()
         shape = tuple(engine.get_tensor_shape(OUTPUT))
@@ -50,17 +40,13 @@ class TensorRT(Engine):
         return replayed(execute, example, self.dtype, torch.contiguous_format)
 
 
-def build_engine(network: bytes, gpu: str, tf32: bool = False) -> bytes:
-    """The serialized engine of an ONNX network, cached by its bytes, TensorRT version, GPU name and ``tf32``.
+def build_engine(network: bytes, tf32: bool = False) -> bytes:
+    """The serialized engine of an ONNX network.
 
     Raises DSPBackendError with TensorRT's message if it cannot parse or build the network.
     """
     import tensorrt
 
-    key = hashlib.sha256(network + f"{tensorrt.__version__} {gpu} {tf32}".encode()).hexdigest()
-    path = cache_folder() / f"{key}.engine"
-    if path.is_file():
-        return path.read_bytes()
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
     # 10.x must be asked for a strongly typed network; 11.x knows no other kind and has dropped the flag.
@@ -77,5 +63,4 @@ def build_engine(network: bytes, gpu: str, tf32: bool = False) -> bytes:
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
         raise DSPBackendError("TensorRT could not build the network; its log on standard error says why")
-    write_bytes(path, bytes(plan))
     return bytes(plan)
