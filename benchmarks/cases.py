@@ -50,7 +50,7 @@ class Case:
 _STRONGEST = ("openvino", "onnxruntime", "cudnn-fused-fp16", "cuda-graph-fp16")
 # Worth comparing: the dense network and dense forms of the pruned one in strong engines, the pruned one as it
 # is released and as exporters take it, and ours.
-_CPU = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
+_CPU = ("torch-nhwc", "onnxruntime", "openvino", "openvino-bf16")
 _GPU = (
     *("cuda-graph", "cuda-graph-tf32", "cuda-graph-fp16", "cudnn-fused-fp16"),
     *("onnxruntime-cuda", "onnxruntime-cuda-tf32", "tensorrt", "tensorrt-tf32", "tensorrt-fp16"),
@@ -63,7 +63,7 @@ _FUSED = tuple(name for name in ENGINES if name.startswith("fused:"))
 _PLAN = {
     "dense": ("torch", *_CPU, *_COMPILED, *_GPU),
     "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),
-    "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *_FUSED),
+    "packed": ("torch", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *_FUSED),
     "compacted": (*_CPU, "compile-freezing", *_GPU),
     "filters": ("torch-nhwc", "onnxruntime", "openvino", *_GPU),
 }

@@ -17,7 +17,6 @@ _ALL: tuple[Engine, ...] = (
     TorchEager("torch"),
     TorchEager("torch-nhwc", layout=torch.channels_last),
     TorchScript("torchscript"),
-    TorchScript("torchscript-opt", optimize=True),
     TorchCompile("compile"),
     TorchCompile("compile-autotune", options=_AUTOTUNE),
     TorchCompile("compile-freezing", device="cpu", freezing=True),

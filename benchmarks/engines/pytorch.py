@@ -34,20 +34,14 @@ class TorchEager(Engine):
 
 @dataclass(frozen=True)
 class TorchScript(Engine):
-    """Traced, as the authors ship their networks.
+    """Traced, as the authors ship their networks."""
 
-    optimize: apply ``torch.jit.optimize_for_inference`` too (folds batch norms, chooses weight layouts).
-    """
-
-    optimize: bool = False
     any_batch: bool = True
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer torch deprecates TorchScript
             traced = torch.jit.trace(copy.deepcopy(model).eval(), example, check_trace=False)
-            if self.optimize:
-                traced = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
 
         def run(x: Tensor) -> Tensor:
             with torch.inference_mode():

@@ -82,7 +82,7 @@ def test_every_default_engine_is_a_row_with_times_or_a_reason(network: Network) 
         assert (row.samples is not None) == (row.status == "ok")
         assert bool(row.reason) == (row.status != "ok")
     ran = {row.engine for row in rows if row.status == "ok"}
-    assert {"dense/torch", "packed/torchscript-opt", "compacted/torch-nhwc", "filters/torch-nhwc"} <= ran
+    assert {"dense/torch", "packed/torch", "compacted/torch-nhwc", "filters/torch-nhwc"} <= ran
     assert any(name.startswith("packed/fused:") for name in ran)
     (released,) = [row for row in rows if row.form == "released"]
     assert "only a network that the authors released" in released.reason
