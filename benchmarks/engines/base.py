@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Engine:
 @contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
     """Turn TF32 on or off for the float32 convolutions and matrix products of torch on a GPU."""
-    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [setting.allow_tf32 for setting in settings]  # not fp32_precision: Inductor reads allow_tf32
     try:
         for setting in settings:

@@ -27,7 +27,7 @@ def fused_engines() -> tuple[Fused, ...]:
     """One engine per executor, in order of preference; further precisions where they can be faster."""
     made = [Fused("fused")]
     for name in EXECUTORS.names():
-        if name not in ("cuda", "triton"):
+        if name not in ("cuda", "triton", "cudnn"):
             made.append(Fused(f"fused:{name}", backend=name))
             continue
         made.append(Fused(f"fused:{name}", device="cuda", backend=name))

@@ -64,4 +64,4 @@ def _read(model: nn.Module, path: Path) -> None:
             raise DSPFormatError(f"{path}: {key} does not fit {type(model).__name__}: {error}") from error
     for module in model.modules():
         if hasattr(module, "mask"):
-            module.weight.data.mul_(module.mask)  # type: ignore[union-attr,operator,arg-type]
+            module.weight.data.mul_(module.mask)  # type: ignore[operator,arg-type]
