@@ -21,15 +21,14 @@ from dsp_kernels.file.check import TensorTable, is_shape
 from dsp_kernels.file.format import (
     ATTRIBUTES,
     CONTAINERS,
-    CONV_SETTINGS,
     DTYPES,
-    METHODS,
     MODULES,
     SCALAR_FUNCTIONS,
     TRAINING,
     functions,
     is_plain,
 )
+from dsp_kernels.graph.operations.table import CONV_SETTINGS, METHODS
 from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d

@@ -10,9 +10,7 @@ from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.decode import Budget, build_module
 from dsp_kernels.file.format import (
     CONTAINERS,
-    CONV_SETTINGS,
     DTYPES,
-    METHODS,
     MODULES,
     TRAINING,
     function_name,
@@ -20,6 +18,7 @@ from dsp_kernels.file.format import (
 )
 from dsp_kernels.file.two_modes import traced_calls
 from dsp_kernels.graph.inputs import Example
+from dsp_kernels.graph.operations.table import CONV_SETTINGS, METHODS
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 

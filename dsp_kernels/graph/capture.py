@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dsp_kernels.errors import DSPError, DSPTraceError
-from dsp_kernels.graph.operations import LEAF_TYPES
+from dsp_kernels.graph.operations.table import LEAF_TYPES
 
 _CHUNKS = (torch.chunk, "chunk")
 _SPLITS = (torch.split, "split", "split_with_sizes")

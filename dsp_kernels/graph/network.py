@@ -1,11 +1,10 @@
 """A model as a graph: torch.fx nodes with a known kind, its attributes and the shape of the result.
 
-``fuse``, ``pack`` and ``save`` read this graph, so operations are recognised in one place: operations.py.
+``fuse``, ``pack`` and ``save`` read this graph, so operations are recognised in one place: operations/table.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,40 +14,13 @@ from dsp_kernels.errors import DSPError, DSPTraceError, DSPVerificationError
 from dsp_kernels.graph.capture import symbolic_graph, without_stand_ins
 from dsp_kernels.graph.compare import compare_answers, tensors_of
 from dsp_kernels.graph.inputs import Example, as_inputs, check_taken
-from dsp_kernels.graph.operations import classify
+from dsp_kernels.graph.operations.entry import TracedNode, channel_axis
+from dsp_kernels.graph.operations.table import UNKNOWN, classify, operations_of
 from dsp_kernels.graph.size_check import SizeCheck, fixed_size
 from dsp_kernels.graph.sized import SizedTracer
 from dsp_kernels.tolerances import network_tolerance
 
 SIZE_CHECK = "size_check"  # path of the SizeCheck in a graph for one size
-
-
-@dataclass(frozen=True)
-class TracedNode:
-    """One operation of a traced network.
-
-    kind: one of ``operations.KINDS``; "opaque" if the operation is not known. attributes: its settings, in
-    one form however it was written (``operations.OPERATIONS``).
-    inputs: names of the nodes that it reads, in argument order; users: of the nodes that read it.
-    path, module: the module that it calls; "" and None for functions.
-    shape: of the result for the example input; None if it is not a tensor.
-    """
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    users: tuple[str, ...]
-    path: str
-    module: nn.Module | None
-    attributes: Mapping[str, Any]
-    shape: tuple[int, ...] | None
-    fx_node: fx.Node = field(repr=False, compare=False)
-
-    def describe(self) -> str:
-        """Name, callee and shape, for error messages."""
-        target = self.path or getattr(self.fx_node.target, "__name__", str(self.fx_node.target))
-        what = type(self.module).__name__ if self.module is not None else self.fx_node.op
-        return f"node {self.name!r} ({what} {target!r}, output shape {self.shape})"
 
 
 class TracedNetwork:
@@ -152,7 +124,7 @@ def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
             _add_check(graph_module, check)
         _make_inplace_explicit(graph_module)
         graph_module.recompile()
-        recorder = _ShapeRecorder(graph_module)
+        recorder = _Recorder(graph_module)
         try:
             with torch.no_grad():
                 recorder.run(*(x.clone() for x in inputs))  # a model may write into its input
@@ -169,7 +141,7 @@ def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
             f"{type(model).__name__}.forward() writes into {written[0]} in eval mode; expected a forward() "
             "that changes no buffer and no part of a tensor in place"
         )
-    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check)
+    return TracedNetwork(graph_module, tuple(recorder.nodes.values()), check)
 
 
 def _compare(model: nn.Module, graph_module: fx.GraphModule, image: Tensor) -> None:
@@ -192,23 +164,51 @@ def _add_check(graph_module: fx.GraphModule, check: SizeCheck) -> None:
     image.replace_all_uses_with(checked, lambda user: user is not checked)
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs the graph once and keeps the shape of every tensor."""
+class _Recorder(fx.Interpreter):
+    """Runs the graph once and describes every node."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.shapes: dict[str, tuple[int, ...] | None] = {}
-        self.containers: set[str] = set()  # nodes whose results are containers of tensors
+        self.nodes: dict[str, TracedNode] = {}
         self.extra_traceback = False
         self.running = ""
 
     def run_node(self, n: fx.Node) -> Any:
         self.running = n.name
         result = super().run_node(n)
-        self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
-        if not isinstance(result, Tensor) and tensors_of(result):
-            self.containers.add(n.name)
+        self.nodes[n.name] = self._describe(n, result)
         return result
+
+    def _describe(self, n: fx.Node, result: Any) -> TracedNode:
+        path = str(n.target) if n.op == "call_module" else ""
+        module = self.module.get_submodule(path) if path else None
+        shape = tuple(result.shape) if isinstance(result, Tensor) else None
+        operation, attributes = classify(n, module, shape, self.nodes)
+        if operation.kind == "scalar" and tensors_of(result):  # a container of tensors
+            operation = UNKNOWN
+        sources = [self.nodes[source.name] for source in n.all_input_nodes]
+        batched = n.op == "placeholder" or any(source.batched for source in sources)
+        known = operation.kind == "state" or (
+            operation.channels == "same"
+            and bool(sources)
+            and all(source.value is not None for source in sources)
+        )
+        axis = 1 if batched else channel_axis(shape or ())
+        width = shape[axis] if shape is not None and axis is not None and len(shape) > axis else 0
+        return TracedNode(
+            name=n.name,
+            operation=operation,
+            inputs=tuple(source.name for source in sources),
+            users=tuple(node.name for node in n.users),
+            path=path,
+            module=module,
+            attributes=attributes,
+            shape=shape,
+            width=attributes.get("width", width),
+            value=result if known and isinstance(result, Tensor) else None,
+            batched=batched,
+            fx_node=n,
+        )
 
 
 def _dtype_advice(model: nn.Module, inputs: Sequence[Tensor]) -> str:
@@ -241,8 +241,8 @@ def _make_inplace_explicit(graph_module: fx.GraphModule) -> None:
 
 
 def _returns_its_input(node: fx.Node, model: nn.Module) -> bool:
-    return node.op == "call_module" and isinstance(
-        model.get_submodule(str(node.target)), nn.Identity | nn.Dropout | nn.Dropout2d
+    return node.op == "call_module" and any(
+        entry.kind == "identity" for entry in operations_of(model.get_submodule(str(node.target)))
     )
 
 
@@ -262,25 +262,3 @@ def works_in_place(node: fx.Node, model: nn.Module) -> bool:
             or (name.endswith("_") and not name.endswith("__"))
         )
     )
-
-
-def _read_nodes(
-    graph_module: fx.GraphModule, recorder: _ShapeRecorder, model: nn.Module
-) -> Iterator[TracedNode]:
-    for fx_node in graph_module.graph.nodes:
-        path = str(fx_node.target) if fx_node.op == "call_module" else ""
-        module = graph_module.get_submodule(path) if path else None
-        kind, attributes = classify(fx_node, module, recorder.shapes, model)
-        if kind == "scalar" and fx_node.name in recorder.containers:
-            kind = "opaque"
-        yield TracedNode(
-            name=fx_node.name,
-            kind=kind,
-            inputs=tuple(node.name for node in fx_node.all_input_nodes),
-            users=tuple(node.name for node in fx_node.users),
-            path=path,
-            module=module,
-            attributes=attributes,
-            shape=recorder.shapes[fx_node.name],
-            fx_node=fx_node,
-        )

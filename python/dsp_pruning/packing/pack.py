@@ -22,7 +22,7 @@ from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.distributed import unwrap
 from dsp_pruning.packing.plan import Planner
-from dsp_pruning.packing.rebuild import rebuild, replace_module
+from dsp_pruning.packing.rebuild import apply
 from dsp_pruning.packing.twin import planned_widths
 
 # Rounding errors of two orders of summation are independent and about equal; a larger multiple is an error.
@@ -81,11 +81,11 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
     packed = copy.deepcopy(masked)
     network = trace(packed, inputs)
     report = Planner(network, _read_in_training(packed, network, inputs), fixed_size).plan()
-    for path, plan in report.layers.items():
-        replace_module(packed, path, rebuild(packed.get_submodule(path), plan))
+    for plan in report.layers.values():
+        apply(packed, plan)
     packed.packing = report  # type: ignore[assignment]
     before = getattr(model, "dense_widths", None) or {}  # of a network that was packed already
-    packed.dense_widths = {**planned_widths(masked, report.layers.values()), **before}  # type: ignore[assignment]
+    packed.dense_widths = {**planned_widths(report.layers.values()), **before}  # type: ignore[assignment]
     if network.size_check is not None:
         packed.register_forward_pre_hook(partial(_check_size, network.size_check))
     _verify(masked, packed, inputs)

@@ -10,7 +10,9 @@ from dsp_kernels import GroupStructure
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One module with parameters, after packing. Channel numbers are those of the original network.
+    """One module with parameters, or one tensor outside of modules that are known, after packing.
+
+    Channel numbers are those of the original network.
 
     in_channels, out_channels: original widths; features of a linear layer.
     in_keep, out_keep: channels of its input and output that stay, ascending.
@@ -20,6 +22,9 @@ class LayerPlan:
     folded: input channels whose constant went into the bias.
     position_bias: [out_keep, height, width] float64 where constants were folded into a bias per output
         position, for inputs of in_size (height, width) only.
+    groups: of a layer, before packing.
+    axis: of a tensor, the dimension of its channels; path is its name. Where it holds channel numbers of
+        another tensor, these are renumbered within in_keep.
     """
 
     path: str
@@ -32,6 +37,13 @@ class LayerPlan:
     folded: tuple[int, ...] = ()
     position_bias: Tensor | None = field(default=None, repr=False, compare=False)
     in_size: tuple[int, int] | None = None
+    groups: int = 1
+    axis: int | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether channels are removed."""
+        return len(self.in_keep) < self.in_channels or len(self.out_keep) < self.out_channels
 
 
 @dataclass(frozen=True)
