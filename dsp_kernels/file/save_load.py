@@ -121,10 +121,14 @@ def _other_kind(path: str | Path) -> str:
 
 
 def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None) -> dict[str, Any]:
-    """A header with which ``load`` will succeed: its checks were run."""
+    """A header with which ``load`` will succeed: its checks were run.
+
+    tensors: of the state dict; those that forward() makes are added.
+    """
     if example_input is None and len(known := getattr(model, "example_shapes", ())) > 1:
         example_input = tuple(torch.empty(shape, device="meta") for shape in known)
-    parts = encode_network(model, example_input)
+    parts, constants = encode_network(model, example_input)
+    tensors |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
     if widths := getattr(model, "dense_widths", None):
         parts["dense_widths"] = widths
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

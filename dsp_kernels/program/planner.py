@@ -163,8 +163,8 @@ class _Planner:
         conv = self._extendable(name, ConvStep)
         return conv if conv is not None and len(conv.inputs) == 1 else None
 
-    # -- one method per ``Operation.step``: the step that computes a node, None for an identity, or why there is
-    # -- none. What it needs before its own step it appends to the list.
+    # -- one method per ``Operation.step``: the step that computes a node, None for an identity, or the reason why
+    # -- there is none. Steps that it needs before are appended to the list.
 
     def _conv(self, node: TracedNode) -> Step | str:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)

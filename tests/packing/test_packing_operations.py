@@ -21,6 +21,22 @@ from dsp_pruning.packing.unpack import unpack
 WIDTH = 12
 
 
+class Frozen(nn.Module):
+    """torchvision's FrozenBatchNorm2d: statistics and weights are buffers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b, rv, rm = (
+            t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_var, self.running_mean)
+        )
+        scale = w * (rv + 1e-5).rsqrt()
+        return x * scale + (b - rm * scale)
+
+
 class Net(nn.Module):
     """stem - norm - relu, then an operation given as a function, then a 1x1 or a padded 3x3 reader."""
 
@@ -44,6 +60,11 @@ class Net(nn.Module):
         self.prelu = nn.PReLU()
         self.shuffle = nn.ChannelShuffle(3)
         self.scale = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
+        self.gamma, self.beta = (nn.Parameter(torch.rand(WIDTH, 1, 1) - 0.5) for _ in range(2))
+        self.slopes, self.slope = nn.PReLU(WIDTH), nn.Parameter(torch.rand(WIDTH) - 0.5)
+        self.frozen, self.act_norm = Frozen(WIDTH), nn.BatchNorm2d(WIDTH)
+        self.register_buffer("order", torch.tensor([7, 0, 5, 1, 11, 3, 9, 2]))
+        self.up_grouped = nn.ConvTranspose2d(WIDTH, 8, 2, stride=2, groups=4)
         self.middle = middle
         self.reader = nn.LazyConv2d(6, kernel, padding=kernel // 2)
         self.classifier = nn.Linear(6, 4, bias=False)
@@ -73,11 +94,30 @@ def squeeze_excite(m: nn.Module, y: Tensor) -> Tensor:
     return y * gate.expand_as(y)
 
 
+def by_function(norm: nn.Module, y: Tensor) -> Tensor:
+    """As timm's BatchNormAct2d; the norm may also be plain buffers."""
+    return F.relu(
+        F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-3)
+    )
+
+
 def product_of_halves(m: nn.Module, y: Tensor) -> Tensor:
     left, right = y.chunk(2, 1)
     return left * right
 
 
+# Operations with one parameter per channel, or that renumber channels.
+OF_CHANNELS: dict[str, Callable[..., Tensor]] = {
+    "prelu, slopes": lambda m, y: m.slopes(y - 0.5),
+    "prelu by function": lambda m, y: F.prelu(y - 0.5, m.slope),
+    "scale by a parameter": lambda m, y: y * m.scale,
+    "scale and shift": lambda m, y: m.beta - y * m.gamma,
+    "scale, reshaped": lambda m, y: y * m.slope[None, :, None, None].exp(),
+    "norm by function": lambda m, y: by_function(m.act_norm, y),
+    "norm by function, buffers": lambda m, y: by_function(m.frozen, y),
+    "frozen norm": lambda m, y: F.relu(m.frozen(y)),
+    "pixel unshuffle": lambda m, y: F.pixel_unshuffle(y[:, :, :12, :12], 2),
+}
 # Operations by which of the dead channels before them are removed.
 BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
     "all": {
@@ -114,7 +154,7 @@ BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "crop": lambda m, y: y[:, :, 1:-1, 1:],
         "strided": lambda m, y: y[..., ::2, 1::2],
         "one position": lambda m, y: y[:, :, 0, 0][:, :, None, None],
-        "scale by a parameter": lambda m, y: y * m.scale,
+        **OF_CHANNELS,
         "repeated": lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4),
         "flattened": lambda m, y: y.flatten(2).view(y.size(0), y.size(1), y.size(2), y.size(3)),
     },
@@ -123,6 +163,10 @@ BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "depthwise, two per channel": lambda m, y: F.relu(m.wide(y)),
         "same padding": lambda m, y: m.same(y),
         "transposed": lambda m, y: m.up(y),
+        "transposed, grouped": lambda m, y: m.up_grouped(y),
+        "pixel shuffle": lambda m, y: F.pixel_shuffle(y, 2),
+        "index_select": lambda m, y: y.index_select(1, m.order),
+        "index": lambda m, y: F.relu(y[:, m.order]),
         "instance norm": lambda m, y: F.relu(m.instance(y)),
         "group norm of single channels": lambda m, y: F.relu(m.single(y)),
         "average pool": lambda m, y: F.avg_pool2d(y, 3, 2, 1),

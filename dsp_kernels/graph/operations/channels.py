@@ -25,6 +25,7 @@ def _only(call: Call) -> str:
 
 
 def concat(call: Call) -> Found:
+    """Tensors joined along dimension 1."""
     parts, dim = call.argument(0, "tensors", None), call.argument(1, "dim", call.node.kwargs.get("axis", 0))
     if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
         return None
@@ -34,6 +35,7 @@ def concat(call: Call) -> Found:
 
 
 def joined(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants of tensors that are joined."""
     return torch.cat(list(values))
 
 
@@ -59,6 +61,7 @@ def split(call: Call) -> Found:
 
 
 def part_of_split(call: Call) -> Found:
+    """One tensor of a split."""
     source, which = call.first or call.traced(call.node.args[0]), call.node.args[1]
     sizes: tuple[int, ...] = source.attributes.get("sizes", ()) if source is not None else ()
     if not isinstance(which, int) or not -len(sizes) <= which < len(sizes):
@@ -68,6 +71,7 @@ def part_of_split(call: Call) -> Found:
 
 
 def slice_of_channels(call: Call) -> Found:
+    """``x[:, a:b]``."""
     shape, index = call.input, call.node.args[1]
     if shape is None or len(shape) not in (2, 4) or not isinstance(index, tuple):
         return None
@@ -113,6 +117,7 @@ def chosen(call: Call) -> Found:
 
 
 def shuffle(call: Call) -> Found:
+    """nn.ChannelShuffle."""
     if not call.is_map or call.first is None:
         return None
     groups, index = call.settings(groups=1)["groups"], torch.arange(call.first.width)
@@ -129,6 +134,7 @@ def pixel_shuffle(call: Call) -> Found:
 
 
 def pixel_unshuffle(call: Call) -> Found:
+    """(N, C, H r, W r) -> (N, C r r, H, W)."""
     if call.output is None or call.first is None or not call.is_map:
         return None
     return {"index": (torch.arange(call.output[1]) // (call.output[1] // call.first.width),)}
@@ -168,6 +174,7 @@ def split_channels(call: Call) -> Found:
 
 
 def swap_channels(call: Call) -> Found:
+    """(N, a, b, H, W) -> (N, b, a, H, W)."""
     source = call.first
     if source is None or call.output is None or "grid" not in source.attributes:
         return None
@@ -182,6 +189,7 @@ def swap_channels(call: Call) -> Found:
 
 
 def join_channels(call: Call) -> Found:
+    """(N, a, b, H, W) -> (N, a b, H, W)."""
     source, new, sizes = call.first, call.output, call.sizes()
     if source is None or new is None or (len(new), len(sizes)) != (4, 4) or "grid" not in source.attributes:
         return None

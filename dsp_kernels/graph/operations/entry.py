@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 Shape = tuple[int, ...] | None  # None for what is not a tensor
+Modules = Mapping[type[nn.Module], tuple[str, ...]]  # with the settings that a file keeps
 Attributes = dict[str, Any]
 Found = Attributes | None  # the attributes of a call; None if it is another operation
 # (attributes, constants of every operand, whether parameters keep their values) -> constants of the result.
@@ -31,8 +32,8 @@ class Operation:
 
     kind: its name; several entries may share one.
     modules: class -> the arguments of its constructor that a file keeps, which its modules have as attributes
-        of the same names; "bias" means whether there is one. A subclass with a forward() of its own is another
-        operation.
+        of the same names; "bias" means whether there is one. A subclass with a forward() of its own does not
+        count.
     calls: names of functions and methods: "torch.add F.relu operator.add .add".
     attributes: of a call, in one form however it is written; None if it is another operation after all.
     channels: how they pass. "same": channel c of every operand goes into channel c; "index": channel
@@ -50,7 +51,7 @@ class Operation:
     """
 
     kind: str
-    modules: Mapping[type[nn.Module], tuple[str, ...]] = field(default_factory=dict)
+    modules: Modules = field(default_factory=dict)
     calls: str = ""
     attributes: Callable[[Call], Found] = lambda call: {}
     channels: Literal["same", "index", "joined", "mixed", "new", "barrier"] = "barrier"

@@ -33,11 +33,13 @@ def _with_pairs(read: Attributes) -> Found:
 
 
 def averaged(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after an average pool."""
     counts_zeros = any(attributes["padding"]) and attributes["count_include_pad"]
     return zeros_of(values[0]) if counts_zeros or attributes["divisor_override"] is not None else values[0]
 
 
 def to_one_pixel(call: Call) -> Found:
+    """An adaptive pool to 1 x 1. Attributes: keepdim."""
     # A size of None keeps the input's.
     size = call.settings(output_size=None)["output_size"]
     one = size == 1 or (isinstance(size, tuple | list) and list(size) == [1, 1])
@@ -56,6 +58,7 @@ def adaptive_pool(call: Call) -> Found:
 
 
 def global_mean(call: Call) -> Found:
+    """The mean over height and width. Attributes: keepdim."""
     read = call.settings(dim=None, keepdim=False, dtype=None)
     dims = read["dim"] if isinstance(read["dim"], tuple | list) else (read["dim"],)
     if not call.is_map or read["dtype"] is not None or None in dims:
@@ -103,6 +106,7 @@ def pad(call: Call) -> Found:
 
 
 def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after padding."""
     if attributes["mode"] != "constant":
         return values[0]
     return torch.where(values[0] == attributes["value"], values[0], torch.nan)

@@ -43,6 +43,7 @@ def elementwise(call: Call) -> Found:
 
 
 def applied(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after a function of one tensor."""
     given = values[0]
     made = attributes["apply"](given).to(given)
     return torch.where(given.isnan() | ~made.isfinite(), torch.nan, made)
@@ -67,10 +68,12 @@ def leaky(call: Call) -> Found:
 
 
 def leaky_per_channel(call: Call) -> Found:
+    """The same with more than one slope."""
     return leaky(call) if getattr(call.module, "num_parameters", 1) > 1 else None
 
 
 def leaked(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after ``leaky``."""
     given, slope = values[0], attributes["slope"]
     if isinstance(slope, Tensor):
         slope = slope.detach().cpu().double() if frozen else torch.nan
@@ -113,6 +116,7 @@ def _channel_from_end(node: TracedNode) -> int:
 
 
 def combined(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants of two tensors combined."""
     left, right = values
     if attributes["operation"] == "multiply":
         return torch.where((left == 0) | (right == 0), 0.0, left * right)
@@ -146,13 +150,14 @@ def batch_norm(call: Call) -> Found:
         return None
     if None in tensors[:2] or any(node.value is None for node in present):
         return None
-    values = (None if node is None else node.value for node in tensors)
-    norm = Norm(*values, given.get("eps", 1e-5))  # type: ignore[arg-type]
+    values: Any = (None if node is None else node.value for node in tensors)
+    norm = Norm._make((*values, given.get("eps", 1e-5)))
     operands = (call.first.name, *(node.name for node in present))
     return {"norm": norm, "clearable": False, "operands": operands}
 
 
 def normalised(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after a batch norm."""
     if not frozen:
         return zeros_of(values[0]) if attributes["clearable"] else torch.full_like(values[0], torch.nan)
     scale, shift = (part.cpu() for part in batch_norm_affine(attributes["norm"]))
@@ -160,12 +165,14 @@ def normalised(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: 
 
 
 def instance_norm(call: Call) -> Found:
+    """A norm of every channel of every image by itself. Attributes: norm."""
     norm = call.module
     single = not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels
     return {"norm": norm} if call.is_map and single else None
 
 
 def normalised_by_image(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after an instance norm."""
     norm = attributes["norm"]
     if not frozen:
         return torch.full_like(values[0], torch.nan)

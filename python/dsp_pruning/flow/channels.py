@@ -236,7 +236,7 @@ def _constant_entries(node: TracedNode, value: Tensor) -> Tensor:
     """The number that a parameter holds in all of its entries of a channel."""
     if not node.width or value.is_complex():
         return torch.full((node.width,), torch.nan, dtype=torch.float64)
-    low, high = value.detach().double().cpu().movedim(node.axis, 0).flatten(1).aminmax(dim=1)
+    low, high = value.detach().double().cpu().movedim(node.axis, 0).reshape(node.width, -1).aminmax(dim=1)
     return torch.where(low == high, low, torch.nan)
 
 

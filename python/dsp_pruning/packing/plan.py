@@ -34,6 +34,7 @@ class Planner:
         read = [node for node in network if node.kind == "state"]
         # Modules whose parameters the model's own code reads stay as they are.
         self.borrowed = {str(node.fx_node.target).rpartition(".")[0] for node in read}
+        self.made_in_forward = set(network.captured.constants)
         held = dict(held)
         self.runs: dict[int, list[TracedNode]] = {}  # module or parameter -> the nodes that run or read it
         for node in network:
@@ -93,7 +94,7 @@ class Planner:
         """Whether a parameter that the model's code reads cannot lose channels."""
         owner = str(node.fx_node.target).rpartition(".")[0]
         users = [self.network[user] for user in node.users]
-        if (owner and self.network.calls(owner)) or not users:
+        if (owner and self.network.calls(owner)) or not users or node.fx_node.target in self.made_in_forward:
             return True
         if node.value is not None and not node.value.is_floating_point() and len(users) > 1:
             return True  # channel numbers of several tensors
