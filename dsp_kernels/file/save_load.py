@@ -129,8 +129,9 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Examp
         example_input = tuple(torch.empty(shape, device="meta") for shape in known)
     parts, constants = encode_network(model, example_input)
     tensors |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
-    if widths := getattr(model, "dense_widths", None):
-        parts["dense_widths"] = widths
+    for path, widths in (getattr(model, "dense_widths", None) or {}).items():
+        # Readers of version 3 and before know no tensors here.
+        parts.setdefault("dense_tensors" if path in parts["tensors"] else "dense_widths", {})[path] = widths
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     candidates, given = _input_shapes(model, example_input)
     errors: list[DSPFormatError] = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,20 @@ def live_bias(structure: GroupStructure, bias: Tensor | None) -> Tensor | None:
     return bias.index_fill(0, torch.tensor(structure.absent, device=bias.device), 0.0)
 
 
-def batch_norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (channels,) in float64, with norm(x) = x * scale + shift in eval mode.
+class Norm(NamedTuple):
+    """The tensors of a batch norm in eval mode, named as those of nn.BatchNorm2d."""
 
-    norm: an nn.BatchNorm2d, or an object with the same tensors.
-    """
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def batch_norm_affine(norm: nn.BatchNorm2d | Norm) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (channels,) in float64, with norm(x) = x * scale + shift in eval mode."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double()
@@ -60,7 +69,7 @@ def batch_norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def fold_batch_norm(
-    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d
+    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d | Norm
 ) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
     """Spec, weights and bias, in the weights' dtype, of the convolution that equals ``norm(conv(x))``."""
     assert norm.running_var is not None

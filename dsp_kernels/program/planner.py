@@ -91,6 +91,8 @@ class _Planner:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.readers = _count_readers(network)
         self.first_movable = 0  # steps before it must not move
+        held = (*network.graph_module.parameters(), *network.graph_module.buffers())
+        self.device = held[0].device if held else torch.device("cpu")
 
     def run(self) -> Program:
         inputs, outputs = self.network.of_kind("input"), self.network.of_kind("output")
@@ -163,8 +165,8 @@ class _Planner:
         conv = self._extendable(name, ConvStep)
         return conv if conv is not None and len(conv.inputs) == 1 else None
 
-    # -- one method per ``Operation.step``: the step that computes a node, None for an identity, or the reason why
-    # -- there is none. Steps that it needs before are appended to the list.
+    # -- one method per ``Operation.step``: the step that computes a node, None for an identity, or why there
+    # -- is none. Steps that it needs before are appended to the list.
 
     def _conv(self, node: TracedNode) -> Step | str:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
@@ -188,19 +190,24 @@ class _Planner:
             inputs, scale, shift = before.inputs, before.scale * scale, before.shift * scale + shift
         return ElementwiseStep(node.name, inputs, "affine", scale=scale, shift=shift)
 
+    def _scale(self, node: TracedNode) -> Step:
+        scale, shift = (self._per_channel(node, node.attributes[name]) for name in ("scale", "shift"))
+        return self._affine(node, node.inputs[0], scale, shift)
+
+    def _per_channel(self, node: TracedNode, value: float | Tensor) -> Tensor:
+        """(channels,) in float64, from one number or one per channel."""
+        values = torch.as_tensor(value, device=self.device).detach().double().flatten()
+        return values.expand(node.width).clone()
+
     def _leaky(self, node: TracedNode) -> Step | str:
         """slope * x + relu((1 - slope) * x) for slopes of at most 1."""
-        slope, source = node.attributes["slope"], node.inputs[0]
-        slope = torch.as_tensor(slope).detach().double().cpu()
-        if len(node.shape or ()) != 4 or not bool((slope <= 1).all()):
+        slope, x = self._per_channel(node, node.attributes["slope"]), self._inputs(node)[:1]
+        if node.shape is None or len(node.shape) != 4 or not bool((slope <= 1).all()):
             return _UNKNOWN
-        slope = slope.expand(node.width).clone()
-        x = (self.value_of[source],)
         below, above = (f"{node.name}_{part}" for part in ("below", "above"))
         zeros = torch.zeros_like(slope)
         self.steps.append(ElementwiseStep(below, x, "affine", scale=slope, shift=zeros))
         self.steps.append(ElementwiseStep(above, x, "affine", "relu", scale=1 - slope, shift=zeros))
-        assert node.shape is not None
         self.shapes |= dict.fromkeys((below, above), node.shape)
         return ElementwiseStep(node.name, (below, above), "add")
 
@@ -268,7 +275,7 @@ class _Planner:
         x, held = (left, right) if left.batched else (right, left)
         if held.value is None or held.value.numel() != node.width or len(node.shape or ()) != 4:
             return _UNKNOWN
-        value = held.value.detach().double().flatten()
+        value = self._per_channel(node, held.value)
         one = torch.ones_like(value)
         if operation == "multiply":
             return self._affine(node, x.name, value, 0 * value)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dsp_kernels import GroupStructure, PackedConv2d, fuse, load, save, swap
 from dsp_kernels.errors import DSPFormatError, DSPShapeError
 from dsp_kernels.graph.size_check import FixedSizeConv2d
+from dsp_kernels.program.steps import TorchStep
 from dsp_pruning import pack
-from dsp_pruning.export import export_pt2
+from dsp_pruning.export import export_onnx, export_pt2
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.packing.unpack import unpack
 
@@ -271,6 +272,28 @@ def test_dead_channels_are_removed_where_possible(name: str, removed: str) -> No
     assert packed.norm.num_features == left
     over_channels = name in ("group norm", "local response norm")
     assert ("normalises over several channels together" in str(packed.packing)) == over_channels
+
+
+PLAIN = ("pixel unshuffle", "pixel shuffle", "transposed, grouped")
+OTHER_ENTRIES = ("index_select", "index", "transposed, grouped", "pixel shuffle")
+
+
+@pytest.mark.parametrize("name", [*OF_CHANNELS, *OTHER_ENTRIES])
+def test_operations_on_channels_run_natively_in_files_and_in_onnx(tmp_path: Path, name: str) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = net(name, 1, 3).float(), images(2).float()
+    packed = pack(model, x)
+    assert not packed.packing.unsaved
+    save(packed, tmp_path / "net", x)
+    assert torch.equal(load(tmp_path / "net")(x), packed(x))
+    fused = fuse(packed, x)
+    torch.testing.assert_close(fused(x), packed(x), rtol=1e-4, atol=1e-4)
+    plain = [step.describe() for step in fused.program.steps if isinstance(step, TorchStep)]
+    assert bool(plain) == (name in PLAIN), plain
+    export_onnx(packed, tmp_path / "net.onnx", x)
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    (answer,) = session.run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), packed(x), rtol=1e-4, atol=1e-4)
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dsp_kernels.graph.operations.entry import Call, Found, TracedNode, flat, zeros_of
 from dsp_kernels.op.activations import activate
-from dsp_kernels.op.dense import batch_norm_affine
+from dsp_kernels.op.dense import Norm, batch_norm_affine
 
 # -- functions of one tensor: {"apply": the function}
 
@@ -40,6 +40,25 @@ def elementwise(call: Call) -> Found:
         return target(*args, **kwargs)
 
     return {"apply": apply}
+
+
+def with_number(call: Call) -> Found:
+    """Arithmetic of a map and a number. Attributes: scale, shift, apply."""
+    args, found = call.node.args, elementwise(call)
+    if found is None or len(args) != 2 or call.node.kwargs or len(call.output or ()) != 4:
+        return None
+    forward = isinstance(args[0], fx.Node)
+    number, source = (args[1], args[0]) if forward else args
+    node, name = call.traced(source), call.target.strip("_").removeprefix("i")
+    if node is None or not node.batched or isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    if name == "sub":
+        return {**found, "scale": 1 if forward else -1, "shift": -number if forward else number}
+    if name == "add":
+        return {**found, "scale": 1, "shift": number}
+    if name == "mul":
+        return {**found, "scale": number, "shift": 0}
+    return {**found, "scale": 1 / number, "shift": 0} if forward and number else None
 
 
 def applied(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
@@ -126,14 +145,17 @@ def combined(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bo
 # -- norms
 
 
-class Norm(NamedTuple):
-    """The tensors of a batch norm in eval mode, named as those of nn.BatchNorm2d."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+# Of F.batch_norm.
+BATCH_NORM_ARGUMENTS = [
+    "input",
+    "running_mean",
+    "running_var",
+    "weight",
+    "bias",
+    "training",
+    "momentum",
+    "eps",
+]
 
 
 def batch_norm(call: Call) -> Found:
@@ -141,10 +163,12 @@ def batch_norm(call: Call) -> Found:
     module = call.module
     if isinstance(module, nn.BatchNorm2d):
         fits = call.is_map and module.running_mean is not None
-        return {"norm": module, "clearable": module.weight is not None} if fits else None
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    given = dict(zip(names, call.node.args, strict=False)) | call.node.kwargs
-    tensors = [call.traced(given.get(name)) for name in names[1:5]]
+        clearable = all(
+            tensor is not None and tensor.requires_grad for tensor in (module.weight, module.bias)
+        )
+        return {"norm": module, "clearable": clearable} if fits else None
+    given = dict(zip(BATCH_NORM_ARGUMENTS, call.node.args, strict=False)) | call.node.kwargs
+    tensors = [call.traced(given.get(name)) for name in BATCH_NORM_ARGUMENTS[1:5]]
     present = [node for node in tensors if node is not None]
     if not call.is_map or call.first is None or given.get("training", False) is not False:
         return None

@@ -97,6 +97,8 @@ OPERATIONS = (
     # -- arithmetic
     _same("add", {}, f"{_ADD} .__add__ .__iadd__", pointwise.sum_of_equals, constants=pointwise.combined,
           step="add"),
+    _same("elementwise", {}, f"{_ADD} {_SUBTRACT} {_MULTIPLY} operator.truediv operator.itruediv .div .div_",
+          pointwise.with_number, constants=pointwise.applied, step="scale"),
     _same("elementwise", {
         **dict.fromkeys((nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink), ()),
         **dict.fromkeys((nn.SELU, nn.Mish), ("inplace",)),

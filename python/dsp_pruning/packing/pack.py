@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dsp_kernels import PackedConv2d
-from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVerificationError
+from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPShapeError, DSPVerificationError
+from dsp_kernels.file.encode import encode_network
 from dsp_kernels.graph.compare import check_finite, compare_answers, largest_difference, tensors_of
 from dsp_kernels.graph.inputs import Example, as_inputs, check_device
 from dsp_kernels.graph.network import TracedNetwork, captured, evaluating, keep_captured, trace
@@ -96,6 +98,10 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
     expected.compare(packed, lambda: _masked_copy(model))
     if not any(isinstance(module, FixedSizeConv2d) for module in packed.modules()):
         keep_captured(packed, {mode: found for mode, found in graphs.items() if not (mode and found.sized)})
+        try:
+            encode_network(packed, inputs)
+        except DSPFormatError as error:
+            packed.packing = replace(report, unsaved=str(error))  # type: ignore[assignment]
     return packed
 
 
@@ -185,8 +191,9 @@ class _Answers:
             check_finite(masked, tensors_of(self.expected[what]), what)
 
     def compare(self, packed: nn.Module, masked: Callable[[], nn.Module]) -> None:
-        """Raise DSPVerificationError where ``packed`` answers otherwise. masked: makes the masked network again.
+        """Raise DSPVerificationError where ``packed`` answers otherwise.
 
+        masked: makes the masked network again.
         A deep network may amplify rounding errors of a low precision beyond any bound known beforehand. The
         packed network may then be a few times as far from the float64 answer as the masked one is.
         """
@@ -206,18 +213,16 @@ class _Answers:
                 again = masked()
                 if largest_difference(expected, _answer(again, given))[0] > self.bound * scale:
                     raise DSPVerificationError(
-                        f"the answers of the model in eval mode to {what} differ from call to call (random numbers "
-                        "in forward()?), so no packed network can be compared with it"
+                        f"the answers of the model in eval mode to {what} differ from call to call (random "
+                        "numbers in forward()?), so no packed network can be compared with it"
                     )
                 if self.dtype != torch.float64:
                     doubles = tuple(x.double() if x.is_floating_point() else x for x in given)
                     exact = _answer(again.double(), doubles)
                     slack = _ROUNDINGS * largest_difference(exact, expected)[0]
                     expected = exact
-            differs = "the packed network differs from the masked one"
-            compare_answers(
-                expected, got, self.bound, differs, what, slack=slack, advice="; it was not packed"
-            )
+            differs, advice = "the packed network differs from the masked one", "; it was not packed"
+            compare_answers(expected, got, self.bound, differs, what, slack=slack, advice=advice)
 
 
 def _answer(model: nn.Module, given: tuple[Tensor, ...]) -> Any:

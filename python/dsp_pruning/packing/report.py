@@ -62,11 +62,13 @@ class PackingReport:
     layers: module path -> original channels, groups and folded constants of every layer.
     barriers: operations around which channels stay, in the order in which they run.
     needs: "images of 96 x 96" for a network that is traced for one size; "" if it takes any.
+    unsaved: why a file cannot hold the network; "" if it can.
     """
 
     layers: Mapping[str, LayerPlan]
     barriers: tuple[Barrier, ...]
     needs: str = ""
+    unsaved: str = ""
 
     @property
     def removed(self) -> int:
@@ -82,6 +84,7 @@ class PackingReport:
     def __str__(self) -> str:
         lines = [f"{self.removed} channels removed, {self.folded} constants folded"]
         lines += [f"needs {self.needs}"] if self.needs else []
+        lines += [f"cannot be saved: {self.unsaved}"] if self.unsaved else []
         lines += [
             f"kept {barrier.kept} channels: {barrier.reason}" for barrier in self.barriers if barrier.kept
         ]

@@ -88,10 +88,9 @@ def _dense(module: nn.Module, path: str, in_channels: int, out_channels: int, gr
             bias=module.bias is not None,
             device="meta",
         )
-    if not is_known(module):  # a FixedSizeConv2d
-        module.position_bias = nn.Parameter(
-            module.position_bias.new_ones(out_channels, *module.position_bias.shape[1:])
-        )
+    if not is_known(module):  # a FixedSizeConv2d, or what a file made of it
+        bias = module.get_parameter("position_bias")
+        module.position_bias = nn.Parameter(bias.new_ones(out_channels, *bias.shape[1:]))
         return module
     settings = encode_module(module, path)
     widths = {
