@@ -117,6 +117,8 @@ OF_CHANNELS: dict[str, Callable[..., Tensor]] = {
     "norm by function": lambda m, y: by_function(m.act_norm, y),
     "norm by function, buffers": lambda m, y: by_function(m.frozen, y),
     "frozen norm": lambda m, y: F.relu(m.frozen(y)),
+    "flipped channels": lambda m, y: y.flip(1),
+    "flipped rows": lambda m, y: torch.flip(y, (2,)),
     "pixel unshuffle": lambda m, y: F.pixel_unshuffle(y[:, :, :12, :12], 2),
 }
 # Operations by which of the dead channels before them are removed.
@@ -274,7 +276,7 @@ def test_dead_channels_are_removed_where_possible(name: str, removed: str) -> No
     assert ("normalises over several channels together" in str(packed.packing)) == over_channels
 
 
-PLAIN = ("pixel unshuffle", "pixel shuffle", "transposed, grouped")
+PLAIN = ("flipped rows", "pixel unshuffle", "pixel shuffle", "transposed, grouped")
 OTHER_ENTRIES = ("index_select", "index", "transposed, grouped", "pixel shuffle")
 
 

@@ -116,6 +116,18 @@ def chosen(call: Call) -> Found:
     return None if found is None else {**found, "operands": operands}
 
 
+def flip(call: Call) -> Found:
+    """Channels, rows or columns in reverse order."""
+    source, dims = call.first, flat((call.node.args[1:], call.argument(1, "dims", ())))
+    if source is None or not call.is_map or not all(isinstance(dim, int) for dim in dims):
+        return None
+    axes, index = {dim % 4 for dim in dims}, torch.arange(source.width)
+    if 0 in axes:
+        return None
+    index = index.flip(0) if 1 in axes else index
+    return {"index": (index,), "order": index if axes == {1} else None}
+
+
 def shuffle(call: Call) -> Found:
     """nn.ChannelShuffle."""
     if not call.is_map or call.first is None:

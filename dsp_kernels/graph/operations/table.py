@@ -156,6 +156,7 @@ OPERATIONS = (
     _index("piece", {}, "operator.getitem", channels.part_of_split, step="select"),
     _index("piece", {}, "operator.getitem", channels.slice_of_channels, step="select"),
     _index("piece", {}, "operator.getitem torch.index_select .index_select", channels.chosen, step="select"),
+    _index("flip", {}, _names("flip", "torch.", "."), channels.flip, step="select"),
     _index("channel_shuffle", {nn.ChannelShuffle: ("groups",)}, "", channels.shuffle, step="select"),
     _same("split_channels", {}, _RESHAPE, channels.split_channels),
     _index("swap_channels", {}, _names("transpose permute", "torch.", "."), channels.swap_channels,
@@ -173,7 +174,7 @@ OPERATIONS = (
         nn.Unfold: ("kernel_size", "dilation", "padding", "stride"),
         **dict.fromkeys((nn.GLU, nn.Softmax, nn.LogSoftmax), ("dim",)),
     }, " ".join((
-        _names("bmm matmul max min narrow log_softmax softmax sum unbind var std roll flip"
+        _names("bmm matmul max min narrow log_softmax softmax sum unbind var std roll"
                " repeat_interleave", "torch.", "."),
         _names("adaptive_avg_pool1d channel_shuffle conv1d conv2d conv_transpose2d ge gt le lt logsumexp"
                " maximum minimum norm stack var_mean where einsum linspace arange zeros ones full zeros_like"
