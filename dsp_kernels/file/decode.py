@@ -192,13 +192,10 @@ def _input_shapes(header: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 
 def _dense_widths(header: Mapping[str, Any]) -> dict[str, tuple[int, int, int]] | None:
     found: dict[str, tuple[int, int, int]] = {}
-    for key, known, least in (
-        ("dense_widths", header["modules"], 1),
-        ("dense_tensors", header["tensors"], 0),
-    ):
+    for key, kind, least in (("dense_widths", "modules", 1), ("dense_tensors", "tensors", 0)):
         widths = header.get(key, {})
         for path, sizes in widths.items() if isinstance(widths, dict) else [("", widths)]:
-            fits = isinstance(sizes, list) and len(sizes) == 3 and path in known
+            fits = isinstance(sizes, list) and len(sizes) == 3 and path in header[kind]
             if not fits or not all(type(size) is int and least <= size < 2**31 for size in sizes):
                 raise DSPFormatError(f"{key} of {path[:80]!r} are {str(sizes)[:80]}; expected three sizes")
             found[path] = sizes[0], sizes[1], sizes[2]

@@ -145,17 +145,8 @@ def combined(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bo
 # -- norms
 
 
-# Of F.batch_norm.
-BATCH_NORM_ARGUMENTS = [
-    "input",
-    "running_mean",
-    "running_var",
-    "weight",
-    "bias",
-    "training",
-    "momentum",
-    "eps",
-]
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+BATCH_NORM_ARGUMENTS = ("input", *_TENSORS, "training", "momentum", "eps")  # of F.batch_norm
 
 
 def batch_norm(call: Call) -> Found:
@@ -163,12 +154,11 @@ def batch_norm(call: Call) -> Found:
     module = call.module
     if isinstance(module, nn.BatchNorm2d):
         fits = call.is_map and module.running_mean is not None
-        clearable = all(
-            tensor is not None and tensor.requires_grad for tensor in (module.weight, module.bias)
-        )
+        pair = module.weight, module.bias
+        clearable = all(tensor is not None and tensor.requires_grad for tensor in pair)
         return {"norm": module, "clearable": clearable} if fits else None
     given = dict(zip(BATCH_NORM_ARGUMENTS, call.node.args, strict=False)) | call.node.kwargs
-    tensors = [call.traced(given.get(name)) for name in BATCH_NORM_ARGUMENTS[1:5]]
+    tensors = [call.traced(given.get(name)) for name in _TENSORS]
     present = [node for node in tensors if node is not None]
     if not call.is_map or call.first is None or given.get("training", False) is not False:
         return None

@@ -81,8 +81,8 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
 
 def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.Module:
     packed = _masked_copy(model)
-    expected = _Answers(packed, inputs)
     network = trace(packed, inputs)
+    expected = _Answers(packed, inputs)
     graphs = {False: network.captured}
     with suppress(DSPError):  # of a model that cannot be trained or followed in training mode
         graphs[True] = captured(packed, inputs, training=True)
