@@ -155,7 +155,7 @@ def _fingerprint(model: nn.Module) -> Any:
     return [
         (
             path,
-            type(module).forward,
+            type(module),
             {name: plain(value) for name, value in vars(module).items()} | {"training": 0},
         )
         for path, module in model.named_modules(remove_duplicate=False)
