@@ -62,10 +62,7 @@ class TracedNetwork:
     """
 
     def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        nodes: tuple[TracedNode, ...],
-        captured: Captured,
+        self, graph_module: fx.GraphModule, nodes: tuple[TracedNode, ...], captured: Captured
     ) -> None:
         self.graph_module = graph_module
         self.nodes = nodes
@@ -128,8 +125,7 @@ def captured(
     return Captured(graph, constants, check, sized, tuple(written))
 
 
-# For ``save``: what ``pack`` captured of the networks that it made: their fingerprint, and their
-# calls by training mode.
+# For ``save``: fingerprints of the networks that ``pack`` made, and their calls by training mode.
 _kept: WeakKeyDictionary[nn.Module, tuple[Any, dict[bool, Captured]]] = WeakKeyDictionary()
 
 
@@ -152,13 +148,9 @@ def _fingerprint(model: nn.Module) -> Any:
     def plain(value: Any) -> Any:
         return value if isinstance(value, bool | int | float | str | type(None)) else (type(value), id(value))
 
+    modules = model.named_modules(remove_duplicate=False)
     return [
-        (
-            path,
-            type(module),
-            {name: plain(value) for name, value in vars(module).items()} | {"training": 0},
-        )
-        for path, module in model.named_modules(remove_duplicate=False)
+        (path, type(m), {n: plain(v) for n, v in vars(m).items() if n != "training"}) for path, m in modules
     ]
 
 

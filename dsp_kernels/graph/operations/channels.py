@@ -16,12 +16,9 @@ from dsp_kernels.graph.operations.maps import full_index, is_literal
 
 def layer(dims: int) -> Callable[[Call], Found]:
     """A module called with one tensor of this many dimensions."""
-    return lambda call: {} if len(call.before[_only(call)].shape or ()) == dims else None
-
-
-def _only(call: Call) -> str:
-    (source,) = call.node.all_input_nodes
-    return source.name
+    return lambda call: (
+        {} if len(call.before[call.node.all_input_nodes[0].name].shape or ()) == dims else None
+    )
 
 
 def concat(call: Call) -> Found:
@@ -62,7 +59,7 @@ def split(call: Call) -> Found:
 
 def part_of_split(call: Call) -> Found:
     """One tensor of a split."""
-    source, which = call.first or call.traced(call.node.args[0]), call.node.args[1]
+    source, which = call.first, call.node.args[1]
     sizes: tuple[int, ...] = source.attributes.get("sizes", ()) if source is not None else ()
     if not isinstance(which, int) or not -len(sizes) <= which < len(sizes):
         return None
@@ -94,7 +91,7 @@ def _selected(index: Tensor, rigid: bool = False) -> Found:
 
 def chosen(call: Call) -> Found:
     """x.index_select(1, index) or x[:, index], of a tensor that the model holds or a list in its code."""
-    source, index = call.first or call.traced(call.node.args[0]), call.argument(2, "index", None)
+    source, index = call.first, call.argument(2, "index", None)
     if call.target == "getitem":
         parts = call.node.args[1]
         if not isinstance(parts, tuple) or len(parts) < 2 or flat(parts[:1]) != [slice(None)]:

@@ -50,8 +50,7 @@ class Planner:
                 self.runs.setdefault(id(node.module), []).append(node)
         for node in read:
             self.runs.setdefault(id(node.value), []).append(node)
-            if self._stays(node):
-                held.setdefault(node.name, "")
+        held |= {node.name: "" for node in read if self._stays(node)}
         self._kernels: dict[str, Tensor] = {}
         self.fixed = self._fixed(held)
         blocked = self._blocked()
@@ -96,8 +95,10 @@ class Planner:
         users = [self.network[user] for user in node.users]
         if (owner and self.network.calls(owner)) or not users or node.fx_node.target in self.made_in_forward:
             return True
-        if node.value is not None and not node.value.is_floating_point() and len(users) > 1:
-            return True  # channel numbers of several tensors
+        if sum(len(run.users) for run in self.runs[id(node.value)]) > 1 and any(
+            user.operation.channels == "index" for user in users
+        ):
+            return True  # channel numbers that are read in several places
         return any(user.operation.channels not in ("same", "index") for user in users)
 
     def _fixed(self, held: Mapping[str, str]) -> dict[str, tuple[str, str]]:
