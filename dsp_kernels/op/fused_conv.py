@@ -57,6 +57,8 @@ class FusedConv2d(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
         """input: (batch, in_channels, height, width); residual: like the output, or None."""
         x = input
+        if not isinstance(x, Tensor):  # a Proxy of torch.fx
+            return self._call_op(x, residual)
         constants = [*self.weights, *([] if self.bias is None else [self.bias])]
         if not torch.is_autocast_enabled(x.device.type):
             return self._run(x, residual, constants)
