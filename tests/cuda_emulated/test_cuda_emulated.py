@@ -20,7 +20,7 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
-from dsp_kernels.run.gpu.cuda.conv import CudaConv
+from dsp_kernels.run.gpu.cuda.conv import CudaConv, CudaKernels
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, kernels_for
 from dsp_kernels.run.gpu.layout import ACTIVATION_CODES, GPU_DTYPES, GpuLayout
 
@@ -162,44 +162,29 @@ DENSE, FOUR = GroupStructure.dense(64, 64), GroupStructure.uniform(64, 64, 4)
 
 
 @pytest.mark.parametrize(
-    ("structure", "kernel", "batch", "hw", "preference", "expected"),
+    ("structure", "kernel", "batch", "hw", "expected"),
     [
-        (DENSE, 3, 256, (56, 56), "", "wgmma_halo"),
-        (DENSE, 3, 256, (56, 56), "0", "halo"),
-        (DENSE, 3, 8, (7, 7), "", "chwn"),  # too few blocks for either halo kernel
-        (DENSE, 3, 8, (7, 7), "1", "wgmma"),
-        (GroupStructure.dense(64, 128), 1, 256, (28, 28), "", "wgmma"),
-        (GroupStructure.dense(64, 128), 1, 256, (28, 28), "0", "chwn"),
-        (FOUR, 1, 256, (28, 28), "", "chwn"),  # 16 of 64 filters
-        (FOUR, 3, 256, (28, 28), "", "halo"),
-        (GroupStructure.dense(64, 40), 1, 256, (28, 28), "", "wgmma"),  # 40 of 64 against 48 of 48
-        (DENSE, 3, 3, (56, 56), "", "nhwc"),
-        (DENSE, 3, 1, (7, 7), "", "nhwc_sliced"),
+        (DENSE, 3, 256, (56, 56), "halo"),
+        (DENSE, 3, 8, (7, 7), "chwn"),  # too few blocks for the halo kernel
+        (FOUR, 1, 256, (28, 28), "chwn"),
+        (FOUR, 3, 256, (28, 28), "halo"),
+        (DENSE, 3, 3, (56, 56), "nhwc"),
+        (DENSE, 3, 1, (7, 7), "nhwc_sliced"),
     ],
 )
-def test_which_kernel_is_launched(
-    structure: GroupStructure,
-    kernel: int,
-    batch: int,
-    hw: tuple[int, int],
-    preference: str,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
+def test_which_kernel_is_launched_where_nothing_is_measured(
+    structure: GroupStructure, kernel: int, batch: int, hw: tuple[int, int], expected: str
 ) -> None:
-    monkeypatch.setenv("DSP_KERNELS_WGMMA", preference)
     case = Case("rule", structure, kernel=kernel, padding=kernel // 2)
     launched: list[int] = []
     weights, layout = case.tensors(torch.float16).weights, layout_of(expected)
-    conv = CudaConv(case.spec, weights, None, layout, lambda *a: launched.append(a[-1][0]), wgmma=True)
+    conv = CudaConv(case.spec, weights, None, layout, lambda *a: launched.append(a[-1][0]))
     x = torch.empty(layout.shape((batch, structure.in_channels, *hw)), dtype=torch.float16)
     conv(x, torch.empty(layout.shape((batch, structure.out_channels, *hw)), dtype=torch.float16))
     assert launched == [KERNELS[expected].number]
-
-
-def test_wgmma_only_on_devices_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSP_KERNELS_WGMMA", "1")
-    conv = CudaConv(Case("", DENSE).spec, Case("", DENSE).tensors(torch.float16).weights, None, CHWN)
-    assert set(conv.tables(torch.float16, CPU)) == {"halo", "chwn"}
+    options = CudaKernels().options(case.spec, weights, None, layout, (batch, structure.in_channels, *hw))
+    assert next(iter(options)) == f"cuda {expected}"
+    assert len(options) == len(kernels_for(case.spec, torch.float16, layout, wgmma=False))
 
 
 @pytest.mark.parametrize(
