@@ -101,17 +101,18 @@ class BuildNative(build_ext):
             target = Path(self.get_ext_fullpath("dsp_kernels._C")).parent / cuda["LIBRARY"]
             folder = Path(self.build_temp) / "dsp_kernels._C_cuda"
             try:
-                cuda["build"](self.spawn, torch, compiler, os.environ, folder, target)
+                about = cuda["build"](self.spawn, torch, compiler, os.environ, folder, target)
             except Exception as error:
                 if required:
                     raise
                 reason = f"the build failed ({error})"
             else:
-                announce("built dsp_kernels/_C_cuda.so, the CUDA kernels")
+                announce(f"built dsp_kernels/_C_cuda.so, the CUDA kernels, with CUDA {about}")
         if reason and required:
             raise SystemExit(f"dsp-kernels: DSP_KERNELS_CUDA is 1, but {reason}")
         if reason:
-            announce(f"building without dsp_kernels/_C_cuda.so (the CUDA kernels): {reason}")
+            without = "dsp_kernels/_C_cuda.so (the CUDA kernels)"
+            announce(f"building without {without}: {reason}. GPUs will run the Triton kernels or PyTorch's")
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11

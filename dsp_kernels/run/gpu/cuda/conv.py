@@ -12,7 +12,7 @@ from torch import Tensor
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for
-from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda
+from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda_on
 from dsp_kernels.run.gpu.cuda.tables import Tables, make_tables
 from dsp_kernels.run.gpu.layout import (
     ACTIVATION_CODES,
@@ -20,7 +20,6 @@ from dsp_kernels.run.gpu.layout import (
     GPU_DTYPES,
     GpuLayout,
     check_conv_operands,
-    why_not_on,
 )
 
 # Thread blocks below which an H200 (132 multiprocessors) is not full.
@@ -72,7 +71,7 @@ class CudaKernels:
         reach = max((k - 1) * d for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
         if max(reach, *spec.padding) > LARGEST_SIDE:
             return False, f"its kernel or padding reaches farther than {LARGEST_SIDE} pixels"
-        reason = why_no_cuda() or why_not_on(device.index)
+        reason = why_no_cuda_on(device.index)
         return not reason, reason
 
     def prepare(
