@@ -30,6 +30,7 @@ ASK = """import ctypes, sys, torch
 build = ctypes.CDLL(sys.argv[1]).dsp_kernels_build
 build.restype = ctypes.c_char_p
 print(build().decode())"""
+START = "dsp-kernels: "
 ONLY_CUDA = {"DSP_KERNELS_CPU": "0"}
 # Name -> (change, environment); None: by pip, isolated, where torch is missing.
 ROWS: dict[str, tuple[str | None, dict[str, str]]] = {
@@ -55,12 +56,11 @@ def build(change: str | None, environment: dict[str, str], folder: Path) -> tupl
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=True
     )
-    said = [line.partition("dsp-kernels: ")[2] for line in (done.stdout + done.stderr).splitlines()]
+    lines = map(str.strip, (done.stdout + done.stderr).splitlines())
+    said = [line.removeprefix(START) for line in lines if line.startswith(START) and "CPU is 0" not in line]
     for wheel in folder.glob("*.whl"):
         subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, folder], check=True)
-    return [line for line in said if line and "CPU is 0" not in line], [
-        about(file) for file in sorted(folder.rglob("_C*.so"))
-    ]
+    return said, [about(file) for file in sorted(folder.rglob("_C*.so"))]
 
 
 def about(library: Path) -> str:
