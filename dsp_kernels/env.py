@@ -22,7 +22,6 @@ def describe_environment() -> dict[str, str]:
     from dsp_kernels.run.convs import BACKENDS
     from dsp_kernels.run.cpu.extension import chosen_isa, native, why_missing
     from dsp_kernels.run.gpu.cuda.library import built_for, why_no_cuda
-    from dsp_kernels.run.gpu.triton.conv import c_compiler
     from dsp_kernels.run.programs import EXECUTORS
 
     missing = why_no_cuda()
@@ -42,7 +41,7 @@ def describe_environment() -> dict[str, str]:
         or "none: nvidia-smi does not run; install NVIDIA's driver",
         "gpu": _gpu(),
         "nvcc": _nvcc(),
-        "c compiler": c_compiler() or "none: triton needs one on a GPU; install gcc or set CC",
+        "c compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none",
         "backends": ", ".join(BACKENDS.names()),
         "native kernels": why_missing() if native() is None else chosen_isa(),
         "cuda kernels": missing or built,

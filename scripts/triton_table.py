@@ -34,7 +34,7 @@ Result = tuple[list[str], list[str]]
 
 @dataclass(frozen=True)
 class Chip:
-    """Of a multiprocessor: bytes of shared memory, warps, and its tensor cores' instruction in PTX and SASS."""
+    """A multiprocessor: bytes of shared memory, warps; its tensor cores' instruction in PTX and in SASS."""
 
     shared: int
     warps: int

@@ -10,11 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.op.structure import GroupStructure
-from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.triton.config import TritonConfig
-from dsp_kernels.run.gpu.triton.conv import TritonKernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = runpy.run_path(str(ROOT / "scripts" / "triton_table.py"))
@@ -70,13 +66,3 @@ def test_the_table_has_a_row_per_kernel() -> None:
     command += ["--capability", "80", "--processes", "1"]
     done = subprocess.run(command, check=True, timeout=300, cwd=ROOT, capture_output=True, text=True)
     assert "| CHWN 1x1 | float16 | 64 x 16 x 32 | 4 / 3 | sm_80 |" in done.stdout
-
-
-def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsp_kernels.run.gpu.triton.conv.why_not_on", lambda index: "")
-    request = ConvSpec(GroupStructure.dense(2, 2), (3, 3)), HALF, torch.device("cuda", 0), GpuLayout.NHWC
-    monkeypatch.setenv("CC", "my-compiler")
-    assert TritonKernels().can_run(*request)[0]
-    monkeypatch.delenv("CC")
-    monkeypatch.setenv("PATH", "/none")
-    assert TritonKernels().can_run(*request) == (False, "triton needs a C compiler; install gcc or set CC")

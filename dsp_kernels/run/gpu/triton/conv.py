@@ -5,7 +5,6 @@ On the CPU it runs in Triton's interpreter: for tests, and never chosen by "auto
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -48,11 +47,6 @@ def _has_triton() -> bool:
         return False
 
 
-def c_compiler() -> str | None:
-    """What triton builds its launchers with: $CC, else gcc or clang; None if there is none."""
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-
-
 class TritonKernels:
     """float16, bfloat16 and float32; compute capability 8.0 or newer, or Triton's interpreter."""
 
@@ -61,18 +55,15 @@ class TritonKernels:
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
-        """On such a GPU or a CPU, if triton is installed, for a GPU with a C compiler."""
+        """On such a GPU or a CPU, if triton is installed."""
         if device.type not in ("cuda", "cpu"):
             return False, f"tensors are on {device}"
         if dtype not in GPU_DTYPES:
             return False, f"dtype {dtype} is not float16, bfloat16 or float32"
         if not _has_triton():
             return False, "triton is not installed"
-        if device.type == "cuda":
-            if reason := why_not_on(device.index):
-                return False, reason
-            if c_compiler() is None:
-                return False, "triton needs a C compiler; install gcc or set CC"
+        if device.type == "cuda" and (reason := why_not_on(device.index)):
+            return False, reason
         if spec.structure.in_channels > MOST_CHANNELS:
             return False, f"{spec.structure.in_channels} input channels are more than {MOST_CHANNELS}"
         reach = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
