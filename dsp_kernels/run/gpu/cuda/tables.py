@@ -31,7 +31,6 @@ class Tables:
     """What one launch reads besides x, and the offsets of the parts of ``table`` (int32), in elements.
 
     weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: tiles, rows, runs, taps, gather.
-    products: multiply-adds per position, including padding.
     """
 
     filters: int
@@ -43,7 +42,6 @@ class Tables:
     runs_at: int
     taps_at: int
     gather_at: int
-    products: int
 
 
 def make_tables(
@@ -201,7 +199,6 @@ class _Writer:
             runs_at=starts[2],
             taps_at=starts[3],
             gather_at=starts[4],
-            products=sum(packed.numel() for *_, packed in tiles),
         )
 
 
