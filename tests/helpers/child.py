@@ -7,7 +7,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
-
 class Child:
     """Calls functions in a process of its own, a new one after each death."""
 

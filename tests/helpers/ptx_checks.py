@@ -35,9 +35,7 @@ def conv_case(
         if chip != "sm_90a" and "wgmma" in kernel:
             continue
         with Interpreter(chip, **Interpreter.ORDERS[order]) as ptx:
-            check_conv(
-                lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place
-            )
+            check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
         assert len(ptx.launches) == (case.batch > 0)
 
 

@@ -31,7 +31,7 @@ def why_not() -> str:
 
 
 def build() -> Path:
-    """The folder of LIBRARY and one .ptx per source and chip; built unless one of the same sources is there."""
+    """The folder of LIBRARY and one .ptx per source and chip; nothing is compiled twice."""
     nvcc = find_nvcc(os.environ)
     torch, reason = find_torch()
     if nvcc is None or torch is None:

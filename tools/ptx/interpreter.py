@@ -1,9 +1,7 @@
 """The CUDA ops on tensors in host memory: every launch runs the PTX in the interpreter and is checked."""
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
