@@ -2,8 +2,10 @@
 # Everything that needs a GPU, offline, in two calls. Prints a summary; OUT/CALL.tgz has all logs and results.
 #
 #   scripts/gpu_check.sh answers    at most 6 minutes: build for this GPU; answers of every kernel; answers, accuracy
-#                                   and latency of four networks against cuDNN, torch.compile and TensorRT
-#   scripts/gpu_check.sh times      at most 4 minutes: every kernel of every convolution and block, and the fastest
+#                                   and latency of four networks against cuDNN, of two against the slow builders,
+#                                   torch.compile and TensorRT
+#   scripts/gpu_check.sh times      at most 4 minutes: every kernel of every convolution and block, and the fastest;
+#                                   the other two networks against the slow builders
 #   scripts/gpu_check.sh sanitize   memcheck and racecheck of some kernels
 #   scripts/gpu_check.sh --pack     copies the released networks and test images from ../shared to .shared (ignored
 #                                   by git), for a machine that gets only the repository; without them networks are
@@ -26,17 +28,17 @@ case "${1:-}" in answers) budget=345 ;; times | sanitize) budget=230 ;; *) sed -
 for folder in ../shared .shared; do [ -d "$folder/nets" ] && DSP_SHARED=${DSP_SHARED:-$(realpath "$folder")}; done
 if [ -d "${DSP_SHARED:-}/nets" ]; then
   export DSP_SHARED DSP_REQUIRE_SHARED=1
-  nets=(resnet20_g4 resnet56_g4 resnet18_g2_80 resnet50_g2_80)
+  nets=(resnet20_g4 resnet18_g2_80 resnet56_g4 resnet50_g2_80)
 else # with the released networks' numbers of groups and of multiply-adds
   unset DSP_REQUIRE_SHARED
   cifar="--structure random:g=4,rate=0.64" imagenet="--structure random:g=2,rate=0.8"
-  nets=("cifar_resnet20 $cifar" "cifar_resnet56 $cifar" "resnet18 $imagenet" "resnet50 $imagenet")
+  nets=("cifar_resnet20 $cifar" "resnet18 $imagenet" "cifar_resnet56 $cifar" "resnet50 $imagenet")
 fi
 batches=256,32,1 rounds=12 select=
-ours=packed/fused:cuda:fp16,packed/fused:triton:fp16,dense/cudnn-fused-fp16,dense/cuda-graph-fp16,compacted/cudnn-fused-fp16
-rivals=packed/fused:cuda:fp16,dense/compile-autotune-fp16,compacted/compile-autotune-fp16,dense/tensorrt-fp16,compacted/tensorrt-fp16
+fast=packed/fused:cuda:fp16,dense/cudnn-fused-fp16,dense/cuda-graph-fp16,compacted/cudnn-fused-fp16
+slow=packed/fused:cuda:fp16,dense/compile-autotune-fp16,dense/tensorrt-fp16
 if [ "$DEVICE" = cpu ]; then
-  nets=("${nets[0]}") batches=1 rounds=8 ours=packed/fused,dense/torch rivals=packed/fused,dense/compile
+  nets=("${nets[0]}") batches=1 rounds=8 fast=packed/fused,dense/torch slow=packed/fused,dense/compile
   select="-k unequal" budget=3000
   export DSP_KERNELS_CUDA=0
 else
@@ -53,9 +55,11 @@ part() { # part NAME SECONDS COMMAND...: its log, and the end of it; continues a
   [ "$limit" -ge 5 ] && tail -n "${SHOWN:-12}" "$LOGS/$name.log"
   [ $status -eq 0 ] || failed+=" $name"
 }
-run() { # run NAME SECONDS NETWORK ENGINES BATCHES
-  part "$1" "$2" "$PYTHON" -m dsp_benchmarks run --device "$DEVICE" --networks $3 --engines "$4" --batches "$5" \
-    --rounds $rounds --seconds "$2" --out "$LOGS/$1.json"
+compare() { # compare WHAT ENGINES BATCHES SECONDS NETWORK OPTIONS...
+  local name=$5_$1 engines=$2 tried=$3 limit=$4
+  shift 4
+  part "$name" "$limit" "$PYTHON" -m dsp_benchmarks run --device "$DEVICE" --engines "$engines" --batches "$tried" \
+    --rounds $rounds --seconds $((limit - 10)) --out "$LOGS/$name.json" --networks "$@"
 }
 
 rm -rf "$LOGS"
@@ -68,15 +72,16 @@ case "$1" in
   answers)
     SHOWN=40 part doctor 45 "$PYTHON" -m dsp_cli.main doctor
     part tests 110 "$PYTHON" -m pytest -q -n auto -p no:cacheprovider $select tests/on_gpu
-    for net in "${nets[@]}"; do run "latency_${net%% *}" 40 "$net" $ours $batches; done
-    for net in "${nets[@]}"; do run "rivals_${net%% *}" 60 "$net" $rivals "${batches%%,*}"; done
+    for net in "${nets[@]}"; do compare fast $fast $batches 45 $net; done
+    for net in "${nets[@]:0:2}"; do compare slow $slow "${batches%%,*}" 75 $net; done
     ;;
   times)
     size= && [ "$DEVICE" = cpu ] && size="--image-size 8"
     for net in "${nets[@]}"; do
-      SHOWN=30 part "times_${net%% *}" 60 "$PYTHON" scripts/gpu_times.py --device "$DEVICE" $size --net $net \
-        --batch ${batches//,/ } --out "$LOGS/times_${net%% *}.json"
+      SHOWN=30 part "${net%% *}_times" 30 "$PYTHON" scripts/gpu_times.py --device "$DEVICE" $size \
+        --out "$LOGS/${net%% *}_times.json" --batch ${batches//,/ } --net $net
     done
+    for net in "${nets[@]:2}"; do compare slow $slow "${batches%%,*}" 75 $net; done
     ;;
   sanitize)
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor is an allocation of its own, with guarded bounds
