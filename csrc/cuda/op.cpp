@@ -14,8 +14,9 @@
 // Declared only inside torch's own build.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
-// Whether this library holds the kernels of sm_90a (defined by tools/build_cuda.py); Python calls this through ctypes.
-extern "C" __attribute__((visibility("default"))) int dsp_kernels_has_wgmma() { return DSP_KERNELS_WGMMA; }
+// The version of CUDA and the architectures that this library was built for, such as "13.0 sm_80 compute_80 sm_90a"
+// (defined by tools/build_cuda.py); Python calls this through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* dsp_kernels_build() { return DSP_KERNELS_BUILD; }
 
 namespace dsp {
 namespace {

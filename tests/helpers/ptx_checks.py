@@ -1,0 +1,128 @@
+"""Convolutions and blocks whose kernels run as PTX in tools/ptx, against the definition."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import torch
+from block_cases import BlockCase
+from cases import Case
+from golden import cifar_images
+from gpu_checks import check_block, check_conv
+from ptx.interpreter import Interpreter
+from torch import Tensor, nn
+
+from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.program.planner import plan
+from dsp_kernels.run.gpu import program as gpu_program
+from dsp_kernels.run.gpu.cuda.blocks import plan as block_plan
+from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
+from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
+from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
+from dsp_kernels.run.gpu.cuda.conv import CudaConv, CudaKernels
+from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.program import GpuRunner
+from dsp_kernels.run.registry import Registry
+from dsp_pruning import read_released
+
+CPU = torch.device("cpu")
+CHIPS = ("sm_80", "sm_90a")
+
+
+def layout_of(kernel: str) -> GpuLayout:
+    return GpuLayout.NHWC if "nhwc" in kernel else GpuLayout.CHWN
+
+
+def conv_case(
+    case: Case, dtype: torch.dtype, kernel: str, chips: tuple[str, ...] = CHIPS, in_place: bool = False
+) -> None:
+    """Every order of warps, copies and blocks on every chip that has the kernel."""
+    layout = layout_of(kernel)
+    if layout is GpuLayout.CHWN:
+        batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
+        case = replace(case, batch=batch)
+    for chip, order in product(chips, Interpreter.ORDERS):
+        if chip != "sm_90a" and "wgmma" in kernel:
+            continue
+        with Interpreter(chip, **Interpreter.ORDERS[order]) as ptx:
+            check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
+        assert len(ptx.launches) == (case.batch > 0)
+
+
+def prepared_block(case: BlockCase, dtype: torch.dtype) -> CudaBlock:
+    step = case.step(dtype)
+    tables = block_tables(step, dtype, CPU)
+    rows, columns, tile_n = case.tile
+    geometry = BlockGeometry.of(step, tables.slots, case.hw, (rows, columns), tile_n, case.turns)
+    assert geometry is not None
+    return CudaBlock(step, tables, geometry)
+
+
+def block_case(case: BlockCase, dtype: torch.dtype, in_place: bool = False) -> None:
+    block = prepared_block(case, dtype)
+    for chip, order in product(CHIPS, Interpreter.ORDERS):
+        with Interpreter(chip, **Interpreter.ORDERS[order]) as ptx:
+            check_block(block, case, dtype, in_place=in_place)
+        assert len(ptx.launches) == 1
+
+
+class HostKernels(CudaKernels):
+    """The CUDA kernels for tensors on the CPU. wgmma: whether to prefer it to the rule's choice."""
+
+    def __init__(self, wgmma: bool) -> None:
+        self._wgmma = wgmma
+
+    def can_run(
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
+    ) -> tuple[bool, str]:
+        return True, ""
+
+    def prepare(
+        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
+    ) -> CudaConv:
+        return CudaConv(spec, weights, bias, layout, wgmma=self._wgmma)
+
+
+@contextmanager
+def cuda_on_host(wgmma: bool = False, blocks: bool = True) -> Iterator[None]:
+    """The GPU executor takes networks on the CPU."""
+
+    def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
+        return "" if blocks and layout is GpuLayout.CHWN and dtype != torch.float32 else "not here"
+
+    environment = {"DSP_KERNELS_WGMMA": "1"} if wgmma else {}
+    with (
+        mock.patch.object(gpu_program, "GPU_KERNELS", Registry("GPU kernel", HostKernels(wgmma))),
+        mock.patch.object(block_plan, "why_no_blocks", why_no_blocks),
+        mock.patch.dict("os.environ", environment),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def runner_of(model: nn.Module, dtype: torch.dtype, size: Sequence[int]) -> GpuRunner:
+    with evaluating(model):
+        program = plan(trace(model, torch.zeros(8, *size)))
+    return GpuRunner(program.map_tensors(lambda t: t.detach().to(dtype) if t.is_floating_point() else t))
+
+
+def kernels_of(launches: Sequence[str]) -> Counter[str]:
+    return Counter(line.split()[2] for line in launches)
+
+
+def released_network(
+    shared: Path, name: str, count: int, dtype: torch.dtype, wgmma: bool, blocks: bool
+) -> tuple[Tensor, Tensor, Counter[str]]:
+    """Logits of the network's PTX and of float32 for the first images, and how often each kernel ran."""
+    model = read_released(shared / "nets" / f"{name}.npz").eval()
+    images = cifar_images(shared)[:count]
+    with cuda_on_host(wgmma, blocks), Interpreter("sm_90a") as ptx:
+        run = runner_of(model, dtype, images.shape[1:])
+        got = torch.cat([run(part.to(dtype)).float() for part in images.split(8)])
+    with torch.no_grad():
+        return got, model(images), kernels_of(ptx.launches)
