@@ -141,7 +141,7 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "card")
-        monkeypatch.setattr(cuda_conv, "why_no_cuda", lambda: "")
+        monkeypatch.setattr(cuda_conv, "why_no_cuda_on", why_not_on)
         self.set = monkeypatch.setattr
 
 
@@ -174,7 +174,7 @@ def test_what_auto_tries_on_a_gpu(
 ) -> None:
     machine = Machine(monkeypatch, capability)
     if missing in ("library", "both"):
-        machine.set(cuda_conv, "why_no_cuda", lambda: "not built")
+        machine.set(cuda_conv, "why_no_cuda_on", lambda index: "not built")
     if missing in ("compiler", "both"):
         monkeypatch.delenv("CC", raising=False)
         machine.set("shutil.which", lambda name: None)

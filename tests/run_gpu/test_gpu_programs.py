@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -25,6 +26,7 @@ from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
+from dsp_kernels.run.gpu.tune import Choices, Tuner
 from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
 
@@ -49,6 +51,7 @@ class StandInConv:
         y = definition(self.spec, nchw(x), self.weights, self.bias, added)
         out.fill_(float("nan"))
         nchw(out).copy_(y)
+        StandIn.clock += StandIn.cost
 
 
 class StandIn:
@@ -56,6 +59,7 @@ class StandIn:
 
     name = "stand-in"
     prepared = 0
+    clock, cost = 0.0, 1.0  # seconds of all its convolutions so far, and of one
 
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
@@ -291,6 +295,42 @@ def test_memory_that_is_not_aligned_to_16_bytes_is_copied() -> None:
         aligned = layout.from_nchw(x.half().contiguous(memory_format=torch.channels_last)[1:])
         assert aligned.data_ptr() % 16 == 0
         assert torch.equal(layout.as_nchw(aligned), x.half()[1:])
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(1.0, "stand-in NHWC"), (3.0, "PyTorch NHWC")])
+def test_every_step_runs_on_what_is_measured_to_be_the_fastest(
+    cost: float, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    eager_conv = gpu_plan.eager_conv
+
+    def timed(step: ConvStep, layout: GpuLayout) -> GpuConv:
+        conv = eager_conv(step, layout)
+
+        def run(*operands: Any) -> None:
+            conv(*operands)
+            StandIn.clock += 2.0 + (layout is GpuLayout.CHWN)
+
+        return run
+
+    def seconds(launch: Callable[[], None]) -> float:
+        before = StandIn.clock
+        launch()
+        measured.append(StandIn.clock - before)
+        return measured[-1]
+
+    monkeypatch.setattr(gpu_plan, "eager_conv", timed)
+    monkeypatch.setattr(StandIn, "cost", cost)
+    model, program = residual_program(torch.float64)
+    x = torch.randn(8, *SHAPE, dtype=torch.float64)
+    for _ in range(2):  # the second time everything is on disk
+        measured: list[float] = []
+        choices = Choices(tmp_path / "choices.json")
+        runner = GpuRunner(program, make_tuner=lambda device, what, choices=choices: Tuner(choices, seconds))
+        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+    assert not measured
+    forms = runner.plan(x.shape).forms
+    convs = [step for step in program.steps if isinstance(step, ConvStep) and step.spec.kernel_size != (1, 1)]
+    assert {forms[step.output] for step in convs} == {expected}
 
 
 def test_layouts_keep_the_values() -> None:
