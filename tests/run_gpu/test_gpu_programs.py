@@ -227,11 +227,11 @@ def test_a_residual_is_overwritten_in_place_after_its_last_use() -> None:
 
 def test_describe_names_the_kernels_or_why_there_are_none() -> None:
     program = program_of(nets.make("residual"), torch.randn(8, *SHAPE))
-    for step, form in zip(program.steps, CudaExecutor().describe(program), strict=True):
+    for step, form in zip(program.steps, CudaExecutor("stand-in").describe(program), strict=True):
         if isinstance(step, ConvStep):
             pointwise = step.spec.kernel_size == (1, 1)
             assert form == "PyTorch CHWN: stand-in: 1x1" if pointwise else "stand-in CHWN"
-    able, reason = CudaExecutor().can_run(program, torch.float32, torch.device("cpu"))
+    able, reason = CudaExecutor("stand-in").can_run(program, torch.float32, torch.device("cpu"))
     assert not able
     assert "cpu" in reason
 

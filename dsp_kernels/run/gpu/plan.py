@@ -37,7 +37,7 @@ class GpuPlan:
     """shape: of the input, its batch perhaps padded to a multiple of 8. shapes: of all values, batch first.
 
     program: with a BlockStep for every block that is one kernel. calls: of its steps; they hold everything on
-    the GPU that their launches read. forms: by the output of a step, what it runs on.
+    the GPU that their launches read. forms, launchers: by the output of a step, what it runs on.
     """
 
     program: Program
@@ -46,19 +46,27 @@ class GpuPlan:
     shapes: Shapes
     calls: tuple[StepCall, ...]
     forms: Mapping[str, str]
+    launchers: Mapping[str, GpuConv]
     dtype: torch.dtype
     device: torch.device
 
+    def describe(self, output: str, verbose: bool) -> str:
+        """What makes this value; verbose: with the parameters of a launch, where its launcher has a text."""
+        made = {step.output: step for step in self.program.steps}
+        text = getattr(self.launchers.get(output), "describe", None) if verbose and output in made else None
+        parameters = f"; {text(self.shapes[made[output].inputs[0]])}" if text else ""
+        return self.forms[output] + parameters
+
 
 class Planner:
-    """Plans a Program. kernels: "auto" chooses among all, else the name of a family, or "cudnn" for none."""
+    """Plans a Program with GPU_KERNELS from the family ``kernels`` on, all if "auto", or none if "cudnn"."""
 
     def __init__(self, program: Program, kernels: str) -> None:
         self.dtype, self.device = dtype_and_device(program)
         self._program = residual_last(program)
-        self._families = [each for each in GPU_KERNELS if kernels in ("auto", each.name)]
-        self._is_auto = kernels == "auto"
-        self._may_use_blocks = blocks_wanted() and self._is_auto
+        names = "auto", *GPU_KERNELS.names(), "cudnn"
+        self._families = list(GPU_KERNELS)[max(names.index(kernels) - 1, 0) :]
+        self._may_use_blocks = blocks_wanted() and kernels in ("auto", "cuda")
         # Arranged once for all input shapes: by layout, output and option; by the members of a block.
         self._convs: dict[tuple[GpuLayout, str, str], GpuConv] = {}
         self._tables: dict[tuple[str, ...], BlockTables] = {}
@@ -79,8 +87,7 @@ class Planner:
         elif not mixes:
             padded = round_up(shape[0], BATCH_MULTIPLE), *shape[1:]
             options["CHWN"] = partial(self._plan, padded, GpuLayout.CHWN, tuner)
-        if self._is_auto:
-            options[_PYTORCH] = partial(self._plan, shape, GpuLayout.NHWC, tuner, False)
+        options[_PYTORCH] = partial(self._plan, shape, GpuLayout.NHWC, tuner, False)
         made: dict[str, GpuPlan] = {}
 
         def launch_of(name: str) -> Launch:
@@ -116,7 +123,9 @@ class Planner:
         calls = (
             step_call(step, layout, launchers.get(step.output), shapes, self.device) for step in program.steps
         )
-        return GpuPlan(program, layout, tuple(shape), shapes, tuple(calls), forms, self.dtype, self.device)
+        return GpuPlan(
+            program, layout, tuple(shape), shapes, tuple(calls), forms, launchers, self.dtype, self.device
+        )
 
     def _conv(
         self, step: ConvStep, layout: GpuLayout, shapes: Shapes, tuner: Tuner, kernels: bool
@@ -131,8 +140,7 @@ class Planner:
                 options |= family.options(step.spec, step.weights, step.bias, layout, shape)
             else:
                 reasons.append(f"{family.name}: {reason}")
-        if self._is_auto or not options:
-            options[_PYTORCH] = partial(eager_conv, step, layout)
+        options[_PYTORCH] = partial(eager_conv, step, layout)
         made: dict[str, GpuConv] = {}
 
         def launch_of(name: str) -> Launch:
