@@ -85,10 +85,9 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    registry: Registry[StandIn] = Registry("GPU kernel")
-    kernels = registry.register(StandIn())
+    kernels = StandIn()
     for module in (cuda, gpu_plan):
-        monkeypatch.setattr(module, "GPU_KERNELS", registry)
+        monkeypatch.setattr(module, "GPU_KERNELS", Registry("GPU kernel", kernels))
     # Memory starts as NaN, so that a read of uninitialised memory shows.
     empty = torch.empty
 
@@ -129,9 +128,11 @@ def test_both_layouts_give_the_result_of_the_model(name: str, batch: int) -> Non
 def test_one_runner_takes_any_image_size_and_batch(kernels: StandIn) -> None:
     model, program = residual_program(torch.float64)
     runner = GpuRunner(program)
-    for batch, size in ((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8)):
+    for number, (batch, size) in enumerate(((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8), (2, 16))):
         x = torch.randn(batch, 3, size, size, dtype=torch.float64)
-        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+        with torch.inference_mode(number % 2 == 0):
+            y = runner(x)
+        assert torch.allclose(y, model(x), rtol=0, atol=1e-10)
     # Weights are arranged once per layout, not per shape.
     convs = [step for step in program.steps if isinstance(step, ConvStep)]
     assert kernels.prepared == 2 * sum(step.spec.kernel_size != (1, 1) for step in convs)

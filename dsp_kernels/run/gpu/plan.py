@@ -8,9 +8,8 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dsp_kernels.program.steps import ConvStep, Program, TorchStep
+from dsp_kernels.program.steps import ConvStep, Program, Step, TorchStep
 from dsp_kernels.run.gpu.conv import GPU_KERNELS
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
 from dsp_kernels.run.gpu.cuda.blocks.plan import block_options, blocks_wanted, limits_of
@@ -94,10 +93,8 @@ class Planner:
             made[name] = options[name]()
             return launch(made[name])
 
-        steps = [
-            _conv_key(step) if isinstance(step, ConvStep) else step.describe() for step in self._program.steps
-        ]
-        key = ["network", self._kind(), list(shape), sha256(json.dumps(steps).encode()).hexdigest()]
+        steps = map(_key, self._program.steps)
+        key = ["network", self._kind(), list(shape), sha256(json.dumps([*steps]).encode()).hexdigest()]
         name = tuner.fastest(key, {name: partial(launch_of, name) for name in options}, always=True)
         return made.get(name) or options[name]()
 
@@ -147,7 +144,7 @@ class Planner:
             made[name] = options[name]()
             return self._launch((step,), {step.output: made[name]}, layout, shapes)
 
-        key = ["conv", self._kind(), layout.name, list(shape), _conv_key(step)]
+        key = ["conv", self._kind(), layout.name, list(shape), _key(step)]
         name = tuner.fastest(key, {name: partial(launch_of, name) for name in options})
         kept = layout, step.output, name
         if kept not in self._convs:
@@ -175,7 +172,7 @@ class Planner:
 
         options = {"convolutions": partial(self._launch, block.members, dict(launchers), layout, shapes)}
         options |= {name: partial(launch_of, name) for name in found}
-        key = ["block", self._kind(), *(_conv_key(member) for member in block.members)]
+        key = ["block", self._kind(), *(_key(member) for member in block.members)]
         name = tuner.fastest([*key, list(shapes[block.inputs[0]] or ())], options)
         if name not in found:
             return name, None
@@ -189,10 +186,11 @@ class Planner:
         layout: GpuLayout,
         shapes: Shapes,
     ) -> Launch:
-        """The steps on memory of their own."""
-        tensors: dict[str, Tensor] = {}
-        for name in {name for step in steps for name in (*step.inputs, step.output)}:
-            tensors[name] = torch.rand(layout.shape(shapes[name] or ()), device=self.device).to(self.dtype)
+        """The steps on memory of their own; the caller's random numbers stay as they were."""
+        random, tensors = torch.Generator(self.device).manual_seed(0), {}
+        for name in sorted({name for step in steps for name in (*step.inputs, step.output)}):
+            values = torch.rand(layout.shape(shapes[name] or ()), generator=random, device=self.device)
+            tensors[name] = values.to(self.dtype)
 
         def launch() -> None:
             for step in steps:
@@ -206,8 +204,10 @@ class Planner:
         return [str(self.dtype), uses_tf32(self.dtype)]
 
 
-def _conv_key(step: ConvStep) -> list[Any]:
-    return [step.spec.structure.to_dict(), *step.spec.settings, len(step.inputs)]
+def _key(step: Step) -> list[Any]:
+    if isinstance(step, ConvStep):
+        return [step.spec.structure.to_dict(), *step.spec.settings, len(step.inputs)]
+    return [step.describe()]
 
 
 def dtype_and_device(program: Program) -> tuple[torch.dtype, torch.device]:

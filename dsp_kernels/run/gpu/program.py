@@ -131,10 +131,12 @@ class GpuRunner:
         return self._runs.get_or_make(self._key(x.shape), lambda: self._captured_run(x))
 
     def _captured_run(self, x: Tensor) -> GpuRun:
-        run = GpuRun(self._captured.get(self._key(x.shape)) or self.plan(x.shape))
-        if x.device.type == "cuda":
-            self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
-            run.capture(x, self._graph_pool)
+        # What is kept must be writable outside of the caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            run = GpuRun(self._captured.get(self._key(x.shape)) or self.plan(x.shape))
+            if x.device.type == "cuda":
+                self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
+                run.capture(x, self._graph_pool)
         return run
 
     def _run_in_graph(self, x: Tensor) -> GpuRun:
