@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPBackendError, DSPShapeError
+from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for
+from dsp_kernels.run.gpu.cuda.launch import KERNEL_CODES, ConvSizes, Launch, describe, launch_op
 from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda
 from dsp_kernels.run.gpu.cuda.tables import Tables, make_tables
 from dsp_kernels.run.gpu.layout import (
-    ACTIVATION_CODES,
     BATCH_MULTIPLE,
     GPU_DTYPES,
     GpuLayout,
@@ -28,32 +28,6 @@ _FEW_BLOCKS = 132
 # mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured
 # here), so wgmma may multiply that many more zeros to fill its wider tiles.
 _MMA_SHARE = 5 / 8
-
-# (x, out, residual, weights, bias, tables, sizes); sizes: see csrc/cuda/launch_plan.h, block_plan.h
-Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[int]], None]
-
-
-def launch_op(
-    op: str,
-    x: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    weights: Tensor,
-    bias: Tensor,
-    tables: Tensor,
-    sizes: list[int],
-) -> None:
-    """Runs torch.ops.dsp_kernels.<op> on the current stream; writes ``out``.
-
-    Raises DSPBackendError for what the op refuses, with its reason.
-    """
-    try:
-        getattr(torch.ops.dsp_kernels, op)(x, out, residual, weights, bias, tables, sizes)
-    except RuntimeError as error:
-        raise DSPBackendError(str(error)) from error
-
-
-_LAUNCH: Launch = partial(launch_op, "cuda_conv")
 
 
 class CudaKernels:
@@ -95,7 +69,7 @@ class CudaConv:
         weights: Sequence[Tensor],
         bias: Tensor | None,
         layout: GpuLayout,
-        launch: Launch = _LAUNCH,
+        launch: Launch = launch_op,
         kernel: str | None = None,
         wgmma: bool | None = None,
     ) -> None:
@@ -128,8 +102,11 @@ class CudaConv:
         names = kernels_for(self.spec, dtype, self.layout, wgmma and self._prefers_wgmma is not False)
         made: dict[str, Tables] = {}
         for name in names if self._kernel is None else (self._kernel,):
-            shared = made.get("nhwc") if name == "nhwc_sliced" else None
-            made[name] = shared or make_tables(KERNELS[name], self.spec, weights, bias, dtype, device)
+            if name == "nhwc_sliced" and "nhwc" in made:
+                sizes = made["nhwc"].sizes._replace(kernel=KERNEL_CODES[name])
+                made[name] = replace(made["nhwc"], sizes=sizes)
+            else:
+                made[name] = make_tables(KERNELS[name], self.spec, weights, bias, dtype, device)
         return made
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
@@ -147,34 +124,32 @@ class CudaConv:
             )
         if out.numel() == 0:
             return
-        kept = self.tables(dtype, device)
-        name = self._kernel or self._choose(kept, positions)
-        tables = kept[name]
-        sizes = [
-            KERNELS[name].number,
-            tables.filters,
-            tables.tile_count,
-            tables.rows_at,
-            tables.runs_at,
-            tables.taps_at,
-            tables.gather_at,
-            *spec.stride,
-            *spec.padding,
-            ACTIVATION_CODES[spec.activation],
-            *shape,
-            spec.structure.out_channels,
-            *spec.output_hw(shape[2:]),
-        ]
+        tables, sizes = self._sizes(shape, dtype, device)
         self._launch(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
+
+    def describe(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+        """The struct of a launch for an input (batch, channels, height, width)."""
+        return describe(self._sizes(shape, dtype, device)[1])
+
+    def _sizes(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tables, ConvSizes]:
+        kept = self.tables(dtype, device)
+        batch, _, height, width = shape
+        out_height, out_width = self.spec.output_hw((height, width))
+        tables = kept[self._kernel or self._choose(kept, batch * out_height * out_width)]
+        return tables, tables.sizes._replace(
+            batch=batch, height=height, width=width, out_height=out_height, out_width=out_width
+        )
 
     def _choose(self, kept: dict[str, Tables], positions: int) -> str:
         """A halo kernel if it fills the GPU, else a general one; wgmma if that is predicted to gain."""
 
         def per_block(name: str) -> int:
-            return KERNELS[name].outputs[kept[name].filters]
+            return KERNELS[name].outputs[kept[name].sizes.filters]
 
         def fills(name: str) -> bool:
-            return name in kept and positions * kept[name].tile_count >= _FEW_BLOCKS * per_block(name)
+            return name in kept and positions * kept[name].sizes.tile_count >= _FEW_BLOCKS * per_block(name)
 
         def gains(name: str, other: str) -> bool:
             if self._prefers_wgmma is not None:
@@ -182,7 +157,7 @@ class CudaConv:
             return fills(name) and _MMA_SHARE * kept[name].products <= kept[other].products
 
         if "nhwc" in kept:
-            blocks = -(-positions // per_block("nhwc")) * kept["nhwc"].tile_count
+            blocks = -(-positions // per_block("nhwc")) * kept["nhwc"].sizes.tile_count
             return "nhwc_sliced" if blocks < _FEW_BLOCKS else "nhwc"
         if fills("wgmma_halo") and gains("wgmma_halo", "halo"):
             return "wgmma_halo"

@@ -1,4 +1,4 @@
-"""The table of CUDA convolution kernels (csrc/cuda/launch_plan.h), and which of them can run what."""
+"""The CUDA kernels of convolutions, in the order of csrc/cuda/params.h, and which of them can run what."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,9 +8,9 @@ import torch
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.layout import GpuLayout, round_up
 
-# Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/conv_params.h).
+# Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/params.h).
 LARGEST_SIDE = 16383
-# The tap of a padding row of the reduction: outside of every image (csrc/cuda/conv_params.h).
+# The tap of a padding row of the reduction: outside of every image (csrc/cuda/params.h).
 OUTSIDE = 0x7FFF << 16
 
 
@@ -18,14 +18,12 @@ OUTSIDE = 0x7FFF << 16
 class KernelKind:
     """One kernel.
 
-    number: in the enum Kernel of csrc/cuda/launch_plan.h. filters: the sizes of its tiles. rows: of the
-    reduction per step; the channels of one tap are padded to a multiple of ``channels``. order: of the
-    weights of a tile, see WEIGHT_ORDERS. outputs: positions (pixels x images) of a thread block, by filters
-    of a tile.
+    filters: the sizes of its tiles. rows: of the reduction per step; the channels of one tap are padded to a
+    multiple of ``channels``. order: of the weights of a tile, see WEIGHT_ORDERS. outputs: positions (pixels x
+    images) of a thread block, by filters of a tile.
     """
 
     name: str
-    number: int
     filters: tuple[int, ...]
     rows: int
     channels: int = 1
@@ -47,18 +45,18 @@ class KernelKind:
         return round_up(round_up(channels, self.channels) * taps, self.rows)
 
 
-_NHWC = KernelKind("nhwc", 2, (16, 32), 32, 8, outputs={16: 64, 32: 64})
+_NHWC = KernelKind("nhwc", (16, 32), 32, 8, outputs={16: 64, 32: 64})
 KERNELS = {
     kind.name: kind
     for kind in (
-        KernelKind("chwn", 0, (16, 32, 64), 32),
-        KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16, outputs={16: 1024, 32: 512, 64: 256}),
+        KernelKind("chwn", (16, 32, 64), 32),
+        KernelKind("halo", (16, 32, 64), 9 * 16, 16, outputs={16: 1024, 32: 512, 64: 256}),
         _NHWC,
-        KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
-        KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
-        KernelKind("wgmma", 5, (64, 128), 32, order="cores", outputs={64: 128, 128: 128}),
-        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores", outputs={64: 512}),
-        replace(_NHWC, name="nhwc_sliced", number=7),  # four warps share the reduction of a tile
+        KernelKind("fp32_chwn", (32,), 16, order="rows"),
+        KernelKind("fp32_nhwc", (32,), 16, order="rows"),
+        KernelKind("wgmma", (64, 128), 32, order="cores", outputs={64: 128, 128: 128}),
+        KernelKind("wgmma_halo", (64,), 9 * 16, 16, order="cores", outputs={64: 512}),
+        replace(_NHWC, name="nhwc_sliced"),  # four warps share the reduction of a tile
     )
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dsp_kernels.run.gpu.cuda.launch import interface
 from dsp_kernels.run.gpu.layout import why_not_on
 
 LIBRARY = Path(__file__).resolve().parents[3] / "_C_cuda.so"
@@ -26,7 +27,20 @@ def why_no_cuda() -> str:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__} ({error}); {_FIX}"
-    return ""
+    return why_other_interface(LIBRARY)
+
+
+def why_other_interface(library: Path) -> str:
+    """Where the structs, enums and kernels of a library differ from Python's; empty if nowhere."""
+    written = ctypes.CDLL(str(library)).dsp_kernels_interface
+    written.restype = ctypes.c_char_p
+    theirs, own = set(written().decode().splitlines()), set(interface().splitlines())
+    if theirs == own:
+        return ""
+    return (
+        f"{library.name} was built from other sources than dsp_kernels: it has {sorted(theirs - own)}, "
+        f"not {sorted(own - theirs)}; {_FIX}"
+    )
 
 
 @cache

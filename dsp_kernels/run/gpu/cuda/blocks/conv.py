@@ -1,6 +1,4 @@
-"""A residual block as one launch of a CUDA kernel (csrc/cuda/block_kernel.h): CHWN, 16-bit numbers."""
-
-from functools import partial
+"""A residual block as one launch of a CUDA kernel (csrc/cuda/block_kernel.cuh): CHWN, 16-bit numbers."""
 
 import torch
 from torch import Tensor
@@ -9,11 +7,9 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables
-from dsp_kernels.run.gpu.cuda.conv import Launch, launch_op
+from dsp_kernels.run.gpu.cuda.launch import Launch, describe, launch_op
 from dsp_kernels.run.gpu.cuda.library import why_no_cuda
 from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands, why_not_on
-
-_LAUNCH: Launch = partial(launch_op, "cuda_block")
 
 
 def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
@@ -31,7 +27,7 @@ class CudaBlock:
     """A GpuConv that runs one block for one input size. launch: the op, or its emulation in tests."""
 
     def __init__(
-        self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry, launch: Launch = _LAUNCH
+        self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry, launch: Launch = launch_op
     ) -> None:
         self.step, self.tables, self.geometry = step, tables, geometry
         self._launch = launch
@@ -63,5 +59,9 @@ class CudaBlock:
             raise DSPShapeError(f"an input of shape {tuple(x.shape)} is too large for the block kernel")
         if out.numel() == 0:
             return
-        sizes = [self.tables.filters, batch, first.in_channels, final.out_channels, *self._sizes]
+        sizes = self._sizes._replace(batch=batch)
         self._launch(x, out, residual, weights, self.tables.bias, self._table, sizes)
+
+    def describe(self, batch: int) -> str:
+        """The struct of a launch for so many images."""
+        return describe(self._sizes._replace(batch=batch))

@@ -20,7 +20,7 @@ from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, all_groups
 
 Shapes = Mapping[str, tuple[int, ...] | None]
 _BYTES = 2  # per number: the kernel is for 16-bit dtypes only
-_WARPS = 8  # per thread block; csrc/cuda/block_kernel.h
+_WARPS = 8  # per thread block; csrc/cuda/block_kernel.cuh
 # Seconds per turn, and per kernel, outside the model: latency of the first copy, barriers, the last store. An
 # estimate.
 _LATENCY = 1e-6
@@ -85,7 +85,7 @@ def block_floor(step: BlockStep, shapes: Shapes, device: DeviceModel) -> float:
 
 
 def conv_seconds(step: ConvStep, shapes: Shapes, device: DeviceModel) -> float:
-    """Predicted seconds of one convolution as its own kernel (csrc/cuda/halo_conv.h, chwn_gemm.h)."""
+    """Predicted seconds of one convolution as its own kernel (csrc/cuda/halo_conv.cuh, chwn_gemm.cuh)."""
     spec = step.spec
     batch, _, height, width = shapes[step.output] or (0, 0, 0, 0)
     taps = spec.kernel_size[0] * spec.kernel_size[1]
@@ -125,7 +125,7 @@ def block_seconds(
 
     m_tiles, n_tiles = filters // 16, 8
     # Rows of the first turn and of every other one.
-    rows = [(region.rows, region.rows - region.kept(output.rows)) for region in geometry.regions[:-1]]
+    rows = [(region.rows, region.rows - region.kept) for region in geometry.regions[:-1]]
     rows.append((output.rows, output.rows))
     across = [region.columns * tile_n for region in geometry.regions]
     pieces = [
@@ -145,7 +145,7 @@ def block_seconds(
             work += times * groups * per_group
             path += times * _longest(steps, groups) * _STEP_LATENCY
     kept = sum(
-        region.slots * region.kept(output.rows) * columns
+        region.slots * region.kept * columns
         for region, columns in zip(geometry.regions[:-1], across, strict=False)
     )
     work += (turns - 1) * 2 * 16 * kept / device.shared_per_clock
