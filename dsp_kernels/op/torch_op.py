@@ -16,9 +16,10 @@ from dsp_kernels.op.activations import activation_gradient
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.structure import GroupStructure
-from dsp_kernels.run.convs import BACKENDS, ConvPlan
+from dsp_kernels.run.convs import BACKENDS, ConvPlan, prepared
 from dsp_kernels.run.cpu.conv import CpuPlan
 from dsp_kernels.run.cpu.extension import chosen_isa, may_use_winograd
+from dsp_kernels.run.gpu.conv import warn_of_missing
 from dsp_kernels.run.lru import LRU
 
 NAMESPACE = "dsp_kernels"
@@ -55,6 +56,9 @@ def gather_grouped_conv2d(
     Absent channels are act(residual), or act(0). The output has x's dtype and memory format.
 
     Differentiable in x, weights, bias and residual. Raises DSPShapeError if the arguments do not match.
+
+    On a GPU the weights are arranged once, and again when PyTorch counts a change of them: after a write
+    through ``.data`` call ``torch.autograd.graph.increment_version(weight)``.
 
     >>> structure = GroupStructure.build(3, 2, [([0, 2], [1])])
     >>> y = gather_grouped_conv2d(torch.ones(1, 3, 4, 4), [torch.ones(1, 2, 3, 3)], structure, padding=1)
@@ -253,13 +257,15 @@ PLANS: LRU[CpuPlan] = LRU(128, size_of=lambda plan: plan.weight_bytes, max_size=
 def _plan_for(
     spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: Tensor, layout: torch.memory_format
 ) -> ConvPlan:
-    """A plan that runs ``spec`` on x. A cached one is used if its weights and bias are equal bit for bit.
+    """A plan that runs ``spec`` on x. On the CPU a cached one must have equal weights and bias, bit for bit.
 
     Address and version counter do not suffice: writes through ``weight.data`` or numpy are not counted.
     """
     backend = BACKENDS.choose("auto", spec, x.dtype, x.device, layout)
+    if x.device.type == "cuda":
+        warn_of_missing(x.device)
     if backend.name != "cpu":
-        return backend.prepare(spec, weights, bias)
+        return prepared(backend, spec, weights, bias)
     addresses = (tensor.data_ptr() for tensor in (*weights, bias) if tensor is not None)
     key = (chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size, *addresses)
     plan = PLANS.get(key)

@@ -5,7 +5,6 @@ library.py compares the two when it loads the library.
 """
 
 from collections import namedtuple
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,8 +39,6 @@ BlockSizes = namedtuple(
     "filters batch in_channels out_channels tile_n turns shared_bytes conv_count residual_kind channels_at "
     "targets_at residuals_at table_size shortcut_stride_y shortcut_stride_x by_tile_n regions convs",
 )
-# (x, out, residual, weights, bias, tables, sizes)
-Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, ConvSizes | BlockSizes], None]
 
 
 def launch_op(

@@ -32,15 +32,13 @@ class Tables:
     """What one launch reads besides x.
 
     weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: int32: tiles, rows, runs, taps,
-    gather. sizes: of the launch, 0 where they depend on x. products: multiply-adds per position, including
-    padding.
+    gather. sizes: of the launch, 0 where they depend on x.
     """
 
     weights: Tensor
     bias: Tensor
     table: Tensor
     sizes: ConvSizes
-    products: int
 
 
 def make_tables(
@@ -211,7 +209,6 @@ class _Writer:
             row_bias.to(device),
             torch.cat(parts).to(device),
             sizes,
-            sum(packed.numel() for *_, packed in tiles),
         )
 
 

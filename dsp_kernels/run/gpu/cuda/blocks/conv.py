@@ -7,7 +7,7 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables
-from dsp_kernels.run.gpu.cuda.launch import Launch, describe, launch_op
+from dsp_kernels.run.gpu.cuda.launch import describe, launch_op
 from dsp_kernels.run.gpu.cuda.library import why_no_cuda
 from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands, why_not_on
 
@@ -24,13 +24,10 @@ def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -
 
 
 class CudaBlock:
-    """A GpuConv that runs one block for one input size. launch: the op, or its emulation in tests."""
+    """A GpuConv that runs one block for one input size."""
 
-    def __init__(
-        self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry, launch: Launch = launch_op
-    ) -> None:
+    def __init__(self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry) -> None:
         self.step, self.tables, self.geometry = step, tables, geometry
-        self._launch = launch
         self._table, self._sizes = geometry.table(tables, tables.weights.device)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
@@ -60,7 +57,7 @@ class CudaBlock:
         if out.numel() == 0:
             return
         sizes = self._sizes._replace(batch=batch)
-        self._launch(x, out, residual, weights, self.tables.bias, self._table, sizes)
+        launch_op(x, out, residual, weights, self.tables.bias, self._table, sizes)
 
     def describe(self, batch: int) -> str:
         """The struct of a launch for so many images."""
