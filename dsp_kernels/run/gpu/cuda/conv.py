@@ -79,8 +79,7 @@ class CudaKernels:
 class CudaConv:
     """One convolution, its weights packed and its tables on the device.
 
-    launch: the op, or its emulation in tests. kernel: the only kernel of KERNELS to launch, instead of the
-    one that the rule chooses.
+    kernel: the only kernel of KERNELS to launch, instead of the one that the rule chooses.
     """
 
     def __init__(
@@ -141,9 +140,9 @@ class CudaConv:
         tables, sizes = self._sizes(shape, dtype, device)
         launch_op(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
 
-    def describe(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
-        """The struct of a launch for an input (batch, channels, height, width)."""
-        return describe(self._sizes(shape, dtype, device)[1])
+    def describe(self, shape: Sequence[int]) -> str:
+        """The struct of a launch for an input (batch, channels, height, width); empty without constants."""
+        return describe(self._sizes(shape, *self._kind)[1]) if self._kind else ""
 
     def _sizes(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device

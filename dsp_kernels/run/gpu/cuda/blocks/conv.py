@@ -1,5 +1,7 @@
 """A residual block as one launch of a CUDA kernel (csrc/cuda/block_kernel.cuh): CHWN, 16-bit numbers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,6 @@ class CudaBlock:
         sizes = self._sizes._replace(batch=batch)
         launch_op(x, out, residual, weights, self.tables.bias, self._table, sizes)
 
-    def describe(self, batch: int) -> str:
-        """The struct of a launch for so many images."""
-        return describe(self._sizes._replace(batch=batch))
+    def describe(self, shape: Sequence[int]) -> str:
+        """The struct of a launch for an input (batch, channels, height, width)."""
+        return describe(self._sizes._replace(batch=shape[0]))
