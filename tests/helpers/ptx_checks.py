@@ -38,37 +38,46 @@ def layout_of(kernel: str) -> GpuLayout:
     return GpuLayout.NHWC if "nhwc" in kernel else GpuLayout.CHWN
 
 
+def interpreters(chips: Sequence[str] = CHIPS) -> Iterator[Interpreter]:
+    """Every order of warps, copies and blocks on every chip."""
+    for chip, order in product(chips, Interpreter.ORDERS.values()):
+        yield Interpreter(chip, **order)
+
+
 def conv_case(
-    case: Case, dtype: torch.dtype, kernel: str, chips: tuple[str, ...] = CHIPS, in_place: bool = False
-) -> None:
-    """Every order of warps, copies and blocks on every chip that has the kernel."""
+    case: Case, dtype: torch.dtype, kernel: str, chips: Sequence[str] = CHIPS, in_place: bool = False
+) -> set[str]:
+    """The names of the kernels that ran, in the PTX."""
     layout = layout_of(kernel)
     if layout is GpuLayout.CHWN:
         batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
         case = replace(case, batch=batch)
-    for chip, order in product(chips, Interpreter.ORDERS):
-        if chip != "sm_90a" and "wgmma" in kernel:
-            continue
-        with Interpreter(chip, **Interpreter.ORDERS[order]) as ptx:
+    ran = set()
+    for ptx in interpreters(["sm_90a"] if "wgmma" in kernel else chips):
+        with ptx:
             check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
         assert len(ptx.launches) == (case.batch > 0)
+        ran |= set(ptx.launches)
+    return ran
 
 
-def prepared_block(case: BlockCase, dtype: torch.dtype) -> CudaBlock:
+def block_case(
+    case: BlockCase, dtype: torch.dtype, chips: Sequence[str] = CHIPS, in_place: bool = False
+) -> set[str]:
+    """The names of the kernels that ran, in the PTX."""
     step = case.step(dtype)
     tables = block_tables(step, dtype, CPU)
     rows, columns, tile_n = case.tile
     geometry = BlockGeometry.of(step, tables.slots, case.hw, (rows, columns), tile_n, case.turns)
     assert geometry is not None
-    return CudaBlock(step, tables, geometry)
-
-
-def block_case(case: BlockCase, dtype: torch.dtype, in_place: bool = False) -> None:
-    block = prepared_block(case, dtype)
-    for chip, order in product(CHIPS, Interpreter.ORDERS):
-        with Interpreter(chip, **Interpreter.ORDERS[order]) as ptx:
+    block = CudaBlock(step, tables, geometry)
+    ran = set()
+    for ptx in interpreters(chips):
+        with ptx:
             check_block(block, case, dtype, in_place=in_place)
         assert len(ptx.launches) == 1
+        ran |= set(ptx.launches)
+    return ran
 
 
 class HostKernels(CudaKernels):
@@ -111,10 +120,6 @@ def runner_of(model: nn.Module, dtype: torch.dtype, size: Sequence[int]) -> GpuR
     return GpuRunner(program.map_tensors(lambda t: t.detach().to(dtype) if t.is_floating_point() else t))
 
 
-def kernels_of(launches: Sequence[str]) -> Counter[str]:
-    return Counter(line.split()[2] for line in launches)
-
-
 def released_network(
     shared: Path, name: str, count: int, dtype: torch.dtype, wgmma: bool, blocks: bool
 ) -> tuple[Tensor, Tensor, Counter[str]]:
@@ -125,4 +130,4 @@ def released_network(
         run = runner_of(model, dtype, images.shape[1:])
         got = torch.cat([run(part.to(dtype)).float() for part in images.split(8)])
     with torch.no_grad():
-        return got, model(images), kernels_of(ptx.launches)
+        return got, model(images), Counter(ptx.launches)
