@@ -98,7 +98,8 @@ DSP_DEVICE void keep_rows(const BlockParams& p) {
 // region that is read, with these strides.
 template <class T, int MT, int NT>
 DSP_DEVICE void accumulate(float (&sums)[MT][NT][4], const BlockParams& p, const uint4* weights, const int* offsets,
-                           int steps, const BlockRegion& target, int first, int source_columns, int stride_y, int stride_x) {
+                           int steps, const BlockRegion& target, int first, int source_columns, int stride_y,
+                           int stride_x) {
     if (steps == 0) return;
     __syncwarp();  // ldmatrix and mma need all lanes
     const int lane = threadIdx.x % 32;
@@ -197,8 +198,7 @@ DSP_DEVICE void finish_in_output(const float (&sums)[MT][NT][4], const BlockPara
                 const int y = place.y0 + at.row, x = place.x0 + at.column, n = place.n0 + at.n;
                 const int row = first_row + i * 16 + half * 8 + lane / 4;
                 const int channel = __ldg(p.tables + p.targets_at + row);
-                if (channel < 0 || chunk >= chunks || y >= target.height || x >= target.width ||
-                    n >= p.chunks_of_batch)
+                if (channel < 0 || chunk >= chunks || y >= target.height || x >= target.width || n >= p.chunks_of_batch)
                     continue;
                 const int64_t unit = static_cast<int64_t>(channel) * target.height * target.width * p.chunks_of_batch +
                                      (y * target.width + x) * p.chunks_of_batch + n;
@@ -212,8 +212,8 @@ DSP_DEVICE void finish_in_output(const float (&sums)[MT][NT][4], const BlockPara
                     const int slot = __ldg(p.tables + p.residuals_at + row);
                     const int pixel = (at.row - input.shift_y) * input.columns + at.column - input.shift_x;
                     add_eight<T>(value, *reinterpret_cast<const uint4*>(shared_memory + input.offset +
-                                                                       slot * input.channel_bytes +
-                                                                       (pixel * p.tile_n + at.n) * 16));
+                                                                        slot * input.channel_bytes +
+                                                                        (pixel * p.tile_n + at.n) * 16));
                 }
                 activate(value, activation);
                 static_cast<uint4*>(p.out)[unit] = pack_eight<T>(value);

@@ -35,8 +35,8 @@ DSP_DEVICE void load_block(const ConvParams& p, const Tile& tile, const ChwnColu
         const int dy = tap_y(tap.y), dx = tap_x(tap.y);
         const bool inside = is_inside(column.y + dy, column.x + dx, p.height, p.width);
         const int unit = inside ? column.unit + (dy * p.width + dx) * n8 + tap.x * plane : 0;
-        cp_async_16(stage + K::kWeightBytes + K::place(row, thread % K::kChunks),
-                    static_cast<const uint4*>(p.x) + unit, inside);
+        cp_async_16(stage + K::kWeightBytes + K::place(row, thread % K::kChunks), static_cast<const uint4*>(p.x) + unit,
+                    inside);
     }
 }
 
@@ -49,7 +49,7 @@ struct ChwnGemm {
     static constexpr int kStageBytes = kWeightBytes + kRows * kRowBytes;
     static constexpr int kSumStride = kChunks * 8 + 8;
     static constexpr int kSumBytes = FILTERS * kSumStride * 4;
-    static constexpr int kSharedBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+    static int shared_bytes(int) { return std::max(kStages * kStageBytes, kSumBytes); }
     static_assert(kSumStride % 32 == 8, "store_by_filter");
 
     // Chunks of a row are permuted by the row's number, so that ldmatrix finds eight rows of one chunk in all banks.
@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(ChwnGemm<FILTERS>::kThreads, ChwnGemm<FILTERS>
 #pragma unroll
         for (int step = 0; step < K::kRows / 16; ++step)
             multiply_step<T, true>(sums, stage, step, [&](int pair) {
-                return stage + K::kWeightBytes +
-                       K::place(step * 16 + lane % 16, warp * K::kNT + pair * 2 + lane / 16);
+                return stage + K::kWeightBytes + K::place(step * 16 + lane % 16, warp * K::kNT + pair * 2 + lane / 16);
             });
     });
     __syncthreads();

@@ -14,7 +14,7 @@ struct Fp32Gemm {
     static constexpr int kRows = 16, kStages = 3;
     static constexpr int kWeightBytes = kRows * kFilters * 4, kRowBytes = kPositions * 4;
     static constexpr int kStageBytes = kWeightBytes + kRows * kRowBytes;
-    static constexpr int kSharedBytes = kStages * kStageBytes;
+    static int shared_bytes(int) { return kStages * kStageBytes; }
     static constexpr int kColumns = NHWC ? kPositions : kPositions / 4;  // pieces of a row that a thread copies
 };
 

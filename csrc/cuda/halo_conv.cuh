@@ -65,13 +65,13 @@ struct HaloConv {
     static constexpr int kSumBytes = FILTERS * kSumStride * 4;
     static_assert(kSumStride % 32 == 8, "store_by_filter");
 
-    static bool fits(int tile_h, int tile_w, int tile_n) { return tile_h * tile_w * tile_n <= kChunks; }
+    static bool fits(int tile_h, int tile_w, int tile_n) {
+        return tile_h * tile_w * tile_n <= kChunks && halo_chunks(tile_h, tile_w, tile_n) <= kMostHalo;
+    }
     // An odd number of chunks per channel, so that ldmatrix finds eight channels of one pixel in all banks.
     DSP_HD static int channel_bytes(int halo) { return (halo | 1) * 16; }
     DSP_HD static int stage_bytes(int halo) { return kWeightBytes + kChannels * channel_bytes(halo); }
-    static int shared_bytes(int halo) {
-        return kStages * stage_bytes(halo) > kSumBytes ? kStages * stage_bytes(halo) : kSumBytes;
-    }
+    static int shared_bytes(int halo) { return std::max(kStages * stage_bytes(halo), kSumBytes); }
 };
 
 template <class T, int FILTERS>
@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(HaloConv<FILTERS>::kThreads, HaloConv<FILTERS>
     const Tile tile = p.tiles[at.filters];
     const int per_channel = K::channel_bytes(at.chunks), per_stage = K::stage_bytes(at.chunks);
 
-    // The chunk of the halo that this thread copies, and the offsets in the halo of the n tiles whose addresses it gives.
+    // The chunk of the halo that this thread copies, and the offsets in the halo of the n tiles whose addresses it
+    // gives.
     const int place = thread % K::kHaloLanes, unit = halo_unit(p, at, place);
     int offsets[K::kNT / 2];
 #pragma unroll

@@ -15,11 +15,10 @@ struct ConvKernel {
     int filters, threads;
     int outputs;  // of a thread block: pixels x images
     int rows;     // of the reduction in a block of it
-    // Of a thread block; halo: chunks of a halo kernel's tile with its halo.
+    // Of a thread block; halo: chunks of the tile of a halo kernel with its halo.
     int (*shared_bytes)(int halo);
-    // Halo kernels: whether a tile of height x width pixels x chunks fits, and the most chunks with its halo.
-    bool (*fits)(int, int, int) = nullptr;
-    int most_halo = 0;
+    // Halo kernels: whether a tile of height x width pixels x chunks fits.
+    bool (*fits)(int height, int width, int chunks);
 };
 
 struct BlockKernel {
@@ -36,13 +35,13 @@ struct Kernels {
 // K: the constants of a kernel.
 template <class K>
 ConvKernel gemm_kernel(Kernel kernel, Dtype dtype, const char* order, void (*function)(ConvParams)) {
-    return {kernel,     dtype,    order, function, K::kFilters, K::kThreads, K::kOutputs, K::kRows,
-            [](int) { return K::kSharedBytes; }};
+    return {kernel, dtype, order, function, K::kFilters, K::kThreads, K::kOutputs, K::kRows, K::shared_bytes, nullptr};
 }
 template <class K>
 ConvKernel halo_kernel(Kernel kernel, Dtype dtype, const char* order, void (*function)(ConvParams)) {
-    return {kernel,   dtype,           order,   function,     K::kFilters, K::kThreads, K::kOutputs,
-            K::kRows, K::shared_bytes, K::fits, K::kMostHalo};
+    ConvKernel made = gemm_kernel<K>(kernel, dtype, order, function);
+    made.fits = K::fits;
+    return made;
 }
 
 void add_float16_kernels(Kernels& all);

@@ -65,7 +65,7 @@ int64_t choose_halo_tile(const ConvKernel& kernel, ConvParams& p, int limit) {
         for (int h = 1; h <= chunks && h <= p.out_height; ++h)
             for (int w = 1; w <= chunks && w <= p.out_width; ++w) {
                 const int halo = (h + 2) * (w + 2) * n;
-                if (!kernel.fits(h, w, n) || halo > kernel.most_halo || kernel.shared_bytes(halo) > limit) continue;
+                if (!kernel.fits(h, w, n) || kernel.shared_bytes(halo) > limit) break;  // nor do wider ones
                 const int64_t blocks = divide_up(p.out_height, h) * divide_up(p.out_width, w) * divide_up(n8, n);
                 const double cost = static_cast<double>(blocks) * (halo * (n == 1 ? 2 : 1) + chunks);
                 if (found && cost >= best) continue;
@@ -89,8 +89,7 @@ void launch_conv(const ConvSizes& sizes, const Tensors& tensors, Dtype dtype, in
     for (const ConvKernel& k : all_kernels().convs) {
         if (static_cast<int>(k.kernel) != p.kernel || k.dtype != dtype || k.filters != p.filters) continue;
         const int64_t positions = static_cast<int64_t>(p.batch) * p.out_height * p.out_width;
-        const int64_t blocks =
-            k.fits ? choose_halo_tile(k, p, shared_limit(device)) : divide_up(positions, k.outputs);
+        const int64_t blocks = k.fits ? choose_halo_tile(k, p, shared_limit(device)) : divide_up(positions, k.outputs);
         const int halo = (p.tile_h + 2) * (p.tile_w + 2) * p.tile_n;
         return launch(k.function, p, blocks * p.tile_count, k.threads, k.shared_bytes(halo), device, stream);
     }
@@ -107,8 +106,7 @@ void launch_block(const BlockSizes& sizes, const Tensors& tensors, Dtype dtype, 
     const int64_t blocks_y = divide_up(output.height, static_cast<int64_t>(output.rows) * p.turns);
     for (const BlockKernel& k : all_kernels().blocks)
         if (k.dtype == dtype && k.filters == p.filters)
-            return launch(k.function, p, blocks_y * p.blocks_x * p.blocks_n, k.threads, p.shared_bytes, device,
-                          stream);
+            return launch(k.function, p, blocks_y * p.blocks_x * p.blocks_n, k.threads, p.shared_bytes, device, stream);
     throw std::runtime_error("there is no such block kernel for this dtype");
 }
 

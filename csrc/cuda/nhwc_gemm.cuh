@@ -20,8 +20,7 @@ struct NhwcGemm {
     static constexpr int kStageBytes = kWeightBytes + kPositions * kOctets * 16;
     static constexpr int kSumStride = FILTERS + 4;
     static constexpr int kSumBytes = kPositions * kSumStride * 4;  // of a slice
-    static constexpr int kSharedBytes =
-        SLICES * (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes);
+    static int shared_bytes(int) { return SLICES * std::max(kStages * kStageBytes, kSumBytes); }
     static constexpr int kMine = kOctets * kPositions / kSlice;  // octets of a thread in a block
     static_assert(kSumStride % 16 == 4, "store_by_position");
 };
@@ -93,7 +92,8 @@ DSP_DEVICE void finish_octet(const ConvParams& p, int row, int64_t number, int o
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         channel[i] = __ldg(p.rows + row + i);
-        if (p.residual && channel[i] >= 0) value[i] += to_float<T>(static_cast<const uint16_t*>(p.residual)[number + channel[i]]);
+        if (p.residual && channel[i] >= 0)
+            value[i] += to_float<T>(static_cast<const uint16_t*>(p.residual)[number + channel[i]]);
     }
     activate(value, p.activation);
 #pragma unroll
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(NhwcGemm<FILTERS, SLICES>::kThreads, NhwcGemm<
     using K = NhwcGemm<FILTERS, SLICES>;
     const int block = blockIdx.x, thread = threadIdx.x, lane = thread % 32;
     const int slice = thread / K::kSlice, within = thread % K::kSlice, place = thread % K::kPositions;
-    const int first_octet = within / K::kPositions * K::kMine;     // of those that this thread stages
-    const int first_position = within / 32 * K::kNT * 8;           // of those that this warp multiplies
+    const int first_octet = within / K::kPositions * K::kMine;  // of those that this thread stages
+    const int first_position = within / 32 * K::kNT * 8;        // of those that this warp multiplies
     const int tile_number = block % p.tile_count;
     const int position = block / p.tile_count * K::kPositions + place;
     const Tile tile = p.tiles[tile_number];

@@ -18,18 +18,19 @@
 #define DSP_ACTIVATIONS(F) F(none) F(relu) F(relu6) F(silu) F(hardswish)
 #define DSP_RESIDUALS(F) F(none) F(input) F(tensor)
 
+// clang-format off
 // A convolution. tile_count: of `filters` filters each. *_at: where a part of the tables begins.
-#define DSP_CONV_FIELDS(F)                                                                                 \
-    F(kernel) F(filters) F(tile_count) F(rows_at) F(runs_at) F(taps_at) F(gather_at)                       \
-    F(stride_y) F(stride_x) F(pad_y) F(pad_x) F(activation)                                                \
+#define DSP_CONV_FIELDS(F) \
+    F(kernel) F(filters) F(tile_count) F(rows_at) F(runs_at) F(taps_at) F(gather_at) \
+    F(stride_y) F(stride_x) F(pad_y) F(pad_x) F(activation) \
     F(batch) F(in_channels) F(height) F(width) F(out_channels) F(out_height) F(out_width)
 
 // A residual block. channels_at: channel of x of every slot of region 0; targets_at: per row (filter of a tile), its
 // slot in the next region, or output channel, or -1; residuals_at: per row, the slot of region 0 that is added to it;
 // table_size: of all tables. turns: of a thread block, tiles of output rows one below the other.
-#define DSP_BLOCK_FIELDS(F)                                                                                \
-    F(filters) F(batch) F(in_channels) F(out_channels) F(tile_n) F(turns) F(shared_bytes) F(conv_count)    \
-    F(residual_kind) F(channels_at) F(targets_at) F(residuals_at) F(table_size)                            \
+#define DSP_BLOCK_FIELDS(F) \
+    F(filters) F(batch) F(in_channels) F(out_channels) F(tile_n) F(turns) F(shared_bytes) F(conv_count) \
+    F(residual_kind) F(channels_at) F(targets_at) F(residuals_at) F(table_size) \
     F(shortcut_stride_y) F(shortcut_stride_x) F(by_tile_n)
 
 // A tile of one feature map in shared memory, [slot of a channel][row][column][chunk of 8 images]. Pixels outside the
@@ -37,13 +38,14 @@
 // of chunks, so that eight neighbouring slots use all banks. rows, columns: of the tile; height, width: of the map. The
 // tile's first row in the map is that of the block's outputs times step plus shift. kept: rows that the next turn reads
 // again. by_column, by_tile_n: see divide_small.
-#define DSP_REGION_FIELDS(F)                                                                               \
-    F(offset) F(channel_bytes) F(rows) F(columns) F(height) F(width)                                       \
+#define DSP_REGION_FIELDS(F) \
+    F(offset) F(channel_bytes) F(rows) F(columns) F(height) F(width) \
     F(step_y) F(step_x) F(shift_y) F(shift_x) F(slots) F(kept) F(by_column)
 
 // Convolution i of a block reads region i and writes region i + 1; the last one writes `out`. tiles_at: BlockTile of
 // each, in the tables; first_row: of the targets and of the bias, tile_count * filters from there on.
 #define DSP_BLOCK_CONV_FIELDS(F) F(tile_count) F(tiles_at) F(first_row) F(stride_y) F(stride_x) F(activation)
+// clang-format on
 
 // Constants that Python must have too, and the value of each.
 #define DSP_LIMITS(F) F(kOutside) F(kLargestSide) F(kMostConvs) F(kMostChunks) F(kLargestDivisor)

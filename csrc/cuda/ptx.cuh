@@ -1,5 +1,5 @@
-// The PTX instructions that CUDA C++ has no function for, one wrapper each. Addresses in shared memory are 32-bit, as the
-// instructions take them.
+// The PTX instructions that CUDA C++ has no function for, one wrapper each. Addresses in shared memory are 32-bit, as
+// the instructions take them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,10 +54,10 @@ DSP_DEVICE uint4 ldmatrix_x4(int offset) {
 }
 
 // d += a * b: 16 x 16 by 16 x 8.
-#define DSP_MMA(TYPE)                                                                  \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"          \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                      \
+#define DSP_MMA(TYPE)                                                         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE       \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])             \
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b_low), "r"(b_high))
 template <class T>
 DSP_DEVICE void mma_m16n8k16(float (&d)[4], const uint4& a, uint32_t b_low, uint32_t b_high) {

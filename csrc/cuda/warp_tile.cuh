@@ -4,6 +4,8 @@
 // bytes.
 #pragma once
 
+#include <algorithm>
+
 #include "params.h"
 #include "ptx.cuh"
 

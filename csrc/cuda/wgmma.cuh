@@ -33,8 +33,8 @@ DSP_DEVICE uint64_t operand(int offset, int lead, int stride, bool is_swizzled =
 // which are those of mma.m16n8k16 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16").
 using WarpgroupSums = float[1][16][4];
 
-// each_block by warpgroups: multiply(k) starts the products of block k. PENDING blocks are still in flight when the next
-// one starts, which occupies as many more stages.
+// each_block by warpgroups: multiply(k) starts the products of block k. PENDING blocks are still in flight when the
+// next one starts, which occupies as many more stages.
 template <int STAGES, int PENDING, class Load, class Multiply>
 DSP_DEVICE void each_block_by_warpgroups(int k_blocks, Load load, Multiply multiply) {
     constexpr int kAhead = STAGES - 1 - PENDING;
@@ -57,10 +57,10 @@ DSP_DEVICE void each_block_by_warpgroups(int k_blocks, Load load, Multiply multi
     if (PENDING > 0) wgmma_wait<0>();
 }
 
-// Implicit GEMM in CHWN like chwn_gemm.cuh: tiles of 64 or 128 filters, multiplied by wgmma straight from shared memory.
-// Filters are the M side, one warpgroup for 64 of them; the 128 positions are the N side, and a gathered row of the
-// reduction is what the N-major operand wants: pieces of 8 images, any channel set at no cost.
-// taps: as in chwn_gemm.cuh. Weights of a block: [k / 8][filter][8 numbers along k].
+// Implicit GEMM in CHWN like chwn_gemm.cuh: tiles of 64 or 128 filters, multiplied by wgmma straight from shared
+// memory. Filters are the M side, one warpgroup for 64 of them; the 128 positions are the N side, and a gathered row of
+// the reduction is what the N-major operand wants: pieces of 8 images, any channel set at no cost. taps: as in
+// chwn_gemm.cuh. Weights of a block: [k / 8][filter][8 numbers along k].
 template <int FILTERS>
 struct WgmmaGemm {
     static constexpr int kBlocks = FILTERS == 64 ? 4 : 2;  // resident per multiprocessor; bounds the registers
@@ -71,7 +71,7 @@ struct WgmmaGemm {
     static constexpr int kStageBytes = kWeightBytes + kRows / 8 * kAtoms * kAtomBytes;
     static constexpr int kSumStride = kChunks * 8 + 8;
     static constexpr int kSumBytes = FILTERS * kSumStride * 4;
-    static constexpr int kSharedBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+    static int shared_bytes(int) { return std::max(kStages * kStageBytes, kSumBytes); }
     static_assert(kSumStride % 32 == 8, "store_by_filter");
     static_assert(kWeightBytes % kAtomBytes == 0, "atoms begin at multiples of their size");
 
@@ -98,10 +98,9 @@ __global__ void __launch_bounds__(WgmmaGemm<FILTERS>::kThreads, WgmmaGemm<FILTER
         const int stage = k % K::kStages * K::kStageBytes;
 #pragma unroll
         for (int step = 0; step < K::kRows / 16; ++step)
-            wgmma_m64n128k16<T>(
-                sums[0], operand(stage + step * 2 * FILTERS * 16 + group * 64 * 16, FILTERS * 16, 128),
-                operand(stage + K::kWeightBytes + step * 2 * K::kAtoms * K::kAtomBytes, K::kAtomBytes,
-                        K::kAtoms * K::kAtomBytes, true));
+            wgmma_m64n128k16<T>(sums[0], operand(stage + step * 2 * FILTERS * 16 + group * 64 * 16, FILTERS * 16, 128),
+                                operand(stage + K::kWeightBytes + step * 2 * K::kAtoms * K::kAtomBytes, K::kAtomBytes,
+                                        K::kAtoms * K::kAtomBytes, true));
     });
     __syncthreads();
     store_by_filter(sums, 0, K::kSumStride, warp * 16);
@@ -128,14 +127,12 @@ struct WgmmaHalo {
     static_assert(kSumStride % 32 == 8, "store_by_filter");
 
     static bool fits(int tile_h, int tile_w, int tile_n) {
-        return tile_h <= kLines && tile_w * tile_n <= kLineChunks;
+        return tile_h <= kLines && tile_w * tile_n <= kLineChunks && halo_chunks(tile_h, tile_w, tile_n) <= kMostHalo;
     }
     // A line is always read 16 chunks long; values behind a shorter one go into sums that are never read.
     DSP_HD static int half_bytes(int halo) { return (halo + kLineChunks) * kCore; }
     DSP_HD static int stage_bytes(int halo) { return kWeightBytes + 2 * half_bytes(halo); }
-    static int shared_bytes(int halo) {
-        return kStages * stage_bytes(halo) > kSumBytes ? kStages * stage_bytes(halo) : kSumBytes;
-    }
+    static int shared_bytes(int halo) { return std::max(kStages * stage_bytes(halo), kSumBytes); }
 };
 
 template <class T>
@@ -177,9 +174,8 @@ __global__ void __launch_bounds__(WgmmaHalo::kThreads, WgmmaHalo::kBlocks)
 #pragma unroll
         for (int tap = 0; tap < 9; ++tap) {
             const int place = ((line + tap / 3) * at.width + tap % 3) * p.tile_n;
-            wgmma_m64n128k16<T>(
-                sums[0], operand(stage + tap * K::kFilters * K::kChannels * 2, K::kFilters * 16, 128),
-                operand(stage + K::kWeightBytes + place * K::kCore, per_half, K::kCore));
+            wgmma_m64n128k16<T>(sums[0], operand(stage + tap * K::kFilters * K::kChannels * 2, K::kFilters * 16, 128),
+                                operand(stage + K::kWeightBytes + place * K::kCore, per_half, K::kCore));
         }
     });
     __syncthreads();

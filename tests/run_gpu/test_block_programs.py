@@ -1,10 +1,10 @@
 """Networks with residual blocks as one kernel: the executor on the CPU, the kernel by its definition."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import block_cases
+import ptx_checks
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.program import GpuRunner
-from dsp_kernels.run.gpu.tune import Choices, Tuner
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.models import cifar_resnet
 
@@ -99,19 +98,8 @@ def images(batch: int) -> Tensor:
     return torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0)).half()
 
 
-class Prefers(Tuner):
-    """A tuner that takes what it prefers where that is an option."""
-
-    def __init__(self, *wanted: str) -> None:
-        super().__init__(Choices(Path("nowhere")), None)
-        self.wanted = wanted
-
-    def fastest(self, key: Any, options: Mapping[str, Any], *, always: bool = False) -> str:
-        return next((name for want in self.wanted for name in options if want in name), next(iter(options)))
-
-
 def runner_of(model: nn.Module, *wanted: str) -> GpuRunner:
-    return GpuRunner(program_of(model), make_tuner=lambda device, what: Prefers(*wanted))
+    return ptx_checks.runner_of(model, torch.float16, SIZE, *wanted)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.cuda.conv import CudaConv, CudaKernels
 from dsp_kernels.run.gpu.cuda.kernels import kernels_for
 from dsp_kernels.run.gpu.cuda.launch import KERNEL_CODES, BlockConv, BlockRegion, BlockSizes, ConvSizes
+from dsp_kernels.run.gpu.cuda.library import why_no_cuda
 from dsp_kernels.run.gpu.layout import ACTIVATION_CODES, GpuLayout
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
@@ -90,8 +91,8 @@ DENSE, FOUR = GroupStructure.dense(64, 64), GroupStructure.uniform(64, 64, 4)
 def test_which_kernel_is_launched_where_nothing_is_measured(
     structure: GroupStructure, kernel: int, batch: int, hw: tuple[int, int], expected: str
 ) -> None:
-    spec = Case("rule", structure, kernel=kernel, padding=kernel // 2).spec
-    weights = [torch.zeros(shape, dtype=torch.float16) for shape in structure.weight_shapes(spec.kernel_size)]
+    case = Case("rule", structure, kernel=kernel, padding=kernel // 2)
+    spec, weights = case.spec, case.tensors(torch.float16).weights
     layout, shape = layout_of(expected), (batch, structure.in_channels, *hw)
     conv = CudaConv(spec, weights, None, layout)
     assert conv.describe(shape).startswith(f"kernel={expected} ")
@@ -117,6 +118,8 @@ def test_a_launch_is_described_field_by_field() -> None:
 
 
 def test_an_op_that_refuses_names_the_launch() -> None:
+    if reason := why_no_cuda():
+        pytest.skip(reason)
     case = Case("refused", UNEQUAL, batch=2)
     arguments = case.tensors()
     conv = CudaConv(case.spec, arguments.weights, arguments.bias, NHWC)
