@@ -17,8 +17,9 @@
 // Declared only inside torch's own build.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
-// Python calls these through ctypes. Whether this library holds the kernels of sm_90a (set by tools/build_cuda.py):
-extern "C" __attribute__((visibility("default"))) int dsp_kernels_has_wgmma() { return DSP_KERNELS_WGMMA; }
+// The version of CUDA and the architectures that this library was built for, such as "13.0 sm_80 compute_80 sm_90a"
+// (defined by tools/build_cuda.py); Python calls this through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* dsp_kernels_build() { return DSP_KERNELS_BUILD; }
 
 // All names, in their order, and numbers that Python must have too (interface() in run/gpu/cuda/launch.py):
 extern "C" __attribute__((visibility("default"))) const char* dsp_kernels_interface() {

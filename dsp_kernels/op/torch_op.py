@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsp_kernels.errors import DSPShapeError, DSPStructureError
 from dsp_kernels.op.activations import activation_gradient
@@ -211,8 +211,10 @@ OP = torch.ops.dsp_kernels.gather_grouped_conv2d
 
 # -- caches: index tensors -> checked structure; weights -> CPU plan with packed weights
 
-# An entry is valid while the same tensors live and do not change; their version counters are in the key.
-_STRUCTURES: LRU[tuple[tuple[TensorWeakRef, ...], GroupStructure]] = LRU(1024)
+# An entry is valid while the same storages live and do not change; version counters are in the key. Not the
+# tensors: under torch.compile they may be others at every call. While a storage has a weak reference, no
+# other gets its number.
+_STRUCTURES: LRU[tuple[list[StorageWeakRef], GroupStructure]] = LRU(1024)
 
 
 def _structure_of(
@@ -224,13 +226,14 @@ def _structure_of(
     tensors = (*in_index, *out_index)
     if any(tensor.is_inference() for tensor in tensors):  # without a version counter, changes go unnoticed
         return _check(in_index, out_index, in_channels, out_channels)
-    key = (in_channels, out_channels, *(id(t) for t in tensors), *(t._version for t in tensors))
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    views = ((tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors)
+    key = (in_channels, out_channels, *(storage._cdata for storage in storages), *views)
     entry = _STRUCTURES.get(key)
-    if entry is not None and all(ref() is t for ref, t in zip(entry[0], tensors, strict=True)):
-        return entry[1]
-    structure = _check(in_index, out_index, in_channels, out_channels)
-    _STRUCTURES.put(key, (tuple(TensorWeakRef(t) for t in tensors), structure))
-    return structure
+    if entry is None:
+        entry = [*map(StorageWeakRef, storages)], _check(in_index, out_index, in_channels, out_channels)
+        _STRUCTURES.put(key, entry)
+    return entry[1]
 
 
 def _check(

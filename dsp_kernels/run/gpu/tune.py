@@ -166,10 +166,10 @@ def tuner_for(device: torch.device, what: str) -> Tuner:
     budget = math.inf if wanted == "all" else BUDGET
     limit = "" if wanted == "all" else f"for at most {BUDGET:.0f} s "
     choices = _opened(choices_file(name, *versions))
-    return Tuner(choices, partial(_gpu_seconds, device), f"on {name} {limit}{what}", budget)
+    return Tuner(choices, partial(gpu_seconds, device), f"on {name} {limit}{what}", budget)
 
 
-def _gpu_seconds(device: torch.device, launch: Launch) -> float:
+def gpu_seconds(device: torch.device, launch: Launch) -> float:
     """The least time of a launch over replays of a CUDA graph of several."""
 
     def launch_all() -> None:

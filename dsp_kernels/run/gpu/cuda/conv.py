@@ -14,7 +14,7 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for, rule
 from dsp_kernels.run.gpu.cuda.launch import KERNEL_CODES, ConvSizes, describe, launch_op
-from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda
+from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda_on
 from dsp_kernels.run.gpu.cuda.tables import Tables, make_tables
 from dsp_kernels.run.gpu.layout import (
     BATCH_MULTIPLE,
@@ -22,7 +22,6 @@ from dsp_kernels.run.gpu.layout import (
     GpuConv,
     GpuLayout,
     check_conv_operands,
-    why_not_on,
 )
 
 
@@ -35,20 +34,19 @@ class CudaKernels:
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
         """On such a GPU, if the kernels are built."""
-        if reason := self.why_not(device):
-            return False, reason
         if dtype not in GPU_DTYPES:
             return False, f"dtype {dtype} is none of float16, bfloat16, float32"
         reach = max((k - 1) * d for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
         if max(reach, *spec.padding) > LARGEST_SIDE:
             return False, f"its kernel or padding reaches farther than {LARGEST_SIDE} pixels"
-        return True, ""
+        reason = self.why_not(device)
+        return not reason, reason
 
     def why_not(self, device: torch.device) -> str:
         """Nothing is loaded for tensors on a CPU."""
         if device.type != "cuda":
             return f"tensors are on {device}"
-        return why_no_cuda() or why_not_on(device.index)
+        return why_no_cuda_on(device.index)
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout

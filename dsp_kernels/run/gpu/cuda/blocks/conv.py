@@ -10,8 +10,8 @@ from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables
 from dsp_kernels.run.gpu.cuda.launch import describe, launch_op
-from dsp_kernels.run.gpu.cuda.library import why_no_cuda
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands, why_not_on
+from dsp_kernels.run.gpu.cuda.library import why_no_cuda_on
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands
 
 
 def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
@@ -22,7 +22,7 @@ def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -
         return f"dtype {dtype} is neither float16 nor bfloat16"
     if device.type != "cuda":
         return f"tensors are on {device}"
-    return why_no_cuda() or why_not_on(device.index)
+    return why_no_cuda_on(device.index)
 
 
 class CudaBlock:
