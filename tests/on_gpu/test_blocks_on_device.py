@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 from block_cases import CASES, IDS, BlockCase
+from dsp_kernels.run.gpu.cuda.blocks.cost import device_model
 from gpu_checks import check_block
 
 import dsp_kernels
