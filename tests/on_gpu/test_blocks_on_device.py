@@ -47,7 +47,9 @@ def test_block(case: BlockCase, dtype: torch.dtype, gpu: torch.device) -> None:
     tables = block_tables(step, dtype, gpu)
     shape = case.batch, case.convs[0][0].in_channels, *case.hw
     out = step.output_shape(shape)
-    shapes = {**dict.fromkeys(step.inputs, out), "x": shape, "y": out}
+    shapes = {**dict.fromkeys(step.inputs, out), "x": shape}
+    for member in step.members:
+        shapes[member.output] = member.spec.output_shape(shapes[member.inputs[0]])
     chosen = BlockGeometry.of(step, tables.slots, case.hw, case.tile[:2], case.tile[2], case.turns)
     worth_measuring = block_options(step, shapes, limits_of(gpu)).values()
     for geometry in (chosen, *(other for part, other in worth_measuring if part is step)):
