@@ -109,8 +109,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         monkeypatch.setattr(
             torch.cuda, name, lambda *_: pytest.fail("a capture must not wait or free memory")
         )
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        monkeypatch.setattr(torch._C, name, fake.end_pool, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_pool, raising=False)
     return fake
 
 

@@ -68,6 +68,5 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         index = torch.cuda.current_device()
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
-        for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with suppress(RuntimeError):  # what capture_end did before it raised
-                leave(index, pool)
+        with suppress(RuntimeError):  # capture_end may have done it before it raised
+            torch._C._cuda_endAllocateToPool(index, pool)
