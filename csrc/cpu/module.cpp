@@ -8,6 +8,10 @@
 
 #include "run.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -16,23 +20,27 @@ using Array = py::array_t<float>; // other dtypes are refused below, not convert
 using dsp::Act;
 using dsp::fail;
 using dsp::Pair;
+using Sizes = std::vector<std::pair<int, int>>; // height and width of each input
 
-// The enumerator with this name; names are in the order of the enumerators.
+// The names of an enum that DSP_ENUM made, in the order of its enumerators.
+std::vector<std::string> split(const std::string& names) {
+    std::vector<std::string> list;
+    for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 2) {
+        end = names.find(", ", begin);
+        list.push_back(names.substr(begin, end - begin));
+    }
+    return list;
+}
+
 template <typename Enum>
-Enum named(const char* what, std::initializer_list<const char*> names, const std::string& name) {
-    const auto found = std::find(names.begin(), names.end(), name);
-    if (found == names.end()) fail(std::string(what) + " '" + name + "' is unknown");
-    return Enum(found - names.begin());
+Enum named(const char* what, const char* names, const std::string& name) {
+    const auto known = split(names);
+    const auto found = std::find(known.begin(), known.end(), name);
+    if (found == known.end()) fail(std::string(what) + " '" + name + "' is unknown; known are " + names);
+    return Enum(found - known.begin());
 }
 
-Act activation(const std::string& name) {
-    return named<Act>("activation", {"none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid"}, name);
-}
-
-dsp::Precision precision_of(bool bf16, bool fp16) {
-    if (bf16 && fp16) fail("the precision is bfloat16 or float16, not both");
-    return bf16 ? dsp::Precision::bf16 : fp16 ? dsp::Precision::fp16 : dsp::Precision::f32;
-}
+Act activation(const std::string& name) { return named<Act>("activation", dsp::Act_names, name); }
 
 std::vector<float> flat(const Array& array) {
     const auto dense = py::array_t<float, py::array::c_style | py::array::forcecast>(array);
@@ -46,10 +54,10 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 // Built step by step; immutable after its first run.
 class Native {
   public:
-    Native(const std::string& isa, bool bf16, const std::string& winograd, bool fp16)
+    Native(const std::string& isa, const std::string& precision, const std::string& winograd)
         : network_(std::make_unique<dsp::Network>(
-              isa, precision_of(bf16, fp16),
-              named<dsp::Winograd>("winograd", {"never", "where faster", "bands", "patches"}, winograd))) {}
+              isa, named<dsp::Precision>("precision", dsp::Precision_names, precision),
+              named<dsp::Winograd>("winograd", dsp::Winograd_names, winograd))) {}
 
     dsp::Network& open() {
         if (!network_) fail("the network has run and cannot grow");
@@ -98,6 +106,12 @@ class Native {
         return open().add_map(x, other, flat_or_empty(scale), flat_or_empty(shift), activation(act));
     }
 
+    int pool(int x, const std::string& kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+             bool include_pad, std::optional<int> divisor) {
+        return open().add_pool(x, named<dsp::Pooling>("pool", dsp::Pooling_names, kind), kernel, stride, padding,
+                               dilation, ceil_mode, include_pad, divisor.value_or(0));
+    }
+
     int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
 
     int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
@@ -108,82 +122,88 @@ class Native {
                                  int(weight.shape(1)), activation(act));
     }
 
-    std::vector<std::vector<int>> output_shapes(const std::vector<std::pair<int, int>>& sizes) {
-        return sealed().output_shapes(checked_sizes(sizes));
+    std::vector<std::vector<int>> output_shapes(const Sizes& sizes) {
+        return sealed().summary(checked_sizes(sizes)).outputs;
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
-        const Call call = checked(inputs, outputs, interleave);
-        if (call.images == 0) return;
-        py::gil_scoped_release release;
-        session_->run(call.sizes, call.images, call.sources, call.targets, threads, interleave);
-    }
-
-    // (name, value) of each operation of a plan for one thread.
-    std::vector<std::pair<std::string, int>> operations(const std::vector<std::pair<int, int>>& sizes, int interleave) {
-        check_interleave(interleave);
-        if (interleave == 0) fail("operations need an interleave");
-        return sealed().operations(checked_sizes(sizes), interleave);
-    }
-
-    int64_t scratch_bytes() { return sealed().scratch_bytes(); }
-    int plan_count() { return sealed().plan_count(); }
-
-  private:
-    struct Call {
-        int64_t images;
+        dsp::Session& session = sealed();
+        if (int(inputs.size()) != session.network().inputs || int(outputs.size()) != session.network().outputs ||
+            inputs.empty())
+            fail("wrong number of inputs or outputs");
+        const int64_t images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
         std::vector<dsp::Size> sizes;
         std::vector<dsp::Images> sources, targets;
-    };
-
-    static void check_interleave(int interleave) {
-        if (interleave < 0 || interleave > 16 || (interleave & (interleave - 1)))
-            fail("interleave is 0, 1, 2, 4, 8 or 16");
+        for (size_t n = 0; n < inputs.size(); ++n) {
+            const Array& x = inputs[n];
+            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != images || x.shape(1) != channels_[n])
+                fail("input " + std::to_string(n) + " has the wrong shape");
+            sizes.push_back(x.ndim() == 4 ? dsp::Size{int(x.shape(2)), int(x.shape(3))} : dsp::Size{1, 1});
+            sources.push_back(images_of(x, const_cast<float*>(x.data())));
+        }
+        if (images == 0) return;
+        const auto route = route_of({std::move(sizes), images, threads, interleave});
+        for (size_t n = 0; n < outputs.size(); ++n) {
+            Array& y = outputs[n];
+            const auto& s = route->summary.outputs[n];
+            const bool fits4 = y.ndim() == 4 && y.shape(0) == images && y.shape(1) == s[0] && y.shape(2) == s[1] &&
+                               y.shape(3) == s[2];
+            const bool fits2 = y.ndim() == 2 && y.shape(0) == images && y.shape(1) == s[0] && s[1] * s[2] == 1;
+            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has the wrong shape");
+            targets.push_back(images_of(y, y.mutable_data()));
+        }
+        py::gil_scoped_release release;
+        dsp::run(*route, sources, targets);
     }
 
-    std::vector<dsp::Size> checked_sizes(const std::vector<std::pair<int, int>>& sizes) {
+    // What a call launches: for each range of images a dict, with (value or -1, kernel) of its operations.
+    std::vector<py::dict> launches(const Sizes& sizes, int64_t images, int threads, int interleave) {
+        std::vector<py::dict> list;
+        for (const auto& share : route_of({checked_sizes(sizes), images, threads, interleave})->shares) {
+            std::vector<std::pair<int, std::string>> operations;
+            for (const auto& op : share.plan->ops) operations.emplace_back(op->made, op->name + op->detail);
+            list.push_back(py::dict(py::arg("images") = share.count, py::arg("interleave") = share.interleave,
+                                    py::arg("together") = share.together, py::arg("operations") = operations,
+                                    py::arg("bytes") = share.plan->arena_floats * int64_t(sizeof(float))));
+        }
+        return list;
+    }
+
+    int route_count() { return int(sealed().routes().size()); }
+
+  private:
+  private:
+    std::vector<dsp::Size> checked_sizes(const Sizes& sizes) {
         if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
         std::vector<dsp::Size> list;
         for (const auto& size : sizes) list.push_back({size.first, size.second});
         return list;
     }
 
-    // Checks every shape against the network, so that nothing can be out of bounds later.
-    Call checked(const std::vector<Array>& inputs, std::vector<Array>& outputs, int interleave) {
+    // Plans are built without the interpreter's lock, so that other calls can run.
+    dsp::RoutePtr route_of(dsp::CallKey key) {
+        if (key.interleave < 0 || key.interleave > 16 || (key.interleave & (key.interleave - 1)))
+            fail("interleave is 0, 1, 2, 4, 8 or 16");
+        key.threads = std::max(key.threads, 1);
         dsp::Session& session = sealed();
-        const dsp::Network& network = session.network();
-        if (int(inputs.size()) != network.inputs || int(outputs.size()) != network.outputs || inputs.empty())
-            fail("wrong number of inputs or outputs");
-        check_interleave(interleave);
-        Call call;
-        call.images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
-        int number = 0;
-        for (const auto& step : network.steps) {
-            if (step.kind != dsp::Kind::input) continue;
-            const Array& x = inputs[number++];
-            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != call.images ||
-                x.shape(1) != network.values[step.output].channels)
-                fail("input " + std::to_string(step.number) + " has the wrong shape");
-            const int h = x.ndim() == 4 ? int(x.shape(2)) : 1, w = x.ndim() == 4 ? int(x.shape(3)) : 1;
-            call.sizes.push_back({h, w});
-            call.sources.push_back(images_of(x, const_cast<float*>(x.data())));
+        if (auto found = session.find(key)) return found;
+        const dsp::Routes known = session.routes();
+        dsp::RoutePtr made;
+        {
+            py::gil_scoped_release release;
+            made = session.make(key, known);
+#ifdef __GLIBC__
+            // What a plan allocates between large tensors keeps the heap from shrinking when they are freed: ResNet-20
+            // swapped kept 3.1 GB after 400 sizes of images of 192 to 345 pixels, and 0.1 GB with this.
+            if (int64_t(key.sizes[0].h) * key.sizes[0].w > 1 << 14) malloc_trim(0);
+#endif
         }
-        if (call.images == 0) return call;
-        const auto shapes = session.output_shapes(call.sizes);
-        for (size_t n = 0; n < outputs.size(); ++n) {
-            Array& y = outputs[n];
-            const auto& s = shapes[n];
-            const bool fits4 = y.ndim() == 4 && y.shape(0) == call.images && y.shape(1) == s[0] && y.shape(2) == s[1] &&
-                               y.shape(3) == s[2];
-            const bool fits2 = y.ndim() == 2 && y.shape(0) == call.images && y.shape(1) == s[0] && s[1] * s[2] == 1;
-            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has the wrong shape");
-            call.targets.push_back(images_of(y, y.mutable_data()));
-        }
-        return call;
+        return session.keep(std::move(made));
     }
 
     std::unique_ptr<dsp::Network> network_;
     std::unique_ptr<dsp::Session> session_;
+    std::vector<int> channels_; // of each input
 
     const dsp::Network& network() const { return session_ ? session_->network() : *network_; }
     const dsp::Step& conv_step(int value) const {
@@ -192,7 +212,11 @@ class Native {
         fail("value " + std::to_string(value) + " is not the output of a convolution");
     }
     dsp::Session& sealed() { // called with the interpreter's lock
-        if (!session_) session_ = std::make_unique<dsp::Session>(std::move(network_));
+        if (!session_) {
+            for (const auto& step : network_->steps)
+                if (step.kind == dsp::Kind::input) channels_.push_back(network_->values[step.output].channels);
+            session_ = std::make_unique<dsp::Session>(std::move(network_));
+        }
         return *session_;
     }
     static dsp::Images images_of(const Array& array, float* base) {
@@ -229,15 +253,20 @@ PYBIND11_MODULE(_C, m) {
         },
         "The dtypes that an instruction set multiplies by instructions of its own.");
     m.attr("half_terms") = dsp::half_terms;
+    m.attr("activations") = split(dsp::Act_names);
     py::class_<Native>(m, "Network")
-        .def(py::init<const std::string&, bool, const std::string&, bool>(), py::arg("isa") = "",
-             py::arg("bf16") = false, py::arg("winograd") = "where faster", py::arg("fp16") = false)
+        .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("isa") = "",
+             py::arg("precision") = "float32", py::arg("winograd") = "where_faster")
         .def("input", adds(&dsp::Network::add_input))
-        .def("conv", &Native::conv)
+        .def("conv", &Native::conv, py::arg("x"), py::arg("residual"), py::arg("out_channels"), py::arg("kernel_size"),
+             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("activation"), py::arg("in_index"),
+             py::arg("out_index"), py::arg("weights"), py::arg("bias"))
         .def("conv_like", &Native::conv_like)
         .def("conv_holds", &Native::conv_holds)
         .def("map", &Native::map)
-        .def("pool", adds(&dsp::Network::add_pool))
+        .def("pool", &Native::pool, py::arg("x"), py::kw_only(), py::arg("kind"), py::arg("kernel_size"),
+             py::arg("stride"), py::arg("padding"), py::arg("dilation") = Pair{1, 1}, py::arg("ceil_mode"),
+             py::arg("count_include_pad") = true, py::arg("divisor_override") = py::none())
         .def("mean", adds(&dsp::Network::add_mean))
         .def("flatten", adds(&dsp::Network::add_flatten))
         .def("product", &Native::product)
@@ -249,7 +278,7 @@ PYBIND11_MODULE(_C, m) {
         .def("output_shapes", &Native::output_shapes)
         .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"),
              py::arg("interleave") = 0)
-        .def("operations", &Native::operations)
-        .def_property_readonly("scratch_bytes", &Native::scratch_bytes)
-        .def_property_readonly("plan_count", &Native::plan_count);
+        .def("launches", &Native::launches, py::arg("sizes"), py::arg("images"), py::arg("threads"),
+             py::arg("interleave") = 0)
+        .def_property_readonly("route_count", &Native::route_count);
 }

@@ -1,6 +1,9 @@
 #include "network.h"
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <mutex>
 #include <set>
 #include <stdexcept>
 
@@ -115,8 +118,8 @@ void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t
 } // namespace
 
 const WordKernels* words_of(const Kernels& kernels, Precision precision) {
-    if (precision == Precision::bf16) return &kernels.bf16;
-    return precision == Precision::fp16 && kernels.fp16.own ? &kernels.fp16 : nullptr;
+    if (precision == Precision::bfloat16) return &kernels.bf16;
+    return precision == Precision::float16 && kernels.fp16.own ? &kernels.fp16 : nullptr;
 }
 
 Network::Network(const std::string& isa, Precision precision, Winograd winograd)
@@ -202,7 +205,7 @@ int Network::add_map(int x, int other, std::vector<float> scale, std::vector<flo
     return make(std::move(step), channels, rectifies(act));
 }
 
-int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+int Network::add_pool(int x, Pooling kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
                       bool include_pad, int divisor) {
     check(x);
     check_window(kernel, stride, padding, dilation);
@@ -210,7 +213,7 @@ int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair paddin
     require(divisor >= 0, "the divisor is negative");
     Step step(Kind::pool, {x});
     step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
-    step.average = average, step.ceil_mode = ceil_mode, step.include_pad = include_pad, step.divisor = divisor;
+    step.average = kind == Pooling::avg_pool, step.ceil_mode = ceil_mode, step.include_pad = include_pad, step.divisor = divisor;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 
@@ -286,8 +289,15 @@ void Network::add_output(int value) {
     steps.push_back(std::move(step));
 }
 
+// fork() takes it, so that no child begins with a lock that is held by a thread it does not have.
+static std::mutex& packing() {
+    static std::mutex mutex;
+    static const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+    return (void)registered, mutex;
+}
+
 std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& splits, Form form) const {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(packing());
     auto& known = packed_[{&step, splits, form}];
     if (auto found = known.lock()) return found;
     auto made = std::make_shared<Packed>();

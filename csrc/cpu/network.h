@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -87,10 +86,12 @@ struct Value {
 };
 
 // Whether convolutions are computed by Winograd's method; bands and patches: in this form wherever possible.
-enum class Winograd { never, where_faster, bands, patches };
+DSP_ENUM(Winograd, never, where_faster, bands, patches)
 
-// What convolutions round their input and weights to. fp16 is float on CPUs without float16 products.
-enum class Precision { f32, bf16, fp16 };
+// What convolutions round their input and weights to. float16 is float on CPUs without float16 products.
+DSP_ENUM(Precision, float32, bfloat16, float16)
+
+DSP_ENUM(Pooling, max_pool, avg_pool)
 
 // The kernels of a precision, or null: products are in float.
 const WordKernels* words_of(const Kernels& kernels, Precision precision);
@@ -98,7 +99,7 @@ const WordKernels* words_of(const Kernels& kernels, Precision precision);
 class Network {
   public:
     // Values are float in any precision.
-    explicit Network(const std::string& isa, Precision precision = Precision::f32,
+    explicit Network(const std::string& isa, Precision precision = Precision::float32,
                      Winograd winograd = Winograd::where_faster);
 
     const Kernels& kernels;
@@ -115,7 +116,8 @@ class Network {
                  std::vector<GroupIndex> groups, const float* bias);
     // act(x * scale + shift + other); scale and shift may be empty (both or none), other may be -1.
     int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act);
-    int add_pool(int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
+    // divisor: of an average, 0 for the size of the window.
+    int add_pool(int x, Pooling kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
                  bool include_pad, int divisor);
     // act(x * other); equal sizes, or one of them a single pixel.
     int add_product(int x, int other, Act act);
@@ -137,7 +139,6 @@ class Network {
     std::shared_ptr<const Packed> packed(const Step& step, const Splits& splits, Form form = Form::plain) const;
 
   private:
-    mutable std::mutex mutex_;
     mutable std::map<std::tuple<const Step*, Splits, Form>, std::weak_ptr<const Packed>> packed_;
 
     int make(Step step, int channels, bool nonnegative);

@@ -1,11 +1,8 @@
 #include "plan.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <limits>
 #include <map>
-#include <new>
 #include <set>
 #include <tuple>
 
@@ -42,13 +39,20 @@ Vectors cover(const Geometry& g, int lanes) {
     } else {
         for (int64_t v = 0; v < flat; ++v) vectors.at.push_back(int32_t(v * lanes));
     }
-    vectors.mask.resize(vectors.at.size() * lanes);
+    // By far the largest part of a plan of large maps; most neighbouring operations share one.
+    thread_local std::array<int64_t, 4> last_key;
+    thread_local std::weak_ptr<const std::vector<int32_t>> last;
+    const std::array<int64_t, 4> key{g.h, row, pitch, lanes};
+    if (key == last_key && (vectors.mask = last.lock())) return vectors;
+    std::vector<int32_t> mask(vectors.at.size() * lanes);
     for (size_t v = 0; v < vectors.at.size(); ++v)
         for (int l = 0; l < lanes; ++l) {
             const int64_t d = vectors.at[v] + l;
             const bool live = d / pitch < g.h && d % pitch < row;
-            vectors.mask[v * lanes + l] = live ? -1 : 0;
+            mask[v * lanes + l] = live ? -1 : 0;
         }
+    last = vectors.mask = std::make_shared<const std::vector<int32_t>>(std::move(mask));
+    last_key = key;
     return vectors;
 }
 
@@ -532,66 +536,10 @@ class Builder {
     }
 };
 
-// -- Memory of arenas --
-
-constexpr size_t huge = size_t(2) << 20;
-
-size_t whole_pages(int64_t floats) { return (size_t(floats) * sizeof(float) + huge - 1) / huge * huge; }
-
-// Mapped and unmapped directly: in the heap, blocks of many sizes would cause fragmentation.
-float* allocate(int64_t floats) {
-    const size_t bytes = whole_pages(floats);
-    void* const mapped = mmap(nullptr, bytes + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
-    char* const begin = static_cast<char*>(mapped);
-    char* const memory = begin + (huge - reinterpret_cast<uintptr_t>(begin) % huge) % huge;
-    if (memory != begin) munmap(begin, memory - begin);
-    if (memory != begin + huge) munmap(memory + bytes, begin + huge - memory);
-#ifdef MADV_HUGEPAGE
-    // Planes are in different small pages; huge pages avoid TLB misses.
-    madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-    return reinterpret_cast<float*>(memory);
-}
-
-void release(float* memory, int64_t floats) { munmap(memory, whole_pages(floats)); }
-
 } // namespace
 
 PlanSummary summarize(const Network& network, const PlanKey& key) { return Builder(network, key).summary(); }
 
 Plan::Plan(const Network& network, const PlanKey& key) : key(key) { Builder(network, this->key).build(*this); }
-
-Plan::~Plan() {
-    for (float* arena : idle_) release(arena, arena_floats);
-}
-
-float* Plan::take_arena() const {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (!idle_.empty()) {
-            float* arena = idle_.back();
-            idle_.pop_back();
-            return arena;
-        }
-    }
-    return allocate(arena_floats);
-}
-
-void Plan::give_arena(float* arena, int keep) const {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (int(idle_.size()) < keep) {
-            idle_.push_back(arena);
-            return;
-        }
-    }
-    release(arena, arena_floats);
-}
-
-int64_t Plan::idle_bytes() const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return int64_t(idle_.size()) * arena_floats * int64_t(sizeof(float));
-}
 
 } // namespace dsp

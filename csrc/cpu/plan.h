@@ -4,7 +4,7 @@
 
 #include <functional>
 #include <memory>
-#include <mutex>
+#include <string>
 #include <vector>
 
 #include "network.h"
@@ -25,11 +25,11 @@ struct Geometry {
 // The vectors that cover all pixels of a plane.
 struct Vectors {
     std::vector<int32_t> at;
-    std::vector<int32_t> mask; // [vectors][lanes], or empty: every lane is a pixel
+    std::shared_ptr<const std::vector<int32_t>> mask; // [vectors][lanes], or null: every lane is a pixel
     bool covers_pads = false;  // the vectors include the pad columns and write 0 there
     int64_t count() const { return int64_t(at.size()); }
     const int32_t* mask_from(int64_t vector, int lanes) const {
-        return mask.empty() ? nullptr : mask.data() + vector * lanes;
+        return mask ? mask->data() + vector * lanes : nullptr;
     }
 };
 Vectors cover(const Geometry& geometry, int lanes);
@@ -73,7 +73,8 @@ struct Op {
     int units; // channels, planes or parts, of which a chunk is a range
     std::function<void(int first, int last, const Context& context)> body;
     int chunks = 1;
-    int made = -1; // the network's value that it computes, or -1
+    int made = -1;        // the network's value that it computes, or -1
+    std::string detail{}; // of a convolution, its tiles
     void run(int chunk, const Context& context) const {
         const Range range = cut(units, chunks, chunk);
         body(range.first, range.last, context);
@@ -90,25 +91,13 @@ struct PlanKey {
     }
 };
 
-class Plan {
-  public:
+struct Plan {
     Plan(const Network& network, const PlanKey& key);
-    ~Plan();
     Plan(const Plan&) = delete;
-    Plan& operator=(const Plan&) = delete;
 
     const PlanKey key;
     std::vector<std::unique_ptr<Op>> ops;
-    int64_t arena_floats = 0;
-
-    // Scratch memory of one block, kept for the next call; at most `keep` arenas stay idle.
-    float* take_arena() const;
-    void give_arena(float* arena, int keep) const;
-    int64_t idle_bytes() const;
-
-  private:
-    mutable std::mutex mutex_;
-    mutable std::vector<float*> idle_;
+    int64_t arena_floats = 0; // scratch memory of one block
 };
 
 // What is known of a plan without building its operations.

@@ -7,40 +7,60 @@
 
 namespace dsp {
 
-// A Network with its plans. Safe to call from any number of threads at once.
+struct CallKey {
+    std::vector<Size> sizes; // of each input
+    int64_t images;
+    int threads;
+    int interleave; // 0: by the rule of divide()
+    bool operator==(const CallKey& other) const {
+        return images == other.images && threads == other.threads && interleave == other.interleave &&
+               sizes == other.sizes;
+    }
+};
+
+// A range of the images of one call.
+struct Share {
+    int64_t first;
+    int64_t count;
+    int interleave;
+    bool together; // all threads work on one block after the other; otherwise each thread on its own blocks
+    std::shared_ptr<const Plan> plan{};
+};
+
+// How a call is computed, except for its memory.
+struct Route {
+    CallKey key;
+    PlanSummary summary; // of one image
+    std::vector<Share> shares;
+};
+using RoutePtr = std::shared_ptr<const Route>;
+using Routes = std::list<RoutePtr>;
+
+// Safe to call from any number of threads at once. Sizes and channels must have been checked by the caller.
+void run(const Route& route, const std::vector<Images>& inputs, const std::vector<Images>& outputs);
+
+// A Network with the routes of its last calls. Only make() may run in several threads at once; Python's lock guards the
+// other methods, so a call takes no lock here, and fork() finds none held.
 class Session {
   public:
-    explicit Session(std::unique_ptr<Network> network);
+    explicit Session(std::unique_ptr<Network> network) : network_(std::move(network)) {}
 
     const Network& network() const { return *network_; }
+    const Routes& routes() const { return routes_; } // the most recently used first
 
-    // (channels, h, w) of each output for these input sizes. Throws std::invalid_argument if they are impossible.
-    std::vector<std::vector<int>> output_shapes(const std::vector<Size>& sizes) { return shapes(sizes).outputs; }
-
-    // Sizes and channels must have been checked by the caller. interleave 0 chooses by the rule of divide().
-    void run(const std::vector<Size>& sizes, int64_t images, const std::vector<Images>& inputs,
-             const std::vector<Images>& outputs, int threads, int interleave = 0);
-
-    // (name, value or -1) of each operation of a plan for one thread.
-    std::vector<std::pair<std::string, int>> operations(const std::vector<Size>& sizes, int interleave);
-
-    int64_t scratch_bytes(); // of idle arenas
-    int plan_count();
+    // Throws std::invalid_argument if the sizes are impossible.
+    PlanSummary summary(const std::vector<Size>& sizes) const { return summary(sizes, routes_); }
+    RoutePtr find(const CallKey& key); // or null
+    // known: routes whose plans it may share.
+    RoutePtr make(const CallKey& key, const Routes& known) const;
+    // The route itself, or the same one that another thread has made meanwhile.
+    RoutePtr keep(RoutePtr made);
 
   private:
-    struct Shapes {
-        std::vector<Size> sizes;
-        std::vector<std::vector<int>> outputs;
-        int64_t image_bytes; // scratch of one image
-    };
-    std::shared_ptr<const Plan> plan(const PlanKey& key);
-    Shapes shapes(const std::vector<Size>& sizes);
+    PlanSummary summary(const std::vector<Size>& sizes, const Routes& known) const;
 
     std::unique_ptr<Network> network_;
-    std::mutex mutex_;
-    // The most recently used first.
-    std::list<std::shared_ptr<const Plan>> plans_;
-    std::list<Shapes> shapes_;
+    Routes routes_;
 };
 
 } // namespace dsp

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <functional>
+#include <set>
+#include <string>
 #include <tuple>
 
 #include "kernels/winograd.h"
@@ -304,12 +306,18 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
 
 Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> conv, int rows, bool is_split,
              int64_t scratch_begin, int64_t& scratch_floats) {
-    const auto operation = [](const char* name, auto made) {
+    const auto operation = [&](const char* name, auto made) {
         const int parts = int(made->parts.size());
+        std::set<int, std::greater<int>> sizes;
+        for (const FilterTile& tile : made->packed->tiles) sizes.insert(tile.filters);
         const auto run = [made = std::shared_ptr(std::move(made))](int first, int last, const Context& context) {
             for (int part = first; part < last; ++part) made->run(made->parts[part], context);
         };
-        return Op{name, parts, run};
+        Op op{name, parts, run};
+        for (int filters : sizes)
+            op.detail += (op.detail.empty() ? " in tiles of " : ", ") + std::to_string(filters) + "x" +
+                         std::to_string(network.kernels.vectors[filters]);
+        return op;
     };
     const Tiler tiler(network, key);
     const Step& step = conv->step;

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.reference import conv_output_hw
-from dsp_kernels.op.spec import ConvSpec, pair
+from dsp_kernels.op.spec import ConvSpec, memory_format_of, pair
 from dsp_kernels.op.structure import GroupStructure
 
 
@@ -18,7 +18,8 @@ class PackedConv2d(nn.Module):
     """A trainable convolution whose groups each read their own input channels; runs on any device.
 
     It equals the dense convolution with the same weights and zeros everywhere else.
-    Input (batch, structure.in_channels, height, width), output (batch, structure.out_channels, ...).
+    Input (batch, structure.in_channels, height, width), output (batch, structure.out_channels, ...) in the
+    input's memory format.
     ``weights[g]``: (O_g, C_g, kh, kw) for the channels of ``structure.groups[g]``; ``bias``: (out_channels,)
     or None. Absent output channels are 0, whatever ``bias`` holds there.
     kernel_size, stride, padding, dilation: in pixels, as of ``nn.Conv2d``.
@@ -108,12 +109,15 @@ class PackedConv2d(nn.Module):
         y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
         if not self._outputs_in_order:
             y = y.index_select(1, self.get_buffer("output_place"))
-        if self.bias is None:
-            return y
-        bias: Tensor = self.bias
-        if absent:  # dense.live_bias, by a buffer: index tensors made here would be copied to a GPU each call
-            bias = torch.where(self.get_buffer("output_place") < self.out_channels - absent, bias, 0.0)
-        return y + bias[:, None, None]
+        if self.bias is not None:
+            bias: Tensor = self.bias
+            # dense.live_bias, by a buffer: index tensors made here would be copied to a GPU each call
+            if absent:
+                bias = torch.where(self.get_buffer("output_place") < self.out_channels - absent, bias, 0.0)
+            y = y + bias[:, None, None]
+        # index_select() makes contiguous tensors.
+        channels_last = isinstance(x, Tensor) and memory_format_of(x) == torch.channels_last
+        return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
     def _zeros(self, x: Tensor, channels: int) -> Tensor:
         height, width = conv_output_hw(

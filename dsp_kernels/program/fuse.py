@@ -15,6 +15,7 @@ from dsp_kernels.graph.compare import compare_answers
 from dsp_kernels.graph.inputs import Example, one_image
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.graph.operations import LEAF_TYPES
+from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
@@ -109,7 +110,10 @@ class FusedNetwork(nn.Module):
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, channels, height, width), floating, on the network's device -> the model's output."""
+        """x: (batch, channels, height, width), floating, on the network's device -> the model's output.
+
+        Feature maps come out in x's memory format. Raises DSPShapeError for any other input.
+        """
         if not isinstance(x, Tensor):
             raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor of images")
         if x.dim() != 4 or x.shape[1] != self._example_shape[1]:
@@ -121,7 +125,9 @@ class FusedNetwork(nn.Module):
                 f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
             )
         y = self._runner_for(x)(x)
-        return y if y.dtype == x.dtype else y.to(x.dtype)  # .to() costs 3 us even as a no-op
+        if y.dtype != x.dtype:  # .to() costs 3 us even as a no-op
+            y = y.to(x.dtype)
+        return y.contiguous(memory_format=memory_format_of(x)) if y.dim() == 4 else y.contiguous()
 
     def _runner_for(self, x: Tensor) -> Runner:
         # A recorder (torch.compile, torch.export, a dispatch mode) has to see PyTorch's own operations.
@@ -146,10 +152,13 @@ class FusedNetwork(nn.Module):
             runners[name] = runner
         return runner
 
-    def explain(self) -> str:
-        """One line per step: what is fused into it, how it runs, and why it stays plain PyTorch."""
+    def explain(self, verbose: bool = False) -> str:
+        """One line per step: what is fused into it, how it runs, and why it stays plain PyTorch.
+
+        verbose: also what is launched for a batch of the example's size: kernels, tiles, threads.
+        """
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
-        forms = executor.describe(self.program)
+        forms = executor.describe(self.program, verbose)
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
         lines = [
             f"fused network: {len(self.program.steps)} steps, {plain} of them plain PyTorch; backend "

@@ -26,15 +26,15 @@ class Executor(Protocol):
         ...
 
     def prepare(self, program: Program) -> Runner:
-        """x -> y; x: (batch, channels, height, width) of the Program's dtype and device."""
+        """x -> y, of any memory format; x: images of the Program's dtype and device."""
         ...
 
     def is_native(self, program: Program) -> bool:
         """Whether a call of this Program involves no PyTorch operation."""
         ...
 
-    def describe(self, program: Program) -> list[str]:
-        """How this executor runs each step."""
+    def describe(self, program: Program, verbose: bool = False) -> list[str]:
+        """How this executor runs each step; verbose: with what it launches for the example's batch."""
         ...
 
 

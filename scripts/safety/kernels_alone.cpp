@@ -71,7 +71,7 @@ bool agrees(const Case& c, const std::string& isa) {
     for (auto& group : groups) group.weights = numbers(int64_t(group.in.size()) * group.out.size() * taps);
     const auto bias = numbers(c.filters);
 
-    auto network = std::make_unique<dsp::Network>(isa, dsp::Precision::f32, c.winograd);
+    auto network = std::make_unique<dsp::Network>(isa, dsp::Precision::float32, c.winograd);
     const int x = network->add_input(c.channels);
     const int add = c.residual ? network->add_input(c.filters) : -1;
     const int y =
@@ -90,7 +90,7 @@ bool agrees(const Case& c, const std::string& isa) {
     std::vector<dsp::Size> sizes{{c.h, c.w}};
     std::vector<dsp::Images> inputs{planar(in, c.channels, c.h, c.w)}, outputs{planar(out, 2 * c.filters, oh, ow)};
     if (c.residual) sizes.push_back({oh, ow}), inputs.push_back(planar(residual, c.filters, oh, ow));
-    session.run(sizes, c.images, inputs, outputs, c.threads, c.interleave);
+    dsp::run(*session.make({sizes, c.images, c.threads, c.interleave}, {}), inputs, outputs);
 
     for (int n = 0; n < c.images; ++n)
         for (int o = 0; o < c.filters; ++o) {

@@ -25,6 +25,26 @@ def test_same_answers(batch: int, layout: torch.memory_format) -> None:
     torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-12)
 
 
+WAYS = {
+    "packed": lambda net, x: net,
+    "swapped": lambda net, x: dsp_kernels.swap(net),
+    "fused, eager": lambda net, x: dsp_kernels.fuse(net, x, backend="eager"),
+    "fused": dsp_kernels.fuse,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Tanh()], ids=["native", "plain PyTorch"])
+def test_maps_come_out_in_the_memory_format_of_the_input(way: str, last: nn.Module) -> None:
+    net = nn.Sequential(PackedConv2d(nets.MIXED, 3, padding=1, bias=True), last).eval()
+    x = torch.randn(2, 6, 5, 5)
+    expected, run = net(x), WAYS[way](net, x)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = run(x.contiguous(memory_format=layout))
+        assert y.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+
+
 def test_it_replaces_in_place_and_folds_the_norm() -> None:
     model = nets.make("residual")
     assert dsp_kernels.swap(model) is model

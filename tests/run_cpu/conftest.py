@@ -1,11 +1,12 @@
 """Without the extension these tests fail where a compiler could have built it, and are skipped elsewhere."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from compiled import EMULATED_ISA, emulated_fp16
 from isas import ISAS
 
@@ -23,6 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents and not any(name in item.nodeid for name in ALWAYS):
             item.add_marker(pytest.mark.skip(reason=f"there is no C++ compiler; {why_missing()}"))
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

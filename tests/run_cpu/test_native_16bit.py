@@ -44,8 +44,7 @@ class Precision:
 
     def run(self, case: Case, a: Arguments, threads: int = 2, interleave: int = 0) -> Tensor:
         """The native convolution between float32 tensors."""
-        name = "bf16" if self.dtype == torch.bfloat16 else "fp16"
-        network = native().Network(self.isa, **{name: True})  # type: ignore[union-attr]
+        network = native().Network(self.isa, str(self.dtype).removeprefix("torch."))  # type: ignore[union-attr]
         x = network.input(case.structure.in_channels)
         residual = -1 if a.residual is None else network.input(case.structure.out_channels)
         network.output(add_conv(network, case.spec, a.weights, a.bias, x, residual))
@@ -167,7 +166,7 @@ def test_the_order_of_channels_does_not_matter(precision: Precision) -> None:
 def test_a_channel_that_is_read_twice(channels: list[int]) -> None:
     """A GroupStructure refuses this; the extension accepts it."""
     x, weight = torch.randn(1, 3, 4, 4), torch.randn(2, len(channels), 1, 1)
-    network = native().Network("", True)  # type: ignore[union-attr]
+    network = native().Network("", "bfloat16")  # type: ignore[union-attr]
     window = ((1, 1), (1, 1), (0, 0), (1, 1))
     value = network.conv(
         network.input(3), -1, 2, *window, "none", [channels], [[0, 1]], [weight.numpy()], None
@@ -228,8 +227,8 @@ def test_what_the_extension_says_of_float16(fp16: Precision) -> None:
     assert "float16" in module.own_products(fp16.isa)
     fused = fp16.fused(make("residual"), torch.randn(1, 3, 8, 8))
     assert f"cpu {fp16.isa}, float16]" in fused.explain()
-    with pytest.raises(ValueError, match="not both"):
-        module.Network(fp16.isa, bf16=True, fp16=True)
+    with pytest.raises(ValueError, match="known are float32, bfloat16, float16"):
+        module.Network(fp16.isa, "float8")
 
 
 # -- Networks --------------------------------------------------------------------------------------------

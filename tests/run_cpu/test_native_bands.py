@@ -29,8 +29,8 @@ FORMS = ("bands", "patches")
 TABLE = [case for case in CASES if case.batch] + SIZES + SHAPES
 
 
-def network_of(case: Case, a: Arguments, isa: str = "", winograd: str = "where faster") -> Any:
-    network = native().Network(isa, False, winograd)  # type: ignore[union-attr]
+def network_of(case: Case, a: Arguments, isa: str = "", winograd: str = "where_faster") -> Any:
+    network = native().Network(isa, winograd=winograd)  # type: ignore[union-attr]
     x = network.input(case.structure.in_channels)
     residual = -1 if a.residual is None else network.input(case.structure.out_channels)
     network.output(add_conv(network, case.spec, a.weights, a.bias, x, residual))
@@ -39,7 +39,8 @@ def network_of(case: Case, a: Arguments, isa: str = "", winograd: str = "where f
 
 def forms(network: Any, *hw: tuple[int, int], interleave: int = 16) -> set[str]:
     """The names of the network's operations."""
-    return {name for name, _ in network.operations(hw, interleave)}
+    [launch] = network.launches(hw, interleave, 1, interleave)
+    return {kernel.partition(" in tiles")[0] for _, kernel in launch["operations"]}
 
 
 def possible(case: Case, form: str) -> bool:
@@ -76,8 +77,8 @@ def test_every_form_is_the_convolution(case: Case, form: str, isa: str) -> None:
         (WIDE, (30, 23), "bands"),
         (WIDE, (30, 23), "patches"),
         # Both forms cost about the same: the choice must not depend on the number of threads.
-        (GroupStructure.dense(16, 4), (16, 16), "where faster"),
-        (GroupStructure.dense(4, 12), (28, 28), "where faster"),
+        (GroupStructure.dense(16, 4), (16, 16), "where_faster"),
+        (GroupStructure.dense(4, 12), (28, 28), "where_faster"),
     ],
 )
 def test_one_image_is_bitwise_equal_on_any_number_of_threads(
@@ -141,12 +142,10 @@ def test_each_thread_that_shares_an_image_has_its_own_scratch(form: str) -> None
     """Four threads split an image into eight chunks; each thread reuses one scratch."""
     case = Case("many", GroupStructure.dense(64, 8), hw=(64, 64), batch=1)
     a = case.tensors()
-    y = torch.empty(1, 8, 64, 64)
     sizes = {}
     for threads in (1, 2, 4):
-        network = network_of(case, a, "", form)
-        network.run([a.x.numpy()], [y.numpy()], threads, 1)
-        sizes[threads] = network.scratch_bytes
+        [launch] = network_of(case, a, "", form).launches([(64, 64)], 1, threads)
+        sizes[threads] = launch["bytes"]
     one = sizes[2] - sizes[1]
     assert one > 0
     assert sizes[4] - sizes[2] == 2 * one

@@ -80,6 +80,17 @@ def test_plain_pytorch_between_native_segments(batch: int) -> None:
     check(fused, model, torch.randn(batch, 3, 9, 7))
 
 
+@pytest.mark.usefixtures("_two_threads")
+def test_verbose_explain_says_what_is_launched() -> None:
+    _, fused = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.MaxPool2d(2)), 3, 3, 8, 8)
+    conv, pool = fused.explain(verbose=True).splitlines()[1:]
+    assert "; conv in tiles of " in conv
+    for line in (conv, pool):
+        assert "(2 images, 1 interleaved, 2 threads on blocks)" in line
+        assert "(1 images, 1 interleaved, 2 threads together" in line
+    assert "images" not in "".join(fused.explain().splitlines()[1:])
+
+
 def test_any_strides_of_the_input() -> None:
     _, fused = seeded(Mixed, 2, 3, 9, 7)
     x = torch.randn(4, 3, 9, 7)

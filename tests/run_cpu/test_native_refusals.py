@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 from dsp_kernels import fuse
 from dsp_kernels.errors import DSPBackendError, DSPShapeError
-from dsp_kernels.run.cpu.extension import native, warn_if_missing
+from dsp_kernels.run.cpu import extension
+from dsp_kernels.run.cpu.extension import native, warn_if_missing, why_missing
 
 WEIGHT = np.zeros((2, 3, 3, 3), np.float32)
 CONV = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
@@ -141,6 +143,9 @@ def test_invalid_views_products_and_gates() -> None:
         network.product(x, other, "none")
     with pytest.raises(ValueError, match="changes 0"):
         network.conv(x, -1, 1, (1, 1), (1, 1), (0, 0), (1, 1), "sigmoid", [], [], [], None)
+    window = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "ceil_mode": False}
+    with pytest.raises(ValueError, match="known are max_pool, avg_pool"):
+        network.pool(x, kind="median_pool", **window)
     network.output(network.concat([x, other]))
     with pytest.raises(ValueError, match="cannot be concatenated"):
         network.output_shapes([(4, 4), (4, 5)])
@@ -160,6 +165,14 @@ def test_without_the_extension(replace_extension: Callable[[None, str], None]) -
     with pytest.raises(DSPBackendError, match="run the build"):
         fuse(model, x, backend="cpu")
     warn_if_missing.cache_clear()
+
+
+def test_an_extension_with_other_activations_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = SimpleNamespace(activations=["none", "relu"])
+    monkeypatch.setitem(sys.modules, "dsp_kernels._C", stale)
+    monkeypatch.setattr(extension, "_load", extension._load.__wrapped__)
+    assert native() is None
+    assert "another version" in why_missing()
 
 
 def test_the_op_without_the_extension() -> None:

@@ -8,8 +8,13 @@
 
 namespace dsp {
 
+// An enum, and its enumerators' names, by which Python knows them, as one string.
+#define DSP_ENUM(Name, ...)                                                                                            \
+    enum class Name : int { __VA_ARGS__ };                                                                             \
+    constexpr const char* Name##_names = #__VA_ARGS__;
+
 // The last two do not map 0 to 0, which would corrupt the padding, so only masked elementwise steps use them.
-enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4, sigmoid = 5, hardsigmoid = 6 };
+DSP_ENUM(Act, none, relu, relu6, silu, hardswish, sigmoid, hardsigmoid)
 
 // y[o][v] = act(bias[o] + sum_j w[j][o] * x[v + off[j]] + add[o][v]) for `filters` planes o and some vectors v.
 struct TileCall {

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
+from dsp_kernels.run.cpu.call import NativeCall
 from dsp_kernels.run.cpu.extension import native, new_network, why_missing
 
 
@@ -58,44 +58,38 @@ class CpuPlan:
     def __init__(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         self.spec = spec
         self.weight_bytes = sum(4 * weight.numel() for weight in weights)
-        self._plain = new_network()
-        x = self._plain.input(spec.structure.in_channels)
-        self._value = add_conv(self._plain, spec, weights, bias, x, -1)
-        self._plain.output(self._value)
-        self._with_residual: Any = None  # made at the first call with a residual
+        network = new_network()
+        self._value = add_conv(network, spec, weights, bias, network.input(spec.structure.in_channels))
+        network.output(self._value)
+        self._plain = NativeCall(network, [False])
+        self._with_residual: NativeCall | None = None  # made at the first call with a residual
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (batch, in_channels, height, width), float32; residual: like the output, or None.
 
         Raises DSPShapeError for an input that the convolution cannot take.
         """
-        shape = self.spec.output_shape(x.shape)
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-        if shape[0]:
-            inputs = [tensor.detach().numpy() for tensor in (x, residual) if tensor is not None]
-            try:
-                network = self._plain if residual is None else self._residual_network()
-                threads = torch.get_num_threads()
-                # Interleaved images cost more to convert than they save where threads outnumber them.
-                network.run(inputs, [y.numpy()], threads, int(shape[0] >= threads))
-            except ValueError as error:
-                raise DSPShapeError(f"this convolution cannot take this input: {error}") from error
-        return y
+        inputs = [x.detach() if x.requires_grad else x]
+        if residual is not None:
+            inputs.append(residual.detach())
+        call = self._plain if residual is None else self._residual_call()
+        # Interleaved images cost more to convert than they save where threads outnumber them.
+        return call(inputs, memory_format_of(x), int(len(x) >= torch.get_num_threads()))[0]
 
     def holds(self, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether the plan was made from weights and bias equal to these, bit for bit."""
-        arrays = [as_array(weight) for weight in weights]
-        same: bool = self._plain.conv_holds(self._value, arrays, None if bias is None else as_array(bias))
+        arrays = [as_array(weight) for weight in weights], None if bias is None else as_array(bias)
+        same: bool = self._plain.network.conv_holds(self._value, *arrays)
         return same
 
-    def _residual_network(self) -> Any:
+    def _residual_call(self) -> NativeCall:
         # Without a lock, which a fork could leave held; two threads may both make it.
         if self._with_residual is None:
-            made = new_network()
-            x = made.input(self.spec.structure.in_channels)
-            residual = made.input(self.spec.structure.out_channels)
-            made.output(made.conv_like(self._plain, self._value, x, residual))
-            self._with_residual = made
+            network = new_network()
+            x = network.input(self.spec.structure.in_channels)
+            residual = network.input(self.spec.structure.out_channels)
+            network.output(network.conv_like(self._plain.network, self._value, x, residual))
+            self._with_residual = NativeCall(network, [False])
         return self._with_residual
 
 
@@ -116,22 +110,22 @@ def products_per_move(spec: ConvSpec) -> float:
 
 
 def add_conv(
-    network: Any, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: int, residual: int
+    network: Any, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: int, residual: int = -1
 ) -> int:
     """Add a convolution to a native network; x, residual (-1: none) and the result are value numbers."""
     value: int = network.conv(
         x,
         residual,
-        spec.structure.out_channels,
-        spec.kernel_size,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        spec.activation,
-        [group.in_index for group in spec.structure.groups],
-        [group.out_index for group in spec.structure.groups],
-        [as_array(weight) for weight in weights],
-        None if bias is None else as_array(bias),
+        out_channels=spec.structure.out_channels,
+        kernel_size=spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        activation=spec.activation,
+        in_index=[group.in_index for group in spec.structure.groups],
+        out_index=[group.out_index for group in spec.structure.groups],
+        weights=[as_array(weight) for weight in weights],
+        bias=None if bias is None else as_array(bias),
     )
     return value
 

@@ -7,7 +7,10 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.op.activations import ACTIVATIONS, GATES
 
 _FIX = (
     "install a C++ compiler and run `pip install -v --no-build-isolation --force-reinstall --no-deps .` in "
@@ -18,9 +21,12 @@ _FIX = (
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("dsp_kernels._C"), ""
+        module = importlib.import_module("dsp_kernels._C")
     except ImportError as error:
         return None, f"the native extension dsp_kernels._C is missing ({error}); to build it, {_FIX}"
+    if set(getattr(module, "activations", ())) != {*ACTIVATIONS, *GATES}:
+        return None, f"the native extension dsp_kernels._C is of another version: {_FIX}"
+    return module, ""
 
 
 def native() -> ModuleType | None:
@@ -63,14 +69,15 @@ def adds_in_half() -> bool:
     return module is not None and "float16" in module.own_products(chosen_isa())
 
 
-def new_network(bf16: bool = False, fp16: bool = False) -> Any:
+def new_network(dtype: torch.dtype = torch.float32) -> Any:
     """An empty native network for the chosen instruction set.
 
-    bf16: convolutions multiply in bfloat16. fp16: in float16, if the instruction set can.
+    dtype: float32, bfloat16 or float16, which convolutions multiply if the instruction set can.
     """
     module = native()
     assert module is not None
-    return module.Network(chosen_isa(), bf16, "where faster" if may_use_winograd() else "never", fp16)
+    precision = str(dtype).removeprefix("torch.")
+    return module.Network(chosen_isa(), precision, "where_faster" if may_use_winograd() else "never")
 
 
 @cache

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPShapeError
+from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.steps import (
     ConcatStep,
     ConvStep,
@@ -33,6 +33,7 @@ from dsp_kernels.program.steps import (
     flattened_maps,
     is_activation,
 )
+from dsp_kernels.run.cpu.call import NativeCall
 from dsp_kernels.run.cpu.conv import add_conv, as_array
 from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, why_missing
 from dsp_kernels.run.eager.program import EagerExecutor
@@ -73,7 +74,7 @@ class CpuExecutor:
                 for name in part.dying:
                     del values[name]
             result: Tensor = values[program.output]
-            return result.contiguous()
+            return result
 
         return run
 
@@ -81,14 +82,36 @@ class CpuExecutor:
         """Whether no step runs in PyTorch, so that neither autograd nor autocast can affect a call."""
         return _is_whole(segments(program), program)
 
-    def describe(self, program: Program) -> list[str]:
-        """Per step, the instruction set that runs it, or the reason why none does."""
+    def describe(self, program: Program, verbose: bool = False) -> list[str]:
+        """Per step, the instruction set that runs it, or the reason why none does.
+
+        verbose: also what runs for the example's batch, for each range of its images: the kernel with the
+        sizes of its tiles (filters x vectors), the images that are interleaved in vectors, the threads.
+        """
         isa, dtype = chosen_isa(), _dtype(program)
+        launched = _launched(program, dtype) if verbose else {}
         forms = []
         for step, reason in zip(program.steps, _why_not_native(program), strict=True):
             form = f"cpu {isa}{_arithmetic(isa, dtype) if isinstance(step, ConvStep) else ''}"
+            form = "; ".join([form, *launched.get(step.output, [])])
             forms.append(form if not reason else "" if isinstance(step, TorchStep) else reason)
         return forms
+
+
+def _launched(program: Program, dtype: torch.dtype) -> dict[str, list[str]]:
+    """Value -> the operations that compute it for the example's batch, one for each range of images."""
+    found: dict[str, list[str]] = {}
+    threads = torch.get_num_threads()
+    for part in (part for part in segments(program) if part.native):
+        network, values = build(part, program, dtype)
+        names = {value: name for name, value in values.items()}
+        sizes = [program.shapes[name][2:] or (1, 1) for name in part.inputs]
+        for launch in network.launches(sizes, program.shapes[program.input][0], threads):
+            how = "together on one after the other" if launch["together"] else "on blocks"
+            where = f"{launch['images']} images, {launch['interleave']} interleaved, {threads} threads {how}"
+            for value, operation in launch["operations"]:
+                found.setdefault(names.get(value, ""), []).append(f"{operation} ({where})")
+    return found
 
 
 def _arithmetic(isa: str, dtype: torch.dtype) -> str:
@@ -183,69 +206,50 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
 
 def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """_native_call without the dict of values: at batch 1 every microsecond around the kernels shows."""
-    network = build(part, program, dtype)
-    is_vector = [len(program.shapes[program.output]) == 2]
+    network = _caller(part, program, dtype)
 
     def run(x: Tensor) -> Tensor:
+        layout = memory_format_of(x)
         if x.requires_grad:
             x = x.detach()
         if x.dtype != torch.float32:
             x = x.float()
-        return _compute(network, [x], is_vector)[0]
+        return network([x], layout)[0]
 
     return run
 
 
 def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
-    network = build(part, program, dtype)
-    is_vector = [len(program.shapes[name]) == 2 for name in part.outputs]
+    network = _caller(part, program, dtype)
     # Plain PyTorch steps need the Program's dtype; the network's output stays float32.
     dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]
 
     def call(values: dict[str, Any]) -> None:
         tensors = [values[name].detach().float() for name in part.inputs]
-        results = _compute(network, tensors, is_vector)
+        results = network(tensors, memory_format_of(tensors[0]))
         for name, result, kind in zip(part.outputs, results, dtypes, strict=True):
             values[name] = result.to(kind)
 
     return call
 
 
-def _compute(network: Any, tensors: list[Tensor], is_vector: list[bool]) -> list[Tensor]:
-    """float32 inputs -> outputs, (batch, features) where is_vector, else (batch, channels, height, width)."""
-    images = tensors[0].shape[0]
-    try:
-        shapes = network.output_shapes([tuple(tensor.shape[2:]) or (1, 1) for tensor in tensors])
-        results = []
-        for shape, vector in zip(shapes, is_vector, strict=True):
-            size = (images, shape[0]) if vector and shape[1] == shape[2] == 1 else (images, *shape)
-            results.append(torch.empty(size, dtype=torch.float32, device="cpu"))
-        if images:
-            network.run(
-                [tensor.numpy() for tensor in tensors],
-                [result.numpy() for result in results],
-                torch.get_num_threads(),
-            )
-    except ValueError as error:
-        raise DSPShapeError(f"this network cannot take this input: {error}") from error
-    return [
-        result.flatten(1) if vector and result.dim() > 2 else result
-        for result, vector in zip(results, is_vector, strict=True)
-    ]
+def _caller(part: Segment, program: Program, dtype: torch.dtype) -> NativeCall:
+    network, _ = build(part, program, dtype)
+    return NativeCall(network, [len(program.shapes[name]) == 2 for name in part.outputs])
 
 
-def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -> Any:
-    """A native Network of these steps of a Program.
+def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, int]]:
+    """A native Network of these steps of a Program, and the numbers of its values by name.
 
     dtype: what convolutions multiply (float16 where the CPU can); all other arithmetic is float32.
     """
-    network = new_network(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
-    value = {name: network.input(program.shapes[name][1]) for name in part.inputs}
+    network = new_network(dtype)
+    value: dict[str, int] = {name: network.input(program.shapes[name][1]) for name in part.inputs}
     for step in part.steps:
         value[step.output] = _NATIVE[type(step)](network, step, *(value[name] for name in step.inputs))
     for name in part.outputs:
         network.output(value[name])
-    return network
+    return network, value
 
 
 def _conv(network: Any, step: ConvStep, x: int, residual: int = -1) -> int:
@@ -260,20 +264,9 @@ def _elementwise(network: Any, step: ElementwiseStep, x: int, y: int = -1) -> An
 
 
 def _pool(network: Any, step: PoolStep, x: int) -> Any:
-    settings = step.settings
     if step.kind == "adaptive_avg_pool":
-        return network.adaptive(x, settings["output_size"])
-    return network.pool(
-        x,
-        step.kind == "avg_pool",
-        settings["kernel_size"],
-        settings["stride"],
-        settings["padding"],
-        settings.get("dilation", (1, 1)),
-        settings["ceil_mode"],
-        settings.get("count_include_pad", True),
-        settings.get("divisor_override") or 0,
-    )
+        return network.adaptive(x, step.settings["output_size"])
+    return network.pool(x, kind=step.kind, **step.settings)
 
 
 def _linear(network: Any, step: LinearStep, x: int) -> Any:

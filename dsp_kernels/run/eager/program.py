@@ -52,7 +52,8 @@ class EagerExecutor:
                 values[step.output] = call(values)
                 for name in dead:
                     values.pop(name, None)
-            return values[program.output].contiguous()
+            result: Tensor = values[program.output]
+            return result
 
         limit = _batch_limit(program)
 
@@ -66,7 +67,7 @@ class EagerExecutor:
     def is_native(self, program: Program) -> bool:
         return False
 
-    def describe(self, program: Program) -> list[str]:
+    def describe(self, program: Program, verbose: bool = False) -> list[str]:
         """The form of each convolution; empty for other steps."""
         return [form_of(step.spec) if isinstance(step, ConvStep) else "" for step in program.steps]
 
