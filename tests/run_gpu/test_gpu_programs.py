@@ -332,6 +332,9 @@ def test_every_step_runs_on_what_is_measured_to_be_the_fastest(
     forms = runner.plan(x.shape).forms
     convs = [step for step in program.steps if isinstance(step, ConvStep) and step.spec.kernel_size != (1, 1)]
     assert {forms[step.output] for step in convs} == {expected}
+    # The network as a whole is measured even where no time is left for its steps.
+    late = GpuRunner(program, make_tuner=lambda *_: Tuner(Choices(tmp_path / "late"), seconds, budget=0.0))
+    assert {late.plan(x.shape).forms[step.output] for step in convs} == {expected}
 
 
 def test_layouts_keep_the_values() -> None:
