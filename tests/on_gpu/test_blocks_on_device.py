@@ -4,12 +4,12 @@ import nets
 import pytest
 import torch
 from block_cases import CASES, IDS, BlockCase
+from dsp_kernels.run.gpu.cuda.blocks.cost import device_model
 from gpu_checks import check_block
 
 import dsp_kernels
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
-from dsp_kernels.run.gpu.cuda.blocks.cost import device_model
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.plan import best_geometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables

@@ -3,8 +3,11 @@
 PyTorch stands in for the kernels, behind their interface, and checks their operands.
 """
 
-from collections.abc import Iterator, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import nets
 import pytest
@@ -17,8 +20,9 @@ from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu import plan as gpu_plan
 from dsp_kernels.run.gpu import program as cuda
-from dsp_kernels.run.gpu.layout import GpuLayout, layout_for_batch
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
 from dsp_kernels.run.registry import Registry
@@ -37,7 +41,7 @@ class StandInConv:
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         for tensor in (x, out, residual):
-            assert tensor is None or tensor.is_contiguous()
+            assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
         assert not _overlap(x, out)
         assert residual is None or residual.data_ptr() == out.data_ptr() or not _overlap(residual, out)
         nchw = self.layout.as_nchw
@@ -64,6 +68,9 @@ class StandIn:
         self.prepared += 1
         return StandInConv(spec, weights, bias, layout)
 
+    def options(self, *operands: Any) -> dict[str, Callable[[], GpuConv]]:
+        return {self.name: lambda: self.prepare(*operands[:4])}
+
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
@@ -76,7 +83,8 @@ def _no_grad() -> Iterator[None]:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     registry: Registry[StandIn] = Registry("GPU kernel")
     kernels = registry.register(StandIn())
-    monkeypatch.setattr(cuda, "GPU_KERNELS", registry)
+    for module in (cuda, gpu_plan):
+        monkeypatch.setattr(module, "GPU_KERNELS", registry)
     # Memory starts as NaN, so that a read of uninitialised memory shows.
     empty = torch.empty
 
@@ -218,11 +226,7 @@ def test_describe_names_the_kernels_or_why_there_are_none() -> None:
     for step, form in zip(program.steps, CudaExecutor().describe(program), strict=True):
         if isinstance(step, ConvStep):
             pointwise = step.spec.kernel_size == (1, 1)
-            assert (
-                form == "plain PyTorch: no GPU kernel can run this: stand-in: 1x1"
-                if pointwise
-                else ("stand-in CHWN")
-            )
+            assert form == "PyTorch CHWN: stand-in: 1x1" if pointwise else "stand-in CHWN"
     able, reason = CudaExecutor().can_run(program, torch.float32, torch.device("cpu"))
     assert not able
     assert "cpu" in reason
@@ -238,6 +242,55 @@ def test_weights_are_not_arranged_while_a_graph_is_captured(monkeypatch: pytest.
     expected = runner(x)
     capturing = True
     assert torch.equal(runner(x), expected)
+
+
+def test_what_a_graph_of_the_caller_reads_lives_as_long_as_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    step_call = gpu_plan.step_call
+
+    def recorded(*operands: Any) -> Any:
+        call = step_call(*operands)
+        made.append(weakref.ref(call))
+        return call
+
+    monkeypatch.setattr(gpu_plan, "step_call", recorded)
+    model = Joined().double().eval()
+    x = torch.randn(8, *SHAPE, dtype=torch.float64)
+    runner = GpuRunner(program_of(model, x))
+    expected = runner(x)
+    captured = len(made)
+    with monkeypatch.context() as during:
+        during.setattr(cuda, "is_capturing", lambda device: True)
+        during.setattr(torch, "tensor", lambda *_, **__: pytest.fail("copied from the host in a capture"))
+        assert torch.equal(runner(x), expected)
+    for size in range(9, 20):  # more input shapes than are kept
+        runner(torch.randn(1, 3, size, size, dtype=torch.float64))
+    gc.collect()
+    assert all(call() is not None for call in made[:captured])
+    assert made[captured]() is None
+    del runner
+    gc.collect()
+    assert all(call() is None for call in made)
+
+
+def test_memory_that_is_not_aligned_to_16_bytes_is_copied() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x.roll(1, 3)[:, :, 1:])  # a view of what PyTorch returned
+
+    model = Views().double().eval()
+    x = torch.randn(3, 1, 5, 5, dtype=torch.float64)
+    assert_same(program_of(model, x), model, x[1:2])
+    for layout in GpuLayout:
+        aligned = layout.from_nchw(x.half().contiguous(memory_format=torch.channels_last)[1:])
+        assert aligned.data_ptr() % 16 == 0
+        assert torch.equal(layout.as_nchw(aligned), x.half()[1:])
 
 
 def test_layouts_keep_the_values() -> None:

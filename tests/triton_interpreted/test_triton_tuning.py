@@ -12,12 +12,13 @@ from cases import UNEQUAL, WIDE, Case, reference
 
 pytest.importorskip("triton")
 
+from dsp_kernels.run.gpu.triton.tune import ConfigCache, cache_file, kept_config, signature, tune
+
 from dsp_kernels import GroupStructure
 from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.triton.config import TritonConfig, candidates, choose, choose_packing
 from dsp_kernels.run.gpu.triton.conv import TritonConv
-from dsp_kernels.run.gpu.triton.tune import ConfigCache, cache_file, kept_config, signature, tune
 
 TABLE = Path(__file__).resolve().parents[2] / "scripts" / "triton_table.py"
 

@@ -9,13 +9,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from build_cuda import CUDA, CXX_FLAGS, NVCC_FLAGS, TARGET_FLAG, arch_flags, find_nvcc, find_torch
+from build_cuda import CUDA, CXX_FLAGS, NVCC_FLAGS, TARGET_FLAG, find_nvcc, find_torch
 
 SOURCES = Path(__file__).with_name("src")
 BUILDS = Path(__file__).resolve().parents[2] / "build" / "tests"
 LIBRARY = "libptx.so"
-# The chips whose PTX is interpreted, as in TORCH_CUDA_ARCH_LIST. nvcc stops at PTX; ptxas is not needed.
-ARCHS = "8.0+PTX;9.0a+PTX"
+# The chips whose PTX is interpreted. nvcc stops at PTX; ptxas is not needed.
+ARCHS = ("80", "90a")
 INTERPRETER_FLAGS = ["-std=c++17", "-O3", "-march=native", "-frounding-math", "-Wall", "-Wextra"]
 INTERPRETER_FLAGS += ["-Wno-unknown-pragmas", "-fPIC"]
 # Torch's functions that torch_on_host.cpp replaces.
@@ -57,9 +57,9 @@ def build() -> Path:
 
 
 def _compile(nvcc: str, torch: Path, folder: Path) -> None:
-    archs = [flag.replace("sm_80,", "").replace("sm_90a,", "") for flag in arch_flags(ARCHS)]
+    archs = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
     include = [f"-isystem{torch / 'include'}"]
-    op = ["g++", *CXX_FLAGS, TARGET_FLAG, *include, "-DDSP_KERNELS_WGMMA=1"]
+    op = ["g++", *CXX_FLAGS, TARGET_FLAG, *include, '-DDSP_KERNELS_BUILD=""']
     own = ["g++", *INTERPRETER_FLAGS, *include]
     kernels = [nvcc, *NVCC_FLAGS, *archs, "--keep", "--keep-dir", str(folder)]
     commands = {

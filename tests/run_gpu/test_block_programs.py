@@ -1,11 +1,12 @@
-"""Networks with residual blocks as one kernel: the executor on the CPU, the kernel in the emulator."""
+"""Networks with residual blocks as one kernel: the executor on the CPU, the kernel by its definition."""
 
 from collections.abc import Iterator
-from functools import partial
+from typing import ClassVar
 
+import block_cases
+import ptx_checks
 import pytest
 import torch
-from emulation import Emulator
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
@@ -13,13 +14,11 @@ from dsp_kernels.errors import DSPBackendError, DSPError
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu import plan as gpu_plan
 from dsp_kernels.run.gpu import program as cuda
-from dsp_kernels.run.gpu.cuda.blocks import plan as block_plan
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
-from dsp_kernels.run.gpu.cuda.blocks.plan import BlockPlanner
 from dsp_kernels.run.gpu.layout import GpuLayout
-from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
-from dsp_kernels.run.registry import Registry
+from dsp_kernels.run.gpu.program import GpuRunner
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.models import cifar_resnet
 
@@ -49,15 +48,27 @@ class Bottlenecks(nn.Module):
         return x.mean((2, 3))
 
 
+class HostBlock(CudaBlock):
+    """A block by its definition; tests/cuda_ptx runs the kernel itself."""
+
+    launches: ClassVar[list[str]] = []
+
+    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        nchw = GpuLayout.CHWN.as_nchw
+        added = None if residual is None else nchw(residual)
+        nchw(out).copy_(block_cases.reference(self.step, nchw(x), added))
+        self.launches.append(self.step.output)
+
+
 @pytest.fixture(autouse=True)
-def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: Emulator) -> Iterator[None]:
-    """Blocks run in the emulator and single convolutions in plain PyTorch."""
-    monkeypatch.setattr(cuda, "GPU_KERNELS", Registry("GPU kernel"))
+def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Single convolutions run in plain PyTorch."""
     monkeypatch.setattr(
-        block_plan, "why_no_blocks", lambda dtype, device, layout: "" if layout is GpuLayout.CHWN else "NHWC"
+        gpu_plan, "why_no_blocks", lambda dtype, device, layout: "" if layout is GpuLayout.CHWN else "NHWC"
     )
-    monkeypatch.setattr(block_plan, "CudaBlock", partial(CudaBlock, launch=block_emulator))
+    monkeypatch.setattr(gpu_plan, "CudaBlock", HostBlock)
     monkeypatch.delenv("DSP_KERNELS_BLOCKS", raising=False)
+    HostBlock.launches.clear()
     with torch.no_grad():
         yield
 
@@ -87,46 +98,45 @@ def images(batch: int) -> Tensor:
     return torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0)).half()
 
 
+def runner_of(model: nn.Module, *wanted: str) -> GpuRunner:
+    return ptx_checks.runner_of(model, torch.float16, SIZE, *wanted)
+
+
 @pytest.mark.parametrize(
     ("name", "blocks", "batch"), [("basic", 3, 8), ("bottlenecks", 2, 16), ("bottlenecks", 2, 3)]
 )
-def test_a_network_of_blocks(name: str, blocks: int, batch: int, block_emulator: Emulator) -> None:
+def test_a_network_of_blocks(name: str, blocks: int, batch: int) -> None:
     model = model_of(name)
-    x = images(batch)
-    assert_close(GpuRunner(program_of(model))(x), model, x)
-    assert len(block_emulator.launches) == blocks
+    x = images(batch)  # three images are padded to eight
+    assert_close(runner_of(model, "CHWN", "one block")(x), model, x)
+    assert len(HostBlock.launches) == blocks
 
 
-def test_blocks_can_be_turned_off(block_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run_only_where_they_are_wanted_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = model_of("bottlenecks"), images(8)
-    program = program_of(model)
-    GpuRunner(program, kernels="triton")(x)
+    without = runner_of(model, "convolutions")(x)
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "0")
-    GpuRunner(program)(x[:3])
-    without = GpuRunner(program)(x)
-    assert not block_emulator.launches
-    assert not any("predicted" in form for form in CudaExecutor().describe(program))
-    assert_close(without, model, x)
+    runner_of(model, "one block")(x)
+    assert not HostBlock.launches
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "yes")
     with pytest.raises(DSPError, match="expected 0 or 1"):
-        GpuRunner(program)
+        runner_of(model)
+    assert_close(without, model, x)
 
 
-def test_describe_says_what_was_decided_for_every_block() -> None:
-    program = program_of(model_of("basic"))
-    forms = dict(zip((step.output for step in program.steps), CudaExecutor().describe(program), strict=True))
-    residuals = [
-        step.output for step in program.steps if isinstance(step, ConvStep) and len(step.inputs) == 2
-    ]
-    assert len(residuals) == 3
-    for output in residuals:
-        assert all(word in forms[output] for word in ("predicted", "floor", "estimates"))
-        # The inner convolution, and the shortcut of two blocks.
-        assert sum(form == f"part of {output}" for form in forms.values()) in (1, 2)
+def test_the_plan_says_what_every_step_runs_on() -> None:
+    model = model_of("basic")
+    program = program_of(model)
+    forms = runner_of(model, "one block").plan((8, *SIZE)).forms
+    for step in program.steps:
+        if isinstance(step, ConvStep) and len(step.inputs) == 2:
+            assert "tiles" in forms[step.output]
+            # The inner convolution, and the shortcut of two blocks.
+            assert sum(form == f"part of {step.output}" for form in forms.values()) in (1, 2)
 
 
 def test_blocks_are_not_planned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = GpuRunner(program_of(model_of("bottlenecks")))
+    runner = runner_of(model_of("bottlenecks"), "one block")
     x = images(8)
     expected = runner(x)
     monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
@@ -135,20 +145,13 @@ def test_blocks_are_not_planned_while_a_graph_is_captured(monkeypatch: pytest.Mo
         runner(torch.cat([x, x]))
 
 
-def test_a_batch_is_padded_only_where_that_is_predicted_to_gain() -> None:
-    program = program_of(model_of("bottlenecks"))
-    kind = torch.float16, torch.device("cpu")
-    blocks = BlockPlanner(program, *kind)
-    assert [blocks.batch_for((batch, *SIZE)) for batch in (1, 3, 8, 9)] == [8, 8, 8, 16]
-    # Eight times the work, with images so large that launches do not matter.
-    assert blocks.batch_for((1, 3, 640, 640)) == 1
-    assert BlockPlanner(program, *kind, wanted=False).batch_for((3, *SIZE)) == 3
-
+def test_a_batch_is_not_padded_if_a_step_may_mix_its_images() -> None:
     class Mixing(Bottlenecks):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).flip(0)  # a TorchStep that mixes images
+            return super().forward(x).flip(0)
 
-    assert BlockPlanner(program_of(Mixing().eval()), *kind).batch_for((3, *SIZE)) == 3
+    assert runner_of(Mixing().eval(), "CHWN").plan((3, *SIZE)).shape[0] == 3
+    assert runner_of(Bottlenecks().eval(), "CHWN").plan((3, *SIZE)).shape[0] == 8
 
 
 def test_an_output_without_batch_dimension() -> None:
@@ -158,4 +161,4 @@ def test_an_output_without_batch_dimension() -> None:
 
     model = Flat().eval()
     x = images(3)
-    assert_close(GpuRunner(program_of(model))(x), model, x)
+    assert_close(runner_of(model, "one block")(x), model, x)
