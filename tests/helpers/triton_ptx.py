@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from cases import Case
+from gpu_checks import check_conv
 from ptx.interpreter import Interpreter
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.triton import conv as triton_conv
 from dsp_kernels.run.gpu.triton.kernel import INTEGER_ARGUMENTS, conv_kernel_function
 
@@ -58,5 +62,12 @@ class _Kernel:
 def triton_on_host() -> Iterator[Interpreter]:
     """TritonConv runs the PTX of sm_80."""
     ptx = Interpreter("sm_80")
-    with mock.patch.object(triton_conv, "_kernel", lambda interpreted: _Kernel(ptx)):
+    with mock.patch.object(triton_conv, "_kernel", return_value=_Kernel(ptx)):
         yield ptx
+
+
+def triton_case(case: Case, dtype: torch.dtype, layout: GpuLayout) -> None:
+    batch = 8 if layout is GpuLayout.CHWN and case.batch % 8 else case.batch
+    with triton_on_host() as ptx:
+        check_conv(lambda *a: triton_conv.TritonConv(*a, layout), replace(case, batch=batch), dtype, layout)
+    assert len(ptx.launches) == (batch > 0)
