@@ -12,6 +12,7 @@ using std::string;
 using std::vector;
 
 // S and U: signed and unsigned. A register is 32 bits wide (predicates and 16-bit numbers too) or 64.
+// clang-format off
 enum Op {
     MOV32, MOV64, PACK16, UNPACK16, PACK32, UNPACK32,
     ADD16, ADD32, ADD64, SUB16, SUB32, SUB64, MUL16, MUL32, MUL64, MULHIS, MULHIU, MULWIDES, MULWIDEU, MULWIDES16,
@@ -26,7 +27,8 @@ enum Op {
     LDMATRIX, LDMATRIX_TRANS, MMA_F16, MMA_BF16,
     WGMMA_F16, WGMMA_BF16, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT,
     BRA, RET
-};  // clang-format off above
+};
+// clang-format on
 enum Compare { EQ, NE, LT, LE, GT, GE };
 enum Combine { ALONE, WITH_AND, WITH_OR, WITH_XOR };
 
@@ -62,6 +64,7 @@ struct Kernel {
     vector<std::pair<int, int>> params;  // offset, bytes
     int param_bytes = 0, most_threads = 1024;
     uint32_t static_shared = 0;
+    int unit_bits = 2;  // races are found per 2^n bytes of shared memory: the narrowest access
     bool has_wgmma = false;
 };
 
