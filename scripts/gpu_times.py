@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from dsp_benchmarks.subjects.networks import NetworkSource, load_network
-from dsp_kernels.run.gpu.tune import Choices, Launch, Tuner, gpu_seconds
 
 from dsp_kernels.env import describe_environment
 from dsp_kernels.run.gpu.program import GpuRunner
+from dsp_kernels.run.gpu.tune import Choices, Launch, Tuner, gpu_seconds
 from dsp_kernels.whole_file import write_text
 
 

@@ -1,11 +1,13 @@
 """Convolutions and blocks whose kernels run as PTX in tools/ptx, against the definition."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -19,14 +21,15 @@ from torch import Tensor, nn
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.planner import plan
-from dsp_kernels.run.gpu import program as gpu_program
-from dsp_kernels.run.gpu.cuda.blocks import plan as block_plan
+from dsp_kernels.run.gpu import plan as gpu_plan
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.cuda.conv import CudaConv, CudaKernels
-from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.cuda.kernels import kernels_for
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
 from dsp_kernels.run.gpu.program import GpuRunner
+from dsp_kernels.run.gpu.tune import Choices, Tuner
 from dsp_kernels.run.registry import Registry
 from dsp_pruning import read_released
 
@@ -38,20 +41,27 @@ def layout_of(kernel: str) -> GpuLayout:
     return GpuLayout.NHWC if "nhwc" in kernel else GpuLayout.CHWN
 
 
+def interpreters(chips: Sequence[str] = CHIPS) -> Iterator[Interpreter]:
+    """Every order of warps, copies and blocks on every chip."""
+    for chip, order in product(chips, Interpreter.ORDERS.values()):
+        yield Interpreter(chip, **order)
+
+
 def conv_case(
-    case: Case, dtype: torch.dtype, kernel: str, chips: tuple[str, ...] = CHIPS, in_place: bool = False
-) -> None:
-    """Every order of warps, copies and blocks on every chip that has the kernel."""
+    case: Case, dtype: torch.dtype, kernel: str, chips: Sequence[str] = CHIPS, in_place: bool = False
+) -> set[str]:
+    """The names of the kernels that ran, in the PTX."""
     layout = layout_of(kernel)
     if layout is GpuLayout.CHWN:
         batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
         case = replace(case, batch=batch)
-    for chip, order in product(chips, Interpreter.ORDERS):
-        if chip != "sm_90a" and "wgmma" in kernel:
-            continue
-        with Interpreter(chip, **Interpreter.ORDERS[order]) as ptx:
+    ran = set()
+    for ptx in interpreters(["sm_90a"] if "wgmma" in kernel else chips):
+        with ptx:
             check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
         assert len(ptx.launches) == (case.batch > 0)
+        ran |= set(ptx.launches)
+    return ran
 
 
 def prepared_block(case: BlockCase, dtype: torch.dtype) -> CudaBlock:
@@ -63,16 +73,22 @@ def prepared_block(case: BlockCase, dtype: torch.dtype) -> CudaBlock:
     return CudaBlock(step, tables, geometry)
 
 
-def block_case(case: BlockCase, dtype: torch.dtype, in_place: bool = False) -> None:
+def block_case(
+    case: BlockCase, dtype: torch.dtype, chips: Sequence[str] = CHIPS, in_place: bool = False
+) -> set[str]:
+    """The names of the kernels that ran, in the PTX."""
     block = prepared_block(case, dtype)
-    for chip, order in product(CHIPS, Interpreter.ORDERS):
-        with Interpreter(chip, **Interpreter.ORDERS[order]) as ptx:
+    ran = set()
+    for ptx in interpreters(chips):
+        with ptx:
             check_block(block, case, dtype, in_place=in_place)
         assert len(ptx.launches) == 1
+        ran |= set(ptx.launches)
+    return ran
 
 
 class HostKernels(CudaKernels):
-    """The CUDA kernels for tensors on the CPU. wgmma: whether to prefer it to the rule's choice."""
+    """The CUDA kernels for tensors on the CPU, those by wgmma first if ``wgmma``."""
 
     def __init__(self, wgmma: bool) -> None:
         self._wgmma = wgmma
@@ -82,37 +98,53 @@ class HostKernels(CudaKernels):
     ) -> tuple[bool, str]:
         return True, ""
 
-    def prepare(
-        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
-    ) -> CudaConv:
-        return CudaConv(spec, weights, bias, layout, wgmma=self._wgmma)
+    def options(
+        self,
+        spec: ConvSpec,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        layout: GpuLayout,
+        shape: Sequence[int],
+    ) -> dict[str, Callable[[], GpuConv]]:
+        if not self._wgmma or not weights:
+            return super().options(spec, weights, bias, layout, shape)
+        names = kernels_for(spec, weights[0].dtype, layout, wgmma=True)
+        names = tuple(sorted(names, key=lambda name: "wgmma" not in name))
+        return {name: partial(CudaConv, spec, weights, bias, layout, name) for name in names}
+
+
+class Prefers(Tuner):
+    """A tuner that takes what it prefers where that is an option."""
+
+    def __init__(self, *wanted: str) -> None:
+        super().__init__(Choices(Path("nowhere")), None)
+        self.wanted = wanted
+
+    def fastest(self, key: Any, options: Mapping[str, Any], *, always: bool = False) -> str:
+        return next((name for want in self.wanted for name in options if want in name), next(iter(options)))
 
 
 @contextmanager
-def cuda_on_host(wgmma: bool = False, blocks: bool = True) -> Iterator[None]:
+def cuda_on_host(wgmma: bool = False) -> Iterator[None]:
     """The GPU executor takes networks on the CPU."""
 
     def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
-        return "" if blocks and layout is GpuLayout.CHWN and dtype != torch.float32 else "not here"
+        return "" if layout is GpuLayout.CHWN and dtype != torch.float32 else "not here"
 
-    environment = {"DSP_KERNELS_WGMMA": "1"} if wgmma else {}
     with (
-        mock.patch.object(gpu_program, "GPU_KERNELS", Registry("GPU kernel", HostKernels(wgmma))),
-        mock.patch.object(block_plan, "why_no_blocks", why_no_blocks),
-        mock.patch.dict("os.environ", environment),
+        mock.patch.object(gpu_plan, "GPU_KERNELS", Registry("GPU kernel", HostKernels(wgmma))),
+        mock.patch.object(gpu_plan, "why_no_blocks", why_no_blocks),
         torch.no_grad(),
     ):
         yield
 
 
-def runner_of(model: nn.Module, dtype: torch.dtype, size: Sequence[int]) -> GpuRunner:
+def runner_of(model: nn.Module, dtype: torch.dtype, size: Sequence[int], *wanted: str) -> GpuRunner:
+    """Options whose names contain one of ``wanted`` are taken where there are such."""
     with evaluating(model):
         program = plan(trace(model, torch.zeros(8, *size)))
-    return GpuRunner(program.map_tensors(lambda t: t.detach().to(dtype) if t.is_floating_point() else t))
-
-
-def kernels_of(launches: Sequence[str]) -> Counter[str]:
-    return Counter(line.split()[2] for line in launches)
+    program = program.map_tensors(lambda t: t.detach().to(dtype) if t.is_floating_point() else t)
+    return GpuRunner(program, make_tuner=lambda device, what: Prefers(*wanted))
 
 
 def released_network(
@@ -121,8 +153,8 @@ def released_network(
     """Logits of the network's PTX and of float32 for the first images, and how often each kernel ran."""
     model = read_released(shared / "nets" / f"{name}.npz").eval()
     images = cifar_images(shared)[:count]
-    with cuda_on_host(wgmma, blocks), Interpreter("sm_90a") as ptx:
-        run = runner_of(model, dtype, images.shape[1:])
+    with cuda_on_host(wgmma), Interpreter("sm_90a") as ptx:
+        run = runner_of(model, dtype, images.shape[1:], *["one block"] * blocks)
         got = torch.cat([run(part.to(dtype)).float() for part in images.split(8)])
     with torch.no_grad():
-        return got, model(images), kernels_of(ptx.launches)
+        return got, model(images), Counter(ptx.launches)

@@ -1,7 +1,7 @@
 """What runs where the fastest kernels cannot, with one warning that says why; weights are prepared once."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import nets
@@ -132,19 +132,17 @@ def test_gpu_backends_by_name_on_a_cpu(backend: str) -> None:
             dsp_kernels.swap(packed, backend=backend)
 
 
-class Machine:
-    """A GPU of some compute capability, on which the packages are complete."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-        for function in (why_not_on, gpu_conv.warn_of_missing, triton_conv._why_no_triton):
-            function.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "card")
-        monkeypatch.setattr(cuda_conv, "why_no_cuda", lambda: "")
-        self.set = monkeypatch.setattr
+@pytest.fixture
+def _fresh_answers() -> Iterator[None]:
+    kept = why_not_on, gpu_conv.warn_of_missing, triton_conv._why_no_triton
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
 
 
+@pytest.mark.usefixtures("_fresh_answers")
 @pytest.mark.parametrize(
     ("capability", "dtype", "missing", "expected", "reason"),
     [
@@ -153,13 +151,13 @@ class Machine:
             (9, 0),
             torch.float16,
             "library",
-            ["cuda", "triton", "cudnn", "eager"],
+            ["triton", "cudnn", "eager"],
             "triton on cuda:0; cuda: not built",
         ),
         ((9, 0), torch.float32, "compiler", ["cuda", "cudnn", "eager"], None),
         ((9, 0), torch.float16, "both", ["cudnn", "eager"], "install gcc or set CC"),
         ((9, 0), torch.float64, "", ["cudnn", "eager"], None),
-        ((7, 5), torch.float32, "", ["cuda", "triton", "cudnn", "eager"], "card has compute capability 7.5"),
+        ((7, 5), torch.float32, "", ["triton", "cudnn", "eager"], "card has compute capability 7.5"),
         ((7, 5), torch.float16, "", ["cudnn", "eager"], "these kernels need 8.0"),
         ((7, 0), torch.float32, "", ["cudnn", "eager"], "these kernels need 7.5"),
     ],
@@ -172,12 +170,16 @@ def test_what_auto_tries_on_a_gpu(
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    machine = Machine(monkeypatch, capability)
-    if missing in ("library", "both"):
-        machine.set(cuda_conv, "why_no_cuda", lambda: "not built")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "card")
+    without_library = missing in ("library", "both")
+    monkeypatch.setattr(
+        cuda_conv, "why_no_cuda_on", lambda index: "not built" if without_library else why_not_on(index)
+    )
     if missing in ("compiler", "both"):
         monkeypatch.delenv("CC", raising=False)
-        machine.set("shutil.which", lambda name: None)
+        monkeypatch.setattr("shutil.which", lambda name: None)
     program = dsp_kernels.fuse(nets.make("residual"), nets.example(), backend="eager").program
     assert [each.name for each in EXECUTORS.candidates("auto", program, dtype, GPU)] == expected
     with warnings.catch_warnings(record=True) as caught:

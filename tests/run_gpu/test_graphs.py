@@ -4,6 +4,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from dsp_kernels.run.gpu.graphs import capture
+from dsp_kernels.run.gpu.tune import Choices, Tuner, gpu_seconds
 
 DEVICE = torch.device("cuda", 1)
 
@@ -25,6 +28,8 @@ class FakeCuda:
         self.replays = 0
         self.most_captures = self.captures = 0
         self.default_generators = [SimpleNamespace(), self]
+        self.pools: list[object] = []
+        self.devices: list[int] = []  # on which timing waited
 
     def __call__(self, *_: object) -> Any:  # Stream(device), CUDAGraph()
         return SimpleNamespace(
@@ -43,7 +48,7 @@ class FakeCuda:
         return self.device
 
     def graph_pool_handle(self) -> tuple[int, int]:
-        return 0, 1
+        return 0, len(self.pools)
 
     @contextmanager
     def in_device(self, device: torch.device) -> Iterator[None]:
@@ -61,7 +66,19 @@ class FakeCuda:
         finally:
             self.stream = before
 
+    def event(self, enable_timing: bool) -> Any:
+        def record() -> None:
+            event.at = self.replays
+
+        event = SimpleNamespace(
+            record=record,
+            synchronize=lambda: self.devices.append(self.device),
+            elapsed_time=lambda end: 30.0 * (end.at - event.at),  # milliseconds
+        )
+        return event
+
     def _begin(self, pool: object, capture_error_mode: str) -> None:
+        self.pools.append(pool)
         assert (self.device, self.stream, self.is_capturing) == (1, "side", False)
         assert capture_error_mode == "thread_local"
         self.is_capturing = self.pool_in_use = True
@@ -109,8 +126,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         monkeypatch.setattr(
             torch.cuda, name, lambda *_: pytest.fail("a capture must not wait or free memory")
         )
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        monkeypatch.setattr(torch._C, name, fake.end_pool, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_pool, raising=False)
     return fake
 
 
@@ -168,3 +184,32 @@ def test_one_capture_at_a_time_in_a_process(cuda: FakeCuda) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda _: capture(launch, DEVICE, None), range(12)))
     assert cuda.most_captures == 1
+
+
+def test_a_launch_may_capture_another_network(cuda: FakeCuda) -> None:
+    inner: list[object] = []
+
+    def launch() -> None:
+        if not inner:
+            inner.append(capture(lambda: None, DEVICE, None))
+
+    assert capture(launch, DEVICE, None) is not None
+    assert cuda.captures == 0
+    assert inner != [None]
+
+
+def test_timing_is_on_the_device_of_the_tensors_and_uses_one_pool(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", cuda.event)
+    freed: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(None))
+    for _ in range(2):
+        with Tuner(Choices(tmp_path / "choices"), partial(gpu_seconds, DEVICE)) as tuner:
+            options = dict.fromkeys("ab", lambda: lambda: None)
+            assert tuner.fastest(["conv", len(freed)], options) == "a"
+    assert set(cuda.devices) == {DEVICE.index}
+    assert len(cuda.pools) == 4
+    assert cuda.pools[0] == cuda.pools[1] != cuda.pools[2] == cuda.pools[3]
+    assert len(freed) == 2
+    assert gpu_seconds(DEVICE, lambda: None) == 30e-3 / 10  # ten launches per replay

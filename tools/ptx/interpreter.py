@@ -1,6 +1,8 @@
 """The CUDA ops on tensors in host memory: every launch runs the PTX in the interpreter and is checked."""
 
 import ctypes
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -49,32 +51,37 @@ class Interpreter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._library = loaded()
-        self.launches: list[str] = []
+        self.launches: list[str] = []  # names of kernels in the PTX
         limit = shared_limit or SHARED_BYTES[target]
-        self._options = target.encode(), order, copies, wgmma, lanes, seed, 1024, backwards, limit
+        self._options = target.encode(), order, copies, wgmma, lanes, backwards, seed, limit
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in (torch.ops.dsp_kernels.cuda_conv.default, torch.ops.dsp_kernels.cuda_block.default):
             return func(*args, **(kwargs or {}))
+        with self.checked(zip(func._schema.arguments, args, strict=True)):
+            func(*args)
+
+    @contextmanager
+    def checked(self, arguments: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+        """Checks the launches inside. arguments: those of an op's schema with their values."""
         library = self._library
-        library.ptxvm_options(*self._options)
-        library.ptxvm_clear()
+        library.ptx_begin(*self._options)
         regions: dict[int, list[Any]] = {}
-        for argument, value in zip(func._schema.arguments, args, strict=True):
+        for argument, value in arguments:
             if isinstance(value, Tensor):
-                region = regions.setdefault(value.data_ptr(), [value.nbytes, 0, ""])
-                region[1] |= 2 if argument.alias_info and argument.alias_info.is_write else 1
-                region[2] += argument.name
-        for start, (size, flags, name) in regions.items():
-            library.ptxvm_region(start, size, flags, name.encode())
-        func(*args)
-        report = library.ptxvm_report().decode()
-        unwritten = library.ptxvm_unwritten()
-        if library.ptxvm_error_count() or unwritten:
-            raise PTXError(f"{report}{unwritten} bytes of the output were not written")
-        self.launches += [line for line in report.splitlines() if line.startswith("launch: ")]
+                region = regions.setdefault(value.data_ptr(), [value.nbytes, False, False, []])
+                writes = argument.alias_info is not None and argument.alias_info.is_write
+                region[1] |= not writes
+                region[2] |= writes
+                region[3].append(argument.name)
+        for start, (size, reads, writes, names) in regions.items():
+            library.ptx_region(start, size, reads, writes, " and ".join(names).encode())
+        yield
+        self.launches += library.ptx_launches().decode().split()
+        if errors := library.ptx_errors().decode():
+            raise PTXError(errors)
 
 
 @cache
@@ -83,10 +90,16 @@ def loaded() -> ctypes.CDLL:
     folder = build()
     torch.ops.load_library(str(folder / LIBRARY))
     library = ctypes.CDLL(str(folder / LIBRARY))
-    library.ptxvm_region.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
-    library.ptxvm_report.restype = ctypes.c_char_p
-    for name in ("ptxvm_unwritten", "ptxvm_error_count"):
-        getattr(library, name).restype = ctypes.c_uint64
+    for name in ("ptx_load", "ptx_errors", "ptx_launches"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.ptx_begin.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 5, ctypes.c_uint64, ctypes.c_int]
+    library.ptx_region.argtypes = [*[ctypes.c_uint64] * 2, *[ctypes.c_int] * 2, ctypes.c_char_p]
     for path in sorted(folder.glob("*.ptx")):
-        library.ptxvm_load(str(path).encode())
+        load(library, path.read_text())
     return library
+
+
+def load(library: ctypes.CDLL, module: str) -> None:
+    """Loads PTX text; its kernels replace those of the same chip and name. Raises PTXError."""
+    if error := library.ptx_load(module.encode()).decode():
+        raise PTXError(error)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-# Capturing changes state of the process: the generator's and the allocator's.
-_one_capture = threading.Lock()
+# Capturing changes state of the process: the generator's and the allocator's. Reentrant: a launch that is to
+# be captured may run another network for the first time.
+_one_capture = threading.RLock()
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -67,6 +68,5 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         index = torch.cuda.current_device()
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
-        for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with suppress(RuntimeError):  # what capture_end did before it raised
-                leave(index, pool)
+        with suppress(RuntimeError):  # capture_end may have done it before it raised
+            torch._C._cuda_endAllocateToPool(index, pool)

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -150,6 +151,9 @@ class Tuner:
 
     def __exit__(self, *error: object) -> None:
         self._choices.save()
+        if self._has_said:
+            _timed.last = None
+            torch.cuda.empty_cache()  # a no-op without a GPU
 
 
 def tuner_for(device: torch.device, what: str) -> Tuner:
@@ -169,15 +173,23 @@ def tuner_for(device: torch.device, what: str) -> Tuner:
     return Tuner(choices, partial(gpu_seconds, device), f"on {name} {limit}{what}", budget)
 
 
+# Of each thread: device, pool and the graph that was timed last, whose memory the next one uses again.
+_timed = threading.local()
+
+
 def gpu_seconds(device: torch.device, launch: Launch) -> float:
     """The least time of a launch over replays of a CUDA graph of several."""
+    last = getattr(_timed, "last", None)
+    pool = last[1] if last and last[0] == device else torch.cuda.graph_pool_handle()
 
     def launch_all() -> None:
         for _ in range(_LAUNCHES):
             launch()
 
     with torch.cuda.device(device):
-        replay = capture(launch_all, device, None) or launch_all
+        captured = capture(launch_all, device, pool)
+        _timed.last = device, pool, captured
+        replay = captured or launch_all
         replay()
         times = []
         for _ in range(_REPLAYS):

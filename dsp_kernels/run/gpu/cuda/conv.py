@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPBackendError, DSPShapeError
+from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for, rule
+from dsp_kernels.run.gpu.cuda.launch import KERNEL_CODES, ConvSizes, describe, launch_op
 from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda_on
 from dsp_kernels.run.gpu.cuda.tables import Tables, make_tables
 from dsp_kernels.run.gpu.layout import (
-    ACTIVATION_CODES,
     BATCH_MULTIPLE,
     GPU_DTYPES,
     GpuConv,
     GpuLayout,
     check_conv_operands,
 )
-
-# (x, out, residual, weights, bias, tables, sizes); sizes: see csrc/cuda/launch_plan.h, block_plan.h
-Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[int]], None]
-
-
-def launch_op(
-    op: str,
-    x: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    weights: Tensor,
-    bias: Tensor,
-    tables: Tensor,
-    sizes: list[int],
-) -> None:
-    """Runs torch.ops.dsp_kernels.<op> on the current stream; writes ``out``.
-
-    Raises DSPBackendError for what the op refuses, with its reason.
-    """
-    try:
-        getattr(torch.ops.dsp_kernels, op)(x, out, residual, weights, bias, tables, sizes)
-    except RuntimeError as error:
-        raise DSPBackendError(str(error)) from error
-
-
-_LAUNCH: Launch = partial(launch_op, "cuda_conv")
 
 
 class CudaKernels:
@@ -102,8 +77,7 @@ class CudaKernels:
 class CudaConv:
     """One convolution, its weights packed and its tables on the device.
 
-    launch: the op, or its emulation in tests. kernel: the only kernel of KERNELS to launch, instead of the
-    one that the rule chooses.
+    kernel: the only kernel of KERNELS to launch, instead of the one that the rule chooses.
     """
 
     def __init__(
@@ -112,12 +86,11 @@ class CudaConv:
         weights: Sequence[Tensor],
         bias: Tensor | None,
         layout: GpuLayout,
-        launch: Launch = _LAUNCH,
         kernel: str | None = None,
     ) -> None:
         spec.check_constants(weights, bias)
         self.spec, self.layout = spec, layout
-        self._launch, self._kernel = launch, kernel
+        self._kernel = kernel
         constant = next(iter(weights), bias)
         # Without constants, dtype and device are those of each input.
         self._kind = None if constant is None else (constant.dtype, constant.device)
@@ -140,8 +113,11 @@ class CudaConv:
         names = kernels_for(self.spec, dtype, self.layout, wgmma=False)
         made: dict[str, Tables] = {}
         for name in names if self._kernel is None else (self._kernel,):
-            shared = made.get("nhwc") if name == "nhwc_sliced" else None
-            made[name] = shared or make_tables(KERNELS[name], self.spec, weights, bias, dtype, device)
+            if name == "nhwc_sliced" and "nhwc" in made:
+                sizes = made["nhwc"].sizes._replace(kernel=KERNEL_CODES[name])
+                made[name] = replace(made["nhwc"], sizes=sizes)
+            else:
+                made[name] = make_tables(KERNELS[name], self.spec, weights, bias, dtype, device)
         return made
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
@@ -159,22 +135,21 @@ class CudaConv:
             )
         if out.numel() == 0:
             return
+        tables, sizes = self._sizes(shape, dtype, device)
+        launch_op(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
+
+    def describe(self, shape: Sequence[int]) -> str:
+        """The struct of a launch for an input (batch, channels, height, width); empty without constants."""
+        return describe(self._sizes(shape, *self._kind)[1]) if self._kind else ""
+
+    def _sizes(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tables, ConvSizes]:
         kept = self.tables(dtype, device)
-        name = self._kernel or rule(tuple(kept), spec.structure, positions)
-        tables = kept[name]
-        sizes = [
-            KERNELS[name].number,
-            tables.filters,
-            tables.tile_count,
-            tables.rows_at,
-            tables.runs_at,
-            tables.taps_at,
-            tables.gather_at,
-            *spec.stride,
-            *spec.padding,
-            ACTIVATION_CODES[spec.activation],
-            *shape,
-            spec.structure.out_channels,
-            *spec.output_hw(shape[2:]),
-        ]
-        self._launch(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
+        batch, _, height, width = shape
+        out_height, out_width = self.spec.output_hw((height, width))
+        positions = batch * out_height * out_width
+        tables = kept[self._kernel or rule(tuple(kept), self.spec.structure, positions)]
+        return tables, tables.sizes._replace(
+            batch=batch, height=height, width=width, out_height=out_height, out_width=out_width
+        )

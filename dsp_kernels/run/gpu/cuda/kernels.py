@@ -1,4 +1,4 @@
-"""The table of CUDA convolution kernels (csrc/cuda/launch_plan.h), and which of them can run what."""
+"""The CUDA kernels of convolutions, in the order of csrc/cuda/params.h, and which of them can run what."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, round_up
 
-# Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/conv_params.h).
+# Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/params.h).
 LARGEST_SIDE = 16383
-# The tap of a padding row of the reduction: outside of every image (csrc/cuda/conv_params.h).
+# The tap of a padding row of the reduction: outside of every image (csrc/cuda/params.h).
 OUTSIDE = 0x7FFF << 16
 
 
@@ -19,13 +19,11 @@ OUTSIDE = 0x7FFF << 16
 class KernelKind:
     """One kernel.
 
-    number: in the enum Kernel of csrc/cuda/launch_plan.h. filters: the sizes of its tiles. rows: of the
-    reduction per step; the channels of one tap are padded to a multiple of ``channels``. order: of the
-    weights of a tile, see WEIGHT_ORDERS.
+    filters: the sizes of its tiles. rows: of the reduction per step; the channels of one tap are padded to a
+    multiple of ``channels``. order: of the weights of a tile, see WEIGHT_ORDERS.
     """
 
     name: str
-    number: int
     filters: tuple[int, ...]
     rows: int
     channels: int = 1
@@ -46,18 +44,18 @@ class KernelKind:
         return round_up(round_up(channels, self.channels) * taps, self.rows)
 
 
-_NHWC = KernelKind("nhwc", 2, (16, 32), 32, 8)
+_NHWC = KernelKind("nhwc", (16, 32), 32, 8)
 KERNELS = {
     kind.name: kind
     for kind in (
-        KernelKind("chwn", 0, (16, 32, 64), 32),
-        KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16),
+        KernelKind("chwn", (16, 32, 64), 32),
+        KernelKind("halo", (16, 32, 64), 9 * 16, 16),
         _NHWC,
-        KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
-        KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
-        KernelKind("wgmma", 5, (64, 128), 32, order="cores"),
-        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores"),
-        replace(_NHWC, name="nhwc_sliced", number=7),  # four warps share the reduction of a tile
+        KernelKind("fp32_chwn", (32,), 16, order="rows"),
+        KernelKind("fp32_nhwc", (32,), 16, order="rows"),
+        KernelKind("wgmma", (64, 128), 32, order="cores"),
+        KernelKind("wgmma_halo", (64,), 9 * 16, 16, order="cores"),
+        replace(_NHWC, name="nhwc_sliced"),  # four warps share the reduction of a tile
     )
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dsp_kernels.run.gpu.cuda.launch import interface
 from dsp_kernels.run.gpu.layout import why_not_on
 
 LIBRARY = Path(__file__).resolve().parents[3] / "_C_cuda.so"
@@ -26,20 +27,37 @@ def why_no_cuda() -> str:
     try:
         torch.ops.load_library(str(LIBRARY))
         cuda, _ = built_for()
+        theirs = set(built_from().splitlines())
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{LIBRARY.name} does not load into torch {torch.__version__} ({error}); {_FIX}"
     if cuda.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"{LIBRARY.name} is of CUDA {cuda}, torch of CUDA {torch.version.cuda}; {_FIX}"
-    return ""
+    own = set(interface().splitlines())
+    if theirs == own:
+        return ""
+    return (
+        f"{LIBRARY.name} was built from other sources than this package: it has {sorted(theirs - own)}, "
+        f"not {sorted(own - theirs)}; {_FIX}"
+    )
 
 
 @cache
 def built_for() -> tuple[str, tuple[str, ...]]:
     """The library's version of CUDA and its architectures: sm_80 (machine code), compute_80 (PTX), ..."""
-    about = ctypes.CDLL(str(LIBRARY)).dsp_kernels_build
-    about.restype = ctypes.c_char_p
-    cuda, *archs = about().decode().split()
+    cuda, *archs = _text("dsp_kernels_build").split()
     return cuda, tuple(archs)
+
+
+def built_from() -> str:
+    """The library's ``interface``: the structs, enums, limits and kernels that it was compiled with."""
+    return _text("dsp_kernels_interface")
+
+
+def _text(function: str) -> str:
+    write = getattr(ctypes.CDLL(str(LIBRARY)), function)
+    write.restype = ctypes.c_char_p
+    text: bytes = write()
+    return text.decode()
 
 
 @cache

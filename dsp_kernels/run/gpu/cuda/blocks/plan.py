@@ -120,7 +120,7 @@ def _cost(step: BlockStep, geometry: BlockGeometry, shapes: Shapes, limits: Limi
     blocks *= math.ceil(batch / (BATCH_MULTIPLE * tile_n))
     work = 0
     for conv, region in zip(step.convs, geometry.regions[1:], strict=True):
-        rows = region.rows + (turns - 1) * (region.rows - region.kept(output.rows))
+        rows = region.rows + (turns - 1) * (region.rows - region.kept)
         work += conv.spec.structure.macs(conv.spec.kernel_size, (rows, region.columns)) * tile_n
     # Two fit by registers; each reserves 1024 more bytes of shared memory.
     resident = min(2, limits.shared_per_multiprocessor // (geometry.shared_bytes + 1024))

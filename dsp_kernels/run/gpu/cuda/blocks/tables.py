@@ -3,7 +3,7 @@
 A *slot* is a channel of a feature map held in shared memory: channels of the block's input that anything
 reads, and channels of an inner map that the next convolution reads. Filters that write no slot are not
 computed. The tiles do not depend on the input size; addresses in shared memory do (geometry.py). See
-csrc/cuda/block_kernel.h.
+csrc/cuda/block_kernel.cuh.
 """
 
 from collections.abc import Sequence

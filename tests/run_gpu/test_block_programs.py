@@ -1,13 +1,12 @@
-"""Networks with residual blocks as one kernel: the executor on the CPU, the kernel in the emulator."""
+"""Networks with residual blocks as one kernel: the executor on the CPU, the kernel by its definition."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import ClassVar
 
+import block_cases
+import ptx_checks
 import pytest
 import torch
-from emulation import Emulator
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
@@ -20,7 +19,6 @@ from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.program import GpuRunner
-from dsp_kernels.run.gpu.tune import Choices, Tuner
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.models import cifar_resnet
 
@@ -50,14 +48,27 @@ class Bottlenecks(nn.Module):
         return x.mean((2, 3))
 
 
+class HostBlock(CudaBlock):
+    """A block by its definition; tests/cuda_ptx runs the kernel itself."""
+
+    launches: ClassVar[list[str]] = []
+
+    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        nchw = GpuLayout.CHWN.as_nchw
+        added = None if residual is None else nchw(residual)
+        nchw(out).copy_(block_cases.reference(self.step, nchw(x), added))
+        self.launches.append(self.step.output)
+
+
 @pytest.fixture(autouse=True)
-def _on_the_host(monkeypatch: pytest.MonkeyPatch, block_emulator: Emulator) -> Iterator[None]:
-    """Blocks run in the emulator and single convolutions in plain PyTorch."""
+def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Single convolutions run in plain PyTorch."""
     monkeypatch.setattr(
         gpu_plan, "why_no_blocks", lambda dtype, device, layout: "" if layout is GpuLayout.CHWN else "NHWC"
     )
-    monkeypatch.setattr(gpu_plan, "CudaBlock", partial(CudaBlock, launch=block_emulator))
+    monkeypatch.setattr(gpu_plan, "CudaBlock", HostBlock)
     monkeypatch.delenv("DSP_KERNELS_BLOCKS", raising=False)
+    HostBlock.launches.clear()
     with torch.no_grad():
         yield
 
@@ -87,39 +98,26 @@ def images(batch: int) -> Tensor:
     return torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(0)).half()
 
 
-class Prefers(Tuner):
-    """A tuner that takes what it prefers where that is an option."""
-
-    def __init__(self, *wanted: str) -> None:
-        super().__init__(Choices(Path("nowhere")), None)
-        self.wanted = wanted
-
-    def fastest(self, key: Any, options: Mapping[str, Any], *, always: bool = False) -> str:
-        return next((name for want in self.wanted for name in options if want in name), next(iter(options)))
-
-
 def runner_of(model: nn.Module, *wanted: str) -> GpuRunner:
-    return GpuRunner(program_of(model), make_tuner=lambda device, what: Prefers(*wanted))
+    return ptx_checks.runner_of(model, torch.float16, SIZE, *wanted)
 
 
 @pytest.mark.parametrize(
     ("name", "blocks", "batch"), [("basic", 3, 8), ("bottlenecks", 2, 16), ("bottlenecks", 2, 3)]
 )
-def test_a_network_of_blocks(name: str, blocks: int, batch: int, block_emulator: Emulator) -> None:
+def test_a_network_of_blocks(name: str, blocks: int, batch: int) -> None:
     model = model_of(name)
     x = images(batch)  # three images are padded to eight
     assert_close(runner_of(model, "CHWN", "one block")(x), model, x)
-    assert len(block_emulator.launches) == blocks
+    assert len(HostBlock.launches) == blocks
 
 
-def test_blocks_run_only_where_they_are_wanted_and_faster(
-    block_emulator: Emulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_run_only_where_they_are_wanted_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = model_of("bottlenecks"), images(8)
     without = runner_of(model, "convolutions")(x)
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "0")
     runner_of(model, "one block")(x)
-    assert not block_emulator.launches
+    assert not HostBlock.launches
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "yes")
     with pytest.raises(DSPError, match="expected 0 or 1"):
         runner_of(model)

@@ -14,6 +14,7 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.cuda import library
 from dsp_kernels.run.gpu.cuda.conv import CudaKernels
+from dsp_kernels.run.gpu.cuda.launch import interface
 from dsp_kernels.run.gpu.cuda.library import LIBRARY, why_no_cuda
 from dsp_kernels.run.gpu.layout import GpuLayout
 
@@ -130,18 +131,26 @@ def test_resources() -> None:
     assert len({kernel.name for kernel in kernels}) == (32 if "sm_90a" in chips else 26)
     for kernel in kernels:
         family, count = kernel.name.split()[0], kernel.instructions
-        warpgroups = family.startswith("Wgmma")
+        warpgroups = family.startswith("wgmma")
         assert kernel.stack == 0, kernel
         assert count["local"] == 0, kernel
         # As many thread blocks fit as csrc/cuda says: kThreads, kBlocks of 65,536 registers.
-        assert kernel.registers <= (168 if family == "ChwnGemm" else 128), kernel
-        assert (count["HMMA"] > 0) == (family != "Fp32Gemm" and not warpgroups), kernel
+        assert kernel.registers <= (168 if family == "chwn_gemm" else 128), kernel
+        assert (count["HMMA"] > 0) == (family != "fp32_gemm" and not warpgroups), kernel
         assert (count["HGMMA"] > 0) == warpgroups, kernel
         # If ptxas serialises wgmma, it waits for every single one.
         assert count["waits"] <= 2, kernel
         assert count["LDGSTS.128"] > 0, kernel
-        if "NHWC" not in kernel.name and family != "NhwcGemm":
+        if "NHWC" not in kernel.name and family != "nhwc_gemm":
             assert count["STG.128"] == count["STG"] > 0, kernel
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if why_no_cuda():
+        pytest.skip(why_no_cuda())
+    monkeypatch.setattr(library, "interface", lambda: interface().replace("tile_count", "tiles"))
+    refused = why_no_cuda.__wrapped__()
+    assert re.search(r"other sources .*has .*tile_count.*, not .*tiles", refused)
 
 
 def test_the_library_says_what_it_was_built_for() -> None:
@@ -170,6 +179,7 @@ def test_a_library_for_another_gpu_or_cuda_is_refused(
     (tmp_path / LIBRARY.name).touch()
     monkeypatch.setattr(library, "LIBRARY", tmp_path / LIBRARY.name)
     monkeypatch.setattr(library, "built_for", lambda: (cuda, ("sm_90a",)))
+    monkeypatch.setattr(library, "built_from", interface)
     monkeypatch.setattr(library, "why_no_cuda", why_no_cuda.__wrapped__)  # not what is cached of this machine
     monkeypatch.setattr(library, "why_not_on", lambda index: "")
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
