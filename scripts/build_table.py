@@ -5,6 +5,7 @@ python scripts/build_table.py [--only TEXT]
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,62 +13,46 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# As pip runs it without isolation, after a change that hides something.
+START = "dsp-kernels: "
+# As pip runs it without isolation, with nvcc hidden or not.
 SETUP = """import runpy, shutil, sys
-{change}
+which = shutil.which
+shutil.which = lambda name, **more: None if {hidden!r} in name else which(name, **more)
 sys.argv = ["setup.py", "-q", "build_ext", "--build-lib", "{folder}", "--build-temp", "{folder}/temp"]
 runpy.run_path("setup.py", run_name="__main__")"""
-HIDE = (
-    "which = shutil.which; shutil.which = lambda name, **more: None if {!r} in name else which(name, **more)"
-)
 # Says that it is of another CUDA.
 WRAPPER = """#!/bin/sh
 [ "$1" = --version ] && exec echo "Cuda compilation tools, release 99.0, V99.0.1"
 exec nvcc "$@"
 """
-# In a process of its own: a process can load one such library.
-ASK = """import ctypes, sys, torch
-build = ctypes.CDLL(sys.argv[1]).dsp_kernels_build
-build.restype = ctypes.c_char_p
-print(build().decode())"""
-START = "dsp-kernels: "
-ONLY_CUDA = {"DSP_KERNELS_CPU": "0"}
-# Name -> (change, environment); None: by pip, isolated, where torch is missing.
-ROWS: dict[str, tuple[str | None, dict[str, str]]] = {
-    "`pip install .`": (None, {}),
-    "without isolation": ("", {}),
-    "nvcc of another CUDA than torch's": ("", {"CUDACXX": "{folder}/nvcc", **ONLY_CUDA}),
-    "without nvcc": (HIDE.format("nvcc"), ONLY_CUDA),
-    "without a compiler": ("", {"CXX": "no-such-compiler"}),
-} | {
-    f"TORCH_CUDA_ARCH_LIST={arch}": ("", {"TORCH_CUDA_ARCH_LIST": arch, **ONLY_CUDA})
-    for arch in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-}
+ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# Name -> environment. Where the CPU kernels do not matter they are left out.
+ROWS: dict[str, dict[str, str]] = {
+    "`pip install .`": {},
+    "without isolation": {},
+    "nvcc of another CUDA than torch's": {"CUDACXX": "{folder}/nvcc", "DSP_KERNELS_CPU": "0"},
+    "without nvcc": {"DSP_KERNELS_CPU": "0"},
+    "without a compiler": {"CXX": "no-such-compiler"},
+} | {f"for {arch}": {"TORCH_CUDA_ARCH_LIST": arch, "DSP_KERNELS_CPU": "0"} for arch in ARCHS}
 
 
-def build(change: str | None, environment: dict[str, str], folder: Path) -> tuple[list[str], list[str]]:
-    """(what the build says, the libraries with their architectures)."""
-    (folder / "nvcc").write_text(WRAPPER, encoding="utf-8")
-    (folder / "nvcc").chmod(0o755)
-    code = SETUP.format(change=change, folder=folder)
-    pip = ["-m", "pip", "wheel", "-v", "--no-deps", "-w", str(folder), str(ROOT)]
-    command = [sys.executable, *(pip if change is None else ("-c", code))]
-    variables = {name: value.format(folder=folder) for name, value in environment.items()}
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=True
-    )
-    lines = map(str.strip, (done.stdout + done.stderr).splitlines())
+def build(name: str, folder: str) -> tuple[str, str]:
+    """(the libraries and what they were built for, what the build says)."""
+    wrapper = Path(folder, "nvcc")
+    wrapper.write_text(WRAPPER, encoding="utf-8")
+    wrapper.chmod(0o755)
+    command = [sys.executable, "-c", SETUP.format(hidden=name.removeprefix("without "), folder=folder)]
+    if "pip" in name:
+        command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--target", folder, "."]
+    variables = {name: value.format(folder=folder) for name, value in ROWS[name].items()}
+    options = {"cwd": ROOT, "env": os.environ | variables, "stderr": subprocess.STDOUT, "text": True}
+    lines = map(str.strip, subprocess.check_output(command, **options).splitlines())
     said = [line.removeprefix(START) for line in lines if line.startswith(START) and "CPU is 0" not in line]
-    for wheel in folder.glob("*.whl"):
-        subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, folder], check=True)
-    return said, [about(file) for file in sorted(folder.rglob("_C*.so"))]
-
-
-def about(library: Path) -> str:
-    """Its name, and what it says it was built for."""
-    name = library.name.partition(".")[0]
-    command = [sys.executable, "-c", ASK, str(library)]
-    return name if name == "_C" else f"{name}: {subprocess.check_output(command, text=True).strip()}"
+    made = []
+    for library in sorted(Path(folder, "dsp_kernels").glob("_C*.so")):
+        about = re.search(rb"\d+\.\d+(?: (?:sm|compute)_\w+)+", library.read_bytes())
+        made.append(library.name.partition(".")[0] + (f": CUDA {about[0].decode()}" if about else ""))
+    return ", ".join(made) or "nothing", "; ".join(said)
 
 
 def main() -> None:
@@ -76,18 +61,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this text")
     only = parser.parse_args().only
     print("| installed | built | said | seconds |\n|---|---|---|---:|")
-    for name, row in ROWS.items():
+    for name in ROWS:
         if only in name:
+            started = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
-                started = time.perf_counter()
-                said, made = build(*row, Path(folder))
-            cells = (
-                name,
-                ", ".join(made) or "nothing",
-                "; ".join(said),
-                f"{time.perf_counter() - started:.0f}",
-            )
-            print(f"| {' | '.join(cells)} |", flush=True)
+                cells = build(name, folder)
+            print(f"| {name} | {' | '.join(cells)} | {time.perf_counter() - started:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

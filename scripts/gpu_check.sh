@@ -23,7 +23,8 @@ if [ "${1:-}" = --pack ]; then
     cp "$from/data/cifar10_subset.npz" .shared/data/ && exec du -sh .shared
   exit 1
 fi
-case "${1:-}" in answers) budget=345 ;; times | sanitize) budget=230 ;; *) sed -n 2,13p "$0"; exit 2 ;; esac
+call=${1:-}
+case "$call" in answers) budget=345 ;; times | sanitize) budget=230 ;; *) sed -n 2,15p "$0"; exit 2 ;; esac
 
 for folder in ../shared .shared; do [ -d "$folder/nets" ] && DSP_SHARED=${DSP_SHARED:-$(realpath "$folder")}; done
 if [ -d "${DSP_SHARED:-}/nets" ]; then
@@ -65,9 +66,9 @@ rm -rf "$LOGS"
 mkdir -p "$LOGS/path" "$OUT"
 ln -sfn "$PWD/benchmarks" "$LOGS/path/dsp_benchmarks" # runs from the repository, without an installation
 export PYTHONPATH=$PWD:$PWD/python:$PWD/$LOGS/path${PYTHONPATH:+:$PYTHONPATH}
-trap 'tar -C "$LOGS" --exclude path -czf "$OUT/$1.tgz" .' EXIT
+trap 'tar -C "$LOGS" --exclude path -czf "$OUT/$call.tgz" .' EXIT
 SHOWN=1 part build 120 "$PYTHON" setup.py build_ext --inplace
-case "$1" in
+case "$call" in
   answers)
     SHOWN=40 part doctor 45 "$PYTHON" -m dsp_cli.main doctor
     part tests 110 "$PYTHON" -m pytest -q -n auto -p no:cacheprovider $select tests/on_gpu
