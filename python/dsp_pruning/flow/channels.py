@@ -82,8 +82,8 @@ def channel_flow(
       kernel is dead in every layer. This is what packing may rely on.
     - ``"pruning"``: training continues, so only masked kernels are dead; every other kernel, norm and linear
       weight counts as in use. Norm and convolution bias of a channel without input count as 0, because the
-      pruner clears them, except for a module that runs more than once: it
-      cannot be cleared for one of its runs.
+      pruner clears them, except for a frozen norm and for a module that runs more than once: it cannot be
+      cleared for one of its runs.
 
     A kernel that reads a nonzero constant is alive: it contributes to the output, and zero padding makes that
     contribution vary at the border. An operation without a rule reads all channels and returns varying ones.
@@ -200,7 +200,7 @@ class _Rules:
         norm = norm_of(node)
         assert isinstance(norm, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm)
         if not self.frozen:
-            clearable = norm.weight is not None and not self.runs_often(node) and node.kind == "batch_norm"
+            clearable = learns(norm) and not self.runs_often(node) and node.kind == "batch_norm"
             return _zeros_of(given) if clearable else torch.full_like(given, torch.nan)
         mean, variance = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
         if mean is None or variance is None:  # instance norm: zeros have mean and variance 0
@@ -230,6 +230,12 @@ class _Rules:
                 used = used & (mask.detach().cpu().reshape(shape) != 0)
             self._in_use[node.name] = used
         return self._in_use[node.name]
+
+
+def learns(norm: nn.Module | None) -> bool:
+    """Whether a norm has a weight and a bias that training changes."""
+    pair = [getattr(norm, name, None) for name in ("weight", "bias")]
+    return all(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in pair)
 
 
 def keeps_constants(node: TracedNode) -> bool:
