@@ -22,7 +22,7 @@ MOST_ERROR, MOST_ENGINE_ERROR, MOST_PACK, MOST_FUSE = 1e-10, 1e-4, 10, 5
 
 
 @dataclass
-class Journey:
+class Outcome:
     """What happened to a network. errors: largest difference over the largest output, of ``packed`` (float64
     against the masked network) and, float32 against the packed one, ``fused``, ``saved``, ``onnxruntime`` and
     ``openvino``. seconds: process time of ``pack`` and ``fuse``, their own checks included.
@@ -39,40 +39,51 @@ class Journey:
     plain_before_head: int = 0
     reasons: tuple[str, ...] = ()
 
+    @property
+    def within_bounds(self) -> bool:
+        """Whether every stage worked, is exact and took no longer than it may."""
+        errors = dict(self.errors)
+        exact = errors.pop("packed") <= MOST_ERROR and max(errors.values()) <= MOST_ENGINE_ERROR
+        return (
+            exact
+            and not self.failed
+            and self.seconds["pack"] <= MOST_PACK
+            and self.seconds["fuse"] <= MOST_FUSE
+        )
 
-def travel(name: str, model: nn.Module | None = None, side: int = SIDE) -> Journey:
-    """Take a network of the zoo, or the given one (float64, eval mode), through all stages; few raise."""
-    model, made = networks.settle(networks.build(name)) if model is None else model, Journey(name)
+
+def run_all(name: str, model: nn.Module | None = None, side: int = SIDE) -> Outcome:
+    """All stages of a network of the zoo, or of ``model``, which is in float64 and eval mode."""
+    made = Outcome(name)
+    model = networks.settle(networks.build(name) if model is None else model)
     x = networks.images(2, side)
     made.errors["packed"] = networks.largest_error(prune(model, x), pack(model, x), [x, x[:1]])
     model, x = model.float(), x.float()
     packed = _timed(made, "pack", lambda: pack(model, x))
-    check = lambda run: networks.largest_error(packed, run, [x])  # noqa: E731
+
+    def fused() -> nn.Module:
+        fused = _timed(made, "fuse", lambda: dsp_kernels.fuse(packed, x[:1]))
+        _count(made, fused.program)
+        return fused
+
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "net"
+        file = Path(folder) / "net.onnx"
 
-        def save() -> nn.Module:
-            dsp_kernels.save(packed, file, x)
-            return dsp_kernels.load(file)
+        def saved() -> nn.Module:
+            dsp_kernels.save(packed, Path(folder) / "net", x)
+            return dsp_kernels.load(Path(folder) / "net")
 
-        def fuse() -> nn.Module:
-            fused = _timed(made, "fuse", lambda: dsp_kernels.fuse(packed, x[:1]))
-            _count(made, fused.program)
-            return fused
-
-        def engine(run: Callable[[Path], Callable[[Tensor], Any]]) -> Callable[[], Any]:
-            return lambda: run(file.with_suffix(".onnx"))
-
-        stages: dict[str, Callable[[], Any]] = {"fused": fuse, "saved": save}
-        stages["exported"] = lambda: export_onnx(packed, file.with_suffix(".onnx"), x) and packed
-        stages |= {"onnxruntime": engine(onnxruntime), "openvino": engine(openvino)}
+        stages = {
+            "fused": fused,
+            "saved": saved,
+            "onnxruntime": lambda: onnxruntime(export_onnx(packed, file, x)),
+            "openvino": lambda: openvino(file),
+        }
         for stage, run in stages.items():
             try:
-                made.errors[stage] = check(run())
+                made.errors[stage] = networks.largest_error(packed, run(), [x])
             except (DSPError, RuntimeError) as error:
                 made.failed[stage] = str(error)
-                if stage == "exported":
-                    break
     return made
 
 
@@ -109,14 +120,14 @@ def openvino(path: Path) -> Callable[[Tensor], Any]:
     return lambda x: [torch.from_numpy(answer) for answer in compiled(x.numpy()).values()]
 
 
-def _timed(made: Journey, what: str, run: Callable[[], Any]) -> Any:
+def _timed(made: Outcome, what: str, run: Callable[[], Any]) -> Any:
     start = time.process_time()
     result = run()
     made.seconds[what] = time.process_time() - start
     return result
 
 
-def _count(made: Journey, program: Program) -> None:
+def _count(made: Outcome, program: Program) -> None:
     head = 0
     for place, step in enumerate(program.steps):
         shape = program.shapes.get(step.output) or ()
