@@ -13,7 +13,7 @@ from dsp_kernels.errors import DSPBackendError, DSPShapeError
 from dsp_kernels.graph.compare import compare_answers
 from dsp_kernels.graph.inputs import Example, one_image
 from dsp_kernels.graph.network import evaluating, trace
-from dsp_kernels.graph.operations import LEAF_TYPES
+from dsp_kernels.graph.operations.table import LEAF_TYPES
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing

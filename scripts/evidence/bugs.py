@@ -30,8 +30,9 @@ Answer = tuple[bool, str]
 
 
 class _Net(nn.Module):
-    """Convolutions a (3 -> 8), b (8 -> 8), ..., and a function of x and them; from b on half of the filters read
-    one random set of channels, half another.
+    """Convolutions a (3 -> 8), b (8 -> 8), ..., and a function of x and them.
+
+    From b on half of the filters read one random set of channels, half another.
     """
 
     def __init__(self, forward: Callable[..., Tensor], **widths: tuple[int, int]) -> None:

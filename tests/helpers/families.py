@@ -212,8 +212,8 @@ class Generator(nn.Module):
         return torch.tanh(self.image(self.body(x)))
 
 
-# Name -> a function that makes the network, height and width of its images, and how many steps of fuse() before
-# the head are plain PyTorch.
+# Name -> a function that makes the network, height and width of its images, and how many steps of fuse()
+# before the head are plain PyTorch.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "YOLOv8": (Yolo, 64, 29),
     "U-Net, transposed, batch norm, odd": (lambda: UNet(nn.BatchNorm2d, True), 37, 24),

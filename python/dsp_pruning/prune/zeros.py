@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import TracedNetwork
-from dsp_pruning.flow.channels import channel_flow, learns
+from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
 
 
@@ -65,7 +65,7 @@ def clearable(network: TracedNetwork | None) -> list[str]:
     return [
         node.path
         for node in network.of_kind("batch_norm")
-        if len(network.calls(node.path)) == 1 and learns(node.module)
+        if len(network.calls(node.path)) == 1 and node.attributes["clearable"]
     ]
 
 
