@@ -94,7 +94,7 @@ def learn(name: str, second_order: Any, steps: int = 3) -> GroupWrapper:
     model, size = build(name).float().train(), side(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     learner = GroupWrapper(
-        *(model, optimizer, loss_of, 2e-3, steps, lambda _, conv: min(_GROUPS, conv.out_channels), 0.5),
+        *(model, optimizer, loss_of, 2e-3, steps, _GROUPS, 0.5),
         example_input=torch.zeros(1, 3, size, size),
         second_order=second_order,
     )
@@ -112,17 +112,23 @@ def learn(name: str, second_order: Any, steps: int = 3) -> GroupWrapper:
     return learner
 
 
-def prune(name: str, rate: float, steps: int = 3) -> PruningReport:
-    """Prune random weights with random groups, or to the nearest rate within reach, and train a little."""
-    model, size = build(name).float(), side(name)
-    groups = lambda _, conv: min(_GROUPS, conv.out_channels)  # noqa: E731
-    pruner = PruneWrapper(model, groups, 2, example_input=torch.randn(1, 3, size, size))
+def pruned(model: nn.Module, x: Tensor, n_groups: int, rate: float) -> PruneWrapper:
+    """The pruner of a network with random groups, pruned to the rate or as far as possible."""
+    pruner = PruneWrapper(model, n_groups, 2, example_input=x)
     for layer in pruner.layers:
         layer.conv.get_buffer("group").normal_()
     try:
-        flops, _ = pruner.initialize(rate)
+        pruner.initialize(rate)
     except DSPPruningError:
-        flops, _ = pruner.initialize(pruner.reachable()[1])
+        pruner.initialize(pruner.reachable()[1])
+    return pruner
+
+
+def prune(name: str, rate: float, steps: int = 3) -> PruningReport:
+    """Prune random weights with random groups, or to the nearest rate within reach, and train a little."""
+    model, size = build(name).float(), side(name)
+    pruner = pruned(model, torch.randn(1, 3, size, size), _GROUPS, rate)
+    flops = pruner.report().pruned_flops
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -84,7 +84,7 @@ def _family(name: str) -> tuple[bool, list[str]]:
     """Whether a network of timm is within all bounds, and its row."""
     made = stages.run_all(name)
     shown = [f"{made.errors[stage]:.1e}" if stage in made.errors else made.failed[stage] for stage in _STAGES]
-    plain = f"{made.plain_before_head} of {made.steps}"
+    plain = f"{made.plain} of {made.steps}"
     seconds = [made.seconds.get(what, 0.0) for what in ("pack", "fuse")]
     return made.within_bounds, [*shown[:2], plain, *shown[2:], *(f"{one:.1f}" for one in seconds)]
 

@@ -1,5 +1,6 @@
 """A network from wrapper to engines: pruned, packed, fused, saved, exported, compared after every stage."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import dsp_kernels
-from dsp_kernels.errors import DSPError, DSPPruningError
+from dsp_kernels.errors import DSPError
 from dsp_kernels.program.steps import Program, TorchStep
-from dsp_pruning import PruneWrapper, pack
+from dsp_pruning import pack
 from dsp_pruning.export import export_onnx
-
-SIDE, GROUPS, RATE = 128, 2, 0.5
-MOST_ERROR, MOST_ENGINE_ERROR, MOST_PACK, MOST_FUSE = 1e-10, 1e-4, 10, 5
 
 
 @dataclass
@@ -26,38 +24,31 @@ class Outcome:
     """What happened to a network. errors: largest difference over the largest output, of ``packed`` (float64
     against the masked network) and, float32 against the packed one, ``fused``, ``saved``, ``onnxruntime`` and
     ``openvino``. seconds: process time of ``pack`` and ``fuse``, their own checks included.
-    steps, plain, plain_before_head: of the fused network; the head begins after the last map of several
-    pixels. failed: stage -> its error.
+    steps: of the fused network; plain: those of plain PyTorch before the head, which begins after the last
+    map of several pixels. failed: stage -> its error.
     """
 
-    name: str
     errors: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     steps: int = 0
     plain: int = 0
-    plain_before_head: int = 0
-    reasons: tuple[str, ...] = ()
 
     @property
     def within_bounds(self) -> bool:
         """Whether every stage worked, is exact and took no longer than it may."""
-        errors = dict(self.errors)
-        exact = errors.pop("packed") <= MOST_ERROR and max(errors.values()) <= MOST_ENGINE_ERROR
-        return (
-            exact
-            and not self.failed
-            and self.seconds["pack"] <= MOST_PACK
-            and self.seconds["fuse"] <= MOST_FUSE
-        )
+        bounds = dict.fromkeys(self.errors, 1e-4) | {"packed": 1e-10}
+        exact = all(error <= bounds[stage] for stage, error in self.errors.items())
+        return exact and not self.failed and self.seconds["pack"] <= 10 and self.seconds["fuse"] <= 5
 
 
-def run_all(name: str, model: nn.Module | None = None, side: int = SIDE) -> Outcome:
+def run_all(name: str, model: nn.Module | None = None, side: int = 128) -> Outcome:
     """All stages of a network of the zoo, or of ``model``, which is in float64 and eval mode."""
-    made = Outcome(name)
+    made = Outcome()
     model = networks.settle(networks.build(name) if model is None else model)
     x = networks.images(2, side)
-    made.errors["packed"] = networks.largest_error(prune(model, x), pack(model, x), [x, x[:1]])
+    networks.pruned(model, x, 2, 0.5)
+    made.errors["packed"] = networks.largest_error(model, pack(model, x), [x, x[:1]])
     model, x = model.float(), x.float()
     packed = _timed(made, "pack", lambda: pack(model, x))
 
@@ -85,18 +76,6 @@ def run_all(name: str, model: nn.Module | None = None, side: int = SIDE) -> Outc
             except (DSPError, RuntimeError) as error:
                 made.failed[stage] = str(error)
     return made
-
-
-def prune(model: nn.Module, x: Tensor) -> nn.Module:
-    """Prune random groups to RATE, or as far as possible, in place."""
-    pruner = PruneWrapper(model, GROUPS, 2, example_input=x)
-    for layer in pruner.layers:
-        layer.conv.get_buffer("group").normal_()
-    try:
-        pruner.initialize(RATE)
-    except DSPPruningError:
-        pruner.initialize(pruner.reachable()[1])
-    return model
 
 
 def onnxruntime(path: Path) -> Callable[[Tensor], Any]:
@@ -128,13 +107,8 @@ def _timed(made: Outcome, what: str, run: Callable[[], Any]) -> Any:
 
 
 def _count(made: Outcome, program: Program) -> None:
-    head = 0
-    for place, step in enumerate(program.steps):
-        shape = program.shapes.get(step.output) or ()
-        if len(shape) == 4 and shape[2] * shape[3] > 1:
-            head = place + 1
-    plain = {place: step for place, step in enumerate(program.steps) if isinstance(step, TorchStep)}
-    made.steps, made.plain = len(program.steps), len(plain)
-    made.plain_before_head = sum(place < head for place in plain)
-    called = [step.describe() for step in plain.values() if step.operation != "get_attr"]
-    made.reasons = tuple(dict.fromkeys(called))
+    shapes = [program.shapes.get(step.output) or () for step in program.steps]
+    maps = [place for place, shape in enumerate(shapes) if len(shape) == 4 and math.prod(shape[2:]) > 1]
+    head = maps[-1] + 1 if maps else 0
+    made.steps = len(program.steps)
+    made.plain = sum(isinstance(step, TorchStep) for step in program.steps[:head])

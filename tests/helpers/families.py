@@ -222,8 +222,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
         lambda: UNet(lambda c: nn.InstanceNorm2d(c, affine=True), True),
         *(32, 34),
     ),
-    "EDSR": (lambda: SuperResolution(False), 24, 4),
-    "RCAN": (lambda: SuperResolution(True), 24, 4),
+    "EDSR": (lambda: SuperResolution(False), 24, 1),
+    "RCAN": (lambda: SuperResolution(True), 24, 1),
     "FPN": (FPN, 64, 0),
     "GAN": (Generator, 8, 4),
 }
