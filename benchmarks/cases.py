@@ -50,14 +50,20 @@ class Case:
 _STRONGEST = ("openvino", "onnxruntime", "cudnn-fused-fp16", "cuda-graph-fp16")
 # Worth comparing: the dense network and dense forms of the pruned one in strong engines, the pruned one as it
 # is released and as exporters take it, and ours.
-_CPU = ("torch-nhwc", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16")
-_GPU = ("cuda-graph", "cuda-graph-fp16", "cudnn-fused-fp16", "onnxruntime-cuda", "tensorrt", "tensorrt-fp16")
-_COMPILED = ("compile", "compile-autotune", "compile-freezing", "compile-autotune-fp16")
+_CPU = ("torch-nhwc", "onnxruntime", "openvino", "openvino-bf16")
+_GPU = (
+    *("cuda-graph", "cuda-graph-tf32", "cuda-graph-fp16", "cudnn-fused-fp16"),
+    *("onnxruntime-cuda", "onnxruntime-cuda-tf32", "tensorrt", "tensorrt-tf32", "tensorrt-fp16"),
+)
+_COMPILED = (
+    *("compile", "compile-autotune", "compile-freezing"),
+    *("compile-autotune-tf32", "compile-autotune-fp16"),
+)
 _FUSED = tuple(name for name in ENGINES if name.startswith("fused:"))
 _PLAN = {
     "dense": ("torch", *_CPU, *_COMPILED, *_GPU),
     "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),
-    "packed": ("torch", "torchscript-opt", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *_FUSED),
+    "packed": ("torch", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *_FUSED),
     "compacted": (*_CPU, "compile-freezing", *_GPU),
     "filters": ("torch-nhwc", "onnxruntime", "openvino", *_GPU),
 }
@@ -115,49 +121,42 @@ def build_case(
     images. Not of all: a thousand images in a slow engine take longer than its timing.
     """
     row = case.row(len(x), "ok", "")
-    engine = ENGINES[case.engine]
-    able, reason = engine.available()
-    if able and engine.device not in ("any", x.device.type):
-        able, reason = False, f"it runs on {engine.device} only, this run is on {x.device.type}"
-    if not able:
-        return replace(row, status="unavailable", reason=reason), None
+    engine, reference = ENGINES[case.engine], REFERENCE[case.form]
+    answers, built = {} if answers is None else answers, {} if built is None else built
     try:
+        if engine.device not in ("any", x.device.type):
+            raise DSPBackendError(f"it runs on {engine.device} only, this run is on {x.device.type}")
         model = network.form(case.form).to(x.device)
         program = network.program(case.form)
         row = replace(row, macs=program.macs)
-        expected = _reference_output(network, case.form, x, {} if answers is None else answers)
-        seconds = 0.0
-        if built is not None and case.label in built:
+        if reference not in answers:
+            with torch.inference_mode():
+                answers[reference] = network.form(reference).to(x.device)(x)
+        expected = answers[reference]
+        if case.label in built:
             run, seconds = built[case.label]
         else:
             started = time.perf_counter()
-            run = engine.prepare(model, x)
+            run = engine.runner(model, x)
             seconds = time.perf_counter() - started
-        allowed = allowed_difference(program, engine.dtype, expected)
+        allowed = allowed_difference(program, engine.rounding, expected)
         difference, wrong = check(case.label, run, x, expected, allowed)
-    except DSPError as error:  # a form that the network does not have, an executor that cannot run it, ...
-        return replace(row, status="unavailable", reason=" ".join(str(error).split())), None
     except Exception as error:  # an engine may break in any way; the others are still measured
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return replace(row, status="failed", reason=text), None
+        text = " ".join(str(error).split())
+        if isinstance(error, ImportError):
+            text += " (dsp-kernels[bench] installs all engines but TensorRT)"
+        if isinstance(error, ImportError | DSPError):  # it cannot run here, or not in this form
+            return replace(row, status="unavailable", reason=text), None
+        return replace(row, status="failed", reason=f"{type(error).__name__}: {text[:300]}"), None
     row = replace(row, difference=difference, allowed=allowed, build_seconds=seconds)
     if wrong:
         return replace(row, status="wrong", reason=wrong), None
-    if built is not None and engine.any_batch:
+    if engine.any_batch:
         built[case.label] = run, seconds
     counted = engine.dtype.itemsize == 2 or engine.name == "fused:cpu"
-    if count_right and counted and network.labelled is not None and REFERENCE[case.form] == "packed":
+    if count_right and counted and network.labelled is not None and reference == "packed":
         row = replace(row, accuracy=accuracy(run, network.labelled, len(x)))
     return row, run
-
-
-def _reference_output(network: Network, form: str, x: Tensor, answers: dict[str, Tensor]) -> Tensor:
-    name = REFERENCE[form]
-    if name not in answers:
-        reference = network.form(name).to(x.device)
-        with torch.inference_mode():
-            answers[name] = reference(x)
-    return answers[name]
 
 
 def allowed_difference(program: Program, dtype: torch.dtype, expected: Tensor) -> float:

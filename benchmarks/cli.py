@@ -1,6 +1,7 @@
 """``python -m dsp_benchmarks run | compare | report``: the parser and the commands."""
 
 import argparse
+import itertools
 import re
 import sys
 import time
@@ -17,6 +18,7 @@ from dsp_pruning.recipes.run import pick_device
 
 from .cases import Case, case_input, choose_cases
 from .engines import ENGINES
+from .engines.base import tf32_products
 from .measure.environment import environment
 from .measure.peaks import measure_peaks
 from .measure.profiles import profile_engine
@@ -109,12 +111,11 @@ def _counts(text: str) -> list[int]:
     return [int(name) for name in names]
 
 
+@tf32_products(False)  # float32 means float32 in every row that does not say tf32
 def run(options: Namespace) -> int:
     """Time networks; the exit status is 1 if an engine was wrong or broke."""
     started = time.perf_counter()
     _check_options(options)
-    if options.device != "cpu":  # float32 means float32 in every row
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     names = options.net or _default_networks()
     sources = [NetworkSource(name, options.structure, options.image_size, options.seed) for name in names]
     if options.profile:
@@ -122,14 +123,14 @@ def run(options: Namespace) -> int:
     cases = choose_cases(options.device, options.engine or (), options.form or ())
     modes = ("latency", "throughput") if options.mode == "both" else (options.mode,)
     parts = [(source, load_network(source), mode) for source in sources for mode in modes]
-    before = measure_peaks(options.device, _dtypes(cases))
+    before = measure_peaks(options.device, _dtypes(cases, options.device))
     seconds = options.seconds or (_SHORT_SECONDS if options.short else None)
     if seconds is not None:
         seconds = max(0.0, seconds - _RESERVE - (time.perf_counter() - started))
     budget = time_shares(seconds, _weights([network for _, network, _ in parts], cases, options))
     measured = _run_parts(parts, cases, options, budget)
     # Measured again at the end: a busy machine would make floors that engines beat.
-    peaks = before.best(measure_peaks(options.device, _dtypes(cases)))
+    peaks = before.best(measure_peaks(options.device, _dtypes(cases, options.device)))
     runs = [
         replace(one, rows=tuple(with_floors(one.rows, network, peaks)))
         for one, (_, network, _) in zip(measured, parts, strict=True)
@@ -218,12 +219,9 @@ def _write_report(json_file: Path, result: Result) -> Path:
 
 def _profile(source: NetworkSource, options: Namespace) -> int:
     (case,) = choose_cases(options.device, [options.profile])
-    able, reason = ENGINES[case.engine].available()
-    if not able:
-        raise DSPError(f"{case.label} cannot run here: {reason}")
     network = load_network(source)
     x = case_input(network, (options.batch or [1])[0], options.seed, options.device)
-    peaks = measure_peaks(options.device, _dtypes([case]))
+    peaks = measure_peaks(options.device, _dtypes([case], options.device))
     parts = profile_engine(case.engine, network.form(case.form).to(x.device), x, peaks)
     total = sum(part.seconds for part in parts)
     lines = [
@@ -256,9 +254,10 @@ def _default_target(names: Sequence[str], device: str) -> Path:
     return _HERE / "results" / f"{stems}_{device.replace(':', '')}.json"
 
 
-def _dtypes(cases: Iterable[Case]) -> tuple[torch.dtype, ...]:
-    usable = [ENGINES[case.engine] for case in cases if ENGINES[case.engine].available()[0]]
-    return tuple(dict.fromkeys([torch.float32, *(engine.dtype for engine in usable)]))
+def _dtypes(cases: Iterable[Case], device: str) -> tuple[torch.dtype, ...]:
+    engines = [ENGINES[case.engine] for case in cases]
+    usable = [engine.dtype for engine in engines if engine.device in ("any", device.partition(":")[0])]
+    return tuple(dict.fromkeys([torch.float32, *usable]))
 
 
 def _weights(networks: Sequence[Network], cases: Iterable[Case], options: Namespace) -> list[float]:
@@ -268,14 +267,13 @@ def _weights(networks: Sequence[Network], cases: Iterable[Case], options: Namesp
     builds at one batch size, and twice for all other builds, at the first batch size.
     """
     batches = sorted(options.batch or _BATCHES)
-    slow = any(ENGINES[case.engine].slow_build and ENGINES[case.engine].available()[0] for case in cases)
+    slow = any(ENGINES[case.engine].slow_build for case in cases)
     macs = [network.macs("dense") for network in networks]
     weights = []
-    for count in macs:
-        size = count / max(macs)
-        for number, batch in enumerate(batches):
-            compiles = slow and (not options.short or number == len(batches) // 2)
-            weights.append(1 + size * (3 * batch / batches[-1] + 4 * compiles + 2 * (number == 0)))
+    for size, (number, batch) in itertools.product(macs, enumerate(batches)):
+        compiles = slow and (not options.short or number == len(batches) // 2)
+        work = 3 * batch / batches[-1] + 4 * compiles + 2 * (number == 0)
+        weights.append(1 + work * size / max(macs))
     return weights
 
 

@@ -53,7 +53,14 @@ def run_cases(
         for case in sorted(cases, key=lambda case: case.priority):
             step(f"{network.label}, batch {batch}: building {case.label}")
             began = time.perf_counter()
-            if reason := _why_skipped(case, batch, slow_batch, share, began - started, slowest):
+            slow = ENGINES[case.engine].slow_build
+            late = began - started + slowest * slow > _BUILDING * share  # one like the slowest would not fit
+            reason = ""
+            if slow and slow_batch not in (None, batch):
+                reason = f"built for batch {slow_batch} only in the short plan"
+            elif late and (slow or not case.is_key):
+                reason = f"building the others took the time: {share:.0f} s for this batch size"
+            if reason:
                 built[case] = case.row(batch, "skipped", reason)
                 continue
             built[case], run = build_case(
@@ -62,7 +69,8 @@ def run_cases(
             if run is not None:
                 runners[case.label] = run
             slowest = max(slowest, time.perf_counter() - began)
-        timers = {label: _timer(run, x) for label, run in runners.items()}
+        wait = torch.cuda.synchronize if x.is_cuda else None
+        timers = {label: Timer(partial(run, x), wait) for label, run in runners.items()}
         # A build that overran must not cost the others their timing.
         left = max((1 - _BUILDING) * share, share - (time.perf_counter() - started))
         timing = f"{network.label}, batch {batch}: timing {len(timers)} engines"
@@ -75,9 +83,8 @@ def run_cases(
         for case in cases:
             row = replace(built[case], samples=samples.get(case.label))
             if row.status == "ok" and row.samples is None:
-                row = case.row(
-                    batch, "skipped", f"{FEWEST_ROUNDS} rounds do not fit into the time for this batch size"
-                )
+                reason = f"{FEWEST_ROUNDS} rounds do not fit into the time for this batch size"
+                row = case.row(batch, "skipped", reason)
             elif x.is_cuda and row.samples is not None:
                 warm, cold, enqueue = device_times(partial(runners[case.label], x))
                 row = replace(row, device_seconds=warm, cold_seconds=cold, enqueue_seconds=enqueue)
@@ -86,41 +93,18 @@ def run_cases(
     return [replace(row, accuracy=right.get(row.engine)) if row.samples else row for row in rows]
 
 
-def _why_skipped(
-    case: Case, batch: int, slow_batch: int | None, share: float, spent: float, slowest: float
-) -> str:
-    """Why a case is not built, or "".
-
-    slow_batch: the only batch size for slow builds, None: all. share, spent, slowest: seconds for this batch
-    size, since it began, and of its slowest build so far.
-    """
-    engine = ENGINES[case.engine]
-    if not engine.available()[0]:
-        return ""  # its row will say more
-    if engine.slow_build and slow_batch not in (None, batch):
-        return f"built for batch {slow_batch} only in the short plan"
-    late = spent + slowest * engine.slow_build > _BUILDING * share
-    if late and (engine.slow_build or not case.is_key):
-        return f"building the others took the time: {share:.0f} s for this batch size"
-    return ""
-
-
 def with_floors(rows: Sequence[Row], network: Network, peaks: Peaks) -> list[Row]:
     """The rows with the floor of the whole network for their form, batch size and precision."""
     made = []
     for row in rows:
         engine = ENGINES.get(row.runner)
-        if engine is not None and row.samples is not None and peaks.knows(engine.dtype):
+        if engine is not None and row.samples and not engine.tf32 and peaks.knows(engine.dtype):
             program = network.program(row.form)
             floor = part_floor(program, program.steps, row.batch, peaks, engine.dtype)
             moved = compulsory_bytes(program, program.steps, row.batch, engine.dtype)
             row = replace(row, floor=floor, moved=moved)
         made.append(row)
     return made
-
-
-def _timer(run: Runner, x: Tensor) -> Timer:
-    return Timer(partial(run, x), torch.cuda.synchronize if x.is_cuda else None)
 
 
 def time_shares(seconds: float | None, weights: Sequence[float]) -> Iterator[float]:

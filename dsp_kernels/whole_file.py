@@ -60,14 +60,9 @@ def require_file(path: str | Path) -> None:
         raise FileNotFoundError(f"{path} is a folder" if Path(path).is_dir() else f"no file {path}")
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
-    return path
-
-
 def write_text(path: Path, text: str) -> Path:
     """Write a text file in UTF-8; missing folders are made."""
-    return write_bytes(path, text.encode("utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path

@@ -1,4 +1,4 @@
-"""Ways of running a network side by side: ``available()`` says whether here, ``prepare()`` builds."""
+"""Ways of running a network side by side."""
 
 import torch
 
@@ -17,7 +17,6 @@ _ALL: tuple[Engine, ...] = (
     TorchEager("torch"),
     TorchEager("torch-nhwc", layout=torch.channels_last),
     TorchScript("torchscript"),
-    TorchScript("torchscript-opt", optimize=True),
     TorchCompile("compile"),
     TorchCompile("compile-autotune", options=_AUTOTUNE),
     TorchCompile("compile-freezing", device="cpu", freezing=True),
@@ -25,12 +24,16 @@ _ALL: tuple[Engine, ...] = (
     OpenVINO("openvino"),
     OpenVINO("openvino-bf16", torch.bfloat16),
     CudaGraph("cuda-graph"),
+    CudaGraph("cuda-graph-tf32", tf32=True),
     CudaGraph("cuda-graph-fp16", _HALF),
     CudnnFused("cudnn-fused-fp16", _HALF),
     TorchEager("torch-fp16", _HALF, "cuda"),
+    TorchCompile("compile-autotune-tf32", device="cuda", tf32=True, options=_AUTOTUNE),
     TorchCompile("compile-autotune-fp16", _HALF, "cuda", options=_AUTOTUNE),
     OnnxRuntime("onnxruntime-cuda", device="cuda"),
+    OnnxRuntime("onnxruntime-cuda-tf32", device="cuda", tf32=True),
     TensorRT("tensorrt"),
+    TensorRT("tensorrt-tf32", tf32=True),
     TensorRT("tensorrt-fp16", _HALF),
     *fused_engines(),
 )

@@ -1,9 +1,10 @@
-"""What every engine has: a name, a device, a precision, whether it can run here, and how it is built."""
+"""What every engine has: a name, a device, a precision, and how it is built."""
 
 import copy
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ Runner = Callable[[Tensor], Tensor]
 class Engine:
     """One way of running a network; subclasses implement ``prepare``.
 
-    name: as shown in tables. dtype: of the arithmetic; the tolerance of the correctness check depends on it.
-    device: "cpu", "cuda" or "any". slow_build: ``--short`` builds it for one batch size only. any_batch: what
-    is built for one batch size runs any other as fast, so it is built once.
+    name: as shown in tables. dtype: of weights and maps. device: "cpu", "cuda" or "any". slow_build: with
+    ``--short`` built for one batch size only. any_batch: what is built for one batch size runs any other as
+    fast, so it is built once. tf32: float32 products on a GPU may round their factors to TF32.
     """
 
     name: str
@@ -25,37 +26,43 @@ class Engine:
     device: str = "any"
     slow_build: bool = False
     any_batch: bool = False
+    tf32: bool = False
 
-    def available(self) -> tuple[bool, str]:
-        """Whether the engine can run on this machine; if not, why."""
-        return cuda_available() if self.device == "cuda" else (True, "")
+    @property
+    def rounding(self) -> torch.dtype:
+        """The dtype whose rounding the products have: TF32 keeps as many bits as float16."""
+        return torch.float16 if self.tf32 else self.dtype
+
+    def runner(self, model: nn.Module, example: Tensor) -> Runner:
+        """``prepare``, with TF32 on or off while it is prepared and at every call."""
+        with tf32_products(self.tf32):
+            run = self.prepare(model, example)
+        return tf32_products(True)(run) if self.tf32 else run
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         """A callable that computes what ``model`` computes in eval mode for inputs like ``example``.
 
         example: (batch, channels, height, width), float32. The callable takes and returns float32 tensors;
-        it may return the same memory at every call. ``model`` is not modified.
+        it may return the same memory at every call. ``model`` is not modified. Raises ImportError or DSPError
+        if the engine cannot run here.
         """
         raise NotImplementedError
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Turn TF32 on or off for the float32 convolutions and matrix products of torch on a GPU."""
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]  # not fp32_precision: Inductor reads allow_tf32
+    try:
+        for setting in settings:
+            setting.allow_tf32 = allowed
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
 
 
 def converted(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
     """A copy in eval mode with this precision and memory format."""
     return copy.deepcopy(model).eval().to(dtype).to(memory_format=layout)
-
-
-def module_available(*packages: str, hint: str = ": pip install 'dsp-kernels[bench]'") -> tuple[bool, str]:
-    """Whether all these Python packages can be imported; if not, how to get the first that is missing."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            return False, f"the package {package} cannot be imported ({error}){hint}"
-    return True, ""
-
-
-def cuda_available() -> tuple[bool, str]:
-    """Whether torch has a CUDA device; if not, why."""
-    if torch.version.cuda is None:
-        return False, "this torch was built without CUDA"
-    return (True, "") if torch.cuda.is_available() else (False, "torch finds no CUDA device")

@@ -12,7 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .base import Engine, Runner, module_available
+from dsp_kernels.errors import DSPBackendError
+
+from .base import Engine, Runner
 
 INPUT, OUTPUT = "x", "logits"
 _BATCH = "batch"  # name of the dynamic first axis
@@ -61,30 +63,21 @@ class OnnxRuntime(Engine):
 
     device: str = "cpu"
 
-    @property
-    def _provider(self) -> str:
-        return "CUDAExecutionProvider" if self.device == "cuda" else "CPUExecutionProvider"
-
-    def available(self) -> tuple[bool, str]:
-        able, reason = module_available("onnxruntime", "onnx")
-        if not able:
-            return able, reason
-        import onnxruntime
-
-        if self._provider not in onnxruntime.get_available_providers():
-            return False, f"this onnxruntime has no {self._provider} (onnxruntime-gpu has)"
-        return super().available()
-
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         import onnxruntime
 
+        provider: Any = "CPUExecutionProvider"
+        if self.device == "cuda":
+            provider = ("CUDAExecutionProvider", {"use_tf32": str(int(self.tf32))})
+            if provider[0] not in onnxruntime.get_available_providers():
+                raise DSPBackendError(f"this onnxruntime has no {provider[0]} (onnxruntime-gpu has)")
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.log_severity_level = 3
         settings.add_free_dimension_override_by_name(_BATCH, len(example))
         file = any_batch_bytes(model, example)
-        session = onnxruntime.InferenceSession(file, settings, providers=[self._provider])
+        session = onnxruntime.InferenceSession(file, settings, providers=[provider])
         if self.device == "cuda":
             return _on_gpu(session, example)
         return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
@@ -126,13 +119,6 @@ class OpenVINO(Engine):
 
     device: str = "cpu"
 
-    def available(self) -> tuple[bool, str]:
-        able, reason = module_available("openvino", "onnx")
-        if able and self.dtype == torch.bfloat16:
-            able = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-            reason = "" if able else "this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)"
-        return able, reason
-
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         request = self._compile(model, example).create_infer_request()
 
@@ -154,10 +140,13 @@ class OpenVINO(Engine):
         ]
 
     def _compile(self, model: nn.Module, example: Tensor, **extra: Any) -> Any:
+        half = self.dtype == torch.bfloat16
+        if half and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise DSPBackendError("this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)")
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
             **extra,
         }
         network = _core().read_model(any_batch_bytes(model, example))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsp_kernels.errors import DSPBackendError
+
 from .base import Engine, Runner, converted
 
 
@@ -32,20 +34,14 @@ class TorchEager(Engine):
 
 @dataclass(frozen=True)
 class TorchScript(Engine):
-    """Traced, as the authors ship their networks.
+    """Traced, as the authors ship their networks."""
 
-    optimize: apply ``torch.jit.optimize_for_inference`` too (folds batch norms, chooses weight layouts).
-    """
-
-    optimize: bool = False
     any_batch: bool = True
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # newer torch deprecates TorchScript
             traced = torch.jit.trace(copy.deepcopy(model).eval(), example, check_trace=False)
-            if self.optimize:
-                traced = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
 
         def run(x: Tensor) -> Tensor:
             with torch.inference_mode():
@@ -68,21 +64,13 @@ class TorchCompile(Engine):
     freezing: bool = False
     slow_build: bool = True
 
-    def available(self) -> tuple[bool, str]:
-        from torch._inductor import cpp_builder, exc
+    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
+        from torch._inductor import config, cpp_builder, exc
 
-        able, reason = super().available()
-        if not able:
-            return able, reason
         try:
             cpp_builder.get_cpp_compiler()
         except (exc.InvalidCxxCompiler, RuntimeError) as error:
-            return False, f"Inductor finds no C++ compiler ({' '.join(str(error).split())[:120]})"
-        return True, ""
-
-    def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        from torch._inductor import config
-
+            raise DSPBackendError(f"Inductor finds no C++ compiler ({str(error)[:120]})") from error
         network = converted(model, self.dtype, torch.channels_last)
         compiled = torch.compile(_own_code(lambda x: network(x)), dynamic=False, **self.options)
 

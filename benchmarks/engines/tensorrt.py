@@ -1,46 +1,30 @@
-"""TensorRT 10.x and 11.x: reads ONNX, caches the built engine on disk, runs as a CUDA graph."""
+"""TensorRT 10.x and 11.x: reads ONNX, runs as a CUDA graph."""
 
-import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.whole_file import write_bytes
 
-from .base import Engine, Runner, module_available
+from .base import Engine, Runner
 from .cuda_graph import replayed
 from .onnx_engines import INPUT, OUTPUT, onnx_bytes
 
 _WORKSPACE_BYTES = 4 << 30
 
 
-def cache_folder() -> Path:
-    """Built engines: $DSP_TENSORRT_CACHE, else ~/.cache/dsp-kernels/tensorrt."""
-    return Path(os.environ.get("DSP_TENSORRT_CACHE") or Path.home() / ".cache" / "dsp-kernels" / "tensorrt")
-
-
 @dataclass(frozen=True)
 class TensorRT(Engine):
-    """Strongly typed: float32 (TF32 off) or float16."""
+    """Strongly typed: float32 or float16."""
 
     device: str = "cuda"
     slow_build: bool = True
 
-    def available(self) -> tuple[bool, str]:
-        able, reason = module_available("tensorrt", hint="; it comes from NVIDIA's own index")
-        if able:
-            able, reason = module_available("onnx")
-        return super().available() if able else (able, reason)
-
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
         import tensorrt
 
-        gpu = torch.cuda.get_device_name(example.device)
-        plan = build_engine(onnx_bytes(model, example, self.dtype), gpu)
+        plan = build_engine(onnx_bytes(model, example, self.dtype), self.tf32)
         engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan)
         context = engine.create_execution_context()
         shape = tuple(engine.get_tensor_shape(OUTPUT))
@@ -56,17 +40,13 @@ class TensorRT(Engine):
         return replayed(execute, example, self.dtype, torch.contiguous_format)
 
 
-def build_engine(network: bytes, gpu: str) -> bytes:
-    """The serialized engine of an ONNX network, cached by ONNX bytes, TensorRT version and GPU name.
+def build_engine(network: bytes, tf32: bool = False) -> bytes:
+    """The serialized engine of an ONNX network.
 
     Raises DSPBackendError with TensorRT's message if it cannot parse or build the network.
     """
     import tensorrt
 
-    key = hashlib.sha256(network + tensorrt.__version__.encode() + gpu.encode()).hexdigest()
-    path = cache_folder() / f"{key}.engine"
-    if path.is_file():
-        return path.read_bytes()
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
     # 10.x must be asked for a strongly typed network; 11.x knows no other kind and has dropped the flag.
@@ -78,9 +58,9 @@ def build_engine(network: bytes, gpu: str) -> bytes:
         raise DSPBackendError(f"TensorRT cannot read the network: {errors}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
-    config.clear_flag(tensorrt.BuilderFlag.TF32)
+    if not tf32:
+        config.clear_flag(tensorrt.BuilderFlag.TF32)
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
         raise DSPBackendError("TensorRT could not build the network; its log on standard error says why")
-    write_bytes(path, bytes(plan))
     return bytes(plan)

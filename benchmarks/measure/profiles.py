@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dsp_kernels import fuse
 from dsp_kernels.errors import DSPError
 from dsp_kernels.graph.network import trace
-from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.run.programs import EXECUTORS
 
 from ..engines import ENGINES
@@ -49,7 +48,7 @@ def profile_engine(name: str, model: nn.Module, x: Tensor, peaks: Peaks) -> list
     if isinstance(engine, OpenVINO):
         found = engine.profile(model, x)
     elif isinstance(engine, TorchEager):
-        found = _modules(engine, model, x)
+        found = _operations(engine, model, x)
     else:
         raise DSPError(f"engine {name!r} has no profile; torch, torch-nhwc, openvino and fused ones have")
     floors = _layer_floors(model, x, peaks, engine.dtype)
@@ -80,11 +79,10 @@ def _steps(engine: Fused, model: nn.Module, x: Tensor, peaks: Peaks) -> list[Par
     return parts
 
 
-def _modules(engine: TorchEager, model: nn.Module, x: Tensor) -> list[tuple[str, float]]:
-    """Median seconds of each leaf module and packed convolution, by hooks."""
+def _operations(engine: TorchEager, model: nn.Module, x: Tensor) -> list[tuple[str, float]]:
+    """(module path or name, median seconds) of each operation of the traced network."""
     network = converted(model, engine.dtype, engine.layout)
     x = x.to(engine.dtype).contiguous(memory_format=engine.layout)
-    started: dict[str, float] = {}
     taken: dict[str, list[float]] = defaultdict(list)
 
     def now() -> float:
@@ -92,23 +90,18 @@ def _modules(engine: TorchEager, model: nn.Module, x: Tensor) -> list[tuple[str,
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def watch(name: str, module: nn.Module) -> None:
-        def before(*_: Any) -> None:
-            started[name] = now()
+    class Timed(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            began = now()
+            result = super().run_node(n)
+            if n.op.startswith("call"):
+                taken[str(n.target) if n.op == "call_module" else n.name].append(now() - began)
+            return result
 
-        def after(*_: Any) -> None:
-            taken[name].append(now() - started[name])
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
-
-    for name, module in network.named_modules():
-        inside = name and isinstance(network.get_submodule(name.rpartition(".")[0]), PackedConv2d)
-        if not inside and (isinstance(module, PackedConv2d) or not list(module.children())):
-            watch(name, module)
     with torch.inference_mode():
+        timed = Timed(trace(network, x[:1]).graph_module)
         for _ in range(_CALLS):
-            network(x)
+            timed.run(x)
     return [(name, statistics.median(seconds)) for name, seconds in taken.items()]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 FEWEST_ROUNDS = 8
 # A median is no verdict if its 95 % interval is wider than this share of it, or if the first and the second
 # half of the run differ by more than this and by more than chance: something else was running.
-_MOST_WIDTH, _MOST_DRIFT, _DRIFT_CHANCE = 0.15, 0.05, 1e-3
+_MOST_WIDTH, _MOST_DRIFT, _DRIFT_CONFIDENCE = 0.15, 0.05, 0.999
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Samples:
         if high - low > _MOST_WIDTH * middle:
             return f"the median is known only within {100 * (high - low) / middle:.0f} %"
         half = len(rounds) // 2
-        drift = abs(statistics.median(rounds[:half]) - statistics.median(rounds[-half:])) / middle
-        if drift > _MOST_DRIFT and mann_whitney(rounds[:half], rounds[-half:]) < _DRIFT_CHANCE:
-            return f"drifted by {100 * drift:.0f} % during the run"
+        low, drift, high = ratio_interval(rounds[:half], rounds[-half:], _DRIFT_CONFIDENCE)
+        if abs(drift - 1) > _MOST_DRIFT and not low <= 1 <= high:
+            return f"drifted by {100 * abs(drift - 1):.0f} % during the run"
         return ""
 
 
@@ -81,35 +81,20 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return ordered[low], ordered[max(low, high)]
 
 
-def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value that ``a`` and ``b`` come from one distribution.
-
-    Normal approximation with the correction for ties and for continuity (Mann and Whitney 1947).
-    """
-    n, m = len(a), len(b)
-    total = n + m
-    if not n or not m:
-        return 1.0
-    _, place, counts = np.unique([*a, *b], return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # equal values share the middle of their ranks
-    u = float(ranks[:n].sum()) - n * (n + 1) / 2
-    ties = float((counts.astype(float) ** 3 - counts).sum())
-    variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
-    if variance <= 0:
-        return 1.0
-    z = max(0.0, abs(u - n * m / 2) - 0.5) / math.sqrt(variance)
-    return 2 * (1 - statistics.NormalDist().cdf(z))
-
-
 def ratio_interval(
     a: Sequence[float], b: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """(low, estimate, high) of b / a: the Hodges-Lehmann shift of logarithms, with its U-test interval."""
+    """(low, estimate, high) of b / a: the Hodges-Lehmann shift of logarithms, with its U-test interval.
+
+    All ratios are possible, (0, estimate, infinity), if there are too few values for that confidence.
+    """
     shifts = sorted(math.log(y / x) for x in a for y in b)
     n, m = len(a), len(b)
-    rank = max(0, math.floor(n * m / 2 - _deviations(confidence) * math.sqrt(n * m * (n + m + 1) / 12)))
-    low, high = shifts[rank], shifts[len(shifts) - 1 - rank]
-    return math.exp(low), math.exp(statistics.median(shifts)), math.exp(high)
+    rank = math.floor(n * m / 2 - _deviations(confidence) * math.sqrt(n * m * (n + m + 1) / 12))
+    estimate = math.exp(statistics.median(shifts))
+    if rank < 0:
+        return 0.0, estimate, math.inf
+    return math.exp(shifts[rank]), estimate, math.exp(shifts[-1 - rank])
 
 
 def _deviations(confidence: float) -> float:

@@ -108,7 +108,9 @@ class Run:
     def baseline(self, batch: int) -> Row | None:
         """The fastest dense float32 engine, else the first that was timed; speed-ups are against it."""
         timed = [row for row in self.rows if row.batch == batch and row.samples is not None]
-        dense = [row for row in timed if row.form == "dense" and not row.runner.endswith(("bf16", "fp16"))]
+        dense = [
+            row for row in timed if row.form == "dense" and not row.runner.endswith(("bf16", "fp16", "tf32"))
+        ]
         if dense:
             return min(dense, key=lambda row: row.timed.median)
         return timed[0] if timed else None
@@ -148,14 +150,10 @@ def read_result(path: str | Path) -> Result:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:
-            raise DSPFormatError(f"{path} has format {data['format']!r}; this version reads {_FORMAT}")
+            raise ValueError(f"format {data['format']!r}; this version reads {_FORMAT}")
         runs = tuple(
             Run(**run | {"rows": tuple(Row.from_json(row) for row in run["rows"])}) for run in data["runs"]
         )
         return Result(data["environment"], data["peaks"], runs)
-    except FileNotFoundError as error:
-        raise DSPFormatError(f"{path}: no such file") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DSPFormatError):
-            raise
         raise DSPFormatError(f"{path} is not a result of these benchmarks: {error!r}") from error

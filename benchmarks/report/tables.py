@@ -1,63 +1,50 @@
 """Results as text: the cells of a table, Markdown, and the table of the README."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dsp_kernels.errors import DSPFormatError
 
 from .results import Result, Row, Run
 
-COLUMNS = (
-    "engine",
-    "batch",
-    "median ms",
-    "p10",
-    "p90",
-    "p99",
-    "CV %",
-    "n",
-    "images/s",
-    "times faster",
-    "ideal",
-    "% of ideal",
-    "% of floor",
-    "accuracy %",
-    "max difference",
-    "build s",
-    "note",
-)
+
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else format(scale * value, form)
+
+
+def _quotient(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part and whole else None
+
+
+_TIMED: dict[str, Callable[[Run, Row], str]] = {  # cells of a timed row
+    "median ms": lambda run, row: _number(row.timed.median, ".3g", 1e3),
+    "p10": lambda run, row: _number(row.timed.quantile(0.1), ".3g", 1e3),
+    "p90": lambda run, row: _number(row.timed.quantile(0.9), ".3g", 1e3),
+    "p99": lambda run, row: _number(row.timed.quantile(0.99), ".3g", 1e3),
+    "CV %": lambda run, row: _number(row.timed.variation, ".1f", 100),
+    "n": lambda run, row: str(row.timed.n),
+    "images/s": lambda run, row: _number(row.batch / row.timed.median, ".0f"),
+    "times faster": lambda run, row: _number(run.speed_up(row), ".2f"),
+    "ideal": lambda run, row: _number(run.ideal(row), ".2f"),
+    "% of ideal": lambda run, row: _number(_quotient(run.speed_up(row), run.ideal(row)), ".0f", 100),
+    "% of floor": lambda run, row: _number(row.of_floor, ".0f", 100),
+    "accuracy %": lambda run, row: _number(row.accuracy, ".2f", 100),
+}
+COLUMNS = ("engine", "batch", *_TIMED, "max difference", "build s", "note")
 
 
 def cells(run: Run) -> list[tuple[str, ...]]:
     """One line of text cells in COLUMNS for each row; "times faster" is against ``Run.baseline``."""
-    return [_line(run, row) for row in run.rows]
-
-
-def _line(run: Run, row: Row) -> tuple[str, ...]:
-    difference = "not compared" if row.difference is None else f"{row.difference:.1e}"
-    if (samples := row.samples) is None:
-        return (row.engine, str(row.batch), *[""] * 12, difference, "", f"{row.status}: {row.reason}")
-    times = (samples.median, *(samples.quantile(share) for share in (0.1, 0.9, 0.99)))
-    faster, ideal = run.speed_up(row), run.ideal(row)
-    return (
-        row.engine,
-        str(row.batch),
-        *(f"{1e3 * seconds:.3g}" for seconds in times),
-        f"{100 * samples.variation:.1f}",
-        str(samples.n),
-        f"{row.batch / samples.median:.0f}",
-        _number(faster, ".2f"),
-        _number(ideal, ".2f"),
-        _number(100 * faster / ideal if faster and ideal else None, ".0f"),
-        _number(None if row.of_floor is None else 100 * row.of_floor, ".0f"),
-        _number(None if row.accuracy is None else 100 * row.accuracy, ".2f"),
-        difference,
-        _number(row.build_seconds, ".1f"),
-        f"no verdict: {samples.unstable}" if samples.unstable else "",
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    lines = []
+    for row in run.rows:
+        timed = row.samples is not None
+        note = f"{row.status}: {row.reason}"
+        if timed:
+            note = f"no verdict: {row.timed.unstable}" if row.timed.unstable else ""
+        difference = "not compared" if row.difference is None else f"{row.difference:.1e}"
+        numbers = [cell(run, row) if timed else "" for cell in _TIMED.values()]
+        built = _number(row.build_seconds if timed else None, ".1f")
+        lines.append((row.engine, str(row.batch), *numbers, difference, built, note))
+    return lines
 
 
 def markdown(result: Result) -> str:

@@ -4,7 +4,6 @@ import copy
 import math
 from collections import Counter
 
-import torch
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, trace
@@ -58,14 +57,13 @@ def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
         middle = (low + high) / 2
         left = sum(cost * middle ** cuts[name] for name, cost in costs.items())
         low, high = (middle, high) if left < macs else (low, middle)
-    with torch.no_grad():
-        for first, between, _ in pairs:
-            assert isinstance(first.module, nn.Conv2d)
-            width = max(1, round(high * first.module.out_channels))
-            norms = [node.module for node in between if isinstance(node.module, nn.BatchNorm2d)]
-            for module in (first.module, *norms):
-                for parameter in module.parameters():
-                    parameter[width:] = 0
+    for first, between, _ in pairs:
+        assert isinstance(first.module, nn.Conv2d)
+        width = max(1, round(high * first.module.out_channels))
+        norms = [node.module for node in between if isinstance(node.module, nn.BatchNorm2d)]
+        for module in (first.module, *norms):
+            for parameter in module.parameters():
+                parameter.data[width:] = 0
     return compacted(pack(model, example))
 
 

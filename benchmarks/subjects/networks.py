@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,15 @@ import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.file.save_load import input_channels
 from dsp_kernels.program.steps import Program
-from dsp_pruning import build_released
+from dsp_pruning import read_released
 from dsp_pruning.data import normalise
 from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet, torchvision_resnet
 from dsp_pruning.packing.twin import dense_twin
-from dsp_pruning.released.arrays import read_released_arrays
 
 from ..measure.floors import program_of
 from .forms import compacted, filter_pruned
-from .released_form import ReleasedNetwork
+from .released_form import ReleasedForm
 from .structures import apply_structure
 
 # form -> the form whose output, in plain PyTorch and float32, it must reproduce.
@@ -95,31 +94,24 @@ class Network:
     @cached_property
     def example(self) -> Tensor:
         """(1, channels, image_size, image_size), zeros."""
-        with torch.inference_mode(False):  # as in ``form``
-            return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
+        return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
 
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError if it does not have it."""
-        if name not in REFERENCE:
-            raise DSPFormatError(f"form {name!r} is unknown; known are {', '.join(FORMS)}")
         if name not in self._forms:
             if name == "released":
                 raise DSPError("only a network that the authors released has their form of execution")
-            # Cached: inference tensors would be of no use to a later caller that needs gradients.
-            with torch.inference_mode(False):
-                if name == "compacted":
-                    made = compacted(self.packed)
-                else:
-                    made = filter_pruned(self.dense, self.example, self.macs("packed"))
-                self._forms[name] = made
+            if name == "compacted":
+                self._forms[name] = compacted(self.packed)
+            else:
+                self._forms[name] = filter_pruned(self.dense, self.example, self.macs("packed"))
         return self._forms[name]
 
     def program(self, form: str) -> Program:
         """The steps of the form's reference, for counting what must be computed."""
         name = REFERENCE[form]
         if name not in self._programs:
-            with torch.inference_mode(False):  # as in ``form``
-                self._programs[name] = program_of(self.form(name), self.example)
+            self._programs[name] = program_of(self.form(name), self.example)
         return self._programs[name]
 
     def macs(self, form: str) -> int:
@@ -134,12 +126,11 @@ def load_network(source: NetworkSource) -> Network:
     if path.suffix != ".npz" and re.fullmatch(r"resnet\d+_g\d+", name):
         path = shared_folder() / "nets" / f"{name}.npz"
     if path.suffix == ".npz":
-        arrays, meta = read_released_arrays(path)
-        packed = build_released(arrays, meta)
-        dense = _seeded(lambda: cifar_resnet(meta["depth"], meta["num_classes"]), source.seed)
-        released = ReleasedNetwork(arrays, meta)
+        packed = read_released(path)
         label, size = f"{path.stem}, real weights", source.image_size or 32
-        return Network(label, packed, dense, size, released, _labelled(meta["num_classes"], size))
+        dense = _seeded(lambda: dense_twin(packed), source.seed)
+        labelled = _labelled(packed.classifier.out_features, size)
+        return Network(label, packed, dense, size, ReleasedForm(packed), labelled)
     if path.suffix == ".safetensors":
         saved = dsp_kernels.load(path)
         if len(getattr(saved, "example_shapes", ())) > 1:
@@ -163,17 +154,15 @@ def load_network(source: NetworkSource) -> Network:
 
 def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
     """The dense network with random weights, and its image size."""
-    build: Callable[[], nn.Module]
     if match := re.fullmatch(r"cifar_resnet(\d+)", name):
-        build, size = partial(cifar_resnet, int(match[1])), 32
-    elif name in ("resnet18", "resnet34", "resnet50"):
-        build, size = partial(torchvision_resnet, name), 224
-    else:
-        raise DSPFormatError(
-            f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
-            "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
-        )
-    return _seeded(build, source.seed).eval(), source.image_size or size
+        dense = _seeded(lambda: cifar_resnet(int(match[1])), source.seed)
+        return dense.eval(), source.image_size or 32
+    if name in ("resnet18", "resnet34", "resnet50"):
+        return _seeded(lambda: torchvision_resnet(name), source.seed).eval(), source.image_size or 224
+    raise DSPFormatError(
+        f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
+        "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
+    )
 
 
 def _labelled(classes: int, image_size: int) -> Labelled | None:

@@ -4,30 +4,25 @@ Each branch gathers its channels, convolves and normalises. The branches of a bl
 concatenated, those of its second are added into the block's identity.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+from dsp_kernels import PackedConv2d
+from dsp_pruning.models.cifar import CifarResNet
 
 
-class ReleasedNetwork(nn.Module):
-    """x: (batch, 3, 32, 32) -> logits: (batch, classes), in eval mode.
+class ReleasedForm(nn.Module):
+    """packed: of ``read_released``. x: (batch, 3, 32, 32) -> logits: (batch, classes), in eval mode."""
 
-    arrays, meta: as ``dsp_pruning.released.arrays.read_released_arrays`` returns them.
-    """
-
-    def __init__(self, arrays: Arrays, meta: Mapping[str, Any]) -> None:
+    def __init__(self, packed: CifarResNet) -> None:
         super().__init__()
-        eps = float(meta["bn_eps"])
-        self.stem = _conv_norm(arrays, "stem.conv", "stem.bn", eps)
-        self.blocks = nn.Sequential(*(_Block(arrays, block, eps) for block in meta["blocks"]))
-        self.classifier = nn.Linear(*reversed(arrays["classifier.weight"].shape))
-        _copy(self.classifier, arrays, "classifier")
+        self.stem = nn.Sequential(packed.conv_1_3x3, packed.bn_1)
+        stages = packed.stage_1, packed.stage_2, packed.stage_3
+        self.blocks = nn.Sequential(*(_Block(block) for stage in stages for block in stage))
+        self.classifier = packed.classifier
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,22 +32,13 @@ class ReleasedNetwork(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, arrays: Arrays, block: Mapping[str, Any], eps: float) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
-        name, stride = block["name"], int(block["stride"])
-        self.branches_a = nn.ModuleList(
-            _Branch(arrays, f"{name}.conv_a.{g}", eps, stride) for g in range(block["groups_a"])
-        )
-        self.branches_b = nn.ModuleList(
-            _Branch(arrays, f"{name}.conv_b.{g}", eps) for g in range(block["groups_b"])
-        )
-        for g in range(block["groups_b"]):
-            self.register_buffer(f"out_index_{g}", _index(arrays, f"{name}.conv_b.{g}.out_index"))
-        self.downsample: nn.Module = nn.Identity()
-        if block["downsample"]:
-            self.downsample = _conv_norm(
-                arrays, f"{name}.downsample.conv", f"{name}.downsample.bn", eps, stride
-            )
+        self.branches_a = _branches(block.conv_a, block.bn_a)
+        self.branches_b = _branches(block.conv_b, block.bn_b)
+        for g, group in enumerate(block.conv_b.structure.groups):
+            self.register_buffer(f"out_index_{g}", torch.tensor(group.out_index))
+        self.downsample = block.downsample or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         inner = torch.cat([F.relu(branch(x)) for branch in self.branches_a], 1)
@@ -64,32 +50,22 @@ class _Block(nn.Module):
         return F.relu(result)
 
 
-class _Branch(nn.Module):
+class _Branch(nn.Sequential):
     index: Tensor
 
-    def __init__(self, arrays: Arrays, name: str, eps: float, stride: int = 1) -> None:
-        super().__init__()
-        self.register_buffer("index", _index(arrays, f"{name}.in_index").view(1, -1, 1, 1))
-        self.conv = _conv_norm(arrays, name, f"{name}.bn", eps, stride)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(torch.take_along_dim(x, self.index, 1))
+        return super().forward(torch.take_along_dim(x, self.index, 1))
 
 
-def _conv_norm(arrays: Arrays, conv: str, norm: str, eps: float, stride: int = 1) -> nn.Sequential:
-    filters, channels, height, width = arrays[f"{conv}.weight"].shape
-    window = (height, width), stride, (height // 2, width // 2)
-    made = nn.Sequential(nn.Conv2d(channels, filters, *window, bias=False), nn.BatchNorm2d(filters, eps))
-    _copy(made[0], arrays, conv)
-    _copy(made[1], arrays, norm)
+def _branches(conv: PackedConv2d, norm: nn.BatchNorm2d) -> nn.ModuleList:
+    made = nn.ModuleList()
+    for group, weight in zip(conv.structure.groups, conv.weights, strict=True):
+        filters, channels = weight.shape[:2]
+        one = nn.Conv2d(channels, filters, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        one.weight = nn.Parameter(weight.detach())
+        own = nn.BatchNorm2d(filters, norm.eps)
+        kept = {name: x[list(group.out_index)] if x.dim() else x for name, x in norm.state_dict().items()}
+        own.load_state_dict(kept)
+        made.append(_Branch(one, own))
+        made[-1].register_buffer("index", torch.tensor(group.in_index).view(1, -1, 1, 1))
     return made
-
-
-def _copy(module: nn.Module, arrays: Arrays, name: str) -> None:
-    for key, tensor in module.state_dict().items():
-        if key != "num_batches_tracked":
-            tensor.copy_(torch.from_numpy(arrays[f"{name}.{key}"]))
-
-
-def _index(arrays: Arrays, name: str) -> Tensor:
-    return torch.from_numpy(arrays[name].astype(np.int64))

@@ -7,6 +7,7 @@ of each table says which it is.
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,20 +51,17 @@ def _read(model: nn.Module, path: Path) -> None:
             arrays = {name: torch.from_numpy(file[name].astype(np.int64)) for name in file if name != "meta"}
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not a file of structures: {error}") from error
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    masks: dict[str, Tensor] = {}
-    for key, out_index in arrays.items():
-        name, _, kind = key.rsplit(".", 2)
-        if name not in convs:
-            raise DSPFormatError(f"{path} prunes {name!r}, which {type(model).__name__} does not have")
-        if kind == "out_index":
-            conv = convs[name]
-            mask = masks.setdefault(name, torch.zeros(conv.out_channels, conv.in_channels, 1, 1))
-            in_index = arrays[key.replace(".out_index", ".in_index")]
-            try:
-                mask[out_index[:, None], in_index[None, :]] = 1
-            except IndexError as error:
-                raise DSPFormatError(f"{path}: {key} does not fit layer {name}: {error}") from error
-    for name, mask in masks.items():
-        convs[name].register_buffer("mask", mask)
-        convs[name].weight.data.mul_(mask)
+    for key in arrays:
+        name, group, kind = key.rsplit(".", 2)
+        if kind != "out_index":
+            continue
+        try:
+            conv: Any = model.get_submodule(name)
+            if not hasattr(conv, "mask"):
+                conv.register_buffer("mask", torch.zeros(conv.out_channels, conv.in_channels, 1, 1))
+            conv.mask[arrays[key][:, None], arrays[f"{name}.{group}.in_index"]] = 1
+        except (AttributeError, LookupError) as error:
+            raise DSPFormatError(f"{path}: {key} does not fit {type(model).__name__}: {error}") from error
+    for module in model.modules():
+        if hasattr(module, "mask"):
+            module.weight.data.mul_(module.mask)  # type: ignore[operator,arg-type]

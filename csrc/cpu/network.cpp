@@ -31,55 +31,23 @@ bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid
 
 // -- Pairs of channels in one word --
 
-constexpr int64_t most_candidates = 1 << 18; // about 50 ms to sort
-
-// Pairs of the groups' remaining channels, those shared by most groups first.
-std::vector<std::pair<int, int>> candidates(const std::vector<std::set<int>>& left) {
-    int64_t total = 0;
-    for (const auto& group : left) total += int64_t(group.size()) * int64_t(group.size()) / 2;
-    if (total > most_candidates) return {};
-    std::map<std::pair<int, int>, int> shared;
-    for (const auto& group : left)
-        for (auto a = group.begin(); a != group.end(); ++a)
-            for (auto b = std::next(a); b != group.end(); ++b) ++shared[{*a, *b}];
-    std::vector<std::pair<int, int>> pairs;
-    for (const auto& entry : shared) pairs.push_back(entry.first);
-    std::stable_sort(pairs.begin(), pairs.end(),
-                     [&](const auto& a, const auto& b) { return shared.at(a) > shared.at(b); });
-    return pairs;
-}
-
 // groups: the channels that each group reads. Returns the channels of each group in an order whose neighbours, 1st and
-// 2nd, 3rd and 4th and so on, are pairs, such that groups share many pairs: a plane of words is made once per pair.
-// Depends only on the sets of channels, not on their order.
+// 2nd, 3rd and 4th and so on, are pairs: a plane of words is made once per pair. Channels that exactly the same groups
+// read share all their planes: ResNet-56 g=4 has 889 planes instead of 2081; pairing the rest by most readers, 868.
 std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>& groups) {
     std::map<int, std::vector<int>> readers; // of each channel
-    std::vector<std::set<int>> left;
-    for (size_t g = 0; g < groups.size(); ++g) {
-        left.emplace_back(groups[g].begin(), groups[g].end());
-        for (int c : left.back()) readers[c].push_back(int(g));
-    }
+    for (size_t g = 0; g < groups.size(); ++g)
+        for (int c : std::set<int>(groups[g].begin(), groups[g].end())) readers[c].push_back(int(g));
     std::vector<std::vector<int>> order(groups.size());
-    const auto take = [&](int a, int b) {
-        for (size_t g = 0; g < left.size(); ++g)
-            if (left[g].count(a) && left[g].count(b)) {
-                order[g].insert(order[g].end(), {a, b});
-                left[g].erase(a), left[g].erase(b);
-            }
-    };
-    // Channels that exactly the same groups read share all their planes.
-    std::map<std::vector<int>, int> waiting;
-    for (const auto& entry : readers) {
-        const auto partner = waiting.find(entry.second);
-        if (partner == waiting.end()) {
-            waiting[entry.second] = entry.first;
-        } else {
-            take(partner->second, entry.first);
-            waiting.erase(partner);
-        }
+    std::map<std::vector<int>, int> waiting; // readers -> a channel without a partner
+    for (const auto& [channel, of] : readers) {
+        const auto [partner, alone] = waiting.emplace(of, channel);
+        if (alone) continue;
+        for (int g : of) order[g].insert(order[g].end(), {partner->second, channel});
+        waiting.erase(partner);
     }
-    for (const auto& pair : candidates(left)) take(pair.first, pair.second);
-    for (size_t g = 0; g < left.size(); ++g) order[g].insert(order[g].end(), left[g].begin(), left[g].end());
+    for (const auto& [of, channel] : waiting)
+        for (int g : of) order[g].push_back(channel);
     return order;
 }
 
@@ -246,11 +214,6 @@ int Network::add_pool(int x, bool average, Pair kernel, Pair stride, Pair paddin
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 
-int Network::add_mean(int x) {
-    check(x);
-    return make(Step(Kind::mean, {x}), values[x].channels, values[x].nonnegative);
-}
-
 int Network::add_product(int x, int other, Act act) {
     check(x);
     check(other);
@@ -264,7 +227,7 @@ int Network::add_adaptive(int x, Pair size) {
     require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096,
             "the output of an adaptive pool has 1 to 4095 rows and columns");
     Step step(Kind::adaptive, {x});
-    step.kernel = size;
+    step.kernel = size, step.average = true;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 

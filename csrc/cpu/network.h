@@ -56,7 +56,7 @@ using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of ea
 // How a convolution is summed: directly, or in one of two forms of Winograd's method (winograd.h).
 enum class Form { plain, bands, patches };
 
-enum class Kind { input, conv, map, product, pool, mean, adaptive, view, linear, output };
+enum class Kind { input, conv, map, product, pool, adaptive, view, linear, output };
 
 struct Step {
     explicit Step(Kind kind, std::vector<int> inputs = {}, Act act = Act::none)
@@ -119,9 +119,9 @@ class Network {
                  bool include_pad, int divisor);
     // act(x * other); equal sizes, or one of them a single pixel.
     int add_product(int x, int other, Act act);
-    int add_mean(int x);
-    // The mean over each of size[0] x size[1] parts of the feature map.
+    // The mean over each of size[0] x size[1] parts of the feature map, and over all of it.
     int add_adaptive(int x, Pair size);
+    int add_mean(int x) { return add_adaptive(x, {1, 1}); }
     // Views of the planes of other values, without a copy: all of x, some of its channels, several concatenated.
     int add_flatten(int x) { return add_concat({x}); }
     int add_select(int x, const std::vector<int>& channels);

@@ -9,10 +9,9 @@
 
 namespace dsp {
 
-Range cut(int total, int parts, int part) {
-    return {int(int64_t(total) * part / parts), int(int64_t(total) * (part + 1) / parts)};
-}
+namespace {
 
+// Zeroes all floats that are not pixels, from before plane `first` to before plane `last`.
 void clear_pads(const Place& place, float* base, int first, int last, bool columns) {
     const Geometry& g = place.geometry;
     const int64_t row = int64_t(g.w) * g.interleave, pitch = g.pitch * g.interleave;
@@ -30,8 +29,6 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
 
 // -- Between a caller's tensors and the planar layout --
 
-namespace {
-
 constexpr int channel_block = 16; // channels_last: floats of one cache line
 
 // Rows [first, last) of channels of one image; visit(c, y, count of channels) does one piece.
@@ -45,112 +42,116 @@ void by_blocks(bool channels_last, int first, int last, int rows, const Visit& v
 
 } // namespace
 
-void LoadOp::run(int chunk, const Context& context) const {
-    const Images& x = (*context.inputs)[number];
-    const Geometry& g = to.geometry;
-    const Range range = cut(g.channels, chunks, chunk);
-    const int I = g.interleave;
-    float* base = to.in(context);
-    clear_pads(to, base, range.first, range.last, true);
-    by_blocks(x.stride[1] == 1 && g.channels > 1, range.first, range.last, g.h, [&](int c, int y, int count) {
-        for (int i = 0; i < I; ++i) {
-            float* row = base + g.at(c, y, 0) + i;
-            const float* source = x.base + (context.first + i) * x.stride[0] + c * x.stride[1] + y * x.stride[2];
-            if (i >= context.count) {
-                for (int k = 0; k < count; ++k)
-                    for (int w = 0; w < g.w; ++w) row[k * g.plane + w * I] = 0.0f;
-            } else if (count == 1) {
-                if (!used[c]) continue;
-                if (x.stride[3] == 1 && I == 1)
-                    std::memcpy(row, source, sizeof(float) * g.w);
-                else
-                    for (int64_t w = 0; w < g.w; ++w) row[w * I] = source[w * x.stride[3]];
-            } else {
-                for (int64_t w = 0; w < g.w; ++w)
-                    for (int k = 0; k < count; ++k) row[k * g.plane + w * I] = source[w * x.stride[3] + k];
-            }
-        }
-    });
-}
-
-void StoreOp::run(int chunk, const Context& context) const {
-    const Images& y = (*context.outputs)[number];
-    const Geometry& g = from.geometry;
-    const Range range = cut(g.channels, chunks, chunk);
-    const int I = g.interleave;
-    by_blocks(y.stride[1] == 1 && g.channels > 1, range.first, range.last, g.h, [&](int c, int h, int count) {
-        for (int i = 0; i < context.count; ++i) {
-            const float* row = from.plane(context, c) + g.at(0, h, 0) + i;
-            float* target = y.base + (context.first + i) * y.stride[0] + c * y.stride[1] + h * y.stride[2];
-            if (count == 1) {
-                if (y.stride[3] == 1 && I == 1)
-                    std::memcpy(target, row, sizeof(float) * g.w);
-                else
-                    for (int64_t w = 0; w < g.w; ++w) target[w * y.stride[3]] = row[w * I];
-            } else {
-                for (int64_t w = 0; w < g.w; ++w)
-                    for (int k = 0; k < count; ++k)
-                        target[w * y.stride[3] + k] = from.plane(context, c + k)[g.at(0, h, w) + i];
-            }
-        }
-    });
-}
-
-// Without a stride both planes have the same pitch, and the pads between rows are zero already.
-void SplitOp::pair_whole(const Plane& plane, const Context& context) const {
-    const Geometry& s = from.geometry;
-    clear_pads(to, to.in(context), plane.to, plane.to + 1, false);
-    pairs->pair(from.plane(context, plane.channel), plane.other < 0 ? nullptr : from.plane(context, plane.other),
-                to.plane(context, plane.to), (s.h - 1) * s.pitch + s.w, 1, s.interleave);
-}
-
-void SplitOp::run(int chunk, const Context& context) const {
-    const Geometry &s = from.geometry, &t = to.geometry;
-    const Range range = cut(int(planes.size()), chunks, chunk);
-    const int I = s.interleave;
-    for (int n = range.first; n < range.last; ++n) {
-        const Plane& plane = planes[n];
-        if (pairs && stride[0] == 1 && stride[1] == 1) {
-            pair_whole(plane, context);
-            continue;
-        }
+Op load(Place to, int number, std::vector<char> used) {
+    const int channels = to.geometry.channels;
+    const auto body = [=](int first, int last, const Context& context) {
+        const Images& x = (*context.inputs)[number];
+        const Geometry& g = to.geometry;
+        const int I = g.interleave;
         float* base = to.in(context);
-        clear_pads(to, base, plane.to, plane.to + 1, true);
-        // The last phases have fewer rows and columns.
-        const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
-        const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
-        const int64_t filled_rows = std::min<int64_t>(rows, t.h), filled = std::min<int64_t>(columns, t.w);
-        const float* source = from.plane(context, plane.channel) + s.at(0, plane.row_phase, plane.column_phase);
-        const int64_t other = plane.other < 0 ? 0 : from.planes[plane.other] - from.planes[plane.channel];
-        const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
-        float* const target = base + t.at(plane.to, 0, 0);
-        if (pairs && filled > 0) {
-            for (int64_t y = 0; y < filled_rows; ++y) {
-                const float* row = source + y * source_pitch;
-                pairs->pair(row, plane.other < 0 ? nullptr : row + other, target + y * target_pitch, filled, stride[1],
-                            I);
+        clear_pads(to, base, first, last, true);
+        by_blocks(x.stride[1] == 1 && g.channels > 1, first, last, g.h, [&](int c, int y, int count) {
+            for (int i = 0; i < I; ++i) {
+                float* row = base + g.at(c, y, 0) + i;
+                const float* source = x.base + (context.first + i) * x.stride[0] + c * x.stride[1] + y * x.stride[2];
+                if (i >= context.count) {
+                    for (int k = 0; k < count; ++k)
+                        for (int w = 0; w < g.w; ++w) row[k * g.plane + w * I] = 0.0f;
+                } else if (count == 1) {
+                    if (!used[c]) continue;
+                    if (x.stride[3] == 1 && I == 1)
+                        std::memcpy(row, source, sizeof(float) * g.w);
+                    else
+                        for (int64_t w = 0; w < g.w; ++w) row[w * I] = source[w * x.stride[3]];
+                } else {
+                    for (int64_t w = 0; w < g.w; ++w)
+                        for (int k = 0; k < count; ++k) row[k * g.plane + w * I] = source[w * x.stride[3] + k];
+                }
             }
-        } else if (filled_rows > 0 && filled > 0) {
-            kernels.thin({source, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
+        });
+    };
+    return {"load", channels, body};
+}
+
+Op store(Place from, int number) {
+    const int channels = from.geometry.channels;
+    const auto body = [=](int first, int last, const Context& context) {
+        const Images& y = (*context.outputs)[number];
+        const Geometry& g = from.geometry;
+        const int I = g.interleave;
+        by_blocks(y.stride[1] == 1 && g.channels > 1, first, last, g.h, [&](int c, int h, int count) {
+            for (int i = 0; i < context.count; ++i) {
+                const float* row = from.plane(context, c) + g.at(0, h, 0) + i;
+                float* target = y.base + (context.first + i) * y.stride[0] + c * y.stride[1] + h * y.stride[2];
+                if (count == 1) {
+                    if (y.stride[3] == 1 && I == 1)
+                        std::memcpy(target, row, sizeof(float) * g.w);
+                    else
+                        for (int64_t w = 0; w < g.w; ++w) target[w * y.stride[3]] = row[w * I];
+                } else {
+                    for (int64_t w = 0; w < g.w; ++w)
+                        for (int k = 0; k < count; ++k)
+                            target[w * y.stride[3] + k] = from.plane(context, c + k)[g.at(0, h, w) + i];
+                }
+            }
+        });
+    };
+    return {"store", channels, body};
+}
+
+Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
+         std::vector<SplitPlane> planes) {
+    const int units = int(planes.size());
+    const auto body = [=, &kernels](int first, int last, const Context& context) {
+        const Geometry &s = from.geometry, &t = to.geometry;
+        const int I = s.interleave;
+        for (int n = first; n < last; ++n) {
+            const SplitPlane& plane = planes[n];
+            const float* const one = from.plane(context, plane.channel);
+            const float* const other = plane.other < 0 ? nullptr : from.plane(context, plane.other);
+            float* const target = to.plane(context, plane.to);
+            const bool whole = pairs && stride[0] == 1 && stride[1] == 1;
+            clear_pads(to, to.in(context), plane.to, plane.to + 1, !whole);
+            if (whole) { // both planes have the same pitch, and the pads between rows are zero already
+                pairs->pair(one, other, target, (s.h - 1) * s.pitch + s.w, 1, I);
+                continue;
+            }
+            // The last phases have fewer rows and columns.
+            const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
+            const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
+            const int64_t filled_rows = std::clamp<int64_t>(rows, 0, t.h),
+                          filled = std::clamp<int64_t>(columns, 0, t.w);
+            const int64_t begin = s.at(0, plane.row_phase, plane.column_phase);
+            const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
+            if (pairs && filled > 0) {
+                for (int64_t y = 0; y < filled_rows; ++y) {
+                    const int64_t row = begin + y * source_pitch;
+                    pairs->pair(one + row, other ? other + row : nullptr, target + y * target_pitch, filled, stride[1],
+                                I);
+                }
+            } else if (filled_rows > 0 && filled > 0) {
+                kernels.thin({one + begin, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
+            }
+            for (int64_t y = 0; y < t.h; ++y) {
+                const int64_t done = y < filled_rows ? filled : 0;
+                if (done < t.w) std::memset(target + t.at(0, y, done), 0, sizeof(float) * (t.w - done) * I);
+            }
         }
-        for (int64_t y = 0; y < t.h; ++y) {
-            const int64_t done = y < filled_rows ? std::max<int64_t>(filled, 0) : 0;
-            if (done < t.w) std::memset(base + t.at(plane.to, y, done), 0, sizeof(float) * (t.w - done) * I);
-        }
-    }
+    };
+    return {pairs ? "pair" : "split", units, body};
 }
 
 // -- Convolutions --
 
-void ConvOp::prepare(const Chunk& part, const Context& context, bool clear_columns) const {
+void Conv::prepare(const Part& part, const Context& context, bool clear_columns) const {
     float* out = y.in(context);
     const int32_t* mask = vectors.mask_from(0, kernels.lanes);
     for (int n = part.first_absent; n < part.last_absent; ++n) {
         const int c = step.absent[n];
         if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
-        if (has_add) {
-            kernels.map({context.arena + add.planes[c], nullptr, out + c * y.geometry.plane, 1.0f, 0.0f,
-                         vectors.at.data(), mask, vectors.count(), step.act});
+        if (add) {
+            kernels.map({add->plane(context, c), nullptr, out + c * y.geometry.plane, 1.0f, 0.0f, vectors.at.data(),
+                         mask, vectors.count(), step.act});
         } else {
             for (size_t v = 0; v < vectors.at.size(); ++v)
                 std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * kernels.lanes);
@@ -161,10 +162,9 @@ void ConvOp::prepare(const Chunk& part, const Context& context, bool clear_colum
             for (int c : packed->tiles[t].channels) clear_pads(y, out, c, c + 1, clear_columns);
 }
 
-void ConvOp::run(int chunk, const Context& context) const {
-    const Chunk& part = parts[chunk];
+void Conv::run(const Part& part, const Context& context) const {
     float* out = y.in(context);
-    const float* residual = has_add ? context.arena : nullptr;
+    const float* residual = add ? context.arena : nullptr;
     const int32_t* mask = vectors.mask_from(0, kernels.lanes);
     const int lanes = kernels.lanes;
     prepare(part, context, !vectors.covers_pads);
@@ -212,7 +212,7 @@ void ConvOp::run(int chunk, const Context& context) const {
 }
 
 // The sums' inputs from a band, of all channels, from vector `column` of the output on.
-void BandConvOp::transform(float* to, int band, int column, int columns, const Context& context) const {
+void BandConv::transform(float* to, int band, int column, int columns, const Context& context) const {
     const Geometry& g = x.geometry;
     const int I = g.interleave, lanes = kernels.lanes;
     const int64_t first = (patches ? 0 : int64_t(column) * lanes) - int64_t(step.padding[1]) * I;
@@ -233,8 +233,7 @@ void BandConvOp::transform(float* to, int band, int column, int columns, const C
     }
 }
 
-void BandConvOp::run(int chunk, const Context& context) const {
-    const Chunk& part = parts[chunk];
+void BandConv::run(const Part& part, const Context& context) const {
     prepare(part, context, true);
     float* const transformed = context.arena + scratch + context.worker * scratch_size;
     const Geometry& g = y.geometry;
@@ -253,7 +252,7 @@ void BandConvOp::run(int chunk, const Context& context) const {
             call.rows = std::min(band_rows, g.h - band * band_rows);
             const int64_t first = int64_t(band) * band_rows * row;
             call.y = y.in(context) + first;
-            call.add = has_add ? context.arena + first : nullptr;
+            call.add = add ? context.arena + first : nullptr;
             for (int begin = 0; begin < columns; begin += sum_columns) {
                 const int end = std::min(begin + sum_columns, columns);
                 for (int t = part.first_tile; t < part.last_tile; ++t) {
@@ -281,141 +280,139 @@ void BandConvOp::run(int chunk, const Context& context) const {
 
 namespace {
 
-// Clears the pads of the chunk's channels and calls visit(channel, its first pixel in y).
+// Clears the pads of channels and calls visit(channel, its first pixel in y).
 template <typename Visit>
-void each_channel(const Place& y, bool covers_pads, int chunks, int chunk, const Context& context, const Visit& visit) {
-    const Range range = cut(y.geometry.channels, chunks, chunk);
+void each_channel(const Place& y, bool covers_pads, int first, int last, const Context& context, const Visit& visit) {
     float* const base = y.in(context);
-    clear_pads(y, base, range.first, range.last, !covers_pads);
-    for (int c = range.first; c < range.last; ++c) visit(c, base + c * y.geometry.plane);
+    clear_pads(y, base, first, last, !covers_pads);
+    for (int c = first; c < last; ++c) visit(c, base + c * y.geometry.plane);
+}
+
+// An operation that calls visit(channel, its first pixel in y, the vectors of y, context).
+template <typename Visit>
+Op by_channel(const char* name, const Kernels& kernels, const Place& y, const Visit& visit) {
+    const auto body = [=, vectors = cover(y.geometry, kernels.lanes)](int first, int last, const Context& context) {
+        each_channel(y, vectors.covers_pads, first, last, context,
+                     [&](int c, float* out) { visit(c, out, vectors, context); });
+    };
+    return {name, y.geometry.channels, body};
+}
+
+// The pixels of one axis that an output pixel reads: first, first + step and so on below last; an average divides by
+// the product of two sizes.
+struct Window {
+    int first, last, step, size;
+};
+
+std::vector<Window> windows(const Step& step, int axis, int in, int out) {
+    std::vector<Window> list;
+    const int kernel = step.kernel[axis], dilation = step.dilation[axis], padding = step.padding[axis];
+    for (int o = 0; o < out; ++o) {
+        if (step.kind == Kind::adaptive) { // PyTorch's borders: parts overlap where sizes do not divide
+            const int first = int(int64_t(o) * in / out), last = int(((o + int64_t(1)) * in + out - 1) / out);
+            list.push_back({first, last, 1, last - first});
+            continue;
+        }
+        const int begin = o * step.stride[axis] - padding;
+        int first = begin;
+        while (first < 0) first += dilation;
+        const int last = std::min(begin + (kernel - 1) * dilation + 1, in);
+        // With the padding that it overlaps, or its pixels inside the map; averages have no dilation.
+        list.push_back(
+            {first, last, dilation, step.include_pad ? std::min(kernel, in + padding - begin) : last - first});
+    }
+    return list;
 }
 
 } // namespace
 
-void MapOp::run(int chunk, const Context& context) const {
+Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y) {
     const bool affine = !step.scale.empty();
-    each_channel(y, vectors.covers_pads, chunks, chunk, context, [&](int c, float* out) {
-        kernels.map({x.plane(context, c), has_b ? b.plane(context, c) : nullptr, out, affine ? step.scale[c] : 1.0f,
-                     affine ? step.shift[c] : 0.0f, vectors.at.data(), vectors.mask_from(0, kernels.lanes),
-                     vectors.count(), step.act});
+    return by_channel("map", kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
+        kernels.map({x.plane(at, c), b ? b->plane(at, c) : nullptr, out, affine ? step.scale[c] : 1.0f,
+                     affine ? step.shift[c] : 0.0f, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act});
     });
 }
 
-void ProductOp::run(int chunk, const Context& context) const {
+Op product(const Kernels& kernels, Act act, Place x, Place b, Place y) {
     const bool one_pixel = b.geometry.h * b.geometry.w == 1;
     const int I = y.geometry.interleave;
-    float pattern[32]; // I and the lanes are at most 16 each
-    each_channel(y, vectors.covers_pads, chunks, chunk, context, [&](int c, float* out) {
-        const float* factor = b.plane(context, c);
+    return by_channel("product", kernels, y, [=, &kernels](int c, float* out, const Vectors& v, const Context& at) {
+        const float* factor = b.plane(at, c);
+        float pattern[32]; // I and the lanes are at most 16 each
         if (one_pixel) {
             for (int i = 0; i < 32; ++i) pattern[i] = factor[i % I];
             factor = pattern;
         }
-        kernels.product({x.plane(context, c), factor, out, one_pixel ? I : 0, vectors.at.data(),
-                         vectors.mask_from(0, kernels.lanes), vectors.count(), act});
+        kernels.product({x.plane(at, c), factor, out, one_pixel ? I : 0, v.at.data(), v.mask_from(0, kernels.lanes),
+                         v.count(), act});
     });
 }
 
-void FastPoolOp::run(int chunk, const Context& context) const {
-    each_channel(y, vectors.covers_pads, chunks, chunk, context, [&](int c, float* out) {
-        kernels.pool({x.plane(context, c), off.data(), int64_t(off.size()), out, vectors.at.data(),
-                      vectors.mask_from(0, kernels.lanes), vectors.count(), average, scale});
+Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::vector<int32_t> off) {
+    const bool average = step.average;
+    const float scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
+    return by_channel("pool", kernels, y, [=, &kernels](int c, float* out, const Vectors& v, const Context& at) {
+        kernels.pool({x.plane(at, c), off.data(), int64_t(off.size()), out, v.at.data(), v.mask_from(0, kernels.lanes),
+                      v.count(), average, scale});
     });
 }
 
-void PoolOp::run(int chunk, const Context& context) const {
-    const Geometry &s = x.geometry, &t = y.geometry;
-    const int I = s.interleave, kh = step.kernel[0], kw = step.kernel[1];
-    each_channel(y, false, chunks, chunk, context, [&](int c, float* plane) {
-        for (int oy = 0; oy < t.h; ++oy)
-            for (int ox = 0; ox < t.w; ++ox) {
-                const int top = oy * step.stride[0] - step.padding[0];
-                const int left = ox * step.stride[1] - step.padding[1];
-                float sum[16];
-                std::fill(sum, sum + I, step.average ? 0.0f : -std::numeric_limits<float>::infinity());
-                for (int ky = 0; ky < kh; ++ky) {
-                    const int iy = top + ky * step.dilation[0];
-                    if (iy < 0 || iy >= s.h) continue;
-                    for (int kx = 0; kx < kw; ++kx) {
-                        const int ix = left + kx * step.dilation[1];
-                        if (ix < 0 || ix >= s.w) continue;
-                        const float* pixel = x.plane(context, c) + s.at(0, iy, ix);
-                        for (int i = 0; i < I; ++i) {
-                            if (step.average) sum[i] += pixel[i];
-                            // A NaN wins and stays, as in PyTorch.
-                            else if (!(pixel[i] <= sum[i]) && sum[i] == sum[i])
-                                sum[i] = pixel[i];
+Op slow_pool(const Step& step, Place x, Place y) {
+    const int channels = y.geometry.channels;
+    const Geometry s = x.geometry, t = y.geometry;
+    const auto rows = windows(step, 0, s.h, t.h), columns = windows(step, 1, s.w, t.w);
+    const auto body = [=, &step](int first, int last, const Context& context) {
+        const int I = s.interleave;
+        each_channel(y, false, first, last, context, [&](int c, float* plane) {
+            for (int oy = 0; oy < t.h; ++oy)
+                for (int ox = 0; ox < t.w; ++ox) {
+                    const Window &row = rows[oy], &column = columns[ox];
+                    // Sixteen running results; I divides 16, so each belongs to one image.
+                    float result[16];
+                    std::fill(result, result + 16, step.average ? 0.0f : -std::numeric_limits<float>::infinity());
+                    for (int iy = row.first; iy < row.last; iy += row.step) {
+                        const float* pixel = x.plane(context, c) + s.at(0, iy, column.first);
+                        if (!step.average) {
+                            for (int ix = column.first; ix < column.last; ix += column.step, pixel += column.step * I)
+                                for (int i = 0; i < I; ++i) // a NaN wins and stays, as in PyTorch
+                                    if (!(pixel[i] <= result[i]) && result[i] == result[i]) result[i] = pixel[i];
+                            continue;
                         }
+                        int64_t left = int64_t(column.last - column.first) * I;
+                        for (; left >= 16; left -= 16, pixel += 16)
+                            for (int l = 0; l < 16; ++l) result[l] += pixel[l];
+                        for (int l = 0; l < left; ++l) result[l] += pixel[l];
+                    }
+                    float* out = plane + t.at(0, oy, ox);
+                    const float scale = 1.0f / float(step.divisor ? step.divisor : row.size * column.size);
+                    for (int i = 0; i < I; ++i) {
+                        out[i] = result[i];
+                        if (!step.average) continue;
+                        for (int l = i + I; l < 16; l += I) out[i] += result[l];
+                        out[i] *= scale;
                     }
                 }
-                float* out = plane + t.at(0, oy, ox);
-                float scale = 1.0f;
-                if (step.average) {
-                    // The window's size with the padding it overlaps, or its pixels inside the map.
-                    const int bottom = std::min(top + kh, s.h + step.padding[0]);
-                    const int right = std::min(left + kw, s.w + step.padding[1]);
-                    int area = (bottom - top) * (right - left);
-                    if (!step.include_pad)
-                        area = (std::min(bottom, s.h) - std::max(top, 0)) * (std::min(right, s.w) - std::max(left, 0));
-                    scale = 1.0f / float(step.divisor ? step.divisor : area);
-                }
-                for (int i = 0; i < I; ++i) out[i] = sum[i] * scale;
-            }
-    });
+        });
+    };
+    return {step.kind == Kind::pool ? "slow pool" : t.h * t.w == 1 ? "mean" : "adaptive", channels, body};
 }
 
-void MeanOp::run(int chunk, const Context& context) const {
-    const Geometry& s = x.geometry;
-    const int I = s.interleave;
-    const float scale = 1.0f / float(int64_t(s.h) * s.w);
-    each_channel(y, false, chunks, chunk, context, [&](int c, float* out) {
-        // Sixteen running sums; I divides 16, so each belongs to one image.
-        float sum[16] = {};
-        for (int64_t r = 0; r < s.h; ++r) {
-            const float* row = x.plane(context, c) + s.at(0, r, 0);
-            const int64_t length = int64_t(s.w) * I;
-            int64_t p = 0;
-            for (; p + 16 <= length; p += 16)
-                for (int l = 0; l < 16; ++l) sum[l] += row[p + l];
-            for (int l = 0; p + l < length; ++l) sum[l] += row[p + l];
-        }
-        for (int i = 0; i < I; ++i) {
-            float total = 0.0f;
-            for (int l = i; l < 16; l += I) total += sum[l];
-            out[i] = total * scale;
-        }
-    });
-}
-
-void AdaptiveOp::run(int chunk, const Context& context) const {
-    const Geometry &s = x.geometry, &t = y.geometry;
-    const int I = s.interleave;
-    const auto begin = [](int64_t part, int64_t size, int64_t parts) { return part * size / parts; };
-    const auto end = [](int64_t part, int64_t size, int64_t parts) { return ((part + 1) * size + parts - 1) / parts; };
-    each_channel(y, false, chunks, chunk, context, [&](int c, float* plane) {
-        for (int oy = 0; oy < t.h; ++oy)
-            for (int ox = 0; ox < t.w; ++ox) {
-                const int64_t top = begin(oy, s.h, t.h), bottom = end(oy, s.h, t.h);
-                const int64_t left = begin(ox, s.w, t.w), right = end(ox, s.w, t.w);
-                float sum[16] = {};
-                for (int64_t iy = top; iy < bottom; ++iy)
-                    for (int64_t ix = left; ix < right; ++ix)
-                        for (int i = 0; i < I; ++i) sum[i] += x.plane(context, c)[s.at(0, iy, ix) + i];
-                const float scale = 1.0f / float((bottom - top) * (right - left));
-                for (int i = 0; i < I; ++i) plane[t.at(0, oy, ox) + i] = sum[i] * scale;
-            }
-    });
-}
-
-void LinearOp::run(int chunk, const Context& context) const {
-    const Geometry& t = y.geometry;
-    // Whole vectors of outputs per chunk.
-    const Range range = cut((t.channels + 63) / 64, chunks, chunk);
-    if (range.first == range.last) return;
-    const int first = range.first * 64, last = std::min(range.last * 64, t.channels);
-    clear_pads(y, y.in(context), first, last, true);
-    kernels.linear({context.arena, off.data(), int64_t(off.size()), t.interleave, step.weights.data(),
-                    round_up(t.channels, 16), step.bias.data(), y.in(context), t.plane, first, last, step.act});
+Op linear(const Kernels& kernels, const Step& step, Place x, Place y) {
+    const Geometry s = x.geometry, t = y.geometry;
+    std::vector<int32_t> off;
+    for (int c = 0; c < s.channels; ++c)
+        for (int h = 0; h < s.h; ++h)
+            for (int w = 0; w < s.w; ++w) off.push_back(int32_t(x.planes[c] + s.at(0, h, w)));
+    constexpr int unit = 64; // outputs: whole vectors
+    const auto body = [=, &kernels, &step](int first, int last, const Context& context) {
+        first *= unit, last = std::min(last * unit, t.channels);
+        if (first >= last) return;
+        clear_pads(y, y.in(context), first, last, true);
+        kernels.linear({context.arena, off.data(), int64_t(off.size()), t.interleave, step.weights.data(),
+                        round_up(t.channels, 16), step.bias.data(), y.in(context), t.plane, first, last, step.act});
+    };
+    return {"linear", (t.channels + unit - 1) / unit, body};
 }
 
 } // namespace dsp

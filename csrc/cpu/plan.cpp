@@ -105,10 +105,13 @@ class Builder {
         Pair stride;
         const WordKernels* pairs;                            // packs two channels into each plane, or null
         std::map<std::tuple<int, int, int, int>, int> plane; // (row phase, column phase, channel, other) -> plane
-        bool emitted = false;
     };
     struct Tap {
         int row_phase, column_phase, dy, dx;
+    };
+    struct Item { // an operation: of a step, or the split of its input, which goes before it
+        int step;
+        bool splits;
     };
     struct Draft { // what is known of a step before the geometry is
         int x = -1;
@@ -123,6 +126,7 @@ class Builder {
     std::vector<Node> nodes_;
     std::vector<Split> splits_;
     std::vector<Draft> drafts_;
+    std::vector<Item> items_;
     std::vector<Pads> pads_;
     int64_t scratch_begin_ = 0, scratch_floats_ = 0; // scratch of single operations, behind the tensors
 
@@ -192,6 +196,7 @@ class Builder {
         for (size_t s = 0; s < network_.steps.size(); ++s) {
             const Step& step = network_.steps[s];
             std::vector<Source> sources;
+            const size_t split_count = splits_.size();
             if (step.kind == Kind::conv) {
                 for (const auto& group : step.groups)
                     for (const Source& source : Network::sources(step, group.in)) sources.push_back(source);
@@ -206,6 +211,8 @@ class Builder {
                 for (int c = 0; c < nodes_[step.inputs[0]].channels; ++c) sources.push_back({c, -1});
                 if (zeros) window(step, drafts_[s], sources);
             }
+            if (splits_.size() > split_count) items_.push_back({int(s), true});
+            if (step.kind != Kind::view) items_.push_back({int(s), false});
         }
     }
 
@@ -230,7 +237,6 @@ class Builder {
             break;
         }
         case Kind::map: add_node(x.channels, x.h, x.w); break;
-        case Kind::mean: add_node(x.channels, 1, 1); break;
         case Kind::product: {
             const Node other = nodes_[step.inputs[1]];
             draft.large = x.h * x.w == 1 && other.h * other.w > 1;
@@ -274,7 +280,7 @@ class Builder {
             if (draft.split < 0) {
                 const Node x = nodes_[source];
                 const int node = add_node(0, (x.h + stride[0] - 1) / stride[0], (x.w + stride[1] - 1) / stride[1]);
-                splits_.push_back({node, source, stride, step.pairs, {}, false});
+                splits_.push_back({node, source, stride, step.pairs, {}});
                 if (!strided) tie(source, node); // so that whole planes are paired at once
                 draft.split = int(splits_.size()) - 1;
             }
@@ -329,7 +335,7 @@ class Builder {
         }
     }
 
-    // -- Lifetimes and memory of buffers. Operations are numbered as emit() makes them. --
+    // -- Lifetimes and memory of buffers --
 
     std::set<int> buffers(int node) const {
         std::set<int> found;
@@ -339,7 +345,6 @@ class Builder {
     }
 
     void lifetimes() {
-        int number = 0;
         std::vector<int> last_step(nodes_.size(), -1);
         for (size_t s = 0; s < network_.steps.size(); ++s)
             if (network_.steps[s].kind != Kind::view)
@@ -348,15 +353,14 @@ class Builder {
         const auto read = [&](int node, int operation) {
             for (int buffer : buffers(node)) nodes_[buffer].last = operation;
         };
-        std::set<int> split_done;
-        for (size_t s = 0; s < network_.steps.size(); ++s) {
+        for (int number = 0; number < int(items_.size()); ++number) {
+            const int s = items_[number].step;
             const Step& step = network_.steps[s];
             const Draft& draft = drafts_[s];
-            if (step.kind == Kind::view) continue;
-            if (draft.split >= 0 && split_done.insert(draft.split).second) {
+            if (items_[number].splits) {
                 nodes_[draft.x].first = number;
                 read(splits_[draft.split].source, number);
-                ++number;
+                continue;
             }
             if (draft.x >= 0) read(draft.x, number);
             for (size_t i = 1; i < step.inputs.size(); ++i) read(step.inputs[i], number);
@@ -374,14 +378,13 @@ class Builder {
                     bool read_again = step.kind == Kind::conv && buffers(draft.x).count(buffer);
                     for (int input : step.inputs)
                         if (!nodes_[input].view.empty()) read_again = read_again || buffers(input).count(buffer);
-                    if (last_step[buffer] == int(s) && !read_again) {
+                    if (last_step[buffer] == s && !read_again) {
                         y.buffer = buffer;
                         last_step[buffer] = last_step[step.output];
                     }
                 }
                 nodes_[y.buffer].last = std::max(nodes_[y.buffer].last, number);
             }
-            ++number;
         }
     }
 
@@ -430,52 +433,43 @@ class Builder {
     }
 
     void emit(Plan& plan) {
-        const auto add = [&](std::unique_ptr<Op> op, int channels) {
-            if (channels) op->chunks = std::max(1, std::min(key_.parts(), channels));
+        for (const Item& item : items_) {
+            const Step& step = network_.steps[item.step];
+            const Draft& draft = drafts_[item.step];
+            auto op = std::make_unique<Op>(item.splits ? split(splits_[draft.split]) : operation(step, draft));
+            // A convolution is cut into its chunks already.
+            const bool cut = step.kind == Kind::conv && !item.splits;
+            op->chunks = cut ? op->units : std::clamp(op->units, 1, key_.parts());
+            op->made = item.splits ? -1 : step.output;
             plan.ops.push_back(std::move(op));
-        };
-        for (size_t s = 0; s < network_.steps.size(); ++s) {
-            const Step& step = network_.steps[s];
-            const Draft& draft = drafts_[s];
-            if (draft.split >= 0 && !splits_[draft.split].emitted) {
-                splits_[draft.split].emitted = true;
-                add(split(splits_[draft.split]), int(splits_[draft.split].plane.size()));
-            }
-            if (step.kind == Kind::view) continue;
-            const int channels = nodes_[step.output >= 0 ? step.output : step.inputs[0]].channels;
-            const int units = step.kind == Kind::linear ? (channels + 63) / 64 : step.kind == Kind::conv ? 0 : channels;
-            add(operation(step, draft), units);
-            plan.ops.back()->made = step.output;
         }
     }
 
-    std::unique_ptr<Op> operation(const Step& step, const Draft& draft) {
+    Op operation(const Step& step, const Draft& draft) {
+        const Kernels& kernels = network_.kernels;
+        const auto input = [&](size_t i) { return place(step.inputs[i]); };
         switch (step.kind) {
-        case Kind::input: return std::make_unique<LoadOp>(place(step.output), step.number, used_channels(step.output));
+        case Kind::input: return load(place(step.output), step.number, used_channels(step.output));
         case Kind::conv: return conv(step, draft);
         case Kind::map: {
-            auto op = std::make_unique<MapOp>(network_.kernels, step, place(step.inputs[0]), place(step.output));
-            op->has_b = step.inputs.size() == 2;
-            if (op->has_b) op->b = place(step.inputs[1]);
-            return op;
+            const bool two = step.inputs.size() == 2;
+            return map(kernels, step, input(0), two ? std::optional(input(1)) : std::nullopt, place(step.output));
         }
         case Kind::pool: return pool(step, draft);
-        case Kind::mean: return std::make_unique<MeanOp>(place(step.inputs[0]), place(step.output));
         case Kind::product:
-            return std::make_unique<ProductOp>(network_.kernels, step.act, place(step.inputs[draft.large]),
-                                               place(step.inputs[!draft.large]), place(step.output));
-        case Kind::adaptive: return std::make_unique<AdaptiveOp>(place(step.inputs[0]), place(step.output));
-        case Kind::linear: return linear(step);
-        default: return std::make_unique<StoreOp>(place(step.inputs[0]), step.number);
+            return product(kernels, step.act, input(draft.large), input(!draft.large), place(step.output));
+        case Kind::adaptive: return slow_pool(step, input(0), place(step.output));
+        case Kind::linear: return linear(kernels, step, input(0), place(step.output));
+        default: return store(input(0), step.number);
         }
     }
 
-    std::unique_ptr<Op> split(const Split& split) const {
-        auto op = std::make_unique<SplitOp>(network_.kernels, place(split.source), place(split.node), split.stride,
-                                            split.pairs);
+    Op split(const Split& split) const {
+        std::vector<SplitPlane> planes;
         for (const auto& [key, plane] : split.plane)
-            op->planes.push_back({std::get<2>(key), std::get<3>(key), std::get<0>(key), std::get<1>(key), plane});
-        return op;
+            planes.push_back({std::get<2>(key), std::get<3>(key), std::get<0>(key), std::get<1>(key), plane});
+        return dsp::split(network_.kernels, place(split.source), place(split.node), split.stride, split.pairs,
+                          std::move(planes));
     }
 
     // Which channels of a value are read: only a convolution or a view can skip some.
@@ -510,39 +504,31 @@ class Builder {
         return off;
     }
 
-    std::unique_ptr<Op> conv(const Step& step, const Draft& draft) {
-        auto op = std::make_unique<ConvOp>(network_.kernels, step, place(draft.x), place(step.output));
-        op->has_add = step.inputs.size() == 2;
-        op->add = op->has_add ? place(step.inputs[1]) : Place{};
-        op->in_place = op->has_add && nodes_[step.output].buffer == nodes_[step.inputs[1]].buffer;
-        op->skip_absent = op->in_place && (step.act == Act::none ||
-                                           (step.act == Act::relu && network_.values[step.inputs[1]].nonnegative));
-        for (const auto& group : step.groups) op->off.push_back(displacements(draft, Network::sources(step, group.in)));
+    Op conv(const Step& step, const Draft& draft) {
+        auto made = std::make_unique<Conv>(network_.kernels, step, place(draft.x), place(step.output));
+        if (step.inputs.size() == 2) {
+            const int added = step.inputs[1];
+            made->add = place(added);
+            made->in_place = nodes_[step.output].buffer == nodes_[added].buffer;
+            made->skip_absent = made->in_place && (step.act == Act::none ||
+                                                   (step.act == Act::relu && network_.values[added].nonnegative));
+        }
+        for (const auto& group : step.groups)
+            made->off.push_back(displacements(draft, Network::sources(step, group.in)));
         std::set<int> rows;
         for (const Tap& tap : draft.taps) rows.insert(tap.dy);
-        return tile_conv(network_, key_, std::move(op), int(rows.size()), draft.split >= 0, scratch_begin_,
+        return tile_conv(network_, key_, std::move(made), int(rows.size()), draft.split >= 0, scratch_begin_,
                          scratch_floats_);
     }
 
-    std::unique_ptr<Op> pool(const Step& step, const Draft& draft) const {
-        if (!draft.fast_pool) return std::make_unique<PoolOp>(step, place(step.inputs[0]), place(step.output));
+    Op pool(const Step& step, const Draft& draft) const {
+        if (!draft.fast_pool) return slow_pool(step, place(step.inputs[0]), place(step.output));
         // Displacements from plane c to plane c + 1 are the same for all taps only if every phase has its own run
         // of planes; they are sorted by phase, then channel, and all channels are present.
-        auto op = std::make_unique<FastPoolOp>(network_.kernels, place(draft.x), place(step.output));
-        op->off = displacements(draft, {{0, -1}});
-        for (int32_t& off : op->off) off -= int32_t(op->x.planes[0]);
-        op->average = step.average;
-        op->scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
-        return op;
-    }
-
-    std::unique_ptr<Op> linear(const Step& step) const {
-        auto op = std::make_unique<LinearOp>(network_.kernels, step, place(step.inputs[0]), place(step.output));
-        const Geometry& g = op->x.geometry;
-        for (int c = 0; c < g.channels; ++c)
-            for (int y = 0; y < g.h; ++y)
-                for (int x = 0; x < g.w; ++x) op->off.push_back(int32_t(op->x.planes[c] + g.at(0, y, x)));
-        return op;
+        Place x = place(draft.x);
+        auto off = displacements(draft, {{0, -1}});
+        for (int32_t& one : off) one -= int32_t(x.planes[0]);
+        return fast_pool(network_.kernels, step, std::move(x), place(step.output), std::move(off));
     }
 };
 

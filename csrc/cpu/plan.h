@@ -2,6 +2,7 @@
 // and its operations in order.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -58,15 +59,25 @@ struct Place {
     float* plane(const Context& context, int channel) const { return context.arena + planes[channel]; }
 };
 
+// The `part`-th of `parts` pieces of [0, total).
+struct Range {
+    int first, last;
+};
+inline Range cut(int total, int parts, int part) {
+    return {int(int64_t(total) * part / parts), int(int64_t(total) * (part + 1) / parts)};
+}
+
 // One operation; its chunks may run concurrently.
-class Op {
-  public:
-    explicit Op(const char* name) : name(name) {}
-    virtual ~Op() = default;
-    virtual void run(int chunk, const Context& context) const = 0;
+struct Op {
     const char* name;
+    int units; // channels, planes or parts, of which a chunk is a range
+    std::function<void(int first, int last, const Context& context)> body;
     int chunks = 1;
     int made = -1; // the network's value that it computes, or -1
+    void run(int chunk, const Context& context) const {
+        const Range range = cut(units, chunks, chunk);
+        body(range.first, range.last, context);
+    }
 };
 
 struct PlanKey {

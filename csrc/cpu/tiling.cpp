@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <functional>
-#include <numeric>
+#include <tuple>
 
 #include "kernels/winograd.h"
 
@@ -14,25 +14,18 @@ namespace {
 
 // What the filters of a group are computed over.
 struct Extent {
-    int64_t count; // products per output
-    int vectors;   // in one chunk
-    int block;     // vectors that all filters process before the next
-    bool aligned;  // vector loads never straddle two cache lines
-    double add_latency;  // cycles until a sum can take its next term
-};
-
-// The same by Winograd's method.
-struct BandExtent {
-    int64_t count; // products per sum
-    int sums;      // of a vector
-    int outputs;   // vectors of pixels computed from them
-    int bands;
-    int columns; // vectors of sums in a row
-    int block;   // vectors that all filters process before the next
-    int pieces;  // of a row that are transformed one after the other
-    int reach;   // vectors that a piece reads beyond its own
-    bool aligned;
-    bool partial; // a row's last vector has lanes that are not pixels
+    int64_t count;            // products per sum
+    int vectors;              // of sums: in one chunk, or in a row of a band
+    int block;                // vectors that all filters process before the next
+    bool aligned;             // vector loads never straddle two cache lines
+    double add_latency = 4.0; // cycles until a sum can take its next term
+    // By Winograd's method:
+    int sums = 1;    // of a vector
+    int outputs = 0; // vectors of pixels computed from them
+    int bands = 1;
+    int pieces = 1;       // of a row that are transformed one after the other
+    int reach = 0;        // vectors that a piece reads beyond its own
+    bool partial = false; // a row's last vector has lanes that are not pixels
 };
 
 // Cycles of one term of a tile's sums.
@@ -63,19 +56,11 @@ double pass_cost(int filters, int width, bool aligned, double add_latency) {
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     double total = 0.0;
-    each_pass(kernels, filters, extent.vectors, extent.block, [&](int width, bool) {
-        // An output costs a load, a store and a few instructions; a pass a call and a mispredicted loop end.
-        total += extent.count * pass_cost(filters, width, extent.aligned, extent.add_latency) + 1.5 * filters * width + 25.0;
-    });
-    return total;
-}
-
-double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) {
-    double total = 0.0;
-    each_pass(kernels, filters, extent.columns, extent.block, [&](int width, bool last) {
-        // Every sum has its own loop and goes through memory; then each vector of pixels has an epilogue.
-        const double term = pass_cost(filters, width, extent.aligned, 4.0);
-        total += extent.sums * (extent.count * term + 1.5 * filters * width + 40.0);
+    each_pass(kernels, filters, extent.vectors, extent.block, [&](int width, bool last) {
+        // A sum costs a load, a store and a few instructions; a pass a call and a mispredicted loop end. If there are
+        // several, each has its own loop and goes through memory; then each vector of pixels has an epilogue.
+        const double sum = extent.count * pass_cost(filters, width, extent.aligned, extent.add_latency);
+        total += extent.sums * (sum + 1.5 * filters * width + (extent.sums > 1 ? 40.0 : 0.0));
         total += 2.0 * extent.outputs * filters * width + 25.0;
         if (last && extent.partial) total += 6.0 * band_rows * filters;
     });
@@ -83,14 +68,13 @@ double tile_cost(const Kernels& kernels, int filters, const BandExtent& extent) 
 }
 
 // Of the transforms of one channel: loads, sums and stores of a vector for each sum.
-double transform_cost(const BandExtent& extent) {
-    const double vectors = extent.columns + double(extent.pieces) * extent.reach;
+double transform_cost(const Extent& extent) {
+    const double vectors = extent.vectors + double(extent.pieces) * extent.reach;
     return extent.bands * (vectors * extent.sums * 2.0 + extent.pieces * 15.0);
 }
 
 // Sizes of the filter tiles of a group, the largest first, with the least estimated time.
-template <typename AnyExtent>
-std::vector<int> split_filters(const Kernels& kernels, int filters, const AnyExtent& extent) {
+std::vector<int> split_filters(const Kernels& kernels, int filters, const Extent& extent) {
     const int most = kernels.filters;
     std::vector<double> cost(most + 1, 0.0);
     for (int k = 1; k <= most; ++k) cost[k] = tile_cost(kernels, k, extent);
@@ -112,27 +96,16 @@ class Tiler {
   public:
     Tiler(const Network& network, const PlanKey& key) : network_(network), key_(key), kernels_(network.kernels) {}
 
-    void plain(ConvOp& op) const {
-        const int pieces = std::max(1, std::min(key_.parts(), int(op.vectors.at.size()) / 12));
-        Splits splits;
-        for (size_t g = 0; g < op.off.size(); ++g)
-            splits.push_back(split_filters(kernels_, int(op.step.groups[g].out.size()), extent(op, g, pieces)));
-        op.packed = network_.packed(op.step, splits);
-        std::vector<double> costs;
-        for (const auto& tile : op.packed->tiles)
-            costs.push_back(tile_cost(kernels_, tile.filters, extent(op, tile.group, pieces)));
-        finish(op, int(op.vectors.at.size()), pieces, costs);
+    void plain(Conv& op) const {
+        const int vectors = int(op.vectors.at.size()), pieces = std::max(1, std::min(key_.parts(), vectors / 12));
+        const auto extent_of = [&](size_t g) { return extent(op, g, pieces); };
+        op.packed = network_.packed(op.step, split(op.step, extent_of).first);
+        finish(op, vectors, pieces, extent_of);
     }
 
     // Estimated cycles of the plain sum on one thread.
-    double plain_cost(const ConvOp& op) const {
-        double cost = 0.0;
-        for (size_t g = 0; g < op.off.size(); ++g) {
-            const Extent whole = extent(op, g, 1);
-            for (int filters : split_filters(kernels_, int(op.step.groups[g].out.size()), whole))
-                cost += tile_cost(kernels_, filters, whole);
-        }
-        return cost;
+    double plain_cost(const Conv& op) const {
+        return split(op.step, [&](size_t g) { return extent(op, g, 1); }).second;
     }
 
     // Vectors and reduction terms of one pass. Between passes the sums go through memory, which costs about a tenth
@@ -140,7 +113,7 @@ class Tiler {
     // first-level cache: ResNet-20's 8x8 layers 87 % of peak, 73 % without passes. A 1x1 convolution reads a line
     // once per filter tile and would have short passes there, so it keeps to the second level: ResNet-50 at batch 1
     // 15.5 ms, 16.6 ms with passes of 32 KB.
-    void block(ConvOp& op, int64_t rows) const {
+    void block(Conv& op, int64_t rows) const {
         const int64_t taps = int64_t(op.step.kernel[0]) * op.step.kernel[1];
         const int64_t cache = taps > 1 ? 32 << 10 : 256 << 10;
         const int64_t vector = kernels_.lanes * int64_t(sizeof(float));
@@ -163,7 +136,7 @@ class Tiler {
         }
     }
 
-    std::unique_ptr<BandConvOp> in_bands(const ConvOp& plain, double plain_cost, int64_t scratch_begin) const;
+    std::unique_ptr<BandConv> in_bands(const Conv& plain, double plain_cost, int64_t scratch_begin) const;
 
   private:
     const Network& network_;
@@ -173,33 +146,51 @@ class Tiler {
     // A convolution by Winograd's method, and its estimated cycles.
     struct Banding {
         bool patches;
-        BandExtent extent;
+        Extent extent;
         int block_columns;
         int64_t pitch, channel, scratch; // floats
         Splits splits;
         double cost;
+        Extent of_group(const Step& step, size_t g) const {
+            Extent one = extent;
+            one.count = int64_t(step.groups[g].in.size()) * (patches ? 1 : step.kernel[1]);
+            return one;
+        }
     };
-    Banding banding(const ConvOp& plain, int used, bool patches) const;
+    Banding banding(const Conv& plain, int used, bool patches) const;
 
-    Extent extent(const ConvOp& op, size_t group, int pieces) const {
+    Extent extent(const Conv& op, size_t group, int pieces) const {
         const int vectors = int(op.vectors.at.size());
         return {int64_t(op.off[group].size()), (vectors + pieces - 1) / pieces, op.block_vectors,
                 key_.interleave >= kernels_.lanes, op.step.pairs ? op.step.pairs->add_latency : 4.0};
     }
 
+    // The filter tiles of all groups, and their estimated cycles.
+    template <typename ExtentOf>
+    std::pair<Splits, double> split(const Step& step, const ExtentOf& extent_of) const {
+        std::pair<Splits, double> made{{}, 0.0};
+        for (size_t g = 0; g < step.groups.size(); ++g) {
+            const Extent extent = extent_of(g);
+            made.first.push_back(split_filters(kernels_, int(step.groups[g].out.size()), extent));
+            for (int filters : made.first.back()) made.second += tile_cost(kernels_, filters, extent);
+        }
+        return made;
+    }
+
     // Places the tiles and cuts chunks of about equal work: ranges of units (vectors or bands) where there are many,
     // otherwise ranges of filter tiles.
-    void finish(ConvOp& op, int units, int by_units, const std::vector<double>& costs) const {
+    template <typename ExtentOf>
+    void finish(Conv& op, int units, int by_units, const ExtentOf& extent_of) const {
+        std::vector<double> cost{0.0}; // of the tiles before each
         for (const auto& tile : op.packed->tiles) {
+            cost.push_back(cost.back() + tile_cost(kernels_, tile.filters, extent_of(tile.group)));
             op.tile_begin.push_back(int(op.tile_planes.size()));
             for (int c : tile.channels) op.tile_planes.push_back(c * op.y.geometry.plane);
-            for (int c : tile.channels) op.tile_planes.push_back(op.has_add ? op.add.planes[c] : 0);
+            for (int c : tile.channels) op.tile_planes.push_back(op.add ? op.add->planes[c] : 0);
         }
-        const int tiles = int(costs.size());
+        const int tiles = int(op.packed->tiles.size());
         const int absent = op.skip_absent ? 0 : int(op.step.absent.size());
         const int by_tiles = std::max(1, std::min(tiles, (key_.parts() + by_units - 1) / by_units));
-        std::vector<double> cost(tiles + 1, 0.0);
-        std::partial_sum(costs.begin(), costs.end(), cost.begin() + 1);
         std::vector<int> border{0};
         for (int part = 1; part < by_tiles; ++part) {
             const double target = cost[tiles] * part / by_tiles;
@@ -214,7 +205,6 @@ class Tiler {
                 const Range range = cut(units, by_units, u), rest = cut(absent, pieces, u * by_tiles + t);
                 op.parts.push_back({range.first, range.last, border[t], border[t + 1], rest.first, rest.last});
             }
-        op.chunks = int(op.parts.size());
     }
 };
 
@@ -231,7 +221,7 @@ int fitting(int64_t bytes, int64_t channels, int64_t floats, int least, int most
     return fit <= least ? std::min(least, most) : (most + blocks - 1) / blocks;
 }
 
-Tiler::Banding Tiler::banding(const ConvOp& plain, int used, bool patches) const {
+Tiler::Banding Tiler::banding(const Conv& plain, int used, bool patches) const {
     const Step& step = plain.step;
     const Geometry& y = plain.y.geometry;
     const int I = key_.interleave, lanes = kernels_.lanes;
@@ -246,32 +236,25 @@ Tiler::Banding Tiler::banding(const ConvOp& plain, int used, bool patches) const
     const int sum_columns = fitting(16 << 10, int64_t(widest), sums * lanes, 6, row_vectors);
     made.block_columns = fitting(128 << 10, used, sums * lanes, patches ? 6 : 8, row_vectors);
     const int64_t reach = patches ? 0 : int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
-    made.extent = {0,
-                   sums,
-                   band_rows * (patches ? patch_columns : 1),
-                   (y.h + band_rows - 1) / band_rows,
-                   row_vectors,
-                   std::min(sum_columns, made.block_columns),
-                   (row_vectors + made.block_columns - 1) / made.block_columns,
-                   int((reach + lanes - 1) / lanes),
-                   I >= lanes,
-                   int64_t(y.w) * I % lanes != 0};
+    made.extent = {0, row_vectors, std::min(sum_columns, made.block_columns), I >= lanes};
+    made.extent.sums = sums;
+    made.extent.outputs = band_rows * (patches ? patch_columns : 1);
+    made.extent.bands = (y.h + band_rows - 1) / band_rows;
+    made.extent.pieces = (row_vectors + made.block_columns - 1) / made.block_columns;
+    made.extent.reach = int((reach + lanes - 1) / lanes);
+    made.extent.partial = int64_t(y.w) * I % lanes != 0;
     made.pitch = round_up(round_up(int64_t(made.block_columns) * lanes + reach, lanes), 16);
     // Rows at a distance of a power of two would all fall into the same few sets of the cache.
     if (made.pitch / 16 % 2 == 0) made.pitch += 16;
     made.channel = sums * made.pitch;
     made.scratch = used * made.channel;
-    made.cost = used * transform_cost(made.extent);
-    for (const auto& group : step.groups) {
-        made.extent.count = int64_t(group.in.size()) * (patches ? 1 : step.kernel[1]);
-        made.splits.push_back(split_filters(kernels_, int(group.out.size()), made.extent));
-        for (int filters : made.splits.back()) made.cost += tile_cost(kernels_, filters, made.extent);
-    }
+    std::tie(made.splits, made.cost) = split(step, [&](size_t g) { return made.of_group(step, g); });
+    made.cost += used * transform_cost(made.extent);
     return made;
 }
 
 // The convolution in bands, or in patches of them, if that is faster than plain_cost cycles, otherwise null.
-std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_cost, int64_t scratch_begin) const {
+std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, int64_t scratch_begin) const {
     const Step& step = plain.step;
     const Winograd allowed = network_.winograd;
     std::vector<int> used, place_of(plain.x.geometry.channels, -1);
@@ -296,10 +279,10 @@ std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_co
     if (!best) return nullptr;
 
     const int I = key_.interleave, lanes = kernels_.lanes;
-    auto op = std::make_unique<BandConvOp>(plain, best->patches);
+    auto op = std::make_unique<BandConv>(plain, best->patches);
     op->block_columns = best->block_columns, op->sum_columns = best->extent.block;
     op->pitch = best->pitch, op->channel = best->channel;
-    for (int v = 0; v < best->extent.columns; ++v)
+    for (int v = 0; v < best->extent.vectors; ++v)
         op->at.push_back(op->patches ? v * lanes / I * 2 * I + v * lanes % I : v * lanes);
     op->zeros.assign(op->patches ? op->at.back() + 4 * I : op->pitch, 0.0f);
     op->off.clear();
@@ -311,33 +294,37 @@ std::unique_ptr<BandConvOp> Tiler::in_bands(const ConvOp& plain, double plain_co
     }
     op->used = std::move(used);
     op->packed = network_.packed(step, best->splits, op->patches ? Form::patches : Form::bands);
-    std::vector<double> costs;
-    for (const auto& tile : op->packed->tiles) {
-        best->extent.count = int64_t(op->off[tile.group].size());
-        costs.push_back(tile_cost(kernels_, tile.filters, best->extent));
-    }
     op->scratch = scratch_begin, op->scratch_size = best->scratch;
-    finish(*op, best->extent.bands, std::min(key_.parts(), best->extent.bands), costs);
+    finish(*op, best->extent.bands, std::min(key_.parts(), best->extent.bands),
+           [&](size_t g) { return best->of_group(step, g); });
     return op;
 }
 
 } // namespace
 
-std::unique_ptr<Op> tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<ConvOp> op, int rows,
-                              bool is_split, int64_t scratch_begin, int64_t& scratch_floats) {
+Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> conv, int rows, bool is_split,
+             int64_t scratch_begin, int64_t& scratch_floats) {
+    const auto operation = [](const char* name, auto made) {
+        const int parts = int(made->parts.size());
+        const auto run = [made = std::shared_ptr(std::move(made))](int first, int last, const Context& context) {
+            for (int part = first; part < last; ++part) made->run(made->parts[part], context);
+        };
+        return Op{name, parts, run};
+    };
     const Tiler tiler(network, key);
-    const Step& step = op->step;
-    tiler.block(*op, rows);
+    const Step& step = conv->step;
+    tiler.block(*conv, rows);
     if (network.winograd != Winograd::never && !step.pairs && !is_split && step.kernel[0] == 3 &&
         step.dilation[0] == 1) {
         // The choice must not depend on the number of threads: their results are bitwise equal.
-        if (auto in_bands = tiler.in_bands(*op, tiler.plain_cost(*op), scratch_begin)) {
+        if (auto in_bands = tiler.in_bands(*conv, tiler.plain_cost(*conv), scratch_begin)) {
             scratch_floats = std::max(scratch_floats, in_bands->scratch_size * key.threads);
-            return in_bands;
+            const char* const name = in_bands->patches ? "conv in patches" : "conv in bands";
+            return operation(name, std::move(in_bands));
         }
     }
-    tiler.plain(*op);
-    return op;
+    tiler.plain(*conv);
+    return operation("conv", std::move(conv));
 }
 
 } // namespace dsp

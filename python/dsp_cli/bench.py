@@ -30,7 +30,7 @@ def bench(
     image_size: o.ImageSize = None,
     rounds: o.Rounds = 30,
     seed: o.Seed = 0,
-    device: o.Device = "cpu",
+    device: o.Device = "auto",
     mode: Annotated[str, typer.Option("--mode", help="latency, throughput or both.")] = "latency",
     seconds: Annotated[float | None, typer.Option("--seconds", help="Time limit of the whole run.")] = None,
     profile: Annotated[

@@ -67,22 +67,13 @@ def layer_rows(model: nn.Module, example_input: Example, dense: nn.Module | None
     originals = {} if dense is None else dict(dense.named_modules())
     rows = []
     for name, module in packed.items():
-        structure = module.structure
-        original = originals.get(name)
+        structure, original = module.structure, originals.get(name)
         wide = original if isinstance(original, nn.Conv2d) else structure
         whole = GroupStructure.dense(wide.in_channels, wide.out_channels)
-        rows.append(
-            LayerRow(
-                name=name,
-                groups=len(structure.groups),
-                channels_read=len(structure.read),
-                in_channels=wide.in_channels,
-                filters=structure.out_channels - len(structure.absent),
-                out_channels=wide.out_channels,
-                macs=structure.macs(module.kernel_size, output_hw[module]),
-                dense_macs=whole.macs(module.kernel_size, output_hw[module]),
-            )
-        )
+        macs, dense_macs = (s.macs(module.kernel_size, output_hw[module]) for s in (structure, whole))
+        channels = len(structure.read), wide.in_channels
+        filters = structure.out_channels - len(structure.absent), wide.out_channels
+        rows.append(LayerRow(name, len(structure.groups), *channels, *filters, macs, dense_macs))
     return rows
 
 

@@ -1,23 +1,23 @@
 """Every engine gives the right answer if it can run and the reason if it cannot; TensorRT against a fake."""
 
-import importlib
 import os
 import subprocess
 import sys
 import types
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
 from dsp_benchmarks.cases import Case, build_case, case_input
-from dsp_benchmarks.engines import ENGINES, tensorrt
+from dsp_benchmarks.engines import ENGINES, Engine, Runner, onnx_engines, tensorrt
+from dsp_benchmarks.engines.base import tf32_products
 from dsp_benchmarks.engines.cuda_graph import CudnnConvs
 from dsp_benchmarks.engines.onnx_engines import INPUT, OUTPUT, onnx_bytes
 from dsp_benchmarks.measure.floors import program_of
 from dsp_benchmarks.subjects.networks import Network
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
 
@@ -54,46 +54,54 @@ def test_compiled_engines_do_not_share_what_they_compiled(
     assert [options.get("mode") for _, options in compiled] == [None, "max-autotune", None]
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "openvino", "tensorrt"])
-def test_a_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    real = importlib.import_module
-
-    def hidden(name: str, *arguments: Any) -> Any:
-        if name == package:
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *arguments)
-
-    monkeypatch.setattr(importlib, "import_module", hidden)
-    users = ["onnxruntime", "onnxruntime-cuda", "openvino-bf16"] if package == "onnx" else [package]
-    for engine in users:
-        able, reason = ENGINES[engine].available()
-        assert not able
-        assert f"the package {package} cannot be imported" in reason
+def _reason(name: str, network: Network) -> str:
+    row, run = build_case(Case("dense", name), network, case_input(network, 1, 0))
+    assert (row.status, run) == ("unavailable", None)
+    return row.reason
 
 
-def test_a_missing_device_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("cuda-graph", "cudnn-fused-fp16", "torch-fp16", "compile-autotune-fp16", "fused:cuda"):
-        able, reason = ENGINES[name].available()
-        assert not able
-        assert "CUDA" in reason
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_a_missing_package_is_the_reason(
+    monkeypatch: pytest.MonkeyPatch, network: Network, package: str
+) -> None:
+    onnx_engines._core.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"import of {package} halted" in _reason(package, network)
 
 
-def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     from torch._inductor import cpp_builder
 
-    def none() -> str:
-        raise RuntimeError("no compiler found")
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    assert ENGINES["compile"].available() == (False, "Inductor finds no C++ compiler (no compiler found)")
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", MagicMock(side_effect=RuntimeError("none found")))
+    assert _reason("compile", network) == "Inductor finds no C++ compiler (none found)"
 
 
-def test_a_processor_without_bfloat16_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_bfloat16_is_the_reason(
+    monkeypatch: pytest.MonkeyPatch, network: Network
+) -> None:
     openvino = pytest.importorskip("openvino")
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
-    assert ENGINES["openvino-bf16"].available()[1].startswith("this processor has no bfloat16")
-    assert ENGINES["openvino"].available() == (True, "")
+    assert _reason("openvino-bf16", network).startswith("this processor has no bfloat16")
+
+
+def test_tf32_is_on_only_in_rows_that_say_so() -> None:
+    seen = []
+
+    @dataclass(frozen=True)
+    class Probe(Engine):
+        def prepare(self, model: nn.Module, example: Tensor) -> Runner:
+            def run(x: Tensor) -> Tensor:
+                seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+                return x
+
+            return run
+
+    x, before = torch.zeros(1), torch.backends.cudnn.allow_tf32
+    with tf32_products(False):
+        for tf32 in (True, False):
+            Probe("probe", tf32=tf32).runner(nn.Identity(), x)(x)
+    assert seen == [(True, True), (False, False)]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_a_signal_does_not_kill_the_process_after_openvino_engines_are_gone() -> None:
@@ -102,7 +110,7 @@ def test_a_signal_does_not_kill_the_process_after_openvino_engines_are_gone() ->
     code = (
         "import faulthandler, gc, signal, torch; faulthandler.enable()\n"
         "from dsp_benchmarks.engines import ENGINES\n"
-        "engine = ENGINES['openvino']; assert engine.available()[0]\n"
+        "engine = ENGINES['openvino']\n"
         "net, x = torch.nn.Conv2d(2, 3, 3).eval(), torch.zeros(1, 2, 5, 5)\n"
         "first = engine.prepare(net, x); second = engine.prepare(net, x)\n"
         "first(x); del first; gc.collect(); second(x); del second; gc.collect()\n"
@@ -147,32 +155,25 @@ def _fake_tensorrt(version: str, parses: bool = True) -> MagicMock:
     return fake
 
 
+@pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize(("version", "flags"), [("10.9.0", 2), ("11.0.0", 0)])
-def test_tensorrt_builds_once_strongly_typed_without_tf32(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, flags: int
+def test_tensorrt_builds_strongly_typed_with_tf32_as_asked(
+    monkeypatch: pytest.MonkeyPatch, version: str, flags: int, tf32: bool
 ) -> None:
     fake = _fake_tensorrt(version)
     builder = fake.Builder.return_value
-    config = builder.create_builder_config.return_value
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setenv("DSP_TENSORRT_CACHE", str(tmp_path))
-    for _ in range(2):  # the second time from the disk
-        assert tensorrt.build_engine(b"onnx", "H200") == b"plan"
-        builder.create_network.assert_called_once_with(flags)
-        fake.OnnxParser.return_value.parse.assert_called_once_with(b"onnx")
-        config.clear_flag.assert_called_once_with(fake.BuilderFlag.TF32)
-        builder.build_serialized_network.assert_called_once()
-    tensorrt.build_engine(b"onnx", "another GPU")
-    tensorrt.build_engine(b"other onnx", "H200")
-    assert builder.build_serialized_network.call_count == 3
+    assert tensorrt.build_engine(b"onnx", tf32) == b"plan"
+    builder.create_network.assert_called_once_with(flags)
+    fake.OnnxParser.return_value.parse.assert_called_once_with(b"onnx")
+    cleared = builder.create_builder_config.return_value.clear_flag.call_args_list
+    assert cleared == ([] if tf32 else [call(fake.BuilderFlag.TF32)])
 
 
-def test_tensorrt_that_cannot_parse_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tensorrt_that_cannot_parse_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", _fake_tensorrt("10.9.0", parses=False))
-    monkeypatch.setenv("DSP_TENSORRT_CACHE", str(tmp_path))
     with pytest.raises(DSPBackendError, match="cannot read the network: unsupported node"):
-        tensorrt.build_engine(b"onnx", "H200")
-    assert list(tmp_path.iterdir()) == []
+        tensorrt.build_engine(b"onnx")
 
 
 def test_cudnns_fused_operations_give_the_right_answer(

@@ -13,18 +13,17 @@ from dsp_benchmarks.measure.samples import Samples
 from dsp_benchmarks.report.results import Row
 from dsp_benchmarks.run import with_floors
 from dsp_benchmarks.subjects.networks import FORMS, Network, NetworkSource, load_network
-from dsp_benchmarks.subjects.released_form import ReleasedNetwork
+from dsp_benchmarks.subjects.released_form import ReleasedForm
 from dsp_benchmarks.subjects.structures import apply_structure
-from fakes import SMALL
 from torch import nn
 
 import dsp_kernels
 from dsp_kernels import GroupStructure, PackedConv2d
 from dsp_kernels.errors import DSPFormatError
+from dsp_pruning import read_released
 from dsp_pruning.data import normalise
 from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet
-from dsp_pruning.released.arrays import read_released_arrays
 from dsp_pruning.report import network_cost
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
@@ -33,7 +32,7 @@ PEAKS = Peaks({"float32": 1e9}, 1e8)
 
 @pytest.mark.parametrize("name", ["resnet20_g2", "resnet20_g3", "resnet20_g4", "resnet56_g4"])
 def test_the_released_form_reproduces_the_authors_logits(shared: Path, name: str) -> None:
-    network = ReleasedNetwork(*read_released_arrays(shared / "nets" / f"{name}.npz"))
+    network = ReleasedForm(read_released(shared / "nets" / f"{name}.npz"))
     with np.load(shared / "data" / "cifar10_subset.npz") as archive:
         images = torch.from_numpy(archive["test_images"][:8])
     x = normalise(images, CIFAR10_MEAN, CIFAR10_STD)
@@ -57,16 +56,6 @@ def test_the_filter_pruned_form_has_the_packed_network_s_flops(network: Network)
     assert cost == pytest.approx(network.macs("packed"), rel=0.05)
     assert cost == network.macs("filters")
     assert filters(torch.randn(2, 3, 16, 16)).shape == (2, 10)
-
-
-@pytest.mark.parametrize("form", ["compacted", "filters"])
-def test_a_form_that_was_built_in_inference_mode_can_be_trained(form: str) -> None:
-    """Forms are cached; inference tensors would be useless to the next caller."""
-    fresh = load_network(SMALL)
-    with torch.inference_mode():
-        made = fresh.form(form)
-    made(torch.randn(2, 3, 16, 16)).sum().backward()
-    assert all(parameter.grad is not None for parameter in made.parameters())
 
 
 @pytest.mark.parametrize(("groups", "rate"), [(2, 0.8), (4, 0.6)])
@@ -104,7 +93,10 @@ def test_an_unknown_structure_is_refused(structure: str) -> None:
 
 def test_a_structure_of_another_network_is_refused(tmp_path: Path) -> None:
     index = np.arange(4, dtype=np.int32)
-    for name, top, words in (("conv9", 0, "does not have"), ("stage_1.0.conv_a", 99, "does not fit layer")):
+    for name, top, words in (
+        ("conv9", 0, "no attribute `conv9`"),
+        ("stage_1.0.conv_a", 99, "does not fit CifarResNet"),
+    ):
         arrays = {f"{name}.0.in_index": index, f"{name}.0.out_index": index + top}
         np.savez(tmp_path / "s.npz", meta="{}", **arrays)
         with pytest.raises(DSPFormatError, match=words):

@@ -53,10 +53,10 @@ def test_a_report_is_a_page_and_tables_beside_the_result(result: Result, tmp_pat
     assert text.count("\n| dense/torch |") == 2
     assert "x \\| y" in text  # a pipe would begin a new cell
     plots = draw_plots(read_result(path))
-    assert [caption.split()[0].strip(":") for caption in plots] == ["Latency", "Speed-up", "Roofline"]
+    assert [caption.split()[0].strip(":") for caption in plots] == ["Latency", "Roofline"]
     assert all(png[:4] == b"\x89PNG" for png in plots.values())
     page = (tmp_path / "a.html").read_text()
-    assert [page.count(text) for text in ("data:image/png", "<table>", '<tr class="fused">')] == [3, 2, 4]
+    assert [page.count(text) for text in ("data:image/png", "<table>", '<tr class="fused">')] == [2, 2, 4]
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
 
 

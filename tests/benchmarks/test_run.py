@@ -82,7 +82,7 @@ def test_every_default_engine_is_a_row_with_times_or_a_reason(network: Network) 
         assert (row.samples is not None) == (row.status == "ok")
         assert bool(row.reason) == (row.status != "ok")
     ran = {row.engine for row in rows if row.status == "ok"}
-    assert {"dense/torch", "packed/torchscript-opt", "compacted/torch-nhwc", "filters/torch-nhwc"} <= ran
+    assert {"dense/torch", "packed/torch", "compacted/torch-nhwc", "filters/torch-nhwc"} <= ran
     assert any(name.startswith("packed/fused:") for name in ran)
     (released,) = [row for row in rows if row.form == "released"]
     assert "only a network that the authors released" in released.reason
@@ -111,7 +111,6 @@ def test_choosing_cases() -> None:
 
 def test_an_engine_of_another_device_says_so(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "fake", FakeEngine(device="cuda"))
-    monkeypatch.setattr(FakeEngine, "available", lambda _: (True, ""))
     row, run = build_case(Case("packed", "fake"), network, case_input(network, 1, 0))
     assert run is None
     assert row.reason == "it runs on cuda only, this run is on cpu"

@@ -163,15 +163,6 @@ def test_the_order_of_channels_does_not_matter(precision: Precision) -> None:
         assert torch.equal(precision.run(other, b), y)
 
 
-def test_more_possible_pairs_than_are_counted() -> None:
-    rng = random.Random(0)
-    groups = [(rng.sample(range(300), 150), range(g, g + 1)) for g in range(40)]
-    case = Case("", GroupStructure.build(300, 40, groups), kernel=1, padding=0, hw=(3, 5))
-    a = case.tensors()
-    best = Precision(torch.bfloat16, "")
-    best.check(best.run(case, a), case, a)
-
-
 @pytest.mark.parametrize("channels", [[0, 0, 1], [2, 2]])
 def test_a_channel_that_is_read_twice(channels: list[int]) -> None:
     """A GroupStructure refuses this; the extension accepts it."""

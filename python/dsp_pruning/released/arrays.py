@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.whole_file import require_file
@@ -27,20 +27,16 @@ def read_released(path: str | Path) -> CifarResNet:
 
     >>> network = read_released("resnet56_g4.npz")  # doctest: +SKIP
     """
-    return build_released(*read_released_arrays(path))
-
-
-def read_released_arrays(path: str | Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """Arrays and ``meta`` as ``build_released`` takes them, with the errors of ``read_released``."""
     require_file(path)
     if "meta.npy" not in zip_names(path):
         raise DSPFormatError(f"{path} is not an .npz file of a released network: it has no array 'meta'")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-            return arrays, dict(json.loads(str(arrays.pop("meta"))))
+            meta = dict(json.loads(str(arrays.pop("meta"))))
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise DSPFormatError(f"{path} is not an .npz file of a released network: {error}") from error
+    return build_released(arrays, meta)
 
 
 def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> CifarResNet:
@@ -90,12 +86,10 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
     read = _Reader(arrays)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.eps = eps
-    read.fill(model.conv_1_3x3.weight, "stem.conv.weight")
-    read.fill_norm(model.bn_1, "stem.bn")
+    for module, array in (("conv_1_3x3", "stem.conv"), ("bn_1", "stem.bn"), ("classifier", "classifier")):
+        read.fill(model.get_submodule(module), array)
     for name, block in blocks:
         _fill_block(model.get_submodule(name), name, block, read, eps)
-    read.fill(model.classifier.weight, "classifier.weight")
-    read.fill(model.classifier.bias, "classifier.bias")
     return model.eval()
 
 
@@ -121,8 +115,8 @@ def _fill_block(block: Any, name: str, described: Mapping[str, Any], read: _Read
             f"a block with stride {block.conv_a.stride[0]} here has {block.downsample is not None}"
         )
     if block.downsample is not None:
-        read.fill(block.downsample[0].weight, f"{name}.downsample.conv.weight")
-        read.fill_norm(block.downsample[1], f"{name}.downsample.bn")
+        read.fill(block.downsample[0], f"{name}.downsample.conv")
+        read.fill(block.downsample[1], f"{name}.downsample.bn")
 
 
 @dataclass(frozen=True)
@@ -161,9 +155,7 @@ class _Reader:
             found.append(Branch(tuple(self.index(f"{prefix}.in_index")), weight, norm=norm))
         return found
 
-    def fill(self, target: Tensor, name: str) -> None:
-        copy_into(target, self.tensor(name))
-
-    def fill_norm(self, norm: nn.BatchNorm2d, name: str) -> None:
-        for part in NORM:
-            self.fill(getattr(norm, part), f"{name}.{part}")
+    def fill(self, module: nn.Module, name: str) -> None:
+        for part, tensor in module.state_dict().items():
+            if part != "num_batches_tracked":
+                copy_into(tensor, self.tensor(f"{name}.{part}"))

@@ -213,8 +213,6 @@ def _index(value: Any) -> tuple[int, ...]:
 
 
 def _attribute(walk: _Walk, owner: Any, name: str) -> _Owner | NamedTensor:
-    if not isinstance(owner, _Owner):
-        raise DSPFormatError(f"attribute {name!r} of something that is no module")
     path = f"{owner.path}.{name}" if owner.path else name
     return NamedTensor(path, walk.state[path]) if path in walk.state else _Owner(path)
 
@@ -237,8 +235,6 @@ def _conv2d(
     dilation: list[int],
     groups: int = 1,
 ) -> _Image | _Branch:
-    if not isinstance(weight, NamedTensor) or weight.tensor.dim() != 4:
-        raise DSPFormatError("a convolution that is not two-dimensional, or whose weight is no parameter")
     out_channels, in_channels, height, width = weight.tensor.shape
     settings: tuple[Any, ...]
     settings = (tuple(stride), padding if isinstance(padding, str) else tuple(padding), tuple(dilation))
@@ -258,9 +254,8 @@ def _convolution(walk: _Walk, *operands: Any) -> _Image | _Branch:
 
 
 def _linear(walk: _Walk, value: Any, weight: Any, bias: Any) -> _Image:
-    if not isinstance(weight, NamedTensor) or weight.tensor.dim() != 2:
-        raise DSPFormatError("a linear layer whose weight is no parameter")
-    linear = nn.Linear(weight.tensor.shape[1], weight.tensor.shape[0], bias is not None)
+    out_features, in_features = weight.tensor.shape
+    linear = nn.Linear(in_features, out_features, bias is not None)
     return _with_weights(walk, linear, value, weight, bias)
 
 
@@ -341,12 +336,6 @@ def _reshape(walk: _Walk, value: Any, shape: Any) -> _Image:
     return walk.call(torch.flatten, value, 1)
 
 
-def _transposed(walk: _Walk, value: Any) -> NamedTensor:
-    if not isinstance(value, NamedTensor):
-        raise DSPFormatError("a transposed tensor that is no parameter")
-    return value  # only addmm reads it
-
-
 def _items(walk: _Walk, values: list[Any]) -> Any:
     return values if len(values) > 1 else values[0]
 
@@ -358,6 +347,7 @@ _SAME = (
     "aten::dropout",
     "aten::contiguous",
     "aten::detach",
+    "aten::t",  # only addmm reads it
 )
 _PLAIN = (F.adaptive_avg_pool2d, F.avg_pool2d, torch.flatten, torch.squeeze)
 _HANDLERS: dict[str, Callable[..., Any]] = {
@@ -383,6 +373,5 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "aten::view": _reshape,
     "aten::reshape": _reshape,
     "aten::linear": _linear,
-    "aten::t": _transposed,
     "aten::addmm": lambda walk, bias, value, weight, *_: _linear(walk, value, weight, bias),
 }
