@@ -100,6 +100,7 @@ def inspect(
 
     With --model, FILE holds the weights that dsp finetune wrote.
     """
+    example: tuple[Tensor, ...]
     if model:
         masked, image = pruned_network(file, image_size, model, model_args)
         network, example, known = packing.pack(masked, image), (image,), True

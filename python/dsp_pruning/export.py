@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,9 @@ def export_onnx(
 
     names = ["input", *(f"input_{number}" for number in range(1, len(inputs)))]
     settings: dict[str, Any] = {"input_names": names, "output_names": ["output"], "opset_version": opset}
-    export = partial(torch.onnx.export, plain, inputs, dynamo=True, verbose=False, **settings)
+    export: Callable[..., Any] = partial(
+        torch.onnx.export, plain, inputs, dynamo=True, verbose=False, **settings
+    )
     first, *rest = _any_batch(inputs)
     with _exporting(model, path, plain, inputs) as temporary:
         program = None
