@@ -9,7 +9,7 @@
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
 # make fuzz   damage 20,000 saved files and load them
-# make test-zoo   pack every network of the zoo and write docs/notes/zoo.md (installs timm)
+# make test-zoo   every network of the zoo, and docs/notes/zoo.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -53,7 +53,6 @@ test-triton36: $(INSTALLED)
 	PYTHONPATH=build/triton36 $(BIN)/python scripts/triton_table.py
 
 test-zoo: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet timm
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py --out docs/notes/zoo.md
 
 fuzz: $(INSTALLED)
