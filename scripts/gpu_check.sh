@@ -34,21 +34,20 @@ else # with the released networks' numbers of groups and of multiply-adds
   cifar="--structure random:g=4,rate=0.64" imagenet="--structure random:g=2,rate=0.8"
   nets=("cifar_resnet20 $cifar" "resnet18 $imagenet" "cifar_resnet56 $cifar" "resnet50 $imagenet")
 fi
-batches=256,32,1 rounds=12 select=
+batches=256,32,1 rounds=12 select= slower=1
 fast=packed/fused:cuda:fp16,dense/cudnn-fused-fp16,dense/cuda-graph-fp16,compacted/cudnn-fused-fp16
 slow=packed/fused:cuda:fp16,dense/compile-autotune-fp16,dense/tensorrt-fp16
 if [ "$DEVICE" = cpu ]; then
-  nets=("${nets[0]}") batches=1 rounds=8 fast=packed/fused,dense/torch slow=packed/fused,dense/compile
-  select="-k unequal" budget=3000
+  nets=("${nets[0]}") batches=1 rounds=8 fast=packed/fused:cpu,dense/torch slow=packed/fused:cpu,dense/compile
+  select="-k unequal" budget=3000 slower=10
   export DSP_KERNELS_CUDA=0
 else
   export DSP_REQUIRE_GPU=1 DSP_KERNELS_CUDA=1
 fi
 
 part() { # part NAME SECONDS COMMAND...: its log, and the end of it; continues after a failure
-  local name=$1 limit=$2 began=$SECONDS left=$((budget - SECONDS)) status=124
+  local name=$1 limit=$(($2 * slower)) began=$SECONDS left=$((budget - SECONDS)) status=124
   shift 2
-  [ "$DEVICE" = cpu ] && limit=$((limit * 10))
   [ "$left" -lt "$limit" ] && limit=$left
   [ "$limit" -ge 5 ] && { timeout "$limit" "$@" >"$LOGS/$name.log" 2>&1; status=$?; }
   echo "== $name: exit $status, $((SECONDS - began)) s of $limit"
@@ -59,7 +58,7 @@ compare() { # compare WHAT ENGINES BATCHES SECONDS NETWORK OPTIONS...
   local name=$5_$1 engines=$2 tried=$3 limit=$4
   shift 4
   part "$name" "$limit" "$PYTHON" -m dsp_benchmarks run --device "$DEVICE" --engines "$engines" --batches "$tried" \
-    --rounds $rounds --seconds $((limit - 10)) --out "$LOGS/$name.json" --networks "$@"
+    --rounds $rounds --seconds $(((limit - 5) * slower)) --out "$LOGS/$name.json" --networks "$@"
 }
 
 rm -rf "$LOGS"

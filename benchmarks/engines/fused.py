@@ -52,7 +52,7 @@ def fused_engines() -> tuple[Fused, ...]:
     """One engine per executor, in order of preference; 16-bit ones too where that can be faster."""
     made = [Fused("fused")]
     for name in EXECUTORS.names():
-        device = "cuda" if name in ("cuda", "triton") else "any"
+        device = "cuda" if name in ("cuda", "triton", "cudnn") else "any"
         made.append(Fused(f"fused:{name}", device=device, backend=name))
         if device == "cuda":
             made.append(Fused(f"fused:{name}:fp16", torch.float16, device, backend=name))

@@ -24,11 +24,6 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self._entries)
 
-    def register(self, entry: T) -> T:
-        """Add an entry with the lowest preference."""
-        self._entries.append(entry)
-        return entry
-
     def names(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self._entries)
 

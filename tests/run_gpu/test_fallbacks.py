@@ -141,7 +141,7 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "card")
-        monkeypatch.setattr(cuda_conv, "why_no_cuda", lambda: "")
+        monkeypatch.setattr(cuda_conv, "why_no_cuda_on", why_not_on)
         self.set = monkeypatch.setattr
 
 
@@ -153,13 +153,13 @@ class Machine:
             (9, 0),
             torch.float16,
             "library",
-            ["cuda", "triton", "cudnn", "eager"],
+            ["triton", "cudnn", "eager"],
             "triton on cuda:0; cuda: not built",
         ),
         ((9, 0), torch.float32, "compiler", ["cuda", "cudnn", "eager"], None),
         ((9, 0), torch.float16, "both", ["cudnn", "eager"], "install gcc or set CC"),
         ((9, 0), torch.float64, "", ["cudnn", "eager"], None),
-        ((7, 5), torch.float32, "", ["cuda", "triton", "cudnn", "eager"], "card has compute capability 7.5"),
+        ((7, 5), torch.float32, "", ["triton", "cudnn", "eager"], "card has compute capability 7.5"),
         ((7, 5), torch.float16, "", ["cudnn", "eager"], "these kernels need 8.0"),
         ((7, 0), torch.float32, "", ["cudnn", "eager"], "these kernels need 7.5"),
     ],
@@ -174,7 +174,7 @@ def test_what_auto_tries_on_a_gpu(
 ) -> None:
     machine = Machine(monkeypatch, capability)
     if missing in ("library", "both"):
-        machine.set(cuda_conv, "why_no_cuda", lambda: "not built")
+        machine.set(cuda_conv, "why_no_cuda_on", lambda index: "not built")
     if missing in ("compiler", "both"):
         monkeypatch.delenv("CC", raising=False)
         machine.set("shutil.which", lambda name: None)

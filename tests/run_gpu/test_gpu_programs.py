@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -25,6 +26,7 @@ from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
+from dsp_kernels.run.gpu.tune import Choices, Tuner
 from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
 
@@ -49,6 +51,7 @@ class StandInConv:
         y = definition(self.spec, nchw(x), self.weights, self.bias, added)
         out.fill_(float("nan"))
         nchw(out).copy_(y)
+        StandIn.clock += StandIn.cost
 
 
 class StandIn:
@@ -56,6 +59,7 @@ class StandIn:
 
     name = "stand-in"
     prepared = 0
+    clock, cost = 0.0, 1.0  # seconds of all its convolutions so far, and of one
 
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
@@ -81,10 +85,9 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    registry: Registry[StandIn] = Registry("GPU kernel")
-    kernels = registry.register(StandIn())
+    kernels = StandIn()
     for module in (cuda, gpu_plan):
-        monkeypatch.setattr(module, "GPU_KERNELS", registry)
+        monkeypatch.setattr(module, "GPU_KERNELS", Registry("GPU kernel", kernels))
     # Memory starts as NaN, so that a read of uninitialised memory shows.
     empty = torch.empty
 
@@ -125,9 +128,11 @@ def test_both_layouts_give_the_result_of_the_model(name: str, batch: int) -> Non
 def test_one_runner_takes_any_image_size_and_batch(kernels: StandIn) -> None:
     model, program = residual_program(torch.float64)
     runner = GpuRunner(program)
-    for batch, size in ((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8)):
+    for number, (batch, size) in enumerate(((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8), (2, 16))):
         x = torch.randn(batch, 3, size, size, dtype=torch.float64)
-        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+        with torch.inference_mode(number % 2 == 0):
+            y = runner(x)
+        assert torch.allclose(y, model(x), rtol=0, atol=1e-10)
     # Weights are arranged once per layout, not per shape.
     convs = [step for step in program.steps if isinstance(step, ConvStep)]
     assert kernels.prepared == 2 * sum(step.spec.kernel_size != (1, 1) for step in convs)
@@ -223,11 +228,11 @@ def test_a_residual_is_overwritten_in_place_after_its_last_use() -> None:
 
 def test_describe_names_the_kernels_or_why_there_are_none() -> None:
     program = program_of(nets.make("residual"), torch.randn(8, *SHAPE))
-    for step, form in zip(program.steps, CudaExecutor().describe(program), strict=True):
+    for step, form in zip(program.steps, CudaExecutor("stand-in").describe(program), strict=True):
         if isinstance(step, ConvStep):
             pointwise = step.spec.kernel_size == (1, 1)
             assert form == "PyTorch CHWN: stand-in: 1x1" if pointwise else "stand-in CHWN"
-    able, reason = CudaExecutor().can_run(program, torch.float32, torch.device("cpu"))
+    able, reason = CudaExecutor("stand-in").can_run(program, torch.float32, torch.device("cpu"))
     assert not able
     assert "cpu" in reason
 
@@ -291,6 +296,42 @@ def test_memory_that_is_not_aligned_to_16_bytes_is_copied() -> None:
         aligned = layout.from_nchw(x.half().contiguous(memory_format=torch.channels_last)[1:])
         assert aligned.data_ptr() % 16 == 0
         assert torch.equal(layout.as_nchw(aligned), x.half()[1:])
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(1.0, "stand-in NHWC"), (3.0, "PyTorch NHWC")])
+def test_every_step_runs_on_what_is_measured_to_be_the_fastest(
+    cost: float, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    eager_conv = gpu_plan.eager_conv
+
+    def timed(step: ConvStep, layout: GpuLayout) -> GpuConv:
+        conv = eager_conv(step, layout)
+
+        def run(*operands: Any) -> None:
+            conv(*operands)
+            StandIn.clock += 2.0 + (layout is GpuLayout.CHWN)
+
+        return run
+
+    def seconds(launch: Callable[[], None]) -> float:
+        before = StandIn.clock
+        launch()
+        measured.append(StandIn.clock - before)
+        return measured[-1]
+
+    monkeypatch.setattr(gpu_plan, "eager_conv", timed)
+    monkeypatch.setattr(StandIn, "cost", cost)
+    model, program = residual_program(torch.float64)
+    x = torch.randn(8, *SHAPE, dtype=torch.float64)
+    for _ in range(2):  # the second time everything is on disk
+        measured: list[float] = []
+        choices = Choices(tmp_path / "choices.json")
+        runner = GpuRunner(program, make_tuner=lambda device, what, choices=choices: Tuner(choices, seconds))
+        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+    assert not measured
+    forms = runner.plan(x.shape).forms
+    convs = [step for step in program.steps if isinstance(step, ConvStep) and step.spec.kernel_size != (1, 1)]
+    assert {forms[step.output] for step in convs} == {expected}
 
 
 def test_layouts_keep_the_values() -> None:

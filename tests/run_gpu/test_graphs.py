@@ -168,3 +168,15 @@ def test_one_capture_at_a_time_in_a_process(cuda: FakeCuda) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda _: capture(launch, DEVICE, None), range(12)))
     assert cuda.most_captures == 1
+
+
+def test_a_launch_may_capture_another_network(cuda: FakeCuda) -> None:
+    inner: list[object] = []
+
+    def launch() -> None:
+        if not inner:
+            inner.append(capture(lambda: None, DEVICE, None))
+
+    assert capture(launch, DEVICE, None) is not None
+    assert cuda.captures == 0
+    assert inner != [None]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-# Capturing changes state of the process: the generator's and the allocator's.
-_one_capture = threading.Lock()
+# Capturing changes state of the process: the generator's and the allocator's. Reentrant: a launch that is to
+# be captured may run another network for the first time.
+_one_capture = threading.RLock()
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -21,8 +21,6 @@ ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # CHWN is accessed in 16-byte pieces of eight 16-bit numbers along the batch.
 BATCH_MULTIPLE = 8
-# The first with asynchronous copies and bfloat16 on tensor cores.
-OLDEST_CAPABILITY = (8, 0)
 
 
 class GpuLayout(Enum):
@@ -125,8 +123,11 @@ def check_conv_operands(
 
 
 @cache
-def why_not_on(index: int | None, oldest: tuple[int, int] = OLDEST_CAPABILITY) -> str:
-    """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can."""
+def why_not_on(index: int | None, oldest: tuple[int, int] = (8, 0)) -> str:
+    """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can.
+
+    8.0 is the first with asynchronous copies and bfloat16 on tensor cores.
+    """
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability(index)

@@ -8,9 +8,8 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dsp_kernels.program.steps import ConvStep, Program, TorchStep
+from dsp_kernels.program.steps import ConvStep, Program, Step, TorchStep
 from dsp_kernels.run.gpu.conv import GPU_KERNELS
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
 from dsp_kernels.run.gpu.cuda.blocks.plan import block_options, blocks_wanted, limits_of
@@ -37,7 +36,7 @@ class GpuPlan:
     """shape: of the input, its batch perhaps padded to a multiple of 8. shapes: of all values, batch first.
 
     program: with a BlockStep for every block that is one kernel. calls: of its steps; they hold everything on
-    the GPU that their launches read. forms: by the output of a step, what it runs on.
+    the GPU that their launches read. forms, launchers: by the output of a step, what it runs on.
     """
 
     program: Program
@@ -46,19 +45,27 @@ class GpuPlan:
     shapes: Shapes
     calls: tuple[StepCall, ...]
     forms: Mapping[str, str]
+    launchers: Mapping[str, GpuConv]
     dtype: torch.dtype
     device: torch.device
 
+    def describe(self, output: str, verbose: bool) -> str:
+        """What makes this value; verbose: with the parameters of a launch, where its launcher has a text."""
+        made = {step.output: step for step in self.program.steps}
+        text = getattr(self.launchers.get(output), "describe", None) if verbose and output in made else None
+        parameters = f"; {text(self.shapes[made[output].inputs[0]])}" if text else ""
+        return self.forms[output] + parameters
+
 
 class Planner:
-    """Plans a Program. kernels: "auto" chooses among all, else the name of a family, or "cudnn" for none."""
+    """Plans a Program with GPU_KERNELS from the family ``kernels`` on, all if "auto", or none if "cudnn"."""
 
     def __init__(self, program: Program, kernels: str) -> None:
         self.dtype, self.device = dtype_and_device(program)
         self._program = residual_last(program)
-        self._families = [each for each in GPU_KERNELS if kernels in ("auto", each.name)]
-        self._is_auto = kernels == "auto"
-        self._may_use_blocks = blocks_wanted() and self._is_auto
+        names = "auto", *GPU_KERNELS.names(), "cudnn"
+        self._families = list(GPU_KERNELS)[max(names.index(kernels) - 1, 0) :]
+        self._may_use_blocks = blocks_wanted() and kernels in ("auto", "cuda")
         # Arranged once for all input shapes: by layout, output and option; by the members of a block.
         self._convs: dict[tuple[GpuLayout, str, str], GpuConv] = {}
         self._tables: dict[tuple[str, ...], BlockTables] = {}
@@ -79,18 +86,15 @@ class Planner:
         elif not mixes:
             padded = round_up(shape[0], BATCH_MULTIPLE), *shape[1:]
             options["CHWN"] = partial(self._plan, padded, GpuLayout.CHWN, tuner)
-        if self._is_auto:
-            options[_PYTORCH] = partial(self._plan, shape, GpuLayout.NHWC, tuner, False)
+        options[_PYTORCH] = partial(self._plan, shape, GpuLayout.NHWC, tuner, False)
         made: dict[str, GpuPlan] = {}
 
         def launch_of(name: str) -> Launch:
             made[name] = options[name]()
             return launch(made[name])
 
-        steps = [
-            _conv_key(step) if isinstance(step, ConvStep) else step.describe() for step in self._program.steps
-        ]
-        key = ["network", self._kind(), list(shape), sha256(json.dumps(steps).encode()).hexdigest()]
+        steps = map(_key, self._program.steps)
+        key = ["network", self._kind(), list(shape), sha256(json.dumps([*steps]).encode()).hexdigest()]
         name = tuner.fastest(key, {name: partial(launch_of, name) for name in options}, always=True)
         return made.get(name) or options[name]()
 
@@ -116,7 +120,9 @@ class Planner:
         calls = (
             step_call(step, layout, launchers.get(step.output), shapes, self.device) for step in program.steps
         )
-        return GpuPlan(program, layout, tuple(shape), shapes, tuple(calls), forms, self.dtype, self.device)
+        return GpuPlan(
+            program, layout, tuple(shape), shapes, tuple(calls), forms, launchers, self.dtype, self.device
+        )
 
     def _conv(
         self, step: ConvStep, layout: GpuLayout, shapes: Shapes, tuner: Tuner, kernels: bool
@@ -131,15 +137,14 @@ class Planner:
                 options |= family.options(step.spec, step.weights, step.bias, layout, shape)
             else:
                 reasons.append(f"{family.name}: {reason}")
-        if self._is_auto or not options:
-            options[_PYTORCH] = partial(eager_conv, step, layout)
+        options[_PYTORCH] = partial(eager_conv, step, layout)
         made: dict[str, GpuConv] = {}
 
         def launch_of(name: str) -> Launch:
             made[name] = options[name]()
             return self._launch((step,), {step.output: made[name]}, layout, shapes)
 
-        key = ["conv", self._kind(), layout.name, list(shape), _conv_key(step)]
+        key = ["conv", self._kind(), layout.name, list(shape), _key(step)]
         name = tuner.fastest(key, {name: partial(launch_of, name) for name in options})
         kept = layout, step.output, name
         if kept not in self._convs:
@@ -167,7 +172,7 @@ class Planner:
 
         options = {"convolutions": partial(self._launch, block.members, dict(launchers), layout, shapes)}
         options |= {name: partial(launch_of, name) for name in found}
-        key = ["block", self._kind(), *(_conv_key(member) for member in block.members)]
+        key = ["block", self._kind(), *(_key(member) for member in block.members)]
         name = tuner.fastest([*key, list(shapes[block.inputs[0]] or ())], options)
         if name not in found:
             return name, None
@@ -181,10 +186,11 @@ class Planner:
         layout: GpuLayout,
         shapes: Shapes,
     ) -> Launch:
-        """The steps on memory of their own."""
-        tensors: dict[str, Tensor] = {}
-        for name in {name for step in steps for name in (*step.inputs, step.output)}:
-            tensors[name] = torch.rand(layout.shape(shapes[name] or ()), device=self.device).to(self.dtype)
+        """The steps on memory of their own; the caller's random numbers stay as they were."""
+        random, tensors = torch.Generator(self.device).manual_seed(0), {}
+        for name in sorted({name for step in steps for name in (*step.inputs, step.output)}):
+            values = torch.rand(layout.shape(shapes[name] or ()), generator=random, device=self.device)
+            tensors[name] = values.to(self.dtype)
 
         def launch() -> None:
             for step in steps:
@@ -198,8 +204,10 @@ class Planner:
         return [str(self.dtype), uses_tf32(self.dtype)]
 
 
-def _conv_key(step: ConvStep) -> list[Any]:
-    return [step.spec.structure.to_dict(), *step.spec.settings, len(step.inputs)]
+def _key(step: Step) -> list[Any]:
+    if isinstance(step, ConvStep):
+        return [step.spec.structure.to_dict(), *step.spec.settings, len(step.inputs)]
+    return [step.describe()]
 
 
 def dtype_and_device(program: Program) -> tuple[torch.dtype, torch.device]:

@@ -30,38 +30,34 @@ _MOST_RUNS = 8  # input shapes whose memory and graph are kept
 
 
 class CudaExecutor:
-    """A Program in a CUDA graph per input shape.
+    """A Program in a CUDA graph per input shape, every step by the fastest of several kernels.
 
-    name: "cuda" chooses among all kernels and cuDNN, "triton" uses Triton's where it can, "cudnn" only
-    PyTorch's own convolutions.
+    name: "cuda" chooses among the kernels of csrc/cuda, Triton's and cuDNN's, "triton" among the latter two,
+    "cudnn" runs PyTorch's own convolutions.
     """
 
     takes_any_dtype = True
 
     def __init__(self, name: str = "cuda") -> None:
         self.name = name
-        self._kernels = "auto" if name == "cuda" else name
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-        """On a GPU, if its kernels support at least one of the convolutions."""
+        """On a GPU, if the first of its kernels support at least one of the convolutions."""
         if device.type != "cuda":
             return False, f"the network is on {device}; move it and its example to a GPU"
-        reasons = []
+        reason = "the network has no convolution with weights"
         for spec in (step.spec for step in program.steps if isinstance(step, ConvStep) and step.weights):
-            if self.name == "cudnn":
-                return True, ""
+            able = self.name == "cudnn"
             for kernels in GPU_KERNELS:
-                if self._kernels in ("auto", kernels.name):
+                if kernels.name == self.name:
                     able, reason = kernels.can_run(spec, dtype, device, GpuLayout.NHWC)
-                    if able:
-                        return True, ""
-                    reasons.append(f"{kernels.name}: {reason}")
-        return False, "; ".join(dict.fromkeys(reasons)) or "the network has no convolution with weights"
+            if able:
+                return True, ""
+        return False, reason
 
     def prepare(self, program: Program) -> GpuRunner:
-        runner = GpuRunner(program, self._kernels)
-        if self.name != "triton":
-            warn_of_missing(runner.device)
+        runner = GpuRunner(program, self.name)
+        warn_of_missing(runner.device)
         return runner
 
     def is_native(self, program: Program) -> bool:
@@ -69,16 +65,16 @@ class CudaExecutor:
         return False
 
     def describe(self, program: Program, verbose: bool = False) -> list[str]:
-        """Per step, what it runs on for the example's shape."""
-        plan = GpuRunner(program, self._kernels).plan(program.shapes[program.input])
-        return [plan.forms[step.output] for step in program.steps]
+        """Per step, what it runs on for the example's shape; verbose: with the parameters of its launch."""
+        plan = GpuRunner(program, self.name).plan(program.shapes[program.input])
+        return [plan.describe(step.output, verbose) for step in program.steps]
 
 
 class GpuRunner:
     """x -> y. Concurrent calls from several threads and streams are serialised on the GPU.
 
     While the caller captures a CUDA graph, it launches on newly allocated memory, which that graph then owns.
-    make_tuner: (device, what is tuned) -> a tuner.
+    kernels: "auto" for all, or see Planner. make_tuner: (device, what is tuned) -> a tuner.
     """
 
     def __init__(
@@ -135,10 +131,12 @@ class GpuRunner:
         return self._runs.get_or_make(self._key(x.shape), lambda: self._captured_run(x))
 
     def _captured_run(self, x: Tensor) -> GpuRun:
-        run = GpuRun(self._captured.get(self._key(x.shape)) or self.plan(x.shape))
-        if x.device.type == "cuda":
-            self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
-            run.capture(x, self._graph_pool)
+        # What is kept must be writable outside of the caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            run = GpuRun(self._captured.get(self._key(x.shape)) or self.plan(x.shape))
+            if x.device.type == "cuda":
+                self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
+                run.capture(x, self._graph_pool)
         return run
 
     def _run_in_graph(self, x: Tensor) -> GpuRun:
