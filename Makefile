@@ -5,6 +5,7 @@
 # make bench-readme  the engines of the README's table, and the table
 # make bench-cpu-large  ResNet-18 and ResNet-50 against the strongest dense engines
 # make lint   ruff and mypy
+# make test-mutants   break the PTX of the CUDA kernels in one place after the other and count what is noticed (minutes)
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
 # make fuzz   damage 20,000 saved files and load them
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
+.PHONY: demo test test-all test-mutants test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -35,11 +36,14 @@ demo: $(INSTALLED)
 # One thread per process: two torch processes that both use two cores slow each other down many times. A process
 # that dies ends the run and is named; pytest-xdist would otherwise wait for its replacement for ever.
 test: $(INSTALLED)
-	$(BIN)/python tests/helpers/compiled.py
+	PYTHONPATH=tools $(BIN)/python tests/helpers/compiled.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 10
 
 test-all: export DSP_TEST_ALL_ISAS = 1
 test-all: test
+
+test-mutants: $(INSTALLED)
+	PYTHONPATH=tools:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/cuda_ptx/mutants.py
 
 test-triton: $(INSTALLED)
 	$(BIN)/python scripts/triton_table.py

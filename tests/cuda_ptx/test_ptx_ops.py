@@ -1,6 +1,7 @@
 """The CUDA kernels as nvcc compiles them, run by the PTX interpreter, against the definition of the op."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import block_cases
@@ -9,10 +10,11 @@ import torch
 from block_cases import BlockCase
 from cases import CASES, UNEQUAL, WIDE, Case
 from child import Child
-from ptx_checks import block_case, conv_case
+from ptx.interpreter import SHARED_BYTES
+from ptx_checks import block_case, conv_case, infinite_images, kernels_of
 
 from dsp_kernels import GroupStructure
-from dsp_kernels.run.gpu.cuda.kernels import kernels_for
+from dsp_kernels.run.gpu.cuda.kernels import KERNELS, kernels_for
 from dsp_kernels.run.gpu.layout import GPU_DTYPES, GpuLayout
 
 # Strides of NCHW inputs do not reach the kernels.
@@ -52,7 +54,46 @@ def test_convolution(case: Case, dtype: torch.dtype, kernel: str, child: Child) 
     child(conv_case, case, dtype, kernel)
 
 
+STAGES = Case("many steps", GroupStructure.dense(70, 20), hw=(4, 4), residual=True, activation="relu")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_stage_is_read_or_overwritten_too_early(kernel: str, child: Child) -> None:
+    """Asynchronous copies land early or late, warps run in any order; out is the residual."""
+    dtype = torch.float32 if "fp32" in kernel else torch.float16
+    child(partial(conv_case, in_place=True), STAGES, dtype, kernel)
+
+
+def test_every_kernel_of_the_library_is_launched(child: Child) -> None:
+    """With every size of tile; the library holds each for both 16-bit dtypes."""
+    ran = set()
+    for kernel, filters in product(KERNELS, (9, 30, 64, 128)):
+        case = Case("tiles", GroupStructure.dense(16, filters), hw=(4, 8), batch=16, residual=True)
+        for dtype in (torch.float32,) if "fp32" in kernel else GPU_DTYPES[:2]:
+            ran |= child(conv_case, case, dtype, kernel)
+    for case, dtype in product((block_cases.CASES[0], block_cases.CASES[13]), GPU_DTYPES[:2]):
+        ran |= child(block_case, case, dtype)
+    assert ran == child(kernels_of, "sm_90a")
+
+
+def test_halo_tiles_fit_the_smallest_chip(child: Child) -> None:
+    case = Case("small chip", GroupStructure.dense(20, 12), hw=(17, 16), batch=16)
+    child(partial(conv_case, shared_limit=SHARED_BYTES["sm_86"]), case, torch.bfloat16, "halo")
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if "fp32" not in name])
+def test_no_image_affects_another(kernel: str, child: Child) -> None:
+    """Padding rows of the reduction are zeros in shared memory, not inputs times a weight of zero."""
+    child(infinite_images, kernel)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("case", block_cases.CASES, ids=block_cases.IDS)
 def test_block(case: BlockCase, dtype: torch.dtype, child: Child) -> None:
     child(block_case, case, dtype)
+
+
+@pytest.mark.parametrize("name", ["stride 2, another residual", "bottleneck in turns"])
+def test_the_output_of_a_block_may_be_its_residual(name: str, child: Child) -> None:
+    case = next(case for case in block_cases.CASES if case.name == name)
+    child(partial(block_case, in_place=True), case, torch.float16)

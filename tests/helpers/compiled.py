@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import ptx.build
+
 __all__ = ["EMULATED_ISA", "emulated_fp16", "why_no_compiler", "why_no_emulated_fp16"]
 
 EMULATED_ISA = "emulated_fp16"
@@ -115,6 +117,7 @@ def _build(
 def main() -> None:
     """Builds every library that this machine can build."""
     builds = [] if why_no_emulated_fp16() else [_emulated_fp16_library]
+    builds += [] if ptx.build.why_not() else [ptx.build.build]
     with ThreadPoolExecutor() as pool:
         for library in pool.map(lambda build: build(), builds):
             print(library)

@@ -1,5 +1,6 @@
 """Convolutions and blocks whose kernels run as PTX in tools/ptx, against the definition."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from block_cases import BlockCase
 from cases import Case
 from golden import cifar_images
 from gpu_checks import check_block, check_conv
+from ptx.build import build
 from ptx.interpreter import Interpreter
 from torch import Tensor, nn
 
+from dsp_kernels import GroupStructure
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.planner import plan
@@ -41,14 +44,19 @@ def layout_of(kernel: str) -> GpuLayout:
     return GpuLayout.NHWC if "nhwc" in kernel else GpuLayout.CHWN
 
 
-def interpreters(chips: Sequence[str] = CHIPS) -> Iterator[Interpreter]:
+def interpreters(chips: Sequence[str], shared_limit: int | None = None) -> Iterator[Interpreter]:
     """Every order of warps, copies and blocks on every chip."""
     for chip, order in product(chips, Interpreter.ORDERS.values()):
-        yield Interpreter(chip, **order)
+        yield Interpreter(chip, **order, shared_limit=shared_limit)
 
 
 def conv_case(
-    case: Case, dtype: torch.dtype, kernel: str, chips: Sequence[str] = CHIPS, in_place: bool = False
+    case: Case,
+    dtype: torch.dtype,
+    kernel: str,
+    chips: Sequence[str] = CHIPS,
+    in_place: bool = False,
+    shared_limit: int | None = None,
 ) -> set[str]:
     """The names of the kernels that ran, in the PTX."""
     layout = layout_of(kernel)
@@ -56,12 +64,30 @@ def conv_case(
         batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
         case = replace(case, batch=batch)
     ran = set()
-    for ptx in interpreters(["sm_90a"] if "wgmma" in kernel else chips):
+    for ptx in interpreters(["sm_90a"] if "wgmma" in kernel else chips, shared_limit):
         with ptx:
             check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
         assert len(ptx.launches) == (case.batch > 0)
         ran |= set(ptx.launches)
     return ran
+
+
+def infinite_images(kernel: str) -> None:
+    """The outputs of an image are finite if it is, whatever the images beside it hold."""
+    case, layout = Case("infinite", GroupStructure.dense(3, 5), batch=8, hw=(5, 5)), layout_of(kernel)
+    arguments = case.tensors(torch.float16)
+    arguments.x[1:] = torch.inf
+    out = arguments.x.new_empty(layout.shape((8, 5, 5, 5)))
+    with Interpreter():
+        conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout, kernel=kernel)
+        conv(layout.from_nchw(arguments.x), out)
+    assert torch.isfinite(layout.as_nchw(out)[0]).all()
+
+
+def kernels_of(chip: str) -> set[str]:
+    """The names of all kernels in the PTX for a chip."""
+    files = build().glob(f"*.compute_{chip.removeprefix('sm_')}.ptx")
+    return {name for file in files for name in re.findall(r"\.entry (\w+)\(", file.read_text())}
 
 
 def prepared_block(case: BlockCase, dtype: torch.dtype) -> CudaBlock:

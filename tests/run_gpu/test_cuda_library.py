@@ -1,5 +1,6 @@
 """When the CUDA kernels are built, for which GPUs, what the library contains, and the reasons without it."""
 
+import json
 import os
 import re
 import runpy
@@ -20,6 +21,8 @@ from dsp_kernels.run.gpu.layout import GpuLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))
+# Per thread, of the kernels of November 2026 (nvcc 13.0), by name, sizes and chip.
+REGISTERS = json.loads(Path(__file__).with_name("registers.json").read_text())
 RESOURCES = runpy.run_path(str(ROOT / "scripts" / "cuda_resources.py"))
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 SPEC = ConvSpec(GroupStructure.dense(2, 2), (3, 3))
@@ -122,7 +125,7 @@ def test_the_library_is_built_where_that_is_possible() -> None:
 
 
 def test_resources() -> None:
-    """No spills, bounded registers, tensor cores, 16-byte copies and stores."""
+    """No spills, registers as recorded or at most 4 more, tensor cores, 16-byte copies and stores."""
     cuobjdump = RESOURCES["find_cuobjdump"]()
     if not LIBRARY.is_file() or cuobjdump is None:
         pytest.skip("needs the built library and cuobjdump")
@@ -130,10 +133,12 @@ def test_resources() -> None:
     chips = {kernel.arch for kernel in kernels}
     assert len({kernel.name for kernel in kernels}) == (32 if "sm_90a" in chips else 26)
     for kernel in kernels:
-        family, count = kernel.name.split()[0], kernel.instructions
+        name = " ".join(part for part in kernel.name.split() if part not in ("fp16", "bf16"))
+        family, count = name.split()[0], kernel.instructions
         warpgroups = family.startswith("wgmma")
         assert kernel.stack == 0, kernel
         assert count["local"] == 0, kernel
+        assert kernel.registers <= REGISTERS[name].get(kernel.arch, 168) + 4, kernel
         # As many thread blocks fit as csrc/cuda says: kThreads, kBlocks of 65,536 registers.
         assert kernel.registers <= (168 if family == "chwn_gemm" else 128), kernel
         assert (count["HMMA"] > 0) == (family != "fp32_gemm" and not warpgroups), kernel

@@ -1,7 +1,9 @@
 """The CUDA ops on tensors in host memory: every launch runs the PTX in the interpreter and is checked."""
 
 import ctypes
-from collections.abc import Iterable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
@@ -60,28 +62,49 @@ class Interpreter(TorchDispatchMode):
     ) -> Any:
         if func not in (torch.ops.dsp_kernels.cuda_conv.default, torch.ops.dsp_kernels.cuda_block.default):
             return func(*args, **(kwargs or {}))
-        with self.checked(zip(func._schema.arguments, args, strict=True)):
+        named = list(zip(func._schema.arguments, args, strict=True))
+        inputs, outputs = (
+            {a.name: value for a, value in named if isinstance(value, Tensor) and _is_written(a) == writes}
+            for writes in (False, True)
+        )
+        with self.checked(inputs, outputs):
             func(*args)
 
+    def launch(
+        self, module: str, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int]
+    ) -> None:
+        """Runs the only kernel of a PTX module, whose integer parameters have 32 bits."""
+        values = [
+            ctypes.c_uint64(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int32(a) for a in arguments
+        ]
+        values += [ctypes.c_uint64(0)] * (module.count("\t.param ") - len(values))  # no scratch memory
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        load(self._library, module)
+        name = re.search(r"\.entry (\w+)", module)
+        assert name
+        status = self._library.ptx_launch(name[1].encode(), blocks, threads, shared_bytes, pointers)
+        if status:
+            raise PTXError(f"the launch of {name[1]} was refused with CUDA error {status}")
+
     @contextmanager
-    def checked(self, arguments: Iterable[tuple[Any, Any]]) -> Iterator[None]:
-        """Checks the launches inside. arguments: those of an op's schema with their values."""
+    def checked(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Checks the launches inside, which may use no other memory; a tensor may be in both."""
         library = self._library
         library.ptx_begin(*self._options)
-        regions: dict[int, list[Any]] = {}
-        for argument, value in arguments:
-            if isinstance(value, Tensor):
-                region = regions.setdefault(value.data_ptr(), [value.nbytes, False, False, []])
-                writes = argument.alias_info is not None and argument.alias_info.is_write
-                region[1] |= not writes
-                region[2] |= writes
-                region[3].append(argument.name)
-        for start, (size, reads, writes, names) in regions.items():
-            library.ptx_region(start, size, reads, writes, " and ".join(names).encode())
+        names: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for name, tensor in (*inputs.items(), *outputs.items()):
+            names[tensor.data_ptr(), tensor.nbytes].append(name)
+        for (start, size), same in names.items():
+            reads, writes = (any(name in kind for name in same) for kind in (inputs, outputs))
+            library.ptx_region(start, size, reads, writes, " and ".join(same).encode())
         yield
         self.launches += library.ptx_launches().decode().split()
         if errors := library.ptx_errors().decode():
             raise PTXError(errors)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 @cache
@@ -93,6 +116,7 @@ def loaded() -> ctypes.CDLL:
     for name in ("ptx_load", "ptx_errors", "ptx_launches"):
         getattr(library, name).restype = ctypes.c_char_p
     library.ptx_begin.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 5, ctypes.c_uint64, ctypes.c_int]
+    library.ptx_launch.argtypes = [ctypes.c_char_p, *[ctypes.c_uint32] * 2, ctypes.c_uint64, ctypes.c_void_p]
     library.ptx_region.argtypes = [*[ctypes.c_uint64] * 2, *[ctypes.c_int] * 2, ctypes.c_char_p]
     for path in sorted(folder.glob("*.ptx")):
         load(library, path.read_text())

@@ -16,7 +16,7 @@ Block::Block(const Kernel& kernel, const uint8_t* params, uint32_t number, uint3
       number_(number),
       warp_count_(static_cast<int>(threads / 32)),
       memory_(shared_bytes, 0xff),
-      words_((shared_bytes + 3) / 4),
+      units_((shared_bytes + (1u << kernel.unit_bits) - 1) >> kernel.unit_bits),
       warps_(threads / 32) {
     for (int n = 0; n < warp_count_; ++n) {
         Warp& warp = warps_[n];

@@ -1,4 +1,5 @@
 // One instruction: its name and operands into an Instruction.
+#include <algorithm>
 #include <map>
 #include <sstream>
 
@@ -239,7 +240,7 @@ void Parser::decode_memory(Instruction& i, const string& op, const vector<string
     vector<string> parts = parts_of(op);
     const bool is_load = parts[0] == "ld";
     bool is_constant = false;
-    const string space = parts[1], type = parts.back();
+    const string space = parts[1] == "shared::cta" ? "shared" : parts[1], type = parts.back();
     for (size_t n = 2; n + 1 < parts.size(); ++n) {
         if (parts[n] == "nc") is_constant = true;
         else if (parts[n] == "v2" || parts[n] == "v4") i.count = parts[n][1] - '0';
@@ -258,6 +259,7 @@ void Parser::decode_memory(Instruction& i, const string& op, const vector<string
     }
     if (static_cast<int>(i.data.size()) != i.count) unknown("number of elements");
     address(i, o[is_load ? 1 : 0], space != "shared");
+    if (space == "shared" && i.width * i.count < 4) kernel.unit_bits = std::min(kernel.unit_bits, i.width * i.count / 2);
 }
 
 void Parser::decode_warp(Instruction& i, const string& op, const vector<string>& o) {

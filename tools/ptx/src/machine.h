@@ -45,8 +45,8 @@ struct Session {
 };
 Session& session();
 
-// A 32-bit word of shared memory. Epochs count barriers of the block, syncs those of a warp.
-struct Word {
+// A piece of shared memory, as small as the narrowest access. Epochs count barriers of the block, syncs those of a warp.
+struct Unit {
     bool is_set = false;
     int32_t writer = -1;  // thread
     uint32_t write_epoch = 0, write_sync = 0;
@@ -72,7 +72,7 @@ struct Wgmma {
     uint64_t a, b;  // descriptors
     bool adds, is_done;
     uint32_t group;
-    vector<uint32_t> words;  // of shared memory that it reads
+    vector<uint32_t> units;  // of shared memory that it reads
 };
 
 // Lanes of a warp that are at the same instruction.
@@ -114,7 +114,7 @@ class Block {
     const uint32_t number_;
     const int warp_count_;
     vector<uint8_t> memory_;
-    vector<Word> words_;
+    vector<Unit> units_;
     vector<Warp> warps_;
     uint64_t instructions_ = 0;
 
@@ -139,6 +139,9 @@ class Block {
     void access(Warp& warp, int lane, const Instruction& i);
     void load(Warp& warp, int lane, const Instruction& i, const uint8_t* from);
     void store(Warp& warp, int lane, const Instruction& i, uint8_t* to);
+    uint32_t first_unit(uint32_t offset) const { return offset >> kernel_.unit_bits; }
+    uint32_t last_unit(uint32_t offset, int bytes) const { return (offset + bytes - 1) >> kernel_.unit_bits; }
+    string at(uint32_t unit) const { return "offset " + std::to_string(unit << kernel_.unit_bits); }
     bool in_shared(Warp& warp, int lane, const Instruction& i, uint32_t address, int bytes, uint32_t& offset);
     void check_read(Warp& warp, int lane, const Instruction& i, uint32_t offset, int bytes);
     void check_write(Warp& warp, int lane, const Instruction& i, uint32_t offset, int bytes);

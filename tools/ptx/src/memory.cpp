@@ -5,7 +5,6 @@
 
 namespace ptx {
 
-static string at(uint32_t word) { return "offset " + std::to_string(word * 4); }
 static string by(int thread) { return " by thread " + std::to_string(thread); }
 
 void Block::access(Warp& warp, int lane, const Instruction& i) {
@@ -90,44 +89,44 @@ bool Block::in_shared(Warp& warp, int lane, const Instruction& i, uint32_t addre
 
 void Block::check_read(Warp& warp, int lane, const Instruction& i, uint32_t offset, int bytes) {
     const int thread = warp.id * 32 + lane;
-    for (uint32_t n = offset / 4; n < (offset + bytes + 3) / 4; ++n) {
-        Word& word = words_[n];
-        if (word.copier >= 0) error("read under cp.async", warp, lane, i, at(n) + by(word.copier));
-        if (!word.is_set) error("uninitialised shared read", warp, lane, i, at(n));
-        const bool by_own_warp = word.writer / 32 == warp.id && word.write_sync < warp.syncs;
-        if (word.writer >= 0 && word.writer != thread && word.write_epoch == warp.epoch && !by_own_warp)
-            error("race: read after write", warp, lane, i, at(n) + by(word.writer));
-        if (word.read_epoch != warp.epoch) {
-            word.reader = thread, word.read_epoch = warp.epoch, word.read_sync = warp.syncs, word.reading_warp = warp.id;
+    for (uint32_t n = first_unit(offset); n <= last_unit(offset, bytes); ++n) {
+        Unit& unit = units_[n];
+        if (unit.copier >= 0) error("read under cp.async", warp, lane, i, at(n) + by(unit.copier));
+        if (!unit.is_set) error("uninitialised shared read", warp, lane, i, at(n));
+        const bool by_own_warp = unit.writer / 32 == warp.id && unit.write_sync < warp.syncs;
+        if (unit.writer >= 0 && unit.writer != thread && unit.write_epoch == warp.epoch && !by_own_warp)
+            error("race: read after write", warp, lane, i, at(n) + by(unit.writer));
+        if (unit.read_epoch != warp.epoch) {
+            unit.reader = thread, unit.read_epoch = warp.epoch, unit.read_sync = warp.syncs, unit.reading_warp = warp.id;
         } else {
-            if (word.reader != thread) word.reader = -2;
-            if (word.reading_warp != warp.id) word.reading_warp = -2;
-            word.read_sync = std::max<int64_t>(word.read_sync, warp.syncs);
+            if (unit.reader != thread) unit.reader = -2;
+            if (unit.reading_warp != warp.id) unit.reading_warp = -2;
+            unit.read_sync = std::max<int64_t>(unit.read_sync, warp.syncs);
         }
     }
 }
 
 void Block::check_write(Warp& warp, int lane, const Instruction& i, uint32_t offset, int bytes) {
     const int thread = warp.id * 32 + lane;
-    for (uint32_t n = offset / 4; n < (offset + bytes + 3) / 4; ++n) {
-        const Word& word = words_[n];
-        if (word.copier >= 0) error("write under cp.async", warp, lane, i, at(n) + by(word.copier));
-        if (word.wgmma_readers > 0) error("write under wgmma", warp, lane, i, at(n));
-        const bool by_own_warp = word.writer / 32 == warp.id && word.write_sync < warp.syncs;
-        if (word.writer >= 0 && word.writer != thread && word.write_epoch == warp.epoch && !by_own_warp)
-            error("race: write after write", warp, lane, i, at(n) + by(word.writer));
-        const bool read_by_own_warp = word.reading_warp == warp.id && word.read_sync < static_cast<int64_t>(warp.syncs);
-        if (word.read_epoch == warp.epoch && word.reader != thread && !read_by_own_warp)
-            error("race: write after read", warp, lane, i, at(n) + by(word.reader));
+    for (uint32_t n = first_unit(offset); n <= last_unit(offset, bytes); ++n) {
+        const Unit& unit = units_[n];
+        if (unit.copier >= 0) error("write under cp.async", warp, lane, i, at(n) + by(unit.copier));
+        if (unit.wgmma_readers > 0) error("write under wgmma", warp, lane, i, at(n));
+        const bool by_own_warp = unit.writer / 32 == warp.id && unit.write_sync < warp.syncs;
+        if (unit.writer >= 0 && unit.writer != thread && unit.write_epoch == warp.epoch && !by_own_warp)
+            error("race: write after write", warp, lane, i, at(n) + by(unit.writer));
+        const bool read_by_own_warp = unit.reading_warp == warp.id && unit.read_sync < static_cast<int64_t>(warp.syncs);
+        if (unit.read_epoch == warp.epoch && unit.reader != thread && !read_by_own_warp)
+            error("race: write after read", warp, lane, i, at(n) + by(unit.reader));
     }
 }
 
 void Block::note_write(Warp& warp, int lane, uint32_t offset, int bytes) {
-    for (uint32_t n = offset / 4; n < (offset + bytes + 3) / 4; ++n) {
-        Word& word = words_[n];
-        word.writer = warp.id * 32 + lane, word.write_epoch = warp.epoch, word.write_sync = warp.syncs;
-        word.write_fences = static_cast<uint32_t>(warp.fences[lane].size());
-        word.is_set = true;
+    for (uint32_t n = first_unit(offset); n <= last_unit(offset, bytes); ++n) {
+        Unit& unit = units_[n];
+        unit.writer = warp.id * 32 + lane, unit.write_epoch = warp.epoch, unit.write_sync = warp.syncs;
+        unit.write_fences = static_cast<uint32_t>(warp.fences[lane].size());
+        unit.is_set = true;
     }
 }
 
@@ -172,7 +171,7 @@ void Block::copy(Warp& warp, int lane, const Instruction& i) {
     if (from % i.width) return error("global misaligned", warp, lane, i, "source of cp.async");
     if (copied && !in_global(warp, lane, i, from, copied, false)) return;
     check_write(warp, lane, i, offset, i.width);
-    for (uint32_t n = offset / 4; n < (offset + i.width) / 4; ++n) words_[n].copier = warp.id * 32 + lane;
+    for (uint32_t n = first_unit(offset); n <= last_unit(offset, i.width); ++n) units_[n].copier = warp.id * 32 + lane;
     Copy made{offset, reinterpret_cast<const uint8_t*>(from), i.width, copied, warp.copy_group[lane], false};
     const int when = session().options.copies;
     if (when == 1 || (when == 2 && session().below(2))) land(made);
@@ -196,7 +195,7 @@ void Block::finish_copies(Warp& warp, int lane, uint32_t before_group) {
             continue;
         }
         land(copy);
-        for (uint32_t n = copy.to / 4; n < (copy.to + copy.bytes) / 4; ++n) words_[n].copier = -1;
+        for (uint32_t n = first_unit(copy.to); n <= last_unit(copy.to, copy.bytes); ++n) units_[n].copier = -1;
         note_write(warp, lane, copy.to, copy.bytes);
     }
     copies.resize(kept);

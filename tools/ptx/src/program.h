@@ -62,6 +62,7 @@ struct Kernel {
     vector<std::pair<int, int>> params;  // offset, bytes
     int param_bytes = 0, most_threads = 1024;
     uint32_t static_shared = 0;
+    int unit_bits = 2;  // races are found per 2^n bytes of shared memory: the narrowest access
     bool has_wgmma = false;
 };
 

@@ -90,7 +90,7 @@ void Block::issue_wgmma(Warp& warp, size_t pc) {
     warp.products.push_back(std::move(product));
 }
 
-// Every word that the warp's product reads has to be written, published and behind a barrier.
+// Everything that the warp's product reads has to be written, published and behind a barrier.
 void Block::check_operands(Warp& warp, const Instruction& i, Wgmma& product) {
     const bool transpose_a = i.imm & 1, transpose_b = i.imm & 2;
     std::set<uint32_t> pieces;
@@ -106,18 +106,18 @@ void Block::check_operands(Warp& warp, const Instruction& i, Wgmma& product) {
             wrong = "wgmma reads out of bounds";
             continue;
         }
-        for (uint32_t n = offset / 4; n < offset / 4 + 4; ++n) {
-            Word& word = words_[n];
-            product.words.push_back(n);
-            ++word.wgmma_readers;
-            if (word.copier >= 0) wrong = "wgmma reads under cp.async";
+        for (uint32_t n = first_unit(offset); n <= last_unit(offset, 16); ++n) {
+            Unit& unit = units_[n];
+            product.units.push_back(n);
+            ++unit.wgmma_readers;
+            if (unit.copier >= 0) wrong = "wgmma reads under cp.async";
             // Products with rows that nobody stores may read what nobody wrote.
-            if (!word.is_set || word.writer < 0) continue;
-            const bool is_own = word.writer / 32 == warp.id;
-            if (word.write_epoch == warp.epoch && !is_own) wrong = "race: wgmma reads without a barrier";
-            const vector<uint32_t>& fences = warps_[word.writer / 32].fences[word.writer % 32];
-            const bool is_fenced = fences.size() > word.write_fences;
-            if (!is_fenced || (!is_own && fences[word.write_fences] >= warp.epoch))
+            if (!unit.is_set || unit.writer < 0) continue;
+            const bool is_own = unit.writer / 32 == warp.id;
+            if (unit.write_epoch == warp.epoch && !is_own) wrong = "race: wgmma reads without a barrier";
+            const vector<uint32_t>& fences = warps_[unit.writer / 32].fences[unit.writer % 32];
+            const bool is_fenced = fences.size() > unit.write_fences;
+            if (!is_fenced || (!is_own && fences[unit.write_fences] >= warp.epoch))
                 wrong = "wgmma reads what no fence.proxy.async published";
         }
     }
@@ -133,14 +133,14 @@ void Block::finish_wgmma(Warp& warp, uint32_t before_group) {
         }
         if (!product.is_done) compute(warp, product);
         for (int r : kernel_.code[product.pc].data) --warp.in_flight[r], --warp.all_in_flight;
-        for (uint32_t n : product.words) {  // the product read them until now
-            Word& word = words_[n];
-            --word.wgmma_readers;
-            if (word.read_epoch != warp.epoch)
-                word.reading_warp = warp.id, word.read_sync = static_cast<int64_t>(warp.syncs) - 1;
-            else if (word.reading_warp != warp.id)
-                word.reading_warp = -2;
-            word.read_epoch = warp.epoch, word.reader = -2;
+        for (uint32_t n : product.units) {  // the product read them until now
+            Unit& unit = units_[n];
+            --unit.wgmma_readers;
+            if (unit.read_epoch != warp.epoch)
+                unit.reading_warp = warp.id, unit.read_sync = static_cast<int64_t>(warp.syncs) - 1;
+            else if (unit.reading_warp != warp.id)
+                unit.reading_warp = -2;
+            unit.read_epoch = warp.epoch, unit.reader = -2;
         }
     }
     warp.products = std::move(kept);
