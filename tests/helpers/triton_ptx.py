@@ -45,9 +45,9 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*arguments: Any, **constants: Any) -> None:
-            # EXACT is for Triton's own interpreter.
+            # EXACT is for Triton's own interpreter; the interpreter of PTX has no TF32.
             tensors = dict(zip(_POINTERS, arguments, strict=False))
-            binary = _compiled(tensors, {**constants, "EXACT": False})
+            binary = _compiled(tensors, {**constants, "EXACT": False, "PRECISION": "ieee"})
             inputs = {name: t for name, t in tensors.items() if name != "out_ptr"}
             if not constants["HAS_RESIDUAL"]:
                 del inputs["residual_ptr"]

@@ -69,7 +69,7 @@ def _compile(nvcc: str, torch: Path, folder: Path) -> None:
     }
 
     def compile_one(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
+        target = str(folder / f"{source.parent.name}_{source.stem}.o")
         subprocess.run([*commands[source], "-c", str(source), "-o", target], check=True)
         return target
 

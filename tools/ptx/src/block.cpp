@@ -28,7 +28,8 @@ Block::Block(const Kernel& kernel, const uint8_t* params, uint32_t number, uint3
         std::iota(&warp.narrow[TID * 32], &warp.narrow[TID * 32] + 32, n * 32);
         std::iota(&warp.narrow[LANEID * 32], &warp.narrow[LANEID * 32] + 32, 0);
         for (const auto& constant : kernel.constants32) set(constant.first, constant.second);
-        for (const auto& constant : kernel.constants64) std::fill_n(&warp.wide[constant.first * 32], 32, constant.second);
+        for (const auto& constant : kernel.constants64)
+            std::fill_n(&warp.wide[constant.first * 32], 32, constant.second);
         for (const SharedSymbol& symbol : kernel.shared_symbols) {
             const uint32_t address = session().options.shared_base + symbol.offset;
             if (symbol.is_wide) std::fill_n(&warp.wide[symbol.reg * 32], 32, address);

@@ -81,7 +81,8 @@ int cudaGetLastError() {
     return error;
 }
 const char* cudaGetErrorString(int error) {
-    return error == kInvalidValue ? "invalid argument" : error == kInvalidFunction ? "invalid device function" : "error";
+    if (error == kInvalidValue) return "invalid argument";
+    return error == kInvalidFunction ? "invalid device function" : "error";
 }
 int cudaSetDevice(int) { return kSuccess; }
 }

@@ -259,7 +259,8 @@ void Parser::decode_memory(Instruction& i, const string& op, const vector<string
     }
     if (static_cast<int>(i.data.size()) != i.count) unknown("number of elements");
     address(i, o[is_load ? 1 : 0], space != "shared");
-    if (space == "shared" && i.width * i.count < 4) kernel.unit_bits = std::min(kernel.unit_bits, i.width * i.count / 2);
+    if (space == "shared" && i.width * i.count < 4)
+        kernel.unit_bits = std::min(kernel.unit_bits, i.width * i.count / 2);
 }
 
 void Parser::decode_warp(Instruction& i, const string& op, const vector<string>& o) {

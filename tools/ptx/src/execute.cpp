@@ -326,7 +326,9 @@ void Block::load_matrix(Warp& warp, const Instruction& i) {
 // mma m16n8k16: data has 4 registers of d, 4 of a, 2 of b and 4 of c.
 void Block::multiply(Warp& warp, const Instruction& i) {
     float a[16][16], b[16][8], d[16][8];
-    const auto number = [&](uint32_t bits) { return i.op == MMA_F16 ? half_to_float(bits) : bfloat_to_float(bits & 0xffff); };
+    const auto number = [&](uint32_t bits) {
+        return i.op == MMA_F16 ? half_to_float(bits) : bfloat_to_float(bits & 0xffff);
+    };
     for (int lane = 0; lane < 32; ++lane) {
         const auto value = [&](int n) { return warp.narrow[i.data[n] * 32 + lane]; };
         const int g = lane / 4, t = lane % 4 * 2;

@@ -70,7 +70,8 @@ const char* ptx_load(const char* module) {
     return error.c_str();
 }
 
-void ptx_begin(const char* target, int order, int copies, int wgmma, int lanes, int backwards, uint64_t seed, int shared_limit) {
+void ptx_begin(const char* target, int order, int copies, int wgmma, int lanes, int backwards, uint64_t seed,
+               int shared_limit) {
     ptx::session() = {};
     ptx::session().options = {target, order, copies, wgmma, lanes, backwards, shared_limit};
     ptx::session().random = 88172645463325252ull ^ seed * 0x9E3779B97F4A7C15ull;

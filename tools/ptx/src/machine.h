@@ -45,7 +45,8 @@ struct Session {
 };
 Session& session();
 
-// A piece of shared memory, as small as the narrowest access. Epochs count barriers of the block, syncs those of a warp.
+// A piece of shared memory, as small as the narrowest access. Epochs count barriers of the block, syncs those of a
+// warp.
 struct Unit {
     bool is_set = false;
     int32_t writer = -1;  // thread
@@ -105,7 +106,8 @@ struct Warp {
 
 class Block {
   public:
-    Block(const Kernel& kernel, const uint8_t* params, uint32_t number, uint32_t blocks, uint32_t threads, size_t shared_bytes);
+    Block(const Kernel& kernel, const uint8_t* params, uint32_t number, uint32_t blocks, uint32_t threads,
+          size_t shared_bytes);
     void run();
 
   private:

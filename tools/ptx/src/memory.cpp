@@ -97,7 +97,8 @@ void Block::check_read(Warp& warp, int lane, const Instruction& i, uint32_t offs
         if (unit.writer >= 0 && unit.writer != thread && unit.write_epoch == warp.epoch && !by_own_warp)
             error("race: read after write", warp, lane, i, at(n) + by(unit.writer));
         if (unit.read_epoch != warp.epoch) {
-            unit.reader = thread, unit.read_epoch = warp.epoch, unit.read_sync = warp.syncs, unit.reading_warp = warp.id;
+            unit.reader = thread, unit.reading_warp = warp.id;
+            unit.read_epoch = warp.epoch, unit.read_sync = warp.syncs;
         } else {
             if (unit.reader != thread) unit.reader = -2;
             if (unit.reading_warp != warp.id) unit.reading_warp = -2;

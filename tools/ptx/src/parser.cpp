@@ -110,7 +110,8 @@ int Parser::narrow(const string& operand) {
         return made.first->second;
     }
     static const std::map<string, Special> specials = {
-        {"%tid.x", TID}, {"%tid.y", ZERO}, {"%tid.z", ZERO}, {"%ctaid.x", CTAID}, {"%ctaid.y", ZERO}, {"%ctaid.z", ZERO},
+        {"%tid.x", TID}, {"%tid.y", ZERO}, {"%tid.z", ZERO},
+        {"%ctaid.x", CTAID}, {"%ctaid.y", ZERO}, {"%ctaid.z", ZERO},
         {"%ntid.x", NTID}, {"%nctaid.x", NCTAID}, {"%laneid", LANEID}};
     if (const auto special = specials.find(s); special != specials.end()) return special->second;
     if (arrays.count(s)) return shared(s, false);

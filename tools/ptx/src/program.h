@@ -12,6 +12,7 @@ using std::string;
 using std::vector;
 
 // S and U: signed and unsigned. A register is 32 bits wide (predicates and 16-bit numbers too) or 64.
+// clang-format off
 enum Op {
     MOV32, MOV64, PACK16, UNPACK16, PACK32, UNPACK32,
     ADD16, ADD32, ADD64, SUB16, SUB32, SUB64, MUL16, MUL32, MUL64, MULHIS, MULHIU, MULWIDES, MULWIDEU, MULWIDES16,
@@ -26,7 +27,8 @@ enum Op {
     LDMATRIX, LDMATRIX_TRANS, MMA_F16, MMA_BF16,
     WGMMA_F16, WGMMA_BF16, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT,
     BRA, RET
-};  // clang-format off above
+};
+// clang-format on
 enum Compare { EQ, NE, LT, LE, GT, GE };
 enum Combine { ALONE, WITH_AND, WITH_OR, WITH_XOR };
 
