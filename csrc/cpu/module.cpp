@@ -55,13 +55,12 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 class Native {
   public:
     Native(const std::string& isa, const std::string& precision, const std::string& winograd)
-        : network_(std::make_unique<dsp::Network>(
-              isa, named<dsp::Precision>("precision", dsp::Precision_names, precision),
-              named<dsp::Winograd>("winograd", dsp::Winograd_names, winograd))) {}
+        : session_(isa, named<dsp::Precision>("precision", dsp::Precision_names, precision),
+                   named<dsp::Winograd>("winograd", dsp::Winograd_names, winograd)) {}
 
     dsp::Network& open() {
-        if (!network_) fail("the network has run and cannot grow");
-        return *network_;
+        if (sealed_) fail("the network has run and cannot grow");
+        return session_.network();
     }
 
     int conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
@@ -81,9 +80,8 @@ class Native {
     // A copy of a convolution of another network, with or without a residual.
     int conv_like(const Native& other, int value, int x, int residual) {
         const dsp::Step& step = other.conv_step(value);
-        const int out_channels = other.network().values[value].channels;
-        return open().add_conv(x, residual, out_channels, step.kernel, step.stride, step.padding, step.dilation,
-                               step.act, step.groups, step.bias.data());
+        return open().add_conv(x, residual, int(step.bias.size()), step.kernel, step.stride, step.padding,
+                               step.dilation, step.act, step.groups, step.bias.data());
     }
 
     // Whether the convolution that computes a value was built from weights and bias bitwise equal to these.
@@ -123,20 +121,19 @@ class Native {
     }
 
     std::vector<std::vector<int>> output_shapes(const Sizes& sizes) {
-        return sealed().summary(checked_sizes(sizes)).outputs;
+        return session_.summary(checked_sizes(sizes)).outputs;
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
-        dsp::Session& session = sealed();
-        if (int(inputs.size()) != session.network().inputs || int(outputs.size()) != session.network().outputs ||
-            inputs.empty())
+        const dsp::Network& network = session_.network();
+        if (inputs.size() != network.inputs.size() || outputs.size() != network.outputs.size() || inputs.empty())
             fail("wrong number of inputs or outputs");
         const int64_t images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
         std::vector<dsp::Size> sizes;
         std::vector<dsp::Images> sources, targets;
         for (size_t n = 0; n < inputs.size(); ++n) {
             const Array& x = inputs[n];
-            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != images || x.shape(1) != channels_[n])
+            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != images || x.shape(1) != network.values[network.inputs[n]].channels)
                 fail("input " + std::to_string(n) + " has the wrong shape");
             sizes.push_back(x.ndim() == 4 ? dsp::Size{int(x.shape(2)), int(x.shape(3))} : dsp::Size{1, 1});
             sources.push_back(images_of(x, const_cast<float*>(x.data())));
@@ -161,7 +158,7 @@ class Native {
         std::vector<py::dict> list;
         for (const auto& share : route_of({checked_sizes(sizes), images, threads, interleave})->shares) {
             std::vector<std::pair<int, std::string>> operations;
-            for (const auto& op : share.plan->ops) operations.emplace_back(op->made, op->name + op->detail);
+            for (const auto& op : share.plan->ops) operations.emplace_back(op.made, op.name + op.detail);
             list.push_back(py::dict(py::arg("images") = share.count, py::arg("interleave") = share.interleave,
                                     py::arg("together") = share.together, py::arg("operations") = operations,
                                     py::arg("bytes") = share.plan->arena_floats * int64_t(sizeof(float))));
@@ -169,12 +166,12 @@ class Native {
         return list;
     }
 
-    int route_count() { return int(sealed().routes().size()); }
+    int route_count() const { return int(session_.routes().size()); }
 
   private:
-  private:
     std::vector<dsp::Size> checked_sizes(const Sizes& sizes) {
-        if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
+        sealed_ = true;
+        if (sizes.size() != session_.network().inputs.size()) fail("one size per input is needed");
         std::vector<dsp::Size> list;
         for (const auto& size : sizes) list.push_back({size.first, size.second});
         return list;
@@ -185,39 +182,29 @@ class Native {
         if (key.interleave < 0 || key.interleave > 16 || (key.interleave & (key.interleave - 1)))
             fail("interleave is 0, 1, 2, 4, 8 or 16");
         key.threads = std::max(key.threads, 1);
-        dsp::Session& session = sealed();
-        if (auto found = session.find(key)) return found;
-        const dsp::Routes known = session.routes();
+        sealed_ = true;
+        if (auto found = session_.find(key)) return found;
+        const dsp::Routes known = session_.routes();
         dsp::RoutePtr made;
         {
             py::gil_scoped_release release;
-            made = session.make(key, known);
+            made = session_.make(key, known);
 #ifdef __GLIBC__
             // What a plan allocates between large tensors keeps the heap from shrinking when they are freed: ResNet-20
             // swapped kept 3.1 GB after 400 sizes of images of 192 to 345 pixels, and 0.1 GB with this.
             if (int64_t(key.sizes[0].h) * key.sizes[0].w > 1 << 14) malloc_trim(0);
 #endif
         }
-        return session.keep(std::move(made));
+        return session_.keep(std::move(made));
     }
 
-    std::unique_ptr<dsp::Network> network_;
-    std::unique_ptr<dsp::Session> session_;
-    std::vector<int> channels_; // of each input
+    dsp::Session session_;
+    bool sealed_ = false; // its plans refer to the steps
 
-    const dsp::Network& network() const { return session_ ? session_->network() : *network_; }
     const dsp::Step& conv_step(int value) const {
-        for (const auto& step : network().steps)
+        for (const auto& step : session_.network().steps)
             if (step.kind == dsp::Kind::conv && step.output == value) return step;
         fail("value " + std::to_string(value) + " is not the output of a convolution");
-    }
-    dsp::Session& sealed() { // called with the interpreter's lock
-        if (!session_) {
-            for (const auto& step : network_->steps)
-                if (step.kind == dsp::Kind::input) channels_.push_back(network_->values[step.output].channels);
-            session_ = std::make_unique<dsp::Session>(std::move(network_));
-        }
-        return *session_;
     }
     static dsp::Images images_of(const Array& array, float* base) {
         dsp::Images images{base, {0, 0, 0, 0}};
@@ -267,8 +254,6 @@ PYBIND11_MODULE(_C, m) {
         .def("pool", &Native::pool, py::arg("x"), py::kw_only(), py::arg("kind"), py::arg("kernel_size"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation") = Pair{1, 1}, py::arg("ceil_mode"),
              py::arg("count_include_pad") = true, py::arg("divisor_override") = py::none())
-        .def("mean", adds(&dsp::Network::add_mean))
-        .def("flatten", adds(&dsp::Network::add_flatten))
         .def("product", &Native::product)
         .def("adaptive", adds(&dsp::Network::add_adaptive))
         .def("select", adds(&dsp::Network::add_select))

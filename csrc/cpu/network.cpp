@@ -139,8 +139,9 @@ int Network::make(Step step, int channels, bool nonnegative) {
 
 int Network::add_input(int channels) {
     Step step(Kind::input);
-    step.number = inputs++;
-    return make(std::move(step), channels, false);
+    step.number = int(inputs.size());
+    inputs.push_back(make(std::move(step), channels, false));
+    return inputs.back();
 }
 
 int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
@@ -285,7 +286,8 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
 void Network::add_output(int value) {
     check(value);
     Step step(Kind::output, {value});
-    step.number = outputs++;
+    step.number = int(outputs.size());
+    outputs.push_back(value);
     steps.push_back(std::move(step));
 }
 

@@ -107,7 +107,7 @@ class Network {
     const Winograd winograd;
     std::vector<Value> values;
     std::vector<Step> steps;
-    int inputs = 0, outputs = 0;
+    std::vector<int> inputs, outputs; // values
 
     // Each returns the number of the value it adds and throws std::invalid_argument for invalid arguments.
     int add_input(int channels);
@@ -121,11 +121,9 @@ class Network {
                  bool include_pad, int divisor);
     // act(x * other); equal sizes, or one of them a single pixel.
     int add_product(int x, int other, Act act);
-    // The mean over each of size[0] x size[1] parts of the feature map, and over all of it.
+    // The mean over each of size[0] x size[1] parts of the feature map.
     int add_adaptive(int x, Pair size);
-    int add_mean(int x) { return add_adaptive(x, {1, 1}); }
-    // Views of the planes of other values, without a copy: all of x, some of its channels, several concatenated.
-    int add_flatten(int x) { return add_concat({x}); }
+    // Views of the planes of other values, without a copy: some channels of x, several values concatenated.
     int add_select(int x, const std::vector<int>& channels);
     int add_concat(const std::vector<int>& parts);
     // weight: [out][in], where in is channels * height * width of x.

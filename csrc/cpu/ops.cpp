@@ -100,28 +100,28 @@ Op store(Place from, int number) {
 }
 
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
-         std::vector<SplitPlane> planes) {
+         std::vector<std::pair<Phase, int>> planes) {
     const int units = int(planes.size());
     const auto body = [=, &kernels](int first, int last, const Context& context) {
         const Geometry &s = from.geometry, &t = to.geometry;
         const int I = s.interleave;
         for (int n = first; n < last; ++n) {
-            const SplitPlane& plane = planes[n];
-            const float* const one = from.plane(context, plane.channel);
-            const float* const other = plane.other < 0 ? nullptr : from.plane(context, plane.other);
-            float* const target = to.plane(context, plane.to);
+            const auto [row_phase, column_phase, channel, partner] = planes[n].first;
+            const float* const one = from.plane(context, channel);
+            const float* const other = partner < 0 ? nullptr : from.plane(context, partner);
+            float* const target = to.plane(context, planes[n].second);
             const bool whole = pairs && stride[0] == 1 && stride[1] == 1;
-            clear_pads(to, to.in(context), plane.to, plane.to + 1, !whole);
+            clear_pads(to, to.in(context), planes[n].second, planes[n].second + 1, !whole);
             if (whole) { // both planes have the same pitch, and the pads between rows are zero already
                 pairs->pair(one, other, target, (s.h - 1) * s.pitch + s.w, 1, I);
                 continue;
             }
             // The last phases have fewer rows and columns.
-            const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
-            const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
+            const int64_t rows = (s.h - row_phase + stride[0] - 1) / stride[0];
+            const int64_t columns = (s.w - column_phase + stride[1] - 1) / stride[1];
             const int64_t filled_rows = std::clamp<int64_t>(rows, 0, t.h),
                           filled = std::clamp<int64_t>(columns, 0, t.w);
-            const int64_t begin = s.at(0, plane.row_phase, plane.column_phase);
+            const int64_t begin = s.at(0, row_phase, column_phase);
             const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
             if (pairs && filled > 0) {
                 for (int64_t y = 0; y < filled_rows; ++y) {
@@ -150,8 +150,8 @@ void Conv::prepare(const Part& part, const Context& context, bool clear_columns)
         const int c = step.absent[n];
         if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
         if (add) {
-            kernels.map({add->plane(context, c), nullptr, out + c * y.geometry.plane, 1.0f, 0.0f, vectors.at.data(),
-                         mask, vectors.count(), step.act});
+            kernels.map({add->plane(context, c), nullptr, out + c * y.geometry.plane, vectors.at.data(), mask,
+                         vectors.count(), step.act, 1.0f, 0.0f, false, 0});
         } else {
             for (size_t v = 0; v < vectors.at.size(); ++v)
                 std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * kernels.lanes);
@@ -218,18 +218,13 @@ void BandConv::transform(float* to, int band, int column, int columns, const Con
     const int64_t first = (patches ? 0 : int64_t(column) * lanes) - int64_t(step.padding[1]) * I;
     const int64_t floats = int64_t(columns) * lanes + int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
     for (size_t n = 0; n < used.size(); ++n) {
-        const float* row[band_sums];
+        BandInput call{{}, to + int64_t(n) * channel, pitch, patches ? columns : (floats + lanes - 1) / lanes, I,
+                       at.data() + column};
         for (int i = 0; i < band_sums; ++i) {
             const int r = band * band_rows + i - step.padding[0];
-            row[i] = r < 0 || r >= g.h ? zeros.data() : x.plane(context, used[n]) + first + r * g.pitch * I;
+            call.row[i] = r < 0 || r >= g.h ? zeros.data() : x.plane(context, used[n]) + first + r * g.pitch * I;
         }
-        float* const out = to + int64_t(n) * channel;
-        if (patches)
-            kernels.patch_input(
-                {{row[0], row[1], row[2], row[3], row[4], row[5]}, I, at.data() + column, out, pitch, columns});
-        else
-            kernels.band_input(
-                {{row[0], row[1], row[2], row[3], row[4], row[5]}, out, pitch, (floats + lanes - 1) / lanes});
+        kernels.band_input[patches](call);
     }
 }
 
@@ -329,8 +324,8 @@ std::vector<Window> windows(const Step& step, int axis, int in, int out) {
 Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y) {
     const bool affine = !step.scale.empty();
     return by_channel("map", kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
-        kernels.map({x.plane(at, c), b ? b->plane(at, c) : nullptr, out, affine ? step.scale[c] : 1.0f,
-                     affine ? step.shift[c] : 0.0f, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act});
+        kernels.map({x.plane(at, c), b ? b->plane(at, c) : nullptr, out, v.at.data(), v.mask_from(0, kernels.lanes),
+                     v.count(), step.act, affine ? step.scale[c] : 1.0f, affine ? step.shift[c] : 0.0f, false, 0});
     });
 }
 
@@ -344,8 +339,8 @@ Op product(const Kernels& kernels, Act act, Place x, Place b, Place y) {
             for (int i = 0; i < 32; ++i) pattern[i] = factor[i % I];
             factor = pattern;
         }
-        kernels.product({x.plane(at, c), factor, out, one_pixel ? I : 0, v.at.data(), v.mask_from(0, kernels.lanes),
-                         v.count(), act});
+        kernels.map({x.plane(at, c), factor, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), act, 1.0f, 0.0f,
+                     true, one_pixel ? I : 0});
     });
 }
 

@@ -96,7 +96,7 @@ struct Plan {
     Plan(const Plan&) = delete;
 
     const PlanKey key;
-    std::vector<std::unique_ptr<Op>> ops;
+    std::vector<Op> ops;
     int64_t arena_floats = 0; // scratch memory of one block
 };
 
