@@ -34,13 +34,13 @@ bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid
 
 // -- Pairs of channels in one word --
 
-// groups: the channels that each group reads. Returns the channels of each group in an order whose neighbours, 1st and
-// 2nd, 3rd and 4th and so on, are pairs: a plane of words is made once per pair. Channels that exactly the same groups
-// read share all their planes: ResNet-56 g=4 has 889 planes instead of 2081; pairing the rest by most readers, 868.
-std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>& groups) {
+// Puts each group's channels, and its weights with them, in an order whose neighbours, 1st and 2nd, 3rd and 4th and so
+// on, are pairs: a plane of words is made once per pair. Channels that exactly the same groups read share all their
+// planes: ResNet-56 g=4 has 889 planes instead of 2081; pairing the rest by most readers, 868.
+void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
     std::map<int, std::vector<int>> readers; // of each channel
     for (size_t g = 0; g < groups.size(); ++g)
-        for (int c : std::set<int>(groups[g].begin(), groups[g].end())) readers[c].push_back(int(g));
+        for (int c : std::set<int>(groups[g].in.begin(), groups[g].in.end())) readers[c].push_back(int(g));
     std::vector<std::vector<int>> order(groups.size());
     std::map<std::vector<int>, int> waiting; // readers -> a channel without a partner
     for (const auto& [channel, of] : readers) {
@@ -51,14 +51,6 @@ std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>&
     }
     for (const auto& [of, channel] : waiting)
         for (int g : of) order[g].push_back(channel);
-    return order;
-}
-
-// Puts each group's channels, and its weights with them, in the order of pair_channels().
-void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
-    std::vector<std::vector<int>> channels;
-    for (const auto& group : groups) channels.push_back(group.in);
-    const auto order = pair_channels(channels);
     for (size_t g = 0; g < groups.size(); ++g) {
         GroupIndex& group = groups[g];
         if (order[g].size() != group.in.size()) continue; // a channel is read twice
@@ -92,26 +84,19 @@ void pack_plain(std::vector<float>& to, const Step& step, const float* first, in
         }
 }
 
-// [sum][channel][filters], in the order of patch_input().
-void pack_patches(std::vector<float>& to, const float* first, int filters, int64_t count) {
-    for (int sum = 0; sum < patch_sums; ++sum)
-        for (int64_t c = 0; c < count; c += 9)
-            for (int k = 0; k < filters; ++k) {
-                const float* tap = first + k * count + c;
-                double column[3];
-                for (int x = 0; x < 3; ++x) column[x] = band_weight(sum / column_sums, tap[x], tap[3 + x], tap[6 + x]);
-                to.push_back(float(patch_weight(sum % column_sums, column[0], column[1], column[2])));
-            }
-}
-
-// [sum][channel, horizontal tap][filters], in the order of band_input().
-void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
-    for (int sum = 0; sum < band_sums; ++sum)
+// By Winograd's method: [sum][channel, horizontal tap][filters]; of patches [sum][channel][filters].
+void pack_sums(std::vector<float>& to, bool patches, const float* first, int filters, int64_t count, int columns) {
+    for (int sum = 0; sum < (patches ? patch_sums : band_sums); ++sum)
         for (int64_t c = 0; c < count; c += 3 * columns)
-            for (int64_t x = c; x < c + columns; ++x)
+            for (int64_t x = c; x < c + (patches ? 1 : columns); ++x)
                 for (int k = 0; k < filters; ++k) {
                     const float* tap = first + k * count + x;
-                    to.push_back(float(band_weight(sum, tap[0], tap[columns], tap[2 * columns])));
+                    const auto rows = [&](int sum, int x) {
+                        return band_weight(sum, tap[x], tap[columns + x], tap[2 * columns + x]);
+                    };
+                    const int row = sum / column_sums;
+                    to.push_back(float(patches ? patch_weight(sum % column_sums, rows(row, 0), rows(row, 1), rows(row, 2))
+                                               : rows(sum, 0)));
                 }
 }
 
@@ -310,12 +295,10 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
             const float* weights = group.weights.data() + first * count;
-            if (form == Form::patches)
-                pack_patches(made->weights, weights, filters, count);
-            else if (form == Form::bands)
-                pack_bands(made->weights, weights, filters, count, step.kernel[1]);
-            else
+            if (form == Form::plain)
                 pack_plain(made->weights, step, weights, filters, count, taps);
+            else
+                pack_sums(made->weights, form == Form::patches, weights, filters, count, step.kernel[1]);
             for (int k = 0; k < filters; ++k) {
                 tile.channels.push_back(group.out[first + k]);
                 made->bias.push_back(step.bias[tile.channels.back()]);

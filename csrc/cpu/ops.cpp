@@ -31,72 +31,49 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
 
 constexpr int channel_block = 16; // channels_last: floats of one cache line
 
-// Rows [first, last) of channels of one image; visit(c, y, count of channels) does one piece.
-template <typename Visit>
-void by_blocks(bool channels_last, int first, int last, int rows, const Visit& visit) {
-    // A pixel's channels are adjacent in channels_last, so a block of them is copied for a whole row at once.
-    const int block = channels_last ? channel_block : 1;
-    for (int c = first; c < last; c += block)
-        for (int y = 0; y < rows; ++y) visit(c, y, std::min(block, last - c));
+template <bool loads>
+Op transfer(Place place, int number, std::vector<char> used) {
+    const int channels = place.geometry.channels;
+    const auto body = [=](int first, int last, const Context& context) {
+        const Images& outer = (*(loads ? context.inputs : context.outputs))[number];
+        const Geometry& g = place.geometry;
+        const int64_t I = g.interleave, step = outer.stride[3];
+        if (loads) clear_pads(place, place.in(context), first, last, true);
+        // A pixel's channels are adjacent in channels_last, so a block of them is copied for a whole row at once.
+        const int block = outer.stride[1] == 1 && channels > 1 ? channel_block : 1;
+        const auto row = [&](int c, int count, int y, int i) {
+            float* planes[channel_block];
+            for (int k = 0; k < count; ++k) planes[k] = place.plane(context, c + k) + g.at(0, y, 0) + i;
+            float* const inner = planes[0];
+            float* const outside =
+                outer.base + (context.first + i) * outer.stride[0] + c * outer.stride[1] + y * outer.stride[2];
+            const auto copy = [](float& in, float& out) { loads ? in = out : out = in; };
+            if (i >= context.count) {
+                for (int k = 0; k < count; ++k)
+                    for (int64_t w = 0; w < g.w; ++w) planes[k][w * I] = 0.0f;
+            } else if (count > 1) {
+                for (int64_t w = 0; w < g.w; ++w)
+                    for (int k = 0; k < count; ++k) copy(planes[k][w * I], outside[w * step + k]);
+            } else if (step == 1 && I == 1) {
+                std::memcpy(loads ? inner : outside, loads ? outside : inner, sizeof(float) * g.w);
+            } else {
+                for (int64_t w = 0; w < g.w; ++w) copy(inner[w * I], outside[w * step]);
+            }
+        };
+        for (int c = first; c < last; c += block)
+            for (int y = 0; y < g.h && (block > 1 || used[c]); ++y)
+                for (int i = 0; i < (loads ? I : context.count); ++i) row(c, std::min(block, last - c), y, i);
+    };
+    return {loads ? "load" : "store", channels, body};
 }
 
 } // namespace
 
-Op load(Place to, int number, std::vector<char> used) {
-    const int channels = to.geometry.channels;
-    const auto body = [=](int first, int last, const Context& context) {
-        const Images& x = (*context.inputs)[number];
-        const Geometry& g = to.geometry;
-        const int I = g.interleave;
-        float* base = to.in(context);
-        clear_pads(to, base, first, last, true);
-        by_blocks(x.stride[1] == 1 && g.channels > 1, first, last, g.h, [&](int c, int y, int count) {
-            for (int i = 0; i < I; ++i) {
-                float* row = base + g.at(c, y, 0) + i;
-                const float* source = x.base + (context.first + i) * x.stride[0] + c * x.stride[1] + y * x.stride[2];
-                if (i >= context.count) {
-                    for (int k = 0; k < count; ++k)
-                        for (int w = 0; w < g.w; ++w) row[k * g.plane + w * I] = 0.0f;
-                } else if (count == 1) {
-                    if (!used[c]) continue;
-                    if (x.stride[3] == 1 && I == 1)
-                        std::memcpy(row, source, sizeof(float) * g.w);
-                    else
-                        for (int64_t w = 0; w < g.w; ++w) row[w * I] = source[w * x.stride[3]];
-                } else {
-                    for (int64_t w = 0; w < g.w; ++w)
-                        for (int k = 0; k < count; ++k) row[k * g.plane + w * I] = source[w * x.stride[3] + k];
-                }
-            }
-        });
-    };
-    return {"load", channels, body};
-}
+Op load(Place to, int number, std::vector<char> used) { return transfer<true>(std::move(to), number, std::move(used)); }
 
 Op store(Place from, int number) {
-    const int channels = from.geometry.channels;
-    const auto body = [=](int first, int last, const Context& context) {
-        const Images& y = (*context.outputs)[number];
-        const Geometry& g = from.geometry;
-        const int I = g.interleave;
-        by_blocks(y.stride[1] == 1 && g.channels > 1, first, last, g.h, [&](int c, int h, int count) {
-            for (int i = 0; i < context.count; ++i) {
-                const float* row = from.plane(context, c) + g.at(0, h, 0) + i;
-                float* target = y.base + (context.first + i) * y.stride[0] + c * y.stride[1] + h * y.stride[2];
-                if (count == 1) {
-                    if (y.stride[3] == 1 && I == 1)
-                        std::memcpy(target, row, sizeof(float) * g.w);
-                    else
-                        for (int64_t w = 0; w < g.w; ++w) target[w * y.stride[3]] = row[w * I];
-                } else {
-                    for (int64_t w = 0; w < g.w; ++w)
-                        for (int k = 0; k < count; ++k)
-                            target[w * y.stride[3] + k] = from.plane(context, c + k)[g.at(0, h, w) + i];
-                }
-            }
-        });
-    };
-    return {"store", channels, body};
+    std::vector<char> used(from.geometry.channels, 1);
+    return transfer<false>(std::move(from), number, std::move(used));
 }
 
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
@@ -165,8 +142,6 @@ void Conv::prepare(const Part& part, const Context& context, bool clear_columns)
 void Conv::run(const Part& part, const Context& context) const {
     float* out = y.in(context);
     const float* residual = add ? context.arena : nullptr;
-    const int32_t* mask = vectors.mask_from(0, kernels.lanes);
-    const int lanes = kernels.lanes;
     prepare(part, context, !vectors.covers_pads);
 
     const auto& run_tile = step.pairs ? step.pairs->tile : kernels.tile;
@@ -199,7 +174,7 @@ void Conv::run(const Part& part, const Context& context) const {
                     for (int v = block; v < block_end;) {
                         const int P = pass_width(block_end - v, most);
                         call.vec = vectors.at.data() + v;
-                        call.mask = mask ? mask + int64_t(v) * lanes : nullptr;
+                        call.mask = vectors.mask_from(v, kernels.lanes);
                         run_tile[K][P](call);
                         v += P;
                     }
@@ -322,25 +297,18 @@ std::vector<Window> windows(const Step& step, int axis, int in, int out) {
 } // namespace
 
 Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y) {
-    const bool affine = !step.scale.empty();
-    return by_channel("map", kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
-        kernels.map({x.plane(at, c), b ? b->plane(at, c) : nullptr, out, v.at.data(), v.mask_from(0, kernels.lanes),
-                     v.count(), step.act, affine ? step.scale[c] : 1.0f, affine ? step.shift[c] : 0.0f, false, 0});
-    });
-}
-
-Op product(const Kernels& kernels, Act act, Place x, Place b, Place y) {
-    const bool one_pixel = b.geometry.h * b.geometry.w == 1;
-    const int I = y.geometry.interleave;
-    return by_channel("product", kernels, y, [=, &kernels](int c, float* out, const Vectors& v, const Context& at) {
-        const float* factor = b.plane(at, c);
-        float pattern[32]; // I and the lanes are at most 16 each
-        if (one_pixel) {
-            for (int i = 0; i < 32; ++i) pattern[i] = factor[i % I];
-            factor = pattern;
+    const bool product = step.kind == Kind::product, affine = !step.scale.empty();
+    const int period = product && b->geometry.h * b->geometry.w == 1 ? y.geometry.interleave : 0;
+    const char* const name = product ? "product" : "map";
+    return by_channel(name, kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
+        const float* other = b ? b->plane(at, c) : nullptr;
+        float pattern[32]; // the period and the lanes are at most 16 each
+        if (period) {
+            for (int i = 0; i < 32; ++i) pattern[i] = other[i % period];
+            other = pattern;
         }
-        kernels.map({x.plane(at, c), factor, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), act, 1.0f, 0.0f,
-                     true, one_pixel ? I : 0});
+        kernels.map({x.plane(at, c), other, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act,
+                     affine ? step.scale[c] : 1.0f, affine ? step.shift[c] : 0.0f, product, period});
     });
 }
 

@@ -19,11 +19,8 @@ using Phase = std::array<int, 4>; // row phase, column phase, channel, other cha
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
          std::vector<std::pair<Phase, int>> planes);
 
-// act(x * scale + shift + b).
+// act(x * scale + shift + b), or of a product act(x * b), where b may be a single pixel.
 Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y);
-
-// act(x * b); b may be a single pixel.
-Op product(const Kernels& kernels, Act act, Place x, Place b, Place y);
 
 // Pools whose pads may count as zeros: by displacements on an input split by phase.
 Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::vector<int32_t> off);

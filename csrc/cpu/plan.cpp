@@ -451,13 +451,12 @@ class Builder {
         switch (step.kind) {
         case Kind::input: return load(place(step.output), step.number, used_channels(step.output));
         case Kind::conv: return conv(step, draft);
-        case Kind::map: {
-            const bool two = step.inputs.size() == 2;
-            return map(kernels, step, input(0), two ? std::optional(input(1)) : std::nullopt, place(step.output));
+        case Kind::map:
+        case Kind::product: {
+            const auto other = step.inputs.size() == 2 ? std::optional(input(!draft.large)) : std::nullopt;
+            return map(kernels, step, input(draft.large), other, place(step.output));
         }
         case Kind::pool: return pool(step, draft);
-        case Kind::product:
-            return product(kernels, step.act, input(draft.large), input(!draft.large), place(step.output));
         case Kind::adaptive: return slow_pool(step, input(0), place(step.output));
         case Kind::linear: return linear(kernels, step, input(0), place(step.output));
         default: return store(input(0), step.number);

@@ -45,7 +45,7 @@ class FusedConv2d(nn.Module):
         )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.reset_index(next((t.device for t in (*weights, *([] if bias is None else [bias]))), None))
-        self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
+        self._plan: tuple[tuple[Any, ...], Any, ConvPlan] | None = None
 
     def reset_index(self, device: torch.device | str | None = None) -> None:
         """Make the index buffers from the structure, for a module that was made on the meta device."""
@@ -69,17 +69,22 @@ class FusedConv2d(nn.Module):
     def _run(self, x: Tensor, residual: Tensor | None, constants: list[Tensor]) -> Tensor:
         if self._needs_op(x, residual):
             return self._call_op(x, residual)
-        self.spec.check_input(x, constants, residual)
         layout = memory_format_of(x)
         key = (x.dtype, x.device, layout, *(_version(constant) for constant in constants))
-        cached = self._plan  # key and plan in one attribute: another thread may replace both meanwhile
-        if cached is None or cached[0] != key or any(constant.is_inference() for constant in constants):
-            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
-            weights = [weight.detach() for weight in self.weights]
-            bias = None if self.bias is None else self.bias.detach()
-            cached = self._plan = key, backend.prepare(self.spec, weights, bias)
+        added = None if residual is None else (residual.shape, residual.dtype, residual.device)
+        cached = self._plan  # in one attribute: another thread may replace it meanwhile
+        fits = cached is not None and cached[0] == key and not any(one.is_inference() for one in constants)
+        if cached is None or not fits or cached[1] != (x.shape, added):
+            self.spec.check_input(x, constants, residual)
+            plan = cached[2] if cached is not None and fits else self._prepared(x, layout)
+            cached = self._plan = key, (x.shape, added), plan
         with torch.no_grad():
-            return cached[1](x, residual).contiguous(memory_format=layout)
+            return cached[2](x, residual).contiguous(memory_format=layout)
+
+    def _prepared(self, x: Tensor, layout: torch.memory_format) -> ConvPlan:
+        backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
+        bias = None if self.bias is None else self.bias.detach()
+        return backend.prepare(self.spec, [weight.detach() for weight in self.weights], bias)
 
     def reset_plan(self) -> None:
         """Pack the weights again at the next call."""
