@@ -71,17 +71,14 @@ class Native {
             fail("in_index, out_index and weights differ in length");
         std::vector<dsp::GroupIndex> groups;
         for (size_t g = 0; g < in_index.size(); ++g) groups.push_back({in_index[g], out_index[g], flat(weights[g])});
-        const auto bias_values = flat_or_empty(bias);
-        if (bias && int(bias_values.size()) != out_channels) fail("bias needs one number per output channel");
-        return open().add_conv(x, residual, out_channels, kernel, stride, padding, dilation, activation(act),
-                               std::move(groups), bias ? bias_values.data() : nullptr);
+        return open().add_conv(x, residual, out_channels, {kernel, stride, padding, dilation}, activation(act),
+                               std::move(groups), flat_or_empty(bias));
     }
 
     // A copy of a convolution of another network, with or without a residual.
     int conv_like(const Native& other, int value, int x, int residual) {
         const dsp::Step& step = other.conv_step(value);
-        return open().add_conv(x, residual, int(step.bias.size()), step.kernel, step.stride, step.padding,
-                               step.dilation, step.act, step.groups, step.bias.data());
+        return open().add_conv(x, residual, int(step.bias.size()), step, step.act, step.groups, step.bias);
     }
 
     // Whether the convolution that computes a value was built from weights and bias bitwise equal to these.
@@ -106,22 +103,20 @@ class Native {
 
     int pool(int x, const std::string& kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
              bool include_pad, std::optional<int> divisor) {
-        return open().add_pool(x, named<dsp::Pooling>("pool", dsp::Pooling_names, kind), kernel, stride, padding,
-                               dilation, ceil_mode, include_pad, divisor.value_or(0));
+        return open().add_pool(x, named<dsp::Pooling>("pool", dsp::Pooling_names, kind),
+                               {kernel, stride, padding, dilation}, ceil_mode, include_pad, divisor.value_or(0));
     }
 
     int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
 
     int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
         if (weight.ndim() != 2) fail("a linear weight has two dimensions");
-        const auto bias_values = flat_or_empty(bias);
-        if (bias && py::ssize_t(bias_values.size()) != weight.shape(0)) fail("bias needs one number per output");
-        return open().add_linear(x, int(weight.shape(0)), flat(weight), bias ? bias_values.data() : nullptr,
-                                 int(weight.shape(1)), activation(act));
+        return open().add_linear(x, int(weight.shape(0)), flat(weight), flat_or_empty(bias), int(weight.shape(1)),
+                                 activation(act));
     }
 
     std::vector<std::vector<int>> output_shapes(const Sizes& sizes) {
-        return session_.summary(checked_sizes(sizes)).outputs;
+        return session_.summary(checked_sizes(sizes), session_.routes()).outputs;
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
@@ -132,22 +127,19 @@ class Native {
         std::vector<dsp::Size> sizes;
         std::vector<dsp::Images> sources, targets;
         for (size_t n = 0; n < inputs.size(); ++n) {
-            const Array& x = inputs[n];
-            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != images || x.shape(1) != network.values[network.inputs[n]].channels)
+            const auto shape = shape_of(inputs[n]);
+            if (shape[0] != images || shape[1] != network.values[network.inputs[n]].channels)
                 fail("input " + std::to_string(n) + " has the wrong shape");
-            sizes.push_back(x.ndim() == 4 ? dsp::Size{int(x.shape(2)), int(x.shape(3))} : dsp::Size{1, 1});
-            sources.push_back(images_of(x, const_cast<float*>(x.data())));
+            sizes.push_back({int(shape[2]), int(shape[3])});
+            sources.push_back(images_of(inputs[n], const_cast<float*>(inputs[n].data())));
         }
         if (images == 0) return;
         const auto route = route_of({std::move(sizes), images, threads, interleave});
         for (size_t n = 0; n < outputs.size(); ++n) {
-            Array& y = outputs[n];
             const auto& s = route->summary.outputs[n];
-            const bool fits4 = y.ndim() == 4 && y.shape(0) == images && y.shape(1) == s[0] && y.shape(2) == s[1] &&
-                               y.shape(3) == s[2];
-            const bool fits2 = y.ndim() == 2 && y.shape(0) == images && y.shape(1) == s[0] && s[1] * s[2] == 1;
-            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has the wrong shape");
-            targets.push_back(images_of(y, y.mutable_data()));
+            if (shape_of(outputs[n]) != std::array<py::ssize_t, 4>{images, s[0], s[1], s[2]})
+                fail("output " + std::to_string(n) + " has the wrong shape");
+            targets.push_back(images_of(outputs[n], outputs[n].mutable_data()));
         }
         py::gil_scoped_release release;
         dsp::run(*route, sources, targets);
@@ -205,6 +197,12 @@ class Native {
         for (const auto& step : session_.network().steps)
             if (step.kind == dsp::Kind::conv && step.output == value) return step;
         fail("value " + std::to_string(value) + " is not the output of a convolution");
+    }
+    // (batch, channels, height, width); (batch, features) are images of one pixel. Zeros for any other array.
+    static std::array<py::ssize_t, 4> shape_of(const Array& array) {
+        std::array<py::ssize_t, 4> shape{0, 0, 1, 1};
+        if (array.ndim() == 2 || array.ndim() == 4) std::copy_n(array.shape(), array.ndim(), shape.begin());
+        return shape;
     }
     static dsp::Images images_of(const Array& array, float* base) {
         dsp::Images images{base, {0, 0, 0, 0}};

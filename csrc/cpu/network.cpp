@@ -21,10 +21,10 @@ void require(bool good, const std::string& message) {
     if (!good) fail(message);
 }
 
-void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation) {
+void check_window(const Window& w) {
     for (int a = 0; a < 2; ++a)
-        require(kernel[a] >= 1 && stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1 && kernel[a] < 4096 &&
-                    stride[a] < 4096 && padding[a] < 4096 && dilation[a] < 4096,
+        require(std::min({w.kernel[a], w.stride[a], w.dilation[a], w.padding[a] + 1}) >= 1 &&
+                    std::max({w.kernel[a], w.stride[a], w.dilation[a], w.padding[a]}) < 4096,
                 "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
 }
 
@@ -91,12 +91,12 @@ void pack_sums(std::vector<float>& to, bool patches, const float* first, int fil
             for (int64_t x = c; x < c + (patches ? 1 : columns); ++x)
                 for (int k = 0; k < filters; ++k) {
                     const float* tap = first + k * count + x;
-                    const auto rows = [&](int sum, int x) {
-                        return band_weight(sum, tap[x], tap[columns + x], tap[2 * columns + x]);
+                    const int row = patches ? sum / column_sums : sum;
+                    const auto column = [&](int x) {
+                        return band_weight(row, tap[x], tap[columns + x], tap[2 * columns + x]);
                     };
-                    const int row = sum / column_sums;
-                    to.push_back(float(patches ? patch_weight(sum % column_sums, rows(row, 0), rows(row, 1), rows(row, 2))
-                                               : rows(sum, 0)));
+                    to.push_back(float(patches ? patch_weight(sum % column_sums, column(0), column(1), column(2))
+                                               : column(0)));
                 }
 }
 
@@ -129,17 +129,18 @@ int Network::add_input(int channels) {
     return inputs.back();
 }
 
-int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
-                      Act act, std::vector<GroupIndex> groups, const float* bias) {
+int Network::add_conv(int x, int residual, int out_channels, const Window& window, Act act,
+                      std::vector<GroupIndex> groups, const std::vector<float>& bias) {
     check(x);
-    check_window(kernel, stride, padding, dilation);
+    check_window(window);
     require(out_channels >= 1 && out_channels < most, "out_channels is " + std::to_string(out_channels));
     if (residual >= 0) {
         check(residual);
         require(values[residual].channels == out_channels, "the residual has a different number of channels");
     }
     require(keeps_zero(act), "a convolution cannot end in an activation that changes 0");
-    const int64_t taps = int64_t(kernel[0]) * kernel[1];
+    require(bias.empty() || int(bias.size()) == out_channels, "bias needs one number per output channel");
+    const int64_t taps = int64_t(window.kernel[0]) * window.kernel[1];
     std::vector<char> written(out_channels, 0);
     for (size_t g = 0; g < groups.size(); ++g) {
         for (int c : groups[g].in)
@@ -154,11 +155,11 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
                 "group " + std::to_string(g) + " has a weight of the wrong size");
     }
     Step step(Kind::conv, residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x}, act);
-    step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
+    static_cast<Window&>(step) = window;
     for (int o = 0; o < out_channels; ++o)
         if (!written[o]) step.absent.push_back(o);
-    step.bias.assign(out_channels, 0.0f);
-    if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
+    step.bias = bias;
+    step.bias.resize(out_channels, 0.0f);
     step.groups = std::move(groups);
     // With one channel per group, as in a depthwise convolution, a pair would be half empty.
     if (std::any_of(step.groups.begin(), step.groups.end(),
@@ -191,15 +192,16 @@ int Network::add_map(int x, int other, std::vector<float> scale, std::vector<flo
     return make(std::move(step), channels, rectifies(act));
 }
 
-int Network::add_pool(int x, Pooling kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
-                      bool include_pad, int divisor) {
+int Network::add_pool(int x, Pooling kind, const Window& window, bool ceil_mode, bool include_pad, int divisor) {
     check(x);
-    check_window(kernel, stride, padding, dilation);
-    require(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], "pool padding is more than half the kernel");
+    check_window(window);
+    require(2 * window.padding[0] <= window.kernel[0] && 2 * window.padding[1] <= window.kernel[1],
+            "pool padding is more than half the kernel");
     require(divisor >= 0, "the divisor is negative");
     Step step(Kind::pool, {x});
-    step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
-    step.average = kind == Pooling::avg_pool, step.ceil_mode = ceil_mode, step.include_pad = include_pad, step.divisor = divisor;
+    static_cast<Window&>(step) = window;
+    step.average = kind == Pooling::avg_pool, step.ceil_mode = ceil_mode;
+    step.include_pad = include_pad, step.divisor = divisor;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 
@@ -249,12 +251,13 @@ int Network::add_concat(const std::vector<int>& parts) {
     return add_view(parts, std::move(planes));
 }
 
-int Network::add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features,
-                        Act act) {
+int Network::add_linear(int x, int out_features, const std::vector<float>& weight, const std::vector<float>& bias,
+                        int in_features, Act act) {
     check(x);
     require(out_features >= 1 && out_features < most && in_features >= 1 &&
                 int64_t(weight.size()) == int64_t(out_features) * in_features,
             "the linear weight has the wrong size");
+    require(bias.empty() || int(bias.size()) == out_features, "bias needs one number per output");
     require(in_features % values[x].channels == 0, "in_features is not a multiple of the input's channels");
     // Stored transposed, [in][out padded to 16]: the outputs are the vector.
     Step step(Kind::linear, {x}, act);
@@ -263,8 +266,8 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
     step.weights.assign(pitch * in_features, 0.0f);
     for (int64_t o = 0; o < out_features; ++o)
         for (int64_t i = 0; i < in_features; ++i) step.weights[i * pitch + o] = weight[o * in_features + i];
-    step.bias.assign(pitch, 0.0f);
-    if (bias) std::copy(bias, bias + out_features, step.bias.begin());
+    step.bias = bias;
+    step.bias.resize(pitch, 0.0f);
     return make(std::move(step), out_features, rectifies(act));
 }
 

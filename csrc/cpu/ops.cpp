@@ -270,12 +270,12 @@ Op by_channel(const char* name, const Kernels& kernels, const Place& y, const Vi
 
 // The pixels of one axis that an output pixel reads: first, first + step and so on below last; an average divides by
 // the product of two sizes.
-struct Window {
+struct Span {
     int first, last, step, size;
 };
 
-std::vector<Window> windows(const Step& step, int axis, int in, int out) {
-    std::vector<Window> list;
+std::vector<Span> spans(const Step& step, int axis, int in, int out) {
+    std::vector<Span> list;
     const int kernel = step.kernel[axis], dilation = step.dilation[axis], padding = step.padding[axis];
     for (int o = 0; o < out; ++o) {
         if (step.kind == Kind::adaptive) { // PyTorch's borders: parts overlap where sizes do not divide
@@ -324,13 +324,13 @@ Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::ve
 Op slow_pool(const Step& step, Place x, Place y) {
     const int channels = y.geometry.channels;
     const Geometry s = x.geometry, t = y.geometry;
-    const auto rows = windows(step, 0, s.h, t.h), columns = windows(step, 1, s.w, t.w);
+    const auto rows = spans(step, 0, s.h, t.h), columns = spans(step, 1, s.w, t.w);
     const auto body = [=, &step](int first, int last, const Context& context) {
         const int I = s.interleave;
         each_channel(y, false, first, last, context, [&](int c, float* plane) {
             for (int oy = 0; oy < t.h; ++oy)
                 for (int ox = 0; ox < t.w; ++ox) {
-                    const Window &row = rows[oy], &column = columns[ox];
+                    const Span &row = rows[oy], &column = columns[ox];
                     // Sixteen running results; I divides 16, so each belongs to one image.
                     float result[16];
                     std::fill(result, result + 16, step.average ? 0.0f : -std::numeric_limits<float>::infinity());

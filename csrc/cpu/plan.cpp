@@ -424,7 +424,7 @@ class Builder {
     Place place(int node) const {
         const auto first_pixel = [&](int n) { return nodes_[nodes_[n].buffer].offset + nodes_[n].geometry.lead; };
         const Node& own = nodes_[node];
-        Place place{own.geometry, first_pixel(node), {}};
+        Place place{own.geometry, {}};
         for (int c = 0; c < own.channels; ++c) {
             const Plane plane = own.view.empty() ? Plane{node, c} : own.view[c];
             place.planes.push_back(first_pixel(plane.node) + plane.channel * nodes_[plane.node].geometry.plane);

@@ -303,8 +303,9 @@ void run_together(const Share& share, const std::vector<Images>& inputs, const s
                     op.run(chunk, context);
                     state.done.fetch_add(1, std::memory_order_release);
                 }
+                // After many turns there are more threads than cores: let the awaited one run.
                 for (int turn = 0; state.done.load(std::memory_order_acquire) < op.chunks; ++turn)
-                    turn < 4000 ? pause_core() : void(sched_yield()); // more threads than cores: let the awaited one run
+                    turn < 4000 ? pause_core() : void(sched_yield());
             }
         };
         run_team(threads, body);

@@ -50,8 +50,8 @@ class Session {
     const Network& network() const { return network_; }
     const Routes& routes() const { return routes_; } // the most recently used first
 
-    // Throws std::invalid_argument if the sizes are impossible.
-    PlanSummary summary(const std::vector<Size>& sizes) const { return summary(sizes, routes_); }
+    // Throws std::invalid_argument if the sizes are impossible. known: routes that may tell it.
+    PlanSummary summary(const std::vector<Size>& sizes, const Routes& known) const;
     RoutePtr find(const CallKey& key); // or null
     // known: routes whose plans it may share.
     RoutePtr make(const CallKey& key, const Routes& known) const;
@@ -59,8 +59,6 @@ class Session {
     RoutePtr keep(RoutePtr made);
 
   private:
-    PlanSummary summary(const std::vector<Size>& sizes, const Routes& known) const;
-
     Network network_;
     Routes routes_;
 };

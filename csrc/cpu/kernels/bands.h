@@ -109,7 +109,7 @@ struct Finish {
     }
 };
 
-// The rows of a band from its sums, [band_sums][filters][vectors]; of patches [band_sums][column_sums][filters][vectors].
+// The rows of a band from its sums, [band_sums][filters][vectors]; in patches there are column_sums of each.
 template <int P, bool whole, bool patches>
 __attribute__((noinline)) void finish_band(const V* sums, int filters, const BandCall& call) {
     constexpr int columns = patches ? patch_columns : 1;

@@ -166,24 +166,30 @@ void tile(const TileCall& call) {
 namespace dsp {
 namespace {
 
-template <int K, int P>
+// Most vectors of a microtile of 1, 2, 3, ... filters: its sums, the loaded vectors and one broadcast weight fit the
+// registers.
+#if DSP_WIDE
+constexpr int widths[] = {8, 8, 8, 6, 5, 4, 3, 3};
+#else
+constexpr int widths[] = {6, 5, 3, 3, 2, 2};
+#endif
+
+// Microtiles of K filters and P or fewer vectors, and those of fewer filters.
+template <int K, int P = widths[K - 1]>
 void fill(Kernels& table) {
+    table.vectors[K] = widths[K - 1];
     table.tile[K][P] = tile<K, P, add_term<K, P>>;
     table.band_tile[K][P] = band_tile<K, P>;
     table.bf16.tile[K][P] = tile<K, P, add_pairs<K, P>>;
 #if DSP_FP16
     table.fp16.tile[K][P] = half_tile<K, P>;
 #endif
-    if constexpr (P > 1) fill<K, P - 1>(table);
+    if constexpr (P > 1)
+        fill<K, P - 1>(table);
+    else if constexpr (K > 1)
+        fill<K - 1>(table);
 }
 
-template <int K, int P>
-void row(Kernels& table) {
-    table.vectors[K] = P;
-    fill<K, P>(table);
-}
-
-// Microtiles that fit the registers: filters x vectors sums, the loaded vectors and one broadcast weight.
 Kernels make() {
     Kernels table{};
     table.lanes = L;
@@ -199,25 +205,8 @@ Kernels make() {
     table.fp16.own = true, table.fp16.add_latency = 4.0; // like float multiply-adds; not measured
     table.fp16.pair = pair<pack_halves>;
 #endif
-#if DSP_WIDE
-    table.filters = 8;
-    row<1, 8>(table);
-    row<2, 8>(table);
-    row<3, 8>(table);
-    row<4, 6>(table);
-    row<5, 5>(table);
-    row<6, 4>(table);
-    row<7, 3>(table);
-    row<8, 3>(table);
-#else
-    table.filters = 6;
-    row<1, 6>(table);
-    row<2, 5>(table);
-    row<3, 3>(table);
-    row<4, 3>(table);
-    row<5, 2>(table);
-    row<6, 2>(table);
-#endif
+    table.filters = sizeof(widths) / sizeof(int);
+    fill<sizeof(widths) / sizeof(int)>(table);
     return table;
 }
 
