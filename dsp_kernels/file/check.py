@@ -108,7 +108,7 @@ def check_network(
     inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in input_shapes]
     checker = _Checker(network, max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * sum(x.numel() for x in inputs)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("meta"):  # also of tensors that the network makes
             checker.run(*inputs)
     except DSPFormatError:
         raise

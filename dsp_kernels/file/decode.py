@@ -21,15 +21,14 @@ from dsp_kernels.file.check import TensorTable, is_shape
 from dsp_kernels.file.format import (
     ATTRIBUTES,
     CONTAINERS,
-    CONV_SETTINGS,
     DTYPES,
-    METHODS,
     MODULES,
     SCALAR_FUNCTIONS,
     TRAINING,
     functions,
     is_plain,
 )
+from dsp_kernels.graph.operations.table import CONV_SETTINGS, METHODS
 from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
@@ -192,14 +191,15 @@ def _input_shapes(header: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def _dense_widths(header: Mapping[str, Any]) -> dict[str, tuple[int, int, int]] | None:
-    widths = header.get("dense_widths")
-    if widths is None:
-        return None
-    for path, sizes in widths.items() if isinstance(widths, dict) else [("", widths)]:
-        fits = isinstance(sizes, list) and len(sizes) == 3 and path in header["modules"]
-        if not fits or not all(type(size) is int and 1 <= size < 2**31 for size in sizes):
-            raise DSPFormatError(f"dense_widths of {path[:80]!r} are {str(sizes)[:80]}; expected three sizes")
-    return {path: tuple(sizes) for path, sizes in widths.items()}
+    found: dict[str, tuple[int, int, int]] = {}
+    for key, kind, least in (("dense_widths", "modules", 1), ("dense_tensors", "tensors", 0)):
+        widths = header.get(key, {})
+        for path, sizes in widths.items() if isinstance(widths, dict) else [("", widths)]:
+            fits = isinstance(sizes, list) and len(sizes) == 3 and path in header[kind]
+            if not fits or not all(type(size) is int and least <= size < 2**31 for size in sizes):
+                raise DSPFormatError(f"{key} of {path[:80]!r} are {str(sizes)[:80]}; expected three sizes")
+            found[path] = sizes[0], sizes[1], sizes[2]
+    return found or None
 
 
 def _parent(root: nn.Module, path: Any) -> nn.Module:

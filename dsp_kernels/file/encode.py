@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.decode import Budget, build_module
 from dsp_kernels.file.format import (
     CONTAINERS,
-    CONV_SETTINGS,
     DTYPES,
-    METHODS,
     MODULES,
     TRAINING,
     function_name,
@@ -20,20 +18,27 @@ from dsp_kernels.file.format import (
 )
 from dsp_kernels.file.two_modes import traced_calls
 from dsp_kernels.graph.inputs import Example
+from dsp_kernels.graph.network import SIZE_CHECK, insert_check
+from dsp_kernels.graph.operations.table import CONV_SETTINGS, METHODS
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 
 _CALLS = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "tensor"}
 
 
-def encode_network(model: nn.Module, example_input: Example | None = None) -> dict[str, Any]:
-    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values.
+def encode_network(
+    model: nn.Module, example_input: Example | None = None
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values; tensors that forward() makes.
 
     example_input: (batch, channels, height, width), or a tuple of all inputs; needed for a model of several
     inputs and for one whose forward() needs sizes as numbers.
     Raises DSPFormatError that names whatever a file cannot hold.
     """
-    graph, modes, added = traced_calls(model, example_input)
+    found, modes = traced_calls(model, example_input)
+    graph = found.graph
+    if found.check is not None:
+        insert_check(graph)
     numbers: dict[fx.Node, int] = {}
     calls: list[dict[str, Any]] = []
     for node in graph.nodes:
@@ -61,15 +66,17 @@ def encode_network(model: nn.Module, example_input: Example | None = None) -> di
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}{name}"] = "buffer"
+    tensors |= dict.fromkeys(found.constants, "buffer")
     for call in calls:
         if call.get("tensor", TRAINING) not in (TRAINING, *tensors):
             raise DSPFormatError(f"the network reads {call['tensor']!r}, which is not in its state_dict")
         path = call.get("module", "")
-        if path in added:
-            modules[path] = encode_module(added[path], path)
+        if path == SIZE_CHECK and found.check is not None:
+            modules[path] = encode_module(found.check, path)
         elif path and not is_known(model.get_submodule(path)):
             encode_module(model.get_submodule(path), path)  # raises
-    return {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes, "tied": _tied(model)}
+    parts = {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes, "tied": _tied(model)}
+    return parts, found.constants
 
 
 def is_known(module: nn.Module) -> bool:
@@ -127,6 +134,10 @@ def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any
     kind, target = _CALLS[node.op], node.target
     name = function_name(target) if kind == "function" else str(target)
     if name is None or (kind == "method" and name not in METHODS):
+        if target == "forward":
+            raise DSPFormatError(
+                "the model runs a scripted module (torch.jit.script), which a file cannot hold"
+            )
         label = getattr(target, "__module__", None)
         raise DSPFormatError(
             f"node {node.name!r} calls {f'{label}.' if label else ''}{getattr(target, '__name__', target)}, "

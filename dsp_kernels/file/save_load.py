@@ -121,12 +121,17 @@ def _other_kind(path: str | Path) -> str:
 
 
 def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None) -> dict[str, Any]:
-    """A header with which ``load`` will succeed: its checks were run."""
+    """A header with which ``load`` will succeed: its checks were run.
+
+    tensors: of the state dict; those that forward() makes are added.
+    """
     if example_input is None and len(known := getattr(model, "example_shapes", ())) > 1:
         example_input = tuple(torch.empty(shape, device="meta") for shape in known)
-    parts = encode_network(model, example_input)
-    if widths := getattr(model, "dense_widths", None):
-        parts["dense_widths"] = widths
+    parts, constants = encode_network(model, example_input)
+    tensors |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
+    for path, widths in (getattr(model, "dense_widths", None) or {}).items():
+        # Readers of version 3 and before know no tensors here.
+        parts.setdefault("dense_tensors" if path in parts["tensors"] else "dense_widths", {})[path] = widths
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     candidates, given = _input_shapes(model, example_input)
     errors: list[DSPFormatError] = []

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dsp_kernels.errors import DSPError, DSPTraceError
-from dsp_kernels.graph.operations import LEAF_TYPES
+from dsp_kernels.graph.operations.table import BY_CALL, LEAF_TYPES
 
 _CHUNKS = (torch.chunk, "chunk")
 _SPLITS = (torch.split, "split", "split_with_sizes")
@@ -23,12 +23,16 @@ _TENSOR_SPLITS = (torch.tensor_split, "tensor_split")
 
 
 class Tracer(fx.Tracer):
-    """Modules of this library are one node. Refuses autocast, which a graph does not keep."""
+    """Modules of this library are one node. Refuses autocast, which a graph does not keep.
+
+    buffers: whether what is computed from a buffer is recorded, so that it follows the buffer.
+    """
 
     executing = False  # whether an operation runs beside being recorded
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: bool = True) -> None:
         super().__init__()
+        self.proxy_buffer_attributes = buffers
         self.autocast = _autocast()
         self.thread = threading.get_ident()
 
@@ -96,14 +100,14 @@ def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
     return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
 
 
-def symbolic_graph(model: nn.Module, count: int | None, tracer: Tracer | None = None) -> fx.Graph:
+def symbolic_graph(model: nn.Module, count: int | None, tracer: Tracer) -> fx.Graph:
     """The graph of a model in its present mode. Raises DSPTraceError naming the line of its code.
 
     count: of the inputs; other arguments of forward() keep their default. None if it is unknown: every
     argument is an input then. Proxies may stay in the model: see ``without_stand_ins``.
     """
     try:
-        return _calls_of(tracer or Tracer(), model, count)
+        return _without_checks(_calls_of(tracer, model, count))
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
         place = _place_in_user_code(error)
         reason = str(error).strip().partition("\n")[0][:300]
@@ -112,6 +116,16 @@ def symbolic_graph(model: nn.Module, count: int | None, tracer: Tracer | None = 
         raise DSPTraceError(
             f"{type(model).__name__} cannot be traced by torch.fx{f', {place}' if place else ''}: {reason}"
         ) from error
+
+
+def _without_checks(graph: fx.Graph) -> fx.Graph:
+    """Remove asserts and the sizes and comparisons that only they read."""
+    for node in reversed(list(graph.nodes)):
+        computes = any(entry.kind in ("scalar", "piece") for entry in BY_CALL.get(node.target, ()))
+        asserts = getattr(node.target, "__name__", "") == "_assert"  # torch's and timm's
+        if not node.users and (computes or asserts or node.target is getattr):
+            graph.erase_node(node)
+    return graph
 
 
 def _place_in_user_code(error: BaseException) -> str:
@@ -194,7 +208,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-_CONSTANT = "_tensor_constant"  # torch.fx stores tensors that forward() makes in the model, by such names
+CONSTANT = "_tensor_constant"  # torch.fx stores tensors that forward() makes in the model, by such names
 
 
 @contextmanager
@@ -228,7 +242,7 @@ def without_stand_ins(model: nn.Module) -> Iterator[list[str]]:
             for key, value in list(own.items()):
                 _remove_stand_ins(value)
                 replaced = f"{name}.{key}".lstrip(".") in written
-                if _is_stand_in(value) or replaced or (key.startswith(_CONSTANT) and key not in was):
+                if _is_stand_in(value) or replaced or (key.startswith(CONSTANT) and key not in was):
                     if key in was:
                         own[key] = was[key]
                     else:

@@ -1,21 +1,24 @@
 """A model as a graph: torch.fx nodes with a known kind, its attributes and the shape of the result.
 
-``fuse``, ``pack`` and ``save`` read this graph, so operations are recognised in one place: operations.py.
+``fuse``, ``pack`` and ``save`` read this graph; operations are recognised in one place: operations/table.py.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPError, DSPTraceError, DSPVerificationError
-from dsp_kernels.graph.capture import symbolic_graph, without_stand_ins
+from dsp_kernels.errors import DSPTraceError, DSPVerificationError
+from dsp_kernels.graph.capture import CONSTANT, Tracer, symbolic_graph, without_stand_ins
 from dsp_kernels.graph.compare import compare_answers, tensors_of
 from dsp_kernels.graph.inputs import Example, as_inputs, check_taken
-from dsp_kernels.graph.operations import classify
+from dsp_kernels.graph.operations.entry import TracedNode, channel_axis
+from dsp_kernels.graph.operations.table import UNKNOWN, classify, operations_of
 from dsp_kernels.graph.size_check import SizeCheck, fixed_size
 from dsp_kernels.graph.sized import SizedTracer
 from dsp_kernels.tolerances import network_tolerance
@@ -23,51 +26,53 @@ from dsp_kernels.tolerances import network_tolerance
 SIZE_CHECK = "size_check"  # path of the SizeCheck in a graph for one size
 
 
-@dataclass(frozen=True)
-class TracedNode:
-    """One operation of a traced network.
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
-    kind: one of ``operations.KINDS``; "opaque" if the operation is not known. attributes: its settings, in
-    one form however it was written (``operations.OPERATIONS``).
-    inputs: names of the nodes that it reads, in argument order; users: of the nodes that read it.
-    path, module: the module that it calls; "" and None for functions.
-    shape: of the result for the example input; None if it is not a tensor.
+
+@dataclass(frozen=True)
+class Captured:
+    """The calls of a model, without shapes.
+
+    constants: tensors that forward() makes, by their names in the graph.
+    check: of the image size that the graph is right for; None if it is right for all.
+    sized: whether sizes are numbers, as of the example. written: buffers that forward() changed.
     """
 
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    users: tuple[str, ...]
-    path: str
-    module: nn.Module | None
-    attributes: Mapping[str, Any]
-    shape: tuple[int, ...] | None
-    fx_node: fx.Node = field(repr=False, compare=False)
-
-    def describe(self) -> str:
-        """Name, callee and shape, for error messages."""
-        target = self.path or getattr(self.fx_node.target, "__name__", str(self.fx_node.target))
-        what = type(self.module).__name__ if self.module is not None else self.fx_node.op
-        return f"node {self.name!r} ({what} {target!r}, output shape {self.shape})"
+    graph: fx.Graph
+    constants: Mapping[str, Tensor]
+    check: SizeCheck | None
+    sized: bool
+    written: tuple[str, ...]
 
 
 class TracedNetwork:
     """The nodes of a network in execution order.
 
     graph_module: the fx graph module; it shares its submodules with the traced model.
-    size_check: of the image size that the graph is right for; None if it is right for all.
+    captured: the calls, as the model makes them.
     """
 
     def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        nodes: tuple[TracedNode, ...],
-        size_check: SizeCheck | None = None,
+        self, graph_module: fx.GraphModule, nodes: tuple[TracedNode, ...], captured: Captured
     ) -> None:
         self.graph_module = graph_module
         self.nodes = nodes
-        self.size_check = size_check
+        self.captured = captured
         self._by_name = {node.name: node for node in nodes}
+
+    @property
+    def size_check(self) -> SizeCheck | None:
+        """Of the image size that the graph is right for; None if it is right for all."""
+        return self.captured.check
 
     def __getitem__(self, name: str) -> TracedNode:
         return self._by_name[name]
@@ -84,49 +89,77 @@ class TracedNetwork:
         return tuple(node for node in self.nodes if node.path == path)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def captured(
+    model: nn.Module, inputs: Sequence[Tensor], training: bool = False, count: int | None = None
+) -> Captured:
+    """The calls of a model in eval or training mode; it stays as it was.
 
+    Where sizes have to be numbers and the inputs are one batch of images, they are those of these images.
+    count: of the inputs, if () is given for unknown ones; None for all arguments of forward().
 
-def call_graph(
-    model: nn.Module, training: bool = False, example_input: Example | None = None
-) -> fx.Graph | None:
-    """The calls of a model in eval or training mode, without shapes; None if it cannot be traced.
-
-    example_input: (batch, channels, height, width) or a tuple; with it, sizes may be Python numbers.
+    Raises DSPTraceError, naming the line of the model's code.
     """
-    inputs = () if example_input is None else as_inputs(example_input)
-    with evaluating(model), without_stand_ins(model):
-        try:
-            model.train(training)
-        except DSPError:  # a loaded network whose file holds eval mode only
-            return None
-        try:
-            return _captured(model, inputs)[0]
-        except DSPTraceError:
-            return None
+    if (kept := kept_captured(model, training)) is not None:
+        return kept
+    count = len(inputs) or count
+    tracers: list[Tracer] = [Tracer(), Tracer(buffers=False)]
+    if len(inputs) == 1 and inputs[0].dim() == 4:
+        tracers.append(SizedTracer(inputs[0]))
+    with evaluating(model), without_stand_ins(model) as written:
+        model.train(training)
+        for tracer in tracers:
+            try:
+                graph = symbolic_graph(model, count, tracer)
+                break
+            except DSPTraceError as error:
+                refusal = error
+        else:
+            raise refusal
+        targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        constants = {name: getattr(model, name) for name in targets if name.startswith(CONSTANT)}
+        sized = isinstance(tracer, SizedTracer)
+        if sized and not training:
+            _compare(model, fx.GraphModule(model, copy.deepcopy(graph)), inputs[0][:1])
+    uses_size = isinstance(tracer, SizedTracer) and tracer.uses_size
+    check = fixed_size(*inputs[0].shape[2:]) if uses_size else None
+    return Captured(graph, constants, check, sized, tuple(written))
 
 
-def _captured(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[fx.Graph, SizedTracer | None]:
-    """The graph for any size; where sizes have to be numbers, that for the example's size, with its tracer.
+# For ``save``: fingerprints of the networks that ``pack`` made, and their calls by training mode.
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, dict[bool, Captured]]] = WeakKeyDictionary()
 
-    inputs: () if unknown.
-    """
+
+def keep_captured(model: nn.Module, graphs: Mapping[bool, Captured]) -> None:
+    """Let ``captured`` answer with these graphs, by training mode, as long as the model stays as it is."""
+    _kept[model] = _fingerprint(model), dict(graphs)
+
+
+def kept_captured(model: nn.Module, training: bool) -> Captured | None:
+    """What was kept for a model; the caller may change its graph."""
+    fingerprint, graphs = _kept.get(model, (None, {}))
+    if training not in graphs or fingerprint != _fingerprint(model):
+        return None
+    return replace(graphs[training], graph=copy.deepcopy(graphs[training].graph))
+
+
+def _fingerprint(model: nn.Module) -> Any:
+    """All that forward() may depend on besides tensors."""
+
+    def plain(value: Any) -> Any:
+        return value if isinstance(value, bool | int | float | str | type(None)) else (type(value), id(value))
+
+    modules = model.named_modules(remove_duplicate=False)
+    return [
+        (path, type(m), {n: plain(v) for n, v in vars(m).items() if n != "training"}) for path, m in modules
+    ]
+
+
+def call_graph(model: nn.Module) -> fx.Graph | None:
+    """The calls of a model in eval mode; None if it cannot be traced."""
     try:
-        return symbolic_graph(model, len(inputs) or None), None
+        return captured(model, ()).graph
     except DSPTraceError:
-        if len(inputs) != 1 or inputs[0].dim() != 4:
-            raise
-    tracer = SizedTracer(inputs[0])
-    return symbolic_graph(model, 1, tracer), tracer
+        return None
 
 
 def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
@@ -144,15 +177,17 @@ def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
     """
     inputs = as_inputs(example_input)
     with evaluating(model), without_stand_ins(model) as written:
-        graph, sized = _captured(model, inputs)
-        check_taken(model, graph, inputs)
-        graph_module = fx.GraphModule(model, graph)
-        check = fixed_size(*inputs[0].shape[2:]) if sized is not None and sized.uses_size else None
-        if check is not None:
-            _add_check(graph_module, check)
+        found = captured(model, inputs)
+        check_taken(model, found.graph, inputs)
+        for name, constant in found.constants.items():
+            setattr(model, name, constant)
+        graph_module = fx.GraphModule(model, copy.deepcopy(found.graph))
+        if found.check is not None:
+            graph_module.add_submodule(SIZE_CHECK, found.check)
+            insert_check(graph_module.graph)
         _make_inplace_explicit(graph_module)
         graph_module.recompile()
-        recorder = _ShapeRecorder(graph_module)
+        recorder = _Recorder(graph_module)
         try:
             with torch.no_grad():
                 recorder.run(*(x.clone() for x in inputs))  # a model may write into its input
@@ -162,14 +197,13 @@ def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
                 f"{' and '.join(f'{tuple(x.shape)} and dtype {x.dtype}' for x in inputs)}, at "
                 f"{recorder.running!r}: {error}{_dtype_advice(model, inputs)}"
             ) from error
-        if sized is not None:
-            _compare(model, graph_module, inputs[0][:1])
-    if written:
+    changed = (*found.written, *written)
+    if changed:
         raise DSPTraceError(
-            f"{type(model).__name__}.forward() writes into {written[0]} in eval mode; expected a forward() "
+            f"{type(model).__name__}.forward() writes into {changed[0]} in eval mode; expected a forward() "
             "that changes no buffer and no part of a tensor in place"
         )
-    return TracedNetwork(graph_module, tuple(_read_nodes(graph_module, recorder, model)), check)
+    return TracedNetwork(graph_module, tuple(recorder.nodes.values()), found)
 
 
 def _compare(model: nn.Module, graph_module: fx.GraphModule, image: Tensor) -> None:
@@ -183,32 +217,59 @@ def _compare(model: nn.Module, graph_module: fx.GraphModule, image: Tensor) -> N
         raise DSPTraceError(f"{type(model).__name__} cannot be traced: {error}") from error
 
 
-def _add_check(graph_module: fx.GraphModule, check: SizeCheck) -> None:
-    graph = graph_module.graph
-    graph_module.add_submodule(SIZE_CHECK, check)
+def insert_check(graph: fx.Graph) -> None:
+    """Let a graph begin with a call of the module SIZE_CHECK with its image."""
     image = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(image):
         checked = graph.call_module(SIZE_CHECK, (image,))
     image.replace_all_uses_with(checked, lambda user: user is not checked)
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs the graph once and keeps the shape of every tensor."""
+class _Recorder(fx.Interpreter):
+    """Runs the graph once and describes every node."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.shapes: dict[str, tuple[int, ...] | None] = {}
-        self.containers: set[str] = set()  # nodes whose results are containers of tensors
+        self.nodes: dict[str, TracedNode] = {}
         self.extra_traceback = False
         self.running = ""
 
     def run_node(self, n: fx.Node) -> Any:
         self.running = n.name
         result = super().run_node(n)
-        self.shapes[n.name] = tuple(result.shape) if isinstance(result, Tensor) else None
-        if not isinstance(result, Tensor) and tensors_of(result):
-            self.containers.add(n.name)
+        self.nodes[n.name] = self._describe(n, result)
         return result
+
+    def _describe(self, n: fx.Node, result: Any) -> TracedNode:
+        path = str(n.target) if n.op == "call_module" else ""
+        module = self.module.get_submodule(path) if path else None
+        shape = tuple(result.shape) if isinstance(result, Tensor) else None
+        operation, attributes = classify(n, module, shape, self.nodes)
+        if operation.kind == "scalar" and tensors_of(result):  # a container of tensors
+            operation = UNKNOWN
+        sources = [self.nodes[source.name] for source in n.all_input_nodes]
+        batched = n.op == "placeholder" or any(source.batched for source in sources)
+        known = operation.kind == "state" or (
+            operation.channels == "same"
+            and bool(sources)
+            and all(source.value is not None for source in sources)
+        )
+        axis = 1 if batched else channel_axis(shape or ())
+        width = shape[axis] if shape is not None and axis is not None and len(shape) > axis else 0
+        return TracedNode(
+            name=n.name,
+            operation=operation,
+            inputs=tuple(source.name for source in sources),
+            users=tuple(node.name for node in n.users),
+            path=path,
+            module=module,
+            attributes=attributes,
+            shape=shape,
+            width=attributes.get("width", width),
+            value=result if known and isinstance(result, Tensor) else None,
+            batched=batched,
+            fx_node=n,
+        )
 
 
 def _dtype_advice(model: nn.Module, inputs: Sequence[Tensor]) -> str:
@@ -241,8 +302,8 @@ def _make_inplace_explicit(graph_module: fx.GraphModule) -> None:
 
 
 def _returns_its_input(node: fx.Node, model: nn.Module) -> bool:
-    return node.op == "call_module" and isinstance(
-        model.get_submodule(str(node.target)), nn.Identity | nn.Dropout | nn.Dropout2d
+    return node.op == "call_module" and any(
+        entry.kind == "identity" for entry in operations_of(model.get_submodule(str(node.target)))
     )
 
 
@@ -262,25 +323,3 @@ def works_in_place(node: fx.Node, model: nn.Module) -> bool:
             or (name.endswith("_") and not name.endswith("__"))
         )
     )
-
-
-def _read_nodes(
-    graph_module: fx.GraphModule, recorder: _ShapeRecorder, model: nn.Module
-) -> Iterator[TracedNode]:
-    for fx_node in graph_module.graph.nodes:
-        path = str(fx_node.target) if fx_node.op == "call_module" else ""
-        module = graph_module.get_submodule(path) if path else None
-        kind, attributes = classify(fx_node, module, recorder.shapes, model)
-        if kind == "scalar" and fx_node.name in recorder.containers:
-            kind = "opaque"
-        yield TracedNode(
-            name=fx_node.name,
-            kind=kind,
-            inputs=tuple(node.name for node in fx_node.all_input_nodes),
-            users=tuple(node.name for node in fx_node.users),
-            path=path,
-            module=module,
-            attributes=attributes,
-            shape=recorder.shapes[fx_node.name],
-            fx_node=fx_node,
-        )

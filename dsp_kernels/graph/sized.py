@@ -26,8 +26,6 @@ class SizedTracer(Tracer):
     proxy. uses_size: whether such a number depends on height or width.
     """
 
-    proxy_buffer_attributes = True  # what is computed from a buffer follows it
-
     def __init__(self, example: Tensor) -> None:
         super().__init__()
         self.uses_size = False

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,17 @@ def live_bias(structure: GroupStructure, bias: Tensor | None) -> Tensor | None:
     return bias.index_fill(0, torch.tensor(structure.absent, device=bias.device), 0.0)
 
 
-def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+class Norm(NamedTuple):
+    """The tensors of a batch norm in eval mode, named as those of nn.BatchNorm2d."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def batch_norm_affine(norm: nn.BatchNorm2d | Norm) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (channels,) in float64, with norm(x) = x * scale + shift in eval mode."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -58,22 +69,35 @@ def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def fold_batch_norm(
-    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d
+    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d | Norm
 ) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
-    """Spec, weights and bias, in the weights' dtype, of the convolution that equals ``norm(conv(x))``.
+    """Spec, weights and bias, in the weights' dtype, of the convolution that equals ``norm(conv(x))``."""
+    assert norm.running_var is not None
+    dtype = weights[0].dtype if weights else norm.running_var.dtype
+    return fold_affine(spec, weights, bias, *batch_norm_affine(norm), dtype)
 
-    An absent channel is 0 before the norm and ``shift`` after it. Where that is not 0, a group that reads no
-    channel is added to write it, so folding is exact for every structure.
+
+def fold_affine(
+    spec: ConvSpec,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    dtype: torch.dtype,
+) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
+    """Spec, weights and bias of the convolution that equals ``conv(x) * scale + shift`` per channel.
+
+    scale, shift: (out_channels,) in float64. dtype: of the bias.
+    An absent channel is 0 before and ``shift`` after. Where that is not 0, a group that reads no channel is
+    added to write it, so folding is exact for every structure.
     """
     structure = spec.structure
-    scale, shift = batch_norm_affine(norm)
     folded_bias = live_bias(structure, None if bias is None else bias.detach().double() * scale)
     _, out_index = index_tensors(structure, scale.device)
     folded = [
         (weight.detach().double() * scale[rows][:, None, None, None]).to(weight.dtype)
         for rows, weight in zip(out_index, weights, strict=True)
     ]
-    dtype = weights[0].dtype if weights else norm.running_var.dtype  # type: ignore[union-attr]
     constant = tuple(channel for channel in structure.absent if shift[channel] != 0)
     if constant:
         groups = (*structure.groups, Group((), constant))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.torch_op import OP
-from dsp_kernels.run.convs import BACKENDS, ConvPlan
+from dsp_kernels.run.convs import BACKENDS, ConvPlan, prepared
+from dsp_kernels.run.gpu.conv import warn_of_missing
 
 
 class FusedConv2d(nn.Module):
@@ -57,6 +60,8 @@ class FusedConv2d(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
         """input: (batch, in_channels, height, width); residual: like the output, or None."""
         x = input
+        if not isinstance(x, Tensor):  # a Proxy of torch.fx
+            return self._call_op(x, residual)
         constants = [*self.weights, *([] if self.bias is None else [self.bias])]
         if not torch.is_autocast_enabled(x.device.type):
             return self._run(x, residual, constants)
@@ -76,19 +81,22 @@ class FusedConv2d(nn.Module):
         fits = cached is not None and cached[0] == key and not any(one.is_inference() for one in constants)
         if cached is None or not fits or cached[1] != (x.shape, added):
             self.spec.check_input(x, constants, residual)
-            plan = cached[2] if cached is not None and fits else self._prepared(x, layout)
+            plan = cached[2] if cached is not None and fits else self._new_plan(x, layout)
             cached = self._plan = key, (x.shape, added), plan
         with torch.no_grad():
             return cached[2](x, residual).contiguous(memory_format=layout)
 
-    def _prepared(self, x: Tensor, layout: torch.memory_format) -> ConvPlan:
+    def _new_plan(self, x: Tensor, layout: torch.memory_format) -> ConvPlan:
         backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
-        bias = None if self.bias is None else self.bias.detach()
-        return backend.prepare(self.spec, [weight.detach() for weight in self.weights], bias)
+        if x.device.type == "cuda" and self.backend == "auto":
+            warn_of_missing(x.device)
+        make = backend.prepare if backend.name == "cpu" else partial(prepared, backend)
+        return make(self.spec, list(self.weights), self.bias)
 
     def reset_plan(self) -> None:
         """Pack the weights again at the next call."""
         self._plan = None
+        increment_version([constant for constant in self.parameters() if not constant.is_inference()])
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
         self.reset_plan()

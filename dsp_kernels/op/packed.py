@@ -91,15 +91,16 @@ class PackedConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
         """input: (batch, in_channels, height, width) -> (batch, out_channels, out_height, out_width)."""
         x = input
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        # torch.fx traces with a Proxy, which cannot be checked.
+        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.in_channels):
             raise DSPShapeError(
                 f"PackedConv2d got an input of shape {tuple(x.shape)}; "
                 f"expected (batch, {self.in_channels}, height, width)"
             )
         outputs = []
-        for number, weight in enumerate(self.weights):
-            if weight.shape[1] == 0:
-                outputs.append(self._zeros(x, weight.shape[0]))
+        for number, (group, weight) in enumerate(zip(self.structure.groups, self.weights, strict=True)):
+            if not group.in_index:
+                outputs.append(self._zeros(x, len(group.out_index)))
                 continue
             gathered = x.index_select(1, self.get_buffer(f"in_index_{number}"))
             outputs.append(F.conv2d(gathered, weight, None, self.stride, self.padding, self.dilation))

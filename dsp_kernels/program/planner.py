@@ -5,18 +5,18 @@ made its input instead of adding one.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPTraceError
-from dsp_kernels.graph.network import TracedNetwork, TracedNode, works_in_place
-from dsp_kernels.op.dense import batch_norm_affine, fold_batch_norm
+from dsp_kernels.graph.network import TracedNetwork, works_in_place
+from dsp_kernels.graph.operations.entry import TracedNode
+from dsp_kernels.op.activations import GATES
+from dsp_kernels.op.dense import batch_norm_affine, fold_affine
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
@@ -90,8 +90,9 @@ class _Planner:
         self.value_of: dict[str, str] = {}  # node -> the value that holds its result
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.readers = _count_readers(network)
-        self.batched = _depend_on_input(network)
         self.first_movable = 0  # steps before it must not move
+        held = (*network.graph_module.parameters(), *network.graph_module.buffers())
+        self.device = held[0].device if held else torch.device("cpu")
 
     def run(self) -> Program:
         inputs, outputs = self.network.of_kind("input"), self.network.of_kind("output")
@@ -110,8 +111,8 @@ class _Planner:
 
     def _plan_node(self, node: TracedNode) -> None:
         if node.kind != "input":
-            handler = _HANDLERS.get(node.kind)
-            step = handler(self, node) if handler is not None else _UNKNOWN
+            handler = getattr(self, f"_{node.operation.step}") if node.operation.step else None
+            step = handler(node) if handler is not None else _UNKNOWN
             if step is None:  # an identity
                 return
             if isinstance(step, str):
@@ -139,7 +140,7 @@ class _Planner:
         return tuple(self.value_of[name] for name in node.inputs)
 
     def _operands(self, node: TracedNode) -> tuple[str, ...]:
-        return tuple(self.value_of[name] for name in node.attributes["operands"])
+        return tuple(self.value_of[name] for name in node.operands)
 
     def _instead_of(self, old: Step, new: Step) -> Step:
         """``new``, to be the last step, where all its inputs exist; ``old`` is dropped."""
@@ -164,7 +165,8 @@ class _Planner:
         conv = self._extendable(name, ConvStep)
         return conv if conv is not None and len(conv.inputs) == 1 else None
 
-    # -- one handler per kind of node: the step that computes it, or why there is none ---------------------
+    # -- one method per ``Operation.step``: the step that computes a node, None for an identity, or why there
+    # -- is none. Steps that it needs before are appended to the list.
 
     def _conv(self, node: TracedNode) -> Step | str:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
@@ -172,21 +174,48 @@ class _Planner:
         return read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read)
 
     def _batch_norm(self, node: TracedNode) -> Step:
-        assert isinstance(node.module, nn.BatchNorm2d)
-        conv = self._extendable_conv(node.inputs[0])
-        if conv is not None:
-            folded = fold_batch_norm(conv.spec, conv.weights, conv.bias, node.module)
-            return self._instead_of(conv, ConvStep(node.name, conv.inputs, *folded))
-        assert node.module.running_var is not None
-        dtype = node.module.running_var.dtype
-        scale, shift = (part.to(dtype) for part in batch_norm_affine(node.module))
-        return ElementwiseStep(node.name, self._inputs(node), "affine", scale=scale, shift=shift)
+        return self._affine(node, node.inputs[0], *batch_norm_affine(node.attributes["norm"]))
+
+    def _affine(self, node: TracedNode, source: str, scale: Tensor, shift: Tensor) -> Step:
+        """source * scale + shift, both (channels,) in float64."""
+        before: Any = self._extendable_conv(source)
+        if before is not None:
+            dtype = before.weights[0].dtype if before.weights else torch.float32
+            folded = fold_affine(before.spec, before.weights, before.bias, scale, shift, dtype)
+            return self._instead_of(before, ConvStep(node.name, before.inputs, *folded))
+        inputs = (self.value_of[source],)
+        before = self._extendable(source, ElementwiseStep)
+        if before is not None and before.kind == "affine":
+            self.steps.remove(before)
+            inputs, scale, shift = before.inputs, before.scale * scale, before.shift * scale + shift
+        return ElementwiseStep(node.name, inputs, "affine", scale=scale, shift=shift)
+
+    def _scale(self, node: TracedNode) -> Step:
+        scale, shift = (self._per_channel(node, node.attributes[name]) for name in ("scale", "shift"))
+        return self._affine(node, node.inputs[0], scale, shift)
+
+    def _per_channel(self, node: TracedNode, value: float | Tensor) -> Tensor:
+        """(channels,) in float64, from one number or one per channel."""
+        values = torch.as_tensor(value, device=self.device).detach().double().flatten()
+        return values.expand(node.width).clone()
+
+    def _leaky(self, node: TracedNode) -> Step | str:
+        """slope * x + relu((1 - slope) * x) for slopes of at most 1."""
+        slope, x = self._per_channel(node, node.attributes["slope"]), self._inputs(node)[:1]
+        if node.shape is None or len(node.shape) != 4 or not bool((slope <= 1).all()):
+            return _UNKNOWN
+        below, above = (f"{node.name}_{part}" for part in ("below", "above"))
+        zeros = torch.zeros_like(slope)
+        self.steps.append(ElementwiseStep(below, x, "affine", scale=slope, shift=zeros))
+        self.steps.append(ElementwiseStep(above, x, "affine", "relu", scale=1 - slope, shift=zeros))
+        self.shapes |= dict.fromkeys((below, above), node.shape)
+        return ElementwiseStep(node.name, (below, above), "add")
 
     def _activation(self, node: TracedNode) -> Step:
         function = node.attributes["function"]
         before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep)
-        if before is None:
-            return ElementwiseStep(node.name, self._inputs(node), "activation", function)
+        if before is None or function in GATES:
+            return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
         if isinstance(before, ConvStep):
             activated = replace(before, output=node.name, spec=before.spec.with_activation(function))
         else:
@@ -209,11 +238,16 @@ class _Planner:
     def _pool(self, node: TracedNode) -> Step:
         return PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes))
 
+    def _global_pool(self, node: TracedNode) -> Step:
+        return GlobalPoolStep(node.name, self._inputs(node), node.attributes["keepdim"])
+
     def _adaptive_pool(self, node: TracedNode) -> Step | str:
-        size = _pool_size(node)
-        if size is None:
+        if node.attributes["output_size"] is None:
             return _UNKNOWN
-        return PoolStep(node.name, self._inputs(node)[:1], "adaptive_avg_pool", {"output_size": size})
+        return PoolStep(node.name, self._inputs(node)[:1], "adaptive_avg_pool", dict(node.attributes))
+
+    def _flatten(self, node: TracedNode) -> Step:
+        return FlattenStep(node.name, self._inputs(node)[:1])
 
     def _linear(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.Linear)
@@ -223,25 +257,37 @@ class _Planner:
     def _identity(self, node: TracedNode) -> None:
         self.value_of[node.name] = self.value_of[node.inputs[0]]
 
-    def _gate(self, node: TracedNode) -> Step | str:
-        target: Any = node.fx_node.target if node.module is None else type(node.module).forward
-        if target not in _GATES:
-            return _UNKNOWN
-        return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", _GATES[target])
-
     def _combine(self, node: TracedNode) -> Step | str:
-        a, b = (self.network[name].shape or () for name in node.attributes["operands"])
+        left, right = (self.network[name] for name in node.operands)
+        operation = node.attributes["operation"]
+        if left.batched != right.batched:
+            return self._with_parameter(node, left, right, operation)
+        a, b = (left.shape or (), right.shape or ())
         # One operand may be a single pixel per channel.
         fits = a and (a == b or (len(a) == 4 and a[:2] == b[:2] and (1, 1) in (a[2:], b[2:])))
-        if node.attributes["operation"] != "multiply" or not fits or not self._all_batched(node):
+        if operation != "multiply" or not fits or not self._all_batched(node):
             return _UNKNOWN
         return ElementwiseStep(node.name, self._operands(node), "multiply")
 
+    def _with_parameter(
+        self, node: TracedNode, left: TracedNode, right: TracedNode, operation: str
+    ) -> Step | str:
+        x, held = (left, right) if left.batched else (right, left)
+        if held.value is None or held.value.numel() != node.width or len(node.shape or ()) != 4:
+            return _UNKNOWN
+        value = self._per_channel(node, held.value)
+        one = torch.ones_like(value)
+        if operation == "multiply":
+            return self._affine(node, x.name, value, 0 * value)
+        signs = (1, -1) if operation == "subtract" else (1, 1)
+        of_x, of_held = signs if left is x else signs[::-1]
+        return self._affine(node, x.name, of_x * one, of_held * value)
+
     def _all_batched(self, node: TracedNode) -> bool:
         """Whether all its operands have the batch of the input and the same number of dimensions."""
-        names = node.attributes["operands"]
-        shapes = [self.network[name].shape for name in names]
-        return self.batched.issuperset(names) and len({len(shape) for shape in shapes if shape}) == 1
+        operands = [self.network[name] for name in node.operands]
+        dims = {len(operand.shape) for operand in operands if operand.shape}
+        return all(operand.batched for operand in operands) and len(dims) == 1
 
     def _concat(self, node: TracedNode) -> Step | str:
         return ConcatStep(node.name, self._operands(node)) if self._all_batched(node) else _UNKNOWN
@@ -253,10 +299,13 @@ class _Planner:
         return None
 
     def _select(self, node: TracedNode) -> Step | str:
-        found = _selected_channels(self.network, node)
-        if found is None or self._depends_on_size(node):
+        order, origin = node.attributes.get("order"), node.attributes.get("origin", node.inputs[0])
+        source = self.network[origin]
+        if source.kind == "split" and not _splits_into_pieces(self.network, source):
             return _UNKNOWN
-        return SelectStep(node.name, (self.value_of[found[0]],), found[1])
+        if order is None or self._depends_on_size(node):
+            return _UNKNOWN
+        return SelectStep(node.name, (self.value_of[origin],), tuple(order.tolist()))
 
     def _depends_on_size(self, node: TracedNode) -> bool:
         """Whether it reads features whose number depends on the size of the image."""
@@ -281,39 +330,6 @@ class _Planner:
 
 
 _UNKNOWN = "not an operation of a Program"
-_HANDLERS: dict[str, Callable[[_Planner, TracedNode], Step | str | None]] = {
-    "conv": _Planner._conv,
-    "packed_conv": _Planner._conv,
-    "fused_conv": _Planner._conv,
-    "batch_norm": _Planner._batch_norm,
-    "activation": _Planner._activation,
-    "add": _Planner._add,
-    "max_pool": _Planner._pool,
-    "avg_pool": _Planner._pool,
-    "global_avg_pool": lambda planner, node: GlobalPoolStep(
-        node.name, planner._inputs(node), node.attributes["keepdim"]
-    ),
-    "adaptive_pool": _Planner._adaptive_pool,
-    "flatten": lambda planner, node: FlattenStep(node.name, planner._inputs(node)[:1]),
-    "linear": _Planner._linear,
-    "identity": _Planner._identity,
-    "elementwise": _Planner._gate,
-    "combine": _Planner._combine,
-    "concat": _Planner._concat,
-    "split": _Planner._split,
-    "piece": _Planner._select,
-    "join_channels": _Planner._select,
-    "channel_shuffle": _Planner._select,
-    "scalar": lambda planner, node: "a size",
-}
-_GATES: dict[Any, str] = {
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    "sigmoid": "sigmoid",
-    nn.Sigmoid.forward: "sigmoid",
-    F.hardsigmoid: "hardsigmoid",
-    nn.Hardsigmoid.forward: "hardsigmoid",
-}
 
 
 def _count_readers(network: TracedNetwork) -> dict[str, int]:
@@ -327,63 +343,5 @@ def _count_readers(network: TracedNetwork) -> dict[str, int]:
     return {name: count[source] for name, source in root.items()}
 
 
-def _depend_on_input(network: TracedNetwork) -> set[str]:
-    """The nodes that depend on the network's input, so that their batch is the input's."""
-    names: set[str] = set()
-    for node in network:
-        if node.kind == "input" or names.intersection(node.inputs):
-            names.add(node.name)
-    return names
-
-
 def _splits_into_pieces(network: TracedNetwork, node: TracedNode) -> bool:
     return all(network[user].kind == "piece" for user in node.users)
-
-
-def _selected_channels(network: TracedNetwork, node: TracedNode) -> tuple[str, tuple[int, ...]] | None:
-    """The node whose channels a piece or a shuffle selects, and their numbers; None if unknown."""
-    source = network[node.inputs[0]]
-    if node.kind == "piece":
-        known = source.shape is not None or (source.kind == "split" and _splits_into_pieces(network, source))
-        index = tuple(range(node.attributes["start"], node.attributes["stop"]))
-        return (source.name, index) if known and index else None
-    if node.kind == "channel_shuffle":
-        return source.name, _shuffled(source, node.attributes["groups"])
-    # A shuffle in three steps: split the channels into groups, swap the two axes, join them.
-    swapped = _behind_identities(network, source)
-    if swapped.kind != "swap_channels":
-        return None
-    split = _behind_identities(network, network[swapped.inputs[0]])
-    if split.kind != "split_channels":
-        return None
-    origin = network[split.inputs[0]]
-    return origin.name, _shuffled(origin, split.attributes["groups"])
-
-
-def _behind_identities(network: TracedNetwork, node: TracedNode) -> TracedNode:
-    while node.kind == "identity":
-        node = network[node.inputs[0]]
-    return node
-
-
-def _shuffled(source: TracedNode, groups: int) -> tuple[int, ...]:
-    assert source.shape is not None
-    width = source.shape[1] // groups
-    return tuple(group * width + place for place in range(width) for group in range(groups))
-
-
-def _pool_size(node: TracedNode) -> tuple[int, int] | None:
-    """(height, width) of an adaptive average pool; None for another pool or a size that depends on x."""
-    size: Any
-    if isinstance(node.module, nn.AdaptiveAvgPool2d):
-        size = node.module.output_size
-    elif node.fx_node.target is F.adaptive_avg_pool2d:
-        args = node.fx_node.args
-        size = args[1] if len(args) > 1 else node.fx_node.kwargs.get("output_size")
-    else:
-        return None
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
-    match pair:
-        case (int(height), int(width)):
-            return height, width
-    return None

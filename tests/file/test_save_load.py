@@ -215,12 +215,43 @@ class _Rows(nn.Module):
         return y * gate[:, :, None, None]
 
 
+class _Unpooling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, return_indices=True)
+        self.unpool = nn.MaxUnpool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unpool(*self.pool(self.conv(x)))
+
+
+class _Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embedding = nn.Conv2d(3, 4, 3), nn.Embedding(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + self.embedding(torch.arange(y.shape[3])).t()[:, None]
+
+
 OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "power": lambda: nets.ConvThen(lambda x: x**2),
     "matrix product": lambda: nets.ConvThen(lambda x: x.flatten(2).transpose(1, 2) @ x.flatten(2)),
     "choice": lambda: nets.ConvThen(lambda x: torch.where(x > 0, x, x.exp())),
     "normalise": lambda: nets.ConvThen(lambda x: nn.functional.normalize(x, dim=1)),  # passes out=None
     "one dimension": _Rows,
+    "repeat": lambda: nets.ConvThen(lambda x: x.repeat(1, 2, 1, 1) + x.repeat_interleave(2, 1)),
+    "einsum": lambda: nets.ConvThen(lambda x: torch.einsum("nchw,ndhw->ncd", x, x)),
+    "positions": lambda: nets.ConvThen(
+        lambda x: x + torch.linspace(0, 1, x.shape[3]) + torch.arange(x.shape[2])[:, None] + x.new_zeros(1)
+    ),
+    "constants": lambda: nets.ConvThen(lambda x: x * torch.arange(4.0).view(4, 1, 1) + torch.tensor([2.0])),
+    "deviation and unfold": lambda: nets.ConvThen(
+        lambda x: nn.functional.unfold(x - x.std(1, keepdim=True), 2)
+    ),
+    "unpooling": _Unpooling,
+    "embedding": _Positions,
     "hard shrink": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink(0.3)),
     "circular padding": lambda: nn.Sequential(nn.CircularPad2d(1), nn.Conv2d(3, 4, 3)),
 }

@@ -73,7 +73,6 @@ WRITTEN = {
         lambda m, x: x.mul(2),
         lambda m, x: torch.tanh(x),
         lambda m, x: x.sigmoid(),
-        lambda m, x: F.leaky_relu(x, 0.1),
         lambda m, x: x.clamp(0, 6),
         lambda m, x: F.gelu(x),
     ],
@@ -82,8 +81,11 @@ WRITTEN = {
         lambda m, x: x - x,
         lambda m, x: x + x.mean((2, 3), keepdim=True),
         lambda m, x: torch.mul(x, F.adaptive_avg_pool2d(x, 1)),
+        lambda m, x: torch.mul(x, torch.ones(4, 1, 1)),
+        lambda m, x: m.norm.weight.view(1, -1, 1, 1) + x,
     ],
-    "functional_norm": [norm_by_function],
+    "leaky": [lambda m, x: F.leaky_relu(x, 0.1), lambda m, x: F.prelu(x, m.norm.weight)],
+    "batch_norm": [norm_by_function, lambda m, x: norm_by_function(m, x, eps=1e-3), lambda m, x: m.norm(x)],
     "concat": [lambda m, x: torch.cat([x, x], 1), lambda m, x: torch.cat((x, x, x), dim=-3)],
     "piece": [
         lambda m, x: x.chunk(2, 1)[1],
@@ -123,11 +125,10 @@ WRITTEN = {
         lambda m, x: x.softmax(1),
         lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)),
         lambda m, x: x.permute(0, 2, 3, 1),
-        lambda m, x: torch.mul(x, torch.ones(4, 1, 1)),
+        lambda m, x: x[:, :, :4] + m.norm.weight.view(4, 1),  # along the rows
         lambda m, x: x.view(-1, 256),  # of images of another size it would make another batch
         lambda m, x: torch.reshape(x, (-1, 256)),
         lambda m, x: F.avg_pool2d(x, x.size()[3]),
-        lambda m, x: norm_by_function(m, x, eps=1e-3),  # is not the module
     ],
 }
 

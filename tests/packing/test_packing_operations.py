@@ -13,12 +13,29 @@ from torch import Tensor, nn
 from dsp_kernels import GroupStructure, PackedConv2d, fuse, load, save, swap
 from dsp_kernels.errors import DSPFormatError, DSPShapeError
 from dsp_kernels.graph.size_check import FixedSizeConv2d
+from dsp_kernels.program.steps import TorchStep
 from dsp_pruning import pack
-from dsp_pruning.export import export_pt2
+from dsp_pruning.export import export_onnx, export_pt2
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.packing.unpack import unpack
 
 WIDTH = 12
+
+
+class Frozen(nn.Module):
+    """torchvision's FrozenBatchNorm2d: statistics and weights are buffers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b, rv, rm = (
+            t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_var, self.running_mean)
+        )
+        scale = w * (rv + 1e-5).rsqrt()
+        return x * scale + (b - rm * scale)
 
 
 class Net(nn.Module):
@@ -44,6 +61,11 @@ class Net(nn.Module):
         self.prelu = nn.PReLU()
         self.shuffle = nn.ChannelShuffle(3)
         self.scale = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
+        self.gamma, self.beta = (nn.Parameter(torch.rand(WIDTH, 1, 1) - 0.5) for _ in range(2))
+        self.slopes, self.slope = nn.PReLU(WIDTH), nn.Parameter(torch.rand(WIDTH) - 0.5)
+        self.frozen, self.act_norm = Frozen(WIDTH), nn.BatchNorm2d(WIDTH)
+        self.register_buffer("order", torch.tensor([7, 0, 5, 1, 11, 3, 9, 2]))
+        self.up_grouped = nn.ConvTranspose2d(WIDTH, 8, 2, stride=2, groups=4)
         self.middle = middle
         self.reader = nn.LazyConv2d(6, kernel, padding=kernel // 2)
         self.classifier = nn.Linear(6, 4, bias=False)
@@ -73,11 +95,32 @@ def squeeze_excite(m: nn.Module, y: Tensor) -> Tensor:
     return y * gate.expand_as(y)
 
 
+def by_function(norm: nn.Module, y: Tensor) -> Tensor:
+    """As timm's BatchNormAct2d; the norm may also be plain buffers."""
+    return F.relu(
+        F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-3)
+    )
+
+
 def product_of_halves(m: nn.Module, y: Tensor) -> Tensor:
     left, right = y.chunk(2, 1)
     return left * right
 
 
+# Operations with one parameter per channel, or that renumber channels.
+OF_CHANNELS: dict[str, Callable[..., Tensor]] = {
+    "prelu, slopes": lambda m, y: m.slopes(y - 0.5),
+    "prelu by function": lambda m, y: F.prelu(y - 0.5, m.slope),
+    "scale by a parameter": lambda m, y: y * m.scale,
+    "scale and shift": lambda m, y: m.beta - y * m.gamma,
+    "scale, reshaped": lambda m, y: y * m.slope[None, :, None, None].exp(),
+    "norm by function": lambda m, y: by_function(m.act_norm, y),
+    "norm by function, buffers": lambda m, y: by_function(m.frozen, y),
+    "frozen norm": lambda m, y: F.relu(m.frozen(y)),
+    "flipped channels": lambda m, y: y.flip(1),
+    "flipped rows": lambda m, y: torch.flip(y, (2,)),
+    "pixel unshuffle": lambda m, y: F.pixel_unshuffle(y[:, :, :12, :12], 2),
+}
 # Operations by which of the dead channels before them are removed.
 BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
     "all": {
@@ -114,6 +157,7 @@ BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "crop": lambda m, y: y[:, :, 1:-1, 1:],
         "strided": lambda m, y: y[..., ::2, 1::2],
         "one position": lambda m, y: y[:, :, 0, 0][:, :, None, None],
+        **OF_CHANNELS,
         "repeated": lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4),
         "flattened": lambda m, y: y.flatten(2).view(y.size(0), y.size(1), y.size(2), y.size(3)),
     },
@@ -122,6 +166,10 @@ BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "depthwise, two per channel": lambda m, y: F.relu(m.wide(y)),
         "same padding": lambda m, y: m.same(y),
         "transposed": lambda m, y: m.up(y),
+        "transposed, grouped": lambda m, y: m.up_grouped(y),
+        "pixel shuffle": lambda m, y: F.pixel_shuffle(y, 2),
+        "index_select": lambda m, y: y.index_select(1, m.order),
+        "index": lambda m, y: F.relu(y[:, m.order]),
         "instance norm": lambda m, y: F.relu(m.instance(y)),
         "group norm of single channels": lambda m, y: F.relu(m.single(y)),
         "average pool": lambda m, y: F.avg_pool2d(y, 3, 2, 1),
@@ -142,7 +190,6 @@ BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "split by numbers": lambda m, y: torch.cat(torch.split(y, [4, 8], 1)[::-1], 1),
         "slice": lambda m, y: y[:, 3:],
         "slice after an ellipsis": lambda m, y: y[..., 3:, :, :],
-        "scale by a parameter": lambda m, y: y * m.scale,
         "softmax": lambda m, y: y.softmax(1),
         "max with indices": lambda m, y: torch.max(y, 3, keepdim=True)[0],
         "permute": lambda m, y: y.permute(0, 1, 3, 2).permute(0, 1, 3, 2),
@@ -227,6 +274,28 @@ def test_dead_channels_are_removed_where_possible(name: str, removed: str) -> No
     assert packed.norm.num_features == left
     over_channels = name in ("group norm", "local response norm")
     assert ("normalises over several channels together" in str(packed.packing)) == over_channels
+
+
+PLAIN = ("flipped rows", "pixel unshuffle", "pixel shuffle", "transposed, grouped")
+OTHER_ENTRIES = ("index_select", "index", "transposed, grouped", "pixel shuffle")
+
+
+@pytest.mark.parametrize("name", [*OF_CHANNELS, *OTHER_ENTRIES])
+def test_operations_on_channels_run_natively_in_files_and_in_onnx(tmp_path: Path, name: str) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = net(name, 1, 3).float(), images(2).float()
+    packed = pack(model, x)
+    assert not packed.packing.unsaved
+    save(packed, tmp_path / "net", x)
+    assert torch.equal(load(tmp_path / "net")(x), packed(x))
+    fused = fuse(packed, x)
+    torch.testing.assert_close(fused(x), packed(x), rtol=1e-4, atol=1e-4)
+    plain = [step.describe() for step in fused.program.steps if isinstance(step, TorchStep)]
+    assert bool(plain) == (name in PLAIN), plain
+    export_onnx(packed, tmp_path / "net.onnx", x)
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    (answer,) = session.run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), packed(x), rtol=1e-4, atol=1e-4)
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from test_packing_operations import images
 from torch import Tensor, nn
 
 import dsp_kernels
-from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.errors import DSPPruningError
+from dsp_kernels import GroupStructure, PackedConv2d, load, save
+from dsp_kernels.errors import DSPPruningError, DSPVerificationError
 from dsp_pruning import pack
 from dsp_pruning.packing.unpack import unpack
 
@@ -248,3 +249,25 @@ def test_a_depthwise_convolution_with_one_channel_left_is_unpacked() -> None:
     packed = pack(model, images(2))
     assert (packed[1].groups, unpack(packed)[1].groups) == (1, 8)
     torch.testing.assert_close(unpack(packed)(images(3)), model(images(3)), rtol=0, atol=1e-12)
+
+
+def test_pack_and_save_trace_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eval and in training mode; a changed network is traced again."""
+    traces, trace = [], torch.fx.Tracer.trace
+    monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *a, **k: traces.append(1) or trace(*a, **k))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout(), nn.Conv2d(8, 4, 1)).double().eval()
+    packed = pack(model, images(1))
+    save(packed, tmp_path / "net", images(1))
+    assert len(traces) == 2
+    packed[1] = nn.Sigmoid()
+    save(packed, tmp_path / "net", images(1))
+    assert torch.equal(load(tmp_path / "net")(images(1)), packed(images(1)))
+
+
+def test_random_answers_are_named() -> None:
+    class Random(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(super().forward(x))
+
+    with pytest.raises(DSPVerificationError, match="differ from call to call"):
+        pack(Random(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).double().eval(), images(1))

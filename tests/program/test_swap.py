@@ -5,6 +5,7 @@ import copy
 import nets
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsp_kernels
@@ -56,6 +57,25 @@ def test_it_replaces_in_place_and_folds_the_norm() -> None:
     # Two channels are absent and hold the norm's shift: one more group, which reads nothing.
     assert model.packed.spec.structure.groups[-1].in_index == ()
     assert not model.packed.spec.structure.absent
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's: a norm with a forward() of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        return F.relu(F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.1, self.eps))
+
+
+def test_a_norm_by_function_is_folded_and_torch_fx_traces_the_rest() -> None:
+    model = nets.settled(nn.Sequential(PackedConv2d(nets.MIXED, 3, padding=1), NormAct(8))).double()
+    x = torch.randn(2, model[0].in_channels, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    swapped = dsp_kernels.swap(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in swapped.modules())
+    torch.testing.assert_close(swapped(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.fx.symbolic_trace(swapped)(x), expected, rtol=0, atol=1e-12)
 
 
 class ReadTwice(nn.Module):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPShapeError
-from dsp_kernels.graph.network import TracedNetwork, TracedNode
-from dsp_kernels.op.activations import activate
+from dsp_kernels.graph.network import TracedNetwork
+from dsp_kernels.graph.operations.entry import TracedNode
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_pruning.flow.kernels import connections, dense_weight, groups_of, kernel_sums, own_bias
-from dsp_pruning.flow.map import ChannelMap, norm_of
+from dsp_pruning.flow.map import ChannelMap
 
 Semantics = Literal["eval", "pruning"]
 
@@ -82,8 +82,8 @@ def channel_flow(
       kernel is dead in every layer. This is what packing may rely on.
     - ``"pruning"``: training continues, so only masked kernels are dead; every other kernel, norm and linear
       weight counts as in use. Norm and convolution bias of a channel without input count as 0, because the
-      pruner clears them, except for a module that runs more than once: it
-      cannot be cleared for one of its runs.
+      pruner clears them, except for a frozen norm and for a module that runs more than once: it cannot be
+      cleared for one of its runs.
 
     A kernel that reads a nonzero constant is alive: it contributes to the output, and zero padding makes that
     contribution vary at the border. An operation without a rule reads all channels and returns varying ones.
@@ -103,7 +103,7 @@ def channel_flow(
             needed = needed & (constants[node.name] != 0)
         if node.name in channel_map.layers:
             kernels[node.name] = rules.kernels(node, constants[node.inputs[0]], needed)
-        for name, read in rules.read(node, needed, kernels.get(node.name)).items():
+        for name, read in rules.read(node, needed, kernels.get(node.name), constants).items():
             reads[name] |= read
     states = {
         node.name: ChannelState(constants[node.name], reads[node.name])
@@ -131,41 +131,47 @@ class _Rules:
         if node.name in self.map.layers:
             given = constants[node.inputs[0]]
             return self._layer_in_eval(node, given) if self.frozen else self._layer_in_training(node, given)
-        made = torch.full((self.map.width[node.name],), torch.nan, dtype=torch.float64)
+        return self._passed(node, constants)
+
+    def _passed(self, node: TracedNode, constants: Mapping[str, Tensor]) -> Tensor:
+        """Constants of an operation that is no layer, as its entry in the table says."""
+        if node.value is not None and self.frozen:
+            return _constant_entries(node, node.value)
         links = self.map.links[node.name]
-        if not links:
-            return made
+        cleared_in_one_run = not self.frozen and node.attributes.get("clearable") and self.runs_often(node)
+        if not links or cleared_in_one_run:
+            return torch.full((node.width,), torch.nan, dtype=torch.float64)
         values = [constants[link.source][link.source_index] for link in links]
-        if node.kind in ("add", "combine"):
-            return _combined(node.attributes.get("operation", "add"), *values)
-        for link, value in zip(links, values, strict=True):
-            made[link.index] = value
-        if node.kind in ("batch_norm", "functional_norm", "instance_norm"):
-            return self._normalised(node, made)
-        return _channelwise(node, made)
+        return node.operation.constants(node.attributes, values, self.frozen)
 
     def kernels(self, node: TracedNode, given: Tensor, needed: Tensor) -> Tensor:
         """[O, C / groups] bool: the kernels that are alive."""
         return self._used(node) & _per_filter(node, given != 0) & needed[:, None]
 
-    def read(self, node: TracedNode, needed: Tensor, kernels: Tensor | None) -> dict[str, Tensor]:
+    def read(
+        self, node: TracedNode, needed: Tensor, kernels: Tensor | None, constants: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Input name -> [channels] bool: what the node reads of it to compute the ``needed`` channels."""
-        width = self.map.width
         if kernels is not None:
             groups = groups_of(node.module)
             return {node.inputs[0]: kernels.view(groups, -1, kernels.shape[1]).any(1).flatten()}
         links = self.map.links[node.name]
-        if not links:
-            return {name: torch.ones(width[name], dtype=torch.bool) for name in node.inputs if name in width}
-        if node.kind in ("batch_norm", "functional_norm") and self.frozen:
-            weight = norm_of(node).weight
-            if isinstance(weight, Tensor):
-                needed = needed & (weight.detach().cpu() != 0)
-        found: dict[str, Tensor] = {}
+        read = {
+            name: torch.full_like(constants[name], not links, dtype=torch.bool)
+            for name in node.inputs
+            if name in constants
+        }
+        if node.operation.channels == "same" and links:  # what no input changes needs none
+            varying = {
+                name: torch.full_like(constants[name], torch.nan)
+                if self.map.network[name].batched
+                else constants[name]
+                for name in read
+            }
+            needed = needed & self._passed(node, varying).isnan()
         for link in links:
-            read = found.setdefault(link.source, torch.zeros(width[link.source], dtype=torch.bool))
-            read[link.source_index[needed[link.index]]] = True
-        return found
+            read[link.source][link.source_index[needed[link.index]]] = True
+        return read
 
     def runs_often(self, node: TracedNode) -> bool:
         """Whether the node's module runs more than once."""
@@ -195,22 +201,6 @@ class _Rules:
             elif self.runs_often(node):  # its bias is cleared only where no run reads anything
                 fed = used.any(1)
         return torch.zeros(len(fed), dtype=torch.float64).masked_fill(fed, torch.nan)
-
-    def _normalised(self, node: TracedNode, given: Tensor) -> Tensor:
-        norm = norm_of(node)
-        assert isinstance(norm, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm)
-        if not self.frozen:
-            clearable = norm.weight is not None and not self.runs_often(node) and node.kind == "batch_norm"
-            return _zeros_of(given) if clearable else torch.full_like(given, torch.nan)
-        mean, variance = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
-        if mean is None or variance is None:  # instance norm: zeros have mean and variance 0
-            normal = _zeros_of(given)
-        else:
-            normal = (given - mean.cpu().double()) * (variance.cpu().double() + norm.eps).rsqrt()
-        if norm.weight is None:
-            return normal
-        gamma, beta = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
-        return torch.where(gamma == 0, beta, beta + normal * gamma)
 
     def _used(self, node: TracedNode) -> Tensor:
         """[O, C / groups] bool: kernels that may be nonzero, whatever feeds and reads them."""
@@ -242,25 +232,12 @@ def keeps_constants(node: TracedNode) -> bool:
     return getattr(layer, "padding_mode", "zeros") != "zeros" or layer.padding == (0, 0)
 
 
-def _channelwise(node: TracedNode, given: Tensor) -> Tensor:
-    if node.kind == "activation":
-        return torch.where(given.isnan(), given, activate(given, node.attributes["function"]))
-    if node.kind == "elementwise":
-        made = node.attributes["apply"](given).to(given)
-        return torch.where(given.isnan() | ~made.isfinite(), torch.nan, made)
-    if node.kind == "avg_pool":
-        settings = node.attributes
-        counts_zeros = any(settings["padding"]) and settings["count_include_pad"]
-        return _zeros_of(given) if counts_zeros or settings["divisor_override"] is not None else given
-    if node.kind == "pad" and node.attributes["mode"] == "constant":
-        return torch.where(given == node.attributes["value"], given, torch.nan)
-    return given
-
-
-def _combined(operation: str, left: Tensor, right: Tensor) -> Tensor:
-    if operation == "multiply":
-        return torch.where((left == 0) | (right == 0), 0.0, left * right)
-    return left - right if operation == "subtract" else left + right
+def _constant_entries(node: TracedNode, value: Tensor) -> Tensor:
+    """The number that a parameter holds in all of its entries of a channel."""
+    if not node.width or value.is_complex():
+        return torch.full((node.width,), torch.nan, dtype=torch.float64)
+    low, high = value.detach().double().cpu().movedim(node.axis, 0).reshape(node.width, -1).aminmax(dim=1)
+    return torch.where(low == high, low, torch.nan)
 
 
 def _per_filter(node: TracedNode, channels: Tensor) -> Tensor:
@@ -268,10 +245,5 @@ def _per_filter(node: TracedNode, channels: Tensor) -> Tensor:
     groups = groups_of(node.module)
     if groups == 1:
         return channels[None]
-    assert isinstance(node.module, nn.Conv2d)
+    assert isinstance(node.module, nn.Conv2d | nn.ConvTranspose2d)
     return channels.view(groups, -1).repeat_interleave(node.module.out_channels // groups, 0)
-
-
-def _zeros_of(constant: Tensor) -> Tensor:
-    """The constants that are zero; every other channel varies."""
-    return torch.where(constant == 0, constant, torch.nan)

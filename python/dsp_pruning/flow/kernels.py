@@ -1,7 +1,7 @@
 """Weights of a convolution, packed convolution or linear layer as a matrix of filters x channels.
 
 A matrix is [O, C / groups], as ``nn.Conv2d`` stores it: a filter has one column per channel that it reads.
-Linear layers and packed or transposed convolutions have groups = 1.
+Linear layers and packed convolutions have groups = 1.
 """
 
 import torch
@@ -12,8 +12,8 @@ from dsp_kernels.op.packed import PackedConv2d
 
 
 def groups_of(module: nn.Module | None) -> int:
-    """Groups of an ``nn.Conv2d``; 1 for every other layer."""
-    return module.groups if isinstance(module, nn.Conv2d) else 1
+    """Groups of an ``nn.Conv2d`` or ``nn.ConvTranspose2d``; 1 for every other layer."""
+    return module.groups if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) else 1
 
 
 def kernel_sums(module: nn.Module | None, columns: Tensor) -> Tensor:
@@ -39,7 +39,10 @@ def dense_weight(module: nn.Module | None) -> Tensor:
     if isinstance(module, nn.Linear):
         return module.weight.detach()[:, :, None]
     if isinstance(module, nn.ConvTranspose2d):
-        return module.weight.detach().transpose(0, 1)
+        rows = module.weight.detach().unflatten(
+            0, (module.groups, -1)
+        )  # [groups, C / groups, O / groups, ...]
+        return rows.transpose(1, 2).flatten(0, 1)
     if isinstance(module, nn.Conv2d):
         return module.weight.detach()
     assert isinstance(module, PackedConv2d)

@@ -2,27 +2,30 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dsp_kernels import PackedConv2d
-from dsp_kernels.errors import DSPError, DSPPruningError, DSPShapeError, DSPVerificationError
+from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPShapeError, DSPVerificationError
+from dsp_kernels.file.encode import encode_network
 from dsp_kernels.graph.compare import check_finite, compare_answers, largest_difference, tensors_of
 from dsp_kernels.graph.inputs import Example, as_inputs, check_device
-from dsp_kernels.graph.network import TracedNetwork, call_graph, evaluating, trace
-from dsp_kernels.graph.size_check import SizeCheck
+from dsp_kernels.graph.network import TracedNetwork, captured, evaluating, keep_captured, trace
+from dsp_kernels.graph.size_check import FixedSizeConv2d, SizeCheck
 from dsp_kernels.tolerances import network_tolerance
 from dsp_pruning.distributed import unwrap
 from dsp_pruning.packing.plan import Planner
-from dsp_pruning.packing.rebuild import rebuild, replace_module
+from dsp_pruning.packing.rebuild import apply
 from dsp_pruning.packing.twin import planned_widths
 
 # Rounding errors of two orders of summation are independent and about equal; a larger multiple is an error.
@@ -77,18 +80,28 @@ def pack(model: nn.Module, example_input: Example, fixed_size: bool = False) -> 
 
 
 def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.Module:
-    masked = _masked_copy(model)
-    packed = copy.deepcopy(masked)
+    packed = _masked_copy(model)
     network = trace(packed, inputs)
-    report = Planner(network, _read_in_training(packed, network, inputs), fixed_size).plan()
-    for path, plan in report.layers.items():
-        replace_module(packed, path, rebuild(packed.get_submodule(path), plan))
+    expected = _Answers(packed, inputs)
+    graphs = {False: network.captured}
+    with suppress(DSPError):  # of a model that cannot be trained or followed in training mode
+        graphs[True] = captured(packed, inputs, training=True)
+    held = _read_in_training(packed, network, graphs[True].graph) if True in graphs else {}
+    report = Planner(network, held, fixed_size).plan()
+    for plan in report.layers.values():
+        apply(packed, plan)
     packed.packing = report  # type: ignore[assignment]
     before = getattr(model, "dense_widths", None) or {}  # of a network that was packed already
-    packed.dense_widths = {**planned_widths(masked, report.layers.values()), **before}  # type: ignore[assignment]
-    if network.size_check is not None:
-        packed.register_forward_pre_hook(partial(_check_size, network.size_check))
-    _verify(masked, packed, inputs)
+    packed.dense_widths = {**planned_widths(report.layers.values()), **before}  # type: ignore[assignment]
+    if network.captured.check is not None:
+        packed.register_forward_pre_hook(partial(_check_size, network.captured.check))
+    expected.compare(packed, lambda: _masked_copy(model))
+    if not any(isinstance(module, FixedSizeConv2d) for module in packed.modules()):
+        keep_captured(packed, {mode: found for mode, found in graphs.items() if not (mode and found.sized)})
+        try:
+            encode_network(packed, inputs)
+        except DSPFormatError as error:
+            packed.packing = replace(report, unsaved=str(error))  # type: ignore[assignment]
     return packed
 
 
@@ -133,11 +146,13 @@ def _masked_copy(model: nn.Module) -> nn.Module:
     return masked
 
 
-def _read_in_training(model: nn.Module, network: TracedNetwork, inputs: tuple[Tensor, ...]) -> dict[str, str]:
-    """Node -> reason, for tensors whose width auxiliary heads, which run in training mode only, rely on."""
-    graph = call_graph(model, training=True, example_input=inputs)
+def _read_in_training(model: nn.Module, network: TracedNetwork, graph: fx.Graph) -> dict[str, str]:
+    """Node -> reason, for tensors whose width auxiliary heads, which run in training mode only, rely on.
+
+    graph: of the model in training mode.
+    """
     held: dict[str, str] = {}
-    for node in graph.nodes if graph is not None else ():
+    for node in graph.nodes:
         path = str(node.target)
         if (
             node.op != "call_module"
@@ -156,26 +171,36 @@ def _read_in_training(model: nn.Module, network: TracedNetwork, inputs: tuple[Te
     return held
 
 
-def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Compare on the example and on random images: an example of zeros would hide a wrong channel.
+class _Answers:
+    """The answers of the masked network to the example and to random images, which zeros cannot replace: an
+    example of zeros would hide a wrong channel."""
 
-    A deep network may amplify rounding errors of a low precision beyond any bound known beforehand. The
-    packed network may then be a few times as far from the float64 answer as the masked one is.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise = tuple(
-        torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in inputs
-    )
-    convolutions = [module for module in masked.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    reduction = max((module.weight[0].numel() for module in convolutions), default=1)
-    dtype = inputs[0].dtype
-    bound = network_tolerance(dtype, reduction, len(convolutions))
-    with evaluating(masked), evaluating(packed), torch.no_grad():
-        for what, given in (("the example input", inputs), ("random images", noise)):
-            expected = masked(*(x.clone() for x in given))
-            check_finite(masked, tensors_of(expected), what)
+    def __init__(self, masked: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        noise = tuple(
+            torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in inputs
+        )
+        self.given = {"the example input": inputs, "random images": noise}
+        layers = [module for module in masked.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        reduction = max((module.weight[0].numel() for module in layers), default=1)
+        self.dtype = inputs[0].dtype
+        self.bound = network_tolerance(self.dtype, reduction, len(layers))
+        self.expected = {}
+        for what, given in self.given.items():
+            self.expected[what] = _answer(masked, given)
+            check_finite(masked, tensors_of(self.expected[what]), what)
+
+    def compare(self, packed: nn.Module, masked: Callable[[], nn.Module]) -> None:
+        """Raise DSPVerificationError where ``packed`` answers otherwise.
+
+        masked: makes the masked network again.
+        A deep network may amplify rounding errors of a low precision beyond any bound known beforehand. The
+        packed network may then be a few times as far from the float64 answer as the masked one is.
+        """
+        for what, given in self.given.items():
+            expected, slack = self.expected[what], 0.0
             try:
-                got = packed(*(x.clone() for x in given))
+                got = _answer(packed, given)
             except DSPError:
                 raise
             except Exception as broken:  # code of the model that tracing does not see
@@ -183,15 +208,26 @@ def _verify(masked: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) ->
                     f"the packed network does not run on {what}, so it was not packed: "
                     f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}"
                 ) from broken
-            slack = 0.0
             difference, scale = largest_difference(expected, got)
-            if not difference <= bound * scale and dtype != torch.float64:
-                doubles = (x.double() if x.is_floating_point() else x.clone() for x in given)
-                exact = copy.deepcopy(masked).double()(*doubles)
-                slack = _ROUNDINGS * largest_difference(exact, expected)[0]
-                expected = exact
-            differs = "the packed network differs from the masked one"
-            compare_answers(expected, got, bound, differs, what, slack=slack, advice="; it was not packed")
+            if not difference <= self.bound * scale:
+                again = masked()
+                if largest_difference(expected, _answer(again, given))[0] > self.bound * scale:
+                    raise DSPVerificationError(
+                        f"the answers of the model in eval mode to {what} differ from call to call (random "
+                        "numbers in forward()?), so no packed network can be compared with it"
+                    )
+                if self.dtype != torch.float64:
+                    doubles = tuple(x.double() if x.is_floating_point() else x for x in given)
+                    exact = _answer(again.double(), doubles)
+                    slack = _ROUNDINGS * largest_difference(exact, expected)[0]
+                    expected = exact
+            differs, advice = "the packed network differs from the masked one", "; it was not packed"
+            compare_answers(expected, got, self.bound, differs, what, slack=slack, advice=advice)
+
+
+def _answer(model: nn.Module, given: tuple[Tensor, ...]) -> Any:
+    with evaluating(model), torch.no_grad():
+        return model(*(x.clone() for x in given))
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d
-from dsp_kernels.graph.network import TracedNetwork, TracedNode
+from dsp_kernels.graph.network import TracedNetwork
+from dsp_kernels.graph.operations.entry import TracedNode
 from dsp_kernels.graph.size_check import SizeCheck, needed_images
 from dsp_pruning.flow.channels import channel_flow, keeps_constants
 from dsp_pruning.flow.kernels import dense_weight, groups_of, kernel_sums, own_bias
-from dsp_pruning.flow.map import ChannelMap, norm_of, tied_and_kept
+from dsp_pruning.flow.map import ChannelMap, tied_and_kept
 from dsp_pruning.packing.report import Barrier, LayerPlan, PackingReport
 
-_NORMS = ("batch_norm", "functional_norm", "instance_norm")
 # A convolution without a mask whose zero kernels form more patterns than this is unstructured: one group.
 _MOST_PATTERNS = 16
 
@@ -31,24 +31,26 @@ class Planner:
         self.fixed_size = fixed_size
         self.map = ChannelMap(network)
         self.flow = channel_flow(network, channel_map=self.map)
+        read = [node for node in network if node.kind == "state"]
         # Modules whose parameters the model's own code reads stay as they are.
-        self.borrowed = {
-            str(node.fx_node.target).rpartition(".")[0]
-            for node in network
-            if node.fx_node.op == "get_attr"
-            and any(network[user].kind != "functional_norm" for user in node.users)
-        }
+        self.borrowed = {str(node.fx_node.target).rpartition(".")[0] for node in read}
+        self.made_in_forward = set(network.captured.constants)
         held = dict(held)
-        self.runs: dict[int, list[TracedNode]] = {}  # module -> the nodes that run it
+        self.runs: dict[int, list[TracedNode]] = {}  # module or parameter -> the nodes that run or read it
         for node in network:
-            followed = node.name in self.map.layers or node.kind in _NORMS
-            if not followed or node.name in self.map.barriers:
+            changes = node.name in self.map.layers or (
+                node.module is not None and bool(node.operation.widths)
+            )
+            if not changes or node.name in self.map.barriers:
                 continue
-            if self._is_borrowed(node):
+            if node.path in self.borrowed:
                 reason = f"the model's code also reads the parameters of {node.describe()}"
                 held |= dict.fromkeys((node.inputs[0], node.name), reason)
             else:
-                self.runs.setdefault(id(norm_of(node)), []).append(node)
+                self.runs.setdefault(id(node.module), []).append(node)
+        for node in read:
+            self.runs.setdefault(id(node.value), []).append(node)
+        held |= {node.name: "" for node in read if self._stays(node)}
         self._kernels: dict[str, Tensor] = {}
         self.fixed = self._fixed(held)
         blocked = self._blocked()
@@ -62,7 +64,11 @@ class Planner:
         self.keep = tied_and_kept(self.map, needed, shared)
 
     def plan(self) -> PackingReport:
-        layers = {plan.path: plan for plan in map(self._layer, self.runs.values())}
+        layers = {
+            plan.path: plan
+            for plan in map(self._layer, self.runs.values())
+            if plan.axis is None or plan.changes
+        }
         kept: dict[str, int] = {}
         reasons: dict[str, str] = {}
         for name, (cause, reason) in self.fixed.items():
@@ -83,8 +89,17 @@ class Planner:
                 conditions |= dict.fromkeys(node.module.conditions)
         return needed_images(conditions) if conditions else ""
 
-    def _is_borrowed(self, node: TracedNode) -> bool:
-        return (node.path or node.attributes.get("path")) in self.borrowed
+    def _stays(self, node: TracedNode) -> bool:
+        """Whether a parameter that the model's code reads cannot lose channels."""
+        owner = str(node.fx_node.target).rpartition(".")[0]
+        users = [self.network[user] for user in node.users]
+        if (owner and self.network.calls(owner)) or not users or node.fx_node.target in self.made_in_forward:
+            return True
+        if sum(len(run.users) for run in self.runs[id(node.value)]) > 1 and any(
+            user.operation.channels == "index" for user in users
+        ):
+            return True  # channel numbers that are read in several places
+        return any(user.operation.channels not in ("same", "index") for user in users)
 
     def _fixed(self, held: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         """Tensor that keeps all channels -> (node because of which, reason; "" for inputs and outputs)."""
@@ -105,7 +120,7 @@ class Planner:
 
     def _is_shared(self, node: TracedNode) -> bool:
         """Whether the node's module runs more than once, or the model's code reads its parameters."""
-        return self._is_borrowed(node) or len(self.runs[id(norm_of(node))]) > 1
+        return node.path in self.borrowed or len(self.runs[id(node.module)]) > 1
 
     def _folds(self, node: TracedNode) -> bool:
         """Whether a layer can take what it makes of constants into its bias."""
@@ -142,6 +157,8 @@ class Planner:
     def _layer(self, nodes: list[TracedNode]) -> LayerPlan:
         """nodes: those that run the layer."""
         node = nodes[0]
+        if node.kind == "state":
+            return self._tensor(node)
         in_keep, out_keep = self.keep[node.inputs[0]], self.keep[node.name]
         structure, bias, folded = None, None, torch.zeros_like(in_keep)
         position_bias, in_size = None, None
@@ -168,7 +185,7 @@ class Planner:
             if torch.equal(bias, before):
                 bias = None
         return LayerPlan(
-            path=node.path or node.attributes["path"],
+            path=node.path,
             in_channels=len(in_keep),
             out_channels=len(out_keep),
             in_keep=_numbers(in_keep),
@@ -178,12 +195,29 @@ class Planner:
             folded=_numbers(folded),
             position_bias=position_bias,
             in_size=in_size,
+            groups=groups_of(node.module),
+        )
+
+    def _tensor(self, node: TracedNode) -> LayerPlan:
+        keep, chosen_from = self.keep[node.name], torch.ones(0, dtype=torch.bool)
+        for user in (self.network[name] for name in node.users):
+            if user.operation.channels == "index":
+                chosen_from = self.keep[user.operands[0]]
+        return LayerPlan(
+            path=str(node.fx_node.target),
+            in_channels=len(chosen_from),
+            out_channels=len(keep),
+            in_keep=_numbers(chosen_from),
+            out_keep=_numbers(keep),
+            structure=None,
+            axis=node.axis,
         )
 
 
 def _has_matrix(node: TracedNode) -> bool:
     """Whether every filter has a kernel for every input channel, and a bias that can take constants."""
-    return node.kind in ("conv", "packed_conv", "linear") and groups_of(node.module) == 1
+    mixes = node.operation.channels == "mixed" and not isinstance(node.module, nn.ConvTranspose2d)
+    return mixes and groups_of(node.module) == 1
 
 
 def _position_bias(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
+from dsp_kernels.graph.operations.table import operations_of
 from dsp_kernels.graph.size_check import FixedSizeConv2d, fixed_size
 from dsp_kernels.op.dense import group_weights
 from dsp_kernels.program.planner import zero_padding
@@ -15,6 +16,40 @@ from dsp_pruning.packing.report import LayerPlan
 
 # Of a tensor: (its name, the dimension, kept channels, original width, tensor) -> tensor.
 Change = Callable[[str, int, Sequence[int], int, Tensor], Tensor]
+
+
+def apply(model: nn.Module, plan: LayerPlan) -> None:
+    """Give a layer or tensor of ``model`` the channels of its plan."""
+    if plan.axis is None:
+        replace_module(model, plan.path, rebuild(model.get_submodule(plan.path), plan))
+    else:
+        change_tensor(model, plan.path, partial(_narrow_tensor, plan, plan.axis))
+
+
+def _narrow_tensor(plan: LayerPlan, axis: int, tensor: Tensor) -> Tensor:
+    kept = _select("", axis, plan.out_keep, plan.out_channels, tensor)
+    if not plan.in_channels:
+        return kept
+    return torch.searchsorted(torch.tensor(plan.in_keep, device=tensor.device), kept % plan.in_channels)
+
+
+def change_tensor(model: nn.Module, path: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace a parameter or buffer by ``change`` of it, under all of its names."""
+    owner, _, own = path.rpartition(".")
+    old = getattr(model.get_submodule(owner), own)
+    places = [
+        (module, name)
+        for module in model.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is old
+    ]
+    replace_tensor(model.get_submodule(owner), own, change)
+    made = getattr(model.get_submodule(owner), own)
+    for module, name in places:
+        setattr(module, name, made)
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_features = len(made)
 
 
 def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
@@ -34,20 +69,19 @@ def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
     return FixedSizeConv2d(made, check, plan.position_bias.to(like)).train(made.training)
 
 
-def _channel_dims(module: nn.Module, plan: LayerPlan) -> dict[str, tuple[int, int | None]]:
-    """Tensor name -> its dimension of output channels, and of input channels where it has one."""
+def _channel_dims(module: nn.Module, plan: LayerPlan) -> dict[str, tuple[int | None, int | None]]:
+    """Tensor name -> its dimension of output channels and of input channels, or None."""
     if isinstance(module, nn.ConvTranspose2d):
-        return {"weight": (1, 0), "bias": (0, None)}
+        return {"weight": (None if plan.groups > 1 else 1, 0), "bias": (0, None)}
     if isinstance(module, nn.Conv2d | nn.Linear):
-        grouped = isinstance(module, nn.Conv2d) and plan.structure is None
-        return {"weight": (0, None if grouped else 1), "bias": (0, None)}
+        return {"weight": (0, None if plan.groups > 1 else 1), "bias": (0, None)}
     return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (0, None))
 
 
 def change_channels(module: nn.Module, plan: LayerPlan, change: Change) -> None:
     """Replace the tensors of a layer or norm, along every dimension of which packing removes channels."""
     for name, (rows, columns) in _channel_dims(module, plan).items():
-        if len(plan.out_keep) < plan.out_channels:
+        if rows is not None and len(plan.out_keep) < plan.out_channels:
             replace_tensor(module, name, partial(change, name, rows, plan.out_keep, plan.out_channels))
         if columns is not None and len(plan.in_keep) < plan.in_channels:
             replace_tensor(module, name, partial(change, name, columns, plan.in_keep, plan.in_channels))
@@ -59,12 +93,11 @@ def set_widths(module: nn.Module, in_channels: int, out_channels: int) -> None:
         module.in_features, module.out_features = in_channels, out_channels
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         module.in_channels, module.out_channels = in_channels, out_channels
-        if isinstance(module, nn.Conv2d):  # it loses whole groups
-            module.groups = in_channels // module.weight.shape[1]
-    elif isinstance(module, nn.GroupNorm):  # of one channel per group
-        module.num_groups = module.num_channels = out_channels
+        each = module.weight.shape[1]  # it loses whole groups
+        module.groups = (out_channels if module.transposed else in_channels) // each
     else:
-        module.num_features = out_channels  # type: ignore[assignment]
+        for name in operations_of(module)[0].widths:
+            setattr(module, name, out_channels)
 
 
 def replace_module(root: nn.Module, path: str, made: nn.Module) -> None:

@@ -10,7 +10,9 @@ from dsp_kernels import GroupStructure
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One module with parameters, after packing. Channel numbers are those of the original network.
+    """One module with parameters, or one tensor outside of modules that are known, after packing.
+
+    Channel numbers are those of the original network.
 
     in_channels, out_channels: original widths; features of a linear layer.
     in_keep, out_keep: channels of its input and output that stay, ascending.
@@ -20,6 +22,9 @@ class LayerPlan:
     folded: input channels whose constant went into the bias.
     position_bias: [out_keep, height, width] float64 where constants were folded into a bias per output
         position, for inputs of in_size (height, width) only.
+    groups: of a layer, before packing.
+    axis: of a tensor, the dimension of its channels; path is its name. Where it holds channel numbers of
+        another tensor, these are renumbered within in_keep.
     """
 
     path: str
@@ -32,6 +37,13 @@ class LayerPlan:
     folded: tuple[int, ...] = ()
     position_bias: Tensor | None = field(default=None, repr=False, compare=False)
     in_size: tuple[int, int] | None = None
+    groups: int = 1
+    axis: int | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether channels are removed."""
+        return len(self.in_keep) < self.in_channels or len(self.out_keep) < self.out_channels
 
 
 @dataclass(frozen=True)
@@ -50,11 +62,13 @@ class PackingReport:
     layers: module path -> original channels, groups and folded constants of every layer.
     barriers: operations around which channels stay, in the order in which they run.
     needs: "images of 96 x 96" for a network that is traced for one size; "" if it takes any.
+    unsaved: why a file cannot hold the network; "" if it can.
     """
 
     layers: Mapping[str, LayerPlan]
     barriers: tuple[Barrier, ...]
     needs: str = ""
+    unsaved: str = ""
 
     @property
     def removed(self) -> int:
@@ -70,6 +84,7 @@ class PackingReport:
     def __str__(self) -> str:
         lines = [f"{self.removed} channels removed, {self.folded} constants folded"]
         lines += [f"needs {self.needs}"] if self.needs else []
+        lines += [f"cannot be saved: {self.unsaved}"] if self.unsaved else []
         lines += [
             f"kept {barrier.kept} channels: {barrier.reason}" for barrier in self.barriers if barrier.kept
         ]

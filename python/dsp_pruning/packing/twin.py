@@ -2,15 +2,18 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsp_kernels import FusedConv2d, PackedConv2d
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.decode import Budget, build_module
 from dsp_kernels.file.encode import encode_module, is_known
-from dsp_pruning.packing.rebuild import replace_module
+from dsp_kernels.graph.operations.entry import channel_axis
+from dsp_kernels.graph.operations.table import operations_of
+from dsp_pruning.packing.rebuild import change_tensor, replace_module
 from dsp_pruning.packing.report import LayerPlan
 
 Widths = Mapping[str, tuple[int, int, int]]
@@ -31,12 +34,11 @@ def dense_widths(model: nn.Module) -> Widths:
     return widths
 
 
-def planned_widths(model: nn.Module, plans: Iterable[LayerPlan]) -> Widths:
-    """The same of the layers that packing changes, from ``model`` before it."""
+def planned_widths(plans: Iterable[LayerPlan]) -> Widths:
+    """The same of the layers and tensors that packing changes."""
     widths = {}
     for plan in plans:
-        groups = getattr(model.get_submodule(plan.path), "groups", 1)
-        widths[plan.path] = plan.in_channels, plan.out_channels, groups
+        widths[plan.path] = plan.in_channels, plan.out_channels, plan.groups
         if plan.position_bias is not None:  # of a FixedSizeConv2d
             widths[f"{plan.path}.conv"] = widths[plan.path]
     return widths
@@ -58,11 +60,16 @@ def dense_twin(packed: nn.Module) -> nn.Module:
     twin = copy.deepcopy(packed).eval()
     changed = []
     for path, width in widths.items():
+        owner, _, name = path.rpartition(".")
         try:
-            changed.append(_dense(twin.get_submodule(path), path, *width))
+            held = getattr(twin.get_submodule(owner), name)
         except AttributeError as error:
             raise DSPFormatError(f"dense_widths has a layer that is not in the network: {path!r}") from error
-        replace_module(twin, path, changed[-1])
+        if isinstance(held, Tensor):
+            change_tensor(twin, path, partial(_dense_tensor, width))
+        else:
+            changed.append(_dense(held, path, *width))
+            replace_module(twin, path, changed[-1])
     if sum(parameter.numel() for parameter in twin.parameters()) > _MOST_PARAMETERS:
         raise DSPFormatError(f"the dense network has more than {_MOST_PARAMETERS} parameters")
     like = next((p for p in packed.parameters() if p.is_floating_point()), torch.empty(0))
@@ -81,19 +88,25 @@ def _dense(module: nn.Module, path: str, in_channels: int, out_channels: int, gr
             bias=module.bias is not None,
             device="meta",
         )
-    if not is_known(module):  # holds tensors for code of its own: FixedSizeConv2d, a functional norm
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.dim():
-                ones = tensor.new_ones(out_channels, *tensor.shape[1:])
-                setattr(module, name, nn.Parameter(ones) if isinstance(tensor, nn.Parameter) else ones)
+    if not is_known(module):  # a FixedSizeConv2d, or what a file made of it
+        bias = module.get_parameter("position_bias")
+        module.position_bias = nn.Parameter(bias.new_ones(out_channels, *bias.shape[1:]))
         return module
     settings = encode_module(module, path)
-    if settings.get("num_groups") == settings.get("num_channels"):  # packing narrows no other group norm
-        settings |= dict.fromkeys({"num_groups"} & set(settings), out_channels)
     widths = {
         **dict.fromkeys(("in_channels", "in_features"), in_channels),
-        **dict.fromkeys(("out_channels", "out_features", "num_features", "num_channels"), out_channels),
+        **dict.fromkeys(("out_channels", "out_features"), out_channels),
+        **dict.fromkeys(operations_of(module)[0].widths, out_channels),
         "groups": groups,
     }
     settings |= {name: width for name, width in widths.items() if name in settings}
     return build_module(settings, path, Budget())
+
+
+def _dense_tensor(width: tuple[int, int, int], tensor: Tensor) -> Tensor:
+    chosen_from, channels, _ = width
+    if chosen_from:
+        return torch.arange(channels, device=tensor.device) % chosen_from
+    shape = list(tensor.shape)
+    shape[channel_axis(shape) or 0] = channels
+    return tensor.new_ones(shape)

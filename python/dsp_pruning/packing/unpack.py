@@ -11,7 +11,13 @@ from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.size_check import FixedSizeConv2d
 from dsp_pruning.flow.kernels import connections, dense_weight, own_bias
-from dsp_pruning.packing.rebuild import change_channels, replace_module, replace_tensor, set_widths
+from dsp_pruning.packing.rebuild import (
+    change_channels,
+    change_tensor,
+    replace_module,
+    replace_tensor,
+    set_widths,
+)
 from dsp_pruning.packing.report import LayerPlan, PackingReport
 
 
@@ -44,7 +50,10 @@ def unpack(packed: nn.Module) -> nn.Module:
         # For layers without any weights left, which have no dtype of their own.
         dtype = next((t.dtype for t in state if t.is_floating_point()), torch.get_default_dtype())
         for path, plan in report.layers.items():
-            replace_module(dense, path, _dense(dense.get_submodule(path), plan, dtype))
+            if plan.axis is None:
+                replace_module(dense, path, _dense(dense.get_submodule(path), plan, dtype))
+            else:
+                change_tensor(dense, path, partial(_dense_tensor, plan, plan.axis))
     return dense
 
 
@@ -59,6 +68,12 @@ def _dense(module: nn.Module, plan: LayerPlan, dtype: torch.dtype) -> nn.Module:
         change_channels(module, plan, _widen)
         set_widths(module, plan.in_channels, plan.out_channels)
     return module
+
+
+def _dense_tensor(plan: LayerPlan, axis: int, tensor: Tensor) -> Tensor:
+    if plan.in_channels:
+        tensor = torch.tensor(plan.in_keep, device=tensor.device)[tensor]
+    return _widen(plan.path.rpartition(".")[2], axis, plan.out_keep, plan.out_channels, tensor)
 
 
 def _dense_conv(packed: PackedConv2d, plan: LayerPlan, dtype: torch.dtype) -> nn.Conv2d:

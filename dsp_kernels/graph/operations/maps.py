@@ -1,0 +1,167 @@
+"""Operations on the map of every channel: pools, padding, reductions and reshapes of the map."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dsp_kernels.graph.operations.entry import Attributes, Call, Found, flat, zeros_of
+
+
+def max_pool(call: Call) -> Found:
+    """Attributes: as of nn.MaxPool2d, sizes as pairs."""
+    names = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    read = call.settings(**names, return_indices=False)
+    return None if read.pop("return_indices") else _with_pairs(read)
+
+
+def avg_pool(call: Call) -> Found:
+    """Attributes: as of nn.AvgPool2d, sizes as pairs."""
+    names = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
+    return _with_pairs(call.settings(**names, divisor_override=None))
+
+
+def _with_pairs(read: Attributes) -> Found:
+    read["stride"] = read["stride"] or read["kernel_size"]
+    for name in {"kernel_size", "stride", "padding", "dilation"} & set(read):
+        sizes = flat(read[name])
+        if not all(isinstance(size, int) for size in sizes):  # computed from the size of the map
+            return None
+        read[name] = (sizes[0], sizes[-1])
+    return read
+
+
+def averaged(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after an average pool."""
+    counts_zeros = any(attributes["padding"]) and attributes["count_include_pad"]
+    return zeros_of(values[0]) if counts_zeros or attributes["divisor_override"] is not None else values[0]
+
+
+def to_one_pixel(call: Call) -> Found:
+    """An adaptive pool to 1 x 1. Attributes: keepdim."""
+    # A size of None keeps the input's.
+    size = call.settings(output_size=None)["output_size"]
+    one = size == 1 or (isinstance(size, tuple | list) and list(size) == [1, 1])
+    return {"keepdim": True} if one else None
+
+
+def adaptive_pool(call: Call) -> Found:
+    """Attributes: output_size, (height, width) of an average pool; None for another one."""
+    if not call.is_map or getattr(call.module, "return_indices", False):
+        return None
+    size = call.settings(output_size=None)["output_size"]
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+    average = isinstance(call.module, nn.AdaptiveAvgPool2d) or call.target == "adaptive_avg_pool2d"
+    known = average and len(pair) == 2 and all(isinstance(side, int) for side in pair)
+    return {"output_size": pair if known else None}
+
+
+def global_mean(call: Call) -> Found:
+    """The mean over height and width. Attributes: keepdim."""
+    read = call.settings(dim=None, keepdim=False, dtype=None)
+    dims = read["dim"] if isinstance(read["dim"], tuple | list) else (read["dim"],)
+    if not call.is_map or read["dtype"] is not None or None in dims:
+        return None
+    return {"keepdim": bool(read["keepdim"])} if sorted(dim % 4 for dim in dims) == [2, 3] else None
+
+
+def reduction(call: Call) -> Found:
+    """mean, amax and amin leave a channel that is constant in each map as it is."""
+    shape, dims = call.input, call.argument(1, "dim", None)
+    dims = dims if isinstance(dims, list | tuple) else (dims,)
+    if shape is None or not dims or "dtype" in call.node.kwargs:
+        return None
+    return {} if all(isinstance(dim, int) and dim % len(shape) >= 2 for dim in dims) else None
+
+
+def flatten(call: Call) -> Found:
+    """(batch, channels, height, width) -> (batch, channels * height * width)."""
+    before, after, source = call.input, call.output, call.first
+    if before is None or after is None or len(before) != 4 or len(after) != 2 or after[0] != before[0]:
+        return None
+    reshapes = call.module is None and call.target in ("view", "reshape")
+    sizes = flat((call.node.args[1:], call.argument(1, "shape", ())))
+    # view(-1, n) would have another batch size for images of another size.
+    if source is None or not source.width or (reshapes and sizes[:1] == [-1]):
+        return None
+    each = after[1] // source.width
+    index = torch.arange(after[1]) // each
+    return {"index": (index,), "rigid": reshapes and any(is_literal(n) and n > 1 for n in sizes)}
+
+
+def pad(call: Call) -> Found:
+    """Attributes: mode, value."""
+    if not call.is_map:
+        return None
+    if call.module is not None:
+        constant = isinstance(call.module, nn.ConstantPad2d)
+        value = float(call.module.value) if isinstance(call.module, nn.ConstantPad2d) else 0.0
+        return {"mode": "constant" if constant else "other", "value": value}
+    read = call.settings(pad=(), mode="constant", value=None)
+    sides, value = read["pad"], read["value"]
+    if not isinstance(sides, list | tuple) or len(sides) > 4 or isinstance(value, fx.Node):
+        return None
+    return {"mode": read["mode"], "value": float(value or 0.0)}
+
+
+def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
+    """Constants after padding."""
+    if attributes["mode"] != "constant":
+        return values[0]
+    return torch.where(values[0] == attributes["value"], values[0], torch.nan)
+
+
+def same_channels(call: Call) -> Found:
+    """Batch and channels stay; only the map of each channel is reshaped, cut or repeated."""
+    source, before, after, node = call.first, call.input, call.output, call.node
+    if source is None or before is None or after is None or "out" in node.kwargs:
+        return None
+    if not source.batched:
+        return _same_entries(call, before, after)
+    if min(len(before), len(after)) < 2 or before[:2] != after[:2] or max(len(before), len(after)) > 4:
+        return None
+    if call.target in ("reshape", "view", "expand"):  # equal leading sizes: no element changes its channel
+        sizes = call.sizes()
+        return {"rigid": is_literal(sizes[1])} if len(sizes) == len(after) and not node.kwargs else None
+    if call.target == "flatten":
+        first = call.argument(1, "start_dim", 0)
+        inside = isinstance(first, int) and first % len(before) >= 2
+    elif call.target in ("unsqueeze", "squeeze"):
+        count = len(before) + (call.target == "unsqueeze")
+        dims = flat(call.argument(1, "dim", None))
+        inside = all(isinstance(dim, int) and dim % count >= 2 for dim in dims)
+    elif call.target == "getitem":
+        index = full_index(node.args[1], len(before)) or ()
+        inside = index[:2] == (slice(None), slice(None))
+    else:
+        inside = call.target == "expand_as"
+    return {"rigid": False} if inside else None
+
+
+def _same_entries(call: Call, before: tuple[int, ...], after: tuple[int, ...]) -> Found:
+    """A parameter with all its entries in their order: [C] -> [1, C, 1, 1]."""
+    keeps = call.target in ("reshape", "view", "unsqueeze", "squeeze", "getitem")
+    if not keeps or torch.Size(before).numel() != torch.Size(after).numel():
+        return None
+    if call.target == "getitem" and full_index(call.node.args[1], len(before)) is None:
+        return None
+    reshapes = call.target in ("reshape", "view")
+    return {"rigid": reshapes and any(is_literal(size) and size > 1 for size in call.sizes())}
+
+
+def is_literal(size: Any) -> bool:
+    """Whether a size is a number in the model's code: not -1 and not computed from another size."""
+    return isinstance(size, int) and size > 0
+
+
+def full_index(index: Any, dims: int) -> tuple[Any, ...] | None:
+    """One entry per dimension, without ellipsis; None if it holds more than slices, integers and None."""
+    index = index if isinstance(index, tuple) else (index,)
+    ellipses = [place for place, part in enumerate(index) if part is Ellipsis] or [len(index)]
+    parts = [part for part in index if part is not Ellipsis]
+    if len(ellipses) > 1 or not all(part is None or isinstance(part, slice | int) for part in parts):
+        return None
+    skipped = dims - sum(part is not None for part in parts)
+    parts[ellipses[0] : ellipses[0]] = [slice(None)] * skipped
+    return tuple(parts)
