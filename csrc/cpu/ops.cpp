@@ -42,18 +42,20 @@ Op transfer(Place place, int number, std::vector<char> used) {
         // A pixel's channels are adjacent in channels_last, so a block of them is copied for a whole row at once.
         const int block = outer.stride[1] == 1 && channels > 1 ? channel_block : 1;
         const auto row = [&](int c, int count, int y, int i) {
-            float* planes[channel_block];
-            for (int k = 0; k < count; ++k) planes[k] = place.plane(context, c + k) + g.at(0, y, 0) + i;
-            float* const inner = planes[0];
+            const int64_t first_pixel = g.at(0, y, 0) + i;
+            float* const inner = place.plane(context, c) + first_pixel;
+            const auto channel = [&](int k) { // only what is stored may be a view
+                return loads ? inner + k * g.plane : place.plane(context, c + k) + first_pixel;
+            };
             float* const outside =
                 outer.base + (context.first + i) * outer.stride[0] + c * outer.stride[1] + y * outer.stride[2];
             const auto copy = [](float& in, float& out) { loads ? in = out : out = in; };
             if (i >= context.count) {
                 for (int k = 0; k < count; ++k)
-                    for (int64_t w = 0; w < g.w; ++w) planes[k][w * I] = 0.0f;
+                    for (int64_t w = 0; w < g.w; ++w) channel(k)[w * I] = 0.0f;
             } else if (count > 1) {
                 for (int64_t w = 0; w < g.w; ++w)
-                    for (int k = 0; k < count; ++k) copy(planes[k][w * I], outside[w * step + k]);
+                    for (int k = 0; k < count; ++k) copy(channel(k)[w * I], outside[w * step + k]);
             } else if (step == 1 && I == 1) {
                 std::memcpy(loads ? inner : outside, loads ? outside : inner, sizeof(float) * g.w);
             } else {
