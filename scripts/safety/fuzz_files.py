@@ -152,7 +152,7 @@ def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
     name = rng.choice(list(tensors))
     tensor = tensors.pop(name)
     dtypes = (torch.float16, torch.float64, torch.int32, torch.bool, torch.int64)
-    damaged = (
+    damaged: tuple[Tensors, ...] = (
         {},
         {name: torch.zeros(rng.choices((0, 1, 3, 6, 8), k=rng.randint(0, 5)))},
         {name: tensor.to(rng.choice(dtypes))},
