@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dsp_kernels
 from dsp_kernels import FusedConv2d, PackedConv2d
@@ -232,3 +233,11 @@ def test_weights_whose_changes_are_not_counted(setting: str) -> None:
         if setting == "data":
             fused.reset_plan()
         assert fused(x).abs().max() == 0
+
+
+def test_a_recorder_sees_the_operation_of_a_layer() -> None:
+    fused, _ = swapped()
+    x, y = nets.example(2, torch.float64), nets.example(2, torch.float64) + 1
+    with torch.no_grad():
+        graph = make_fx(fused, tracing_mode="real")(x)
+        torch.testing.assert_close(graph(y), fused(y), rtol=0, atol=1e-12)
