@@ -12,15 +12,18 @@ Example = Tensor | Sequence[Tensor]
 
 def as_inputs(example: Example) -> tuple[Tensor, ...]:
     """The tensors of an example. Raises DSPShapeError for anything else, naming the input that is wrong."""
-    several = isinstance(example, list | tuple)
-    inputs = tuple(example) if several else (example,)
-    for place, x in enumerate(inputs, 1):
+    inputs = tuple(example) if isinstance(example, list | tuple) else (example,)
+    for place, x in enumerate(inputs):
         found = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         if not isinstance(x, Tensor) or not x.dim() or not len(x):
-            raise _not_an_example(f"input {place} of the example" if several else "the example", found)
+            raise _not_an_example(_name(example, place), found)
     if not inputs:
         raise _not_an_example("the example", f"is an empty {type(example).__name__}")
     return inputs
+
+
+def _name(example: Example, place: int) -> str:
+    return f"input {place + 1} of the example" if isinstance(example, list | tuple) else "the example"
 
 
 def _not_an_example(what: str, found: str) -> DSPShapeError:
@@ -42,23 +45,21 @@ def check_taken(model: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]) -> 
         )
 
 
-def one_image(model: nn.Module, example: Example) -> Tensor:
-    """The one input (batch, channels, height, width) of a network that takes only images.
+def fusable_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
+    """The inputs of a network to fuse: one batch of images or feature vectors.
 
     Raises DSPShapeError for anything else, and for an example on another device than the model.
     """
-    x, *others = as_inputs(example)
-    if others:
-        raise DSPShapeError(
-            f"a fused network has one input: input 2 of the example, of shape {tuple(others[0].shape)}, has "
-            "no place. swap(model) makes the convolutions of a model of several inputs fast"
-        )
-    if x.dim() != 4:
-        raise DSPShapeError(
-            f"the example has shape {tuple(x.shape)}; expected (batch, channels, height, width)"
-        )
-    check_device(model, x)
-    return x
+    inputs = as_inputs(example)
+    for place, x in enumerate(inputs):
+        if x.dim() not in (2, 4) or not x.is_floating_point() or len(x) != len(inputs[0]):
+            raise DSPShapeError(
+                f"{_name(example, place)} has shape {tuple(x.shape)} and dtype {x.dtype}; fuse() takes "
+                f"(batch, channels, height, width) or (batch, features) of a floating dtype and, of several "
+                f"inputs, one batch; use swap() for others"
+            )
+        check_device(model, x)
+    return inputs
 
 
 def check_device(model: nn.Module, x: Tensor) -> None:
