@@ -38,7 +38,9 @@ def network(gpu: torch.device) -> FusedNetwork:
     return dsp_kernels.fuse(model, torch.randn(1, 3, 8, 8, device=gpu))
 
 
-@pytest.mark.parametrize("backend", [name for name in EXECUTORS.names() if name in ("cuda", "triton")])
+@pytest.mark.parametrize(
+    "backend", [name for name in EXECUTORS.names() if name in ("cuda", "triton", "cudnn")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("name", nets.NAMES)
 def test_fused_networks(name: str, dtype: torch.dtype, backend: str, gpu: torch.device) -> None:
@@ -83,10 +85,10 @@ def test_calls_replay_a_graph(network: FusedNetwork, gpu: torch.device) -> None:
     runner = GpuRunner(network.program)
     x = torch.randn(8, 3, 8, 8, device=gpu)
     with torch.no_grad():
-        first = runner(x).clone()
-        assert runner.is_captured(x.shape)
-        assert not torch.equal(runner(torch.randn(8, 3, 8, 8, device=gpu)), first)
-        assert torch.equal(runner(x), first)
+        first = runner([x])[0].clone()
+        assert runner.is_captured([x.shape])
+        assert not torch.equal(runner([torch.randn(8, 3, 8, 8, device=gpu)])[0], first)
+        assert torch.equal(runner([x])[0], first)
 
 
 def test_streams_and_threads(network: FusedNetwork, gpu: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsp_kernels.program.steps import ConvStep, Program, Step
 
-# csrc/cuda/block_kernel.h: kMostConvs
+# csrc/cuda/params.h: kMostConvs
 MOST_CONVS = 3
 
 
@@ -106,7 +106,7 @@ class _Graph:
     def __init__(self, program: Program) -> None:
         self.makers = {step.output: step for step in program.steps}
         self.readers = Counter(name for step in program.steps for name in step.inputs)
-        self.readers[program.output] += 1
+        self.readers.update(program.outputs)
         self.taken: set[str] = set()
 
     def inner_conv(self, name: str) -> ConvStep | None:
