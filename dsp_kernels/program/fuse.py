@@ -20,6 +20,7 @@ from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program, TorchStep, ValueRef, map_nested
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
+from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.layout import uses_tf32
 from dsp_kernels.run.programs import EXECUTORS, Runner
 from dsp_kernels.tolerances import network_tolerance
@@ -107,6 +108,8 @@ class FusedNetwork(nn.Module):
         self.device = device
         self.backend = EXECUTORS.choose(backend, program, dtype, device).name
         self._requested_backend = backend
+        # Fills caches of the structures: torch.compile refuses the lock of cached_property.
+        EagerExecutor().describe(program)
         self._example_shapes = tuple(program.shapes[name] for name in program.inputs)
         self._runners: dict[str, Runner] = {}
         super().train(False)
@@ -122,7 +125,7 @@ class FusedNetwork(nn.Module):
         plain, first, program = True, inputs[0], self.program
         for x, example in zip(inputs, self._example_shapes, strict=True):
             if not isinstance(x, Tensor):
-                raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor of images")
+                raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor")
             shape = x.shape
             other = x is not first and shape[:1] != first.shape[:1]
             if len(shape) != len(example) or shape[1] != example[1] or other:
@@ -264,12 +267,13 @@ def _verify(fused: FusedNetwork, model: nn.Module, example: tuple[Tensor, ...]) 
             )
 
 
-def _check_answered(part: Any) -> None:
+def _check_answered(part: Any) -> Any:
     if not isinstance(part, Tensor | int | float | str | None):
         raise DSPTraceError(
             "fuse() takes a network that answers with tensors, or tuples, lists and dicts of them; this one "
             f"returns a {type(part).__name__}; use swap()"
         )
+    return part
 
 
 def _without_integers(*answers: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import nets
 import pytest
@@ -95,10 +96,10 @@ class Executor(EagerExecutor):
     def prepare(self, program: Program) -> Runner:
         right = super().prepare(program)
 
-        def run(x: Tensor) -> Tensor:
+        def run(inputs: Sequence[Tensor]) -> list[Any]:
             if self.name == "raises":
                 raise RuntimeError("no kernel image is available")
-            return right(x) + (self.name == "wrong")
+            return [y + (self.name == "wrong") for y in right(inputs)]
 
         return run
 

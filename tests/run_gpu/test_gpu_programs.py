@@ -17,10 +17,11 @@ from cases import definition
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.planner import plan
-from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.program.steps import ConvStep, Program, ValueRef, map_nested
 from dsp_kernels.run.gpu import plan as gpu_plan
 from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout, layout_for_batch
@@ -99,9 +100,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return kernels
 
 
-def program_of(model: nn.Module, example: Tensor) -> Program:
+def program_of(model: nn.Module, example: Example) -> Program:
     with evaluating(model):
-        return plan(trace(model, example)).map_tensors(lambda tensor: tensor.detach().to(example.dtype))
+        dtype = as_inputs(example)[0].dtype
+        return plan(trace(model, example)).map_tensors(lambda tensor: tensor.detach().to(dtype))
 
 
 def residual_program(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Program]:
@@ -123,6 +125,18 @@ def test_both_layouts_give_the_result_of_the_model(name: str, batch: int) -> Non
     model = nets.make(name).double()
     x = torch.randn(batch, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
     assert_same(program_of(model, x[:1]), model, x)
+
+
+@pytest.mark.parametrize("batch", [3, 8])
+@pytest.mark.parametrize("name", [*nets.ANSWERS, *nets.INPUT_SHAPES])
+def test_several_inputs_and_outputs(name: str, batch: int) -> None:
+    model, inputs = nets.answering(name).double(), nets.inputs_of(name, batch, torch.float64)
+    program = program_of(model, nets.inputs_of(name, 1, torch.float64))
+    runner = GpuRunner(program)
+    runner([x + 1 for x in inputs])  # its memory is used again
+    made = dict(zip(program.outputs, runner(inputs), strict=True))
+    got = map_nested(lambda part: made[part.name] if isinstance(part, ValueRef) else part, program.answer)
+    torch.testing.assert_close(got, model(*inputs), rtol=0, atol=1e-10)
 
 
 def test_one_runner_takes_any_image_size_and_batch(kernels: StandIn) -> None:
@@ -334,7 +348,7 @@ def test_every_step_runs_on_what_is_measured_to_be_the_fastest(
     assert {forms[step.output] for step in convs} == {expected}
     # The network as a whole is measured even where no time is left for its steps.
     late = GpuRunner(program, make_tuner=lambda *_: Tuner(Choices(tmp_path / "late"), seconds, budget=0.0))
-    assert {late.plan(x.shape).forms[step.output] for step in convs} == {expected}
+    assert {late.plan([x.shape]).forms[step.output] for step in convs} == {expected}
 
 
 def test_layouts_keep_the_values() -> None:

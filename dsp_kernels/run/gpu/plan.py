@@ -95,13 +95,8 @@ class Planner:
             made[name] = options[name]()
             return launch(made[name])
 
-        steps = map(_key, self._program.steps)
-        key = [
-            "network",
-            self._kind(),
-            [*map(list, inputs)],
-            sha256(json.dumps([*steps]).encode()).hexdigest(),
-        ]
+        steps = json.dumps([*map(_key, self._program.steps)])
+        key = ["network", self._kind(), [*map(list, inputs)], sha256(steps.encode()).hexdigest()]
         name = tuner.fastest(key, {name: partial(launch_of, name) for name in options}, always=True)
         return made.get(name) or options[name]()
 
