@@ -12,18 +12,15 @@ Example = Tensor | Sequence[Tensor]
 
 def as_inputs(example: Example) -> tuple[Tensor, ...]:
     """The tensors of an example. Raises DSPShapeError for anything else, naming the input that is wrong."""
-    inputs = tuple(example) if isinstance(example, list | tuple) else (example,)
-    for place, x in enumerate(inputs):
+    several = isinstance(example, list | tuple)
+    inputs = tuple(example) if several else (example,)
+    for place, x in enumerate(inputs, 1):
         found = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         if not isinstance(x, Tensor) or not x.dim() or not len(x):
-            raise _not_an_example(_name(example, place), found)
+            raise _not_an_example(f"input {place} of the example" if several else "the example", found)
     if not inputs:
         raise _not_an_example("the example", f"is an empty {type(example).__name__}")
     return inputs
-
-
-def _name(example: Example, place: int) -> str:
-    return f"input {place + 1} of the example" if isinstance(example, list | tuple) else "the example"
 
 
 def _not_an_example(what: str, found: str) -> DSPShapeError:
@@ -51,12 +48,12 @@ def fusable_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
     Raises DSPShapeError for anything else, and for an example on another device than the model.
     """
     inputs = as_inputs(example)
-    for place, x in enumerate(inputs):
+    for place, x in enumerate(inputs, 1):
         if x.dim() not in (2, 4) or not x.is_floating_point() or len(x) != len(inputs[0]):
             raise DSPShapeError(
-                f"{_name(example, place)} has shape {tuple(x.shape)} and dtype {x.dtype}; fuse() takes "
-                f"(batch, channels, height, width) or (batch, features) of a floating dtype and, of several "
-                f"inputs, one batch; use swap() for others"
+                f"input {place} of the example has shape {tuple(x.shape)} and dtype {x.dtype}; expected "
+                "(batch, channels, height, width) or (batch, features) of a floating dtype and of one batch; "
+                "use swap() for others"
             )
         check_device(model, x)
     return inputs

@@ -138,7 +138,7 @@ class _Planner:
     def _inputs(self, node: TracedNode) -> tuple[str, ...]:
         return tuple(self.value_of[name] for name in node.inputs)
 
-    def _reference(self, node: fx.Node) -> ValueRef:
+    def _reference(self, node: fx.Node) -> Any:
         return ValueRef(self.value_of[node.name])
 
     def _operands(self, node: TracedNode) -> tuple[str, ...]:
@@ -321,7 +321,8 @@ class _Planner:
             held = attrgetter(str(fx_node.target))(self.network.graph_module)
             held = held.detach() if isinstance(held, Tensor) else held
 
-        args, kwargs = (fx.node.map_arg(part, self._reference) for part in (fx_node.args, fx_node.kwargs))
+        args = fx.node.map_arg(fx_node.args, self._reference)
+        kwargs = fx.node.map_arg(fx_node.kwargs, self._reference)
         # view() may be impossible in the memory layout that an executor chooses; reshape() gives the same.
         target = "reshape" if fx_node.op == "call_method" and fx_node.target == "view" else fx_node.target
         return TorchStep(node.name, self._inputs(node), fx_node.op, target, args, kwargs, held, why)

@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 from dsp_kernels.op.spec import ConvSpec
 
 TensorMap = Callable[[Tensor], Tensor]
+# A Program that is ready to run: the tensors of its inputs -> the values of its outputs, in its order.
+Runner = Callable[[Sequence[Tensor]], list[Any]]
 
 
 def _map_tensors(value: Any, function: TensorMap) -> Any:

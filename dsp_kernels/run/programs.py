@@ -1,19 +1,14 @@
 """The executors of a whole Program."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from dsp_kernels.program.steps import Program
+from dsp_kernels.program.steps import Program, Runner
 from dsp_kernels.run.cpu.program import CpuExecutor
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.program import CudaExecutor
 from dsp_kernels.run.registry import Registry
-
-# The inputs of a Program -> the values of its outputs, both in its order.
-Runner = Callable[[Sequence[Tensor]], list[Any]]
 
 
 class Executor(Protocol):

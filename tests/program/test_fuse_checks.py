@@ -79,7 +79,7 @@ class _Two(nn.Module):
         ((IMAGE[:0], FEATURES), "input 1 of the example has shape (0, 3, 8, 8)"),
         ((), "the example is an empty tuple"),
         ({"image": IMAGE}, "the example is a dict; expected a tensor"),
-        (IMAGE[0], "the example has shape (3, 8, 8) and dtype torch.float32; fuse() takes (batch, channels,"),
+        (IMAGE[0], "input 1 of the example has shape (3, 8, 8) and dtype torch.float32; expected (batch,"),
         ((IMAGE.to("meta"),), "the example is on meta; expected cpu"),
     ],
     ids=["batch", "integers", "rank", "none", "number", "empty", "nothing", "dict", "no-batch", "elsewhere"],

@@ -17,13 +17,13 @@ from dsp_kernels.errors import DSPBackendError, DSPVerificationError
 from dsp_kernels.op import fused_conv, torch_op
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program import fuse as fuse_module
-from dsp_kernels.program.steps import Program
+from dsp_kernels.program.steps import Program, Runner
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu import conv as gpu_conv
 from dsp_kernels.run.gpu.cuda import conv as cuda_conv
 from dsp_kernels.run.gpu.layout import why_not_on
 from dsp_kernels.run.gpu.triton import conv as triton_conv
-from dsp_kernels.run.programs import EXECUTORS, Runner
+from dsp_kernels.run.programs import EXECUTORS
 from dsp_kernels.run.registry import Registry
 
 GPU = torch.device("cuda", 0)

@@ -27,6 +27,7 @@ from dsp_kernels.program.steps import (
     LinearStep,
     PoolStep,
     Program,
+    Runner,
     SelectStep,
     Step,
     TorchStep,
@@ -59,7 +60,7 @@ class CpuExecutor:
             return False, "no step of this network is a native one"
         return True, ""
 
-    def prepare(self, program: Program) -> Callable[[Sequence[Tensor]], list[Any]]:
+    def prepare(self, program: Program) -> Runner:
         parts = segments(program)
         dtype = _dtype(program)
         if _is_whole(parts, program):
@@ -209,9 +210,7 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
     return call
 
 
-def _whole_network(
-    part: Segment, program: Program, dtype: torch.dtype
-) -> Callable[[Sequence[Tensor]], list[Any]]:
+def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Runner:
     """_native_call without the dict of values: at batch 1 every microsecond around the kernels shows."""
     network = _caller(part, program, dtype)
 

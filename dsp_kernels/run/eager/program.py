@@ -18,6 +18,7 @@ from dsp_kernels.program.steps import (
     LinearStep,
     PoolStep,
     Program,
+    Runner,
     SelectStep,
     Step,
     TorchStep,
@@ -41,7 +42,7 @@ class EagerExecutor:
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         return (True, "") if dtype.is_floating_point else (False, f"dtype {dtype} is not a floating dtype")
 
-    def prepare(self, program: Program) -> Callable[[Sequence[Tensor]], list[Any]]:
+    def prepare(self, program: Program) -> Runner:
         calls = [(step, self.call(step)) for step in program.steps]
         dying = program.dying
 

@@ -122,9 +122,8 @@ class Planner:
         calls = (
             step_call(step, layout, launchers.get(step.output), shapes, self.device) for step in program.steps
         )
-        images = inputs[0][0]
         return GpuPlan(
-            program, layout, images, shapes, tuple(calls), forms, launchers, self.dtype, self.device
+            program, layout, inputs[0][0], shapes, tuple(calls), forms, launchers, self.dtype, self.device
         )
 
     def _conv(

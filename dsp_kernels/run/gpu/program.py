@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.program.steps import ConvStep, Program, map_nested
+from dsp_kernels.program.steps import ConvStep, Program, Runner, map_nested
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.conv import GPU_KERNELS, warn_of_missing
 from dsp_kernels.run.gpu.graphs import capture, is_capturing
@@ -110,7 +110,7 @@ class GpuRunner:
             return results
 
     @cached_property
-    def _eager(self) -> Callable[[Sequence[Tensor]], list[Any]]:
+    def _eager(self) -> Runner:
         return EagerExecutor().prepare(self._program)
 
     def is_captured(self, inputs: Sizes) -> bool:
@@ -165,6 +165,7 @@ class GpuRun:
         self._buffers = {
             name: self._view(offset, plan.shapes[name] or (), dtype) for name, offset in arena.offset.items()
         }
+        self._dying = plan.program.dying
         self._replay: Callable[[], None] | None = None
         self._outputs: list[Any] = []
 
@@ -207,7 +208,7 @@ class GpuRun:
         """Everything once, from the buffers of the inputs to the outputs."""
         program = self.plan.program
         values: dict[str, Any] = {name: self._buffers[name] for name in program.inputs}
-        for step, call, dead in zip(program.steps, self.plan.calls, program.dying, strict=True):
+        for step, call, dead in zip(program.steps, self.plan.calls, self._dying, strict=True):
             buffer = self._buffers.get(step.output)
             result = call(values, buffer)
             values[step.output] = result if buffer is not None else self._outside_arena(result)
