@@ -116,10 +116,12 @@ class FusedNetwork(nn.Module):
         Feature maps come out in the first input's memory format, floating tensors in its dtype.
         Raises DSPShapeError for any other input.
         """
-        if len(inputs) != len(self._example_shapes):
-            raise DSPShapeError(f"{len(inputs)} inputs; this network takes {len(self._example_shapes)}")
-        plain, first, program = True, inputs[0], self.program
-        for x, example in zip(inputs, self._example_shapes, strict=True):
+        program, examples, plain = self.program, self._example_shapes, True
+        if len(inputs) != len(examples):
+            raise DSPShapeError(f"{len(inputs)} inputs; this network takes {len(examples)}")
+        first = inputs[0]
+        for place, x in enumerate(inputs):  # at batch 1 every microsecond shows: zip(strict=True) takes 0.3
+            example = examples[place]
             if not isinstance(x, Tensor):
                 raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor")
             shape = x.shape
