@@ -288,7 +288,7 @@ _NATIVE: dict[type[Step], Callable[..., Any]] = {
     ConcatStep: lambda n, step, *xs: n.concat(list(xs)),
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,
-    GlobalPoolStep: lambda n, step, x: n.mean(x),
-    FlattenStep: lambda n, step, x: n.flatten(x),
+    GlobalPoolStep: lambda n, step, x: n.adaptive(x, (1, 1)),
+    FlattenStep: lambda n, step, x: n.concat([x]),
     LinearStep: _linear,
 }
