@@ -73,7 +73,7 @@ def main() -> None:
     for batch in options.batch:
         recorder = Recorder(cpu_seconds if device.type == "cpu" else partial(gpu_seconds, device))
         runner = GpuRunner(program, make_tuner=lambda device, what, recorder=recorder: recorder)
-        plan = runner.plan((batch, *program.shapes[program.input][1:]))
+        plan = runner.plan([(batch, *program.shapes[name][1:]) for name in program.inputs])
         for name, times in recorder.times.items():
             what, _, *key = json.loads(name)
             sizes = [part for part in key if isinstance(part, list) and all(isinstance(n, int) for n in part)]

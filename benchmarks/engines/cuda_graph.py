@@ -46,7 +46,8 @@ class CudnnFused(Engine):
 
         with evaluating(model):
             program = program_of(model, example).map_tensors(moved)
-        return replayed(CudnnConvs().prepare(program), example, self.dtype)
+        run = CudnnConvs().prepare(program)
+        return replayed(lambda x: run([x])[0], example, self.dtype)
 
 
 class CudnnConvs(EagerExecutor):

@@ -38,7 +38,7 @@ def compulsory_bytes(program: Program, part: Sequence[Step], batch: int, dtype: 
     written = {step.output for step in part}
     read = {name for step in part for name in step.inputs} - written
     outside = {name for step in program.steps if step.output not in written for name in step.inputs}
-    tensors = read | (written & (outside | {program.output}))
+    tensors = read | (written & (outside | set(program.outputs)))
     numbers = sum(batch * math.prod(program.shapes[name][1:]) for name in tensors if name in program.shapes)
     for step in part:
         if isinstance(step, ConvStep):

@@ -66,8 +66,8 @@ def _steps(engine: Fused, model: nn.Module, x: Tensor, peaks: Peaks) -> list[Par
     x = x.to(engine.dtype)
     timers = {}
     for count, step in enumerate(program.steps, 1):
-        run = executor.prepare(replace(program, steps=program.steps[:count], output=step.output))
-        call = torch.inference_mode()(lambda run=run: run(x))
+        run = executor.prepare(replace(program, steps=program.steps[:count], outputs=(step.output,)))
+        call = torch.inference_mode()(lambda run=run: run([x]))
         timers[step.output] = Timer(call, torch.cuda.synchronize if x.is_cuda else None)
     samples = measure(timers, _STEP_RULES)
     parts, before = [], 0.0

@@ -42,23 +42,21 @@ def check_taken(model: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]) -> 
         )
 
 
-def one_image(model: nn.Module, example: Example) -> Tensor:
-    """The one input (batch, channels, height, width) of a network that takes only images.
+def fusable_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
+    """The inputs of a network to fuse: one batch of images or feature vectors.
 
     Raises DSPShapeError for anything else, and for an example on another device than the model.
     """
-    x, *others = as_inputs(example)
-    if others:
-        raise DSPShapeError(
-            f"a fused network has one input: input 2 of the example, of shape {tuple(others[0].shape)}, has "
-            "no place. swap(model) makes the convolutions of a model of several inputs fast"
-        )
-    if x.dim() != 4:
-        raise DSPShapeError(
-            f"the example has shape {tuple(x.shape)}; expected (batch, channels, height, width)"
-        )
-    check_device(model, x)
-    return x
+    inputs = as_inputs(example)
+    for place, x in enumerate(inputs, 1):
+        if x.dim() not in (2, 4) or not x.is_floating_point() or len(x) != len(inputs[0]):
+            raise DSPShapeError(
+                f"input {place} of the example has shape {tuple(x.shape)} and dtype {x.dtype}; expected "
+                "(batch, channels, height, width) or (batch, features) of a floating dtype and of one batch; "
+                "use swap() for others"
+            )
+        check_device(model, x)
+    return inputs
 
 
 def check_device(model: nn.Module, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dsp_kernels.errors import DSPBackendError, DSPShapeError
-from dsp_kernels.graph.compare import compare_answers
-from dsp_kernels.graph.inputs import Example, one_image
+from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError
+from dsp_kernels.graph.compare import compare_answers, tensors_of
+from dsp_kernels.graph.inputs import Example, fusable_inputs
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.graph.operations.table import LEAF_TYPES
 from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.planner import plan
-from dsp_kernels.program.steps import ConvStep, LinearStep, Program, TorchStep
+from dsp_kernels.program.steps import ConvStep, LinearStep, Program, Runner, TorchStep, ValueRef, map_nested
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
+from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.layout import uses_tf32
-from dsp_kernels.run.programs import EXECUTORS, Runner
+from dsp_kernels.run.programs import EXECUTORS
 from dsp_kernels.tolerances import network_tolerance
 
 
@@ -29,16 +31,18 @@ def fuse(
 ) -> FusedNetwork:
     """A packed (or any) CNN as one fused module for inference, with the same answers.
 
-    example_input: (batch, channels, height, width) on the model's device; any batch size stands for all.
+    example_input: (batch, channels, height, width), or (batch, features), on the model's device; a tuple of
+    them for a model of several inputs. Any batch size stands for all.
     backend: "auto" for the first that works, or the name of an executor: "cuda", "triton", "cudnn", "cpu",
     "eager". dtype: of weights and activations inside, None for the model's; inputs and outputs keep their own
     dtype. On a GPU float32 may be multiplied in TF32 where PyTorch's convolutions are, by default
     (``torch.backends.cudnn.allow_tf32``), and what runs each step is measured once (DSP_KERNELS_TUNE=0: not).
 
-    The model is not changed and shares no memory with the result. Before it is returned, it is compared with
-    the model in eval mode, on the example and on random images.
-    Raises DSPShapeError if the example is not one tensor of images on the model's device, DSPTraceError if
-    the model cannot be traced or run on it, DSPBackendError if the backend cannot run the network, and
+    The model may answer with a tensor or with nested tuples, lists and dicts of tensors; numbers, strings and
+    None among them are kept. The model is not changed and shares no memory with the result. Before it is
+    returned, it is compared with the model in eval mode, on the example and on random images.
+    Raises DSPShapeError for any other example, DSPTraceError if the model cannot be traced or run on it or
+    answers with anything else, DSPBackendError if the backend cannot run the network, and
     DSPVerificationError if the answers differ by more than rounding.
 
     >>> import torch, dsp_kernels
@@ -50,27 +54,27 @@ def fuse(
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise DSPBackendError(f"dtype is {dtype!r}; expected a torch.dtype, as torch.bfloat16")
-    example = one_image(model, example_input)
+    inputs = fusable_inputs(model, example_input)
     if isinstance(model, LEAF_TYPES):
         model = nn.Sequential(model)  # torch.fx traces what a module calls, not the module itself
-    dtype = dtype or example.dtype
-    if backend == "auto" and example.device.type == "cpu":
+    dtype, device = dtype or inputs[0].dtype, inputs[0].device
+    if backend == "auto" and device.type == "cpu":
         warn_if_missing()
     # Modules that stay plain PyTorch are copied in eval mode.
     with evaluating(model):
         # After folding, which is in float64: a copy of every tensor.
-        program = plan(trace(model, example)).map_tensors(
+        program = plan(trace(model, inputs)).map_tensors(
             lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
         )
-    fused = FusedNetwork(program, tuple(example.shape), dtype, example.device, backend)
-    names = [executor.name for executor in EXECUTORS.candidates(backend, program, dtype, example.device)]
+    fused = FusedNetwork(program, dtype, device, backend)
+    names = [executor.name for executor in EXECUTORS.candidates(backend, program, dtype, device)]
     for name in names:
         fused.backend = name
         try:
-            _verify(fused, model, example)
+            _verify(fused, model, inputs)
             break
         except Exception as error:
-            if name == names[-1]:
+            if name == names[-1] or isinstance(error, DSPTraceError):
                 raise
             warnings.warn(f"fuse tries another backend, because {name} failed: {error}", stacklevel=2)
     return fused
@@ -79,7 +83,7 @@ def fuse(
 class FusedNetwork(nn.Module):
     """A network that runs a Program; made by ``fuse``. For inference only: always in eval mode.
 
-    Call it with (batch, channels, height, width) of any batch size. ``.to()`` moves it, ``copy.deepcopy``
+    Call it as the model, with any batch size; its dicts are plain ones. ``.to()`` moves it, ``copy.deepcopy``
     copies it, ``explain()`` lists its steps. It has no parameters: save the packed model instead.
 
     >>> import torch, dsp_kernels
@@ -92,12 +96,7 @@ class FusedNetwork(nn.Module):
     """
 
     def __init__(
-        self,
-        program: Program,
-        example_shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str = "auto",
+        self, program: Program, dtype: torch.dtype, device: torch.device, backend: str = "auto"
     ) -> None:
         super().__init__()
         self.program = program
@@ -105,37 +104,52 @@ class FusedNetwork(nn.Module):
         self.device = device
         self.backend = EXECUTORS.choose(backend, program, dtype, device).name
         self._requested_backend = backend
-        self._example_shape = example_shape
+        # Fills caches of the structures: torch.compile refuses the lock of cached_property.
+        EagerExecutor().describe(program)
+        self._example_shapes = tuple(program.shapes[name] for name in program.inputs)
         self._runners: dict[str, Runner] = {}
         super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, channels, height, width), floating, on the network's device -> the model's output.
+    def forward(self, *inputs: Tensor) -> Any:
+        """inputs: as of the example, floating, on the network's device -> the model's answer.
 
-        Feature maps come out in x's memory format. Raises DSPShapeError for any other input.
+        Feature maps come out in the first input's memory format, floating tensors in its dtype.
+        Raises DSPShapeError for any other input.
         """
-        if not isinstance(x, Tensor):
-            raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor of images")
-        if x.dim() != 4 or x.shape[1] != self._example_shape[1]:
-            raise DSPShapeError(
-                f"input has shape {tuple(x.shape)}; expected (batch, {self._example_shape[1]}, height, width)"
-            )
-        if not x.dtype.is_floating_point or x.device != self.device:
-            raise DSPShapeError(
-                f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
-            )
-        y = self._runner_for(x)(x)
-        if y.dtype != x.dtype:  # .to() costs 3 us even as a no-op
-            y = y.to(x.dtype)
-        return y.contiguous(memory_format=memory_format_of(x)) if y.dim() == 4 else y.contiguous()
+        program, examples, plain = self.program, self._example_shapes, True
+        if len(inputs) != len(examples):
+            raise DSPShapeError(f"{len(inputs)} inputs; this network takes {len(examples)}")
+        first = inputs[0]
+        for place, x in enumerate(inputs):  # at batch 1 every microsecond shows: zip(strict=True) takes 0.3
+            example = examples[place]
+            if not isinstance(x, Tensor):
+                raise DSPShapeError(f"the input is a {type(x).__name__}; expected a tensor")
+            shape = x.shape
+            other = x is not first and shape[:1] != first.shape[:1]
+            if len(shape) != len(example) or shape[1] != example[1] or other:
+                sizes = ", height, width" * (len(example) == 4)
+                raise DSPShapeError(
+                    f"input has shape {tuple(shape)}; expected (batch, {example[1]}{sizes})"
+                    f"{', and one batch in all inputs' * (len(inputs) > 1)}"
+                )
+            if not x.dtype.is_floating_point or x.device != self.device:
+                raise DSPShapeError(
+                    f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
+                )
+            plain = plain and type(x) is Tensor
+        results = self._runner_for(plain)(inputs)
+        if type(program.answer) is ValueRef:
+            return _like(first, results[0])
+        made = {name: _like(first, result) for name, result in zip(program.outputs, results, strict=True)}
+        return map_nested(lambda part: made[part.name] if type(part) is ValueRef else part, program.answer)
 
-    def _runner_for(self, x: Tensor) -> Runner:
+    def _runner_for(self, plain_tensors: bool) -> Runner:
         # A recorder (torch.compile, torch.export, a dispatch mode) has to see PyTorch's own operations.
         recorded = (
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch._C._len_torch_dispatch_stack() > 0
-            or type(x) is not Tensor
+            or not plain_tensors
         )
         runners = self._runners  # read first: ``_apply`` in another thread replaces it last
         name = "eager" if recorded else self.backend
@@ -163,7 +177,7 @@ class FusedNetwork(nn.Module):
         lines = [
             f"fused network: {len(self.program.steps)} steps, {plain} of them plain PyTorch; backend "
             f"{self.backend}, {self.dtype}, {self.program.macs / 1e6:.2f} M multiply-adds per image of "
-            f"{'x'.join(map(str, self._example_shape[1:]))}"
+            f"{' and '.join('x'.join(map(str, shape[1:])) for shape in self._example_shapes)}"
         ]
         for step, form in zip(self.program.steps, forms, strict=True):
             shape = self.program.shapes.get(step.output)
@@ -188,45 +202,56 @@ class FusedNetwork(nn.Module):
         # Runners are closures, which cannot be pickled.
         return {**self.__dict__, "_runners": {}}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedNetwork:
-        program = self.program.map_tensors(torch.clone)
-        made = FusedNetwork(program, self._example_shape, self.dtype, self.device, self._requested_backend)
-        memo[id(self)] = made
-        return made
+
+def _like(x: Tensor, result: Any) -> Any:
+    """A result in the memory format of ``x`` and, if it is floating, in its dtype."""
+    if not isinstance(result, Tensor):
+        if isinstance(result, list | tuple | dict):
+            return map_nested(lambda part: _like(x, part), result)
+        return result
+    if result.dtype != x.dtype and result.dtype.is_floating_point:  # .to() costs 3 us even as a no-op
+        result = result.to(x.dtype)
+    if result.dim() != 4:
+        return result.contiguous()
+    return result.contiguous(memory_format=memory_format_of(x))
 
 
 def _without_autograd(runner: Runner, device_type: str) -> Runner:
     """Outside the caller's autograd and autocast."""
 
-    def run(x: Tensor) -> Tensor:
+    def run(inputs: Sequence[Tensor]) -> list[Any]:
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            return runner(x)
+            return runner(inputs)
 
     return run
 
 
 def _with_input_dtype(runner: Runner, dtype: torch.dtype) -> Runner:
-    return lambda x: runner(x.to(dtype))
+    return lambda inputs: runner([x.to(dtype) for x in inputs])
 
 
-def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> None:
+def _verify(fused: FusedNetwork, model: nn.Module, example: tuple[Tensor, ...]) -> None:
     """Compare with the model; random images because zeros would hide a wrong weight."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(example_input.shape, generator=generator).to(example_input)
+    noise = tuple(torch.randn(x.shape, generator=generator).to(x) for x in example)
     convs = [step for step in fused.program.steps if isinstance(step, ConvStep)]
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
     reduction = max((weight[0].numel() for step in convs for weight in step.weights), default=1)
     # However exact the fused network is, the model rounds to its own dtype.
-    coarsest = max(fused.dtype, example_input.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if example_input.device.type == "cuda" and uses_tf32(coarsest):
+    coarsest = max(fused.dtype, *(x.dtype for x in example), key=lambda dtype: torch.finfo(dtype).eps)
+    if fused.device.type == "cuda" and uses_tf32(coarsest):
         coarsest = torch.float16  # TF32 has as many bits
     half_sums = fused.dtype == torch.float16 and fused.backend == "cpu" and adds_in_half()
     bound = network_tolerance(coarsest, reduction, depth, half_sums)
-    with evaluating(model), torch.no_grad(), torch.autocast(example_input.device.type, enabled=False):
-        for images, x in (("the example input", example_input), ("random images", noise)):
+    with evaluating(model), torch.no_grad(), torch.autocast(fused.device.type, enabled=False):
+        for images, inputs in (("the example input", example), ("random images", noise)):
+            expected = model(*(x.clone() for x in inputs))  # a model may write into its input
+            map_nested(_check_answered, expected)
+            got = fused(*(x.clone() for x in inputs))
+            expected, got = _without_integers(tensors_of(expected), tensors_of(got))
             compare_answers(
-                model(x.clone()),  # a model may write into its input
-                fused(x.clone()),
+                expected,
+                got,
                 bound,
                 "the fused network differs from the model",
                 images,
@@ -234,3 +259,25 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
                 dtype=coarsest,
                 advice=". If the model is right, please report this",
             )
+
+
+def _check_answered(part: Any) -> Any:
+    if not isinstance(part, Tensor | int | float | str | None):
+        raise DSPTraceError(
+            "fuse() takes a network that answers with tensors, or tuples, lists and dicts of them; this one "
+            f"returns a {type(part).__name__}; use swap()"
+        )
+    return part
+
+
+def _without_integers(expected: list[Tensor], got: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Two answers with zeros for integers: rounding decides which of two close numbers is the larger.
+
+    Of answers of integers only, each becomes one number, and they differ where most of the integers do.
+    """
+    shapes = [[x.shape for x in answer] for answer in (expected, got)]
+    if shapes[0] == shapes[1] and not any(x.is_floating_point() for x in expected):
+        wrong = sum(int((a != b).sum()) for a, b in zip(expected, got, strict=True))
+        return [torch.zeros(1)], [torch.tensor([float(2 * wrong > sum(x.numel() for x in expected))])]
+    a, b = ([x if x.is_floating_point() else x * 0 for x in answer] for answer in (expected, got))
+    return a, b

@@ -35,16 +35,14 @@ from dsp_kernels.program.steps import (
     TorchStep,
     ValueRef,
     flattened_maps,
+    map_nested,
 )
 
 S = TypeVar("S", bound=Step)
 
 
 def plan(network: TracedNetwork) -> Program:
-    """The Program of a traced network with one input and one output tensor.
-
-    Raises DSPTraceError if the network has several inputs or does not return one tensor.
-    """
+    """The Program of a traced network. Raises DSPTraceError if its answer holds no tensor."""
     return _Planner(network).run()
 
 
@@ -95,19 +93,20 @@ class _Planner:
         self.device = held[0].device if held else torch.device("cpu")
 
     def run(self) -> Program:
-        inputs, outputs = self.network.of_kind("input"), self.network.of_kind("output")
-        if len(inputs) != 1:
-            raise DSPTraceError(f"fuse() takes a network of one input, this has {len(inputs)}; use swap()")
-        if len(outputs) != 1 or outputs[0].shape is None:
-            raise DSPTraceError(
-                "fuse() takes a network whose output is one tensor, this one returns several or a container; "
-                "use swap()"
-            )
-        for node in self.network:
-            if node.kind != "output":
-                self._plan_node(node)
-        output = self._inputs(outputs[0])[0]
-        return Program(inputs[0].name, output, self._live(output), self.shapes)
+        *nodes, output = self.network
+        for node in nodes:
+            self._plan_node(node)
+        answered = set(self._inputs(output))
+        if not answered:
+            raise DSPTraceError("fuse() takes a network that answers with tensors, this one returns none")
+        inputs = tuple(node.name for node in self.network.of_kind("input"))
+        made = (*inputs, *(step.output for step in self.steps))
+        outputs = tuple(name for name in made if name in answered)
+        answer = map_nested(
+            lambda part: self._reference(part) if isinstance(part, fx.Node) else part,
+            output.fx_node.args[0],
+        )
+        return Program(inputs, outputs, answer, self._live(outputs), self.shapes)
 
     def _plan_node(self, node: TracedNode) -> None:
         if node.kind != "input":
@@ -125,9 +124,9 @@ class _Planner:
         if node.shape is not None:
             self.shapes[node.name] = node.shape
 
-    def _live(self, output: str) -> tuple[Step, ...]:
-        """The steps that the output depends on: folding leaves dead computations of sizes."""
-        needed, kept = {output}, []
+    def _live(self, outputs: tuple[str, ...]) -> tuple[Step, ...]:
+        """The steps that the outputs depend on: folding leaves dead computations of sizes."""
+        needed, kept = set(outputs), []
         for step in reversed(self.steps):
             if step.output in needed:
                 needed.update(step.inputs)
@@ -138,6 +137,9 @@ class _Planner:
 
     def _inputs(self, node: TracedNode) -> tuple[str, ...]:
         return tuple(self.value_of[name] for name in node.inputs)
+
+    def _reference(self, node: fx.Node) -> Any:
+        return ValueRef(self.value_of[node.name])
 
     def _operands(self, node: TracedNode) -> tuple[str, ...]:
         return tuple(self.value_of[name] for name in node.operands)
@@ -319,11 +321,8 @@ class _Planner:
             held = attrgetter(str(fx_node.target))(self.network.graph_module)
             held = held.detach() if isinstance(held, Tensor) else held
 
-        def reference(source: fx.Node) -> Any:
-            return ValueRef(self.value_of[source.name])
-
-        args = fx.node.map_arg(fx_node.args, reference)
-        kwargs = fx.node.map_arg(fx_node.kwargs, reference)
+        args = fx.node.map_arg(fx_node.args, self._reference)
+        kwargs = fx.node.map_arg(fx_node.kwargs, self._reference)
         # view() may be impossible in the memory layout that an executor chooses; reshape() gives the same.
         target = "reshape" if fx_node.op == "call_method" and fx_node.target == "view" else fx_node.target
         return TorchStep(node.name, self._inputs(node), fx_node.op, target, args, kwargs, held, why)

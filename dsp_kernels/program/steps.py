@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor, fx, nn
@@ -16,6 +15,8 @@ from torch import Tensor, fx, nn
 from dsp_kernels.op.spec import ConvSpec
 
 TensorMap = Callable[[Tensor], Tensor]
+# A Program that is ready to run: the tensors of its inputs -> the values of its outputs, in its order.
+Runner = Callable[[Sequence[Tensor]], list[Any]]
 
 
 def _map_tensors(value: Any, function: TensorMap) -> Any:
@@ -181,29 +182,42 @@ class TorchStep(Step):
         return self.held(*args, **kwargs)
 
 
+def map_nested(function: Callable[[Any], Any], nested: Any) -> Any:
+    """Nested tuples, lists and dicts with ``function`` applied to everything that they hold."""
+    if isinstance(nested, dict):
+        return {key: map_nested(function, part) for key, part in nested.items()}
+    if not isinstance(nested, list | tuple):
+        return function(nested)
+    parts = [map_nested(function, part) for part in nested]
+    if isinstance(nested, list):
+        return parts
+    return type(nested)(*parts) if hasattr(nested, "_fields") else type(nested)(parts)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """The steps of a network in the order in which they run; immutable.
 
-    input: name of the images (batch, channels, height, width); output: name of the result.
-    shapes: shape of every tensor for the example input, batch first.
+    inputs: names of the tensors that forward() takes, in its order; outputs: of the results, in the order in
+    which they are made. answer: what forward() returns: a ValueRef to an output, or nested tuples, lists and
+    dicts of those and of constants. shapes: shape of every tensor for the example input, batch first.
     """
 
-    input: str
-    output: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    answer: Any
     steps: tuple[Step, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
-    @cached_property
+    @property
     def last_use(self) -> Mapping[str, int]:
-        """Value -> the last step that writes or reads it; for the output, the number of steps."""
-        last = {self.input: -1}
+        """Value -> the last step that writes or reads it; for an output, the number of steps."""
+        last = dict.fromkeys(self.inputs, -1)
         for position, step in enumerate(self.steps):
             last.update(dict.fromkeys((*step.inputs, step.output), position))
-        last[self.output] = len(self.steps)
-        return last
+        return last | dict.fromkeys(self.outputs, len(self.steps))
 
-    @cached_property
+    @property
     def dying(self) -> tuple[tuple[str, ...], ...]:
         """Per step, the values that can be freed after it."""
         dead: list[list[str]] = [[] for _ in self.steps]
@@ -212,7 +226,7 @@ class Program:
                 dead[end].append(name)
         return tuple(map(tuple, dead))
 
-    @cached_property
+    @property
     def macs(self) -> int:
         """Multiply-adds of convolutions and linear layers for one image of the example's size."""
         total = 0

@@ -1,32 +1,28 @@
 """The executors of a whole Program."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from dsp_kernels.program.steps import Program
+from dsp_kernels.program.steps import Program, Runner
 from dsp_kernels.run.cpu.program import CpuExecutor
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.program import CudaExecutor
 from dsp_kernels.run.registry import Registry
 
-Runner = Callable[[Tensor], Tensor]
-
 
 class Executor(Protocol):
-    """Turns a Program once into a function x -> y, which is called many times, with any batch size."""
+    """Turns a Program once into a Runner, which is called many times, with any batch size."""
 
     name: str
-    takes_any_dtype: bool  # whether x may have another floating dtype than the Program
+    takes_any_dtype: bool  # whether inputs may have another floating dtype than the Program
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """Whether it runs this Program on tensors of this dtype and device; the reason if not."""
         ...
 
     def prepare(self, program: Program) -> Runner:
-        """x -> y, of any memory format; x: images of the Program's dtype and device."""
+        """The function; its tensors have any memory format, and the Program's dtype and device."""
         ...
 
     def is_native(self, program: Program) -> bool:

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,69 @@ class ConvThen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self.conv(x))
+
+
+class Answers(nn.Module):
+    """Whatever a function makes of two levels of feature maps and the image."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.low, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.high, self.function = nn.Conv2d(6, 8, 3, stride=2, padding=1), function
+
+    def forward(self, x: Tensor) -> Any:
+        low = F.relu(self.norm(self.low(x)))
+        return self.function(low, self.high(low), x)
+
+
+class Inputs(nn.Module):
+    """Images of different sizes, the second of which is read first, and vectors; one is not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.linear = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 8, 3), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor, y: Tensor, features: Tensor, unread: Tensor) -> tuple[Tensor, Tensor]:
+        maps = F.relu(self.second(y))
+        return F.relu(self.first(x)).mean((2, 3)) + maps.mean((2, 3)) + self.linear(features), maps
+
+
+class Levels(NamedTuple):
+    low: Tensor
+    high: Tensor
+
+
+# What a network may answer, of Answers; the shapes of the inputs of another network, with it.
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "tuple": lambda low, high, x: (high, low),
+    "named tuple": lambda low, high, x: Levels(low, high),
+    "dict": lambda low, high, x: {"logits": high.mean((2, 3)), "features": [low, high.relu()]},
+    "auxiliary heads and constants": lambda low, high, x: [high.mean((2, 3)), None, [low.amax((2, 3)), 2]],
+    "one tensor twice": lambda low, high, x: (high, low, high),
+    "the input": lambda low, high, x: (torch.cat([low, x], 1), x),
+    "a map and its features": lambda low, high, x: (high, high.flatten(1)),
+    "integers": lambda low, high, x: {"class": high.argmax(1), "maps": high, "above": low > 0.5},
+    "integers only": lambda low, high, x: high.argmax(1),
+    "containers": lambda low, high, x: (low.chunk(2, 1), high.max(1)),
+    "sizes": lambda low, high, x: (high, x.shape[0], x.shape[2:]),
+}
+INPUT_SHAPES = {"inputs": ((3, 8, 8), (4, 5, 5), (5,), (7,)), "generator": ((5,),)}
+
+
+def answering(name: str) -> nn.Module:
+    """The network of a name in ANSWERS or INPUT_SHAPES."""
+    torch.manual_seed(0)
+    if name == "generator":
+        layers = nn.Linear(5, 24), nn.ReLU(), nn.Unflatten(1, (6, 2, 2)), nn.ConvTranspose2d(6, 4, 2, 2)
+        return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)).eval()
+    return settled(Answers(ANSWERS[name])) if name in ANSWERS else Inputs().eval()
+
+
+def inputs_of(name: str, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Random inputs for it."""
+    generator = torch.Generator().manual_seed(batch)
+    shapes = INPUT_SHAPES.get(name, ((3, 8, 8),))
+    return tuple(torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes)
 
 
 class Undecided(nn.Module):

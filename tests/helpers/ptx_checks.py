@@ -181,6 +181,6 @@ def released_network(
     images = cifar_images(shared)[:count]
     with cuda_on_host(wgmma), Interpreter("sm_90a") as ptx:
         run = runner_of(model, dtype, images.shape[1:], *["one block"] * blocks)
-        got = torch.cat([run(part.to(dtype)).float() for part in images.split(8)])
+        got = torch.cat([run([part.to(dtype)])[0].float() for part in images.split(8)])
     with torch.no_grad():
         return got, model(images), Counter(ptx.launches)

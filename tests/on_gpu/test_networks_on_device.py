@@ -58,6 +58,16 @@ def test_fused_networks(name: str, dtype: torch.dtype, backend: str, gpu: torch.
             assert (got - expected).abs().max() <= bound * expected.abs().max()
 
 
+@pytest.mark.parametrize("name", [*nets.ANSWERS, *nets.INPUT_SHAPES])
+def test_several_inputs_and_outputs(name: str, gpu: torch.device) -> None:
+    model = nets.answering(name).to(gpu)
+    fused = dsp_kernels.fuse(model, [x.to(gpu) for x in nets.inputs_of(name, 2)])
+    for batch in (1, 8, 3, 8):
+        inputs = [x.to(gpu) for x in nets.inputs_of(name, batch)]
+        with torch.no_grad():
+            torch.testing.assert_close(fused(*inputs), model(*inputs), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("name", RELEASED)
 def test_real_networks(
@@ -85,10 +95,10 @@ def test_calls_replay_a_graph(network: FusedNetwork, gpu: torch.device) -> None:
     runner = GpuRunner(network.program)
     x = torch.randn(8, 3, 8, 8, device=gpu)
     with torch.no_grad():
-        first = runner(x).clone()
-        assert runner.is_captured(x.shape)
-        assert not torch.equal(runner(torch.randn(8, 3, 8, 8, device=gpu)), first)
-        assert torch.equal(runner(x), first)
+        first = runner([x])[0].clone()
+        assert runner.is_captured([x.shape])
+        assert not torch.equal(runner([torch.randn(8, 3, 8, 8, device=gpu)])[0], first)
+        assert torch.equal(runner([x])[0], first)
 
 
 def test_streams_and_threads(network: FusedNetwork, gpu: torch.device) -> None:

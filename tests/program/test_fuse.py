@@ -59,13 +59,13 @@ def test_explain_says_what_stays_plain_pytorch() -> None:
 
 def test_tensors_are_freed_after_their_last_reader() -> None:
     program = dsp_kernels.fuse(nets.make("residual"), nets.example()).program
-    alive, most = {program.input}, 0
+    alive, most = set(program.inputs), 0
     for step, dead in zip(program.steps, program.dying, strict=True):
         assert alive.issuperset(step.inputs)
         alive.add(step.output)
         most = max(most, len(alive))
         alive -= set(dead)
-    assert (alive, most) == ({program.output}, 3)
+    assert (alive, most) == (set(program.outputs), 3)
 
 
 def test_the_model_is_not_changed() -> None:

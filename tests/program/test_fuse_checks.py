@@ -45,8 +45,15 @@ def test_wrong_inputs_of_a_fused_network() -> None:
         fused(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
     with pytest.raises(DSPShapeError, match="on cpu"):
         fused(torch.zeros(1, 3, 8, 8, device="meta"))
-    with pytest.raises(DSPShapeError, match="is a ndarray; expected a tensor of images"):
+    with pytest.raises(DSPShapeError, match="is a ndarray; expected a tensor"):
         fused(nets.example().numpy())
+    with pytest.raises(DSPShapeError, match="2 inputs; this network takes 1"):
+        fused(IMAGE, FEATURES)
+    two = dsp_kernels.fuse(_Two(), (IMAGE, FEATURES))
+    with pytest.raises(DSPShapeError, match=r"shape \(2, 3\); expected \(batch, 4\), and one batch in all"):
+        two(IMAGE, FEATURES[:, :3])
+    with pytest.raises(DSPShapeError, match=r"shape \(1, 4\); expected \(batch, 4\), and one batch in all"):
+        two(IMAGE, FEATURES[:1])
 
 
 IMAGE, FEATURES = torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
@@ -64,17 +71,18 @@ class _Two(nn.Module):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((IMAGE, FEATURES), "has one input: input 2 of the example, of shape (2, 4), has no place"),
-        ((IMAGE, FEATURES[:, :3]), "input 2 of the example, of shape (2, 3), has no place"),
+        ((IMAGE, FEATURES[:1]), "input 2 of the example has shape (1, 4) and dtype torch.float32"),
+        ((IMAGE, FEATURES.long()), "input 2 of the example has shape (2, 4) and dtype torch.int64"),
+        ((IMAGE, IMAGE[0]), "input 2 of the example has shape (3, 8, 8) and"),
         ((IMAGE, None), "input 2 of the example is a NoneType; expected a tensor"),
         ((IMAGE, torch.tensor(1.0)), "input 2 of the example has shape (); expected"),
         ((IMAGE[:0], FEATURES), "input 1 of the example has shape (0, 3, 8, 8)"),
         ((), "the example is an empty tuple"),
         ({"image": IMAGE}, "the example is a dict; expected a tensor"),
-        (IMAGE[0], "the example has shape (3, 8, 8); expected (batch, channels, height, width)"),
+        (IMAGE[0], "input 1 of the example has shape (3, 8, 8) and dtype torch.float32; expected (batch,"),
         ((IMAGE.to("meta"),), "the example is on meta; expected cpu"),
     ],
-    ids=["two", "wrong-size", "none", "number", "no-images", "nothing", "dict", "no-batch", "elsewhere"],
+    ids=["batch", "integers", "rank", "none", "number", "empty", "nothing", "dict", "no-batch", "elsewhere"],
 )
 def test_wrong_examples(given: object, words: str) -> None:
     for model in (_Two(), nets.make("residual")):
@@ -90,14 +98,16 @@ def test_the_example_may_be_a_tuple_of_one_image() -> None:
 
 
 def test_networks_that_cannot_be_fused() -> None:
-    class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
-
     with pytest.raises(DSPTraceError, match="Undecided cannot be traced"):
         dsp_kernels.fuse(nets.Undecided(), nets.example())
-    with pytest.raises(DSPTraceError, match=r"whose output is one tensor, .*; use swap\(\)"):
-        dsp_kernels.fuse(Pair(), nets.example())
+    with pytest.raises(DSPTraceError, match="answers with tensors, this one returns none"):
+        dsp_kernels.fuse(nets.Answers(lambda *maps: [1, None]), nets.example())
+    with pytest.raises(DSPTraceError, match=r"this one returns a slice; use swap\(\)"):
+        dsp_kernels.fuse(nets.Answers(lambda *maps: (maps[0], slice(2))), nets.example())
+    with pytest.raises(DSPShapeError, match=r"takes 1 input; input 2 of the .* has no place"):
+        dsp_kernels.fuse(nets.make("residual"), (IMAGE, FEATURES))
+    with pytest.raises(DSPTraceError, match=r"example input of shape \(2, 3, 8, 8\) and .*\(2, 3\) and"):
+        dsp_kernels.fuse(_Two(), (IMAGE, FEATURES[:, :3]))
     with pytest.raises(DSPTraceError, match="does not run on an example input of shape \\(2, 5, 8, 8\\)"):
         dsp_kernels.fuse(nets.make("residual"), torch.zeros(2, 5, 8, 8))
     with pytest.raises(DSPTraceError, match=r"The weights are torch.float32: .* fuse\(..., dtype=...\)"):

@@ -1,5 +1,6 @@
 """Residual blocks as one kernel: which are found and what is worth measuring; needs no GPU and no kernels."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -44,17 +45,24 @@ def test_every_residual_block_is_found(name: str, shared: Path) -> None:
     fused = with_blocks(program, found)
     # Only the stem is left.
     assert sum(isinstance(step, ConvStep) for step in fused.steps) == 1
-    made = {fused.input}
+    made = set(fused.inputs)
     for step in fused.steps:
         assert set(step.inputs) <= made, f"{step.output} reads an undefined value"
         made.add(step.output)
+
+
+def test_what_a_network_answers_is_not_inside_a_block(shared: Path) -> None:
+    program = program_of("resnet20_g4")
+    inner = blocks_of(program)[0].convs[0].output
+    found = blocks_of(replace(program, outputs=(inner, *program.outputs)))
+    assert inner not in {conv.output for block in found for conv in block.members}
 
 
 @pytest.mark.parametrize("limits", [H200, SM_86], ids=["H200", "sm_86"])
 @pytest.mark.parametrize(("name", "batch"), [("resnet20_g4", 256), ("resnet50_g2_80", 32)])
 def test_a_few_geometries_that_fit_are_measured(name: str, batch: int, limits: Limits, shared: Path) -> None:
     program, size = program_of(name), NETWORKS[name][0]
-    shapes = value_shapes(program, (batch, 3, size, size), HALF)
+    shapes = value_shapes(program, [(batch, 3, size, size)], HALF)
     for block in blocks_of(program):
         options = block_options(block, shapes, limits)
         assert len(options) <= 9

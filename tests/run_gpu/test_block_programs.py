@@ -108,15 +108,15 @@ def runner_of(model: nn.Module, *wanted: str) -> GpuRunner:
 def test_a_network_of_blocks(name: str, blocks: int, batch: int) -> None:
     model = model_of(name)
     x = images(batch)  # three images are padded to eight
-    assert_close(runner_of(model, "CHWN", "one block")(x), model, x)
+    assert_close(runner_of(model, "CHWN", "one block")([x])[0], model, x)
     assert len(HostBlock.launches) == blocks
 
 
 def test_blocks_run_only_where_they_are_wanted_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = model_of("bottlenecks"), images(8)
-    without = runner_of(model, "convolutions")(x)
+    without = runner_of(model, "convolutions")([x])[0]
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "0")
-    runner_of(model, "one block")(x)
+    runner_of(model, "one block")([x])[0]
     assert not HostBlock.launches
     monkeypatch.setenv("DSP_KERNELS_BLOCKS", "yes")
     with pytest.raises(DSPError, match="expected 0 or 1"):
@@ -127,7 +127,7 @@ def test_blocks_run_only_where_they_are_wanted_and_faster(monkeypatch: pytest.Mo
 def test_the_plan_says_what_every_step_runs_on() -> None:
     model = model_of("basic")
     program = program_of(model)
-    forms = runner_of(model, "one block").plan((8, *SIZE)).forms
+    forms = runner_of(model, "one block").plan([(8, *SIZE)]).forms
     for step in program.steps:
         if isinstance(step, ConvStep) and len(step.inputs) == 2:
             assert "tiles" in forms[step.output]
@@ -138,11 +138,11 @@ def test_the_plan_says_what_every_step_runs_on() -> None:
 def test_blocks_are_not_planned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of(model_of("bottlenecks"), "one block")
     x = images(8)
-    expected = runner(x)
+    expected = runner([x])[0]
     monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
-    assert torch.equal(runner(x), expected)
+    assert torch.equal(runner([x])[0], expected)
     with pytest.raises(DSPBackendError, match="call it once before"):
-        runner(torch.cat([x, x]))
+        runner([torch.cat([x, x])])[0]
 
 
 def test_a_batch_is_not_padded_if_a_step_may_mix_its_images() -> None:
@@ -150,8 +150,8 @@ def test_a_batch_is_not_padded_if_a_step_may_mix_its_images() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).flip(0)
 
-    assert runner_of(Mixing().eval(), "CHWN").plan((3, *SIZE)).shape[0] == 3
-    assert runner_of(Bottlenecks().eval(), "CHWN").plan((3, *SIZE)).shape[0] == 8
+    assert runner_of(Mixing().eval(), "CHWN").plan([(3, *SIZE)]).images == 3
+    assert runner_of(Bottlenecks().eval(), "CHWN").plan([(3, *SIZE)]).images == 8
 
 
 def test_an_output_without_batch_dimension() -> None:
@@ -161,4 +161,4 @@ def test_an_output_without_batch_dimension() -> None:
 
     model = Flat().eval()
     x = images(3)
-    assert_close(runner_of(model, "one block")(x), model, x)
+    assert_close(runner_of(model, "one block")([x])[0], model, x)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import nets
 import pytest
@@ -16,13 +17,13 @@ from dsp_kernels.errors import DSPBackendError, DSPVerificationError
 from dsp_kernels.op import fused_conv, torch_op
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program import fuse as fuse_module
-from dsp_kernels.program.steps import Program
+from dsp_kernels.program.steps import Program, Runner
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu import conv as gpu_conv
 from dsp_kernels.run.gpu.cuda import conv as cuda_conv
 from dsp_kernels.run.gpu.layout import why_not_on
 from dsp_kernels.run.gpu.triton import conv as triton_conv
-from dsp_kernels.run.programs import EXECUTORS, Runner
+from dsp_kernels.run.programs import EXECUTORS
 from dsp_kernels.run.registry import Registry
 
 GPU = torch.device("cuda", 0)
@@ -99,10 +100,10 @@ class Executor(EagerExecutor):
     def prepare(self, program: Program) -> Runner:
         right = super().prepare(program)
 
-        def run(x: Tensor) -> Tensor:
+        def run(inputs: Sequence[Tensor]) -> list[Any]:
             if self.name == "raises":
                 raise RuntimeError("no kernel image is available")
-            return right(x) + (self.name == "wrong")
+            return [y + (self.name == "wrong") for y in right(inputs)]
 
         return run
 

@@ -17,10 +17,11 @@ from cases import definition
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.planner import plan
-from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.program.steps import ConvStep, Program, ValueRef, map_nested
 from dsp_kernels.run.gpu import plan as gpu_plan
 from dsp_kernels.run.gpu import program as cuda
 from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout, layout_for_batch
@@ -99,9 +100,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return kernels
 
 
-def program_of(model: nn.Module, example: Tensor) -> Program:
+def program_of(model: nn.Module, example: Example) -> Program:
     with evaluating(model):
-        return plan(trace(model, example)).map_tensors(lambda tensor: tensor.detach().to(example.dtype))
+        dtype = as_inputs(example)[0].dtype
+        return plan(trace(model, example)).map_tensors(lambda tensor: tensor.detach().to(dtype))
 
 
 def residual_program(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Program]:
@@ -110,7 +112,7 @@ def residual_program(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Pro
 
 
 def assert_same(program: Program, model: nn.Module, x: Tensor) -> None:
-    got, expected = GpuRunner(program)(x), model(x)
+    got, expected = GpuRunner(program)([x])[0], model(x)
     assert got.shape == expected.shape
     assert got.is_contiguous()
     error = (got - expected).abs().max() / expected.abs().max()
@@ -125,13 +127,25 @@ def test_both_layouts_give_the_result_of_the_model(name: str, batch: int) -> Non
     assert_same(program_of(model, x[:1]), model, x)
 
 
+@pytest.mark.parametrize("batch", [3, 8])
+@pytest.mark.parametrize("name", [*nets.ANSWERS, *nets.INPUT_SHAPES])
+def test_several_inputs_and_outputs(name: str, batch: int) -> None:
+    model, inputs = nets.answering(name).double(), nets.inputs_of(name, batch, torch.float64)
+    program = program_of(model, nets.inputs_of(name, 1, torch.float64))
+    runner = GpuRunner(program)
+    runner([x + 1 for x in inputs])  # its memory is used again
+    made = dict(zip(program.outputs, runner(inputs), strict=True))
+    got = map_nested(lambda part: made[part.name] if isinstance(part, ValueRef) else part, program.answer)
+    torch.testing.assert_close(got, model(*inputs), rtol=0, atol=1e-10)
+
+
 def test_one_runner_takes_any_image_size_and_batch(kernels: StandIn) -> None:
     model, program = residual_program(torch.float64)
     runner = GpuRunner(program)
     for number, (batch, size) in enumerate(((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8), (2, 16))):
         x = torch.randn(batch, 3, size, size, dtype=torch.float64)
         with torch.inference_mode(number % 2 == 0):
-            y = runner(x)
+            y = runner([x])[0]
         assert torch.allclose(y, model(x), rtol=0, atol=1e-10)
     # Weights are arranged once per layout, not per shape.
     convs = [step for step in program.steps if isinstance(step, ConvStep)]
@@ -141,7 +155,7 @@ def test_one_runner_takes_any_image_size_and_batch(kernels: StandIn) -> None:
 def test_the_input_may_have_another_dtype() -> None:
     runner = GpuRunner(residual_program(torch.float64)[1])
     x = torch.randn(8, *SHAPE)
-    assert torch.equal(runner(x), runner(x.double()))
+    assert torch.equal(runner([x])[0], runner([x.double()])[0])
 
 
 class Joined(nn.Module):
@@ -181,19 +195,19 @@ def test_other_steps(kind: type[nn.Module], batch: int) -> None:
 
 def test_the_next_call_does_not_change_an_earlier_result() -> None:
     runner = GpuRunner(residual_program()[1])
-    first = runner(torch.randn(8, *SHAPE))
+    first = runner([torch.randn(8, *SHAPE)])[0]
     kept = first.clone()
-    runner(torch.randn(8, *SHAPE))
+    runner([torch.randn(8, *SHAPE)])[0]
     assert torch.equal(first, kept)
 
 
 def test_concurrent_calls_do_not_mix_their_images() -> None:
     runner = GpuRunner(residual_program()[1])
     images = [torch.randn(8, *SHAPE) for _ in range(4)]
-    expected = [runner(x) for x in images]
+    expected = [runner([x])[0] for x in images]
 
     def is_right(number: int) -> bool:
-        return all(torch.equal(runner(images[number]), expected[number]) for _ in range(5))
+        return all(torch.equal(runner([images[number]])[0], expected[number]) for _ in range(5))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(is_right, range(4)))
@@ -202,7 +216,7 @@ def test_concurrent_calls_do_not_mix_their_images() -> None:
 def test_the_memory_plan_reuses_memory() -> None:
     convs = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(10)]
     program = program_of(nn.Sequential(*convs).eval(), torch.randn(8, 8, 16, 16))
-    arena = arena_for(program, value_shapes(program, (8, 8, 16, 16), torch.float32), 4)
+    arena = arena_for(program, value_shapes(program, [(8, 8, 16, 16)], torch.float32), 4)
     assert arena.bytes == 2 * 8 * 8 * 16 * 16 * 4
 
 
@@ -219,7 +233,7 @@ def test_a_residual_is_overwritten_in_place_after_its_last_use() -> None:
             return self.second(self.first(x)) + x
 
     program = program_of(Block().eval(), torch.randn(8, *SHAPE))
-    arena = arena_for(program, value_shapes(program, (8, *SHAPE), torch.float32), 4)
+    arena = arena_for(program, value_shapes(program, [(8, *SHAPE)], torch.float32), 4)
     last = program.steps[-1]
     assert isinstance(last, ConvStep)
     assert len(last.inputs) == 2
@@ -242,11 +256,11 @@ def test_weights_are_not_arranged_while_a_graph_is_captured(monkeypatch: pytest.
     capturing = True
     monkeypatch.setattr(cuda, "is_capturing", lambda device: capturing)
     with pytest.raises(DSPBackendError, match="call it once before"):
-        runner(x)
+        runner([x])[0]
     capturing = False
-    expected = runner(x)
+    expected = runner([x])[0]
     capturing = True
-    assert torch.equal(runner(x), expected)
+    assert torch.equal(runner([x])[0], expected)
 
 
 def test_what_a_graph_of_the_caller_reads_lives_as_long_as_the_network(
@@ -264,14 +278,14 @@ def test_what_a_graph_of_the_caller_reads_lives_as_long_as_the_network(
     model = Joined().double().eval()
     x = torch.randn(8, *SHAPE, dtype=torch.float64)
     runner = GpuRunner(program_of(model, x))
-    expected = runner(x)
+    expected = runner([x])[0]
     captured = len(made)
     with monkeypatch.context() as during:
         during.setattr(cuda, "is_capturing", lambda device: True)
         during.setattr(torch, "tensor", lambda *_, **__: pytest.fail("copied from the host in a capture"))
-        assert torch.equal(runner(x), expected)
+        assert torch.equal(runner([x])[0], expected)
     for size in range(9, 20):  # more input shapes than are kept
-        runner(torch.randn(1, 3, size, size, dtype=torch.float64))
+        runner([torch.randn(1, 3, size, size, dtype=torch.float64)])[0]
     gc.collect()
     assert all(call() is not None for call in made[:captured])
     assert made[captured]() is None
@@ -327,14 +341,14 @@ def test_every_step_runs_on_what_is_measured_to_be_the_fastest(
         measured: list[float] = []
         choices = Choices(tmp_path / "choices.json")
         runner = GpuRunner(program, make_tuner=lambda device, what, choices=choices: Tuner(choices, seconds))
-        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+        assert torch.allclose(runner([x])[0], model(x), rtol=0, atol=1e-10)
     assert not measured
-    forms = runner.plan(x.shape).forms
+    forms = runner.plan([x.shape]).forms
     convs = [step for step in program.steps if isinstance(step, ConvStep) and step.spec.kernel_size != (1, 1)]
     assert {forms[step.output] for step in convs} == {expected}
     # The network as a whole is measured even where no time is left for its steps.
     late = GpuRunner(program, make_tuner=lambda *_: Tuner(Choices(tmp_path / "late"), seconds, budget=0.0))
-    assert {late.plan(x.shape).forms[step.output] for step in convs} == {expected}
+    assert {late.plan([x.shape]).forms[step.output] for step in convs} == {expected}
 
 
 def test_layouts_keep_the_values() -> None:

@@ -9,7 +9,7 @@ The Program is cut into segments of native steps. Each segment is one native net
 outside and whose outputs are read later; one thread takes a few images through all its steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -27,6 +27,7 @@ from dsp_kernels.program.steps import (
     LinearStep,
     PoolStep,
     Program,
+    Runner,
     SelectStep,
     Step,
     TorchStep,
@@ -59,22 +60,25 @@ class CpuExecutor:
             return False, "no step of this network is a native one"
         return True, ""
 
-    def prepare(self, program: Program) -> Callable[[Tensor], Tensor]:
+    def prepare(self, program: Program) -> Runner:
         parts = segments(program)
         dtype = _dtype(program)
         if _is_whole(parts, program):
             return _whole_network(parts[0], program, dtype)
-        calls = [_native_call(part, program, dtype) if part.native else _torch_call(part) for part in parts]
-        plain_input = any(program.input in part.inputs for part in parts if not part.native)
+        # What plain PyTorch reads needs the Program's dtype.
+        plain = {name for part in parts if not part.native for name in part.inputs}
+        calls = [
+            _native_call(part, program, dtype, plain) if part.native else _torch_call(part) for part in parts
+        ]
 
-        def run(x: Tensor) -> Tensor:
-            values: dict[str, Any] = {program.input: x.to(dtype) if plain_input else x}
+        def run(inputs: Sequence[Tensor]) -> list[Any]:
+            pairs = zip(program.inputs, inputs, strict=True)
+            values: dict[str, Any] = {name: x.to(dtype) if name in plain else x for name, x in pairs}
             for call, part in zip(calls, parts, strict=True):
                 call(values)
                 for name in part.dying:
                     del values[name]
-            result: Tensor = values[program.output]
-            return result
+            return [values[name] for name in program.outputs]
 
         return run
 
@@ -106,7 +110,7 @@ def _launched(program: Program, dtype: torch.dtype) -> dict[str, list[str]]:
         network, values = build(part, program, dtype)
         names = {value: name for name, value in values.items()}
         sizes = [program.shapes[name][2:] or (1, 1) for name in part.inputs]
-        for launch in network.launches(sizes, program.shapes[program.input][0], threads):
+        for launch in network.launches(sizes, program.shapes[program.inputs[0]][0], threads):
             how = "together on one after the other" if launch["together"] else "on blocks"
             where = f"{launch['images']} images, {launch['interleave']} interleaved, {threads} threads {how}"
             for value, operation in launch["operations"]:
@@ -150,13 +154,15 @@ class Segment:
 
 def segments(program: Program) -> tuple[Segment, ...]:
     """The Program as alternating runs of native and plain PyTorch steps, in order."""
-    parts, end, last_use = [], 0, program.last_use
+    parts, end, last_use, known = [], 0, program.last_use, list(program.inputs)
     reasons = zip(_why_not_native(program), program.steps, strict=True)
     for is_native, run in groupby(reasons, key=lambda pair: not pair[0]):
         steps = tuple(step for _, step in run)
         end += len(steps)
         made = [step.output for step in steps]
-        inputs = tuple(dict.fromkeys(name for step in steps for name in step.inputs if name not in made))
+        read = {name for step in steps for name in step.inputs}
+        inputs = tuple(name for name in known if name in read)
+        known += made
         outputs = tuple(name for name in made if last_use[name] >= end)
         held = inputs if is_native else (*inputs, *made)
         dying = tuple(name for name in held if last_use[name] < end)
@@ -168,7 +174,7 @@ def _is_whole(parts: tuple[Segment, ...], program: Program) -> bool:
     """Whether the Program is a single native network."""
     if len(parts) != 1 or not parts[0].native:
         return False
-    return (parts[0].inputs, parts[0].outputs) == ((program.input,), (program.output,))
+    return (parts[0].inputs, parts[0].outputs) == (program.inputs, program.outputs)
 
 
 def _why_not_native(program: Program) -> list[str]:
@@ -204,25 +210,26 @@ def _torch_call(part: Segment) -> Callable[[dict[str, Any]], None]:
     return call
 
 
-def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _whole_network(part: Segment, program: Program, dtype: torch.dtype) -> Runner:
     """_native_call without the dict of values: at batch 1 every microsecond around the kernels shows."""
     network = _caller(part, program, dtype)
 
-    def run(x: Tensor) -> Tensor:
-        layout = memory_format_of(x)
-        if x.requires_grad:
-            x = x.detach()
-        if x.dtype != torch.float32:
-            x = x.float()
-        return network([x], layout)[0]
+    def run(inputs: Sequence[Tensor]) -> list[Any]:
+        tensors = []
+        for x in inputs:
+            if x.requires_grad:
+                x = x.detach()
+            tensors.append(x if x.dtype == torch.float32 else x.float())
+        return network(tensors, memory_format_of(inputs[0]))
 
     return run
 
 
-def _native_call(part: Segment, program: Program, dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
+def _native_call(
+    part: Segment, program: Program, dtype: torch.dtype, plain: set[str]
+) -> Callable[[dict[str, Any]], None]:
     network = _caller(part, program, dtype)
-    # Plain PyTorch steps need the Program's dtype; the network's output stays float32.
-    dtypes = [torch.float32 if name == program.output else dtype for name in part.outputs]
+    dtypes = [dtype if name in plain else torch.float32 for name in part.outputs]
 
     def call(values: dict[str, Any]) -> None:
         tensors = [values[name].detach().float() for name in part.inputs]

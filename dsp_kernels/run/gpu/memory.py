@@ -18,14 +18,17 @@ _ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 
 
 def value_shapes(
-    program: Program, input_shape: Sequence[int], dtype: torch.dtype
+    program: Program, inputs: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every value for an input of this shape; None for values that are not tensors.
+    """The shape of every value for inputs of these shapes; None for values that are not tensors.
 
     Computed on the meta device.
     """
     eager = EagerExecutor()
-    values: dict[str, Any] = {program.input: torch.empty(*input_shape, dtype=dtype, device="meta")}
+    values: dict[str, Any] = {
+        name: torch.empty(*shape, dtype=dtype, device="meta")
+        for name, shape in zip(program.inputs, inputs, strict=True)
+    }
     for step in program.steps:
         if isinstance(step, ConvStep):
             x = values[step.inputs[0]]
@@ -48,13 +51,13 @@ class Arena:
 
 
 def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], itemsize: int) -> Arena:
-    """Places the input and the results of steps that take a buffer. Values live at once never overlap.
+    """Places the inputs and the results of steps that take a buffer. Values live at once never overlap.
 
     A residual, or an operand of an elementwise step, is overwritten in place after its last use.
     """
     last_use = program.last_use
-    owner: dict[str, str] = {}  # value -> the value whose memory it reuses
-    born = {program.input: -1}
+    owner = {name: name for name in program.inputs}  # value -> the value whose memory it reuses
+    born = dict.fromkeys(program.inputs, -1)
     for position, step in enumerate(program.steps):
         shape = shapes[step.output]
         if not _takes_buffer(step) or shape is None or len(shape) != 4:
@@ -66,7 +69,6 @@ def arena_for(program: Program, shapes: Mapping[str, tuple[int, ...] | None], it
                 break
         else:
             owner[step.output] = step.output
-    owner[program.input] = program.input
 
     first: dict[str, int] = {}
     last: dict[str, int] = {}

@@ -27,13 +27,14 @@ from dsp_kernels.run.gpu.memory import value_shapes
 from dsp_kernels.run.gpu.steps import StepCall, eager_conv, step_call
 from dsp_kernels.run.gpu.tune import Launch, Tuner
 
+Sizes = Sequence[Sequence[int]]  # the shape of each input
 Shapes = Mapping[str, tuple[int, ...] | None]
 _PYTORCH = "PyTorch"  # the option of a convolution that is PyTorch's own: cuDNN on a GPU
 
 
 @dataclass(frozen=True, eq=False)
 class GpuPlan:
-    """shape: of the input, its batch perhaps padded to a multiple of 8. shapes: of all values, batch first.
+    """images: per input, perhaps padded to a multiple of 8. shapes: of all values, batch first.
 
     program: with a BlockStep for every block that is one kernel. calls: of its steps; they hold everything on
     the GPU that their launches read. forms, launchers: by the output of a step, what it runs on.
@@ -41,7 +42,7 @@ class GpuPlan:
 
     program: Program
     layout: GpuLayout
-    shape: tuple[int, ...]
+    images: int
     shapes: Shapes
     calls: tuple[StepCall, ...]
     forms: Mapping[str, str]
@@ -70,37 +71,38 @@ class Planner:
         self._convs: dict[tuple[GpuLayout, str, str], GpuConv] = {}
         self._tables: dict[tuple[str, ...], BlockTables] = {}
 
-    def plan(self, shape: Sequence[int], tuner: Tuner, launch: Callable[[GpuPlan], Launch]) -> GpuPlan:
-        """The fastest plan for an input of this shape. launch: of the whole network, for measuring.
+    def plan(self, inputs: Sizes, tuner: Tuner, launch: Callable[[GpuPlan], Launch]) -> GpuPlan:
+        """The fastest plan for inputs of these shapes. launch: of the whole network, for measuring.
 
         Layouts are CHWN, for which a batch is padded unless a TorchStep may mix its images, NHWC, and NHWC
         with PyTorch's own convolutions only.
         """
-        first = layout_for_batch(shape[0])
+        batch = inputs[0][0]
+        first = layout_for_batch(batch)
         if not self._families:
-            return self._plan(shape, GpuLayout.NHWC, tuner)
-        options = {first.name: partial(self._plan, shape, first, tuner)}
+            return self._plan(inputs, GpuLayout.NHWC, tuner)
+        options = {first.name: partial(self._plan, inputs, first, tuner)}
         mixes = any(isinstance(step, TorchStep) for step in self._program.steps)
         if first is GpuLayout.CHWN:
-            options["NHWC"] = partial(self._plan, shape, GpuLayout.NHWC, tuner)
+            options["NHWC"] = partial(self._plan, inputs, GpuLayout.NHWC, tuner)
         elif not mixes:
-            padded = round_up(shape[0], BATCH_MULTIPLE), *shape[1:]
+            padded = [(round_up(batch, BATCH_MULTIPLE), *shape[1:]) for shape in inputs]
             options["CHWN"] = partial(self._plan, padded, GpuLayout.CHWN, tuner)
-        options[_PYTORCH] = partial(self._plan, shape, GpuLayout.NHWC, tuner, False)
+        options[_PYTORCH] = partial(self._plan, inputs, GpuLayout.NHWC, tuner, False)
         made: dict[str, GpuPlan] = {}
 
         def launch_of(name: str) -> Launch:
             made[name] = options[name]()
             return launch(made[name])
 
-        steps = map(_key, self._program.steps)
-        key = ["network", self._kind(), list(shape), sha256(json.dumps([*steps]).encode()).hexdigest()]
+        steps = json.dumps([*map(_key, self._program.steps)])
+        key = ["network", self._kind(), [*map(list, inputs)], sha256(steps.encode()).hexdigest()]
         name = tuner.fastest(key, {name: partial(launch_of, name) for name in options}, always=True)
         return made.get(name) or options[name]()
 
-    def _plan(self, shape: Sequence[int], layout: GpuLayout, tuner: Tuner, kernels: bool = True) -> GpuPlan:
+    def _plan(self, inputs: Sizes, layout: GpuLayout, tuner: Tuner, kernels: bool = True) -> GpuPlan:
         """The fastest option of every step and block. kernels: False for PyTorch's own only."""
-        shapes = value_shapes(self._program, shape, self.dtype)
+        shapes = value_shapes(self._program, inputs, self.dtype)
         launchers: dict[str, GpuConv] = {}
         forms = {step.output: f"torch {layout.name}" for step in self._program.steps}
         forms |= {step.output: "" for step in self._program.steps if isinstance(step, TorchStep)}
@@ -121,7 +123,7 @@ class Planner:
             step_call(step, layout, launchers.get(step.output), shapes, self.device) for step in program.steps
         )
         return GpuPlan(
-            program, layout, tuple(shape), shapes, tuple(calls), forms, launchers, self.dtype, self.device
+            program, layout, inputs[0][0], shapes, tuple(calls), forms, launchers, self.dtype, self.device
         )
 
     def _conv(

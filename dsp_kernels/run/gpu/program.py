@@ -1,7 +1,7 @@
 """The GPU executor: one launch per convolution or residual block, one layout, one arena, one CUDA graph.
 
 Per input shape a ``GpuRun`` holds the memory and, if it can be captured, the graph. What each step runs on is
-measured at the first input of a shape (plan.py).
+measured at the first input of a shape (plan.py). Of several inputs, it is the shapes of all.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.program.steps import ConvStep, Program, Runner, map_nested
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.conv import GPU_KERNELS, warn_of_missing
 from dsp_kernels.run.gpu.graphs import capture, is_capturing
 from dsp_kernels.run.gpu.layout import GpuLayout, uses_tf32
 from dsp_kernels.run.gpu.memory import arena_for
-from dsp_kernels.run.gpu.plan import GpuPlan, Planner
+from dsp_kernels.run.gpu.plan import GpuPlan, Planner, Sizes
 from dsp_kernels.run.gpu.tune import Tuner, tuner_for
 from dsp_kernels.run.lru import LRU
 
-_MOST_RUNS = 8  # input shapes whose memory and graph are kept
+_MOST_RUNS = 8  # shapes of inputs whose memory and graph are kept
 
 
 class CudaExecutor:
@@ -66,12 +66,12 @@ class CudaExecutor:
 
     def describe(self, program: Program, verbose: bool = False) -> list[str]:
         """Per step, what it runs on for the example's shape; verbose: with the parameters of its launch."""
-        plan = GpuRunner(program, self.name).plan(program.shapes[program.input])
+        plan = GpuRunner(program, self.name).plan([program.shapes[name] for name in program.inputs])
         return [plan.describe(step.output, verbose) for step in program.steps]
 
 
 class GpuRunner:
-    """x -> y. Concurrent calls from several threads and streams are serialised on the GPU.
+    """A Runner. Concurrent calls from several threads and streams are serialised on the GPU.
 
     While the caller captures a CUDA graph, it launches on newly allocated memory, which that graph then owns.
     kernels: "auto" for all, or see Planner. make_tuner: (device, what is tuned) -> a tuner.
@@ -92,68 +92,70 @@ class GpuRunner:
         self._graph_pool: Any = None
         self._done: torch.cuda.Event | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: (batch, channels, height, width) on the Program's device; the result is a new tensor."""
-        if not len(x):
-            return self._eager(x.to(self._planner.dtype))
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
+        """inputs: on the Program's device; the results are new tensors."""
+        if not len(inputs[0]):
+            return self._eager([x.to(self._planner.dtype) for x in inputs])
         with self._lock:
-            if is_capturing(x.device):
-                return self._run_in_graph(x)(x)
-            if x.device.type != "cuda":
-                return self._run_for(x)(x)
-            with torch.cuda.device(x.device):
+            if is_capturing(self.device):
+                return self._run_in_graph(inputs)(inputs)
+            if self.device.type != "cuda":
+                return self._run_for(inputs)(inputs)
+            with torch.cuda.device(self.device):
                 stream = torch.cuda.current_stream()
                 if self._done is not None:
                     stream.wait_event(self._done)
-                y = self._run_for(x)(x)
+                results = self._run_for(inputs)(inputs)
                 self._done = stream.record_event()
-            return y
+            return results
 
     @cached_property
-    def _eager(self) -> Callable[[Tensor], Tensor]:
+    def _eager(self) -> Runner:
         return EagerExecutor().prepare(self._program)
 
-    def is_captured(self, shape: Sequence[int]) -> bool:
-        """Whether calls with an input of this shape replay a CUDA graph."""
-        run = self._runs.get(self._key(shape))
+    def is_captured(self, inputs: Sizes) -> bool:
+        """Whether calls with inputs of these shapes replay a CUDA graph."""
+        run = self._runs.get(self._key(inputs))
         return run is not None and run.is_captured
 
-    def plan(self, shape: Sequence[int]) -> GpuPlan:
-        """What runs for an input of this shape; measures it unless that is known."""
-        size = "x".join(map(str, shape))
-        with self._make_tuner(self.device, f"for an input of {size}") as tuner:
-            return self._planner.plan(shape, tuner, lambda plan: GpuRun(plan).launch)
+    def plan(self, inputs: Sizes) -> GpuPlan:
+        """What runs for inputs of these shapes; measures it unless that is known."""
+        sizes = " and ".join("x".join(map(str, shape)) for shape in inputs)
+        with self._make_tuner(self.device, f"for an input of {sizes}") as tuner:
+            return self._planner.plan(inputs, tuner, lambda plan: GpuRun(plan).launch)
 
-    def _key(self, shape: Sequence[int]) -> tuple[object, ...]:
-        return *shape, uses_tf32(self._planner.dtype)
+    def _key(self, inputs: Sizes) -> tuple[object, ...]:
+        return *map(tuple, inputs), uses_tf32(self._planner.dtype)
 
-    def _run_for(self, x: Tensor) -> GpuRun:
-        return self._runs.get_or_make(self._key(x.shape), lambda: self._captured_run(x))
+    def _run_for(self, inputs: Sequence[Tensor]) -> GpuRun:
+        shapes = [x.shape for x in inputs]
+        return self._runs.get_or_make(self._key(shapes), lambda: self._captured_run(inputs, shapes))
 
-    def _captured_run(self, x: Tensor) -> GpuRun:
+    def _captured_run(self, inputs: Sequence[Tensor], shapes: Sizes) -> GpuRun:
         # What is kept must be writable outside of the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            run = GpuRun(self._captured.get(self._key(x.shape)) or self.plan(x.shape))
-            if x.device.type == "cuda":
+            run = GpuRun(self._captured.get(self._key(shapes)) or self.plan(shapes))
+            if self.device.type == "cuda":
                 self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
-                run.capture(x, self._graph_pool)
+                run.capture(inputs, self._graph_pool)
         return run
 
-    def _run_in_graph(self, x: Tensor) -> GpuRun:
-        key = self._key(x.shape)
+    def _run_in_graph(self, inputs: Sequence[Tensor]) -> GpuRun:
+        shapes = [tuple(x.shape) for x in inputs]
+        key = self._key(shapes)
         run = self._runs.get(key)
         plan = run.plan if run else self._captured.get(key)
         if plan is None:
             raise DSPBackendError(
-                f"this network has not run an input of shape {tuple(x.shape)} yet, and its weights cannot be "
-                "arranged while a CUDA graph is captured; call it once before"
+                f"this network has not run an input of shape {' and '.join(map(str, shapes))} yet, and its "
+                "weights cannot be arranged while a CUDA graph is captured; call it once before"
             )
         self._captured[key] = plan
         return GpuRun(plan)
 
 
 class GpuRun:
-    """A plan with memory of its own. An input may have fewer images than the plan."""
+    """A plan with memory of its own. Inputs may have fewer images than the plan."""
 
     def __init__(self, plan: GpuPlan) -> None:
         self.plan = plan
@@ -163,48 +165,59 @@ class GpuRun:
         self._buffers = {
             name: self._view(offset, plan.shapes[name] or (), dtype) for name, offset in arena.offset.items()
         }
+        self._dying = plan.program.dying
         self._replay: Callable[[], None] | None = None
-        self._output: Tensor | None = None
+        self._outputs: list[Any] = []
 
     @property
     def is_captured(self) -> bool:
         return self._replay is not None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: of the shape this run was made for, or with fewer images -> a new tensor."""
-        self._copy_in(x)
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
+        """inputs: of the shapes this run was made for, or with fewer images -> new tensors."""
+        self._copy_in(inputs)
         (self._replay or self.launch)()
-        assert self._output is not None
-        output = self._output if len(x) == self.plan.shape[0] else self._output[: len(x)]
-        return output.clone(memory_format=torch.contiguous_format)
+        batch = len(inputs[0])
 
-    def capture(self, x: Tensor, pool: object) -> None:
+        def result(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            part = part if batch == self.plan.images else part[:batch]
+            return part.clone(memory_format=torch.contiguous_format)
+
+        results: list[Any] = map_nested(result, self._outputs)
+        return results
+
+    def capture(self, inputs: Sequence[Tensor], pool: object) -> None:
         """Capture the launches; if that fails, calls launch them one by one."""
-        self._copy_in(x)
-        self._replay = capture(self.launch, x.device, pool)
+        self._copy_in(inputs)
+        self._replay = capture(self.launch, self.plan.device, pool)
 
-    def _copy_in(self, x: Tensor) -> None:
-        if x.device.type == "cuda" and not is_capturing(x.device):
+    def _copy_in(self, inputs: Sequence[Tensor]) -> None:
+        device = self.plan.device
+        if device.type == "cuda" and not is_capturing(device):
             # Keeps the memory from being freed while another stream than the allocating one uses it.
-            self._memory.record_stream(torch.cuda.current_stream(x.device))
-        layout = self.plan.layout
-        layout.as_nchw(self._buffers[self.plan.program.input])[: len(x)].copy_(x)
+            self._memory.record_stream(torch.cuda.current_stream(device))
+        for name, x in zip(self.plan.program.inputs, inputs, strict=True):
+            self._as_nchw(self._buffers[name])[: len(x)].copy_(x)
+
+    def _as_nchw(self, part: Any) -> Any:
+        return self.plan.layout.as_nchw(part) if isinstance(part, Tensor) and part.dim() == 4 else part
 
     def launch(self) -> None:
-        """Everything once, from the input's buffer to the output."""
+        """Everything once, from the buffers of the inputs to the outputs."""
         program = self.plan.program
-        values: dict[str, Any] = {program.input: self._buffers[program.input]}
-        for step, call, dead in zip(program.steps, self.plan.calls, program.dying, strict=True):
+        values: dict[str, Any] = {name: self._buffers[name] for name in program.inputs}
+        for step, call, dead in zip(program.steps, self.plan.calls, self._dying, strict=True):
             buffer = self._buffers.get(step.output)
             result = call(values, buffer)
             values[step.output] = result if buffer is not None else self._outside_arena(result)
             for name in dead:
                 values.pop(name, None)
-        output = values[program.output]
-        self._output = self.plan.layout.as_nchw(output) if output.dim() == 4 else output
+        self._outputs = map_nested(self._as_nchw, [values[name] for name in program.outputs])
 
     def _view(self, offset: int, nchw: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        shape = self.plan.layout.shape(nchw)
+        shape = self.plan.layout.shape(nchw) if len(nchw) == 4 else nchw
         size = torch.Size(shape).numel() * dtype.itemsize
         return self._memory[offset : offset + size].view(dtype).view(shape)
 

@@ -106,7 +106,7 @@ class _Graph:
     def __init__(self, program: Program) -> None:
         self.makers = {step.output: step for step in program.steps}
         self.readers = Counter(name for step in program.steps for name in step.inputs)
-        self.readers[program.output] += 1
+        self.readers.update(program.outputs)
         self.taken: set[str] = set()
 
     def inner_conv(self, name: str) -> ConvStep | None:
