@@ -287,6 +287,8 @@ def _build_call(
     named = {key: _decode(value, nodes) for key, value in kwargs.items() if _is_name(key) and key != "out"}
     if len(named) != len(kwargs):
         raise DSPFormatError(f"call {number} has an argument whose name is no name")
+    if not isinstance(named.get("device"), fx.Node | None):
+        raise DSPFormatError(f"call {number} names a device; expected that of an earlier call")
     if kind == "module" and name in names["module"]:
         return graph.call_module(name, arguments, named)
     if kind == "tensor" and name in names["tensor"] and not args and not kwargs:

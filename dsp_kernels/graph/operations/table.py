@@ -184,6 +184,7 @@ OPERATIONS = (
         _names("detach select t to type_as unflatten view_as reshape_as repeat unfold new_zeros"
                " new_ones", "."),
     )), _never),
+    Operation("scripted", {}, ".forward", reason="is scripted (torch.jit), which cannot be followed"),
     Operation("scalar", {}, _names("floordiv mod eq ne lt le gt ge", "operator.") + " .dim .numel .size",
               _never),
 )
