@@ -5,17 +5,18 @@
 # make bench-readme  the engines of the README's table, and the table
 # make bench-cpu-large  ResNet-18 and ResNet-50 against the strongest dense engines
 # make lint   ruff and mypy
+# make test-mutants   break the PTX of the CUDA kernels in one place after the other and count what is noticed (minutes)
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
 # make fuzz   damage 20,000 saved files and load them
-# make test-zoo   pack every network of the zoo and write docs/notes/zoo.md (installs timm)
+# make test-zoo   every network of the zoo, and docs/notes/zoo.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
+.PHONY: demo test test-all test-mutants test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -24,7 +25,9 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/* csrc/*/*/*)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=2.13"
 	# torch first: the CUDA kernels are built with its headers
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	# a build for all GPUs takes three times longer
+	nvidia-smi >/dev/null 2>&1 || export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX;9.0}"; \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: $(INSTALLED)
@@ -33,11 +36,14 @@ demo: $(INSTALLED)
 # One thread per process: two torch processes that both use two cores slow each other down many times. A process
 # that dies ends the run and is named; pytest-xdist would otherwise wait for its replacement for ever.
 test: $(INSTALLED)
-	$(BIN)/python tests/helpers/compiled.py
+	PYTHONPATH=tools $(BIN)/python tests/helpers/compiled.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 10
 
 test-all: export DSP_TEST_ALL_ISAS = 1
 test-all: test
+
+test-mutants: $(INSTALLED)
+	PYTHONPATH=tools:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/cuda_ptx/mutants.py
 
 test-triton: $(INSTALLED)
 	$(BIN)/python scripts/triton_table.py
@@ -47,7 +53,6 @@ test-triton36: $(INSTALLED)
 	PYTHONPATH=build/triton36 $(BIN)/python scripts/triton_table.py
 
 test-zoo: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet timm
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py --out docs/notes/zoo.md
 
 fuzz: $(INSTALLED)

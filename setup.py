@@ -43,7 +43,7 @@ def why_not_native() -> str:
     if os.environ.get("DSP_KERNELS_CPU") == "0":
         return "DSP_KERNELS_CPU is 0"
     compiler = find_compiler()
-    if sys.platform == "win32" or compiler is None or not shutil.which(compiler[0]):
+    if sys.platform == "win32" or compiler is None:
         return "there is no C++ compiler; install g++ or clang++, or set CXX"
     headers = Path(sysconfig.get_paths()["include"])
     if not (headers / "Python.h").is_file():
@@ -57,8 +57,8 @@ def why_not_native() -> str:
 
 def find_compiler() -> list[str] | None:
     """The command of the C++ compiler: CXX, else Python's own, g++ or clang++; None if there is none."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        return chosen if shutil.which(chosen[0]) else None
     own = shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1]
     return next(([name] for name in (*own, "g++", "clang++") if shutil.which(name)), None)
 
@@ -95,23 +95,24 @@ class BuildNative(build_ext):
         compiler = find_compiler()
         reason = cuda["why_not_cuda"](os.environ, torch, without_torch)
         if not reason and compiler is None:
-            reason = "there is no C++ compiler; install g++ or clang++"
+            reason = "there is no C++ compiler; install g++ or clang++, or set CXX"
         required = os.environ.get("DSP_KERNELS_CUDA") == "1"
         if not reason:
             target = Path(self.get_ext_fullpath("dsp_kernels._C")).parent / cuda["LIBRARY"]
             folder = Path(self.build_temp) / "dsp_kernels._C_cuda"
             try:
-                cuda["build"](self.spawn, torch, compiler, os.environ, folder, target)
+                about = cuda["build"](self.spawn, torch, compiler, os.environ, folder, target)
             except Exception as error:
                 if required:
                     raise
                 reason = f"the build failed ({error})"
             else:
-                announce("built dsp_kernels/_C_cuda.so, the CUDA kernels")
+                announce(f"built dsp_kernels/_C_cuda.so, the CUDA kernels, with CUDA {about}")
         if reason and required:
             raise SystemExit(f"dsp-kernels: DSP_KERNELS_CUDA is 1, but {reason}")
         if reason:
-            announce(f"building without dsp_kernels/_C_cuda.so (the CUDA kernels): {reason}")
+            without = "dsp_kernels/_C_cuda.so (the CUDA kernels)"
+            announce(f"building without {without}: {reason}. GPUs will run the Triton kernels or PyTorch's")
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11

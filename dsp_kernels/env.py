@@ -2,6 +2,9 @@
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +21,11 @@ def describe_environment() -> dict[str, str]:
     """Name -> value, as text, of what decides which kernels run and how fast."""
     from dsp_kernels.run.convs import BACKENDS
     from dsp_kernels.run.cpu.extension import chosen_isa, native, why_missing
+    from dsp_kernels.run.gpu.cuda.library import built_for, why_no_cuda
     from dsp_kernels.run.programs import EXECUTORS
+
+    missing = why_no_cuda()
+    built = "" if missing else f"CUDA {built_for()[0]}: {' '.join(built_for()[1])}"
 
     found = {
         "python": sys.version.split()[0],
@@ -27,10 +34,17 @@ def describe_environment() -> dict[str, str]:
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
-        "cuda": torch.version.cuda or "none",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cuda": torch.version.cuda or "none: this torch was built without CUDA",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition(
+            "\n"
+        )[0]
+        or "none: nvidia-smi does not run; install NVIDIA's driver",
+        "gpu": _gpu(),
+        "nvcc": _nvcc(),
+        "c compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none",
         "backends": ", ".join(BACKENDS.names()),
         "native kernels": why_missing() if native() is None else chosen_isa(),
+        "cuda kernels": missing or built,
         "executors": ", ".join(EXECUTORS.names()),
     }
     for package in _PACKAGES:
@@ -47,6 +61,27 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none: torch finds no CUDA device (nvidia-smi and CUDA_VISIBLE_DEVICES show why)"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
+def _nvcc() -> str:
+    found = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    version = re.search(r"release ([\d.]+)", _output(found, "--version"))
+    return version[1] if version else "none: without the CUDA toolkit the CUDA kernels cannot be built here"
+
+
+def _output(*command: str) -> str:
+    """What a command prints; empty if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def main() -> None:

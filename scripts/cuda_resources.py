@@ -25,7 +25,7 @@ COUNTED = {
     "FFMA": r"\bFFMA\b",
     "local": r"\b(?:LDL|STL)\b",
 }
-_TYPES = {"Half": "fp16", "Bfloat": "bf16"}
+_TYPES = {"__half": "fp16", "__nv_bfloat16": "bf16"}
 
 
 @dataclass
@@ -52,16 +52,13 @@ def find_cuobjdump() -> str | None:
 
 
 def plain_name(mangled: str) -> str:
-    """ChwnGemm fp16 64, from the mangled name of conv_kernel<ChwnGemm<Half, 64>>; blocks likewise."""
-    pattern = r"(?:conv|block)_kernelINS_\d+(\w+?)I(?:NS_\d(\w+?)ELi(\d+)(?:ELi(\d+))?|Lb([01]))E"
-    match = re.search(pattern, mangled)
+    """chwn_gemm fp16 64, from the mangled name of chwn_gemm<__half, 64>."""
+    match = re.search(r"dsp\d+(\w+?)I(?:\d+(__half|__nv_bfloat16)|Lb([01])E)((?:Li\d+E)*)E", mangled)
     if not match:
         return mangled
-    kernel, number, filters, slices, nhwc = match.groups()
-    if nhwc is not None:
-        return f"{kernel} {'NHWC' if nhwc == '1' else 'CHWN'} 32"
-    sliced = f" / {slices}" if slices not in (None, "1") else ""
-    return f"{kernel} {_TYPES[number.lstrip('0123456789')]} {filters}{sliced}"
+    kernel, number, nhwc, sizes = match.groups()
+    kind = _TYPES[number] if number else "NHWC" if nhwc == "1" else "CHWN"
+    return " ".join([kernel, kind, *re.findall(r"\d+", sizes)])
 
 
 def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
@@ -92,7 +89,7 @@ def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
             for what, pattern in patterns.items():
                 kernels[arch, name].instructions[what] += bool(pattern.search(line))
     # wgmma kernels are compiled empty for other chips.
-    kept = [kernel for kernel in kernels.values() if "Wgmma" not in kernel.name or kernel.arch == "sm_90a"]
+    kept = [kernel for kernel in kernels.values() if "wgmma" not in kernel.name or kernel.arch == "sm_90a"]
     return sorted(kept, key=lambda kernel: (kernel.arch, kernel.name))
 
 

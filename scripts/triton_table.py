@@ -1,6 +1,6 @@
 """Compile every shipped configuration of the Triton kernel without a GPU, check it, and print a table.
 
-    python scripts/triton_table.py [--only TEXT] [--capability 80 90]
+    python scripts/triton_table.py [--only TEXT] [--capability 80 90 100 120]
 
 The exit status is 1 if a configuration has a fault (spilled registers, narrow accesses, no tensor cores).
 With TRITON_CACHE_DIR set, an interrupted run resumes.
@@ -31,9 +31,25 @@ from dsp_kernels.run.gpu.triton.kernel import INTEGER_ARGUMENTS, conv_kernel_fun
 Job = tuple[str, TritonConfig, torch.dtype, dict[str, object], int]
 Result = tuple[list[str], list[str]]
 
-# Of a multiprocessor: registers; bytes of shared memory by capability (each program reserves 1 KiB more);
-# warps.
-_REGISTERS, _SHARED, _WARPS = 1 << 16, {80: 164 << 10, 90: 228 << 10}, 64
+
+@dataclass(frozen=True)
+class Chip:
+    """A multiprocessor: bytes of shared memory, warps; its tensor cores' instruction in PTX and in SASS."""
+
+    shared: int
+    warps: int
+    ptx: str
+    sass: str
+
+
+# By compute capability: A100, H100, B200, RTX 50.
+CHIPS = {
+    80: Chip(164 << 10, 64, "mma.sync", "HMMA"),
+    90: Chip(228 << 10, 64, "wgmma.mma_async", "HGMMA"),
+    100: Chip(228 << 10, 64, "tcgen05.mma", "UTCHMMA"),
+    120: Chip(100 << 10, 48, "mma.sync", "HMMA"),
+}
+_REGISTERS, _RESERVED = 1 << 16, 1 << 10  # of a multiprocessor; bytes of shared memory of each program
 # Warps that a multiprocessor should hold: three for each of its four schedulers, so that two can wait for
 # memory or a barrier while one issues; two where the sums of a tile take 64 registers of every thread.
 _WARPS_WANTED, _WARPS_WANTED_WIDE, _WIDE = 12, 8, 64 * 128
@@ -58,7 +74,7 @@ class Compiled:
 
 
 def compile_config(config: TritonConfig, dtype: torch.dtype, capability: int, **flags: object) -> Compiled:
-    """The kernel for compute capability 80 or 90. flags: constexpr arguments that the configuration lacks."""
+    """The kernel for one of CHIPS. flags: constexpr arguments that the configuration lacks."""
     constants: dict[str, object] = {
         "POINTWISE": False,
         "WIDE_IN": False,
@@ -112,10 +128,10 @@ def _inspect(cubin: bytes) -> tuple[dict[str, str], str]:
 
 def resident_warps(made: Compiled, config: TritonConfig, capability: int) -> int:
     """Warps of such programs that fit one multiprocessor. Registers are allocated in multiples of 8."""
+    chip = CHIPS[capability]
     per_program = config.warps * 32 * -(-made.registers // 8) * 8
-    shared = _SHARED[90 if capability >= 90 else 80]
-    programs = min(_REGISTERS // per_program, shared // (made.shared + 1024), _WARPS // config.warps)
-    return config.warps * programs
+    in_shared = chip.shared // (made.shared + _RESERVED)
+    return config.warps * min(_REGISTERS // per_program, in_shared, chip.warps // config.warps)
 
 
 def faults(made: Compiled, config: TritonConfig, dtype: torch.dtype, capability: int) -> list[str]:
@@ -131,9 +147,9 @@ def faults(made: Compiled, config: TritonConfig, dtype: torch.dtype, capability:
             f"multiprocessor; {wanted} are wanted"
         )
     if dtype != torch.float32:
-        tensor_core = r"wgmma\.mma_async" if capability >= 90 else r"mma\.sync"
-        if not made.count(tensor_core) or ("HGMMA" if capability >= 90 else "HMMA") not in made.sass:
-            found.append(f"no {tensor_core} instructions")
+        chip = CHIPS[capability]
+        if chip.ptx not in made.ptx or chip.sass not in made.sass:
+            found.append(f"no {chip.ptx} instructions")
         if config.chwn:
             if not made.count(_ASYNC_16_BYTES):
                 found.append("no asynchronous 16-byte reads")
@@ -169,7 +185,7 @@ def measure(job: Job) -> Result:
         *(name, str(dtype).removeprefix("torch."), f"{config.cols} x {config.filters} x {config.bk}"),
         *(f"{config.warps} / {config.stages}", f"sm_{capability}", str(made.registers), str(made.shared)),
         *(str(resident_warps(made, config, capability)), str(made.spill)),
-        *(str(made.count(r"wgmma\.mma_async")), str(made.count(r"mma\.sync"))),
+        f"{made.ptx.count(CHIPS[capability].ptx)} {CHIPS[capability].ptx}",
         f"{made.count(r'st.global[.a-z0-9]*.v4.b32')} of {made.count(r'st.global')}",
     ]
     return cells, faults(made, config, dtype, capability)
@@ -178,7 +194,7 @@ def measure(job: Job) -> Result:
 def table(rows: list[list[str]]) -> str:
     """Markdown."""
     head = ["kernel", "dtype", "columns x filters x depth", "warps / stages", "chip", "registers", "shared"]
-    head += ["warps held", "spill", "wgmma", "mma", "16-byte stores"]
+    head += ["warps held", "spill", "tensor cores", "16-byte stores"]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -187,7 +203,7 @@ def main() -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="compile kernels whose name and tile contain this text")
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], choices=(80, 90))
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CHIPS), choices=CHIPS)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     jobs: list[Job] = [

@@ -42,3 +42,15 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line on the kernels that ran as PTX, or why none did: they need nvcc."""
+    reports = {
+        outcome: [each for each in terminalreporter.getreports(outcome) if "cuda_ptx/" in each.nodeid]
+        for outcome in ("passed", "failed", "skipped")
+    }
+    if run := len(reports["passed"] + reports["failed"]):
+        terminalreporter.write_line(f"PTX: {run} cases, {len(reports['failed'])} failed")
+    elif reports["skipped"]:
+        terminalreporter.write_line(f"PTX: skipped, {reports['skipped'][0].longrepr[2]}")

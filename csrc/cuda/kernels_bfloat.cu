@@ -1,8 +1,3 @@
-#include "launch.cuh"
+#include "mma_kernels.cuh"
 
-namespace dsp {
-
-template void run_16bit<Bfloat>(const Sizes&, const ConvParams&, int, void*, const std::string&);
-template void run_block<Bfloat>(const BlockSizes&, const BlockLaunch&, int, void*, const std::string&);
-
-}  // namespace dsp
+void dsp::add_bfloat16_kernels(Kernels& all) { add_mma_kernels<__nv_bfloat16>(all, Dtype::bfloat16); }

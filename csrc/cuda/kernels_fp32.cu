@@ -1,16 +1,7 @@
-#include "launch.cuh"
+#include "fp32_gemm.cuh"
+#include "kernels.cuh"
 
-namespace dsp {
-
-void run_fp32(const Sizes& sizes, const ConvParams& params, int device, void* stream, const std::string& what) {
-    dispatch_fp32(sizes, params, [&](auto kernel, const Launch& plan) {
-        launch<decltype(kernel)>(plan, device, static_cast<cudaStream_t>(stream), what);
-    });
+void dsp::add_float32_kernels(Kernels& all) {
+    all.convs.push_back(gemm_kernel<Fp32Gemm<false>>(Kernel::fp32_chwn, Dtype::float32, "rows", fp32_gemm<false>));
+    all.convs.push_back(gemm_kernel<Fp32Gemm<true>>(Kernel::fp32_nhwc, Dtype::float32, "rows", fp32_gemm<true>));
 }
-
-std::string use_device(int device) {
-    const cudaError_t status = cudaSetDevice(device);
-    return status == cudaSuccess ? "" : cudaGetErrorString(status);
-}
-
-}  // namespace dsp

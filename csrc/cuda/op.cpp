@@ -7,15 +7,35 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
+#include <stdexcept>
+#include <vector>
 
 #include "launch.h"
 
 // Declared only inside torch's own build.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
-// Whether this library holds the kernels of sm_90a (defined by tools/build_cuda.py); Python calls this through ctypes.
-extern "C" __attribute__((visibility("default"))) int dsp_kernels_has_wgmma() { return DSP_KERNELS_WGMMA; }
+// The version of CUDA and the architectures that this library was built for, such as "13.0 sm_80 compute_80 sm_90a"
+// (defined by tools/build_cuda.py); Python calls this through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* dsp_kernels_build() { return DSP_KERNELS_BUILD; }
+
+// All names, in their order, and numbers that Python must have too (interface() in run/gpu/cuda/launch.py):
+extern "C" __attribute__((visibility("default"))) const char* dsp_kernels_interface() {
+    using namespace dsp;
+#define DSP_NAME(name) " " #name
+#define DSP_VALUE(name) text += " " #name "=" + std::to_string(name);
+    static const std::string interface = [] {
+        std::string text = "Kernel:" DSP_KERNELS(DSP_NAME) "\nActivation:" DSP_ACTIVATIONS(DSP_NAME)
+            "\nResidual:" DSP_RESIDUALS(DSP_NAME) "\nConvSizes:" DSP_CONV_FIELDS(DSP_NAME)
+            "\nBlockSizes:" DSP_BLOCK_FIELDS(DSP_NAME) "\nBlockRegion:" DSP_REGION_FIELDS(DSP_NAME)
+            "\nBlockConv:" DSP_BLOCK_CONV_FIELDS(DSP_NAME) "\nlimits:";
+        DSP_LIMITS(DSP_VALUE)
+        return text + "\n" + describe_kernels();
+    }();
+    return interface.c_str();
+}
 
 namespace dsp {
 namespace {
@@ -23,122 +43,92 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(bool good, const std::string& what, const char* wrong) {
-    if (!good) throw std::runtime_error(what + ": " + wrong);
+void check(bool good, const char* wrong) {
+    if (!good) throw std::runtime_error(wrong);
 }
 
-// The tensors of a launch on a device: those of the convolution's own type and the others.
+Dtype dtype_of(const Tensor& x) {
+    const ScalarType type = x.scalar_type();
+    if (type == ScalarType::Half) return Dtype::float16;
+    if (type == ScalarType::BFloat16) return Dtype::bfloat16;
+    check(type == ScalarType::Float, "the dtype of x is not supported");
+    return Dtype::float32;
+}
+
+// The struct whose fields are these numbers.
+template <class Sizes>
+Sizes sizes_of(const std::vector<int64_t>& list) {
+    const std::vector<int> numbers(list.begin(), list.end());
+    check(numbers.size() * sizeof(int) == sizeof(Sizes), "wrong number of sizes");
+    Sizes sizes;
+    std::memcpy(&sizes, numbers.data(), sizeof sizes);
+    return sizes;
+}
+
+// The tensors of a launch on x's device: those of the convolution's own type and the others.
 struct Arguments {
     const Tensor &x, &out;
     const std::optional<Tensor>& residual;
     const Tensor &weights, &bias, &tables;
-    const ScalarType type = x.scalar_type();
-    const int device = x.get_device_index();
 
     // Whether a tensor of this type is on the device, contiguous, and aligned to 16 bytes.
     bool is_valid(const Tensor& t, ScalarType wanted) const {
-        return t.scalar_type() == wanted && t.get_device_index() == device && t.is_contiguous() &&
+        return t.scalar_type() == wanted && t.get_device_index() == x.get_device_index() && t.is_contiguous() &&
                reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
     }
-    bool fits(const Tensor& t, int64_t numel) const { return is_valid(t, type) && t.numel() == numel; }
-    void check_parameters(bool large_enough, const std::string& what) const {
-        check(is_valid(weights, type) && is_valid(bias, ScalarType::Float) && is_valid(tables, ScalarType::Int) &&
-                  large_enough,
-              what, "weights, bias or tables do not fit");
+    bool fits(const Tensor& t, int64_t numel) const { return is_valid(t, x.scalar_type()) && t.numel() == numel; }
+
+    // read, made: numbers of x and of out and residual; rows: filters of all tiles; table_size: the least.
+    void check_all(int64_t read, int64_t made, int64_t rows, int64_t table_size) const {
+        check(fits(x, read), "x does not fit, or is not aligned to 16 bytes");
+        check(fits(out, made), "out does not fit, or is not aligned to 16 bytes");
+        check(!residual || fits(*residual, made), "residual does not fit");
+        check(is_valid(weights, x.scalar_type()) && is_valid(bias, ScalarType::Float) && bias.numel() >= rows &&
+                  is_valid(tables, ScalarType::Int) && tables.numel() >= table_size,
+              "weights, bias or tables do not fit");
     }
 
-    // make(x, out, residual, weights, bias, tables) with the data pointers.
-    template <class Make>
-    auto with_pointers(Make make) const {
-        return make(x.data_ptr(), out.data_ptr(), residual ? residual->data_ptr() : nullptr, weights.data_ptr(),
-                    static_cast<const float*>(bias.data_ptr()), static_cast<const int*>(tables.data_ptr()));
-    }
-
-    // run(Half or Bfloat).
-    template <class Run>
-    void with_16bit(const std::string& what, Run run) const {
-        if (type == ScalarType::Half) return run(Half{});
-        check(type == ScalarType::BFloat16, what, "the dtype of x is not supported");
-        run(Bfloat{});
+    // launch(sizes, tensors, dtype, device, stream) on torch's current stream.
+    template <class Sizes>
+    void run(void (*launch)(const Sizes&, const Tensors&, Dtype, int, void*), const Sizes& sizes) const {
+        const int device = x.get_device_index();
+        const torch::stable::accelerator::DeviceGuard guard(device);
+        use_device(device);
+        void* stream = nullptr;
+        check(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "there is no stream");
+        const Tensors tensors = {x.data_ptr(),
+                                 out.data_ptr(),
+                                 residual ? residual->data_ptr() : nullptr,
+                                 weights.data_ptr(),
+                                 static_cast<const float*>(bias.data_ptr()),
+                                 static_cast<const int*>(tables.data_ptr())};
+        launch(sizes, tensors, dtype_of(x), device, stream);
     }
 };
 
-// torch's stream on the device that a DeviceGuard made current.
-void* current_stream(int device, const std::string& what) {
-    const std::string error = use_device(device);
-    if (!error.empty()) throw std::runtime_error(what + ": " + error);
-    void* stream = nullptr;
-    check(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, what, "there is no stream");
-    return stream;
-}
-
-std::string by(int64_t a, int64_t b) { return std::to_string(a) + "x" + std::to_string(b); }
-
-std::string describe(const Sizes& s) {
-    static const char* const kNames[] = {"chwn",      "halo",  "nhwc",       "fp32_chwn",
-                                         "fp32_nhwc", "wgmma", "wgmma_halo", "nhwc_sliced"};
-    const std::string name = s.kernel >= 0 && s.kernel < 8 ? kNames[s.kernel] : std::to_string(s.kernel);
-    return "CUDA kernel " + name + " of " + std::to_string(s.filters) + " filters, batch " + std::to_string(s.batch) +
-           ", " + std::to_string(s.in_channels) + " channels of " + by(s.height, s.width) + " to " +
-           std::to_string(s.out_channels) + " of " + by(s.out_height, s.out_width) + ", " +
-           std::to_string(s.tile_count) + " tiles";
-}
-
-std::string describe(const BlockSizes& s) {
-    const size_t last = s.last();
-    return "CUDA block kernel of " + std::to_string(s.conv_count) + " convolutions and " + std::to_string(s.filters) +
-           " filters, batch " + std::to_string(s.batch) + ", " + std::to_string(s.in_channels) + " channels of " +
-           by(s.height(0), s.width(0)) + " to " + std::to_string(s.out_channels) + " of " +
-           by(s.height(last), s.width(last)) + ", tiles of " + by(s.region(last, 2), s.region(last, 3)) + "x" +
-           std::to_string(8 * s.tile_n) + " with " + std::to_string(s.shared_bytes) + " bytes";
-}
-
 void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& residual, const Tensor& weights,
                const Tensor& bias, const Tensor& tables, const std::vector<int64_t>& size_list) {
-    check(size_list.size() == Sizes::kCount, "dsp_kernels::cuda_conv", "wrong number of sizes");
-    const Sizes sizes(size_list.data());
-    const std::string what = describe(sizes);
-    const Arguments a{x, out, residual, weights, bias, tables};
-    const int64_t made = sizes.batch * sizes.out_channels * sizes.out_height * sizes.out_width;
-    check(a.fits(x, sizes.batch * sizes.in_channels * sizes.height * sizes.width), what,
-          "x does not fit, or is not aligned to 16 bytes");
-    check(a.fits(out, made), what, "out does not fit, or is not aligned to 16 bytes");
-    check(!residual || a.fits(*residual, made), what, "residual does not fit");
-    a.check_parameters(bias.numel() >= sizes.tile_count * sizes.filters && tables.numel() >= sizes.gather_at, what);
-
-    const torch::stable::accelerator::DeviceGuard guard(a.device);
-    void* stream = current_stream(a.device, what);
-    const ConvParams params = a.with_pointers([&](auto... pointers) { return params_of(sizes, pointers...); });
-    if (a.type == ScalarType::Float && !needs_wgmma(sizes)) return run_fp32(sizes, params, a.device, stream, what);
-    a.with_16bit(what, [&](auto type) {
-        using T = decltype(type);
-        (needs_wgmma(sizes) ? run_wgmma<T> : run_16bit<T>)(sizes, params, a.device, stream, what);
-    });
+    const auto s = sizes_of<ConvSizes>(size_list);
+    const Arguments arguments{x, out, residual, weights, bias, tables};
+    const int64_t batch = s.batch;
+    arguments.check_all(batch * s.in_channels * s.height * s.width, batch * s.out_channels * s.out_height * s.out_width,
+                        int64_t{s.tile_count} * s.filters, s.gather_at);
+    arguments.run(launch_conv, s);
 }
 
 void cuda_block(const Tensor& x, const Tensor& out, const std::optional<Tensor>& residual, const Tensor& weights,
                 const Tensor& bias, const Tensor& tables, const std::vector<int64_t>& size_list) {
-    const BlockSizes sizes(size_list);
-    const std::string what = describe(sizes);
-    const Arguments a{x, out, residual, weights, bias, tables};
-    const size_t last = sizes.last();
-    const int64_t made = sizes.batch * sizes.out_channels * sizes.height(last) * sizes.width(last);
-    const bool added = sizes.residual_kind == static_cast<int64_t>(Residual::tensor);
-    check(sizes.batch % 8 == 0, what, "the batch is not a multiple of 8");
-    check(a.fits(x, sizes.batch * sizes.in_channels * sizes.height(0) * sizes.width(0)), what,
-          "x does not fit, or is not aligned to 16 bytes");
-    check(a.fits(out, made) && out.data_ptr() != x.data_ptr(), what, "out does not fit, or is x");
-    check(residual.has_value() == added && (!added || a.fits(*residual, made)), what, "residual does not fit");
-    a.check_parameters(tables.numel() == sizes.tables, what);
-    for (size_t i = 0; i < last; ++i) {
-        const int64_t end = sizes.region(i, 0) + sizes.region(i, 10) * sizes.region(i, 1);
-        check(sizes.region(i, 0) >= 0 && end <= sizes.shared_bytes, what, "a region is outside the shared memory");
-    }
-
-    const torch::stable::accelerator::DeviceGuard guard(a.device);
-    void* stream = current_stream(a.device, what);
-    const BlockLaunch plan = a.with_pointers([&](auto... pointers) { return block_launch(sizes, pointers...); });
-    a.with_16bit(what, [&](auto type) { run_block<decltype(type)>(sizes, plan, a.device, stream, what); });
+    const auto s = sizes_of<BlockSizes>(size_list);
+    const Arguments arguments{x, out, residual, weights, bias, tables};
+    const BlockRegion &input = s.regions[0], &output = s.regions[s.conv_count];
+    const BlockConv& last = s.convs[s.conv_count - 1];
+    const int64_t batch = s.batch;
+    arguments.check_all(batch * s.in_channels * input.height * input.width,
+                        batch * s.out_channels * output.height * output.width,
+                        last.first_row + int64_t{last.tile_count} * s.filters, s.table_size);
+    check(out.data_ptr() != x.data_ptr(), "out is x");
+    check(residual.has_value() == (s.residual_kind == static_cast<int>(Residual::tensor)), "residual does not fit");
+    arguments.run(launch_block, s);
 }
 
 }  // namespace

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.torch_op import OP
-from dsp_kernels.run.convs import BACKENDS, ConvPlan
+from dsp_kernels.run.convs import BACKENDS, ConvPlan, prepared
+from dsp_kernels.run.gpu.conv import warn_of_missing
 
 
 class FusedConv2d(nn.Module):
@@ -77,15 +80,17 @@ class FusedConv2d(nn.Module):
         cached = self._plan  # key and plan in one attribute: another thread may replace both meanwhile
         if cached is None or cached[0] != key or any(constant.is_inference() for constant in constants):
             backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
-            weights = [weight.detach() for weight in self.weights]
-            bias = None if self.bias is None else self.bias.detach()
-            cached = self._plan = key, backend.prepare(self.spec, weights, bias)
+            if x.device.type == "cuda" and self.backend == "auto":
+                warn_of_missing(x.device)
+            make = backend.prepare if backend.name == "cpu" else partial(prepared, backend)
+            cached = self._plan = key, make(self.spec, list(self.weights), self.bias)
         with torch.no_grad():
             return cached[1](x, residual).contiguous(memory_format=layout)
 
     def reset_plan(self) -> None:
         """Pack the weights again at the next call."""
         self._plan = None
+        increment_version([constant for constant in self.parameters() if not constant.is_inference()])
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
         self.reset_plan()

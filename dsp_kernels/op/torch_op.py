@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsp_kernels.errors import DSPShapeError, DSPStructureError
 from dsp_kernels.op.activations import activation_gradient
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.structure import GroupStructure
-from dsp_kernels.run.convs import BACKENDS, ConvPlan
+from dsp_kernels.run.convs import BACKENDS, ConvPlan, prepared
 from dsp_kernels.run.cpu.conv import CpuPlan
 from dsp_kernels.run.cpu.extension import chosen_isa, may_use_winograd
+from dsp_kernels.run.gpu.conv import warn_of_missing
 from dsp_kernels.run.lru import LRU
 
 NAMESPACE = "dsp_kernels"
@@ -55,6 +56,9 @@ def gather_grouped_conv2d(
     Absent channels are act(residual), or act(0). The output has x's dtype and memory format.
 
     Differentiable in x, weights, bias and residual. Raises DSPShapeError if the arguments do not match.
+
+    On a GPU the weights are arranged once, and again when PyTorch counts a change of them: after a write
+    through ``.data`` call ``torch.autograd.graph.increment_version(weight)``.
 
     >>> structure = GroupStructure.build(3, 2, [([0, 2], [1])])
     >>> y = gather_grouped_conv2d(torch.ones(1, 3, 4, 4), [torch.ones(1, 2, 3, 3)], structure, padding=1)
@@ -207,8 +211,10 @@ OP = torch.ops.dsp_kernels.gather_grouped_conv2d
 
 # -- caches: index tensors -> checked structure; weights -> CPU plan with packed weights
 
-# An entry is valid while the same tensors live and do not change; their version counters are in the key.
-_STRUCTURES: LRU[tuple[tuple[TensorWeakRef, ...], GroupStructure]] = LRU(1024)
+# An entry is valid while the same storages live and do not change; version counters are in the key. Not the
+# tensors: under torch.compile they may be others at every call. While a storage has a weak reference, no
+# other gets its number.
+_STRUCTURES: LRU[tuple[list[StorageWeakRef], GroupStructure]] = LRU(1024)
 
 
 def _structure_of(
@@ -220,13 +226,14 @@ def _structure_of(
     tensors = (*in_index, *out_index)
     if any(tensor.is_inference() for tensor in tensors):  # without a version counter, changes go unnoticed
         return _check(in_index, out_index, in_channels, out_channels)
-    key = (in_channels, out_channels, *(id(t) for t in tensors), *(t._version for t in tensors))
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    views = ((tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors)
+    key = (in_channels, out_channels, *(storage._cdata for storage in storages), *views)
     entry = _STRUCTURES.get(key)
-    if entry is not None and all(ref() is t for ref, t in zip(entry[0], tensors, strict=True)):
-        return entry[1]
-    structure = _check(in_index, out_index, in_channels, out_channels)
-    _STRUCTURES.put(key, (tuple(TensorWeakRef(t) for t in tensors), structure))
-    return structure
+    if entry is None:
+        entry = [*map(StorageWeakRef, storages)], _check(in_index, out_index, in_channels, out_channels)
+        _STRUCTURES.put(key, entry)
+    return entry[1]
 
 
 def _check(
@@ -253,13 +260,15 @@ PLANS: LRU[CpuPlan] = LRU(128, size_of=lambda plan: plan.weight_bytes, max_size=
 def _plan_for(
     spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: Tensor, layout: torch.memory_format
 ) -> ConvPlan:
-    """A plan that runs ``spec`` on x. A cached one is used if its weights and bias are equal bit for bit.
+    """A plan that runs ``spec`` on x. On the CPU a cached one must have equal weights and bias, bit for bit.
 
     Address and version counter do not suffice: writes through ``weight.data`` or numpy are not counted.
     """
     backend = BACKENDS.choose("auto", spec, x.dtype, x.device, layout)
+    if x.device.type == "cuda":
+        warn_of_missing(x.device)
     if backend.name != "cpu":
-        return backend.prepare(spec, weights, bias)
+        return prepared(backend, spec, weights, bias)
     addresses = (tensor.data_ptr() for tensor in (*weights, bias) if tensor is not None)
     key = (chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size, *addresses)
     plan = PLANS.get(key)

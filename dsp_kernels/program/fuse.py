@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program, TorchStep
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
+from dsp_kernels.run.gpu.layout import uses_tf32
 from dsp_kernels.run.programs import EXECUTORS, Runner
 from dsp_kernels.tolerances import network_tolerance
 
@@ -28,8 +30,10 @@ def fuse(
     """A packed (or any) CNN as one fused module for inference, with the same answers.
 
     example_input: (batch, channels, height, width) on the model's device; any batch size stands for all.
-    backend: "auto", or the name of an executor: "cuda", "triton", "cpu" or "eager". dtype: of weights and
-    activations inside, None for the model's; inputs and outputs keep their own dtype.
+    backend: "auto" for the first that works, or the name of an executor: "cuda", "triton", "cudnn", "cpu",
+    "eager". dtype: of weights and activations inside, None for the model's; inputs and outputs keep their own
+    dtype. On a GPU float32 may be multiplied in TF32 where PyTorch's convolutions are, by default
+    (``torch.backends.cudnn.allow_tf32``), and what runs each step is measured once (DSP_KERNELS_TUNE=0: not).
 
     The model is not changed and shares no memory with the result. Before it is returned, it is compared with
     the model in eval mode, on the example and on random images.
@@ -59,7 +63,16 @@ def fuse(
             lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
         )
     fused = FusedNetwork(program, tuple(example.shape), dtype, example.device, backend)
-    _verify(fused, model, example)
+    names = [executor.name for executor in EXECUTORS.candidates(backend, program, dtype, example.device)]
+    for name in names:
+        fused.backend = name
+        try:
+            _verify(fused, model, example)
+            break
+        except Exception as error:
+            if name == names[-1]:
+                raise
+            warnings.warn(f"fuse tries another backend, because {name} failed: {error}", stacklevel=2)
     return fused
 
 
@@ -205,6 +218,8 @@ def _verify(fused: FusedNetwork, model: nn.Module, example_input: Tensor) -> Non
     reduction = max((weight[0].numel() for step in convs for weight in step.weights), default=1)
     # However exact the fused network is, the model rounds to its own dtype.
     coarsest = max(fused.dtype, example_input.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if example_input.device.type == "cuda" and uses_tf32(coarsest):
+        coarsest = torch.float16  # TF32 has as many bits
     half_sums = fused.dtype == torch.float16 and fused.backend == "cpu" and adds_in_half()
     bound = network_tolerance(coarsest, reduction, depth, half_sums)
     with evaluating(model), torch.no_grad(), torch.autocast(example_input.device.type, enabled=False):

@@ -3,6 +3,7 @@
 from collections import Counter
 from operator import attrgetter
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -12,6 +13,7 @@ from dsp_kernels.graph.operations.pointwise import BATCH_NORM_ARGUMENTS
 from dsp_kernels.op.dense import Norm, fold_batch_norm
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
+from dsp_kernels.run.convs import BACKENDS
 
 
 def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
@@ -24,7 +26,8 @@ def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
     torch.fx cannot trace the norms stay. A model that is a PackedConv2d itself is not changed: the fused
     module is returned.
 
-    backend: "auto" or the name of one. Raises DSPError if the model is in training mode.
+    backend: "auto" or the name of one. Raises DSPError if the model is in training mode, DSPBackendError if
+    the backend cannot run on the model's device.
 
     >>> import torch, dsp_kernels
     >>> structure = dsp_kernels.GroupStructure.build(3, 4, [([0, 2], [0, 3]), ([1], [1])])
@@ -52,6 +55,9 @@ def swap(model: nn.Module, backend: str = "auto") -> nn.Module:
 
 
 def _fused(conv: PackedConv2d, norm: nn.BatchNorm2d | Norm | None, backend: str) -> FusedConv2d:
+    constant = next(conv.parameters(), None)
+    if constant is not None and backend != "auto":
+        BACKENDS.choose(backend, conv.spec, constant.dtype, constant.device, torch.contiguous_format)
     if norm is None:
         return FusedConv2d(conv.spec, list(conv.weights), conv.bias, backend).eval()
     return FusedConv2d(*fold_batch_norm(conv.spec, list(conv.weights), conv.bias, norm), backend).eval()

@@ -1,10 +1,11 @@
 """The backends of one gather-grouped convolution."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.cpu.conv import CpuBackend
@@ -34,3 +35,36 @@ class ConvBackend(Protocol):
 BACKENDS: Registry[ConvBackend] = Registry(
     "backend", *map(GpuBackend, GPU_KERNELS), CpuBackend(), EagerBackend()
 )
+
+
+# (backend, spec, storages of all constants) -> (what changes with their values, their storages, the plan)
+_prepared: dict[Hashable, tuple[Hashable, list[StorageWeakRef], ConvPlan]] = {}
+
+
+def prepared(
+    backend: ConvBackend, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
+) -> ConvPlan:
+    """``backend.prepare`` once per layer: while its constants live and PyTorch counts no change of them.
+
+    On the CPU, where that costs little, plain PyTorch prepares at every call: writes through ``.data`` are
+    not counted.
+    """
+    constants = [*weights, *([] if bias is None else [bias])]
+    is_plain = backend.name == "eager" and (not constants or constants[0].device.type == "cpu")
+    if is_plain or not constants or any(constant.is_inference() for constant in constants):
+        return backend.prepare(spec, weights, bias)
+    # Not the tensors: under torch.compile they may be others at every call. While a storage has a weak
+    # reference, no other gets its number.
+    key = backend.name, spec, tuple(constant.untyped_storage()._cdata for constant in constants)
+    state = tuple((constant.data_ptr(), constant._version) for constant in constants)
+    kept = _prepared.get(key)
+    if kept is None or kept[0] != state:
+        for other, (_, storages, _) in list(_prepared.items()):
+            if any(storage.expired() for storage in storages):
+                _prepared.pop(other, None)
+        # Copies: the constants themselves would never be freed.
+        copies = [constant.detach().clone() for constant in constants]
+        plan = backend.prepare(spec, copies[: len(weights)], None if bias is None else copies[-1])
+        storages = [StorageWeakRef(constant.untyped_storage()) for constant in constants]
+        kept = _prepared[key] = state, storages, plan
+    return kept[2]

@@ -39,5 +39,8 @@ class Executor(Protocol):
 
 
 EXECUTORS: Registry[Executor] = Registry(
-    "backend", CudaExecutor(), CudaExecutor("triton"), CpuExecutor(), EagerExecutor()
+    "backend",
+    *(CudaExecutor(name) for name in ("cuda", "triton", "cudnn")),
+    CpuExecutor(),
+    EagerExecutor(),
 )

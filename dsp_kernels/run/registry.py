@@ -24,11 +24,6 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self._entries)
 
-    def register(self, entry: T) -> T:
-        """Add an entry with the lowest preference."""
-        self._entries.append(entry)
-        return entry
-
     def names(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self._entries)
 
@@ -45,8 +40,12 @@ class Registry(Generic[T]):
 
         Raises DSPBackendError if the name is unknown or the choice cannot run, with its reason.
         """
+        return next(self.candidates(name, *request))
+
+    def candidates(self, name: str, *request: Any) -> Iterator[T]:
+        """What ``choose`` takes, and for "auto" what to try if that fails, in order. Raises as it does."""
         self.check(name)
-        reasons = []
+        reasons, found = [], False
         for entry in self._entries:
             if name in ("auto", entry.name):
                 able, reason = entry.can_run(*request)
@@ -54,6 +53,8 @@ class Registry(Generic[T]):
                 if able and name == "auto" and is_worth is not None:
                     able, reason = is_worth(*request)
                 if able:
-                    return entry
+                    found = True
+                    yield entry
                 reasons.append(f"{entry.name}: {reason}")
-        raise DSPBackendError(f"no {self.what} can run this: {'; '.join(reasons)}")
+        if not found:
+            raise DSPBackendError(f"no {self.what} can run this: {'; '.join(reasons)}")

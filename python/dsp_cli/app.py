@@ -2,7 +2,7 @@
 
 import typer
 
-from dsp_cli import bench, demo, files, train
+from dsp_cli import bench, demo, doctor, files, train
 
 app = typer.Typer(
     name="dsp",
@@ -20,3 +20,4 @@ app.command("inspect")(files.inspect)
 app.command("bench")(bench.bench)
 app.command("import")(files.import_network)
 app.command("export")(files.export)
+app.command("doctor")(doctor.doctor)

@@ -1,5 +1,6 @@
 """``dsp bench``: ``python -m dsp_benchmarks run`` with a packed network in all its forms."""
 
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,10 @@ from typing import Annotated
 import typer
 from dsp_benchmarks import cli as commands
 
+import dsp_kernels
 from dsp_cli import options as o
+from dsp_cli.files import pruned_network
+from dsp_pruning import pack
 from dsp_pruning.recipes.run import pick_device
 
 
@@ -39,6 +43,8 @@ def bench(
     report: Annotated[
         bool, typer.Option("--report", help="Also write an HTML page and plots beside --out.")
     ] = False,
+    model: o.Model = "",
+    model_args: o.ModelArgs = None,
     out: Annotated[Path, typer.Option("--out", help="File for the raw samples (.json).")] = Path(
         "runs/bench.json"
     ),
@@ -46,25 +52,31 @@ def bench(
     """Time a packed network in every engine against its dense original and other pruned forms.
 
     The dense rows are the network before packing, with random weights: they are shown for speed.
+    With --model, FILE holds the weights that dsp finetune wrote.
     """
-    status = commands.run(
-        Namespace(
-            net=[str(file)],
-            structure=None,
-            image_size=image_size,
-            batch=batch or [1, 32],
-            engine=engine,
-            form=form,
-            mode=mode,
-            rounds=rounds,
-            seed=seed,
-            device=str(pick_device(device)),
-            short=short,
-            seconds=seconds,
-            profile=profile,
-            out=out,
-            report=report,
+    with tempfile.TemporaryDirectory() as folder:
+        if model:
+            masked, example = pruned_network(file, image_size, model, model_args)
+            file = Path(folder) / file.with_suffix(".safetensors").name
+            dsp_kernels.save(pack(masked, example), file, example)
+        status = commands.run(
+            Namespace(
+                net=[str(file)],
+                structure=None,
+                image_size=image_size,
+                batch=batch or [1, 32],
+                engine=engine,
+                form=form,
+                mode=mode,
+                rounds=rounds,
+                seed=seed,
+                device=str(pick_device(device)),
+                short=short,
+                seconds=seconds,
+                profile=profile,
+                out=out,
+                report=report,
+            )
         )
-    )
     if status:
         raise typer.Exit(status)

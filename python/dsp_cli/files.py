@@ -1,5 +1,6 @@
 """``dsp pack``, ``import``, ``inspect`` and ``export``: files of networks."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.save_load import input_channels
 from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
+from dsp_pruning.named import make_model
 from dsp_pruning.packing import pack as packing
 from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.recipes.finetune import load_pruned
@@ -37,16 +39,16 @@ def pack(
     fixed_size: Annotated[
         bool, typer.Option("--fixed-size", help="Fold more, for images of exactly this size.")
     ] = False,
+    model: o.Model = "",
+    model_args: o.ModelArgs = None,
 ) -> None:
     """Pack a pruned network exactly; the result is compared with it before it is saved."""
     _check_packed_name(save)
-    size = (image_size, image_size) if image_size else trained_image_size(ckpt) or (_USUAL_SIZE,) * 2
-    model = load_pruned(ckpt, size)
-    channels = next(model.parameters()).shape[1]
-    example = torch.zeros(1, channels, *size)
-    packed = packing.pack(model, example, fixed_size)
+    masked, example = pruned_network(ckpt, image_size, model, model_args)
+    packed = packing.pack(masked, example, fixed_size)
     dsp_kernels.save(packed, save, example)
-    before, after = network_cost(model, example), network_cost(packed, example)
+    size = example.shape[2:]
+    before, after = network_cost(masked, example), network_cost(packed, example)
     console.print(
         f"{save}: {100 * (1 - after.macs / before.macs):.2f} % of the multiply-adds and "
         f"{100 * (1 - after.params / before.params):.2f} % of the parameters of the whole network removed; "
@@ -91,12 +93,22 @@ def inspect(
         Path | None, typer.Option("--overview", help="Draw the multiply-adds kept in every layer here.")
     ] = None,
     image_size: o.ImageSize = None,
+    model: o.Model = "",
+    model_args: o.ModelArgs = None,
 ) -> None:
-    """Show groups, channels, filters and multiply-adds of every packed layer."""
-    model = dsp_kernels.load(file)
-    dense = dense_twin(model) if getattr(model, "dense_widths", None) else None
-    example, known = _example_of(model, image_size)
-    rows = layer_rows(model, example, dense)
+    """Show groups, channels, filters and multiply-adds of every packed layer.
+
+    With --model, FILE holds the weights that dsp finetune wrote.
+    """
+    example: tuple[Tensor, ...]
+    if model:
+        masked, image = pruned_network(file, image_size, model, model_args)
+        network, example, known = packing.pack(masked, image), (image,), True
+    else:
+        network = dsp_kernels.load(file)
+        example, known = _example_of(network, image_size)
+    dense = dense_twin(network) if getattr(network, "dense_widths", None) else None
+    rows = layer_rows(network, example, dense)
     size = f"{example[0].shape[2]} x {example[0].shape[3]}"
     table = Table("layer", title=f"{file}, images of {size}", title_justify="left")
     table.columns[0].overflow = "fold"  # long names are told apart by their ends
@@ -116,7 +128,7 @@ def inspect(
         console.print(f"the file does not say how large its images are; {size} is one size that fits")
     kept = sum(row.macs for row in rows) / max(sum(row.dense_macs for row in rows), 1)
     console.print(f"packed layers: {100 * kept:.2f} % of the multiply-adds kept")
-    cost = network_cost(model, example)
+    cost = network_cost(network, example)
     if dense is not None:
         whole = network_cost(dense, example)
         console.print(
@@ -129,7 +141,7 @@ def inspect(
             "the widths before packing, so the share kept is relative to the widths of the packed layers"
         )
     if picture is not None:
-        console.print(f"picture: {draw_structures(model, picture, title=str(file))}", soft_wrap=True)
+        console.print(f"picture: {draw_structures(network, picture, title=str(file))}", soft_wrap=True)
     if overview is not None:
         console.print(f"overview: {draw_overview(rows, overview, title=str(file))}", soft_wrap=True)
 
@@ -158,6 +170,16 @@ def export(
     console.print(
         f"{out}: {out.stat().st_size:,} bytes, for images of {size}, any batch size", soft_wrap=True
     )
+
+
+def pruned_network(
+    ckpt: Path, image_size: int | None, model: str, model_args: Sequence[str] | None
+) -> tuple[nn.Module, Tensor]:
+    """The masked network of ``dsp finetune`` and an image of zeros of the size that it was trained on."""
+    size = (image_size, image_size) if image_size else trained_image_size(ckpt) or (_USUAL_SIZE,) * 2
+    own = make_model(model, o.arguments(model_args)) if model else None
+    network = load_pruned(ckpt, size, own)
+    return network, torch.zeros(1, input_channels(network), *size)
 
 
 def _check_packed_name(path: Path) -> None:

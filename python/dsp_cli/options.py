@@ -1,5 +1,6 @@
 """Options that several commands share, under their published names."""
 
+import ast
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,15 +12,18 @@ from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 import typer
 
 from dsp_cli.show import print_result, progress_bars
-from dsp_kernels.errors import DSPPruningError
+from dsp_kernels.errors import DSPError, DSPPruningError
 from dsp_pruning import data as datasets
 from dsp_pruning.distributed import is_main, process_group
 from dsp_pruning.recipes.run import RunConfig
 from dsp_pruning.recipes.training import RecipeResult
 
-DataName = StrEnum("DataName", "digits cifar10 folder")
-
 Config = TypeVar("Config", bound=RunConfig)
+
+_MODEL = (
+    "Your own network instead: a function that returns it, or timm/NAME. The current folder is searched too."
+)
+_MODEL_ARGS = "Argument of that function, such as num_classes=10; repeatable."
 
 # The settings of the recipes that are options, by name of the field, which has the type and the default.
 SETTINGS: dict[str, Any] = {
@@ -46,6 +50,8 @@ SETTINGS: dict[str, Any] = {
     "one_shot": typer.Option("--one-shot", help="Prune all in the first cycle."),
     "depth": typer.Option("--layers", "-l", help="Depth of the CIFAR ResNet, 6n + 2: 20, 32, 44, 56, 110."),
     "arch": typer.Option("--arch", help="cifar, or a torchvision ResNet (which ignores --layers)."),
+    "model": typer.Option("--model", metavar="PACKAGE.MODULE:FUNCTION", help=_MODEL),
+    "model_args": typer.Option("--model-args", metavar="NAME=VALUE", help=_MODEL_ARGS),
     "epochs": typer.Option("--epochs", min=0, help="Epochs to train."),
     "batch_size": typer.Option("--batch-size", min=1, help="Images per step, summed over all processes."),
     "lr": typer.Option("--lr", help="Base learning rate."),
@@ -63,8 +69,11 @@ _TYPES = {
     "second_order": StrEnum("SecondOrder", "exact none original"),
     "target": StrEnum("Target", "macs params"),
     "layer_groups": list[str] | None,
+    "model_args": list[str] | None,
 }
 
+Model = Annotated[str, SETTINGS["model"]]
+ModelArgs = Annotated[list[str] | None, SETTINGS["model_args"]]
 Layers = Annotated[int, SETTINGS["depth"]]
 Groups = Annotated[int, SETTINGS["groups"]]
 Prune = Annotated[float, SETTINGS["prune"]]
@@ -84,9 +93,13 @@ class RunFlags(Generic[Config]):
 
     config: Config
     data: Annotated[
-        DataName,
-        typer.Option("--data", help="Data set. folder: image files in train/<class>/ and val/<class>/."),
-    ] = DataName.digits
+        str,
+        typer.Option(
+            "--data",
+            help="digits, cifar10, folder (image files in train/<class>/ and val/<class>/), or your own: "
+            "package.module:function, which returns dsp_pruning.data.ImageData or FolderData.",
+        ),
+    ] = "digits"
     data_root: Annotated[
         Path | None, typer.Option("--data-root", help="Folder of the data set; digits needs none.")
     ] = None
@@ -107,7 +120,7 @@ class RunFlags(Generic[Config]):
 
     def images(self) -> datasets.TrainingData:
         return datasets.load(
-            self.data.value,
+            self.data,
             self.data_root,
             download=self.download,
             seed=self.config.seed,
@@ -118,14 +131,18 @@ class RunFlags(Generic[Config]):
     @property
     def network(self) -> str:
         """Options that select the same network."""
-        cifar = self.config.arch == "cifar"
-        return f"-l {self.config.depth}" if cifar else f"--arch {self.config.arch}"
+        config = self.config
+        if config.model:
+            args = "".join(f" --model-args {name}={value}" for name, value in config.model_args.items())
+            return f"--model {config.model}{args}"
+        return f"-l {config.depth}" if config.arch == "cifar" else f"--arch {config.arch}"
 
     @property
     def folder(self) -> Path:
         """Folder of all stages of a network."""
-        name = f"resnet{self.config.depth}" if self.config.arch == "cifar" else self.config.arch
-        return self.save_dir or Path("runs") / f"{name}_{self.data.value}"
+        config = self.config
+        name = config.model or (f"resnet{config.depth}" if config.arch == "cifar" else config.arch)
+        return self.save_dir or Path("runs") / f"{name}_{self.data}".replace(":", ".").replace("/", ".")
 
     def train(self, stage: str, folder: str, recipe: Callable[..., RecipeResult], **more: Any) -> None:
         """Run a recipe, in torchrun's process group if there is one; rank 0 shows progress and the result."""
@@ -168,6 +185,7 @@ def run_command(kind: type[RunConfig]) -> Callable[[Callable[..., None]], Callab
         def with_flags(**given: Any) -> None:
             if "layer_groups" in given:
                 given["layer_groups"] = _by_layer(given["layer_groups"])
+            given["model_args"] = arguments(given["model_args"])
             config = kind(**{parameter.name: given.pop(parameter.name) for parameter in settings})
             flags = {parameter.name: given.pop(parameter.name) for parameter in common}
             command(RunFlags(config=config, **flags), **given)
@@ -178,6 +196,20 @@ def run_command(kind: type[RunConfig]) -> Callable[[Callable[..., None]], Callab
         return with_flags
 
     return decorate
+
+
+def arguments(given: Sequence[str] | None) -> dict[str, Any]:
+    """Name -> value of every ``--model-args``; what is no Python literal is a string."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, sign, value = text.partition("=")
+        if not name.isidentifier() or not sign:
+            raise DSPError(f"--model-args is {text!r}; expected NAME=VALUE such as num_classes=10")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def _by_layer(given: Sequence[str] | None) -> dict[str, int]:

@@ -3,8 +3,8 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ def export_onnx(
 ) -> Path:
     """Write a packed network as ONNX, in eval mode, with batch norms folded, for any batch size.
 
+    Height and width of the images are free too if the network takes other sizes.
+
     example_input: (batch, channels, height, width) of the size that the network is made for; a tuple for
         several inputs, which the file calls input, input_1 and so on.
     opset: at least 18. dtype: float32 or float16, of weights, inputs and output.
@@ -64,19 +66,21 @@ def export_onnx(
     inputs = tuple(x.cpu().to(dtype) for x in _two_images(model, example_input))
     plain = _plain_form(model).cpu().to(dtype)
 
+    names = ["input", *(f"input_{number}" for number in range(1, len(inputs)))]
+    settings: dict[str, Any] = {"input_names": names, "output_names": ["output"], "opset_version": opset}
+    export: Callable[..., Any] = partial(
+        torch.onnx.export, plain, inputs, dynamo=True, verbose=False, **settings
+    )
+    first, *rest = _any_batch(inputs)
     with _exporting(model, path, plain, inputs) as temporary:
-        program = torch.onnx.export(
-            plain,
-            inputs,
-            dynamo=True,
-            opset_version=opset,
-            input_names=["input", *(f"input_{number}" for number in range(1, len(inputs)))],
-            output_names=["output"],
-            dynamic_shapes=_any_batch(inputs),
-            external_data=False,
-            verbose=False,
-        )
-        assert program is not None
+        program = None
+        if others := _other_sizes(plain, inputs):
+            free = first | {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+            with suppress(Exception):  # its code depends on the size
+                made = export(dynamic_shapes=(free, *rest))
+                torch.testing.assert_close(made.exported_program.module()(*others[0]), others[1])
+                program = made
+        program = program or export(dynamic_shapes=(first, *rest))
         program.save(str(temporary), external_data=False)
     return Path(path)
 
@@ -125,7 +129,11 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
         with warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)
             traced = torch.jit.trace(plain, tuple(x.clone() for x in inputs), check_trace=False)
-        _check_other_sizes(traced, plain, inputs)
+        if others := _other_sizes(plain, inputs):
+            try:
+                torch.testing.assert_close(traced(*others[0]), others[1])
+            except Exception as error:
+                raise DSPError(f"it would be wrong for images of another size: {error}") from error
         fill(temporary, partial(torch.jit.save, traced))
     return Path(path)
 
@@ -182,7 +190,7 @@ class _PlainConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, in_channels, height, width) -> (batch, out_channels, out_height, out_width)."""
         if self.gather is not None:
-            x = x.index_select(1, self.gather)
+            x = _reordered(x, self.gather)
         parts = x.split(self.sizes, 1) if len(self.sizes) > 1 else (x,)
         biases = list(self.biases) or [None] * len(self.sizes)
         outputs = [
@@ -193,10 +201,16 @@ class _PlainConv(nn.Module):
         if self.missing:
             y = F.pad(y, (0, 0, 0, 0, 0, self.missing))
         if self.order is not None:
-            y = y.index_select(1, self.order)
+            y = _reordered(y, self.order)
         if self.constant is not None:
             y = y + self.constant
         return activate(y, self.activation)
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x[:, order]."""
+    # OpenVINO 2026.4 folds a Gather of axis 1 into a later Conv, with the inverse order.
+    return x.unsqueeze(1).index_select(2, order).squeeze(1)
 
 
 def _two_images(model: nn.Module, example_input: Example) -> tuple[Tensor, ...]:
@@ -216,20 +230,15 @@ def _any_batch(inputs: tuple[Tensor, ...]) -> Any:
     return tuple({0: batch} for _ in inputs)
 
 
-def _check_other_sizes(traced: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raise DSPError if the two differ for three larger images, which ``plain`` may not take."""
+def _other_sizes(plain: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Any] | None:
+    """Three larger images and what ``plain`` answers; None if it does not take them."""
     height, width = inputs[0].shape[2:]
     image = torch.randn(3, inputs[0].shape[1], height * 3 // 2 + 1, width * 3 // 2 + 1).to(inputs[0])
     others = (image, *(x[:1].repeat(3, *[1] * (x.dim() - 1)) for x in inputs[1:]))
-    with torch.no_grad():
-        try:
-            expected = plain(*others)
-        except Exception:  # made for images of one size
-            return
-        try:
-            torch.testing.assert_close(traced(*others), expected)
-        except Exception as error:
-            raise DSPError(f"it would be wrong for images of another size: {error}") from error
+    try:
+        return others, plain(*(x.clone() for x in others))
+    except Exception:  # made for images of one size
+        return None
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Which convolutions take part in learning and pruning, how large they are, and how many groups they have."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class LayerSurvey:
 
     convs: Mapping[str, nn.Conv2d]
     chosen: tuple[LayerInfo, ...]
-    excluded: Mapping[str, str]
+    excluded: dict[str, str]
     example: tuple[Tensor, ...]
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ def survey_layers(
         eval mode; the model is left unchanged.
     layers: ``(name, conv) -> bool`` replaces the default choice: every ``nn.Conv2d`` except the first, 1x1
         shortcut convs, grouped and depthwise convs, and convs whose weight is computed (parametrized) or
-        shared with another conv.
+        shared with another conv. Convs whose weight is frozen never take part.
 
     Raises DSPPruningError if no layer is chosen or a chosen one is grouped or never runs, DSPShapeError if
     the model does not run on the example.
@@ -108,18 +108,16 @@ def survey_layers(
     shapes = run_shapes(model, convs.values(), example, advice)
     if layers is None:
         excluded = _excluded_by_default(model, convs, shapes, example)
-        chosen = [name for name in convs if name not in excluded]
     else:
-        chosen = [name for name, conv in convs.items() if layers(name, conv)]
-        excluded = {name: "rejected by layers=" for name in convs if name not in chosen}
+        excluded = {name: "rejected by layers=" for name, conv in convs.items() if not layers(name, conv)}
+    for name, conv in convs.items():
+        weight = conv._parameters.get("weight")
+        if weight is not None and not weight.requires_grad and name not in excluded:
+            excluded[name] = "its weight is frozen (requires_grad=False)"
+    chosen = [name for name in convs if name not in excluded]
+    if layers is not None:
         _check_chosen({name: convs[name] for name in chosen}, shapes)
-    if not chosen:
-        listed = [f"{name!r} ({reason})" for name, reason in excluded.items()]
-        more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-        raise DSPPruningError(
-            f"{type(model).__name__} has no layer to group or prune: {', '.join(listed[:_LISTED])}{more}. "
-            "Choose layers yourself with layers=(name, conv) -> bool"
-        )
+    _check_any(chosen, excluded)
     infos = []
     for name in chosen:
         conv = convs[name]
@@ -131,8 +129,12 @@ def survey_layers(
     return LayerSurvey(convs, tuple(infos), excluded, example)
 
 
-def groups_of_layers(layers: Sequence[LayerInfo], n_groups: GroupCount) -> dict[str, int]:
-    """Layer name -> number of groups, from one number, a mapping by name or ``(name, conv) -> number``."""
+def groups_of_layers(survey: LayerSurvey, n_groups: GroupCount) -> tuple[LayerSurvey, dict[str, int]]:
+    """The survey without layers of fewer filters than groups, and the number of groups by layer name.
+
+    n_groups: one number, a mapping by name or ``(name, conv) -> number``.
+    """
+    layers = survey.chosen
     if isinstance(n_groups, Mapping):
         check_names("n_groups needs one number", set(n_groups), {layer.name for layer in layers})
         counts = {layer.name: n_groups[layer.name] for layer in layers}
@@ -140,17 +142,18 @@ def groups_of_layers(layers: Sequence[LayerInfo], n_groups: GroupCount) -> dict[
         counts = {layer.name: n_groups(layer.name, layer.conv) for layer in layers}
     else:
         counts = {layer.name: n_groups for layer in layers}
+    small = {}
     for layer in layers:
         count = counts[layer.name]
         where = "" if isinstance(n_groups, int | float) else f" for layer {layer.name!r}"
         if not is_count(count):
             raise DSPPruningError(f"n_groups is {count!r}{where}; expected an integer of at least 1")
         if count > layer.out_channels:
-            raise DSPPruningError(
-                f"layer {layer.name!r} has {layer.out_channels} filters, too few for n_groups={count}; use "
-                f"n_groups <= {layer.out_channels} or exclude the layer with layers="
-            )
-    return counts
+            small[layer.name] = f"{layer.out_channels} filters, too few for n_groups={count}"
+            del counts[layer.name]
+    _check_any(counts, survey.excluded | small)
+    chosen = tuple(layer for layer in layers if layer.name in counts)
+    return replace(survey, chosen=chosen, excluded=survey.excluded | small), counts
 
 
 def check_existing(layer: LayerInfo, name: str, shape: tuple[int, ...]) -> None:
@@ -283,6 +286,18 @@ def _passes_conv(network: TracedNetwork, name: str, source: str, without: str) -
         elif has_conv:
             return True
     return False
+
+
+def _check_any(chosen: Collection[str], excluded: Mapping[str, str]) -> None:
+    """Raise DSPPruningError, which lists the excluded layers, if none is chosen."""
+    if chosen:
+        return
+    listed = [f"{name!r} ({reason})" for name, reason in excluded.items()]
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    raise DSPPruningError(
+        f"no layer to group or prune: {', '.join(listed[:_LISTED])}{more}. "
+        "Choose layers yourself with layers=(name, conv) -> bool"
+    )
 
 
 def _check_chosen(chosen: Mapping[str, nn.Conv2d], runs: Collection[nn.Module]) -> None:

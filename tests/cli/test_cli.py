@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import recipe_cases
 import torch
 from recipe_cases import interrupt_at
 from torch import Tensor, nn
@@ -122,6 +123,43 @@ def test_bench_times_a_packed_file_in_the_chosen_engines(
     assert "packed/fused:eager" in shown.out
 
 
+def test_an_own_network_on_own_data_in_every_command(dsp: Command, tmp_path: Path) -> None:
+    model = ["--model", "recipe_cases:own_net", "--model-args", "width=12", "--model-args", "norm=batch"]
+    common = [*model, "--epochs", 1, "--batch-size", 16, "--device", "cpu"]
+    common += ["--data", "recipe_cases:own_data", "--save-dir", tmp_path]
+    missing = dsp("finetune", *common, "-g", 3)
+    assert "learn-groups --model recipe_cases:own_net --model-args width=12" in missing.error
+    for stage in (["pretrain"], ["learn-groups", "-g", 3], ["finetune", "-g", 3, "-p", 0.4]):
+        shown = dsp(*stage, *common)
+        assert shown.status == 0, shown.error
+    ckpt, file = tmp_path / "finetune_g3_p0.4" / "model.pt", tmp_path / "own.safetensors"
+    assert "name another network with --model" in dsp("pack", "--ckpt", ckpt, "--save", file).error
+    shown = dsp("pack", "--ckpt", ckpt, "--save", file, *model)
+    assert "for images of 8x8" in shown.out, shown.error
+    weights, _ = load_weights(ckpt)
+    masked = recipe_cases.own_net(12)
+    masked.load_state_dict(
+        {name: value for name, value in weights.items() if "." in name[:2] and value.dim()}, strict=False
+    )
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(dsp_kernels.load(file)(x), masked.eval()(x))
+    assert "of 12" in dsp("inspect", ckpt, *model).out
+    timed = [
+        "--batch",
+        1,
+        "--rounds",
+        2,
+        "--engine",
+        "torch",
+        "--form",
+        "packed",
+        "--out",
+        tmp_path / "b.json",
+    ]
+    shown = dsp("bench", ckpt, *model, *timed)
+    assert "packed/torch" in shown.out, shown.error
+
+
 def test_demo_runs_the_whole_pipeline(dsp: Command, tmp_path: Path) -> None:
     shown = dsp("demo", "-l", 8, "--epochs", 2, "--rounds", 2, "--save-dir", tmp_path)
     assert shown.status == 0, shown.error
@@ -163,7 +201,18 @@ BAD = [
     ("demo --speed", 2, "No such option"),
     ("pretrain --epochs many", 2, "--epochs"),
     ("pretrain --epochs -3", 2, "--epochs"),
-    ("pretrain --data mnist", 2, "'mnist' is not one of"),
+    ("pretrain --data mnist", 1, "unknown data set 'mnist'"),
+    ("pretrain --data nowhere:data", 1, "nowhere cannot be imported: ModuleNotFoundError"),
+    ("pretrain --data builtins:dict", 1, "returned a dict; expected ImageData or FolderData"),
+    ("pretrain --model nowhere.nets:make", 1, "nowhere.nets cannot be imported: ModuleNotFoundError"),
+    ("pretrain --model recipe_cases:net", 1, "has no function 'net'"),
+    ("pretrain --model recipe_cases", 1, "'recipe_cases' is not of the form package.module:function"),
+    ("pretrain --model builtins:list", 1, "returned a list; expected a torch.nn.Module"),
+    ("pretrain --model recipe_cases:own_net", 1, "missing 1 required positional argument: 'width'"),
+    ("pretrain --model recipe_cases:own_net --model-args width", 1, "expected NAME=VALUE"),
+    ("pretrain --model recipe_cases:own_net --model-args width=8 --model-args classes=7", 1, "(1, 7)"),
+    ("pretrain --model timm/no_such_net", 1, "no_such_net"),
+    ("pack --ckpt TEXT --save FOLDER/x --model builtins:list", 1, "expected a torch.nn.Module"),
     ("learn-groups --second-order third", 2, "'third' is not one of"),
     ("pack", 2, "--ckpt"),
     ("pretrain --data cifar10", 1, "needs --data-root"),

@@ -23,16 +23,14 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-__all__ = ["EMULATED_ISA", "cuda_emulator", "emulated_fp16", "why_no_compiler", "why_no_emulated_fp16"]
+import ptx.build
+
+__all__ = ["EMULATED_ISA", "emulated_fp16", "why_no_compiler", "why_no_emulated_fp16"]
 
 EMULATED_ISA = "emulated_fp16"
 _ROOT = Path(__file__).resolve().parents[2]
 _BUILDS = _ROOT / "build" / "tests"
-_CPU, _CUDA, _EMULATOR = (
-    _ROOT / "csrc" / "cpu",
-    _ROOT / "csrc" / "cuda",
-    _ROOT / "tests/cuda_emulated/emulator",
-)
+_CPU = _ROOT / "csrc" / "cpu"
 _FP16_KERNELS = Path(__file__).with_name("emulated_fp16.cpp")
 _FP16_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 with mock.patch("setuptools.setup"):
@@ -74,12 +72,6 @@ def _emulated_fp16_library() -> Path:
     version = importlib.metadata.version("pybind11")
     folders = [_CPU, _FP16_KERNELS.parent]
     return _build("emulated_fp16", sorted(_CPU.glob("*.cpp")), folders, flags, version, _FP16_KERNELS)
-
-
-def cuda_emulator() -> Path:
-    """The library that runs the templates of the CUDA kernels on the host."""
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    return _build("cuda_emulator", [_EMULATOR / "emulator.cpp"], [_CUDA, _EMULATOR], flags)
 
 
 def _build(
@@ -124,8 +116,8 @@ def _build(
 
 def main() -> None:
     """Builds every library that this machine can build."""
-    builds = [] if why_no_compiler() else [cuda_emulator]
-    builds += [] if why_no_emulated_fp16() else [_emulated_fp16_library]
+    builds = [] if why_no_emulated_fp16() else [_emulated_fp16_library]
+    builds += [] if ptx.build.why_not() else [ptx.build.build]
     with ThreadPoolExecutor() as pool:
         for library in pool.map(lambda build: build(), builds):
             print(library)

@@ -55,8 +55,12 @@ def check_conv(
     device: torch.device = CPU,
     in_place: bool = False,
 ) -> None:
-    """prepare: (spec, weights, bias) -> the convolution to test."""
+    """prepare: (spec, weights, bias) -> the convolution to test. Channels that no group reads hold NaN."""
     arguments = case.tensors(dtype)
+    read = set(case.structure.read)
+    arguments.x[:, [channel for channel in range(case.structure.in_channels) if channel not in read]] = (
+        torch.nan
+    )
     x, bias, residual = (
         None if t is None else t.to(device) for t in (arguments.x, arguments.bias, arguments.residual)
     )

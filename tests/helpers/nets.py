@@ -18,7 +18,7 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 ON_A_CPU = [
     name
     for name in EXECUTORS.names()
-    if name not in ("cuda", "triton") and (name != "cpu" or native() is not None)
+    if name not in ("cuda", "triton", "cudnn") and (name != "cpu" or native() is not None)
 ]
 # Channels 3 and 6 are absent.
 MIXED = GroupStructure.build(6, 8, [([0, 5, 2], [1, 7, 4]), ([1], [0]), ([3, 4, 0, 1], [2, 5])])

@@ -26,6 +26,20 @@ def few_digits() -> ImageData:
     return replace(digits, train=train, validation=validation, test=test)
 
 
+def own_data() -> ImageData:
+    """For ``--data recipe_cases:own_data``: the digits above, named as a user would."""
+    return replace(few_digits(), name="mine")
+
+
+def own_net(width: int, classes: int = 10, norm: str = "batch") -> nn.Module:
+    """For ``--model recipe_cases:own_net``: a network that no list of ours knows."""
+    layers: list[nn.Module] = [nn.Conv2d(1, width, 3, padding=1)]
+    for _ in range(2):
+        norms = nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
+        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), norms, nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

@@ -9,7 +9,8 @@ from nets import ToyA
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError, DSPShapeError
-from dsp_pruning.layers import inputs_like, select_layers, survey_layers
+from dsp_pruning import GroupWrapper, PruneWrapper, pack
+from dsp_pruning.layers import LayerPredicate, inputs_like, select_layers, survey_layers
 from dsp_pruning.models.cifar import cifar_resnet
 
 
@@ -178,3 +179,41 @@ def test_a_chosen_conv_that_is_grouped_or_does_not_run_is_an_error() -> None:
     assert "unused" not in names(toy)
     with pytest.raises(DSPPruningError, match="'unused' does not run"):
         select_layers(toy, layers=lambda name, conv: name == "unused")
+
+
+class BoxHead(nn.Module):
+    """16 bins and their expectation by a frozen 1x1 conv, after a frozen norm; a conv of two filters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1)
+        self.norm = nn.BatchNorm2d(16).requires_grad_(False)
+        self.dfl = nn.Conv2d(16, 1, 1, bias=False).requires_grad_(False)
+        self.dfl.weight.data[:] = torch.arange(16.0).view(1, 16, 1, 1)
+        self.objectness = nn.Conv2d(16, 2, 1)
+        nn.init.uniform_(self.norm.bias, 0.5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.b(F.relu(self.a(x)))))
+        return self.dfl(self.c(x).softmax(1)) * self.objectness(x)
+
+
+@pytest.mark.parametrize("layers", [None, lambda name, conv: name != "a"])
+def test_frozen_layers_and_those_with_fewer_filters_than_groups_are_left_out(layers: LayerPredicate) -> None:
+    net = BoxHead()
+    frozen = {name: value.clone() for name, value in net.state_dict().items() if name[:4] in ("dfl.", "norm")}
+    pruner = PruneWrapper(net, 3, fp_every_nth_conv=1, layers=layers)
+    for layer in pruner.layers:
+        layer.conv.get_buffer("group").normal_()
+    pruner.initialize(0.4)
+    assert not net.b.mask.flatten(1).any(1).all()  # a filter before the frozen norm is pruned
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in frozen.items())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    learner = GroupWrapper(net, optimizer, F.cross_entropy, 0.1, 10, 3, 0.5, layers=layers)
+    for survey in (pruner.survey, learner.layers):
+        assert [layer.name for layer in survey.chosen] == ["b", "c"]
+        reasons = {"dfl": "its weight is frozen (requires_grad=False)"}
+        reasons |= {"objectness": "2 filters, too few for n_groups=3"}
+        assert reasons.items() <= survey.excluded.items()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(pack(net.eval(), x)(x), net(x))

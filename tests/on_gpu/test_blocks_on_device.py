@@ -9,9 +9,8 @@ from gpu_checks import check_block
 import dsp_kernels
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock, why_no_blocks
-from dsp_kernels.run.gpu.cuda.blocks.cost import device_model
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
-from dsp_kernels.run.gpu.cuda.blocks.plan import best_geometry
+from dsp_kernels.run.gpu.cuda.blocks.plan import block_options, limits_of
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.tolerances import network_tolerance
@@ -48,11 +47,12 @@ def test_block(case: BlockCase, dtype: torch.dtype, gpu: torch.device) -> None:
     tables = block_tables(step, dtype, gpu)
     shape = case.batch, case.convs[0][0].in_channels, *case.hw
     out = step.output_shape(shape)
-    planned = best_geometry(
-        tables, {**dict.fromkeys(step.inputs, out), "x": shape, "y": out}, device_model(gpu)
-    )
+    shapes = {**dict.fromkeys(step.inputs, out), "x": shape}
+    for member in step.members:
+        shapes[member.output] = member.spec.output_shape(shapes[member.inputs[0]])
     chosen = BlockGeometry.of(step, tables.slots, case.hw, case.tile[:2], case.tile[2], case.turns)
-    for geometry in (chosen, planned[0] if planned else None):
+    worth_measuring = block_options(step, shapes, limits_of(gpu)).values()
+    for geometry in (chosen, *(other for part, other in worth_measuring if part is step)):
         assert geometry is not None
         for in_place in (False, True) if case.shortcut == "tensor" else (False,):
             check_block(CudaBlock(step, tables, geometry), case, dtype, gpu, in_place)

@@ -38,7 +38,9 @@ def network(gpu: torch.device) -> FusedNetwork:
     return dsp_kernels.fuse(model, torch.randn(1, 3, 8, 8, device=gpu))
 
 
-@pytest.mark.parametrize("backend", [name for name in EXECUTORS.names() if name in ("cuda", "triton")])
+@pytest.mark.parametrize(
+    "backend", [name for name in EXECUTORS.names() if name in ("cuda", "triton", "cudnn")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("name", nets.NAMES)
 def test_fused_networks(name: str, dtype: torch.dtype, backend: str, gpu: torch.device) -> None:

@@ -24,14 +24,20 @@ from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 
 
 def run(path: Path, x: Tensor) -> Tensor:
+    """The answer of ONNX Runtime, after a check that OpenVINO gives the same."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    answer = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    bound = (1e-2 if x.dtype == torch.float16 else 1e-4) * answer.abs().max().item()
+    torch.testing.assert_close(torch.from_numpy(compiled(x.numpy())[0]), answer, rtol=0, atol=bound)
+    return answer
 
 
 def error(path: Path, model: nn.Module, x: Tensor) -> float:
@@ -108,9 +114,10 @@ import sys
 sys.modules.update(dict.fromkeys(("torch", "dsp_kernels", "dsp_pruning")))  # cannot be imported
 import numpy as np, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-assert [i.shape[0] for i in session.get_inputs()] == ["batch"], session.get_inputs()[0].shape
+shape = session.get_inputs()[0].shape
+assert shape == ["batch", 3, "height", "width"], shape
 for batch in (1, 2, 7):
-    x = np.zeros((batch, 3, 8, 8), np.float16 if sys.argv[2] == "fp16" else np.float32)
+    x = np.zeros((batch, 3, 7 + batch, 9), np.float16 if sys.argv[2] == "fp16" else np.float32)
     (y,) = session.run(None, {"input": x})
     assert y.shape == (batch, 5) and y.dtype == x.dtype, (y.shape, y.dtype)
 """
@@ -149,6 +156,73 @@ def unusual() -> nn.Module:
             last,
         )
     )
+
+
+STRUCTURES = {
+    "groups share channels": [([0, 5, 2, 7], [1, 7, 4]), ([1, 2, 3], [0, 6, 3]), ([6, 4], [2, 5])],
+    "groups part all channels": [([0, 5, 2], [1, 7, 4]), ([7, 1], [6, 3, 0]), ([4, 6, 3], [2, 5])],
+    "absent filters": [([0, 5, 2, 7], [7, 4]), ([1, 3], [6, 3, 0])],
+}
+
+
+class Alternating(nn.Module):
+    """A packed convolution before every kind of reader, plain or packed, and a plain one before it."""
+
+    def __init__(self, groups: list[tuple[list[int], list[int]]]) -> None:
+        super().__init__()
+
+        def packed() -> nn.Module:
+            return PackedConv2d(GroupStructure.build(8, 8, groups), 3, padding=1, bias=True)
+
+        readers = {
+            "conv": nn.Conv2d(8, 8, 1),
+            "relu": nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3)),
+            "norm": nn.Sequential(nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1)),
+            "pool": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 8, 1)),
+            "grouped": nn.Conv2d(8, 8, 3, groups=2),
+            "depthwise": nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)),
+            "transposed": nn.ConvTranspose2d(8, 8, 2, 2),
+            "prelu": nn.Sequential(nn.PReLU(8), packed(), nn.Hardswish(), nn.Conv2d(8, 8, 1)),
+            "packed": nn.Sequential(nn.ReLU6(), packed(), packed(), nn.Conv2d(8, 8, 1), packed()),
+        }
+        self.stem, self.readers = nn.Conv2d(3, 8, 3, padding=1), nn.ModuleDict(readers)
+        self.first, self.head = nn.ModuleDict({name: packed() for name in readers}), nn.Linear(8, 4)
+        self.side, self.last = packed(), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        maps = [reader(self.first[name](x)) for name, reader in self.readers.items()]
+        added = self.side(x)
+        maps += [F.relu(x + added), self.last(torch.cat([x + added, added], 1))]
+        return torch.cat([self.head(m.mean((2, 3))) for m in maps], 1)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_onnx_where_packed_and_plain_convolutions_alternate(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(2)
+    network = nets.settled(Alternating(STRUCTURES[name]))
+    path = export_onnx(network, tmp_path / "net.onnx", nets.example(1, size=12))
+    for x in (nets.example(2, size=12), nets.example(3, size=17)):
+        assert error(path, network, x) <= 1e-5 * network(x).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("network", "free"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), False),
+        (nets.ConvThen(lambda y: F.interpolate(y, size=(y.shape[2] // 2, 5))), True),
+        (nets.ConvThen(lambda y: y * (1 if y.shape[2] > 8 else 2)), False),
+    ],
+    ids=["flattened maps", "a size from a size", "a condition on sizes"],
+)
+def test_height_and_width_are_free_unless_the_network_depends_on_them(
+    network: nn.Module, free: bool, tmp_path: Path
+) -> None:
+    path, x = export_onnx(network, tmp_path / "net.onnx", nets.example(1)), nets.example(3)
+    dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    sizes = ["height", "width"] if free else [8, 8]
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, *sizes]
+    assert error(path, network, x) <= 1e-5
 
 
 def test_unusual_structures_are_plain_operations(tmp_path: Path) -> None:

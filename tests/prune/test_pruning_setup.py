@@ -123,7 +123,7 @@ def test_which_layers_prune_filters(settings: dict[str, Any], chosen: list[int])
         ({"fp_layer_indices": [0, -1]}, "holds -1; expected 0 to 5"),
         ({"fp_layer_indices": ["a"]}, "fp_layer_indices is"),
         ({"fp_layer_indices": 3}, "fp_layer_indices is 3"),
-        ({"n_groups": 17}, r"'stage_1\.0\.conv_a' has 16 filters.*n_groups=17"),
+        ({"n_groups": 65}, r"'stage_1\.0\.conv_a' \(16 filters, too few for n_groups=65"),
         ({"n_groups": 0}, "n_groups is 0"),
         ({"n_groups": dict.fromkeys([*NAMES, "fc"], 2)}, r"unknown \['fc'\]"),
         ({"layers": lambda name, conv: False}, "no layer"),

@@ -3,8 +3,12 @@
 PyTorch stands in for the kernels, behind their interface, and checks their operands.
 """
 
-from collections.abc import Iterator, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import nets
 import pytest
@@ -17,10 +21,12 @@ from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program
+from dsp_kernels.run.gpu import plan as gpu_plan
 from dsp_kernels.run.gpu import program as cuda
-from dsp_kernels.run.gpu.layout import GpuLayout, layout_for_batch
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
+from dsp_kernels.run.gpu.tune import Choices, Tuner
 from dsp_kernels.run.registry import Registry
 from dsp_kernels.tolerances import network_tolerance
 
@@ -37,7 +43,7 @@ class StandInConv:
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         for tensor in (x, out, residual):
-            assert tensor is None or tensor.is_contiguous()
+            assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
         assert not _overlap(x, out)
         assert residual is None or residual.data_ptr() == out.data_ptr() or not _overlap(residual, out)
         nchw = self.layout.as_nchw
@@ -45,6 +51,7 @@ class StandInConv:
         y = definition(self.spec, nchw(x), self.weights, self.bias, added)
         out.fill_(float("nan"))
         nchw(out).copy_(y)
+        StandIn.clock += StandIn.cost
 
 
 class StandIn:
@@ -52,6 +59,7 @@ class StandIn:
 
     name = "stand-in"
     prepared = 0
+    clock, cost = 0.0, 1.0  # seconds of all its convolutions so far, and of one
 
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
@@ -64,6 +72,9 @@ class StandIn:
         self.prepared += 1
         return StandInConv(spec, weights, bias, layout)
 
+    def options(self, *operands: Any) -> dict[str, Callable[[], GpuConv]]:
+        return {self.name: lambda: self.prepare(*operands[:4])}
+
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
@@ -74,9 +85,9 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    registry: Registry[StandIn] = Registry("GPU kernel")
-    kernels = registry.register(StandIn())
-    monkeypatch.setattr(cuda, "GPU_KERNELS", registry)
+    kernels = StandIn()
+    for module in (cuda, gpu_plan):
+        monkeypatch.setattr(module, "GPU_KERNELS", Registry("GPU kernel", kernels))
     # Memory starts as NaN, so that a read of uninitialised memory shows.
     empty = torch.empty
 
@@ -117,9 +128,11 @@ def test_both_layouts_give_the_result_of_the_model(name: str, batch: int) -> Non
 def test_one_runner_takes_any_image_size_and_batch(kernels: StandIn) -> None:
     model, program = residual_program(torch.float64)
     runner = GpuRunner(program)
-    for batch, size in ((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8)):
+    for number, (batch, size) in enumerate(((1, 8), (8, 12), (2, 16), (8, 12), (0, 8), (1, 8), (2, 16))):
         x = torch.randn(batch, 3, size, size, dtype=torch.float64)
-        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+        with torch.inference_mode(number % 2 == 0):
+            y = runner(x)
+        assert torch.allclose(y, model(x), rtol=0, atol=1e-10)
     # Weights are arranged once per layout, not per shape.
     convs = [step for step in program.steps if isinstance(step, ConvStep)]
     assert kernels.prepared == 2 * sum(step.spec.kernel_size != (1, 1) for step in convs)
@@ -215,15 +228,11 @@ def test_a_residual_is_overwritten_in_place_after_its_last_use() -> None:
 
 def test_describe_names_the_kernels_or_why_there_are_none() -> None:
     program = program_of(nets.make("residual"), torch.randn(8, *SHAPE))
-    for step, form in zip(program.steps, CudaExecutor().describe(program), strict=True):
+    for step, form in zip(program.steps, CudaExecutor("stand-in").describe(program), strict=True):
         if isinstance(step, ConvStep):
             pointwise = step.spec.kernel_size == (1, 1)
-            assert (
-                form == "plain PyTorch: no GPU kernel can run this: stand-in: 1x1"
-                if pointwise
-                else ("stand-in CHWN")
-            )
-    able, reason = CudaExecutor().can_run(program, torch.float32, torch.device("cpu"))
+            assert form == "PyTorch CHWN: stand-in: 1x1" if pointwise else "stand-in CHWN"
+    able, reason = CudaExecutor("stand-in").can_run(program, torch.float32, torch.device("cpu"))
     assert not able
     assert "cpu" in reason
 
@@ -238,6 +247,94 @@ def test_weights_are_not_arranged_while_a_graph_is_captured(monkeypatch: pytest.
     expected = runner(x)
     capturing = True
     assert torch.equal(runner(x), expected)
+
+
+def test_what_a_graph_of_the_caller_reads_lives_as_long_as_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    step_call = gpu_plan.step_call
+
+    def recorded(*operands: Any) -> Any:
+        call = step_call(*operands)
+        made.append(weakref.ref(call))
+        return call
+
+    monkeypatch.setattr(gpu_plan, "step_call", recorded)
+    model = Joined().double().eval()
+    x = torch.randn(8, *SHAPE, dtype=torch.float64)
+    runner = GpuRunner(program_of(model, x))
+    expected = runner(x)
+    captured = len(made)
+    with monkeypatch.context() as during:
+        during.setattr(cuda, "is_capturing", lambda device: True)
+        during.setattr(torch, "tensor", lambda *_, **__: pytest.fail("copied from the host in a capture"))
+        assert torch.equal(runner(x), expected)
+    for size in range(9, 20):  # more input shapes than are kept
+        runner(torch.randn(1, 3, size, size, dtype=torch.float64))
+    gc.collect()
+    assert all(call() is not None for call in made[:captured])
+    assert made[captured]() is None
+    del runner
+    gc.collect()
+    assert all(call() is None for call in made)
+
+
+def test_memory_that_is_not_aligned_to_16_bytes_is_copied() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x.roll(1, 3)[:, :, 1:])  # a view of what PyTorch returned
+
+    model = Views().double().eval()
+    x = torch.randn(3, 1, 5, 5, dtype=torch.float64)
+    assert_same(program_of(model, x), model, x[1:2])
+    for layout in GpuLayout:
+        aligned = layout.from_nchw(x.half().contiguous(memory_format=torch.channels_last)[1:])
+        assert aligned.data_ptr() % 16 == 0
+        assert torch.equal(layout.as_nchw(aligned), x.half()[1:])
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(1.0, "stand-in NHWC"), (3.0, "PyTorch NHWC")])
+def test_every_step_runs_on_what_is_measured_to_be_the_fastest(
+    cost: float, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    eager_conv = gpu_plan.eager_conv
+
+    def timed(step: ConvStep, layout: GpuLayout) -> GpuConv:
+        conv = eager_conv(step, layout)
+
+        def run(*operands: Any) -> None:
+            conv(*operands)
+            StandIn.clock += 2.0 + (layout is GpuLayout.CHWN)
+
+        return run
+
+    def seconds(launch: Callable[[], None]) -> float:
+        before = StandIn.clock
+        launch()
+        measured.append(StandIn.clock - before)
+        return measured[-1]
+
+    monkeypatch.setattr(gpu_plan, "eager_conv", timed)
+    monkeypatch.setattr(StandIn, "cost", cost)
+    model, program = residual_program(torch.float64)
+    x = torch.randn(8, *SHAPE, dtype=torch.float64)
+    for _ in range(2):  # the second time everything is on disk
+        measured: list[float] = []
+        choices = Choices(tmp_path / "choices.json")
+        runner = GpuRunner(program, make_tuner=lambda device, what, choices=choices: Tuner(choices, seconds))
+        assert torch.allclose(runner(x), model(x), rtol=0, atol=1e-10)
+    assert not measured
+    forms = runner.plan(x.shape).forms
+    convs = [step for step in program.steps if isinstance(step, ConvStep) and step.spec.kernel_size != (1, 1)]
+    assert {forms[step.output] for step in convs} == {expected}
+    # The network as a whole is measured even where no time is left for its steps.
+    late = GpuRunner(program, make_tuner=lambda *_: Tuner(Choices(tmp_path / "late"), seconds, budget=0.0))
+    assert {late.plan(x.shape).forms[step.output] for step in convs} == {expected}
 
 
 def test_layouts_keep_the_values() -> None:

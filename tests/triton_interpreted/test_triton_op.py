@@ -16,7 +16,7 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.run.convs import BACKENDS
 from dsp_kernels.run.gpu.conv import GPU_KERNELS
-from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.layout import GpuLayout, uses_tf32
 from dsp_kernels.run.gpu.triton.config import TritonConfig
 from dsp_kernels.run.gpu.triton.conv import TritonConv
 from dsp_kernels.run.gpu.triton.tables import reads_runs, writes_runs
@@ -136,25 +136,21 @@ def test_every_activation_keeps_nan() -> None:
         assert torch.equal(run(case, a, NHWC).isnan(), a.x.isnan())
 
 
-def test_tf32_only_where_torch_allows_it() -> None:
-    from dsp_kernels.run.gpu.triton.conv import _precision
-
-    flag = torch.backends.cuda.matmul
-    before = flag.fp32_precision
+def test_tf32_only_where_the_convolutions_of_torch_use_it() -> None:
+    before = torch.backends.cudnn.allow_tf32
     try:
-        flag.fp32_precision = "ieee"
-        assert _precision(SINGLE) == "ieee"
-        flag.fp32_precision = "tf32"
-        assert [_precision(dtype) for dtype in (SINGLE, HALF, BRAIN)] == ["tf32", "ieee", "ieee"]
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert [uses_tf32(dtype) for dtype in (SINGLE, HALF, BRAIN)] == [allowed, False, False]
     finally:
-        flag.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
     case = Case("", UNEQUAL, batch=8, hw=(4, 4))
     a = case.tensors()
     conv = TritonConv(case.spec, a.weights, a.bias, CHWN)
-    x, out = CHWN.from_nchw(a.x), torch.empty(9, 4, 4, 8)
+    x, out, memory = CHWN.from_nchw(a.x), torch.empty(9, 4, 4, 8), torch.zeros(16 * 128)
     for bad in (
         (a.x, out, None),
         (x.transpose(1, 2), out, None),
@@ -164,6 +160,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         (x[..., :6].contiguous(), torch.empty(9, 4, 4, 6), None),
         (x, out, torch.empty(9, 4, 4)),
         (x, torch.empty(9 * 128 + 1)[1:].view(9, 4, 4, 8), None),
+        (memory[: x.numel()].view(x.shape), memory[: out.numel()].view(out.shape), None),  # out is x
     ):
         with pytest.raises(DSPShapeError):
             conv(*bad)

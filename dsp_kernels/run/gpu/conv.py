@@ -4,7 +4,9 @@ The kernels have their own layouts. A channels_last tensor already is NHWC; a co
 both ends, which a fused network (``dsp_kernels.fuse``) pays for once instead of per layer.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,8 +17,22 @@ from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayout, layout_fo
 from dsp_kernels.run.gpu.triton.conv import TritonKernels
 from dsp_kernels.run.registry import Registry
 
-# The order of preference is not measured yet.
+# In the order of preference where nothing is measured.
 GPU_KERNELS: Registry[GpuKernels] = Registry("GPU kernel", CudaKernels(), TritonKernels())
+
+
+@cache
+def warn_of_missing(device: torch.device) -> None:
+    """One warning per GPU: which kernels cannot run there, why, the cure, and what runs instead."""
+    missing, instead = [], "PyTorch's own convolutions"
+    for kernels in GPU_KERNELS:
+        reason = kernels.why_not(device)
+        if not reason:
+            instead = kernels.name
+            break
+        missing.append(f"{kernels.name}: {reason}")
+    if missing:
+        warnings.warn(f"dsp_kernels uses {instead} on {device}; {'; '.join(missing)}", stacklevel=2)
 
 
 class GpuBackend:

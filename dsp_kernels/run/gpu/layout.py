@@ -21,8 +21,6 @@ ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # CHWN is accessed in 16-byte pieces of eight 16-bit numbers along the batch.
 BATCH_MULTIPLE = 8
-# The first with asynchronous copies and bfloat16 on tensor cores.
-_OLDEST_CAPABILITY = (8, 0)
 
 
 class GpuLayout(Enum):
@@ -36,8 +34,9 @@ class GpuLayout(Enum):
         return tuple(nchw[axis] for axis in self.value)
 
     def from_nchw(self, x: Tensor) -> Tensor:
-        """x: (batch, channels, height, width), any strides -> contiguous in this layout."""
-        return x.permute(self.value).contiguous()
+        """x: (batch, channels, height, width), any strides -> contiguous in this layout, 16-byte aligned."""
+        made = x.permute(self.value).contiguous()
+        return made if made.is_meta or made.data_ptr() % 16 == 0 else made.clone()
 
     def as_nchw(self, x: Tensor) -> Tensor:
         """A view (batch, channels, height, width) of a tensor in this layout."""
@@ -73,7 +72,8 @@ def check_operands(
 ) -> None:
     """operands: by name, the tensor and its shape in the layout.
 
-    Raises DSPShapeError unless each has its shape, this dtype and device, is contiguous and 16-byte aligned.
+    Raises DSPShapeError unless each has its shape, this dtype and device, is contiguous and 16-byte aligned,
+    and out is not x.
     """
     for name, (tensor, shape) in operands.items():
         if tensor is None:
@@ -88,6 +88,9 @@ def check_operands(
             )
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise DSPShapeError(f"{name} is not contiguous in {layout.name} or not 16-byte aligned")
+    x, out = operands["x"][0], operands["out"][0]
+    if x is not None and out is not None and out.numel() and x.data_ptr() == out.data_ptr():
+        raise DSPShapeError("out is x; a convolution needs other memory for its output")
 
 
 def check_conv_operands(
@@ -120,17 +123,26 @@ def check_conv_operands(
 
 
 @cache
-def why_not_on(index: int | None) -> str:
-    """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can."""
+def why_not_on(index: int | None, oldest: tuple[int, int] = (8, 0)) -> str:
+    """Why CUDA device ``index`` (None: the current one) cannot run the kernels; empty if it can.
+
+    8.0 is the first with asynchronous copies and bfloat16 on tensor cores.
+    """
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) >= _OLDEST_CAPABILITY:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= oldest:
         return ""
-    return (
-        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; the GPU kernels need "
-        f"{_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]} or newer"
-    )
+    name, (major, minor) = torch.cuda.get_device_name(index), capability
+    return f"{name} has compute capability {major}.{minor}; these kernels need {oldest[0]}.{oldest[1]}"
+
+
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether float32 may be multiplied in TF32, as PyTorch's own convolutions are by default.
+
+    ``torch.backends.cudnn.allow_tf32 = False`` or ``conv.fp32_precision = "ieee"`` switches it off.
+    """
+    return dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 # One convolution with its weights arranged: (x, out, residual), contiguous in the layout it was prepared for.
@@ -155,4 +167,19 @@ class GpuKernels(Protocol):
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
     ) -> GpuConv:
         """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on the device that will run them."""
+        ...
+
+    def options(
+        self,
+        spec: ConvSpec,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        layout: GpuLayout,
+        shape: Sequence[int],
+    ) -> dict[str, Callable[[], GpuConv]]:
+        """By name, everything worth measuring for an input of this shape (batch first)."""
+        ...
+
+    def why_not(self, device: torch.device) -> str:
+        """Why no convolution can run on this device, and the cure; empty if some can."""
         ...

@@ -9,6 +9,7 @@ from dsp_kernels.errors import DSPError
 from dsp_pruning.data.batches import TrainingData
 from dsp_pruning.data.folder import load_folder
 from dsp_pruning.data.images import ImageData, Split, stratified_split
+from dsp_pruning.named import call
 
 # Per channel over the training images, after scaling to 0..1.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -30,8 +31,9 @@ def load(
 ) -> TrainingData:
     """Load a data set by name.
 
-    name: ``digits`` (needs no root), ``cifar10`` (root: torchvision's folder) or ``folder`` (root, image_size
-        and workers: see ``load_folder``).
+    name: ``digits`` (needs no root), ``cifar10`` (root: torchvision's folder), ``folder`` (root, image_size
+        and workers: see ``load_folder``), or ``package.module:function``, which returns ImageData or
+        FolderData.
     seed: selects the validation images, and the test images of digits.
     Raises DSPError for an unknown name or a missing root.
 
@@ -39,8 +41,15 @@ def load(
     >>> data.num_classes, data.channels, data.image_hw
     (10, 1, (16, 16))
     """
+    if ":" in name:
+        data = call(name, {})
+        if not isinstance(data, TrainingData):
+            raise DSPError(f"{name} returned a {type(data).__name__}; expected ImageData or FolderData")
+        return data
     if name not in ("digits", "cifar10", "folder"):
-        raise DSPError(f"unknown data set {name!r}; expected digits, cifar10 or folder")
+        raise DSPError(
+            f"unknown data set {name!r}; expected digits, cifar10, folder or package.module:function"
+        )
     if name == "digits":
         return load_digits(seed)
     if root is None:

@@ -82,8 +82,8 @@ def channel_flow(
       kernel is dead in every layer. This is what packing may rely on.
     - ``"pruning"``: training continues, so only masked kernels are dead; every other kernel, norm and linear
       weight counts as in use. Norm and convolution bias of a channel without input count as 0, because the
-      pruner clears them, except for a module that runs more than once: it
-      cannot be cleared for one of its runs.
+      pruner clears them, except for a frozen norm and for a module that runs more than once: it cannot be
+      cleared for one of its runs.
 
     A kernel that reads a nonzero constant is alive: it contributes to the output, and zero padding makes that
     contribution vary at the border. An operation without a rule reads all channels and returns varying ones.

@@ -143,11 +143,6 @@ def attach_layers(
                 f"the optimizer does not hold the weight of layer {info.name!r}, so its learning rate is "
                 "unknown; add the weight to the optimizer or exclude the layer with layers="
             )
-        if not weight.requires_grad:
-            raise DSPPruningError(
-                f"the weight of layer {info.name!r} is frozen (requires_grad=False); exclude the layer with "
-                "layers= or let it train"
-            )
     attached = []
     for info in infos:
         n_groups = counts[info.name]

@@ -40,7 +40,8 @@ class GroupWrapper:
     example_input: (batch, channels, height, width), or a tuple of all inputs of the model; None uses
         (1, C, 32, 32).
     layers: ``(name, conv) -> bool`` replaces the default choice of ``survey_layers``.
-        ``print(learner.layers)`` shows which layers take part, and why the others do not.
+        ``print(learner.layers)`` shows which layers take part, and why the others do not: frozen ones, for
+        example, and those with fewer filters than groups.
     second_order: how the logits take into account that the weights follow them. "exact": look one step ahead
         and use the true mixed derivative. "original": the same with the published implementation's formula.
         "none": the derivative at the current weights, without a second forward and backward pass.
@@ -49,9 +50,9 @@ class GroupWrapper:
 
     Gradient clipping of the caller's loop is not part of the look-ahead.
 
-    Raises DSPPruningError for a setting out of range, more groups than a layer has filters, an optimizer that
-    the look-ahead does not support, or a layer whose weight is frozen or not in the optimizer; DSPShapeError
-    if the model does not run on the example.
+    Raises DSPPruningError for a setting out of range, if no layer is left, for an optimizer that the
+    look-ahead does not support, or a layer whose weight is not in the optimizer; DSPShapeError if the model
+    does not run on the example.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 784, 10))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -98,7 +99,7 @@ class GroupWrapper:
         check_one_of("second_order", second_order, get_args(SecondOrder))
         if second_order != "none":
             check_optimizer(optimizer)
-        counts = groups_of_layers(self.layers.chosen, n_groups)
+        self.layers, counts = groups_of_layers(self.layers, n_groups)
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion

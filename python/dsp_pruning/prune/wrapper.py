@@ -46,16 +46,19 @@ class PruneWrapper:
     example_input: (batch, channels, height, width), or a tuple of all inputs of the model; None uses
         (1, C, 32, 32).
     layers: ``(name, conv) -> bool`` chooses the layers; default: see ``survey_layers``.
+        ``print(pruner.survey)`` shows which layers take part, and why the others do not: frozen ones, for
+        example, and those with fewer filters than groups.
     prune_channels: False prunes whole filters only, by magnitude.
     target: what a rate is a share of: ``macs`` or ``params`` (the weights).
     channel_multiple: every group keeps a multiple of this many live input channels (8 suits tensor cores);
         ``report()`` shows the cost.
 
-    Model and wrapper can be copied and pickled at any time. Batch-norm statistics never change. If the model
+    Model and wrapper can be copied and pickled at any time. Batch-norm statistics never change, nor do frozen
+    parameters of norms. If the model
     cannot be traced, each layer is pruned by its own mask alone, and ``summary()`` says so.
 
-    Raises DSPPruningError for a setting out of range, more groups than a layer has filters, or if no layer is
-    left; DSPShapeError if the model does not run on the example.
+    Raises DSPPruningError for a setting out of range, or if no layer is left; DSPShapeError if the model does
+    not run on the example.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -91,8 +94,8 @@ class PruneWrapper:
         self.target: Target = target
         self.channel_multiple = channel_multiple
         self.beta: float | None = None
-        self.layers = survey.chosen
-        counts = groups_of_layers(self.layers, n_groups)
+        self.survey, counts = groups_of_layers(survey, n_groups)
+        self.layers = self.survey.chosen
         self.n_groups: int | dict[str, int] = n_groups if isinstance(n_groups, int) else counts
         chosen = _filter_layers(fp_every_nth_conv, fp_layer_indices, len(self.layers))
         self.filter_layers = tuple(self.layers[index].name for index in chosen)

@@ -59,13 +59,13 @@ def zeros_of(model: nn.Module, layers: Sequence[LayerInfo], network: TracedNetwo
 
 
 def clearable(network: TracedNetwork | None) -> list[str]:
-    """Paths of the batch norms whose weight and bias may be cleared: affine, and called once."""
+    """Paths of the batch norms whose weight and bias may be cleared: affine, not frozen, and called once."""
     if network is None:
         return []
     return [
         node.path
         for node in network.of_kind("batch_norm")
-        if len(network.calls(node.path)) == 1 and getattr(node.module, "weight", None) is not None
+        if len(network.calls(node.path)) == 1 and node.attributes["clearable"]
     ]
 
 

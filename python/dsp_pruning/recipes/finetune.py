@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError, DSPTrainingError
+from dsp_kernels.file.save_load import input_channels
 from dsp_pruning.data import TrainingData
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet, variant_of
@@ -160,24 +161,33 @@ def _pruner(
     return pruner, data
 
 
-def load_pruned(path: str | Path, image_hw: tuple[int, int] = (32, 32)) -> nn.Module:
+def load_pruned(
+    path: str | Path, image_hw: tuple[int, int] = (32, 32), model: nn.Module | None = None
+) -> nn.Module:
     """The masked network in a file that ``finetune`` wrote, in eval mode, for images of this size.
 
-    Raises DSPFormatError if the file contains no pruned ResNet for CIFAR or of torchvision.
+    model: the network of a run with ``--model``; it gets the weights.
+    Raises DSPFormatError if the file contains no pruned network, or none for CIFAR or of torchvision and no
+    model is given.
     """
     weights, _ = load_weights(path)
-    variant = variant_of(weights)
-    depth = 0 if variant else depth_of(weights, path)
-    logits = {name: len(value) for name, value in weights.items() if name.endswith(".group")}
-    if not logits or not any(name.endswith(".mask") for name in weights):
+    n_groups = {name.removesuffix(".group"): len(w) for name, w in weights.items() if name.endswith(".group")}
+    if not n_groups or not any(name.endswith(".mask") for name in weights):
         raise DSPFormatError(f"{path} contains no group logits and masks, so it is not a pruned network")
-    if variant is not None:
-        channels = 3
-        model: nn.Module = torchvision_resnet(variant, weights["fc.weight"].shape[0])
+    if model is not None:
+        channels = input_channels(model)
+    elif variant := variant_of(weights):
+        channels, model = 3, torchvision_resnet(variant, weights["fc.weight"].shape[0])
     else:
+        depth = depth_of(weights, path)
         classes, channels = weights["classifier.weight"].shape[0], weights["conv_1_3x3.weight"].shape[1]
         model = cifar_resnet(depth, classes, channels)
-    n_groups = {name.removesuffix(".group"): count for name, count in logits.items()}
-    PruneWrapper(model, n_groups, fp_layer_indices=[], example_input=torch.zeros(1, channels, *image_hw))
+    PruneWrapper(
+        model,
+        n_groups,
+        fp_layer_indices=[],
+        example_input=torch.zeros(1, channels, *image_hw),
+        layers=lambda name, conv: name in n_groups,
+    )
     restore_weights(model, weights, path)
     return model.eval()

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPTrainingError
+from dsp_kernels.graph.network import evaluating
 from dsp_pruning.data import TrainingData
 from dsp_pruning.distributed import local_rank
 from dsp_pruning.layers import GroupCount, select_layers
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet
+from dsp_pruning.named import make_model
 
 Schedule = Callable[[int], float]  # epoch, counted from 0 -> factor of the base learning rate
 
@@ -28,6 +30,7 @@ class RunConfig:
     """Settings of every recipe. Each recipe adds its own, with the published CIFAR-10 values as defaults.
 
     arch: ``cifar``, or a ResNet of torchvision such as ``resnet18``. depth: of the CIFAR ResNet.
+    model, model_args: another network, ``package.module:function`` or ``timm/NAME``, and its arguments.
     batch_size: images per optimizer step, summed over all processes. lr: base learning rate.
     momentum, weight_decay: of SGD. seed: of initial weights, shuffling, augmentation and Gumbel noise.
     device: ``cpu``, ``cuda``, ``cuda:1``, ..., or ``auto``: CUDA if available.
@@ -38,6 +41,8 @@ class RunConfig:
 
     arch: str = "cifar"
     depth: int = 20
+    model: str = ""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
     epochs: int
     batch_size: int = 128
     lr: float
@@ -110,9 +115,12 @@ def pick_device(name: str) -> torch.device:
 def start(config: RunConfig, data: TrainingData) -> tuple[nn.Module, TrainingData]:
     """The network of a run, with initial weights that depend on the seed only, and the data on its device."""
     device = pick_device(config.device)
-    if config.arch == "cifar":
+    model: nn.Module
+    if config.model:
+        model = _own_model(config, data)
+    elif config.arch == "cifar":
         generator = torch.Generator().manual_seed(config.seed)
-        model: nn.Module = cifar_resnet(config.depth, data.num_classes, data.channels, generator=generator)
+        model = cifar_resnet(config.depth, data.num_classes, data.channels, generator=generator)
     else:
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(config.seed)
@@ -120,6 +128,23 @@ def start(config: RunConfig, data: TrainingData) -> tuple[nn.Module, TrainingDat
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device), data.to(device)
+
+
+def _own_model(config: RunConfig, data: TrainingData) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(config.seed)
+        model = make_model(config.model, config.model_args)
+        try:
+            with evaluating(model):
+                shape: Any = tuple(model(data.example()).shape)
+        except Exception as error:
+            shape = f"{type(error).__name__}: {error}"
+    if shape != (1, data.num_classes):
+        raise DSPError(
+            f"{config.model} answers one image of {tuple(data.example().shape[1:])} with {shape}; data set "
+            f"{data.name!r} needs logits of shape (1, {data.num_classes})"
+        )
+    return model
 
 
 def multi_step(epochs: int, *, warmup_epochs: int = 0) -> Schedule:
@@ -153,8 +178,10 @@ def depth_of(weights: Mapping[str, Tensor], path: str | Path) -> int:
     """Depth of the CIFAR ResNet that a state dict belongs to. Raises DSPFormatError for another network."""
     blocks = {name.split(".")[1] for name in weights if name.startswith("stage_1.")}
     if not blocks or "conv_1_3x3.weight" not in weights:
-        first = ", ".join(list(weights)[:3])
-        raise DSPFormatError(f"{path} contains no CIFAR ResNet: its first tensors are {first}")
+        raise DSPFormatError(
+            f"{path} contains no CIFAR ResNet: its first tensors are {', '.join(list(weights)[:3])}; "
+            "name another network with --model"
+        )
     return 6 * len(blocks) + 2
 
 

@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dsp_kernels.errors import DSPBackendError, DSPShapeError
+from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for
-from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda
+from dsp_kernels.run.gpu.cuda.kernels import KERNELS, LARGEST_SIDE, kernels_for, rule
+from dsp_kernels.run.gpu.cuda.launch import KERNEL_CODES, ConvSizes, describe, launch_op
+from dsp_kernels.run.gpu.cuda.library import has_wgmma, why_no_cuda_on
 from dsp_kernels.run.gpu.cuda.tables import Tables, make_tables
 from dsp_kernels.run.gpu.layout import (
-    ACTIVATION_CODES,
     BATCH_MULTIPLE,
     GPU_DTYPES,
+    GpuConv,
     GpuLayout,
     check_conv_operands,
-    why_not_on,
 )
-
-# Thread blocks below which an H200 (132 multiprocessors) is not full.
-_FEW_BLOCKS = 132
-# mma.sync reaches about five eighths of the rate of wgmma on sm_90 (published microbenchmarks; not measured
-# here), so wgmma may multiply that many more zeros to fill its wider tiles.
-_MMA_SHARE = 5 / 8
-
-# (x, out, residual, weights, bias, tables, sizes); sizes: see csrc/cuda/launch_plan.h, block_plan.h
-Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, list[int]], None]
-
-
-def launch_op(
-    op: str,
-    x: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    weights: Tensor,
-    bias: Tensor,
-    tables: Tensor,
-    sizes: list[int],
-) -> None:
-    """Runs torch.ops.dsp_kernels.<op> on the current stream; writes ``out``.
-
-    Raises DSPBackendError for what the op refuses, with its reason.
-    """
-    try:
-        getattr(torch.ops.dsp_kernels, op)(x, out, residual, weights, bias, tables, sizes)
-    except RuntimeError as error:
-        raise DSPBackendError(str(error)) from error
-
-
-_LAUNCH: Launch = partial(launch_op, "cuda_conv")
 
 
 class CudaKernels:
@@ -64,29 +33,51 @@ class CudaKernels:
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
-        """On such a GPU, if the kernels are built. Nothing is loaded for tensors on a CPU."""
-        if device.type != "cuda":
-            return False, f"tensors are on {device}"
+        """On such a GPU, if the kernels are built."""
         if dtype not in GPU_DTYPES:
             return False, f"dtype {dtype} is none of float16, bfloat16, float32"
         reach = max((k - 1) * d for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
         if max(reach, *spec.padding) > LARGEST_SIDE:
             return False, f"its kernel or padding reaches farther than {LARGEST_SIDE} pixels"
-        reason = why_no_cuda() or why_not_on(device.index)
+        reason = self.why_not(device)
         return not reason, reason
+
+    def why_not(self, device: torch.device) -> str:
+        """Nothing is loaded for tensors on a CPU."""
+        if device.type != "cuda":
+            return f"tensors are on {device}"
+        return why_no_cuda_on(device.index)
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
     ) -> CudaConv:
         return CudaConv(spec, weights, bias, layout)
 
+    def options(
+        self,
+        spec: ConvSpec,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        layout: GpuLayout,
+        shape: Sequence[int],
+    ) -> dict[str, Callable[[], GpuConv]]:
+        """Every kernel that can run it; the rule's choice first."""
+        if not weights:
+            return {self.name: partial(CudaConv, spec, weights, bias, layout)}
+        device = weights[0].device
+        names = kernels_for(spec, weights[0].dtype, layout, device.type == "cuda" and has_wgmma(device.index))
+        positions = shape[0] * math.prod(spec.output_hw(shape[2:]))
+        first = rule(names, spec.structure, positions)
+        return {
+            f"{self.name} {name}": partial(CudaConv, spec, weights, bias, layout, kernel=name)
+            for name in sorted(names, key=lambda name: name != first)
+        }
+
 
 class CudaConv:
     """One convolution, its weights packed and its tables on the device.
 
-    launch: the op, or its emulation in tests. kernel: the only kernel of KERNELS to launch, instead of the
-    one that the rule chooses. wgmma: whether the device has it; None asks the device. DSP_KERNELS_WGMMA=1
-    prefers wgmma wherever it can run (sm_90, 16-bit dtypes, CHWN), 0 never uses it.
+    kernel: the only kernel of KERNELS to launch, instead of the one that the rule chooses.
     """
 
     def __init__(
@@ -95,14 +86,11 @@ class CudaConv:
         weights: Sequence[Tensor],
         bias: Tensor | None,
         layout: GpuLayout,
-        launch: Launch = _LAUNCH,
         kernel: str | None = None,
-        wgmma: bool | None = None,
     ) -> None:
         spec.check_constants(weights, bias)
         self.spec, self.layout = spec, layout
-        self._launch, self._kernel, self._has_wgmma = launch, kernel, wgmma
-        self._prefers_wgmma = {"0": False, "1": True}.get(os.environ.get("DSP_KERNELS_WGMMA", ""))
+        self._kernel = kernel
         constant = next(iter(weights), bias)
         # Without constants, dtype and device are those of each input.
         self._kind = None if constant is None else (constant.dtype, constant.device)
@@ -122,14 +110,14 @@ class CudaConv:
     ) -> dict[str, Tables]:
         if dtype not in GPU_DTYPES:
             raise DSPShapeError(f"dtype {dtype} is none of float16, bfloat16, float32")
-        wgmma = self._has_wgmma
-        if wgmma is None:
-            wgmma = device.type == "cuda" and has_wgmma(device.index)
-        names = kernels_for(self.spec, dtype, self.layout, wgmma and self._prefers_wgmma is not False)
+        names = kernels_for(self.spec, dtype, self.layout, wgmma=False)
         made: dict[str, Tables] = {}
         for name in names if self._kernel is None else (self._kernel,):
-            shared = made.get("nhwc") if name == "nhwc_sliced" else None
-            made[name] = shared or make_tables(KERNELS[name], self.spec, weights, bias, dtype, device)
+            if name == "nhwc_sliced" and "nhwc" in made:
+                sizes = made["nhwc"].sizes._replace(kernel=KERNEL_CODES[name])
+                made[name] = replace(made["nhwc"], sizes=sizes)
+            else:
+                made[name] = make_tables(KERNELS[name], self.spec, weights, bias, dtype, device)
         return made
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
@@ -147,47 +135,21 @@ class CudaConv:
             )
         if out.numel() == 0:
             return
+        tables, sizes = self._sizes(shape, dtype, device)
+        launch_op(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
+
+    def describe(self, shape: Sequence[int]) -> str:
+        """The struct of a launch for an input (batch, channels, height, width); empty without constants."""
+        return describe(self._sizes(shape, *self._kind)[1]) if self._kind else ""
+
+    def _sizes(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tables, ConvSizes]:
         kept = self.tables(dtype, device)
-        name = self._kernel or self._choose(kept, positions)
-        tables = kept[name]
-        sizes = [
-            KERNELS[name].number,
-            tables.filters,
-            tables.tile_count,
-            tables.rows_at,
-            tables.runs_at,
-            tables.taps_at,
-            tables.gather_at,
-            *spec.stride,
-            *spec.padding,
-            ACTIVATION_CODES[spec.activation],
-            *shape,
-            spec.structure.out_channels,
-            *spec.output_hw(shape[2:]),
-        ]
-        self._launch(x, out, residual, tables.weights, tables.bias, tables.table, sizes)
-
-    def _choose(self, kept: dict[str, Tables], positions: int) -> str:
-        """A halo kernel if it fills the GPU, else a general one; wgmma if that is predicted to gain."""
-
-        def per_block(name: str) -> int:
-            return KERNELS[name].outputs[kept[name].filters]
-
-        def fills(name: str) -> bool:
-            return name in kept and positions * kept[name].tile_count >= _FEW_BLOCKS * per_block(name)
-
-        def gains(name: str, other: str) -> bool:
-            if self._prefers_wgmma is not None:
-                return self._prefers_wgmma and name in kept
-            return fills(name) and _MMA_SHARE * kept[name].products <= kept[other].products
-
-        if "nhwc" in kept:
-            blocks = -(-positions // per_block("nhwc")) * kept["nhwc"].tile_count
-            return "nhwc_sliced" if blocks < _FEW_BLOCKS else "nhwc"
-        if fills("wgmma_halo") and gains("wgmma_halo", "halo"):
-            return "wgmma_halo"
-        if fills("halo") and not self._prefers_wgmma:
-            return "halo"
-        if gains("wgmma", "chwn"):
-            return "wgmma"
-        return next(iter(kept))
+        batch, _, height, width = shape
+        out_height, out_width = self.spec.output_hw((height, width))
+        positions = batch * out_height * out_width
+        tables = kept[self._kernel or rule(tuple(kept), self.spec.structure, positions)]
+        return tables, tables.sizes._replace(
+            batch=batch, height=height, width=width, out_height=out_height, out_width=out_width
+        )

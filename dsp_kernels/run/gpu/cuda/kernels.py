@@ -1,16 +1,17 @@
-"""The table of CUDA convolution kernels (csrc/cuda/launch_plan.h), and which of them can run what."""
+"""The CUDA kernels of convolutions, in the order of csrc/cuda/params.h, and which of them can run what."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.gpu.layout import GpuLayout, round_up
+from dsp_kernels.op.structure import GroupStructure
+from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, round_up
 
-# Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/conv_params.h).
+# Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/params.h).
 LARGEST_SIDE = 16383
-# The tap of a padding row of the reduction: outside of every image (csrc/cuda/conv_params.h).
+# The tap of a padding row of the reduction: outside of every image (csrc/cuda/params.h).
 OUTSIDE = 0x7FFF << 16
 
 
@@ -18,19 +19,15 @@ OUTSIDE = 0x7FFF << 16
 class KernelKind:
     """One kernel.
 
-    number: in the enum Kernel of csrc/cuda/launch_plan.h. filters: the sizes of its tiles. rows: of the
-    reduction per step; the channels of one tap are padded to a multiple of ``channels``. order: of the
-    weights of a tile, see WEIGHT_ORDERS. outputs: positions (pixels x images) of a thread block, by filters
-    of a tile.
+    filters: the sizes of its tiles. rows: of the reduction per step; the channels of one tap are padded to a
+    multiple of ``channels``. order: of the weights of a tile, see WEIGHT_ORDERS.
     """
 
     name: str
-    number: int
     filters: tuple[int, ...]
     rows: int
     channels: int = 1
     order: str = "fragments"
-    outputs: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def has_halo(self) -> bool:
@@ -47,29 +44,44 @@ class KernelKind:
         return round_up(round_up(channels, self.channels) * taps, self.rows)
 
 
-_NHWC = KernelKind("nhwc", 2, (16, 32), 32, 8, outputs={16: 64, 32: 64})
+_NHWC = KernelKind("nhwc", (16, 32), 32, 8)
 KERNELS = {
     kind.name: kind
     for kind in (
-        KernelKind("chwn", 0, (16, 32, 64), 32),
-        KernelKind("halo", 1, (16, 32, 64), 9 * 16, 16, outputs={16: 1024, 32: 512, 64: 256}),
+        KernelKind("chwn", (16, 32, 64), 32),
+        KernelKind("halo", (16, 32, 64), 9 * 16, 16),
         _NHWC,
-        KernelKind("fp32_chwn", 3, (32,), 16, order="rows"),
-        KernelKind("fp32_nhwc", 4, (32,), 16, order="rows"),
-        KernelKind("wgmma", 5, (64, 128), 32, order="cores", outputs={64: 128, 128: 128}),
-        KernelKind("wgmma_halo", 6, (64,), 9 * 16, 16, order="cores", outputs={64: 512}),
-        replace(_NHWC, name="nhwc_sliced", number=7),  # four warps share the reduction of a tile
+        KernelKind("fp32_chwn", (32,), 16, order="rows"),
+        KernelKind("fp32_nhwc", (32,), 16, order="rows"),
+        KernelKind("wgmma", (64, 128), 32, order="cores"),
+        KernelKind("wgmma_halo", (64,), 9 * 16, 16, order="cores"),
+        replace(_NHWC, name="nhwc_sliced"),  # four warps share the reduction of a tile
     )
 }
 
 
 def kernels_for(spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wgmma: bool) -> tuple[str, ...]:
-    """Names of the kernels that can run a convolution. wgmma: whether the device has it."""
+    """Names of the kernels that can run a convolution. wgmma: whether the device has it.
+
+    Where nothing is measured, the first one runs, or the second where the first has too few thread blocks.
+    """
     if dtype == torch.float32:
         return (f"fp32_{layout.name.lower()}",)
     if layout is GpuLayout.NHWC:
         return "nhwc", "nhwc_sliced"
-    names: tuple[str, ...] = ("chwn", "wgmma") if wgmma else ("chwn",)
     if spec.kernel_size == (3, 3) and spec.stride == spec.dilation == (1, 1):
-        names += ("halo", "wgmma_halo") if wgmma else ("halo",)
-    return names
+        return ("halo", "chwn", "wgmma", "wgmma_halo") if wgmma else ("halo", "chwn")
+    return ("chwn", "wgmma") if wgmma else ("chwn",)
+
+
+# Positions (pixels x images) of a thread block of the first kernels of ``kernels_for``, with 32 filters.
+_POSITIONS = {"halo": 512, "nhwc": 64}
+# Thread blocks below which an H200 (132 multiprocessors) is not full.
+_FEW_BLOCKS = 132
+
+
+def rule(names: Sequence[str], structure: GroupStructure, positions: int) -> str:
+    """The kernel of ``kernels_for`` for so many positions where nothing is measured. An estimate."""
+    tiles = sum(-(-len(group.out_index) // 32) for group in all_groups(structure))
+    is_full = positions * tiles >= _FEW_BLOCKS * _POSITIONS.get(names[0], 0)
+    return names[0] if is_full else names[1]

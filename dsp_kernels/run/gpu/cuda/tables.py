@@ -23,27 +23,22 @@ from dsp_kernels.run.gpu.cuda.groups import (
     join_groups,
 )
 from dsp_kernels.run.gpu.cuda.kernels import OUTSIDE, KernelKind
-from dsp_kernels.run.gpu.layout import round_up
+from dsp_kernels.run.gpu.cuda.launch import KERNEL_CODES, ConvSizes
+from dsp_kernels.run.gpu.layout import ACTIVATION_CODES, round_up
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What one launch reads besides x, and the offsets of the parts of ``table`` (int32), in elements.
+    """What one launch reads besides x.
 
-    weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: tiles, rows, runs, taps, gather.
-    products: multiply-adds per position, including padding.
+    weights: 1-D, dtype of x; bias: (tile_count * filters,) float32; table: int32: tiles, rows, runs, taps,
+    gather. sizes: of the launch, 0 where they depend on x.
     """
 
-    filters: int
-    tile_count: int
     weights: Tensor
     bias: Tensor
     table: Tensor
-    rows_at: int
-    runs_at: int
-    taps_at: int
-    gather_at: int
-    products: int
+    sizes: ConvSizes
 
 
 def make_tables(
@@ -187,21 +182,33 @@ class _Writer:
         # Filters are multiples of 16, so every part is 8-byte aligned.
         parts = [torch.tensor(part, dtype=torch.int32) for part in (records, rows, runs)]
         parts += [torch.cat([*self.taps, torch.zeros(0, dtype=torch.int32)])]
-        starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0).tolist()
+        rows_at, runs_at, taps_at, gather_at = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
         parts.append(torch.tensor(self.gather, dtype=torch.int32))
         index = torch.tensor(rows, dtype=torch.long)
         row_bias = torch.where(index >= 0, bias[index.clamp(min=0)], 0.0)
+        spec = self.spec
+        sizes = ConvSizes(
+            kernel=KERNEL_CODES[self.kind.name],
+            filters=self.filters,
+            tile_count=len(tiles),
+            rows_at=rows_at,
+            runs_at=runs_at,
+            taps_at=taps_at,
+            gather_at=gather_at,
+            stride_y=spec.stride[0],
+            stride_x=spec.stride[1],
+            pad_y=spec.padding[0],
+            pad_x=spec.padding[1],
+            activation=ACTIVATION_CODES[spec.activation],
+            in_channels=spec.structure.in_channels,
+            out_channels=spec.structure.out_channels,
+            **dict.fromkeys(("batch", "height", "width", "out_height", "out_width"), 0),
+        )
         return Tables(
-            self.filters,
-            len(tiles),
             torch.cat([packed for *_, packed in tiles]).to(device, dtype),
             row_bias.to(device),
             torch.cat(parts).to(device),
-            rows_at=starts[1],
-            runs_at=starts[2],
-            taps_at=starts[3],
-            gather_at=starts[4],
-            products=sum(packed.numel() for *_, packed in tiles),
+            sizes,
         )
 
 

@@ -1,7 +1,7 @@
 """The tile sizes of the Triton kernel, and the rule that chooses among them.
 
 The rule is derived from lower bounds and resource use, not measured on a GPU yet (docs/notes/gpu.md).
-``tune`` (tune.py) measures instead.
+DSP_KERNELS_TUNE=all measures instead (gpu/tune.py).
 """
 
 from dataclasses import dataclass, replace
@@ -94,7 +94,7 @@ def choose(
 def candidates(
     spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wide: bool, batch: int, output_hw: tuple[int, int]
 ) -> list[TritonConfig]:
-    """The configurations that ``tune`` measures, at most 12; the rule's choice is first."""
+    """The configurations that may be the fastest, at most 12; the rule's choice is first."""
     packing = choose_packing(spec, dtype, wide)
     first = choose(spec, dtype, layout, wide, packing, batch, output_hw)
     all_cols, widths, _ = tile_sizes(wide, dtype)

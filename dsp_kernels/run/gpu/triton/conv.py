@@ -5,25 +5,33 @@ On the CPU it runs in Triton's interpreter: for tests, and never chosen by "auto
 
 import importlib.util
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from dataclasses import astuple
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.gpu.graphs import is_capturing
 from dsp_kernels.run.gpu.layout import (
     ACTIVATION_CODES,
     GPU_DTYPES,
     GpuConv,
     GpuLayout,
     check_conv_operands,
+    uses_tf32,
     why_not_on,
 )
-from dsp_kernels.run.gpu.triton.config import TritonConfig, choose, choose_packing, columns_in_l2
+from dsp_kernels.run.gpu.triton.config import (
+    TritonConfig,
+    candidates,
+    choose,
+    choose_packing,
+    columns_in_l2,
+)
 from dsp_kernels.run.gpu.triton.tables import (
     MOST_CHANNELS,
     MOST_DX,
@@ -33,22 +41,33 @@ from dsp_kernels.run.gpu.triton.tables import (
     tables_for,
     writes_runs,
 )
-from dsp_kernels.run.gpu.triton.tune import kept_config
+from dsp_kernels.run.gpu.tune import tuning
 
 _INT32 = 1 << 31
+# For 7.5 Triton compiles the kernel without tensor cores (triton 3.8); it does not compile for older ones.
+_OLDEST = (7, 5)
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    """Whether it is installed; importing it is slow, and most processes never need it."""
+@cache
+def _why_no_triton(on_gpu: bool) -> str:
+    """Importing triton is slow, and most processes never need it."""
     try:
-        return importlib.util.find_spec("triton") is not None
+        found = importlib.util.find_spec("triton")
     except ImportError:  # of an import hook that hides it
-        return False
+        found = None
+    if found is None:
+        return "triton is not installed (pip install triton)"
+    compiler = os.environ.get("CC", "") or shutil.which("gcc") or shutil.which("clang")
+    if on_gpu and not compiler:
+        return "triton compiles its launchers with a C compiler, and there is none; install gcc or set CC"
+    return ""
 
 
 class TritonKernels:
-    """float16, bfloat16 and float32; compute capability 8.0 or newer, or Triton's interpreter."""
+    """float16, bfloat16 and float32; compute capability 8.0 or newer, or Triton's interpreter.
+
+    float32 also on 7.5, where PyTorch's convolutions have no tensor cores either.
+    """
 
     name = "triton"
 
@@ -56,13 +75,11 @@ class TritonKernels:
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
         """On such a GPU or a CPU, if triton is installed."""
-        if device.type not in ("cuda", "cpu"):
-            return False, f"tensors are on {device}"
         if dtype not in GPU_DTYPES:
             return False, f"dtype {dtype} is not float16, bfloat16 or float32"
-        if not _has_triton():
-            return False, "triton is not installed"
-        if device.type == "cuda" and (reason := why_not_on(device.index)):
+        if reason := self.why_not(device):
+            return False, reason
+        if device.type == "cuda" and dtype != torch.float32 and (reason := why_not_on(device.index)):
             return False, reason
         if spec.structure.in_channels > MOST_CHANNELS:
             return False, f"{spec.structure.in_channels} input channels are more than {MOST_CHANNELS}"
@@ -71,10 +88,34 @@ class TritonKernels:
             return False, f"the kernel reaches {reach} pixels; at most [{MOST_DY}, {MOST_DX}] are possible"
         return True, ""
 
+    def why_not(self, device: torch.device) -> str:
+        if device.type not in ("cuda", "cpu"):
+            return f"tensors are on {device}"
+        on_gpu = device.type == "cuda"
+        return _why_no_triton(on_gpu) or (why_not_on(device.index, _OLDEST) if on_gpu else "")
+
     def is_worth(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
     ) -> tuple[bool, str]:
         return (True, "") if device.type == "cuda" else (False, "on the CPU it runs in Triton's interpreter")
+
+    def options(
+        self,
+        spec: ConvSpec,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        layout: GpuLayout,
+        shape: Sequence[int],
+    ) -> dict[str, Callable[[], GpuConv]]:
+        """The rule's tile sizes; all that may be faster if DSP_KERNELS_TUNE is "all"."""
+        prepare = partial(TritonConv, spec, weights, bias, layout)
+        made: dict[str, Callable[[], GpuConv]] = {self.name: prepare}
+        if weights and tuning() == "all":
+            wide = layout is GpuLayout.CHWN or reads_runs(spec)
+            sizes = shape[0], spec.output_hw(shape[2:])
+            _, *others = candidates(spec, weights[0].dtype, layout, wide, *sizes)
+            made |= {f"{self.name} {astuple(config)}": partial(prepare, config=config) for config in others}
+        return made
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
@@ -86,7 +127,7 @@ class TritonConv:
     """One convolution with its weights packed, ready to launch.
 
     weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; all on one device and of one dtype. config:
-    tile sizes of every launch, instead of those that the rule or tuning chose.
+    tile sizes of every launch, instead of those that the rule chooses.
     """
 
     def __init__(
@@ -105,7 +146,7 @@ class TritonConv:
         self._bias = None if bias is None else bias.detach().float()
         self.wide_in = layout is GpuLayout.CHWN or reads_runs(spec)
         self.wide_out = layout is GpuLayout.NHWC and writes_runs(spec)
-        self._configs: dict[tuple[torch.dtype, tuple[int, ...], bool], TritonConfig] = {}
+        self._configs: dict[tuple[torch.dtype, tuple[int, ...]], TritonConfig] = {}
         self._packed: dict[tuple[int, int], tuple[TritonTables, Tensor, Tensor]] = {}
         if self._kind:
             self._pack(*self._kind, self.packing(self._kind[0]))
@@ -120,24 +161,15 @@ class TritonConv:
         dtype, device = self._kind or (x.dtype, x.device)
         check_conv_operands(self.spec, self.layout, x, out, residual, dtype, device)
         if out.numel():
-            self.launch(self.config or self._config_for(x, out, residual), x, out, residual)
+            self.launch(self.config or self._config_for(x, out), x, out, residual)
 
-    def remember(self, x: Tensor, residual: Tensor | None, config: TritonConfig) -> None:
-        """Use this configuration for such inputs from now on."""
-        self._configs[x.dtype, tuple(x.shape), residual is not None] = config
-
-    def _config_for(self, x: Tensor, out: Tensor, residual: Tensor | None) -> TritonConfig:
-        known = self._configs.get((x.dtype, tuple(x.shape), residual is not None))
-        if known is not None:
-            return known
-        batch, _, height, width = self.layout.as_nchw(out).shape
-        packing = self.packing(x.dtype)
-        config = choose(self.spec, x.dtype, self.layout, self.wide_in, packing, batch, (height, width))
-        # During a capture nothing is measured, packed or remembered.
-        if x.device.type == "cuda" and not is_capturing(x.device):
-            config = kept_config(self, x, out, residual) or config
-            self.remember(x, residual, config)
-        return config
+    def _config_for(self, x: Tensor, out: Tensor) -> TritonConfig:
+        key = x.dtype, tuple(x.shape)
+        if key not in self._configs:
+            batch, _, height, width = self.layout.as_nchw(out).shape
+            kind = self.spec, x.dtype, self.layout, self.wide_in, self.packing(x.dtype)
+            self._configs[key] = choose(*kind, batch, (height, width))
+        return self._configs[key]
 
     def launch(self, config: TritonConfig, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
         """One launch on the current stream of x's device, without checks."""
@@ -167,7 +199,7 @@ class TritonConv:
                 BIG=max(x.numel(), out.numel()) >= _INT32,
                 HAS_RESIDUAL=residual is not None,
                 ACTIVATION=ACTIVATION_CODES[self.spec.activation],
-                PRECISION=_precision(x.dtype),
+                PRECISION="tf32" if uses_tf32(x.dtype) else "ieee",
                 EXACT=interpreted and x.dtype == torch.bfloat16,
                 **config.constants(),
                 **({} if interpreted else config.options()),
@@ -186,13 +218,6 @@ class TritonConv:
                 bias[:-1] = self._bias
             self._packed[packing] = (tables, weights, bias[tables.bias_index.long()])
         return self._packed[packing]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """IEEE float32, unless torch allows tf32 in matrix products (``fp32_precision``)."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,6 @@
-"""A residual block as one launch of a CUDA kernel (csrc/cuda/block_kernel.h): CHWN, 16-bit numbers."""
+"""A residual block as one launch of a CUDA kernel (csrc/cuda/block_kernel.cuh): CHWN, 16-bit numbers."""
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,11 +9,9 @@ from dsp_kernels.errors import DSPShapeError
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables
-from dsp_kernels.run.gpu.cuda.conv import Launch, launch_op
-from dsp_kernels.run.gpu.cuda.library import why_no_cuda
-from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands, why_not_on
-
-_LAUNCH: Launch = partial(launch_op, "cuda_block")
+from dsp_kernels.run.gpu.cuda.launch import describe, launch_op
+from dsp_kernels.run.gpu.cuda.library import why_no_cuda_on
+from dsp_kernels.run.gpu.layout import BATCH_MULTIPLE, GpuLayout, check_operands
 
 
 def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
@@ -24,17 +22,14 @@ def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -
         return f"dtype {dtype} is neither float16 nor bfloat16"
     if device.type != "cuda":
         return f"tensors are on {device}"
-    return why_no_cuda() or why_not_on(device.index)
+    return why_no_cuda_on(device.index)
 
 
 class CudaBlock:
-    """A GpuConv that runs one block for one input size. launch: the op, or its emulation in tests."""
+    """A GpuConv that runs one block for one input size."""
 
-    def __init__(
-        self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry, launch: Launch = _LAUNCH
-    ) -> None:
+    def __init__(self, step: BlockStep, tables: BlockTables, geometry: BlockGeometry) -> None:
         self.step, self.tables, self.geometry = step, tables, geometry
-        self._launch = launch
         self._table, self._sizes = geometry.table(tables, tables.weights.device)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
@@ -63,5 +58,9 @@ class CudaBlock:
             raise DSPShapeError(f"an input of shape {tuple(x.shape)} is too large for the block kernel")
         if out.numel() == 0:
             return
-        sizes = [self.tables.filters, batch, first.in_channels, final.out_channels, *self._sizes]
-        self._launch(x, out, residual, weights, self.tables.bias, self._table, sizes)
+        sizes = self._sizes._replace(batch=batch)
+        launch_op(x, out, residual, weights, self.tables.bias, self._table, sizes)
+
+    def describe(self, shape: Sequence[int]) -> str:
+        """The struct of a launch for an input (batch, channels, height, width)."""
+        return describe(self._sizes._replace(batch=shape[0]))

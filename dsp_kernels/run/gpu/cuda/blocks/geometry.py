@@ -9,36 +9,24 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec
-from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
+from dsp_kernels.run.gpu.cuda.blocks.step import MOST_CONVS, BlockStep
 from dsp_kernels.run.gpu.cuda.blocks.tables import STEP, BlockTables, Row
+from dsp_kernels.run.gpu.cuda.launch import (
+    LARGEST_DIVISOR,
+    MOST_CHUNKS,
+    RESIDUAL_CODES,
+    BlockConv,
+    BlockRegion,
+    BlockSizes,
+)
 from dsp_kernels.run.gpu.layout import ACTIVATION_CODES
 
-_MOST_CHUNKS, _LARGEST_DIVISOR = 4095, 256  # csrc/cuda/block_kernel.h
 _PIECE = 16  # bytes of eight images
 
 
-@dataclass(frozen=True)
-class Region:
-    """See BlockRegion in csrc/cuda/block_kernel.h; sizes in pixels, offset and channel_bytes in bytes."""
-
-    offset: int
-    channel_bytes: int
-    rows: int
-    columns: int
-    height: int
-    width: int
-    step: tuple[int, int]
-    shift: tuple[int, int]
-    slots: int
-
-    def numbers(self) -> list[int]:
-        """In the order of the op's sizes."""
-        before = self.offset, self.channel_bytes, self.rows, self.columns, self.height, self.width
-        return [*before, *self.step, *self.shift, self.slots]
-
-    def kept(self, rows: int) -> int:
-        """Rows that the next turn reuses, if each turn computes ``rows`` rows of output."""
-        return max(0, self.rows - rows * self.step[0])
+def _reciprocal(divisor: int) -> int:
+    """See divide_small in csrc/cuda/block_kernel.cuh."""
+    return -(-(1 << 20) // divisor)
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class BlockGeometry:
 
     tile_n: int
     turns: int
-    regions: tuple[Region, ...]
+    regions: tuple[BlockRegion, ...]
     shared_bytes: int
 
     @classmethod
@@ -81,15 +69,17 @@ class BlockGeometry:
                 for i in (0, 1)
             ]
             shapes.insert(0, tuple(zip(*before, strict=True)))  # type: ignore[arg-type]
-        regions: list[Region] = []
+        regions: list[BlockRegion] = []
         end = 0
         for number, (size, steps, shifts) in enumerate(shapes):
             pieces = size[0] * size[1] * tile_n
-            if pieces > _MOST_CHUNKS or max(size[1], tile_n) > _LARGEST_DIVISOR:
+            if pieces > MOST_CHUNKS or max(size[1], tile_n) > LARGEST_DIVISOR:
                 return None
             channel_bytes = (pieces | 1) * _PIECE
             held = slots[number] if number < len(slots) else 0
-            regions.append(Region(end, channel_bytes, *size, *maps[number], steps, shifts, held))
+            kept = max(0, size[0] - tile_hw[0] * steps[0])  # rows that the next turn reuses
+            place = *size, *maps[number], *steps, *shifts
+            regions.append(BlockRegion(end, channel_bytes, *place, held, kept, _reciprocal(size[1])))
             end += held * channel_bytes
         made = cls(tile_n, turns, tuple(regions), end)
         return made if step.shortcut is None or made._holds(step.shortcut.spec) else None
@@ -97,31 +87,38 @@ class BlockGeometry:
     def _holds(self, shortcut: ConvSpec) -> bool:
         """Whether the input region contains everything that the shortcut reads."""
         source, output = self.regions[0], self.regions[-1]
-        sizes = (source.rows, output.rows), (source.columns, output.columns)
-        for i, (there, needed) in enumerate(sizes):
-            first = -source.shift[i] - shortcut.padding[i]
+        axes = (
+            (source.rows, output.rows, source.step_y, source.shift_y),
+            (source.columns, output.columns, source.step_x, source.shift_x),
+        )
+        for i, (there, needed, step, shift) in enumerate(axes):
+            first = -shift - shortcut.padding[i]
             reach = (needed - 1) * shortcut.stride[i] + (shortcut.kernel_size[i] - 1) * shortcut.dilation[i]
-            if source.step[i] != shortcut.stride[i] or first < 0 or first + reach >= there:
+            if step != shortcut.stride[i] or first < 0 or first + reach >= there:
                 return False
         return True
 
-    def table(self, tables: BlockTables, device: torch.device) -> tuple[Tensor, list[int]]:
-        """The int32 table of a launch, and the op's sizes from tile_n on (csrc/cuda/block_plan.h)."""
-        targets = tables.targets
+    def table(self, tables: BlockTables, device: torch.device) -> tuple[Tensor, BlockSizes]:
+        """The int32 table of a launch, and its struct without the batch."""
+        step, targets = tables.step, tables.targets
         tile_records: list[int] = []
         offsets: list[int] = []
-        conv_sizes: list[int] = []
+        convs: list[BlockConv] = []
         count = sum(len(tiles) for tiles in tables.tiles)
-        offsets_at = 4 * count + len(tables.channels) + 2 * len(targets)
+        channels_at = 4 * count
+        targets_at = channels_at + len(tables.channels)
+        residuals_at = targets_at + len(targets)
+        offsets_at = residuals_at + len(targets)
         weight, first_row = 0, 0
-        shortcut, source = tables.step.shortcut, self.regions[0]
-        padding = shortcut.spec.padding if shortcut else (0, 0)
+        source = self.regions[0]
+        padding, shortcut_stride = (0, 0), (1, 1)
+        if step.shortcut:
+            padding, shortcut_stride = step.shortcut.spec.padding, step.shortcut.spec.stride
         # Offset in pixels of the first input that the shortcut reads within the input region.
-        shift = -source.shift[0] - padding[0], -source.shift[1] - padding[1]
-        for number, (conv, tiles) in enumerate(zip(tables.step.convs, tables.tiles, strict=True)):
-            spec = conv.spec
-            conv_sizes += [len(tiles), len(tile_records), first_row, *spec.stride]
-            conv_sizes.append(ACTIVATION_CODES[spec.activation])
+        shift = -source.shift_y - padding[0], -source.shift_x - padding[1]
+        for number, (conv, tiles) in enumerate(zip(step.convs, tables.tiles, strict=True)):
+            code = ACTIVATION_CODES[conv.spec.activation]
+            convs.append(BlockConv(len(tiles), len(tile_records), first_row, *conv.spec.stride, code))
             for tile in tiles:
                 steps = len(tile.rows) // STEP, len(tile.second_rows) // STEP
                 tile_records += [weight, *steps, offsets_at + len(offsets)]
@@ -129,18 +126,29 @@ class BlockGeometry:
                 offsets += self._offsets(tile.second_rows, 0, shift)
                 weight += sum(steps) * tables.filters // 16 * 32
                 first_row += tables.filters
-        head = len(tile_records)
         table = [*tile_records, *tables.channels, *targets, *tables.added, *offsets]
-        residual = 1 if tables.step.adds_input else 2 if len(tables.step.inputs) == 2 else 0
-        sizes = [
-            *(self.tile_n, self.turns, self.shared_bytes, len(tables.tiles), residual, head),
-            head + len(tables.channels),
-            head + len(tables.channels) + len(targets),
-            len(table),
-            *(shortcut.spec.stride if shortcut else (1, 1)),
-            *(value for region in self.regions for value in region.numbers()),
-            *conv_sizes,
-        ]
+        residual = "input" if step.adds_input else "tensor" if len(step.inputs) == 2 else "none"
+        missing = MOST_CONVS - len(convs)
+        sizes = BlockSizes(
+            filters=tables.filters,
+            batch=0,
+            in_channels=step.convs[0].spec.structure.in_channels,
+            out_channels=step.convs[-1].spec.structure.out_channels,
+            tile_n=self.tile_n,
+            turns=self.turns,
+            shared_bytes=self.shared_bytes,
+            conv_count=len(convs),
+            residual_kind=RESIDUAL_CODES[residual],
+            channels_at=channels_at,
+            targets_at=targets_at,
+            residuals_at=residuals_at,
+            table_size=len(table),
+            shortcut_stride_y=shortcut_stride[0],
+            shortcut_stride_x=shortcut_stride[1],
+            by_tile_n=_reciprocal(self.tile_n),
+            regions=self.regions + (BlockRegion(*[0] * len(BlockRegion._fields)),) * missing,
+            convs=tuple(convs) + (BlockConv(*[0] * len(BlockConv._fields)),) * missing,
+        )
         return torch.tensor(table, dtype=torch.int32).to(device), sizes
 
     def _offsets(self, rows: Sequence[Row], number: int, shift: tuple[int, int]) -> list[int]:

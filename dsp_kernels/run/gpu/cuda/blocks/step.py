@@ -12,7 +12,7 @@ from typing import Any
 
 from dsp_kernels.program.steps import ConvStep, Program, Step
 
-# csrc/cuda/block_kernel.h: kMostConvs
+# csrc/cuda/params.h: kMostConvs
 MOST_CONVS = 3
 
 

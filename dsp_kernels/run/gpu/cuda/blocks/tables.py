@@ -3,7 +3,7 @@
 A *slot* is a channel of a feature map held in shared memory: channels of the block's input that anything
 reads, and channels of an inner map that the next convolution reads. Filters that write no slot are not
 computed. The tiles do not depend on the input size; addresses in shared memory do (geometry.py). See
-csrc/cuda/block_kernel.h.
+csrc/cuda/block_kernel.cuh.
 """
 
 from collections.abc import Sequence
@@ -62,16 +62,20 @@ class BlockTables:
     bias: Tensor
 
 
-def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
-    """The tables of a block for tensors of this dtype on this device."""
+def block_channels(step: BlockStep) -> list[Sequence[int]]:
+    """The channels that each region holds, in the order of their slots; all outputs for the last one."""
     outputs = range(step.convs[-1].spec.structure.out_channels)
     first = set(step.convs[0].spec.structure.read)
     if step.shortcut:
         first |= set(step.shortcut.spec.structure.read)
     if step.adds_input:
         first |= set(outputs)
-    # Per region, the slot of every channel that it holds.
-    channels = [sorted(first), *(sorted(conv.spec.structure.read) for conv in step.convs[1:]), outputs]
+    return [sorted(first), *(sorted(conv.spec.structure.read) for conv in step.convs[1:]), outputs]
+
+
+def block_tables(step: BlockStep, dtype: torch.dtype, device: torch.device) -> BlockTables:
+    """The tables of a block for tensors of this dtype on this device."""
+    channels = block_channels(step)
     slots = [{channel: slot for slot, channel in enumerate(each)} for each in channels]
 
     def tiled(filters: int) -> list[list[FilterGroup]]:

@@ -1,0 +1,186 @@
+"""Convolutions and blocks whose kernels run as PTX in tools/ptx, against the definition."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from block_cases import BlockCase
+from cases import Case
+from golden import cifar_images
+from gpu_checks import check_block, check_conv
+from ptx.build import build
+from ptx.interpreter import Interpreter
+from torch import Tensor, nn
+
+from dsp_kernels import GroupStructure
+from dsp_kernels.graph.network import evaluating, trace
+from dsp_kernels.op.spec import ConvSpec
+from dsp_kernels.program.planner import plan
+from dsp_kernels.run.gpu import plan as gpu_plan
+from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
+from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
+from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
+from dsp_kernels.run.gpu.cuda.conv import CudaConv, CudaKernels
+from dsp_kernels.run.gpu.cuda.kernels import kernels_for
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
+from dsp_kernels.run.gpu.program import GpuRunner
+from dsp_kernels.run.gpu.tune import Choices, Tuner
+from dsp_kernels.run.registry import Registry
+from dsp_pruning import read_released
+
+CPU = torch.device("cpu")
+CHIPS = ("sm_80", "sm_90a")
+
+
+def layout_of(kernel: str) -> GpuLayout:
+    return GpuLayout.NHWC if "nhwc" in kernel else GpuLayout.CHWN
+
+
+def interpreters(chips: Sequence[str], shared_limit: int | None = None) -> Iterator[Interpreter]:
+    """Every order of warps, copies and blocks on every chip."""
+    for chip, order in product(chips, Interpreter.ORDERS.values()):
+        yield Interpreter(chip, **order, shared_limit=shared_limit)
+
+
+def conv_case(
+    case: Case,
+    dtype: torch.dtype,
+    kernel: str,
+    chips: Sequence[str] = CHIPS,
+    in_place: bool = False,
+    shared_limit: int | None = None,
+) -> set[str]:
+    """The names of the kernels that ran, in the PTX."""
+    layout = layout_of(kernel)
+    if layout is GpuLayout.CHWN:
+        batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
+        case = replace(case, batch=batch)
+    ran = set()
+    for ptx in interpreters(["sm_90a"] if "wgmma" in kernel else chips, shared_limit):
+        with ptx:
+            check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
+        assert len(ptx.launches) == (case.batch > 0)
+        ran |= set(ptx.launches)
+    return ran
+
+
+def infinite_images(kernel: str) -> None:
+    """The outputs of an image are finite if it is, whatever the images beside it hold."""
+    case, layout = Case("infinite", GroupStructure.dense(3, 5), batch=8, hw=(5, 5)), layout_of(kernel)
+    arguments = case.tensors(torch.float16)
+    arguments.x[1:] = torch.inf
+    out = arguments.x.new_empty(layout.shape((8, 5, 5, 5)))
+    with Interpreter():
+        conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout, kernel=kernel)
+        conv(layout.from_nchw(arguments.x), out)
+    assert torch.isfinite(layout.as_nchw(out)[0]).all()
+
+
+def kernels_of(chip: str) -> set[str]:
+    """The names of all kernels in the PTX for a chip."""
+    files = build().glob(f"*.compute_{chip.removeprefix('sm_')}.ptx")
+    return {name for file in files for name in re.findall(r"\.entry (\w+)\(", file.read_text())}
+
+
+def prepared_block(case: BlockCase, dtype: torch.dtype) -> CudaBlock:
+    step = case.step(dtype)
+    tables = block_tables(step, dtype, CPU)
+    rows, columns, tile_n = case.tile
+    geometry = BlockGeometry.of(step, tables.slots, case.hw, (rows, columns), tile_n, case.turns)
+    assert geometry is not None
+    return CudaBlock(step, tables, geometry)
+
+
+def block_case(
+    case: BlockCase, dtype: torch.dtype, chips: Sequence[str] = CHIPS, in_place: bool = False
+) -> set[str]:
+    """The names of the kernels that ran, in the PTX."""
+    block = prepared_block(case, dtype)
+    ran = set()
+    for ptx in interpreters(chips):
+        with ptx:
+            check_block(block, case, dtype, in_place=in_place)
+        assert len(ptx.launches) == 1
+        ran |= set(ptx.launches)
+    return ran
+
+
+class HostKernels(CudaKernels):
+    """The CUDA kernels for tensors on the CPU, those by wgmma first if ``wgmma``."""
+
+    def __init__(self, wgmma: bool) -> None:
+        self._wgmma = wgmma
+
+    def can_run(
+        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
+    ) -> tuple[bool, str]:
+        return True, ""
+
+    def options(
+        self,
+        spec: ConvSpec,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        layout: GpuLayout,
+        shape: Sequence[int],
+    ) -> dict[str, Callable[[], GpuConv]]:
+        if not self._wgmma or not weights:
+            return super().options(spec, weights, bias, layout, shape)
+        names = kernels_for(spec, weights[0].dtype, layout, wgmma=True)
+        names = tuple(sorted(names, key=lambda name: "wgmma" not in name))
+        return {name: partial(CudaConv, spec, weights, bias, layout, name) for name in names}
+
+
+class Prefers(Tuner):
+    """A tuner that takes what it prefers where that is an option."""
+
+    def __init__(self, *wanted: str) -> None:
+        super().__init__(Choices(Path("nowhere")), None)
+        self.wanted = wanted
+
+    def fastest(self, key: Any, options: Mapping[str, Any], *, always: bool = False) -> str:
+        return next((name for want in self.wanted for name in options if want in name), next(iter(options)))
+
+
+@contextmanager
+def cuda_on_host(wgmma: bool = False) -> Iterator[None]:
+    """The GPU executor takes networks on the CPU."""
+
+    def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
+        return "" if layout is GpuLayout.CHWN and dtype != torch.float32 else "not here"
+
+    with (
+        mock.patch.object(gpu_plan, "GPU_KERNELS", Registry("GPU kernel", HostKernels(wgmma))),
+        mock.patch.object(gpu_plan, "why_no_blocks", why_no_blocks),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def runner_of(model: nn.Module, dtype: torch.dtype, size: Sequence[int], *wanted: str) -> GpuRunner:
+    """Options whose names contain one of ``wanted`` are taken where there are such."""
+    with evaluating(model):
+        program = plan(trace(model, torch.zeros(8, *size)))
+    program = program.map_tensors(lambda t: t.detach().to(dtype) if t.is_floating_point() else t)
+    return GpuRunner(program, make_tuner=lambda device, what: Prefers(*wanted))
+
+
+def released_network(
+    shared: Path, name: str, count: int, dtype: torch.dtype, wgmma: bool, blocks: bool
+) -> tuple[Tensor, Tensor, Counter[str]]:
+    """Logits of the network's PTX and of float32 for the first images, and how often each kernel ran."""
+    model = read_released(shared / "nets" / f"{name}.npz").eval()
+    images = cifar_images(shared)[:count]
+    with cuda_on_host(wgmma), Interpreter("sm_90a") as ptx:
+        run = runner_of(model, dtype, images.shape[1:], *["one block"] * blocks)
+        got = torch.cat([run(part.to(dtype)).float() for part in images.split(8)])
+    with torch.no_grad():
+        return got, model(images), Counter(ptx.launches)

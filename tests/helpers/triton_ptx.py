@@ -1,0 +1,73 @@
+"""The Triton kernel as triton compiles it for sm_80, run by the PTX interpreter on the CPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from cases import Case
+from gpu_checks import check_conv
+from ptx.interpreter import Interpreter
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dsp_kernels.run.gpu.layout import GpuLayout
+from dsp_kernels.run.gpu.triton import conv as triton_conv
+from dsp_kernels.run.gpu.triton.kernel import INTEGER_ARGUMENTS, conv_kernel_function
+
+_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+_POINTERS = ("x_ptr", "out_ptr", "residual_ptr", "w_ptr", "bias_ptr", "k_ptr", "tile_ptr", "filter_ptr")
+_FUNCTION = triton.runtime.jit.JITFunction(conv_kernel_function, do_not_specialize=list(INTEGER_ARGUMENTS))
+
+
+def _compiled(tensors: dict[str, Tensor], constants: dict[str, Any]) -> Any:
+    names = _FUNCTION.arg_names
+    types = {name: "i32" if name in INTEGER_ARGUMENTS else "constexpr" for name in names}
+    types |= {name: _TYPES[tensor.dtype] for name, tensor in tensors.items()}
+    source = ASTSource(
+        _FUNCTION,
+        types,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in tensors},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4, "num_stages": 3})
+
+
+class _Kernel:
+    """Stands for the jitted kernel: ``kernel[grid](*arguments, **constants)``."""
+
+    def __init__(self, ptx: Interpreter) -> None:
+        self._ptx = ptx
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            # EXACT is for Triton's own interpreter; the interpreter of PTX has no TF32.
+            tensors = dict(zip(_POINTERS, arguments, strict=False))
+            binary = _compiled(tensors, {**constants, "EXACT": False, "PRECISION": "ieee"})
+            inputs = {name: t for name, t in tensors.items() if name != "out_ptr"}
+            if not constants["HAS_RESIDUAL"]:
+                del inputs["residual_ptr"]
+            threads = 32 * binary.metadata.num_warps
+            with self._ptx.checked(inputs, {"out_ptr": tensors["out_ptr"]}):
+                self._ptx.launch(binary.asm["ptx"], grid[0], threads, binary.metadata.shared, arguments)
+
+        return launch
+
+
+@contextmanager
+def triton_on_host() -> Iterator[Interpreter]:
+    """TritonConv runs the PTX of sm_80."""
+    ptx = Interpreter("sm_80")
+    with mock.patch.object(triton_conv, "_kernel", return_value=_Kernel(ptx)):
+        yield ptx
+
+
+def triton_case(case: Case, dtype: torch.dtype, layout: GpuLayout) -> None:
+    batch = 8 if layout is GpuLayout.CHWN and case.batch % 8 else case.batch
+    with triton_on_host() as ptx:
+        check_conv(lambda *a: triton_conv.TritonConv(*a, layout), replace(case, batch=batch), dtype, layout)
+    assert len(ptx.launches) == (batch > 0)
