@@ -321,15 +321,10 @@ def _decode(value: Any, nodes: list[fx.Node], depth: int = 0) -> Any:
     """An argument of a call. A node is the number of an earlier call, so there is no cycle."""
     if depth > _DEEPEST:
         raise DSPFormatError(f"an argument is nested more than {_DEEPEST} deep")
-    if value is None or isinstance(value, bool | float):
-        return value
-    if isinstance(value, int):
-        if abs(value) >= 2**63:
-            raise DSPFormatError("an argument has more than 63 bits")
-        return value
-    if isinstance(value, str):
-        if len(value) > 64:
-            raise DSPFormatError(f"an argument is a text of {len(value)} characters; expected at most 64")
+    if value is None or isinstance(value, bool | int | float | str):
+        large = len(value) > 64 if isinstance(value, str) else type(value) is int and abs(value) >= 2**63
+        if large:
+            raise DSPFormatError(f"an argument is {str(value)[:80]}; expected 64 characters or 63 bits")
         return value
     if isinstance(value, list):
         return [_decode(item, nodes, depth + 1) for item in value]
