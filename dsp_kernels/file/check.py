@@ -123,7 +123,7 @@ def check_network(
 
 
 class _Bounded(TorchDispatchMode):
-    """Watches the operations inside each call: their results are not those of the graph."""
+    """Bounds what operations inside a call make (of einsum, for example), which the graph does not show."""
 
     def __init__(self, allowed: int) -> None:
         super().__init__()
