@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.format import SCALAR_FUNCTIONS
@@ -31,6 +32,7 @@ _DTYPES = {
 _MOST_PER_INPUT = 512
 _ALWAYS_ALLOWED = 2**24
 _LARGEST_INPUT = 2**24
+_MOST_TENSORS = 2**16  # alive at one time; parts of one split
 _LONGEST_PRODUCT = 8  # products of products of sizes: each at most doubles the number of digits
 
 
@@ -106,10 +108,11 @@ def check_network(
     """
     network.to(dtype)
     inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in input_shapes]
-    checker = _Checker(network, max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * sum(x.numel() for x in inputs)))
+    allowed = max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * sum(x.numel() for x in inputs))
     try:
-        with torch.no_grad(), torch.device("meta"):  # also of tensors that the network makes
-            checker.run(*inputs)
+        # The device is also that of tensors that the network makes.
+        with torch.no_grad(), torch.device("meta"), _Bounded(allowed):
+            _Checker(network, allowed).run(*inputs)
     except DSPFormatError:
         raise
     except Exception as error:  # whatever torch raises for arguments that do not fit
@@ -117,6 +120,26 @@ def check_network(
             f"the network does not run on an input of shape {' and '.join(map(str, input_shapes))}: "
             f"{str(error)[:300]}"
         ) from error
+
+
+class _Bounded(TorchDispatchMode):
+    """Bounds what operations inside a call make (of einsum, for example), which the graph does not show."""
+
+    def __init__(self, allowed: int) -> None:
+        super().__init__()
+        self._allowed = allowed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (_aten.unbind.int, _aten.split.Tensor):
+            given = args[1:] if func is _aten.split.Tensor else (1, *args[1:])
+            size, dim = (*given, 0)[:2]
+            if size and args[0].shape[dim] // size > _MOST_TENSORS:
+                raise DSPFormatError(f"a tensor is split into more than {_MOST_TENSORS} parts")
+        result = func(*args, **(kwargs or {}))
+        most = max((tensor.numel() for tensor in tensors_of(result)), default=0)
+        if most > self._allowed:
+            raise DSPFormatError(f"{func} makes {most} elements alive at one time; at most {self._allowed}")
+        return result
 
 
 class _Checker(fx.Interpreter):
@@ -168,7 +191,8 @@ class _Checker(fx.Interpreter):
             raise DSPFormatError(f"more than {_LONGEST_PRODUCT} operations on sizes, one after the other")
 
     def _count(self, n: fx.Node, result: Any) -> None:
-        self._live[n] = sum(tensor.numel() for tensor in tensors_of(result))
+        least = self._allowed // _MOST_TENSORS  # an empty tensor takes memory too
+        self._live[n] = sum(max(tensor.numel(), least) for tensor in tensors_of(result))
         self._total += self._live[n]
         if self._total > self._allowed:
             raise DSPFormatError(
@@ -179,4 +203,5 @@ class _Checker(fx.Interpreter):
             self._total -= self._live.pop(done, 0)
 
 
+_aten = torch.ops.aten
 _SCALAR = frozenset(SCALAR_FUNCTIONS.values())

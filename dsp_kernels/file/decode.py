@@ -287,6 +287,8 @@ def _build_call(
     named = {key: _decode(value, nodes) for key, value in kwargs.items() if _is_name(key) and key != "out"}
     if len(named) != len(kwargs):
         raise DSPFormatError(f"call {number} has an argument whose name is no name")
+    if not isinstance(named.get("device"), fx.Node | None):
+        raise DSPFormatError(f"call {number} names a device; expected that of an earlier call")
     if kind == "module" and name in names["module"]:
         return graph.call_module(name, arguments, named)
     if kind == "tensor" and name in names["tensor"] and not args and not kwargs:
@@ -319,15 +321,10 @@ def _decode(value: Any, nodes: list[fx.Node], depth: int = 0) -> Any:
     """An argument of a call. A node is the number of an earlier call, so there is no cycle."""
     if depth > _DEEPEST:
         raise DSPFormatError(f"an argument is nested more than {_DEEPEST} deep")
-    if value is None or isinstance(value, bool | float):
-        return value
-    if isinstance(value, int):
-        if abs(value) >= 2**63:
-            raise DSPFormatError("an argument has more than 63 bits")
-        return value
-    if isinstance(value, str):
-        if len(value) > 64:
-            raise DSPFormatError(f"an argument is a text of {len(value)} characters; expected at most 64")
+    if value is None or isinstance(value, bool | int | float | str):
+        large = len(value) > 64 if isinstance(value, str) else type(value) is int and abs(value) >= 2**63
+        if large:
+            raise DSPFormatError(f"an argument is {str(value)[:80]}; expected 64 characters or 63 bits")
         return value
     if isinstance(value, list):
         return [_decode(item, nodes, depth + 1) for item in value]

@@ -135,9 +135,7 @@ def _encode_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> dict[str, Any
     name = function_name(target) if kind == "function" else str(target)
     if name is None or (kind == "method" and name not in METHODS):
         if target == "forward":
-            raise DSPFormatError(
-                "the model runs a scripted module (torch.jit.script), which a file cannot hold"
-            )
+            raise DSPFormatError("a scripted part (torch.jit) cannot be followed, so a file cannot hold it")
         label = getattr(target, "__module__", None)
         raise DSPFormatError(
             f"node {node.name!r} calls {f'{label}.' if label else ''}{getattr(target, '__name__', target)}, "

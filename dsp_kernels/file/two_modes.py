@@ -88,23 +88,21 @@ def _merge_training(graph: fx.Graph, training: fx.Graph) -> bool:
 
 
 def _merge(evaluated: Any, trained: Any, pairs: dict[fx.Node, fx.Node], flag: fx.Node) -> Any:
-    """One argument for both modes. pairs: nodes of the training graph -> their nodes in the eval graph."""
-    if evaluated is False and trained is True:
-        return flag
-    if isinstance(evaluated, fx.Node):
-        if pairs.get(trained) is evaluated:
-            return evaluated
-    elif type(evaluated) is not type(trained):
+    """Arguments for both modes. pairs: nodes of the training graph -> their nodes in the eval graph."""
+    leaves: list[Any] = []
+    forms = [fx.node.map_aggregate(arguments, lambda leaf: None) for arguments in (evaluated, trained)]
+    fx.node.map_aggregate(trained, leaves.append)
+    if forms[0] != forms[1]:
         raise _DiffersError
-    elif isinstance(evaluated, slice):
-        parts = [(s.start, s.stop, s.step) for s in (evaluated, trained)]
-        return slice(*(_merge(a, b, pairs, flag) for a, b in zip(*parts, strict=True)))
-    elif isinstance(evaluated, tuple | list):
-        if len(evaluated) == len(trained):
-            return type(evaluated)(_merge(a, b, pairs, flag) for a, b in zip(evaluated, trained, strict=True))
-    elif isinstance(evaluated, dict):
-        if evaluated.keys() == trained.keys():
-            return {key: _merge(value, trained[key], pairs, flag) for key, value in evaluated.items()}
-    elif evaluated == trained:
-        return evaluated
-    raise _DiffersError
+    others = iter(leaves)
+
+    def merged(leaf: Any) -> Any:
+        other = next(others)
+        if leaf is False and other is True:
+            return flag
+        other = pairs.get(other) if isinstance(other, fx.Node) else other
+        if type(leaf) is not type(other) or leaf != other:
+            raise _DiffersError
+        return leaf
+
+    return fx.node.map_aggregate(evaluated, merged)

@@ -106,6 +106,11 @@ def symbolic_graph(model: nn.Module, count: int | None, tracer: Tracer) -> fx.Gr
     count: of the inputs; other arguments of forward() keep their default. None if it is unknown: every
     argument is an input then. Proxies may stay in the model: see ``without_stand_ins``.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DSPTraceError(
+            f"{type(model).__name__} is scripted (torch.jit), and scripted parts cannot be followed; give "
+            "the module that it was made of"
+        )
     try:
         return _without_checks(_calls_of(tracer, model, count))
     except Exception as error:  # fx raises whatever the model's own code raises on proxies

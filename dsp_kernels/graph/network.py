@@ -311,15 +311,8 @@ def works_in_place(node: fx.Node, model: nn.Module) -> bool:
     """Whether a node writes into its first argument."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
-    name = getattr(node.target, "__name__", "")
-    return bool(
-        node.op == "call_function"
-        and (
-            node.kwargs.get("inplace")
-            or name in ("iadd", "isub", "imul", "itruediv")
-            or (name.endswith("_") and not name.endswith("__"))
-        )
-    )
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    special = name in ("iadd", "isub", "imul", "itruediv") or name.startswith("__i")
+    return bool(node.kwargs.get("inplace") or special or (name.endswith("_") and not name.endswith("__")))

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses import fake_tensor
 
 from dsp_kernels.graph.capture import Proxy, Tracer
-from dsp_kernels.graph.compare import tensors_of
 
 _PLAIN = (bool, int, float, str, type(None))
 _UNKNOWN = object()  # the result of an operation that does not run on the larger image
@@ -29,7 +28,6 @@ class SizedTracer(Tracer):
     def __init__(self, example: Tensor) -> None:
         super().__init__()
         self.uses_size = False
-        self._numbers: set[fx.Node] = set()
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         image = example.shape[1:]
         larger = (image[0], 2 * image[1] + 128, 2 * image[2] + 192)  # other sizes after any usual stride
@@ -41,13 +39,9 @@ class SizedTracer(Tracer):
         fake_tensor.log.disabled = True  # an operation that fails for the larger image is no error
         try:
             with _forward_is_a_call(self, root):
-                graph = super().trace(root, concrete_args)
+                return super().trace(root, concrete_args)
         finally:
             fake_tensor.log.disabled = logs
-        for node in reversed(graph.nodes):
-            if node in self._numbers and not node.users:
-                graph.erase_node(node)
-        return graph
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
@@ -68,8 +62,6 @@ class SizedTracer(Tracer):
                 return values[0]
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         proxy.values = values
-        if kind != "placeholder" and not tensors_of(values[0]):
-            self._numbers.add(proxy.node)
         return proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -79,9 +79,13 @@ class _TwoInputs(nn.Module):
         super().__init__()
         self.conv, self.embed = nn.Conv2d(3, 4, 3), nn.Linear(5, 4)
 
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+    def forward(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = self.conv(x) * torch.sigmoid(self.embed(features))[:, :, None, None]
-        return torch.where(y > 0, y**2, y).flatten(2) @ y.flatten(2).transpose(1, 2)
+        flat = torch.where(y > 0, y**2, y).flatten(2)
+        windows = nn.functional.unfold(y, 3).repeat(1, 1, 2)[:, :, :4] + torch.arange(flat.shape[1])
+        places = torch.zeros(1, 4, dtype=torch.int64, device=y.device) + flat.shape[1] - 1
+        words = nn.functional.embedding(places, features.expand(4, 5)).sum(1)
+        return torch.einsum("bck,bdk->bcd", flat, flat), windows, words
 
 
 def mutated(header: Header, tensors: Tensors, rng: random.Random) -> bytes:

@@ -71,7 +71,8 @@ def _first(*calls: dict[str, Any]) -> Callable[[Header], Any]:
     )
 
 
-X = {"node": 0}
+X, Y, Z = ({"node": number} for number in range(3))
+LONG = _fn("torch.zeros", [2**20])
 
 
 def _sizes(condition: Any) -> Callable[[Header], Any]:
@@ -119,8 +120,8 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "call of itself": (_first(_fn("torch.relu", {"node": 1})), "only read earlier ones"),
     "negative call": (_first(_fn("torch.relu", {"node": -1})), "only read earlier ones"),
     "deep argument": (_call("function", "torch.cat", args=[_deep(40)]), "nested more than"),
-    "long text": (_first({"method": "to", "args": [X, "a" * 500]}), "text of 500 characters"),
-    "huge number": (_first(_fn("torch.add", X, 2**80)), "more than 63 bits"),
+    "long text": (_first({"method": "to", "args": [X, "a" * 500]}), "expected 64 characters"),
+    "huge number": (_first(_fn("torch.add", X, 2**80)), "or 63 bits"),
     "unknown form": (_first(_fn("torch.relu", {"lambda": "x"})), "no argument has that form"),
     "no output": (lambda h: h["calls"].pop(), "inputs and end with"),
     "two inputs": (_first({"input": 0}), "inputs and end with"),
@@ -153,6 +154,29 @@ HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "huge padding that is unused": (_first(_fn("torch.nn.functional.pad", X, [10**5] * 4)), "alive"),
     "huge resize": (_first(_fn("torch.nn.functional.interpolate", X, [10**6, 10**6])), "alive at one time"),
     "expanded": (_first({"method": "expand", "args": [X, 10**9, 3, 8, 8]}), "does not run|alive"),
+    "huge constant": (_first(_fn("torch.zeros", [HUGE])), "alive at one time"),
+    "huge range": (_first(_fn("torch.arange", HUGE)), "alive at one time"),
+    "constant elsewhere": (_first(_fn("torch.ones", [9]) | {"kwargs": {"device": "cpu"}}), "names a device"),
+    "repeated map": (_first({"method": "repeat", "args": [X, HUGE, 1, 1, 1]}), "alive at one time"),
+    "huge windows": (_first(_fn("torch.nn.functional.unfold", X, 3, 1, 10**6)), "alive at one time"),
+    "huge table of words": (
+        _first(
+            _fn("torch.arange", 2**20),
+            _fn("torch.zeros", [1, 2**20]),
+            _fn("torch.nn.functional.embedding", Y, Z),
+        ),
+        "alive at one time",
+    ),
+    "huge sum inside a product": (
+        _first(LONG, _fn("torch.zeros", [2**20, 2]), _fn("torch.einsum", "a,b,ac,bc->c", *[Y, Y, Z, Z])),
+        "alive at one time",
+    ),
+    "huge window inside a norm": (
+        _first(_fn("torch.nn.functional.local_response_norm", X, 2**30)),
+        "alive at one time",
+    ),
+    "many parts": (_first(LONG, _fn("torch.split", Y, 1)), "more than 65536 parts"),
+    "many empty parts": (_first(_fn("torch.zeros", [0, HUGE]), _fn("torch.unbind", Y, 1)), "65536 parts"),
     "many tensors at one time": (
         lambda h: (
             _first(*(_fn("torch.nn.functional.pad", X, [500] * 4) for _ in range(20)))(h),

@@ -147,11 +147,17 @@ def test_constants_of_shifted_norms(shared: Path) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision(name: str) -> None:
+    """Also by tools that are built on torch.fx."""
     models = pytest.importorskip("torchvision").models
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
     model = scramble(getattr(models, name)(num_classes=7), 0.6, 4, clear_norms=True)
     packed = pack(model, images(1, 64))
     x = images(2, 64, 5)
-    torch.testing.assert_close(packed(x), masked(model)(x), rtol=1e-10, atol=1e-10)
+    expected = masked(model)(x)
+    for network in (packed, dsp_kernels.swap(copy.deepcopy(packed))):
+        features = extraction.create_feature_extractor(network, ["fc"])(x)["fc"]
+        for got in (network(x), torch.fx.symbolic_trace(network)(x), features):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert all(not hasattr(m, "mask") for m in packed.modules())
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, packed))
     assert after < 0.6 * before

@@ -16,9 +16,7 @@ from dsp_kernels.graph.operations.maps import full_index, is_literal
 
 def layer(dims: int) -> Callable[[Call], Found]:
     """A module called with one tensor of this many dimensions."""
-    return lambda call: (
-        {} if len(call.before[call.node.all_input_nodes[0].name].shape or ()) == dims else None
-    )
+    return lambda call: {} if len(call.input or ()) == dims else None
 
 
 def concat(call: Call) -> Found:

@@ -41,7 +41,8 @@ class Operation:
         after the other; "mixed": by a matrix of kernels; "new": none passes; "barrier": unknown.
     constants: what becomes of constant channels.
     step: of a Program: the method of ``program.planner``; "" if it runs as plain PyTorch.
-    widths: attributes of a module with one parameter per channel that hold the number of channels.
+    widths: attributes of a module with parameters that hold the number of channels of its result.
+    reads: those that hold the number of channels of its input, where it may be another one.
     on_grid: whether it takes (batch, a, b, height, width), whose channels are a * b.
     reason: why it is a barrier, if that is known.
 
@@ -58,6 +59,7 @@ class Operation:
     constants: Constants = first_operand
     step: str = ""
     widths: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     on_grid: bool = False
     reason: str = ""
 

@@ -95,9 +95,8 @@ def pad(call: Call) -> Found:
     if not call.is_map:
         return None
     if call.module is not None:
-        constant = isinstance(call.module, nn.ConstantPad2d)
-        value = float(call.module.value) if isinstance(call.module, nn.ConstantPad2d) else 0.0
-        return {"mode": "constant" if constant else "other", "value": value}
+        value = getattr(call.module, "value", None)
+        return {"mode": "other" if value is None else "constant", "value": value}
     read = call.settings(pad=(), mode="constant", value=None)
     sides, value = read["pad"], read["value"]
     if not isinstance(sides, list | tuple) or len(sides) > 4 or isinstance(value, fx.Node):

@@ -60,6 +60,7 @@ _FLATTEN = "torch.flatten .flatten"
 _RESIZE = "torch.squeeze .squeeze torch.unsqueeze .unsqueeze .expand .expand_as operator.getitem"
 
 _layer = partial(Operation, channels="mixed")
+_conv = partial(_layer, attributes=channels.layer(4), reads=("in_channels",), widths=("out_channels",))
 _same = partial(Operation, channels="same")
 _index = partial(Operation, channels="index")
 _active = partial(_same, constants=pointwise.applied, step="activation")
@@ -72,9 +73,10 @@ OPERATIONS = (
     # -- layers
     _layer("packed_conv", {PackedConv2d: ()}, step="conv"),
     Operation("fused_conv", {FusedConv2d: ()}, step="conv"),
-    _layer("conv", {nn.Conv2d: _CONV}, attributes=channels.layer(4), step="conv"),
-    _layer("conv_transpose", {nn.ConvTranspose2d: (*_CONV, "output_padding")}, attributes=channels.layer(4)),
-    _layer("linear", {nn.Linear: _LINEAR}, attributes=channels.layer(2), step="linear"),
+    _conv("conv", {nn.Conv2d: _CONV}, step="conv"),
+    _conv("conv_transpose", {nn.ConvTranspose2d: (*_CONV, "output_padding")}),
+    _layer("linear", {nn.Linear: _LINEAR}, attributes=channels.layer(2), step="linear",
+           reads=("in_features",), widths=("out_features",)),
     Operation("linear", {nn.Linear: _LINEAR}, step="linear"),  # over the last axis of a map
 
     # -- activations; those of kind "activation" map 0 to 0
@@ -184,6 +186,7 @@ OPERATIONS = (
         _names("detach select t to type_as unflatten view_as reshape_as repeat unfold new_zeros"
                " new_ones", "."),
     )), _never),
+    Operation("scripted", {}, ".forward", reason="is scripted (torch.jit), which cannot be followed"),
     Operation("scalar", {}, _names("floordiv mod eq ne lt le gt ge", "operator.") + " .dim .numel .size",
               _never),
 )

@@ -181,14 +181,10 @@ class _Rules:
         uniform = given if keeps_constants(node) else torch.where(given == 0, given, torch.nan)
         used = self._used(node)
         constant = own_bias(node.module)
-        if groups_of(node.module) == 1:
-            columns = (~uniform.isnan() & (uniform != 0)).nonzero().flatten()
-            if len(columns):
-                constant += (kernel_sums(node.module, columns) * used[:, columns]) @ uniform[columns]
-        else:
-            folded = _per_filter(node, torch.where(uniform.isnan(), 0.0, uniform))
-            if folded.any():
-                constant += (kernel_sums(node.module, torch.arange(used.shape[1])) * used * folded).sum(1)
+        folded = _per_filter(node, torch.where(uniform.isnan(), 0.0, uniform))
+        columns = folded.any(0).nonzero().flatten()
+        if len(columns):
+            constant += (kernel_sums(node.module, columns) * used[:, columns] * folded[:, columns]).sum(1)
         return constant.masked_fill((used & _per_filter(node, uniform.isnan())).any(1), torch.nan)
 
     def _layer_in_training(self, node: TracedNode, given: Tensor) -> Tensor:

@@ -31,29 +31,25 @@ class ChannelMap:
 
     links: node name -> its links; () for layers, inputs, parameters and barriers.
     layers: names of convolutions and linear layers, which mix channels by a matrix of kernels.
-    barriers: node name -> why its channels cannot be followed. It reads all channels of its inputs, and its
-        inputs and output keep theirs.
-    rigid: node name -> why its inputs and output have to keep their widths, although channels are followed.
+    fixed: node name -> why its inputs and output keep all channels: a barrier, which has no links, because
+        its channels cannot be followed; another one because the model's code names their number.
     """
 
     def __init__(self, network: TracedNetwork) -> None:
         self.network = network
         self.links: dict[str, tuple[Link, ...]] = {}
         self.layers = {node.name for node in network if node.operation.channels == "mixed"}
-        self.barriers: dict[str, str] = {}
-        self.rigid: dict[str, str] = {}
+        self.fixed: dict[str, str] = {}
         for node in network:
             if node.kind == "scalar":
                 continue
             links = self._links(node)
             self.links[node.name] = links or ()
             if links is None:
-                reason = node.operation.reason
-                self.barriers[node.name] = (
-                    f"{node.describe()} {reason}" if reason else f"pack does not support {node.describe()}"
-                )
+                reason, what = node.operation.reason, node.describe()
+                self.fixed[node.name] = f"{what} {reason}" if reason else f"pack does not support {what}"
             elif node.attributes.get("rigid"):
-                self.rigid[node.name] = f"the model's code has the width of {node.describe()} as a literal"
+                self.fixed[node.name] = f"the model's code has the width of {node.describe()} as a literal"
 
     def size_sources(self, node: TracedNode) -> set[str]:
         """Tensors that a node reads, including those of which it reads only the sizes."""
@@ -70,10 +66,8 @@ class ChannelMap:
     def ties(self, node: TracedNode) -> list[_Tie]:
         """Channels tied by a node: those of its links, those of one group, and parts taken as equal."""
         ties = [(link.source, link.source_index, node.name, link.index) for link in self.links[node.name]]
-        if node.name in self.barriers:
-            return ties
         parts = node.attributes.get("parts")
-        if parts:
+        if parts and ties:
             source = node.operands[0]
             channels = torch.arange(self.network[source].width)
             ties.append((source, channels[: len(channels) // parts].repeat(parts), source, channels))

@@ -38,10 +38,8 @@ class Planner:
         held = dict(held)
         self.runs: dict[int, list[TracedNode]] = {}  # module or parameter -> the nodes that run or read it
         for node in network:
-            changes = node.name in self.map.layers or (
-                node.module is not None and bool(node.operation.widths)
-            )
-            if not changes or node.name in self.map.barriers:
+            changes = node.name in self.map.layers or (node.operation.widths and self.map.links[node.name])
+            if node.module is None or not changes:
                 continue
             if node.path in self.borrowed:
                 reason = f"the model's code also reads the parameters of {node.describe()}"
@@ -105,10 +103,9 @@ class Planner:
         """Tensor that keeps all channels -> (node because of which, reason; "" for inputs and outputs)."""
         fixed: dict[str, tuple[str, str]] = {}
         for node in self.network:
-            if node.name in self.map.barriers or node.name in self.map.rigid:
-                reason = self.map.barriers.get(node.name) or self.map.rigid[node.name]
+            if node.name in self.map.fixed:
                 for name in (*sorted(self.map.size_sources(node)), node.name):
-                    fixed.setdefault(name, (node.name, reason))
+                    fixed.setdefault(name, (node.name, self.map.fixed[node.name]))
             elif node.kind == "input":
                 fixed.setdefault(node.name, (node.name, ""))
             elif node.fx_node.op == "output":

@@ -89,15 +89,12 @@ def change_channels(module: nn.Module, plan: LayerPlan, change: Change) -> None:
 
 def set_widths(module: nn.Module, in_channels: int, out_channels: int) -> None:
     """Set the attributes of a layer or norm that say how wide it is; its tensors already are."""
-    if isinstance(module, nn.Linear):
-        module.in_features, module.out_features = in_channels, out_channels
-    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        module.in_channels, module.out_channels = in_channels, out_channels
+    entry = operations_of(module)[0]
+    for name in (*entry.reads, *entry.widths):
+        setattr(module, name, in_channels if name in entry.reads else out_channels)
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         each = module.weight.shape[1]  # it loses whole groups
         module.groups = (out_channels if module.transposed else in_channels) // each
-    else:
-        for name in operations_of(module)[0].widths:
-            setattr(module, name, out_channels)
 
 
 def replace_module(root: nn.Module, path: str, made: nn.Module) -> None:

@@ -13,6 +13,7 @@ from dsp_kernels.file.decode import Budget, build_module
 from dsp_kernels.file.encode import encode_module, is_known
 from dsp_kernels.graph.operations.entry import channel_axis
 from dsp_kernels.graph.operations.table import operations_of
+from dsp_pruning.flow.kernels import groups_of
 from dsp_pruning.packing.rebuild import change_tensor, replace_module
 from dsp_pruning.packing.report import LayerPlan
 
@@ -22,15 +23,13 @@ _MOST_PARAMETERS = 2**30  # of a twin: its widths come from a file that may be h
 
 
 def dense_widths(model: nn.Module) -> Widths:
-    """Path -> (input channels, output channels, groups) of every convolution, linear layer and norm."""
+    """Path -> (input channels, output channels, groups) of every layer and norm."""
     widths = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            widths[path] = module.in_channels, module.out_channels, module.groups
-        elif isinstance(module, nn.Linear):
-            widths[path] = module.in_features, module.out_features, 1
-        elif isinstance(module, nn.BatchNorm2d):
-            widths[path] = module.num_features, module.num_features, 1
+        for entry in operations_of(module)[:1]:
+            sizes = [getattr(module, name) for name in (*entry.reads, *entry.widths)]
+            if sizes:
+                widths[path] = sizes[0], sizes[-1], groups_of(module)
     return widths
 
 
@@ -92,14 +91,10 @@ def _dense(module: nn.Module, path: str, in_channels: int, out_channels: int, gr
         bias = module.get_parameter("position_bias")
         module.position_bias = nn.Parameter(bias.new_ones(out_channels, *bias.shape[1:]))
         return module
-    settings = encode_module(module, path)
-    widths = {
-        **dict.fromkeys(("in_channels", "in_features"), in_channels),
-        **dict.fromkeys(("out_channels", "out_features"), out_channels),
-        **dict.fromkeys(operations_of(module)[0].widths, out_channels),
-        "groups": groups,
-    }
-    settings |= {name: width for name, width in widths.items() if name in settings}
+    settings, entry = encode_module(module, path), operations_of(module)[0]
+    settings |= dict.fromkeys(entry.reads, in_channels) | dict.fromkeys(entry.widths, out_channels)
+    if "groups" in settings:
+        settings["groups"] = groups
     return build_module(settings, path, Budget())
 
 

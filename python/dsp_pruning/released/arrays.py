@@ -74,9 +74,7 @@ def build_released(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str
         eps = float(meta["bn_eps"])
     except (KeyError, TypeError, ValueError, DSPError) as error:
         raise DSPFormatError(f"the description of a released network is not usable: {error!r}") from error
-    expected = [
-        f"{stage}.{b}" for stage in ("stage_1", "stage_2", "stage_3") for b in range(len(model.stage_1))
-    ]
+    expected = [f"stage_{stage}.{block}" for stage in (1, 2, 3) for block in range(len(model.stage_1))]
     if [name for name, _ in blocks] != expected:
         raise DSPFormatError(
             f"a ResNet-{meta['depth']} has the blocks {expected[0]} to {expected[-1]}; "

@@ -24,11 +24,6 @@ from dsp_pruning.released.branches import NORM, Branch, NamedTensor, copy_into, 
 
 
 @dataclass(frozen=True)
-class _Owner:
-    path: str
-
-
-@dataclass(frozen=True)
 class _Image:
     """A tensor of the network: the node that makes it, and its channels where they are known."""
 
@@ -73,11 +68,11 @@ class _Walk:
     def __init__(self, graph: Any, state: Mapping[str, Tensor]) -> None:
         self.state = state
         self.graph = fx.Graph()
-        self.root = nn.Module()
+        self.root = fx.GraphModule(nn.Module(), self.graph)
         self.placed: set[str] = set()
         self.pooled = False
         network, images = _names(graph.inputs())
-        self.values: dict[str, Any] = {network: _Owner(""), images: _Image(self.graph.placeholder("x"), None)}
+        self.values: dict[str, Any] = {network: "", images: _Image(self.graph.placeholder("x"), None)}
 
     def step(self, call: Any) -> None:
         """Follow a ``torch._C.Node``."""
@@ -106,13 +101,8 @@ class _Walk:
     def network(self, output: str) -> LoadedNetwork:
         """The packed network whose output is the value of this name."""
         self.graph.output(self.image(self.values[output]).node)
-        for node in reversed(list(self.graph.nodes)):
-            if not node.users and node.op not in ("placeholder", "output"):
-                self.graph.erase_node(node)  # of a block that was removed by pruning, for example
-        called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
-        for path in self.placed - called:
-            parent, _, name = path.rpartition(".")
-            delattr(self.root.get_submodule(parent), name)
+        self.graph.eliminate_dead_code()  # of a block that was removed by pruning, for example
+        self.root.delete_all_unused_submodules()
         first = next((m for m in self.root.modules() if isinstance(m, nn.Conv2d | PackedConv2d)), None)
         if first is None:
             raise DSPFormatError("it holds no convolution")
@@ -146,14 +136,8 @@ class _Walk:
 
     def module(self, path: str, module: nn.Module, value: Any, channels: int | None) -> _Image:
         """Add a module at a path and call it."""
-        parent, name = self.root, path.rpartition(".")[2]
-        for part in path.split(".")[:-1]:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        if name in parent._modules:
-            raise DSPFormatError(f"layer {path!r} runs twice")
-        parent.add_module(name, module)
+        if path in self.placed or not self.root.add_submodule(path, module):
+            raise DSPFormatError(f"layer {path!r} runs twice, or its path is taken")
         self.placed.add(path)
         return _Image(self.graph.call_module(path, (self.image(value).node,)), channels)
 
@@ -212,9 +196,10 @@ def _index(value: Any) -> tuple[int, ...]:
     return tuple(tensor.flatten().tolist())
 
 
-def _attribute(walk: _Walk, owner: Any, name: str) -> _Owner | NamedTensor:
-    path = f"{owner.path}.{name}" if owner.path else name
-    return NamedTensor(path, walk.state[path]) if path in walk.state else _Owner(path)
+def _attribute(walk: _Walk, owner: str, name: str) -> str | NamedTensor:
+    """A tensor of the network, or the path of a module."""
+    path = f"{owner}.{name}" if owner else name
+    return NamedTensor(path, walk.state[path]) if path in walk.state else path
 
 
 def _gather(walk: _Walk, value: Any, *operands: Any) -> _Gathered:
@@ -354,13 +339,10 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_SAME, lambda walk, value, *_: value),
     **{f"aten::{function.__name__}": partial(_call, function) for function in _PLAIN},
     "prim::GetAttr": _attribute,
-    "prim::ListConstruct": lambda walk, *values: list(values),
-    "prim::TupleConstruct": lambda walk, *values: list(values),
-    "prim::ListUnpack": _items,
-    "prim::TupleUnpack": _items,
+    **dict.fromkeys(("prim::ListConstruct", "prim::TupleConstruct"), lambda walk, *values: list(values)),
+    **dict.fromkeys(("prim::ListUnpack", "prim::TupleUnpack"), _items),
     "aten::size": lambda walk, value, dim: -1 if dim == 0 else math.nan,  # only the batch is needed
-    "aten::take_along_dim": _gather,
-    "aten::index_select": _gather,
+    **dict.fromkeys(("aten::take_along_dim", "aten::index_select"), _gather),
     "aten::_convolution": _convolution,
     "aten::conv2d": _conv2d,
     "aten::batch_norm": _batch_norm,
@@ -370,8 +352,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "aten::add": _add,
     "aten::max_pool2d": _max_pool,
     "aten::mean": _mean,
-    "aten::view": _reshape,
-    "aten::reshape": _reshape,
+    **dict.fromkeys(("aten::view", "aten::reshape"), _reshape),
     "aten::linear": _linear,
     "aten::addmm": lambda walk, bias, value, weight, *_: _linear(walk, value, weight, bias),
 }
