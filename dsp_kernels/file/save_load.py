@@ -130,8 +130,11 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Examp
     parts, constants = encode_network(model, example_input)
     tensors |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
     for path, widths in (getattr(model, "dense_widths", None) or {}).items():
-        # Readers of version 3 and before know no tensors here.
-        parts.setdefault("dense_tensors" if path in parts["tensors"] else "dense_widths", {})[path] = widths
+        # Readers of version 3 and before know no tensors here. swap() folds some tensors away.
+        if path in parts["tensors"] or path in parts["modules"]:
+            parts.setdefault("dense_tensors" if path in parts["tensors"] else "dense_widths", {})[path] = (
+                widths
+            )
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     candidates, given = _input_shapes(model, example_input)
     errors: list[DSPFormatError] = []

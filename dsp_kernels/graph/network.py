@@ -146,6 +146,12 @@ def _fingerprint(model: nn.Module) -> Any:
     """All that forward() may depend on besides tensors."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, dict):  # of parameters, buffers and hooks too
+            return [(key, plain(part)) for key, part in value.items()]
+        if isinstance(value, list | tuple | set):
+            return type(value), [plain(part) for part in value]
+        if isinstance(value, Tensor):
+            return value.shape, value.dtype, value.device
         return value if isinstance(value, bool | int | float | str | type(None)) else (type(value), id(value))
 
     modules = model.named_modules(remove_duplicate=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_pruning import pack
 
 
 def assert_same(left: nn.Module, right: nn.Module) -> None:
@@ -262,3 +263,19 @@ def test_operations_of_other_networks_are_known(tmp_path: Path, name: str) -> No
     model = OPERATIONS[name]().eval()
     dsp_kernels.save(model, tmp_path / "net", nets.IMAGE)
     assert torch.equal(dsp_kernels.load(tmp_path / "net")(nets.example(3)), model(nets.example(3)))
+
+
+def test_a_change_after_pack_is_saved(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.settings = nn.Conv2d(3, 4, 3), {"scale": 1.0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * self.settings["scale"]
+
+    x = torch.randn(1, 3, 8, 8)
+    packed = pack(Scaled().eval(), x)
+    packed.settings["scale"] = 2.0
+    dsp_kernels.save(packed, tmp_path / "net.safetensors", x)
+    torch.testing.assert_close(dsp_kernels.load(tmp_path / "net.safetensors")(x), packed(x))
