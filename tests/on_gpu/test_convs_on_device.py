@@ -42,7 +42,7 @@ def test_convolution(family: str, case: Case, dtype: torch.dtype, device: torch.
             pytest.skip(reason)
         prepare = [("rule", lambda *a, layout=layout: kernels.prepare(*a, layout))]
         if family == "cuda":
-            names = kernels_for(case.spec, dtype, layout, has_wgmma(device.index))
+            names = kernels_for(case.spec, dtype, layout, has_wgmma(device))
             prepare += [(name, partial(CudaConv, layout=layout, kernel=name)) for name in names]
         fitting = replace(case, batch=8) if layout is GpuLayout.CHWN and case.batch % BATCH_MULTIPLE else case
         for (name, made), in_place in product(prepare, (False, True) if case.residual else (False,)):

@@ -189,9 +189,9 @@ def test_a_library_for_another_gpu_or_cuda_is_refused(
     monkeypatch.setattr(library, "why_not_on", lambda index: "")
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "my GPU")
-    assert re.match(f"(_C_cuda.so was )?{text}", library.why_no_cuda_on.__wrapped__(0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "my GPU")
+    assert re.match(f"(_C_cuda.so was )?{text}", library.why_no_cuda_on.__wrapped__(torch.device("cuda")))
 
 
 @pytest.mark.parametrize(
