@@ -175,7 +175,9 @@ def test_what_auto_tries_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "card")
     without_library = missing in ("library", "both")
     monkeypatch.setattr(
-        cuda_conv, "why_no_cuda_on", lambda device: "not built" if without_library else why_not_on(device.index)
+        cuda_conv,
+        "why_no_cuda_on",
+        lambda device: "not built" if without_library else why_not_on(device.index),
     )
     if missing in ("compiler", "both"):
         monkeypatch.delenv("CC", raising=False)

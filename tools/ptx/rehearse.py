@@ -113,9 +113,11 @@ _run_cases, _load_network = dsp_benchmarks.run.run_cases, networks.load_network
 def rehearsal() -> Iterator[None]:
     """Inside, this thread has a GPU."""
     patches = [
-        *(mock.patch.object(torch.cuda, name, lambda *a, value=value: value) for name, value in ANSWERS.items()),
+        *(
+            mock.patch.object(torch.cuda, name, lambda *a, value=value: value)
+            for name, value in ANSWERS.items()
+        ),
         mock.patch.object(library, "LIBRARY", build() / LIBRARY),
-        mock.patch.object(library, "built_for", lambda: (torch.version.cuda, ("sm_80", "sm_90a"))),
         *(mock.patch.object(module, "launch_op", interpreted) for module in (conv, block_conv)),
         *(
             mock.patch.object(where, name, on_gpu(getattr(where, name)))
