@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.torch_op import OP
-from dsp_kernels.run.convs import BACKENDS, ConvPlan, prepared
+from dsp_kernels.run.convs import BACKENDS, ConvPlan, first_working
 from dsp_kernels.run.gpu.conv import warn_of_missing
 
 
@@ -79,10 +79,13 @@ class FusedConv2d(nn.Module):
         key = (x.dtype, x.device, layout, *(_version(constant) for constant in constants))
         cached = self._plan  # key and plan in one attribute: another thread may replace both meanwhile
         if cached is None or cached[0] != key or any(constant.is_inference() for constant in constants):
-            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
+            request = self.backend, self.spec, x.dtype, x.device, layout
+            backend = BACKENDS.choose(*request)
             if x.device.type == "cuda" and self.backend == "auto":
                 warn_of_missing(x.device)
-            make = backend.prepare if backend.name == "cpu" else partial(prepared, backend)
+            make = backend.prepare
+            if backend.name != "cpu":
+                make = partial(first_working, BACKENDS.candidates(*request))
             cached = self._plan = key, make(self.spec, list(self.weights), self.bias)
         with torch.no_grad():
             return cached[1](x, residual).contiguous(memory_format=layout)

@@ -27,9 +27,7 @@ def test_a_released_network_on_real_images(
     assert error <= network_tolerance(dtype, 600, 20)
     labels = golden_labels(shared)[:IMAGES]
     right = [int((logits.argmax(1) == labels).sum()) for logits in (got, expected)]
-    print(
-        f"{IMAGES} images, right {right[0]}, float32 {right[1]}; largest error of a logit {error:.1e}; {dict(kernels)}"
-    )
+    print(f"{IMAGES} images, right {right[0]}, float32 {right[1]}; error {error:.1e}; {dict(kernels)}")
     # 21 convolutions; a block kernel runs two or three of them.
     launches = kernels.total() * 8 // IMAGES
     assert launches < 15 if wanted == "one block" else launches == 21

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -125,9 +125,9 @@ class Prefers(Tuner):
 def cuda_on_host() -> Iterator[None]:
     """The GPU executor takes networks on the CPU, as on an H200."""
     with (
-        mock.patch.object(cuda_conv, "why_no_cuda_on", lambda device: ""),
-        mock.patch.object(block_conv, "why_no_cuda_on", lambda device: ""),
-        mock.patch.object(cuda_conv, "has_wgmma", lambda device: True),
+        mock.patch.object(cuda_conv, "why_no_cuda_on", return_value=""),
+        mock.patch.object(block_conv, "why_no_cuda_on", return_value=""),
+        mock.patch.object(cuda_conv, "has_wgmma", return_value=True),
         torch.no_grad(),
     ):
         yield

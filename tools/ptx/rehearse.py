@@ -79,12 +79,14 @@ _launches: list[str] = []  # the kernels that ran
 
 
 def interpreted(*arguments: Any) -> None:
+    """launch_op on tensors in host memory."""
     with Interpreter("sm_90a") as ptx:
         launch_op(*arguments)
     _launches.extend(ptx.launches)
 
 
 def replayed(launch: Callable[[], None], device: torch.device, pool: object) -> Callable[[], None]:
+    """Stands for run.gpu.graphs.capture."""
     launch()
     return launch
 
@@ -97,10 +99,12 @@ def pretended_seconds(device: torch.device, launch: Callable[[], None]) -> float
 
 
 def small_run(network: Any, batches: Sequence[int], *arguments: Any, **settings: Any) -> Any:
+    """run_cases with at most MOST_IMAGES."""
     return _run_cases(network, sorted({min(n, MOST_IMAGES) for n in batches}), *arguments, **settings)
 
 
 def small_network(source: networks.NetworkSource) -> networks.Network:
+    """load_network for images of SIDE x SIDE."""
     return _load_network(replace(source, image_size=SIDE))
 
 
