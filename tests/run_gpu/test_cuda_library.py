@@ -114,6 +114,17 @@ def test_a_required_build_that_is_impossible_fails_with_the_reason() -> None:
     assert "DSP_KERNELS_CUDA is 1, but torch is not importable" in done.stderr
 
 
+def test_a_build_packs_no_files_of_an_earlier_one(tmp_path: Path) -> None:
+    stale = tmp_path / "lib" / "dsp_kernels" / "_C_cuda.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    environment = {**os.environ, "DSP_KERNELS_CUDA": "0", "DSP_KERNELS_CPU": "0"}
+    options = ["-q", "build", "--build-base", tmp_path, "--build-lib", tmp_path / "lib"]
+    subprocess.run([sys.executable, "setup.py", *options], cwd=ROOT, env=environment, check=True)
+    assert stale.with_name("env.py").is_file()
+    assert not stale.exists()
+
+
 def test_the_library_is_built_where_that_is_possible() -> None:
     if os.environ.get("DSP_KERNELS_CUDA") == "0":
         pytest.skip("DSP_KERNELS_CUDA is 0")
