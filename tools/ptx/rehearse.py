@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,7 @@ from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu import tune
 from dsp_kernels.run.gpu.cuda import conv, library
 from dsp_kernels.run.gpu.cuda.blocks import conv as block_conv
+from dsp_kernels.run.gpu.cuda.blocks.plan import H200
 from dsp_kernels.run.gpu.cuda.launch import launch_op
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
 from ptx.build import LIBRARY, build
@@ -45,6 +47,11 @@ ANSWERS: dict[str, Any] = {
     "current_device": 0,
     "get_device_name": "an interpreter as H200",
     "get_device_capability": (9, 0),
+    "get_device_properties": SimpleNamespace(
+        multi_processor_count=H200.multiprocessors,
+        shared_memory_per_block_optin=H200.shared_per_block,
+        shared_memory_per_multiprocessor=H200.shared_per_multiprocessor,
+    ),
     "synchronize": None,
     "empty_cache": None,
 }
@@ -59,6 +66,8 @@ class OnHost(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.cuda:
             return args[0]
+        if func is torch.device:  # only named, nothing is there yet
+            return func(*args, **(kwargs or {}))
 
         def host(value: Any) -> Any:
             is_gpu = isinstance(value, str | torch.device) and str(value).startswith("cuda")
