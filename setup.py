@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 CPU_SOURCES = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").rglob("*.cpp"))
@@ -73,6 +74,15 @@ def supports(compiler: list[str], flag: str, instruction: str) -> bool:
 def announce(text: str) -> None:
     """One line, easy to find in the output of `pip install -v`; without -v pip shows no build output."""
     print(f"dsp-kernels: {text}", file=sys.stderr)
+
+
+class BuildPython(build_py):
+    """Begins with an empty folder: what an earlier build left there would be packed too."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildNative(build_ext):
@@ -156,5 +166,5 @@ setup(
         *(f"dsp_benchmarks.{name}" for name in find_packages("benchmarks")),
     ],
     ext_modules=[Extension("dsp_kernels._C", CPU_SOURCES, depends=CPU_HEADERS, language="c++")],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

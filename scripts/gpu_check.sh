@@ -11,10 +11,10 @@
 #                                   by git), for a machine that gets only the repository; without them networks are
 #                                   made from seeds, and accuracy is not counted
 #
-# PYTHON: the interpreter (python3). OUT: a folder (gpu_results). DSP_DEVICE=cpu rehearses on a machine without a GPU.
+# PYTHON: the interpreter (python3). OUT: a folder (gpu_results). DSP_REHEARSE=1: tools/ptx in place of a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu_results} DEVICE=${DSP_DEVICE:-cuda} LOGS=build/gpu_check failed=
+PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu_results} LOGS=build/gpu_check failed=
 
 if [ "${1:-}" = --pack ]; then
   mkdir -p .shared/data .shared/golden
@@ -35,15 +35,16 @@ else # with the released networks' numbers of groups and of multiply-adds
   cifar="--structure random:g=4,rate=0.64" imagenet="--structure random:g=2,rate=0.8"
   nets=("cifar_resnet20 $cifar" "resnet18 $imagenet" "cifar_resnet56 $cifar" "resnet50 $imagenet")
 fi
-batches=256,32,1 rounds=12 select= slower=1
+batches=256,32,1 rounds=12 select=() slower=1
 fast=packed/fused:cuda:fp16,dense/cudnn-fused-fp16,dense/cuda-graph-fp16,compacted/cudnn-fused-fp16
 slow=packed/fused:cuda:fp16,dense/compile-autotune-fp16,dense/tensorrt-fp16
-if [ "$DEVICE" = cpu ]; then
-  nets=("${nets[0]}") batches=1 rounds=8 fast=packed/fused:cpu,dense/torch slow=packed/fused:cpu,dense/compile
-  select="-k unequal" budget=3000 slower=10
-  export DSP_KERNELS_CUDA=0
-else
-  export DSP_REQUIRE_GPU=1 DSP_KERNELS_CUDA=1
+run=("$PYTHON")
+export DSP_REQUIRE_GPU=1 DSP_KERNELS_CUDA=1
+if [ -n "${DSP_REHEARSE:-}" ]; then # see tools/ptx/rehearse.py
+  run+=(-m ptx.rehearse) budget=3000 slower=10 batches=8,1 rounds=8 nets=("${nets[0]}")
+  fast=packed/fused:cuda:fp16,dense/cudnn-fused-fp16 slow=packed/fused:cuda:fp16,dense/tensorrt-fp16
+  select=(-k "(unequal or networks_with) and float16 and not bfloat16 and not triton")
+  export DSP_KERNELS_CUDA=0 PYTEST_XDIST_AUTO_NUM_WORKERS=0
 fi
 
 part() { # part NAME SECONDS COMMAND...: its log, and the end of it; continues after a failure
@@ -58,28 +59,26 @@ part() { # part NAME SECONDS COMMAND...: its log, and the end of it; continues a
 compare() { # compare WHAT ENGINES BATCHES SECONDS NETWORK OPTIONS...
   local name=$5_$1 engines=$2 tried=$3 limit=$4
   shift 4
-  part "$name" "$limit" "$PYTHON" -m dsp_benchmarks run --device "$DEVICE" --engines "$engines" --batches "$tried" \
+  part "$name" "$limit" "${run[@]}" -m dsp_benchmarks run --device cuda --engines "$engines" --batches "$tried" \
     --rounds $rounds --seconds $(((limit - 5) * slower)) --out "$LOGS/$name.json" --networks "$@"
 }
 
 rm -rf "$LOGS"
 mkdir -p "$LOGS/path" "$OUT"
 ln -sfn "$PWD/benchmarks" "$LOGS/path/dsp_benchmarks" # runs from the repository, without an installation
-export PYTHONPATH=$PWD:$PWD/python:$PWD/$LOGS/path${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD:$PWD/python:$PWD/tools:$PWD/$LOGS/path${PYTHONPATH:+:$PYTHONPATH}
 trap 'tar -C "$LOGS" --exclude path -czf "$OUT/$call.tgz" .' EXIT
 SHOWN=1 part build 120 "$PYTHON" setup.py build_ext --inplace
 case "$call" in
   answers)
-    SHOWN=40 part doctor 45 "$PYTHON" -m dsp_cli.main doctor
-    part tests 110 "$PYTHON" -m pytest -q -n auto -p no:cacheprovider $select tests/on_gpu
+    SHOWN=40 part doctor 45 "${run[@]}" -m dsp_cli.main doctor
+    part tests 110 "${run[@]}" -m pytest -q -n auto -p no:cacheprovider "${select[@]}" tests/on_gpu
     for net in "${nets[@]}"; do compare fast $fast $batches 45 $net; done
     for net in "${nets[@]:0:2}"; do compare slow $slow "${batches%%,*}" 75 $net; done
     ;;
   times)
-    size= && [ "$DEVICE" = cpu ] && size="--image-size 8"
     for net in "${nets[@]}"; do
-      SHOWN=30 part "${net%% *}_times" 30 "$PYTHON" scripts/gpu_times.py --device "$DEVICE" $size \
-        --out "$LOGS/${net%% *}_times.json" --batch ${batches//,/ } --net $net
+      SHOWN=30 part "${net%% *}_times" 30 "${run[@]}" scripts/gpu_times.py --out "$LOGS/${net%% *}_times.json" --batch ${batches//,/ } --net $net
     done
     for net in "${nets[@]:2}"; do compare slow $slow "${batches%%,*}" 75 $net; done
     ;;

@@ -2,13 +2,12 @@
 
     python scripts/gpu_times.py --net NAME [--structure S] --out FILE [--batch N ...]
 
-``fuse`` measures the same within five seconds per input shape. --device cpu rehearses.
+``fuse`` measures the same within five seconds per input shape.
 """
 
 import argparse
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -49,29 +48,20 @@ class Recorder(Tuner):
             return math.inf
 
 
-def cpu_seconds(launch: Launch) -> float:
-    """Of one launch."""
-    started = time.perf_counter()
-    launch()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     """Print a line per convolution, block and network; write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--net", required=True)
     parser.add_argument("--structure")
-    parser.add_argument("--image-size", type=int)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 32, 1])
-    parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    device, dtype = torch.device(options.device), torch.float32 if options.device == "cpu" else torch.float16
-    source = NetworkSource(options.net, options.structure, options.image_size)
-    program = load_network(source).program("packed").map_tensors(lambda t: t.to(device, dtype))
+    device = torch.device("cuda")
+    source = NetworkSource(options.net, options.structure)
+    program = load_network(source).program("packed").map_tensors(lambda t: t.to(device, torch.float16))
     found = []
     for batch in options.batch:
-        recorder = Recorder(cpu_seconds if device.type == "cpu" else partial(gpu_seconds, device))
+        recorder = Recorder(partial(gpu_seconds, device))
         runner = GpuRunner(program, make_tuner=lambda device, what, recorder=recorder: recorder)
         plan = runner.plan([(batch, *program.shapes[name][1:]) for name in program.inputs])
         for name, times in recorder.times.items():

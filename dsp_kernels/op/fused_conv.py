@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.torch_op import OP
-from dsp_kernels.run.convs import BACKENDS, ConvPlan, prepared
+from dsp_kernels.run.convs import BACKENDS, ConvPlan, first_working
 from dsp_kernels.run.gpu.conv import warn_of_missing
 
 
@@ -87,10 +87,13 @@ class FusedConv2d(nn.Module):
             return cached[2](x, residual).contiguous(memory_format=layout)
 
     def _new_plan(self, x: Tensor, layout: torch.memory_format) -> ConvPlan:
-        backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
+        request = self.backend, self.spec, x.dtype, x.device, layout
+        backend = BACKENDS.choose(*request)
         if x.device.type == "cuda" and self.backend == "auto":
             warn_of_missing(x.device)
-        make = backend.prepare if backend.name == "cpu" else partial(prepared, backend)
+        make = backend.prepare
+        if backend.name != "cpu":
+            make = partial(first_working, BACKENDS.candidates(*request))
         return make(self.spec, list(self.weights), self.bias)
 
     def reset_plan(self) -> None:

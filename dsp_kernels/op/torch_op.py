@@ -16,7 +16,7 @@ from dsp_kernels.op.activations import activation_gradient
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.structure import GroupStructure
-from dsp_kernels.run.convs import BACKENDS, ConvPlan, prepared
+from dsp_kernels.run.convs import BACKENDS, ConvPlan, first_working
 from dsp_kernels.run.cpu.conv import CpuPlan
 from dsp_kernels.run.cpu.extension import chosen_isa, may_use_winograd
 from dsp_kernels.run.gpu.conv import warn_of_missing
@@ -264,11 +264,12 @@ def _plan_for(
 
     Address and version counter do not suffice: writes through ``weight.data`` or numpy are not counted.
     """
-    backend = BACKENDS.choose("auto", spec, x.dtype, x.device, layout)
+    request = "auto", spec, x.dtype, x.device, layout
+    backend = BACKENDS.choose(*request)
     if x.device.type == "cuda":
         warn_of_missing(x.device)
     if backend.name != "cpu":
-        return prepared(backend, spec, weights, bias)
+        return first_working(BACKENDS.candidates(*request), spec, weights, bias)
     addresses = (tensor.data_ptr() for tensor in (*weights, bias) if tensor is not None)
     key = (chosen_isa(), may_use_winograd(), bias is None, spec.kernel_size, *addresses)
     plan = PLANS.get(key)

@@ -1,6 +1,7 @@
 """The backends of one gather-grouped convolution."""
 
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -69,3 +70,39 @@ def prepared(
         storages = [StorageWeakRef(constant.untyped_storage()) for constant in constants]
         kept = _prepared[key] = state, storages, plan
     return kept[2]
+
+
+_failed: set[tuple[str, ConvSpec]] = set()  # (backend, what it failed to run)
+
+
+def first_working(
+    candidates: Iterator[ConvBackend], spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
+) -> ConvPlan:
+    """The plan of the first candidate; when a call of it fails, with a warning that of the next one.
+
+    It is not tried again for this convolution. The last one's error is raised. Memory that runs out is no
+    reason for another backend.
+    """
+    backend = next(candidates)
+    while (backend.name, spec) in _failed and (other := next(candidates, None)):
+        backend = other
+    plan = prepared(backend, spec, weights, bias)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        nonlocal backend, plan
+        while True:
+            try:
+                return plan(x, residual)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # not compiled for this GPU, too much shared memory, ...
+                other = next(candidates, None)
+                if other is None:
+                    raise
+                _failed.add((backend.name, spec))
+                warnings.warn(
+                    f"{other.name} takes over, because {backend.name} failed: {error}", stacklevel=2
+                )
+                backend, plan = other, prepared(other, spec, weights, bias)
+
+    return run

@@ -93,5 +93,5 @@ def _time_network() -> bool:
             shown = f"{1e3 * seconds:.3g} ms, off by {row.difference:.1e} of at most {row.allowed:.1e}"
         print(f"{name:<30} {shown}")
     times = [f"{what} {1e3 * fastest.get(what, math.nan):.3g} ms" for what in ("fused", "dense")]
-    print(f"\n{', '.join(times)} (ResNet-20, random groups and weights, batch {batch}, {device})")
+    print(f"\n{', '.join(times)} (ResNet-20, random groups and weights, batch {rows[0].batch}, {device})")
     return any(row.status in ("wrong", "failed") for row in rows)

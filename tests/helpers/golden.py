@@ -19,6 +19,11 @@ def cifar_images(shared: Path, part: str = "test", dtype: torch.dtype = torch.fl
     return (pixels / 255 - mean) / std
 
 
+def golden_labels(shared: Path) -> Tensor:
+    """The classes of the test images."""
+    return torch.from_numpy(np.load(shared / "data" / "cifar10_subset.npz")["test_labels"])
+
+
 def golden_logits(shared: Path, name: str) -> tuple[Tensor, int]:
     """The logits of all test images in float32, and how many of these are classified right."""
     golden = np.load(shared / "golden" / "logits.npz")

@@ -2,11 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,18 +20,16 @@ from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure
 from dsp_kernels.graph.network import evaluating, trace
-from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.planner import plan
-from dsp_kernels.run.gpu import plan as gpu_plan
+from dsp_kernels.run.gpu.cuda import conv as cuda_conv
+from dsp_kernels.run.gpu.cuda.blocks import conv as block_conv
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
-from dsp_kernels.run.gpu.cuda.conv import CudaConv, CudaKernels
-from dsp_kernels.run.gpu.cuda.kernels import kernels_for
-from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
+from dsp_kernels.run.gpu.cuda.conv import CudaConv
+from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.program import GpuRunner
 from dsp_kernels.run.gpu.tune import Choices, Tuner
-from dsp_kernels.run.registry import Registry
 from dsp_pruning import read_released
 
 CPU = torch.device("cpu")
@@ -45,9 +41,11 @@ def layout_of(kernel: str) -> GpuLayout:
 
 
 def interpreters(chips: Sequence[str], shared_limit: int | None = None) -> Iterator[Interpreter]:
-    """Every order of warps, copies and blocks on every chip."""
-    for chip, order in product(chips, Interpreter.ORDERS.values()):
-        yield Interpreter(chip, **order, shared_limit=shared_limit)
+    """Every order of warps, copies and blocks on the first chip; a random one on the others."""
+    for chip in chips:
+        for name, order in Interpreter.ORDERS.items():
+            if chip == chips[0] or name == "random":
+                yield Interpreter(chip, **order, shared_limit=shared_limit)
 
 
 def conv_case(
@@ -113,32 +111,6 @@ def block_case(
     return ran
 
 
-class HostKernels(CudaKernels):
-    """The CUDA kernels for tensors on the CPU, those by wgmma first if ``wgmma``."""
-
-    def __init__(self, wgmma: bool) -> None:
-        self._wgmma = wgmma
-
-    def can_run(
-        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
-    ) -> tuple[bool, str]:
-        return True, ""
-
-    def options(
-        self,
-        spec: ConvSpec,
-        weights: Sequence[Tensor],
-        bias: Tensor | None,
-        layout: GpuLayout,
-        shape: Sequence[int],
-    ) -> dict[str, Callable[[], GpuConv]]:
-        if not self._wgmma or not weights:
-            return super().options(spec, weights, bias, layout, shape)
-        names = kernels_for(spec, weights[0].dtype, layout, wgmma=True)
-        names = tuple(sorted(names, key=lambda name: "wgmma" not in name))
-        return {name: partial(CudaConv, spec, weights, bias, layout, name) for name in names}
-
-
 class Prefers(Tuner):
     """A tuner that takes what it prefers where that is an option."""
 
@@ -151,15 +123,12 @@ class Prefers(Tuner):
 
 
 @contextmanager
-def cuda_on_host(wgmma: bool = False) -> Iterator[None]:
-    """The GPU executor takes networks on the CPU."""
-
-    def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -> str:
-        return "" if layout is GpuLayout.CHWN and dtype != torch.float32 else "not here"
-
+def cuda_on_host() -> Iterator[None]:
+    """The GPU executor takes networks on the CPU, as on an H200."""
     with (
-        mock.patch.object(gpu_plan, "GPU_KERNELS", Registry("GPU kernel", HostKernels(wgmma))),
-        mock.patch.object(gpu_plan, "why_no_blocks", why_no_blocks),
+        mock.patch.object(cuda_conv, "why_no_cuda_on", return_value=""),
+        mock.patch.object(block_conv, "why_no_cuda_on", return_value=""),
+        mock.patch.object(cuda_conv, "has_wgmma", return_value=True),
         torch.no_grad(),
     ):
         yield
@@ -174,13 +143,13 @@ def runner_of(model: nn.Module, dtype: torch.dtype, size: Sequence[int], *wanted
 
 
 def released_network(
-    shared: Path, name: str, count: int, dtype: torch.dtype, wgmma: bool, blocks: bool
+    shared: Path, name: str, count: int, dtype: torch.dtype, wanted: str
 ) -> tuple[Tensor, Tensor, Counter[str]]:
     """Logits of the network's PTX and of float32 for the first images, and how often each kernel ran."""
     model = read_released(shared / "nets" / f"{name}.npz").eval()
     images = cifar_images(shared)[:count]
-    with cuda_on_host(wgmma), Interpreter("sm_90a") as ptx:
-        run = runner_of(model, dtype, images.shape[1:], *["one block"] * blocks)
+    with cuda_on_host(), Interpreter("sm_90a") as ptx:
+        run = runner_of(model, dtype, images.shape[1:], wanted)
         got = torch.cat([run([part.to(dtype)])[0].float() for part in images.split(8)])
     with torch.no_grad():
         return got, model(images), Counter(ptx.launches)

@@ -1,7 +1,4 @@
-"""Tests that need a GPU: ``scripts/gpu_check.sh`` runs them; elsewhere they are skipped with the reason.
-
-DSP_DEVICE=cpu rehearses the table of single convolutions in Triton's interpreter.
-"""
+"""Tests that need a GPU: ``scripts/gpu_check.sh`` runs them; elsewhere they are skipped with the reason."""
 
 import os
 
@@ -10,17 +7,8 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    if os.environ.get("DSP_DEVICE") == "cpu":
-        return torch.device("cpu")
+def gpu() -> torch.device:
     if not torch.cuda.is_available():
         # scripts/gpu_check.sh must not pass without a GPU.
         (pytest.fail if os.environ.get("DSP_REQUIRE_GPU") else pytest.skip)("torch finds no CUDA device")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@pytest.fixture(scope="session")
-def gpu(device: torch.device) -> torch.device:
-    if device.type != "cuda":
-        pytest.skip("needs a GPU")
-    return device

@@ -33,21 +33,21 @@ REAL = (
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *REAL], ids=[*IDS, *(case.name.replace(" ", "-") for case in REAL)])
 @pytest.mark.parametrize("family", ["triton", "cuda"])
-def test_convolution(family: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+def test_convolution(family: str, case: Case, dtype: torch.dtype, gpu: torch.device) -> None:
     """By the kernel that the rule chooses and by every CUDA kernel that can run it; also in place."""
     kernels = next(item for item in GPU_KERNELS if item.name == family)
     for layout in GpuLayout:
-        able, reason = kernels.can_run(case.spec, dtype, device, layout)
+        able, reason = kernels.can_run(case.spec, dtype, gpu, layout)
         if not able:
             pytest.skip(reason)
         prepare = [("rule", lambda *a, layout=layout: kernels.prepare(*a, layout))]
         if family == "cuda":
-            names = kernels_for(case.spec, dtype, layout, has_wgmma(device.index))
+            names = kernels_for(case.spec, dtype, layout, has_wgmma(gpu))
             prepare += [(name, partial(CudaConv, layout=layout, kernel=name)) for name in names]
         fitting = replace(case, batch=8) if layout is GpuLayout.CHWN and case.batch % BATCH_MULTIPLE else case
         for (name, made), in_place in product(prepare, (False, True) if case.residual else (False,)):
             try:
-                check_conv(made, fitting, dtype, layout, device, in_place)
+                check_conv(made, fitting, dtype, layout, gpu, in_place)
             except AssertionError as error:
                 error.add_note(f"kernel {name}, {layout.name}, in place {in_place}")
                 raise

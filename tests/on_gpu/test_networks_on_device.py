@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nets
-import numpy as np
 import pytest
 import torch
-from golden import RELEASED, cifar_images, golden_logits
+from golden import RELEASED, cifar_images, golden_labels, golden_logits
 from torch import Tensor
 
 import dsp_kernels
@@ -78,7 +77,7 @@ def test_real_networks(
     record_property: Callable[[str, object], None],
 ) -> None:
     images = cifar_images(shared).to(gpu)
-    labels = torch.from_numpy(np.load(shared / "data" / "cifar10_subset.npz")["test_labels"]).to(gpu)
+    labels = golden_labels(shared).to(gpu)
     golden, correct = golden_logits(shared, name)
     packed = read_released(shared / "nets" / f"{name}.npz").to(gpu)
     fused = dsp_kernels.fuse(packed, images[:8], backend="cuda", dtype=dtype)

@@ -114,6 +114,17 @@ def test_a_required_build_that_is_impossible_fails_with_the_reason() -> None:
     assert "DSP_KERNELS_CUDA is 1, but torch is not importable" in done.stderr
 
 
+def test_a_build_packs_no_files_of_an_earlier_one(tmp_path: Path) -> None:
+    stale = tmp_path / "lib" / "dsp_kernels" / "_C_cuda.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    environment = {**os.environ, "DSP_KERNELS_CUDA": "0", "DSP_KERNELS_CPU": "0"}
+    options = ["-q", "build", "--build-base", tmp_path, "--build-lib", tmp_path / "lib"]
+    subprocess.run([sys.executable, "setup.py", *options], cwd=ROOT, env=environment, check=True)
+    assert stale.with_name("env.py").is_file()
+    assert not stale.exists()
+
+
 def test_the_library_is_built_where_that_is_possible() -> None:
     if os.environ.get("DSP_KERNELS_CUDA") == "0":
         pytest.skip("DSP_KERNELS_CUDA is 0")
@@ -189,9 +200,9 @@ def test_a_library_for_another_gpu_or_cuda_is_refused(
     monkeypatch.setattr(library, "why_not_on", lambda index: "")
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "my GPU")
-    assert re.match(f"(_C_cuda.so was )?{text}", library.why_no_cuda_on.__wrapped__(0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "my GPU")
+    assert re.match(f"(_C_cuda.so was )?{text}", library.why_no_cuda_on.__wrapped__(torch.device("cuda")))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import dsp_kernels
 from dsp_kernels import PackedConv2d, gather_grouped_conv2d
 from dsp_kernels.errors import DSPBackendError, DSPVerificationError
 from dsp_kernels.op import fused_conv, torch_op
+from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program import fuse as fuse_module
 from dsp_kernels.program.steps import Program, Runner
@@ -89,6 +90,35 @@ def test_the_op_prepares_again_what_has_changed(backend: StandIn) -> None:
     a.weights[1] = a.weights[1].transpose(2, 3)
     expected = definition(backend.prepared[0], a.x, a.weights, a.bias, None)
     torch.testing.assert_close(run(), expected.to(a.x.dtype))
+
+
+class Failing(StandIn):
+    name = "failing"
+
+    def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Run:
+        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+            raise RuntimeError("no kernel image is available")
+
+        return run
+
+
+def test_a_layer_goes_on_with_the_next_backend_when_a_launch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (torch_op, fused_conv):
+        monkeypatch.setattr(module, "BACKENDS", Registry("backend", Failing(), StandIn()))
+    packed, x = PackedConv2d(UNEQUAL, 3).eval(), torch.randn(2, 7, 5, 5)
+    expected = definition(packed.spec, x, packed.weights, packed.bias, None).detach().float()
+    message = "stand-in takes over, because failing failed: no kernel image"
+    swapped = dsp_kernels.swap(packed)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.testing.assert_close(swapped(x), expected)
+            y = gather_grouped_conv2d(x, list(packed.weights), UNEQUAL, packed.bias)
+            torch.testing.assert_close(y, expected)
+    assert [message in str(each.message) for each in caught] == [True]  # it is not tried again
+    explicit = FusedConv2d(packed.spec, list(packed.weights), packed.bias, "failing")
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        explicit(x)
 
 
 class Executor(EagerExecutor):
@@ -180,7 +210,9 @@ def test_what_auto_tries_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "card")
     without_library = missing in ("library", "both")
     monkeypatch.setattr(
-        cuda_conv, "why_no_cuda_on", lambda index: "not built" if without_library else why_not_on(index)
+        cuda_conv,
+        "why_no_cuda_on",
+        lambda device: "not built" if without_library else why_not_on(device.index),
     )
     if missing in ("compiler", "both"):
         monkeypatch.delenv("CC", raising=False)

@@ -9,7 +9,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from build_cuda import CUDA, CXX_FLAGS, NVCC_FLAGS, TARGET_FLAG, find_nvcc, find_torch
+from build_cuda import CUDA, CXX_FLAGS, NVCC_FLAGS, TARGET_FLAG, cuda_version, find_nvcc, find_torch
 
 SOURCES = Path(__file__).with_name("src")
 BUILDS = Path(__file__).resolve().parents[2] / "build" / "tests"
@@ -59,7 +59,8 @@ def build() -> Path:
 def _compile(nvcc: str, torch: Path, folder: Path) -> None:
     archs = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
     include = [f"-isystem{torch / 'include'}"]
-    op = ["g++", *CXX_FLAGS, TARGET_FLAG, *include, '-DDSP_KERNELS_BUILD=""']
+    about = " ".join([cuda_version(nvcc), *(f"sm_{arch}" for arch in ARCHS)])
+    op = ["g++", *CXX_FLAGS, TARGET_FLAG, *include, f'-DDSP_KERNELS_BUILD="{about}"']
     own = ["g++", *INTERPRETER_FLAGS, *include]
     kernels = [nvcc, *NVCC_FLAGS, *archs, "--keep", "--keep-dir", str(folder)]
     commands = {

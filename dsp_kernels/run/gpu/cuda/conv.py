@@ -43,10 +43,7 @@ class CudaKernels:
         return not reason, reason
 
     def why_not(self, device: torch.device) -> str:
-        """Nothing is loaded for tensors on a CPU."""
-        if device.type != "cuda":
-            return f"tensors are on {device}"
-        return why_no_cuda_on(device.index)
+        return why_no_cuda_on(device)
 
     def prepare(
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
@@ -64,8 +61,7 @@ class CudaKernels:
         """Every kernel that can run it; the rule's choice first."""
         if not weights:
             return {self.name: partial(CudaConv, spec, weights, bias, layout)}
-        device = weights[0].device
-        names = kernels_for(spec, weights[0].dtype, layout, device.type == "cuda" and has_wgmma(device.index))
+        names = kernels_for(spec, weights[0].dtype, layout, has_wgmma(weights[0].device))
         positions = shape[0] * math.prod(spec.output_hw(shape[2:]))
         first = rule(names, spec.structure, positions)
         return {

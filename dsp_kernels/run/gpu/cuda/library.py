@@ -61,16 +61,18 @@ def _text(function: str) -> str:
 
 
 @cache
-def why_no_cuda_on(index: int | None) -> str:
-    """Why CUDA device ``index`` (None: the current one) cannot run the library; empty if it can."""
-    if reason := why_no_cuda() or why_not_on(index):
+def why_no_cuda_on(device: torch.device) -> str:
+    """Why this device cannot run the library; empty if it can. Nothing is loaded for a CPU."""
+    if device.type != "cuda":
+        return f"tensors are on {device}"
+    if reason := why_no_cuda() or why_not_on(device.index):
         return reason
-    capability, archs = torch.cuda.get_device_capability(index), built_for()[1]
+    capability, archs = torch.cuda.get_device_capability(device), built_for()[1]
     if runs_on(capability, archs):
         return ""
     needed = f"{capability[0]}.{capability[1]}"
     return (
-        f"{LIBRARY.name} was built for {', '.join(archs)}; {torch.cuda.get_device_name(index)} has compute "
+        f"{LIBRARY.name} was built for {', '.join(archs)}; {torch.cuda.get_device_name(device)} has compute "
         f"capability {needed}: rebuild on its machine or set TORCH_CUDA_ARCH_LIST={needed}; {_FIX}"
     )
 
@@ -97,8 +99,8 @@ def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
 
 
 @cache
-def has_wgmma(index: int | None) -> bool:
-    """Whether CUDA device ``index`` (None: the current one) has wgmma and the library was compiled for it."""
-    if why_no_cuda_on(index) or torch.cuda.get_device_capability(index) != (9, 0):
+def has_wgmma(device: torch.device) -> bool:
+    """Whether this device has wgmma and the library was compiled for it."""
+    if why_no_cuda_on(device) or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     return "sm_90a" in built_for()[1]

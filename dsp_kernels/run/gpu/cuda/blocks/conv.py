@@ -20,9 +20,7 @@ def why_no_blocks(dtype: torch.dtype, device: torch.device, layout: GpuLayout) -
         return f"the batch is not a multiple of {BATCH_MULTIPLE}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {dtype} is neither float16 nor bfloat16"
-    if device.type != "cuda":
-        return f"tensors are on {device}"
-    return why_no_cuda_on(device.index)
+    return why_no_cuda_on(device)
 
 
 class CudaBlock:
