@@ -271,6 +271,7 @@ PYBIND11_MODULE(_C, m) {
         .def("flatten", adds(&dsp::Network::add_flatten))
         .def("product", &Native::product)
         .def("adaptive", adds(&dsp::Network::add_adaptive))
+        .def("resize", adds(&dsp::Network::add_resize))
         .def("select", adds(&dsp::Network::add_select))
         .def("concat", adds(&dsp::Network::add_concat))
         .def("linear", &Native::linear)

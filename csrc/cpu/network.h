@@ -55,7 +55,7 @@ using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of ea
 // How a convolution is summed: directly, or in one of two forms of Winograd's method (winograd.h).
 enum class Form { plain, bands, patches };
 
-enum class Kind { input, conv, map, product, pool, adaptive, view, linear, output };
+enum class Kind { input, conv, map, product, pool, adaptive, resize, view, linear, output };
 
 struct Step {
     explicit Step(Kind kind, std::vector<int> inputs = {}, Act act = Act::none)
@@ -73,6 +73,11 @@ struct Step {
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
     int divisor = 0; // 0: the size of the window
+    // resize; pads: top, bottom, left, right
+    int factor = 1;
+    bool shuffle = false;
+    std::array<int, 4> pads{};
+    float value = 0.0f;
     // view: per channel, the input (an index into `inputs`) and its channel
     std::vector<Pair> planes;
     // map: per channel, or empty
@@ -124,6 +129,9 @@ class Network {
     // The mean over each of size[0] x size[1] parts of the feature map, and over all of it.
     int add_adaptive(int x, Pair size);
     int add_mean(int x) { return add_adaptive(x, {1, 1}); }
+    // Each pixel repeated factor x factor times, or with shuffle the pixels of factor * factor channels as one of
+    // each; then padded with a value, or cut where a pad is negative.
+    int add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value);
     // Views of the planes of other values, without a copy: all of x, some of its channels, several concatenated.
     int add_flatten(int x) { return add_concat({x}); }
     int add_select(int x, const std::vector<int>& channels);

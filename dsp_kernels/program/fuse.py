@@ -124,6 +124,8 @@ class FusedNetwork(nn.Module):
             raise DSPShapeError(
                 f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
             )
+        if self.program.check is not None:
+            self.program.check(x)
         y = self._runner_for(x)(x)
         if y.dtype != x.dtype:  # .to() costs 3 us even as a no-op
             y = y.to(x.dtype)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor, fx, nn
 
+from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.spec import ConvSpec
 
 TensorMap = Callable[[Tensor], Tensor]
@@ -114,6 +115,24 @@ class PoolStep(Step):
 
 
 @dataclass(frozen=True, eq=False)
+class ResizeStep(Step):
+    """Larger, padded and cut maps.
+
+    Each pixel becomes factor x factor equal ones or, if shuffle, as by torch.pixel_shuffle. pads: (top, bottom,
+    left, right) pixels of ``value`` around them, or cut off where negative.
+    """
+
+    factor: int = 1
+    shuffle: bool = False
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    value: float = 0.0
+
+    def describe(self) -> str:
+        spread = [f"{'shuffle' if self.shuffle else 'repeat'} {self.factor}"] if self.factor > 1 else []
+        return " + ".join(spread + [f"pad {self.pads}"] * any(self.pads))
+
+
+@dataclass(frozen=True, eq=False)
 class GlobalPoolStep(Step):
     """The mean of every channel; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
@@ -187,12 +206,14 @@ class Program:
 
     input: name of the images (batch, channels, height, width); output: name of the result.
     shapes: shape of every tensor for the example input, batch first.
+    check: of the image size that it is right for; None if it is right for all. Its caller runs it.
     """
 
     input: str
     output: str
     steps: tuple[Step, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    check: SizeCheck | None = None
 
     @cached_property
     def last_use(self) -> Mapping[str, int]:
