@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.graph.network import TracedNetwork, works_in_place
 from dsp_kernels.graph.operations.entry import TracedNode, flat
+from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.activations import GATES
 from dsp_kernels.op.dense import batch_norm_affine, fold_affine
 from dsp_kernels.op.fused_conv import FusedConv2d
@@ -91,6 +92,7 @@ class _Planner:
         self.value_of: dict[str, str] = {}  # node -> the value that holds its result
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.readers = _count_readers(network)
+        self.check: SizeCheck | None = None  # of the first input
         self.first_movable = 0  # steps before it must not move
         held = (*network.graph_module.parameters(), *network.graph_module.buffers())
         self.device = held[0].device if held else torch.device("cpu")
@@ -108,8 +110,7 @@ class _Planner:
             if node.kind != "output":
                 self._plan_node(node)
         output = self._inputs(outputs[0])[0]
-        steps = self._live(output)
-        return Program(inputs[0].name, output, steps, self.shapes, self.network.size_check)
+        return Program(inputs[0].name, output, self._live(output), self.shapes, self.check)
 
     def _plan_node(self, node: TracedNode) -> None:
         if node.kind != "input":
@@ -179,14 +180,16 @@ class _Planner:
         read = dict(node.attributes)
         weight, bias, groups = (read.pop(name) for name in ("weight", "bias", "groups"))
         out_channels, each, height, width = weight.shape
-        structure = GroupStructure.uniform(each * groups, out_channels, groups)
+        structure = GroupStructure.uniform(each * groups[0], out_channels, groups[0])
         spec = ConvSpec(structure, (height, width), **read)
-        weights = tuple(weight.detach().chunk(groups))
+        weights = tuple(weight.detach().chunk(groups[0]))
         return ConvStep(node.name, self._inputs(node)[:1], spec, weights, _detached(bias))
 
     def _size_check(self, node: TracedNode) -> str | None:
-        if node.module is not self.network.size_check:
+        if self.check is not None or node.inputs[0] != self.network.of_kind("input")[0].name:
             return _UNKNOWN
+        assert isinstance(node.module, SizeCheck)
+        self.check = node.module
         return self._identity(node)
 
     def _pad(self, node: TracedNode) -> Step | str:

@@ -118,8 +118,8 @@ class PoolStep(Step):
 class ResizeStep(Step):
     """Larger, padded and cut maps.
 
-    Each pixel becomes factor x factor equal ones or, if shuffle, as by torch.pixel_shuffle. pads: (top, bottom,
-    left, right) pixels of ``value`` around them, or cut off where negative.
+    Each pixel becomes factor x factor equal ones; with shuffle, channels become pixels as by
+    torch.pixel_shuffle. pads: (top, bottom, left, right) pixels of ``value`` around, cut where negative.
     """
 
     factor: int = 1
@@ -206,7 +206,7 @@ class Program:
 
     input: name of the images (batch, channels, height, width); output: name of the result.
     shapes: shape of every tensor for the example input, batch first.
-    check: of the image size that it is right for; None if it is right for all. Its caller runs it.
+    check: of the sizes of the input that it is right for; None if it is right for all. Its caller runs it.
     """
 
     input: str

@@ -26,13 +26,13 @@ def conv_function(call: Call) -> Found:
     """A convolution by parameters. Attributes: weight, bias, and settings as pairs."""
     read = call.settings(weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1)
     weight, bias = call.traced(read["weight"]), call.traced(read["bias"])
-    pairs = {name: flat(read[name]) for name in ("stride", "padding", "dilation")}
-    plain = all(isinstance(size, int) for sizes in pairs.values() for size in sizes)
+    sizes = {name: flat(read[name]) for name in ("stride", "padding", "dilation", "groups")}
+    plain = all(isinstance(size, int) for pair in sizes.values() for size in pair)
     known = all(node.value is not None for node in (weight, bias) if node is not None)
     if not call.is_map or not plain or not known or weight is None:
         return None
-    held = {"weight": weight.value, "bias": bias and bias.value, "groups": read["groups"]}
-    return {**held, **{name: (sizes[0], sizes[-1]) for name, sizes in pairs.items()}}
+    held = {"weight": weight.value, "bias": bias and bias.value}
+    return {**held, **{name: (pair[0], pair[-1]) for name, pair in sizes.items()}}
 
 
 def concat(call: Call) -> Found:

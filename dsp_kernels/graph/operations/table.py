@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dsp_kernels.graph.operations import channels, maps, pointwise
-from dsp_kernels.graph.operations.entry import Attributes, Call, Found, Modules, Operation, TracedNode, on_map
+from dsp_kernels.graph.operations.entry import Attributes, Call, Found, Modules, Operation, TracedNode
 from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
