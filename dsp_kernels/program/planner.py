@@ -190,7 +190,8 @@ class _Planner:
             return _UNKNOWN
         assert isinstance(node.module, SizeCheck)
         self.check = node.module
-        return self._identity(node)
+        self._identity(node)
+        return None
 
     def _pad(self, node: TracedNode) -> Step | str:
         pads = flat(node.attributes["pads"])
