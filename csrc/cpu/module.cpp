@@ -55,13 +55,12 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
 class Native {
   public:
     Native(const std::string& isa, const std::string& precision, const std::string& winograd)
-        : network_(std::make_unique<dsp::Network>(
-              isa, named<dsp::Precision>("precision", dsp::Precision_names, precision),
-              named<dsp::Winograd>("winograd", dsp::Winograd_names, winograd))) {}
+        : session_(isa, named<dsp::Precision>("precision", dsp::Precision_names, precision),
+                   named<dsp::Winograd>("winograd", dsp::Winograd_names, winograd)) {}
 
     dsp::Network& open() {
-        if (!network_) fail("the network has run and cannot grow");
-        return *network_;
+        if (sealed_) fail("the network has run and cannot grow");
+        return session_.network();
     }
 
     int conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
@@ -72,18 +71,14 @@ class Native {
             fail("in_index, out_index and weights differ in length");
         std::vector<dsp::GroupIndex> groups;
         for (size_t g = 0; g < in_index.size(); ++g) groups.push_back({in_index[g], out_index[g], flat(weights[g])});
-        const auto bias_values = flat_or_empty(bias);
-        if (bias && int(bias_values.size()) != out_channels) fail("bias needs one number per output channel");
-        return open().add_conv(x, residual, out_channels, kernel, stride, padding, dilation, activation(act),
-                               std::move(groups), bias ? bias_values.data() : nullptr);
+        return open().add_conv(x, residual, out_channels, {kernel, stride, padding, dilation}, activation(act),
+                               std::move(groups), flat_or_empty(bias));
     }
 
     // A copy of a convolution of another network, with or without a residual.
     int conv_like(const Native& other, int value, int x, int residual) {
         const dsp::Step& step = other.conv_step(value);
-        const int out_channels = other.network().values[value].channels;
-        return open().add_conv(x, residual, out_channels, step.kernel, step.stride, step.padding, step.dilation,
-                               step.act, step.groups, step.bias.data());
+        return open().add_conv(x, residual, int(step.bias.size()), step, step.act, step.groups, step.bias);
     }
 
     // Whether the convolution that computes a value was built from weights and bias bitwise equal to these.
@@ -108,49 +103,43 @@ class Native {
 
     int pool(int x, const std::string& kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
              bool include_pad, std::optional<int> divisor) {
-        return open().add_pool(x, named<dsp::Pooling>("pool", dsp::Pooling_names, kind), kernel, stride, padding,
-                               dilation, ceil_mode, include_pad, divisor.value_or(0));
+        return open().add_pool(x, named<dsp::Pooling>("pool", dsp::Pooling_names, kind),
+                               {kernel, stride, padding, dilation}, ceil_mode, include_pad, divisor.value_or(0));
     }
 
     int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
 
     int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
         if (weight.ndim() != 2) fail("a linear weight has two dimensions");
-        const auto bias_values = flat_or_empty(bias);
-        if (bias && py::ssize_t(bias_values.size()) != weight.shape(0)) fail("bias needs one number per output");
-        return open().add_linear(x, int(weight.shape(0)), flat(weight), bias ? bias_values.data() : nullptr,
-                                 int(weight.shape(1)), activation(act));
+        return open().add_linear(x, int(weight.shape(0)), flat(weight), flat_or_empty(bias), int(weight.shape(1)),
+                                 activation(act));
     }
 
     std::vector<std::vector<int>> output_shapes(const Sizes& sizes) {
-        return sealed().summary(checked_sizes(sizes)).outputs;
+        return session_.summary(checked_sizes(sizes), session_.routes()).outputs;
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
-        dsp::Session& session = sealed();
-        if (int(inputs.size()) != session.network().inputs || int(outputs.size()) != session.network().outputs ||
-            inputs.empty())
+        const dsp::Network& network = session_.network();
+        if (inputs.size() != network.inputs.size() || outputs.size() != network.outputs.size() || inputs.empty())
             fail("wrong number of inputs or outputs");
         const int64_t images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
         std::vector<dsp::Size> sizes;
         std::vector<dsp::Images> sources, targets;
         for (size_t n = 0; n < inputs.size(); ++n) {
-            const Array& x = inputs[n];
-            if ((x.ndim() != 4 && x.ndim() != 2) || x.shape(0) != images || x.shape(1) != channels_[n])
+            const auto shape = shape_of(inputs[n]);
+            if (shape[0] != images || shape[1] != network.values[network.inputs[n]].channels)
                 fail("input " + std::to_string(n) + " has the wrong shape");
-            sizes.push_back(x.ndim() == 4 ? dsp::Size{int(x.shape(2)), int(x.shape(3))} : dsp::Size{1, 1});
-            sources.push_back(images_of(x, const_cast<float*>(x.data())));
+            sizes.push_back({int(shape[2]), int(shape[3])});
+            sources.push_back(images_of(inputs[n], const_cast<float*>(inputs[n].data())));
         }
         if (images == 0) return;
         const auto route = route_of({std::move(sizes), images, threads, interleave});
         for (size_t n = 0; n < outputs.size(); ++n) {
-            Array& y = outputs[n];
             const auto& s = route->summary.outputs[n];
-            const bool fits4 = y.ndim() == 4 && y.shape(0) == images && y.shape(1) == s[0] && y.shape(2) == s[1] &&
-                               y.shape(3) == s[2];
-            const bool fits2 = y.ndim() == 2 && y.shape(0) == images && y.shape(1) == s[0] && s[1] * s[2] == 1;
-            if (!fits4 && !fits2) fail("output " + std::to_string(n) + " has the wrong shape");
-            targets.push_back(images_of(y, y.mutable_data()));
+            if (shape_of(outputs[n]) != std::array<py::ssize_t, 4>{images, s[0], s[1], s[2]})
+                fail("output " + std::to_string(n) + " has the wrong shape");
+            targets.push_back(images_of(outputs[n], outputs[n].mutable_data()));
         }
         py::gil_scoped_release release;
         dsp::run(*route, sources, targets);
@@ -161,7 +150,7 @@ class Native {
         std::vector<py::dict> list;
         for (const auto& share : route_of({checked_sizes(sizes), images, threads, interleave})->shares) {
             std::vector<std::pair<int, std::string>> operations;
-            for (const auto& op : share.plan->ops) operations.emplace_back(op->made, op->name + op->detail);
+            for (const auto& op : share.plan->ops) operations.emplace_back(op.made, op.name + op.detail);
             list.push_back(py::dict(py::arg("images") = share.count, py::arg("interleave") = share.interleave,
                                     py::arg("together") = share.together, py::arg("operations") = operations,
                                     py::arg("bytes") = share.plan->arena_floats * int64_t(sizeof(float))));
@@ -169,12 +158,12 @@ class Native {
         return list;
     }
 
-    int route_count() { return int(sealed().routes().size()); }
+    int route_count() const { return int(session_.routes().size()); }
 
   private:
-  private:
     std::vector<dsp::Size> checked_sizes(const Sizes& sizes) {
-        if (int(sizes.size()) != sealed().network().inputs) fail("one size per input is needed");
+        sealed_ = true;
+        if (sizes.size() != session_.network().inputs.size()) fail("one size per input is needed");
         std::vector<dsp::Size> list;
         for (const auto& size : sizes) list.push_back({size.first, size.second});
         return list;
@@ -185,39 +174,35 @@ class Native {
         if (key.interleave < 0 || key.interleave > 16 || (key.interleave & (key.interleave - 1)))
             fail("interleave is 0, 1, 2, 4, 8 or 16");
         key.threads = std::max(key.threads, 1);
-        dsp::Session& session = sealed();
-        if (auto found = session.find(key)) return found;
-        const dsp::Routes known = session.routes();
+        sealed_ = true;
+        if (auto found = session_.find(key)) return found;
+        const dsp::Routes known = session_.routes();
         dsp::RoutePtr made;
         {
             py::gil_scoped_release release;
-            made = session.make(key, known);
+            made = session_.make(key, known);
 #ifdef __GLIBC__
             // What a plan allocates between large tensors keeps the heap from shrinking when they are freed: ResNet-20
             // swapped kept 3.1 GB after 400 sizes of images of 192 to 345 pixels, and 0.1 GB with this.
             if (int64_t(key.sizes[0].h) * key.sizes[0].w > 1 << 14) malloc_trim(0);
 #endif
         }
-        return session.keep(std::move(made));
+        return session_.keep(std::move(made));
     }
 
-    std::unique_ptr<dsp::Network> network_;
-    std::unique_ptr<dsp::Session> session_;
-    std::vector<int> channels_; // of each input
+    dsp::Session session_;
+    bool sealed_ = false; // its plans refer to the steps
 
-    const dsp::Network& network() const { return session_ ? session_->network() : *network_; }
     const dsp::Step& conv_step(int value) const {
-        for (const auto& step : network().steps)
+        for (const auto& step : session_.network().steps)
             if (step.kind == dsp::Kind::conv && step.output == value) return step;
         fail("value " + std::to_string(value) + " is not the output of a convolution");
     }
-    dsp::Session& sealed() { // called with the interpreter's lock
-        if (!session_) {
-            for (const auto& step : network_->steps)
-                if (step.kind == dsp::Kind::input) channels_.push_back(network_->values[step.output].channels);
-            session_ = std::make_unique<dsp::Session>(std::move(network_));
-        }
-        return *session_;
+    // (batch, channels, height, width); (batch, features) are images of one pixel. Zeros for any other array.
+    static std::array<py::ssize_t, 4> shape_of(const Array& array) {
+        std::array<py::ssize_t, 4> shape{0, 0, 1, 1};
+        if (array.ndim() == 2 || array.ndim() == 4) std::copy_n(array.shape(), array.ndim(), shape.begin());
+        return shape;
     }
     static dsp::Images images_of(const Array& array, float* base) {
         dsp::Images images{base, {0, 0, 0, 0}};
@@ -267,8 +252,6 @@ PYBIND11_MODULE(_C, m) {
         .def("pool", &Native::pool, py::arg("x"), py::kw_only(), py::arg("kind"), py::arg("kernel_size"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation") = Pair{1, 1}, py::arg("ceil_mode"),
              py::arg("count_include_pad") = true, py::arg("divisor_override") = py::none())
-        .def("mean", adds(&dsp::Network::add_mean))
-        .def("flatten", adds(&dsp::Network::add_flatten))
         .def("product", &Native::product)
         .def("adaptive", adds(&dsp::Network::add_adaptive))
         .def("resize", adds(&dsp::Network::add_resize))

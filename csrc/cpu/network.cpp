@@ -21,10 +21,10 @@ void require(bool good, const std::string& message) {
     if (!good) fail(message);
 }
 
-void check_window(const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation) {
+void check_window(const Window& w) {
     for (int a = 0; a < 2; ++a)
-        require(kernel[a] >= 1 && stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1 && kernel[a] < 4096 &&
-                    stride[a] < 4096 && padding[a] < 4096 && dilation[a] < 4096,
+        require(std::min({w.kernel[a], w.stride[a], w.dilation[a], w.padding[a] + 1}) >= 1 &&
+                    std::max({w.kernel[a], w.stride[a], w.dilation[a], w.padding[a]}) < 4096,
                 "kernel size, stride and dilation are at least 1, padding at least 0, all below 4096");
 }
 
@@ -34,13 +34,13 @@ bool is_folded(Act act) { return act < Act::sigmoid; }
 
 // -- Pairs of channels in one word --
 
-// groups: the channels that each group reads. Returns the channels of each group in an order whose neighbours, 1st and
-// 2nd, 3rd and 4th and so on, are pairs: a plane of words is made once per pair. Channels that exactly the same groups
-// read share all their planes: ResNet-56 g=4 has 889 planes instead of 2081; pairing the rest by most readers, 868.
-std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>& groups) {
+// Puts each group's channels, and its weights with them, in an order whose neighbours, 1st and 2nd, 3rd and 4th and so
+// on, are pairs: a plane of words is made once per pair. Channels that exactly the same groups read share all their
+// planes: ResNet-56 g=4 has 889 planes instead of 2081; pairing the rest by most readers, 868.
+void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
     std::map<int, std::vector<int>> readers; // of each channel
     for (size_t g = 0; g < groups.size(); ++g)
-        for (int c : std::set<int>(groups[g].begin(), groups[g].end())) readers[c].push_back(int(g));
+        for (int c : std::set<int>(groups[g].in.begin(), groups[g].in.end())) readers[c].push_back(int(g));
     std::vector<std::vector<int>> order(groups.size());
     std::map<std::vector<int>, int> waiting; // readers -> a channel without a partner
     for (const auto& [channel, of] : readers) {
@@ -51,14 +51,6 @@ std::vector<std::vector<int>> pair_channels(const std::vector<std::vector<int>>&
     }
     for (const auto& [of, channel] : waiting)
         for (int g : of) order[g].push_back(channel);
-    return order;
-}
-
-// Puts each group's channels, and its weights with them, in the order of pair_channels().
-void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
-    std::vector<std::vector<int>> channels;
-    for (const auto& group : groups) channels.push_back(group.in);
-    const auto order = pair_channels(channels);
     for (size_t g = 0; g < groups.size(); ++g) {
         GroupIndex& group = groups[g];
         if (order[g].size() != group.in.size()) continue; // a channel is read twice
@@ -92,26 +84,19 @@ void pack_plain(std::vector<float>& to, const Step& step, const float* first, in
         }
 }
 
-// [sum][channel][filters], in the order of patch_input().
-void pack_patches(std::vector<float>& to, const float* first, int filters, int64_t count) {
-    for (int sum = 0; sum < patch_sums; ++sum)
-        for (int64_t c = 0; c < count; c += 9)
-            for (int k = 0; k < filters; ++k) {
-                const float* tap = first + k * count + c;
-                double column[3];
-                for (int x = 0; x < 3; ++x) column[x] = band_weight(sum / column_sums, tap[x], tap[3 + x], tap[6 + x]);
-                to.push_back(float(patch_weight(sum % column_sums, column[0], column[1], column[2])));
-            }
-}
-
-// [sum][channel, horizontal tap][filters], in the order of band_input().
-void pack_bands(std::vector<float>& to, const float* first, int filters, int64_t count, int columns) {
-    for (int sum = 0; sum < band_sums; ++sum)
+// By Winograd's method: [sum][channel, horizontal tap][filters]; of patches [sum][channel][filters].
+void pack_sums(std::vector<float>& to, bool patches, const float* first, int filters, int64_t count, int columns) {
+    for (int sum = 0; sum < (patches ? patch_sums : band_sums); ++sum)
         for (int64_t c = 0; c < count; c += 3 * columns)
-            for (int64_t x = c; x < c + columns; ++x)
+            for (int64_t x = c; x < c + (patches ? 1 : columns); ++x)
                 for (int k = 0; k < filters; ++k) {
                     const float* tap = first + k * count + x;
-                    to.push_back(float(band_weight(sum, tap[0], tap[columns], tap[2 * columns])));
+                    const int row = patches ? sum / column_sums : sum;
+                    const auto column = [&](int x) {
+                        return band_weight(row, tap[x], tap[columns + x], tap[2 * columns + x]);
+                    };
+                    to.push_back(float(patches ? patch_weight(sum % column_sums, column(0), column(1), column(2))
+                                               : column(0)));
                 }
 }
 
@@ -139,21 +124,23 @@ int Network::make(Step step, int channels, bool nonnegative) {
 
 int Network::add_input(int channels) {
     Step step(Kind::input);
-    step.number = inputs++;
-    return make(std::move(step), channels, false);
+    step.number = int(inputs.size());
+    inputs.push_back(make(std::move(step), channels, false));
+    return inputs.back();
 }
 
-int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
-                      Act act, std::vector<GroupIndex> groups, const float* bias) {
+int Network::add_conv(int x, int residual, int out_channels, const Window& window, Act act,
+                      std::vector<GroupIndex> groups, const std::vector<float>& bias) {
     check(x);
-    check_window(kernel, stride, padding, dilation);
+    check_window(window);
     require(out_channels >= 1 && out_channels < most, "out_channels is " + std::to_string(out_channels));
     if (residual >= 0) {
         check(residual);
         require(values[residual].channels == out_channels, "the residual has a different number of channels");
     }
     require(is_folded(act), "a convolution cannot end in an activation that changes 0 or in a GELU");
-    const int64_t taps = int64_t(kernel[0]) * kernel[1];
+    require(bias.empty() || int(bias.size()) == out_channels, "bias needs one number per output channel");
+    const int64_t taps = int64_t(window.kernel[0]) * window.kernel[1];
     std::vector<char> written(out_channels, 0);
     for (size_t g = 0; g < groups.size(); ++g) {
         for (int c : groups[g].in)
@@ -168,11 +155,11 @@ int Network::add_conv(int x, int residual, int out_channels, Pair kernel, Pair s
                 "group " + std::to_string(g) + " has a weight of the wrong size");
     }
     Step step(Kind::conv, residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x}, act);
-    step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
+    static_cast<Window&>(step) = window;
     for (int o = 0; o < out_channels; ++o)
         if (!written[o]) step.absent.push_back(o);
-    step.bias.assign(out_channels, 0.0f);
-    if (bias) std::copy(bias, bias + out_channels, step.bias.begin());
+    step.bias = bias;
+    step.bias.resize(out_channels, 0.0f);
     step.groups = std::move(groups);
     // With one channel per group, as in a depthwise convolution, a pair would be half empty.
     if (std::any_of(step.groups.begin(), step.groups.end(),
@@ -205,15 +192,16 @@ int Network::add_map(int x, int other, std::vector<float> scale, std::vector<flo
     return make(std::move(step), channels, rectifies(act));
 }
 
-int Network::add_pool(int x, Pooling kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
-                      bool include_pad, int divisor) {
+int Network::add_pool(int x, Pooling kind, const Window& window, bool ceil_mode, bool include_pad, int divisor) {
     check(x);
-    check_window(kernel, stride, padding, dilation);
-    require(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], "pool padding is more than half the kernel");
+    check_window(window);
+    require(2 * window.padding[0] <= window.kernel[0] && 2 * window.padding[1] <= window.kernel[1],
+            "pool padding is more than half the kernel");
     require(divisor >= 0, "the divisor is negative");
     Step step(Kind::pool, {x});
-    step.kernel = kernel, step.stride = stride, step.padding = padding, step.dilation = dilation;
-    step.average = kind == Pooling::avg_pool, step.ceil_mode = ceil_mode, step.include_pad = include_pad, step.divisor = divisor;
+    static_cast<Window&>(step) = window;
+    step.average = kind == Pooling::avg_pool, step.ceil_mode = ceil_mode;
+    step.include_pad = include_pad, step.divisor = divisor;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
 }
 
@@ -273,12 +261,13 @@ int Network::add_concat(const std::vector<int>& parts) {
     return add_view(parts, std::move(planes));
 }
 
-int Network::add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features,
-                        Act act) {
+int Network::add_linear(int x, int out_features, const std::vector<float>& weight, const std::vector<float>& bias,
+                        int in_features, Act act) {
     check(x);
     require(out_features >= 1 && out_features < most && in_features >= 1 &&
                 int64_t(weight.size()) == int64_t(out_features) * in_features,
             "the linear weight has the wrong size");
+    require(bias.empty() || int(bias.size()) == out_features, "bias needs one number per output");
     require(in_features % values[x].channels == 0, "in_features is not a multiple of the input's channels");
     // Stored transposed, [in][out padded to 16]: the outputs are the vector.
     Step step(Kind::linear, {x}, act);
@@ -287,15 +276,16 @@ int Network::add_linear(int x, int out_features, std::vector<float> weight, cons
     step.weights.assign(pitch * in_features, 0.0f);
     for (int64_t o = 0; o < out_features; ++o)
         for (int64_t i = 0; i < in_features; ++i) step.weights[i * pitch + o] = weight[o * in_features + i];
-    step.bias.assign(pitch, 0.0f);
-    if (bias) std::copy(bias, bias + out_features, step.bias.begin());
+    step.bias = bias;
+    step.bias.resize(pitch, 0.0f);
     return make(std::move(step), out_features, rectifies(act));
 }
 
 void Network::add_output(int value) {
     check(value);
     Step step(Kind::output, {value});
-    step.number = outputs++;
+    step.number = int(outputs.size());
+    outputs.push_back(value);
     steps.push_back(std::move(step));
 }
 
@@ -318,12 +308,10 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
             const float* weights = group.weights.data() + first * count;
-            if (form == Form::patches)
-                pack_patches(made->weights, weights, filters, count);
-            else if (form == Form::bands)
-                pack_bands(made->weights, weights, filters, count, step.kernel[1]);
-            else
+            if (form == Form::plain)
                 pack_plain(made->weights, step, weights, filters, count, taps);
+            else
+                pack_sums(made->weights, form == Form::patches, weights, filters, count, step.kernel[1]);
             for (int k = 0; k < filters; ++k) {
                 tile.channels.push_back(group.out[first + k]);
                 made->bias.push_back(step.bias[tile.channels.back()]);

@@ -35,6 +35,10 @@ struct FilterTile {
     std::vector<int> channels; // output channels
 };
 
+struct Window {
+    Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
+};
+
 // A channel, or two channels packed into words (bf16.h, fp16.h); other is -1 without a partner.
 struct Source {
     int channel, other;
@@ -57,15 +61,14 @@ enum class Form { plain, bands, patches };
 
 enum class Kind { input, conv, map, product, pool, adaptive, resize, view, linear, output };
 
-struct Step {
+struct Step : Window { // of a conv or pool
     explicit Step(Kind kind, std::vector<int> inputs = {}, Act act = Act::none)
         : kind(kind), inputs(std::move(inputs)), act(act) {}
     Kind kind;
     std::vector<int> inputs; // values
     int output = -1;         // value
     Act act;
-    // conv and pool
-    Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
+    // conv
     std::vector<GroupIndex> groups;
     std::vector<int> absent;
     const WordKernels* pairs = nullptr; // computes it in 16 bit, two channels at a time; null: in float
@@ -112,32 +115,30 @@ class Network {
     const Winograd winograd;
     std::vector<Value> values;
     std::vector<Step> steps;
-    int inputs = 0, outputs = 0;
+    std::vector<int> inputs, outputs; // values
 
     // Each returns the number of the value it adds and throws std::invalid_argument for invalid arguments.
     int add_input(int channels);
-    // bias: [out_channels] or null.
-    int add_conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation, Act act,
-                 std::vector<GroupIndex> groups, const float* bias);
+    // bias: [out_channels] or empty.
+    int add_conv(int x, int residual, int out_channels, const Window& window, Act act, std::vector<GroupIndex> groups,
+                 const std::vector<float>& bias);
     // act(x * scale + shift + other); scale and shift may be empty (both or none), other may be -1.
     int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act);
     // divisor: of an average, 0 for the size of the window.
-    int add_pool(int x, Pooling kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
-                 bool include_pad, int divisor);
+    int add_pool(int x, Pooling kind, const Window& window, bool ceil_mode, bool include_pad, int divisor);
     // act(x * other); equal sizes, or one of them a single pixel.
     int add_product(int x, int other, Act act);
-    // The mean over each of size[0] x size[1] parts of the feature map, and over all of it.
+    // The mean over each of size[0] x size[1] parts of the feature map.
     int add_adaptive(int x, Pair size);
-    int add_mean(int x) { return add_adaptive(x, {1, 1}); }
     // Each pixel repeated factor x factor times, or with shuffle the pixels of factor * factor channels as one of
     // each; then padded with a value, or cut where a pad is negative.
     int add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value);
-    // Views of the planes of other values, without a copy: all of x, some of its channels, several concatenated.
-    int add_flatten(int x) { return add_concat({x}); }
+    // Views of the planes of other values, without a copy: some channels of x, several values concatenated.
     int add_select(int x, const std::vector<int>& channels);
     int add_concat(const std::vector<int>& parts);
-    // weight: [out][in], where in is channels * height * width of x.
-    int add_linear(int x, int out_features, std::vector<float> weight, const float* bias, int in_features, Act act);
+    // weight: [out][in], where in is channels * height * width of x. bias: [out] or empty.
+    int add_linear(int x, int out_features, const std::vector<float>& weight, const std::vector<float>& bias,
+                   int in_features, Act act);
     void add_output(int value);
 
     // The planes that a group reads, in order.

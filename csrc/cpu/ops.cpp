@@ -31,97 +31,76 @@ void clear_pads(const Place& place, float* base, int first, int last, bool colum
 
 constexpr int channel_block = 16; // channels_last: floats of one cache line
 
-// Rows [first, last) of channels of one image; visit(c, y, count of channels) does one piece.
-template <typename Visit>
-void by_blocks(bool channels_last, int first, int last, int rows, const Visit& visit) {
-    // A pixel's channels are adjacent in channels_last, so a block of them is copied for a whole row at once.
-    const int block = channels_last ? channel_block : 1;
-    for (int c = first; c < last; c += block)
-        for (int y = 0; y < rows; ++y) visit(c, y, std::min(block, last - c));
+template <bool loads>
+Op transfer(Place place, int number, std::vector<char> used) {
+    const int channels = place.geometry.channels;
+    const auto body = [=](int first, int last, const Context& context) {
+        const Images& outer = (*(loads ? context.inputs : context.outputs))[number];
+        const Geometry& g = place.geometry;
+        const int64_t I = g.interleave, step = outer.stride[3];
+        if (loads) clear_pads(place, place.in(context), first, last, true);
+        // A pixel's channels are adjacent in channels_last, so a block of them is copied for a whole row at once.
+        const int block = outer.stride[1] == 1 && channels > 1 ? channel_block : 1;
+        const auto row = [&](int c, int count, int y, int i) {
+            const int64_t first_pixel = g.at(0, y, 0) + i;
+            float* const inner = place.plane(context, c) + first_pixel;
+            const auto channel = [&](int k) { // only what is stored may be a view
+                return loads ? inner + k * g.plane : place.plane(context, c + k) + first_pixel;
+            };
+            float* const outside =
+                outer.base + (context.first + i) * outer.stride[0] + c * outer.stride[1] + y * outer.stride[2];
+            const auto copy = [](float& in, float& out) { loads ? in = out : out = in; };
+            if (i >= context.count) {
+                for (int k = 0; k < count; ++k)
+                    for (int64_t w = 0; w < g.w; ++w) channel(k)[w * I] = 0.0f;
+            } else if (count > 1) {
+                for (int64_t w = 0; w < g.w; ++w)
+                    for (int k = 0; k < count; ++k) copy(channel(k)[w * I], outside[w * step + k]);
+            } else if (step == 1 && I == 1) {
+                std::memcpy(loads ? inner : outside, loads ? outside : inner, sizeof(float) * g.w);
+            } else {
+                for (int64_t w = 0; w < g.w; ++w) copy(inner[w * I], outside[w * step]);
+            }
+        };
+        for (int c = first; c < last; c += block)
+            for (int y = 0; y < g.h && (block > 1 || used[c]); ++y)
+                for (int i = 0; i < (loads ? I : context.count); ++i) row(c, std::min(block, last - c), y, i);
+    };
+    return {loads ? "load" : "store", channels, body};
 }
 
 } // namespace
 
-Op load(Place to, int number, std::vector<char> used) {
-    const int channels = to.geometry.channels;
-    const auto body = [=](int first, int last, const Context& context) {
-        const Images& x = (*context.inputs)[number];
-        const Geometry& g = to.geometry;
-        const int I = g.interleave;
-        float* base = to.in(context);
-        clear_pads(to, base, first, last, true);
-        by_blocks(x.stride[1] == 1 && g.channels > 1, first, last, g.h, [&](int c, int y, int count) {
-            for (int i = 0; i < I; ++i) {
-                float* row = base + g.at(c, y, 0) + i;
-                const float* source = x.base + (context.first + i) * x.stride[0] + c * x.stride[1] + y * x.stride[2];
-                if (i >= context.count) {
-                    for (int k = 0; k < count; ++k)
-                        for (int w = 0; w < g.w; ++w) row[k * g.plane + w * I] = 0.0f;
-                } else if (count == 1) {
-                    if (!used[c]) continue;
-                    if (x.stride[3] == 1 && I == 1)
-                        std::memcpy(row, source, sizeof(float) * g.w);
-                    else
-                        for (int64_t w = 0; w < g.w; ++w) row[w * I] = source[w * x.stride[3]];
-                } else {
-                    for (int64_t w = 0; w < g.w; ++w)
-                        for (int k = 0; k < count; ++k) row[k * g.plane + w * I] = source[w * x.stride[3] + k];
-                }
-            }
-        });
-    };
-    return {"load", channels, body};
-}
+Op load(Place to, int number, std::vector<char> used) { return transfer<true>(std::move(to), number, std::move(used)); }
 
 Op store(Place from, int number) {
-    const int channels = from.geometry.channels;
-    const auto body = [=](int first, int last, const Context& context) {
-        const Images& y = (*context.outputs)[number];
-        const Geometry& g = from.geometry;
-        const int I = g.interleave;
-        by_blocks(y.stride[1] == 1 && g.channels > 1, first, last, g.h, [&](int c, int h, int count) {
-            for (int i = 0; i < context.count; ++i) {
-                const float* row = from.plane(context, c) + g.at(0, h, 0) + i;
-                float* target = y.base + (context.first + i) * y.stride[0] + c * y.stride[1] + h * y.stride[2];
-                if (count == 1) {
-                    if (y.stride[3] == 1 && I == 1)
-                        std::memcpy(target, row, sizeof(float) * g.w);
-                    else
-                        for (int64_t w = 0; w < g.w; ++w) target[w * y.stride[3]] = row[w * I];
-                } else {
-                    for (int64_t w = 0; w < g.w; ++w)
-                        for (int k = 0; k < count; ++k)
-                            target[w * y.stride[3] + k] = from.plane(context, c + k)[g.at(0, h, w) + i];
-                }
-            }
-        });
-    };
-    return {"store", channels, body};
+    std::vector<char> used(from.geometry.channels, 1);
+    return transfer<false>(std::move(from), number, std::move(used));
 }
 
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
-         std::vector<SplitPlane> planes) {
+         std::vector<std::pair<Phase, int>> planes) {
     const int units = int(planes.size());
     const auto body = [=, &kernels](int first, int last, const Context& context) {
         const Geometry &s = from.geometry, &t = to.geometry;
         const int I = s.interleave;
         for (int n = first; n < last; ++n) {
-            const SplitPlane& plane = planes[n];
-            const float* const one = from.plane(context, plane.channel);
-            const float* const other = plane.other < 0 ? nullptr : from.plane(context, plane.other);
-            float* const target = to.plane(context, plane.to);
+            const auto [row_phase, column_phase, channel, partner] = planes[n].first;
+            const float* const one = from.plane(context, channel);
+            const float* const other = partner < 0 ? nullptr : from.plane(context, partner);
+            float* const target = to.plane(context, planes[n].second);
             const bool whole = pairs && stride[0] == 1 && stride[1] == 1;
-            clear_pads(to, to.in(context), plane.to, plane.to + 1, !whole);
+            clear_pads(to, to.in(context), planes[n].second, planes[n].second + 1, !whole);
             if (whole) { // both planes have the same pitch, and the pads between rows are zero already
                 pairs->pair(one, other, target, (s.h - 1) * s.pitch + s.w, 1, I);
                 continue;
             }
             // The last phases have fewer rows and columns.
-            const int64_t rows = (s.h - plane.row_phase + stride[0] - 1) / stride[0];
-            const int64_t columns = (s.w - plane.column_phase + stride[1] - 1) / stride[1];
+            const int64_t rows = (s.h - row_phase + stride[0] - 1) / stride[0];
+            const int64_t columns = (s.w - column_phase + stride[1] - 1) / stride[1];
             const int64_t filled_rows = std::clamp<int64_t>(rows, 0, t.h),
                           filled = std::clamp<int64_t>(columns, 0, t.w);
-            const int64_t begin = s.at(0, plane.row_phase, plane.column_phase);
+            const int64_t begin = s.at(0, row_phase, column_phase);
             const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
             if (pairs && filled > 0) {
                 for (int64_t y = 0; y < filled_rows; ++y) {
@@ -150,8 +129,8 @@ void Conv::prepare(const Part& part, const Context& context, bool clear_columns)
         const int c = step.absent[n];
         if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
         if (add) {
-            kernels.map({add->plane(context, c), nullptr, out + c * y.geometry.plane, 1.0f, 0.0f, vectors.at.data(),
-                         mask, vectors.count(), step.act});
+            kernels.map({add->plane(context, c), nullptr, out + c * y.geometry.plane, vectors.at.data(), mask,
+                         vectors.count(), step.act, 1.0f, 0.0f, false, 0});
         } else {
             for (size_t v = 0; v < vectors.at.size(); ++v)
                 std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * kernels.lanes);
@@ -165,8 +144,6 @@ void Conv::prepare(const Part& part, const Context& context, bool clear_columns)
 void Conv::run(const Part& part, const Context& context) const {
     float* out = y.in(context);
     const float* residual = add ? context.arena : nullptr;
-    const int32_t* mask = vectors.mask_from(0, kernels.lanes);
-    const int lanes = kernels.lanes;
     prepare(part, context, !vectors.covers_pads);
 
     const auto& run_tile = step.pairs ? step.pairs->tile : kernels.tile;
@@ -199,7 +176,7 @@ void Conv::run(const Part& part, const Context& context) const {
                     for (int v = block; v < block_end;) {
                         const int P = pass_width(block_end - v, most);
                         call.vec = vectors.at.data() + v;
-                        call.mask = mask ? mask + int64_t(v) * lanes : nullptr;
+                        call.mask = vectors.mask_from(v, kernels.lanes);
                         run_tile[K][P](call);
                         v += P;
                     }
@@ -218,18 +195,13 @@ void BandConv::transform(float* to, int band, int column, int columns, const Con
     const int64_t first = (patches ? 0 : int64_t(column) * lanes) - int64_t(step.padding[1]) * I;
     const int64_t floats = int64_t(columns) * lanes + int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
     for (size_t n = 0; n < used.size(); ++n) {
-        const float* row[band_sums];
+        BandInput call{{}, to + int64_t(n) * channel, pitch, patches ? columns : (floats + lanes - 1) / lanes, I,
+                       at.data() + column};
         for (int i = 0; i < band_sums; ++i) {
             const int r = band * band_rows + i - step.padding[0];
-            row[i] = r < 0 || r >= g.h ? zeros.data() : x.plane(context, used[n]) + first + r * g.pitch * I;
+            call.row[i] = r < 0 || r >= g.h ? zeros.data() : x.plane(context, used[n]) + first + r * g.pitch * I;
         }
-        float* const out = to + int64_t(n) * channel;
-        if (patches)
-            kernels.patch_input(
-                {{row[0], row[1], row[2], row[3], row[4], row[5]}, I, at.data() + column, out, pitch, columns});
-        else
-            kernels.band_input(
-                {{row[0], row[1], row[2], row[3], row[4], row[5]}, out, pitch, (floats + lanes - 1) / lanes});
+        kernels.band_input[patches](call);
     }
 }
 
@@ -300,12 +272,12 @@ Op by_channel(const char* name, const Kernels& kernels, const Place& y, const Vi
 
 // The pixels of one axis that an output pixel reads: first, first + step and so on below last; an average divides by
 // the product of two sizes.
-struct Window {
+struct Span {
     int first, last, step, size;
 };
 
-std::vector<Window> windows(const Step& step, int axis, int in, int out) {
-    std::vector<Window> list;
+std::vector<Span> spans(const Step& step, int axis, int in, int out) {
+    std::vector<Span> list;
     const int kernel = step.kernel[axis], dilation = step.dilation[axis], padding = step.padding[axis];
     for (int o = 0; o < out; ++o) {
         if (step.kind == Kind::adaptive) { // PyTorch's borders: parts overlap where sizes do not divide
@@ -327,25 +299,18 @@ std::vector<Window> windows(const Step& step, int axis, int in, int out) {
 } // namespace
 
 Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y) {
-    const bool affine = !step.scale.empty();
-    return by_channel("map", kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
-        kernels.map({x.plane(at, c), b ? b->plane(at, c) : nullptr, out, affine ? step.scale[c] : 1.0f,
-                     affine ? step.shift[c] : 0.0f, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act});
-    });
-}
-
-Op product(const Kernels& kernels, Act act, Place x, Place b, Place y) {
-    const bool one_pixel = b.geometry.h * b.geometry.w == 1;
-    const int I = y.geometry.interleave;
-    return by_channel("product", kernels, y, [=, &kernels](int c, float* out, const Vectors& v, const Context& at) {
-        const float* factor = b.plane(at, c);
-        float pattern[32]; // I and the lanes are at most 16 each
-        if (one_pixel) {
-            for (int i = 0; i < 32; ++i) pattern[i] = factor[i % I];
-            factor = pattern;
+    const bool product = step.kind == Kind::product, affine = !step.scale.empty();
+    const int period = product && b->geometry.h * b->geometry.w == 1 ? y.geometry.interleave : 0;
+    const char* const name = product ? "product" : "map";
+    return by_channel(name, kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
+        const float* other = b ? b->plane(at, c) : nullptr;
+        float pattern[32]; // the period and the lanes are at most 16 each
+        if (period) {
+            for (int i = 0; i < 32; ++i) pattern[i] = other[i % period];
+            other = pattern;
         }
-        kernels.product({x.plane(at, c), factor, out, one_pixel ? I : 0, v.at.data(), v.mask_from(0, kernels.lanes),
-                         v.count(), act});
+        kernels.map({x.plane(at, c), other, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act,
+                     affine ? step.scale[c] : 1.0f, affine ? step.shift[c] : 0.0f, product, period});
     });
 }
 
@@ -361,13 +326,13 @@ Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::ve
 Op slow_pool(const Step& step, Place x, Place y) {
     const int channels = y.geometry.channels;
     const Geometry s = x.geometry, t = y.geometry;
-    const auto rows = windows(step, 0, s.h, t.h), columns = windows(step, 1, s.w, t.w);
+    const auto rows = spans(step, 0, s.h, t.h), columns = spans(step, 1, s.w, t.w);
     const auto body = [=, &step](int first, int last, const Context& context) {
         const int I = s.interleave;
         each_channel(y, false, first, last, context, [&](int c, float* plane) {
             for (int oy = 0; oy < t.h; ++oy)
                 for (int ox = 0; ox < t.w; ++ox) {
-                    const Window &row = rows[oy], &column = columns[ox];
+                    const Span &row = rows[oy], &column = columns[ox];
                     // Sixteen running results; I divides 16, so each belongs to one image.
                     float result[16];
                     std::fill(result, result + 16, step.average ? 0.0f : -std::numeric_limits<float>::infinity());

@@ -13,19 +13,14 @@ Op load(Place to, int number, std::vector<char> used);
 // The planar layout into a caller's tensor (any strides).
 Op store(Place from, int number);
 
-// Rows and columns sorted by their phase under a stride: plane (phase, c) holds x[c, phase + stride * i]. In pairs, a
-// plane holds words of two channels.
-struct SplitPlane {
-    int channel, other, row_phase, column_phase, to;
-};
+// Rows and columns sorted by their phase under a stride: the plane of a phase and channel holds
+// x[channel, phase + stride * i]; in pairs, words of two channels.
+using Phase = std::array<int, 4>; // row phase, column phase, channel, other channel or -1
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
-         std::vector<SplitPlane> planes);
+         std::vector<std::pair<Phase, int>> planes);
 
-// act(x * scale + shift + b).
+// act(x * scale + shift + b), or of a product act(x * b), where b may be a single pixel.
 Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y);
-
-// act(x * b); b may be a single pixel.
-Op product(const Kernels& kernels, Act act, Place x, Place b, Place y);
 
 // Pools whose pads may count as zeros: by displacements on an input split by phase.
 Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::vector<int32_t> off);

@@ -4,7 +4,6 @@
 #include <limits>
 #include <map>
 #include <set>
-#include <tuple>
 
 #include "ops.h"
 #include "tiling.h"
@@ -74,12 +73,9 @@ class Builder {
     }
 
     PlanSummary summary() {
-        PlanSummary summary{std::vector<std::vector<int>>(network_.outputs), allocate_all()};
-        for (const Step& step : network_.steps)
-            if (step.kind == Kind::output) {
-                const Node& node = nodes_[step.inputs[0]];
-                summary.outputs[step.number] = {node.channels, node.h, node.w};
-            }
+        PlanSummary summary{{}, allocate_all()};
+        for (int value : network_.outputs)
+            summary.outputs.push_back({nodes_[value].channels, nodes_[value].h, nodes_[value].w});
         return summary;
     }
 
@@ -107,8 +103,8 @@ class Builder {
         int node;
         int source;
         Pair stride;
-        const WordKernels* pairs;                            // packs two channels into each plane, or null
-        std::map<std::tuple<int, int, int, int>, int> plane; // (row phase, column phase, channel, other) -> plane
+        const WordKernels* pairs; // packs two channels into each plane, or null
+        std::map<Phase, int> plane;
     };
     struct Tap {
         int row_phase, column_phase, dy, dx;
@@ -295,7 +291,7 @@ class Builder {
             Split& split = splits_[draft.split];
             for (const Tap& tap : draft.taps)
                 for (const Source& one : sources)
-                    split.plane.emplace(std::make_tuple(tap.row_phase, tap.column_phase, one.channel, one.other), 0);
+                    split.plane.emplace(Phase{tap.row_phase, tap.column_phase, one.channel, one.other}, 0);
             draft.x = split.node;
         }
         tie(draft.x, step.output);
@@ -432,7 +428,7 @@ class Builder {
     Place place(int node) const {
         const auto first_pixel = [&](int n) { return nodes_[nodes_[n].buffer].offset + nodes_[n].geometry.lead; };
         const Node& own = nodes_[node];
-        Place place{own.geometry, first_pixel(node), {}};
+        Place place{own.geometry, {}};
         for (int c = 0; c < own.channels; ++c) {
             const Plane plane = own.view.empty() ? Plane{node, c} : own.view[c];
             place.planes.push_back(first_pixel(plane.node) + plane.channel * nodes_[plane.node].geometry.plane);
@@ -444,11 +440,11 @@ class Builder {
         for (const Item& item : items_) {
             const Step& step = network_.steps[item.step];
             const Draft& draft = drafts_[item.step];
-            auto op = std::make_unique<Op>(item.splits ? split(splits_[draft.split]) : operation(step, draft));
+            Op op = item.splits ? split(splits_[draft.split]) : operation(step, draft);
             // A convolution is cut into its chunks already.
             const bool cut = step.kind == Kind::conv && !item.splits;
-            op->chunks = cut ? op->units : std::clamp(op->units, 1, key_.parts());
-            op->made = item.splits ? -1 : step.output;
+            op.chunks = cut ? op.units : std::clamp(op.units, 1, key_.parts());
+            op.made = item.splits ? -1 : step.output;
             plan.ops.push_back(std::move(op));
         }
     }
@@ -459,13 +455,12 @@ class Builder {
         switch (step.kind) {
         case Kind::input: return load(place(step.output), step.number, used_channels(step.output));
         case Kind::conv: return conv(step, draft);
-        case Kind::map: {
-            const bool two = step.inputs.size() == 2;
-            return map(kernels, step, input(0), two ? std::optional(input(1)) : std::nullopt, place(step.output));
+        case Kind::map:
+        case Kind::product: {
+            const auto other = step.inputs.size() == 2 ? std::optional(input(!draft.large)) : std::nullopt;
+            return map(kernels, step, input(draft.large), other, place(step.output));
         }
         case Kind::pool: return pool(step, draft);
-        case Kind::product:
-            return product(kernels, step.act, input(draft.large), input(!draft.large), place(step.output));
         case Kind::adaptive: return slow_pool(step, input(0), place(step.output));
         case Kind::resize: return resize(step, input(0), place(step.output));
         case Kind::linear: return linear(kernels, step, input(0), place(step.output));
@@ -474,11 +469,8 @@ class Builder {
     }
 
     Op split(const Split& split) const {
-        std::vector<SplitPlane> planes;
-        for (const auto& [key, plane] : split.plane)
-            planes.push_back({std::get<2>(key), std::get<3>(key), std::get<0>(key), std::get<1>(key), plane});
         return dsp::split(network_.kernels, place(split.source), place(split.node), split.stride, split.pairs,
-                          std::move(planes));
+                          {split.plane.begin(), split.plane.end()});
     }
 
     // Which channels of a value are read: only a convolution or a view can skip some.
@@ -505,9 +497,8 @@ class Builder {
         std::vector<int32_t> off;
         for (const Source& one : sources)
             for (const Tap& tap : draft.taps) {
-                const int plane = draft.split < 0 ? one.channel
-                                                  : splits_[draft.split].plane.at(std::make_tuple(
-                                                        tap.row_phase, tap.column_phase, one.channel, one.other));
+                const Phase phase{tap.row_phase, tap.column_phase, one.channel, one.other};
+                const int plane = draft.split < 0 ? one.channel : splits_[draft.split].plane.at(phase);
                 off.push_back(int32_t(x.planes[plane] + x.geometry.at(0, tap.dy, tap.dx)));
             }
         return off;

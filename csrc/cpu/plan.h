@@ -53,10 +53,9 @@ struct Context {
 // A tensor in the arena.
 struct Place {
     Geometry geometry;
-    int64_t offset = 0;          // of its first pixel in the arena; unused for a view
     std::vector<int64_t> planes; // of each channel's first pixel in the arena
-    float* in(const Context& context) const { return context.arena + offset; }
     float* plane(const Context& context, int channel) const { return context.arena + planes[channel]; }
+    float* in(const Context& context) const { return plane(context, 0); }
 };
 
 // The `part`-th of `parts` pieces of [0, total).
@@ -96,7 +95,7 @@ struct Plan {
     Plan(const Plan&) = delete;
 
     const PlanKey key;
-    std::vector<std::unique_ptr<Op>> ops;
+    std::vector<Op> ops;
     int64_t arena_floats = 0; // scratch memory of one block
 };
 

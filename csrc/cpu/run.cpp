@@ -157,21 +157,6 @@ void run_team(int threads, const std::function<void()>& body) {
     pool().run(std::min(threads, 256), body);
 }
 
-// One turn of waiting for another thread: a pause; after many turns, yields the core.
-class Patience {
-  public:
-    void wait() {
-        if (++turns_ < 4000) {
-            pause_core();
-        } else {
-            sched_yield(); // more threads than cores: let the awaited one run
-        }
-    }
-
-  private:
-    int turns_ = 0;
-};
-
 // -- Blocks of images --
 
 // Kept per network: a few image sizes at a few batch sizes. A plan has about 4 bytes for a pixel and kind of map.
@@ -193,7 +178,8 @@ class Scratch {
     }
 
     // Less is kept for the next call. Mapping the memory of larger images anew costs about 3 % of their time: ten
-    // convolutions of 32 channels on 1024x1024 pixels (268 MB) 0.75 s, of which 0.02 s (Zen 4, one thread).
+    // convolutions of 32 channels on 1024x1024 pixels (268 MB) 0.75 s, of which 0.02 s (Zen 4, one thread); 10 % where
+    // each is a call of its own (swap).
     void give() {
         if (bytes_ > size_t(64) << 20) release();
     }
@@ -271,14 +257,10 @@ void run_apart(const Share& share, const std::vector<Images>& inputs, const std:
         Arena arena(plan);
         for (; block < blocks; block = next.fetch_add(1)) {
             const int64_t first = share.first + block * I;
-            const Context context{arena.memory,
-                                  &inputs,
-                                  &outputs,
-                                  first,
-                                  int(std::min<int64_t>(I, share.first + share.count - first)),
-                                  0};
-            for (const auto& op : plan.ops)
-                for (int chunk = 0; chunk < op->chunks; ++chunk) op->run(chunk, context);
+            const int count = int(std::min<int64_t>(I, share.first + share.count - first));
+            const Context context{arena.memory, &inputs, &outputs, first, count, 0};
+            for (const Op& op : plan.ops)
+                for (int chunk = 0; chunk < op.chunks; ++chunk) op.run(chunk, context);
         }
     };
     run_team(int(std::min<int64_t>(threads, blocks)), body);
@@ -292,7 +274,7 @@ void run_together(const Share& share, const std::vector<Images>& inputs, const s
         std::atomic<bool>* taken = nullptr; // of each chunk
     };
     int64_t all = 0;
-    for (const auto& op : plan.ops) all += op->chunks;
+    for (const Op& op : plan.ops) all += op.chunks;
     Arena arena(plan);
     const int I = share.interleave;
     for (int64_t first = share.first; first < share.first + share.count; first += I) {
@@ -300,7 +282,7 @@ void run_together(const Share& share, const std::vector<Images>& inputs, const s
         std::vector<Progress> progress(plan.ops.size());
         std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[all]());
         std::atomic<bool>* next = taken.get();
-        for (size_t n = 0; n < plan.ops.size(); ++n) progress[n].taken = next, next += plan.ops[n]->chunks;
+        for (size_t n = 0; n < plan.ops.size(); ++n) progress[n].taken = next, next += plan.ops[n].chunks;
         std::atomic<int> joined{0};
         // Chunks are taken one by one, so a helper that wakes up late joins where the others are. Each thread begins
         // with the same part of every operation: neighbouring chunks are neighbouring rows, which are then in its own
@@ -309,7 +291,7 @@ void run_together(const Share& share, const std::vector<Images>& inputs, const s
             const int rank = joined.fetch_add(1, std::memory_order_relaxed);
             const Context context{arena.memory, &inputs, &outputs, first, count, rank};
             for (size_t n = 0; n < plan.ops.size(); ++n) {
-                const Op& op = *plan.ops[n];
+                const Op& op = plan.ops[n];
                 Progress& state = progress[n];
                 if (state.done.load(std::memory_order_acquire) == op.chunks) continue;
                 const int begin = int(int64_t(op.chunks) * rank / threads);
@@ -321,8 +303,9 @@ void run_together(const Share& share, const std::vector<Images>& inputs, const s
                     op.run(chunk, context);
                     state.done.fetch_add(1, std::memory_order_release);
                 }
-                Patience patience;
-                while (state.done.load(std::memory_order_acquire) < op.chunks) patience.wait();
+                // After many turns there are more threads than cores: let the awaited one run.
+                for (int turn = 0; state.done.load(std::memory_order_acquire) < op.chunks; ++turn)
+                    turn < 4000 ? pause_core() : void(sched_yield());
             }
         };
         run_team(threads, body);
@@ -342,7 +325,7 @@ void run(const Route& route, const std::vector<Images>& inputs, const std::vecto
 PlanSummary Session::summary(const std::vector<Size>& sizes, const Routes& known) const {
     for (const auto& route : known)
         if (route->key.sizes == sizes) return route->summary;
-    return summarize(*network_, {sizes, 1, 1});
+    return summarize(network_, {sizes, 1, 1});
 }
 
 RoutePtr Session::find(const CallKey& key) {
@@ -357,19 +340,17 @@ RoutePtr Session::make(const CallKey& key, const Routes& known) const {
     if (key.interleave > 0)
         made.shares = {{0, key.images, key.interleave, key.images <= key.interleave && key.threads > 1}};
     else
-        made.shares = divide(key.images, key.threads, network_->kernels.lanes,
+        made.shares = divide(key.images, key.threads, network_.kernels.lanes,
                              made.summary.arena_floats * int64_t(sizeof(float)));
-    const auto planned = [&](const std::vector<Share>& shares, const PlanKey& wanted) {
-        const auto found = std::find_if(shares.begin(), shares.end(),
-                                        [&](const Share& share) { return share.plan && share.plan->key == wanted; });
-        return found == shares.end() ? nullptr : found->plan;
-    };
     for (Share& share : made.shares) {
         const PlanKey wanted{key.sizes, share.interleave, share.together ? key.threads : 1};
-        auto plan = planned(made.shares, wanted);
-        for (auto route = known.begin(); !plan && route != known.end(); ++route)
-            plan = planned((*route)->shares, wanted);
-        share.plan = plan ? std::move(plan) : std::make_shared<const Plan>(*network_, wanted);
+        const auto reuse = [&](const std::vector<Share>& shares) {
+            for (const Share& one : shares)
+                if (one.plan && one.plan->key == wanted) share.plan = one.plan;
+        };
+        reuse(made.shares);
+        for (const auto& route : known) reuse(route->shares);
+        if (!share.plan) share.plan = std::make_shared<const Plan>(network_, wanted);
     }
     return std::make_shared<const Route>(std::move(made));
 }

@@ -43,13 +43,15 @@ void run(const Route& route, const std::vector<Images>& inputs, const std::vecto
 // other methods, so a call takes no lock here, and fork() finds none held.
 class Session {
   public:
-    explicit Session(std::unique_ptr<Network> network) : network_(std::move(network)) {}
+    template <typename... Arguments> // of a Network
+    explicit Session(const Arguments&... arguments) : network_(arguments...) {}
 
-    const Network& network() const { return *network_; }
+    Network& network() { return network_; } // complete before anything else is called
+    const Network& network() const { return network_; }
     const Routes& routes() const { return routes_; } // the most recently used first
 
-    // Throws std::invalid_argument if the sizes are impossible.
-    PlanSummary summary(const std::vector<Size>& sizes) const { return summary(sizes, routes_); }
+    // Throws std::invalid_argument if the sizes are impossible. known: routes that may tell it.
+    PlanSummary summary(const std::vector<Size>& sizes, const Routes& known) const;
     RoutePtr find(const CallKey& key); // or null
     // known: routes whose plans it may share.
     RoutePtr make(const CallKey& key, const Routes& known) const;
@@ -57,9 +59,7 @@ class Session {
     RoutePtr keep(RoutePtr made);
 
   private:
-    PlanSummary summary(const std::vector<Size>& sizes, const Routes& known) const;
-
-    std::unique_ptr<Network> network_;
+    Network network_;
     Routes routes_;
 };
 

@@ -119,6 +119,7 @@ DSP_DEVICE void accumulate(float (&sums)[MT][NT][4], const BlockParams& p, const
         const ChunkPlace at = chunk_place(p, target, chunk < chunks ? chunk : 0);
         base[pair] = ((at.row * stride_y * source_columns + at.column * stride_x) * p.tile_n + at.n) * 16;
     }
+#pragma unroll 2  // more of them spill on sm_100
     for (int step = 0; step < steps; ++step) {
 #pragma unroll
         for (int i = 0; i < MT; ++i) a[i] = next[i];

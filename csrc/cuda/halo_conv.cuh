@@ -98,11 +98,11 @@ __global__ void __launch_bounds__(HaloConv<FILTERS>::kThreads, HaloConv<FILTERS>
     const auto load = [&](int k) {
         const int stage = k % K::kStages * per_stage;
         copy_weights<K::kWeightBytes, K::kThreads>(p, tile, k, stage);
-        if (place >= at.chunks) return;
         const int* channels = p.taps + tile.taps + k * K::kChannels;
 #pragma unroll 8
         for (int c = thread / K::kHaloLanes; c < K::kChannels; c += K::kThreads / K::kHaloLanes)
-            copy_chunk(p, at, stage + K::kWeightBytes + c * per_channel + place * 16, __ldg(channels + c), unit);
+            if (place < at.chunks)
+                copy_chunk(p, at, stage + K::kWeightBytes + c * per_channel + place * 16, __ldg(channels + c), unit);
     };
 
     float sums[K::kMT][K::kNT][4] = {};

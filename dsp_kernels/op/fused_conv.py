@@ -48,7 +48,7 @@ class FusedConv2d(nn.Module):
         )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.reset_index(next((t.device for t in (*weights, *([] if bias is None else [bias]))), None))
-        self._plan: tuple[tuple[Any, ...], ConvPlan] | None = None
+        self._plan: tuple[tuple[Any, ...], Any, ConvPlan] | None = None
 
     def reset_index(self, device: torch.device | str | None = None) -> None:
         """Make the index buffers from the structure, for a module that was made on the meta device."""
@@ -74,18 +74,24 @@ class FusedConv2d(nn.Module):
     def _run(self, x: Tensor, residual: Tensor | None, constants: list[Tensor]) -> Tensor:
         if self._needs_op(x, residual):
             return self._call_op(x, residual)
-        self.spec.check_input(x, constants, residual)
         layout = memory_format_of(x)
         key = (x.dtype, x.device, layout, *(_version(constant) for constant in constants))
-        cached = self._plan  # key and plan in one attribute: another thread may replace both meanwhile
-        if cached is None or cached[0] != key or any(constant.is_inference() for constant in constants):
-            backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
-            if x.device.type == "cuda" and self.backend == "auto":
-                warn_of_missing(x.device)
-            make = backend.prepare if backend.name == "cpu" else partial(prepared, backend)
-            cached = self._plan = key, make(self.spec, list(self.weights), self.bias)
+        added = None if residual is None else (residual.shape, residual.dtype, residual.device)
+        cached = self._plan  # in one attribute: another thread may replace it meanwhile
+        fits = cached is not None and cached[0] == key and not any(one.is_inference() for one in constants)
+        if cached is None or not fits or cached[1] != (x.shape, added):
+            self.spec.check_input(x, constants, residual)
+            plan = cached[2] if cached is not None and fits else self._new_plan(x, layout)
+            cached = self._plan = key, (x.shape, added), plan
         with torch.no_grad():
-            return cached[1](x, residual).contiguous(memory_format=layout)
+            return cached[2](x, residual).contiguous(memory_format=layout)
+
+    def _new_plan(self, x: Tensor, layout: torch.memory_format) -> ConvPlan:
+        backend = BACKENDS.choose(self.backend, self.spec, x.dtype, x.device, layout)
+        if x.device.type == "cuda" and self.backend == "auto":
+            warn_of_missing(x.device)
+        make = backend.prepare if backend.name == "cpu" else partial(prepared, backend)
+        return make(self.spec, list(self.weights), self.bias)
 
     def reset_plan(self) -> None:
         """Pack the weights again at the next call."""

@@ -116,9 +116,14 @@ def _norm_by_function(model: nn.Module, call: fx.Node) -> tuple[Norm, nn.Module,
         return None
     if any(node.op != "get_attr" or len(node.users) != 1 for node in held):
         return None
-    owner = model.get_submodule(owners.pop())
+    path = owners.pop()
+    owner = model.get_submodule(path)
+    # Its own forward() makes the call, not that of a module around it, which would read its tensors again.
+    calls_itself = next(reversed(call.meta.get("nn_module_stack", {})), "") == path
+    if not calls_itself or owner is model or owner.training or _has_hooks(owner):
+        return None
     graph = call_graph(owner)
-    if graph is None or owner is model or _has_hooks(owner):
+    if graph is None:
         return None
     x, *others = graph.nodes
     norms = [node for node in others if node.target is F.batch_norm]

@@ -56,7 +56,8 @@ def prepared(
     # Not the tensors: under torch.compile they may be others at every call. While a storage has a weak
     # reference, no other gets its number.
     key = backend.name, spec, tuple(constant.untyped_storage()._cdata for constant in constants)
-    state = tuple((constant.data_ptr(), constant._version) for constant in constants)
+    # Strides and dtype: views of one storage may begin at one address.
+    state = tuple((c.data_ptr(), c._version, c.stride(), c.dtype) for c in constants)
     kept = _prepared.get(key)
     if kept is None or kept[0] != state:
         for other, (_, storages, _) in list(_prepared.items()):

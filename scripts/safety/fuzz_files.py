@@ -151,18 +151,16 @@ def _mutate_json(root: Any, rng: random.Random) -> None:
 def _mutate_tensors(tensors: Tensors, rng: random.Random) -> None:
     name = rng.choice(list(tensors))
     tensor = tensors.pop(name)
-    action = rng.choice(("drop", "shape", "dtype", "rename", "values", "extra"))
-    if action == "shape":
-        tensors[name] = torch.zeros(rng.choices((0, 1, 3, 6, 8), k=rng.randint(0, 5)))
-    elif action == "dtype":
-        dtypes = (torch.float16, torch.float64, torch.int32, torch.bool, torch.int64)
-        tensors[name] = tensor.to(rng.choice(dtypes))
-    elif action == "rename":
-        tensors[rng.choice([word for word in _WORDS if word])] = tensor
-    elif action == "values":
-        tensors[name] = torch.full_like(tensor, rng.choice((0, 1, 100)))
-    elif action == "extra":
-        tensors |= {name: tensor, "extra": torch.zeros(3)}
+    dtypes = (torch.float16, torch.float64, torch.int32, torch.bool, torch.int64)
+    damaged: tuple[Tensors, ...] = (
+        {},
+        {name: torch.zeros(rng.choices((0, 1, 3, 6, 8), k=rng.randint(0, 5)))},
+        {name: tensor.to(rng.choice(dtypes))},
+        {rng.choice([word for word in _WORDS if word]): tensor},
+        {name: torch.full_like(tensor, rng.choice((0, 1, 100)))},
+        {name: tensor, "extra": torch.zeros(3)},
+    )
+    tensors |= rng.choice(damaged)
 
 
 def outcome(path: Path) -> str:

@@ -1,5 +1,5 @@
-// The native network against plain loops, without Python: for emulated machines and sanitizers
-// (scripts/safety/check_arm64.sh). Prints one line per instruction set; returns 1 at the first difference.
+// The native network against plain loops, without Python, for emulated machines (scripts/safety/check_arm64.sh). Prints
+// one line per instruction set; returns 1 at the first difference.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -71,14 +71,14 @@ bool agrees(const Case& c, const std::string& isa) {
     for (auto& group : groups) group.weights = numbers(int64_t(group.in.size()) * group.out.size() * taps);
     const auto bias = numbers(c.filters);
 
-    auto network = std::make_unique<dsp::Network>(isa, dsp::Precision::float32, c.winograd);
+    dsp::Session session(isa, dsp::Precision::float32, c.winograd);
+    dsp::Network* const network = &session.network();
     const int x = network->add_input(c.channels);
     const int add = c.residual ? network->add_input(c.filters) : -1;
     const int y =
-        network->add_conv(x, add, c.filters, c.kernel, c.stride, c.padding, c.dilation, c.act, groups, bias.data());
-    const int gate = network->add_map(network->add_mean(y), -1, {}, {}, Act::sigmoid);
+        network->add_conv(x, add, c.filters, {c.kernel, c.stride, c.padding, c.dilation}, c.act, groups, bias);
+    const int gate = network->add_map(network->add_adaptive(y, {1, 1}), -1, {}, {}, Act::sigmoid);
     network->add_output(network->add_concat({network->add_product(y, gate, Act::none), y}));
-    dsp::Session session(std::move(network));
 
     std::vector<float> in = numbers(int64_t(c.images) * c.channels * c.h * c.w);
     std::vector<float> residual = numbers(int64_t(c.images) * c.filters * oh * ow);

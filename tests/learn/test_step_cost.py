@@ -76,6 +76,6 @@ def test_buckets_reuse_the_memory_that_a_captured_step_reads() -> None:
         addresses = []
         for value in (0.0, 1.0):
             bucket.start(torch.full(bucket.shape, value), 0.5, value)
-            tensors = (bucket.assigned(), bucket.scale, bucket.strength)
+            tensors = (bucket.prob, bucket.scale, bucket.strength)
             addresses.append([tensor.data_ptr() for tensor in tensors])
         assert addresses[0] == addresses[1]

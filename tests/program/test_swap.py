@@ -64,7 +64,7 @@ class NormAct(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         statistics = self.running_mean, self.running_var
-        return F.relu(F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.1, self.eps))
+        return F.relu(F.batch_norm(x, *statistics, self.weight, self.bias, self.training, 0.1, self.eps))
 
 
 def test_a_norm_by_function_is_folded_and_torch_fx_traces_the_rest() -> None:
@@ -89,6 +89,19 @@ class ReadTwice(nn.Module):
         return self.norm(y) + y
 
 
+class ReadByHand(nn.Module):
+    """The tensors of a norm whose own forward() never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = PackedConv2d(nets.MIXED, 3, padding=1)
+        self.norm = NormAct(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+
 class Untraceable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -105,8 +118,8 @@ def called_twice() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("model", "channels"),
-    [(ReadTwice(), 6), (Untraceable(), 6), (called_twice(), 4)],
-    ids=["read twice", "untraceable", "called twice"],
+    [(ReadTwice(), 6), (ReadByHand(), 6), (Untraceable(), 6), (called_twice(), 4)],
+    ids=["read twice", "read by hand", "untraceable", "called twice"],
 )
 def test_a_norm_that_cannot_be_folded_stays(model: nn.Module, channels: int) -> None:
     model = nets.settled(model.double())
@@ -181,7 +194,10 @@ def test_what_is_refused() -> None:
         dsp_kernels.swap(nets.make("residual"), backend="warp")
 
 
-@pytest.mark.parametrize("why", ["hook on the convolution", "hook on the norm", "norm in training mode"])
+@pytest.mark.parametrize(
+    "why",
+    ["hook on the convolution", "hook on the norm", "norm in training mode", "function in training mode"],
+)
 def test_a_norm_with_hooks_or_in_training_mode_is_not_folded(why: str) -> None:
     model = nets.make("residual")
     seen: list[int] = []
@@ -190,6 +206,7 @@ def test_a_norm_with_hooks_or_in_training_mode_is_not_folded(why: str) -> None:
         module.register_forward_hook(lambda *_: seen.append(1))
     else:
         model.packed_norm.train()
+        model.packed_norm.__class__ = NormAct if "function" in why else nn.BatchNorm2d
     dsp_kernels.swap(model)
     assert isinstance(model.packed_norm, nn.BatchNorm2d)
     assert isinstance(model.strided_norm, nn.Identity)

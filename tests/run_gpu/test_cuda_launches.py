@@ -124,7 +124,7 @@ def test_an_op_that_refuses_names_the_launch() -> None:
     arguments = case.tensors()
     conv = CudaConv(case.spec, arguments.weights, arguments.bias, NHWC)
     x = NHWC.from_nchw(arguments.x)
-    with pytest.raises(DSPBackendError, match=r"cuda_conv: .* launched with kernel=fp32_nhwc filters=32"):
+    with pytest.raises(DSPBackendError, match=r"(?s)cuda_conv: .* launched with kernel=fp32_nhwc filters=32"):
         conv(x, torch.empty(NHWC.shape(case.spec.output_shape(arguments.x.shape))))
 
 

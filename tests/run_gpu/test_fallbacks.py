@@ -84,6 +84,10 @@ def test_the_op_prepares_again_what_has_changed(backend: StandIn) -> None:
     a.weights[1] = a.weights[1].clone()
     assert torch.equal(run(), changed)
     assert len(backend.prepared) == 4
+    # Another view that begins at the same address.
+    a.weights[1] = a.weights[1].transpose(2, 3)
+    expected = definition(backend.prepared[0], a.x, a.weights, a.bias, None)
+    torch.testing.assert_close(run(), expected.to(a.x.dtype))
 
 
 class Executor(EagerExecutor):

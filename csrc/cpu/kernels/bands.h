@@ -37,9 +37,25 @@ inline void separate_rows(const V (&sum)[band_sums], V (&y)[band_rows], V bias) 
 void band_input(const BandInput& call) {
     for (int64_t v = 0; v < call.vectors; ++v) {
         V d[band_sums];
-#pragma GCC unroll 6
-        for (int i = 0; i < band_sums; ++i) d[i] = load(call.row[i] + v * L);
+        UNROLLED(i, band_sums) d[i] = load(call.row[i] + v * L);
         combine_rows(d, call.out + v * L, call.pitch);
+    }
+}
+
+void patch_input(const BandInput& call) {
+    constexpr int first[column_sums] = {1, 2, 0, 3}, second[column_sums] = {2, 1, 2, 1};
+    const int64_t images = call.images;
+    for (int64_t v = 0; v < call.vectors; ++v) {
+        const int64_t at = call.at[v];
+        UNROLLED(u, column_sums) {
+            V d[band_sums];
+            UNROLLED(i, band_sums) {
+                const float* const row = call.row[i] + at;
+                const V a = load(row + first[u] * images), b = load(row + second[u] * images);
+                d[i] = u == 0 ? a + b : a - b;
+            }
+            combine_rows(d, call.out + u * call.pitch + v * L, column_sums * call.pitch);
+        }
     }
 }
 
@@ -47,29 +63,14 @@ void band_input(const BandInput& call) {
 template <int K, int P>
 inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float* x, const BandCall& call,
                                                     const float* w) {
-    const int32_t* off = call.off;
-    const int32_t* const end = off + call.count;
     V acc[K][P];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = V{};
-    const auto add = [&](int64_t o, const float* weights) __attribute__((always_inline)) {
+    UNROLLED(k, K) UNROLLED(p, P) acc[k][p] = V{};
+    each_term<K>(call.off, call.count, w, [&](int64_t o, const float* weights) __attribute__((always_inline)) {
         V in[P];
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) in[p] = load(x + o + p * L);
+        UNROLLED(p, P) in[p] = load(x + o + p * L);
         multiply_add<K, P>(acc, in, weights);
-    };
-    for (; end - off >= 3; off += 3, w += 3 * K) { // as in sum_tile
-        add(off[0], w);
-        add(off[1], w + K);
-        add(off[2], w + 2 * K);
-    }
-    for (; off != end; ++off, w += K) add(off[0], w);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum[k][p] = acc[k][p];
+    });
+    UNROLLED(k, K) UNROLLED(p, P) sum[k][p] = acc[k][p];
 }
 
 // Stores the first `count` lanes; count < L.
@@ -108,88 +109,29 @@ struct Finish {
     }
 };
 
-// The rows of a band from its sums, [band_sums][filters][vectors].
-template <int P, bool whole>
+// The rows of a band from its sums, [band_sums][filters][vectors]; in patches there are column_sums of each.
+template <int P, bool whole, bool patches>
 __attribute__((noinline)) void finish_band(const V* sums, int filters, const BandCall& call) {
-    const Finish<whole> finish(call);
-    const int rows = call.rows, next = filters * P;
-    const int64_t pitch = call.y_pitch;
-    int at[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) at[p] = call.at[p];
-    for (int k = 0; k < filters; ++k, sums += P) {
-        float* const plane = call.y + call.y_plane[k];
-        const float* const add = call.add ? call.add + call.add_plane[k] : nullptr;
-        const V bias = V{} + call.bias[k];
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-            V sum[band_sums], y[band_rows];
-#pragma GCC unroll 6
-            for (int s = 0; s < band_sums; ++s) sum[s] = sums[s * next + p];
-            separate_rows(sum, y, bias);
-#pragma GCC unroll 4
-            for (int row = 0; row < band_rows; ++row) {
-                if (row >= rows) break;
-                finish(plane + row * pitch, add ? add + row * pitch : nullptr, at[p], y[row]);
-            }
-        }
-    }
-}
-
-// -- Patches: pairs of columns of a band --
-
-void patch_input(const PatchInput& call) {
-    constexpr int first[column_sums] = {1, 2, 0, 3}, second[column_sums] = {2, 1, 2, 1};
-    const int64_t images = call.images;
-    for (int64_t v = 0; v < call.vectors; ++v) {
-        const int64_t at = call.at[v];
-#pragma GCC unroll 4
-        for (int u = 0; u < column_sums; ++u) {
-            V d[band_sums];
-#pragma GCC unroll 6
-            for (int i = 0; i < band_sums; ++i) {
-                const float* const row = call.row[i] + at;
-                const V a = load(row + first[u] * images), b = load(row + second[u] * images);
-                d[i] = u == 0 ? a + b : a - b;
-            }
-            combine_rows(d, call.out + u * call.pitch + v * L, column_sums * call.pitch);
-        }
-    }
-}
-
-template <int P, bool whole>
-__attribute__((noinline)) void finish_patches(const V* sums, int filters, const BandCall& call) {
+    constexpr int columns = patches ? patch_columns : 1;
     const Finish<whole> finish(call);
     const int rows = call.rows, next = filters * P, second = call.second;
     const int64_t pitch = call.y_pitch;
     int at[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) at[p] = call.at[p];
+    UNROLLED(p, P) at[p] = call.at[p];
     for (int k = 0; k < filters; ++k) {
         float* const plane = call.y + call.y_plane[k];
         const float* const add = call.add ? call.add + call.add_plane[k] : nullptr;
         const V bias = V{} + call.bias[k];
-        for (int p = 0; p < P; ++p, ++sums) {
-            V sum[band_sums], left[band_rows], right[band_rows];
-#pragma GCC unroll 6
-            for (int s = 0; s < band_sums; ++s) {
-                const V* const of = sums + s * column_sums * next;
-                sum[s] = of[0] + of[next] + of[2 * next];
+        for (int p = 0; p < P; ++p, ++sums) UNROLLED(column, columns) {
+            V sum[band_sums], y[band_rows];
+            UNROLLED(s, band_sums) {
+                const V* const of = sums + s * (patches ? column_sums : 1) * next;
+                sum[s] = !patches ? of[0] : column ? of[0] - of[next] + of[3 * next] : of[0] + of[next] + of[2 * next];
             }
-            separate_rows(sum, left, bias);
-#pragma GCC unroll 6
-            for (int s = 0; s < band_sums; ++s) {
-                const V* const of = sums + s * column_sums * next;
-                sum[s] = of[0] - of[next] + of[3 * next];
-            }
-            separate_rows(sum, right, bias);
-#pragma GCC unroll 4
-            for (int row = 0; row < band_rows; ++row) {
+            separate_rows(sum, y, bias);
+            UNROLLED(row, band_rows) {
                 if (row >= rows) break;
-                float* const y = plane + row * pitch;
-                const float* const residual = add ? add + row * pitch : nullptr;
-                finish(y, residual, at[p], left[row]);
-                finish(y, residual, at[p] + second, right[row]);
+                finish(plane + row * pitch, add ? add + row * pitch : nullptr, at[p] + column * second, y[row]);
             }
         }
     }
@@ -204,9 +146,9 @@ void band_tile(const BandCall& call) {
     const bool whole = call.at[P - 1] + call.second + L <= call.row;
     V* const first = &sums[0][0][0];
     if (call.second)
-        whole ? finish_patches<P, true>(first, K, call) : finish_patches<P, false>(first, K, call);
+        whole ? finish_band<P, true, true>(first, K, call) : finish_band<P, false, true>(first, K, call);
     else
-        whole ? finish_band<P, true>(first, K, call) : finish_band<P, false>(first, K, call);
+        whole ? finish_band<P, true, false>(first, K, call) : finish_band<P, false, false>(first, K, call);
 }
 
 } // namespace

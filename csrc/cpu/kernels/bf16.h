@@ -42,38 +42,25 @@ inline __attribute__((always_inline)) void add_pairs(V (&acc)[K][P], const float
                                                      const float* w) {
     V in[P];
 #if DSP_BF16
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) in[p] = load(x[p] + o);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
+    UNROLLED(p, P) in[p] = load(x[p] + o);
+    UNROLLED(k, K) {
         const __m512bh weight = (__m512bh)_mm512_set1_ps(w[k]);
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = (V)_mm512_dpbf16_ps((__m512)acc[k][p], (__m512bh)in[p], weight);
+        UNROLLED(p, P) acc[k][p] = (V)_mm512_dpbf16_ps((__m512)acc[k][p], (__m512bh)in[p], weight);
     }
 #else
     // All lower halves, then all upper ones: needs no more registers than float.
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
+    UNROLLED(half, 2) {
+        UNROLLED(p, P) {
             const W words = (W)load(x[p] + o);
             in[p] = half ? (V)(words & upper_half) : (V)(words << 16);
         }
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) {
+        UNROLLED(k, K) {
             const W words = W{} + reinterpret_cast<const Word*>(w)[k];
             const V weight = half ? (V)(words & upper_half) : (V)(words << 16);
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) acc[k][p] += weight * in[p];
+            UNROLLED(p, P) acc[k][p] += weight * in[p];
         }
     }
 #endif
-}
-
-template <int K, int P>
-void pair_tile(const TileCall& call) {
-    sum_tile<K, P>(call, [](V(&acc)[K][P], const float* const(&x)[P], int64_t off, const float* w)
-                             __attribute__((always_inline)) { add_pairs<K, P>(acc, x, off, w); });
 }
 
 // One row of words from two rows of floats; b may be null. pack: (V, V) -> words.

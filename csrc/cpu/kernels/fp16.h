@@ -56,23 +56,17 @@ inline __attribute__((always_inline)) void add_halves(H (&acc)[K][P], const floa
     const Word* words = reinterpret_cast<const Word*>(w);
     if constexpr (K < P) {
         H weight[K];
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) weight[k] = (H)(W{} + words[k]);
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
+        UNROLLED(k, K) weight[k] = (H)(W{} + words[k]);
+        UNROLLED(p, P) {
             const H in = (H)load(x[p] + o);
-#pragma GCC unroll 8
-            for (int k = 0; k < K; ++k) acc[k][p] = multiply_add(acc[k][p], in, weight[k]);
+            UNROLLED(k, K) acc[k][p] = multiply_add(acc[k][p], in, weight[k]);
         }
     } else {
         H in[P];
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) in[p] = (H)load(x[p] + o);
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) {
+        UNROLLED(p, P) in[p] = (H)load(x[p] + o);
+        UNROLLED(k, K) {
             const H weight = (H)(W{} + words[k]);
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) acc[k][p] = multiply_add(acc[k][p], in[p], weight);
+            UNROLLED(p, P) acc[k][p] = multiply_add(acc[k][p], in[p], weight);
         }
     }
 }
@@ -83,8 +77,7 @@ template <int K, int P>
 void half_tile(const TileCall& call) {
     alignas(L * 4) float sums[K * P * L];
     const float* x[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) x[p] = call.x + call.vec[p];
+    UNROLLED(p, P) x[p] = call.x + call.vec[p];
     const float* w = call.w;
     const int32_t* off = call.off;
     int64_t left = call.count, run = left;
@@ -95,35 +88,19 @@ void half_tile(const TileCall& call) {
     V total[K][P];
     for (bool first = true;; first = false) {
         if (left < run) run = left;
-        const int32_t* const end = off + run;
         H acc[K][P];
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) acc[k][p] = H{};
-        for (; end - off >= 3; off += 3, w += 3 * K) {
-            add_halves(acc, x, off[0], w);
-            add_halves(acc, x, off[1], w + K);
-            add_halves(acc, x, off[2], w + 2 * K);
+        UNROLLED(k, K) UNROLLED(p, P) acc[k][p] = H{};
+        each_term<K>(off, run, w, [&](int64_t o, const float* weights)
+                                      __attribute__((always_inline)) { add_halves(acc, x, o, weights); });
+        off += run, w += run * K;
+        UNROLLED(k, K) UNROLLED(p, P) {
+            total[k][p] = widen_sum(acc[k][p]);
+            if (!first) total[k][p] += load(sums + (k * P + p) * L);
         }
-        for (; off != end; ++off, w += K) add_halves(acc, x, off[0], w);
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) {
-                total[k][p] = widen_sum(acc[k][p]);
-                if (!first) total[k][p] += load(sums + (k * P + p) * L);
-            }
         if (!(left -= run)) break;
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) store(sums + (k * P + p) * L, total[k][p]);
+        UNROLLED(k, K) UNROLLED(p, P) store(sums + (k * P + p) * L, total[k][p]);
     }
-    if (call.mask)
-        finish<K, P, true>(total, call);
-    else
-        finish<K, P, false>(total, call);
+    call.mask ? finish<K, P, true>(total, call) : finish<K, P, false>(total, call);
 }
 
 } // namespace

@@ -17,6 +17,9 @@
 namespace dsp {
 namespace {
 
+// A loop of constant length, unrolled so that the arrays that it indexes stay in registers.
+#define UNROLLED(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; ++i)
+
 constexpr int L = DSP_LANES;
 typedef float V __attribute__((vector_size(L * 4)));
 typedef int32_t M __attribute__((vector_size(L * 4)));
@@ -78,20 +81,25 @@ __attribute__((noinline)) void activate_plane(float* y, const int32_t* vec, int 
 // One term of the sums of a tile: P vectors times K weights.
 template <int K, int P>
 inline __attribute__((always_inline)) void multiply_add(V (&acc)[K][P], const V (&in)[P], const float* w) {
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-        // Scalar times vector compiles to a broadcast load; a broadcast vector would cost a shuffle.
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] += w[k] * in[p];
-    }
+    // Scalar times vector compiles to a broadcast load; a broadcast vector would cost a shuffle.
+    UNROLLED(k, K) UNROLLED(p, P) acc[k][p] += w[k] * in[p];
+}
+
+// Calls add(displacement, its K weights) for the terms of a sum.
+template <int K, typename Add>
+inline __attribute__((always_inline)) void each_term(const int32_t* off, int64_t count, const float* w,
+                                                     const Add& add) {
+    const int32_t* const end = off + count;
+    // Three at a time: the branch predictor learns the end of a shorter loop.
+    for (; end - off >= 3; off += 3, w += 3 * K) add(off[0], w), add(off[1], w + K), add(off[2], w + 2 * K);
+    for (; off != end; ++off, w += K) add(off[0], w);
 }
 
 template <int K, int P>
 inline __attribute__((always_inline)) void add_term(V (&acc)[K][P], const float* const (&x)[P], int64_t o,
                                                     const float* w) {
     V in[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) in[p] = load(x[p] + o);
+    UNROLLED(p, P) in[p] = load(x[p] + o);
     multiply_add<K, P>(acc, in, w);
 }
 
@@ -118,28 +126,23 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
     const bool late = is_late(call.act);
     const Bounds bounds(call.act);
     int64_t at[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) at[p] = call.vec[p];
+    UNROLLED(p, P) at[p] = call.vec[p];
     float* const base = call.y;
     const float* const bias = call.bias;
     const float* const add = call.add;
     const int64_t* const y_plane = call.y_plane;
     const int64_t* const add_plane = call.add_plane;
     const int32_t* const mask = call.mask;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
+    UNROLLED(k, K) {
         float* y = base + y_plane[k];
         if (bias) {
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) acc[k][p] += bias[k];
+            UNROLLED(p, P) acc[k][p] += bias[k];
         }
         if (add) {
             const float* plane = add + add_plane[k];
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) acc[k][p] += load(plane + at[p]);
+            UNROLLED(p, P) acc[k][p] += load(plane + at[p]);
         }
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
+        UNROLLED(p, P) {
             V v = bounds(acc[k][p]);
             if (masked) v = keep(v, mask + p * L);
             store(y + at[p], v);
@@ -148,37 +151,17 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
     }
 }
 
-// Sums a tile; add(acc, x, off, w) adds the term of one displacement, floats or words.
-template <int K, int P, typename Add>
-void sum_tile(const TileCall& call, const Add& add) {
-    V acc[K][P];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = V{};
-    const float* x[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) x[p] = call.x + call.vec[p];
-    const float* w = call.w;
-    const int32_t* off = call.off;
-    const int32_t* const end = off + call.count;
-    // Three terms at a time: the branch predictor learns the end of a shorter loop.
-    for (; end - off >= 3; off += 3, w += 3 * K) {
-        add(acc, x, off[0], w);
-        add(acc, x, off[1], w + K);
-        add(acc, x, off[2], w + 2 * K);
-    }
-    for (; off != end; ++off, w += K) add(acc, x, off[0], w);
-    if (call.mask)
-        finish<K, P, true>(acc, call);
-    else
-        finish<K, P, false>(acc, call);
-}
-
-template <int K, int P>
+// A tile; add() adds the term of one displacement, floats or words.
+template <int K, int P, void (*add)(V (&)[K][P], const float* const (&)[P], int64_t, const float*)>
 void tile(const TileCall& call) {
-    sum_tile<K, P>(call, [](V(&acc)[K][P], const float* const(&x)[P], int64_t off, const float* w)
-                             __attribute__((always_inline)) { add_term<K, P>(acc, x, off, w); });
+    V acc[K][P];
+    UNROLLED(k, K)
+        UNROLLED(p, P) acc[k][p] = V{};
+    const float* x[P];
+    UNROLLED(p, P) x[p] = call.x + call.vec[p];
+    each_term<K>(call.off, call.count, call.w,
+                 [&](int64_t off, const float* w) __attribute__((always_inline)) { add(acc, x, off, w); });
+    call.mask ? finish<K, P, true>(acc, call) : finish<K, P, false>(acc, call);
 }
 
 } // namespace
@@ -194,59 +177,47 @@ void tile(const TileCall& call) {
 namespace dsp {
 namespace {
 
-template <int K, int P>
+// Most vectors of a microtile of 1, 2, 3, ... filters: its sums, the loaded vectors and one broadcast weight fit the
+// registers.
+#if DSP_WIDE
+constexpr int widths[] = {8, 8, 8, 6, 5, 4, 3, 3};
+#else
+constexpr int widths[] = {6, 5, 3, 3, 2, 2};
+#endif
+
+// Microtiles of K filters and P or fewer vectors, and those of fewer filters.
+template <int K, int P = widths[K - 1]>
 void fill(Kernels& table) {
-    table.tile[K][P] = tile<K, P>;
+    table.vectors[K] = widths[K - 1];
+    table.tile[K][P] = tile<K, P, add_term<K, P>>;
     table.band_tile[K][P] = band_tile<K, P>;
-    table.bf16.tile[K][P] = pair_tile<K, P>;
+    table.bf16.tile[K][P] = tile<K, P, add_pairs<K, P>>;
 #if DSP_FP16
     table.fp16.tile[K][P] = half_tile<K, P>;
 #endif
-    if constexpr (P > 1) fill<K, P - 1>(table);
+    if constexpr (P > 1)
+        fill<K, P - 1>(table);
+    else if constexpr (K > 1)
+        fill<K - 1>(table);
 }
 
-template <int K, int P>
-void row(Kernels& table) {
-    table.vectors[K] = P;
-    fill<K, P>(table);
-}
-
-// Microtiles that fit the registers: filters x vectors sums, the loaded vectors and one broadcast weight.
 Kernels make() {
     Kernels table{};
     table.lanes = L;
     table.map = map;
-    table.product = product;
     table.pool = pool;
     table.linear = linear;
     table.thin = thin;
-    table.band_input = band_input;
-    table.patch_input = patch_input;
+    table.band_input[0] = band_input;
+    table.band_input[1] = patch_input;
     table.bf16.own = DSP_BF16, table.bf16.add_latency = 6.0; // measured on Zen 5
     table.bf16.pair = pair<pack_pair>;
 #if DSP_FP16
     table.fp16.own = true, table.fp16.add_latency = 4.0; // like float multiply-adds; not measured
     table.fp16.pair = pair<pack_halves>;
 #endif
-#if DSP_WIDE
-    table.filters = 8;
-    row<1, 8>(table);
-    row<2, 8>(table);
-    row<3, 8>(table);
-    row<4, 6>(table);
-    row<5, 5>(table);
-    row<6, 4>(table);
-    row<7, 3>(table);
-    row<8, 3>(table);
-#else
-    table.filters = 6;
-    row<1, 6>(table);
-    row<2, 5>(table);
-    row<3, 3>(table);
-    row<4, 3>(table);
-    row<5, 2>(table);
-    row<6, 2>(table);
-#endif
+    table.filters = sizeof(widths) / sizeof(int);
+    fill<sizeof(widths) / sizeof(int)>(table);
     return table;
 }
 

@@ -33,22 +33,15 @@ struct TileCall {
 };
 
 // Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the
-// sums' inputs of one channel: six combinations of six rows of x.
+// sums' inputs of one channel: six combinations of six rows of x. Patches: the same over pairs of columns too, where a
+// pixel's images fill vectors.
 struct BandInput {
     const float* row[6]; // of x, at the first column that is read
-    float* out;          // [6] sums
+    float* out;          // [6] sums; of patches [24]
     int64_t pitch;       // floats from one sum to the next
     int64_t vectors;
-};
-
-// The same over pairs of columns too, where a pixel's images fill vectors.
-struct PatchInput {
-    const float* row[6]; // of x, at the first of the four columns of pair 0
-    int images;          // interleaved: from one column to the next
-    const int32_t* at;   // [vectors] displacement in a row
-    float* out;          // [24] sums
-    int64_t pitch;       // floats from one sum to the next
-    int64_t vectors;
+    int images;        // of patches: interleaved, from one column to the next
+    const int32_t* at; // of patches: [vectors] displacement in a row
 };
 
 // The rows of a band from its sums, for `filters` planes o and adjacent vectors. In patches a vector of sums makes two
@@ -72,28 +65,18 @@ struct BandCall {
     Act act;
 };
 
-// y[v] = act(a[v] * scale + shift + b[v]), one plane.
+// y[v] = act(a[v] * scale + shift + b[v]), or of a product act(a[v] * b[v]), one plane.
 struct MapCall {
     const float* a;
-    const float* b; // or null
+    const float* b; // or null; of a product also one pixel of `period` images, repeated to fill a vector from any image
     float* y;
+    const int32_t* vec;
+    const int32_t* mask;
+    int64_t vectors;
+    Act act;
     float scale, shift;
-    const int32_t* vec;
-    const int32_t* mask;
-    int64_t vectors;
-    Act act;
-};
-
-// y[v] = act(a[v] * b[v]), one plane.
-struct ProductCall {
-    const float* a;
-    const float* b; // a plane; or one pixel of `period` images, repeated to fill a vector from any image
-    float* y;
+    bool product;
     int period; // 0: b is a plane
-    const int32_t* vec;
-    const int32_t* mask;
-    int64_t vectors;
-    Act act;
 };
 
 // y[v] = max or scaled sum over taps of x[v + off[tap]], one plane.
@@ -158,11 +141,9 @@ struct Kernels {
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     WordKernels bf16; // bf16.h
     WordKernels fp16; // fp16.h; empty without AVX512-FP16
-    void (*band_input)(const BandInput&);
-    void (*patch_input)(const PatchInput&);
+    void (*band_input[2])(const BandInput&); // of bands, of patches
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
-    void (*product)(const ProductCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
     void (*thin)(const ThinCall&);

@@ -7,18 +7,13 @@ namespace {
 void map(const MapCall& call) {
     for (int64_t i = 0; i < call.vectors; ++i) {
         const int64_t d = call.vec[i];
-        V v = load(call.a + d) * call.scale + call.shift;
-        if (call.b) v += load(call.b + d);
-        v = activate(v, call.act);
-        if (call.mask) v = keep(v, call.mask + i * L);
-        store(call.y + d, v);
-    }
-}
-
-void product(const ProductCall& call) {
-    for (int64_t i = 0; i < call.vectors; ++i) {
-        const int64_t d = call.vec[i];
-        V v = load(call.a + d) * load(call.b + (call.period ? d % call.period : d));
+        V v = load(call.a + d);
+        if (call.product) {
+            v *= load(call.b + (call.period ? d % call.period : d));
+        } else {
+            v = v * call.scale + call.shift;
+            if (call.b) v += load(call.b + d);
+        }
         v = activate(v, call.act);
         if (call.mask) v = keep(v, call.mask + i * L);
         store(call.y + d, v);
@@ -46,16 +41,12 @@ void pool(const PoolCall& call) {
 template <int K, int P>
 void linear_tile(const LinearCall& call, int image, int first) {
     V acc[K][P];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[k][p] = load(call.bias + first + p * L);
+    UNROLLED(k, K) UNROLLED(p, P) acc[k][p] = load(call.bias + first + p * L);
     const float* w = call.w + first;
     for (int64_t f = 0; f < call.count; ++f, w += call.pitch) {
         const float* x = call.x + call.off[f] + image;
         V in[P];
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) in[p] = load(w + p * L);
+        UNROLLED(p, P) in[p] = load(w + p * L);
         multiply_add<K, P>(acc, in, x);
     }
     for (int k = 0; k < K; ++k)

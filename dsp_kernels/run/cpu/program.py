@@ -283,7 +283,7 @@ _NATIVE: dict[type[Step], Callable[..., Any]] = {
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,
     ResizeStep: lambda n, step, x: n.resize(x, step.factor, step.shuffle, step.pads, step.value),
-    GlobalPoolStep: lambda n, step, x: n.mean(x),
-    FlattenStep: lambda n, step, x: n.flatten(x),
+    GlobalPoolStep: lambda n, step, x: n.adaptive(x, (1, 1)),
+    FlattenStep: lambda n, step, x: n.concat([x]),
     LinearStep: _linear,
 }

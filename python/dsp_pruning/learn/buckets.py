@@ -42,7 +42,7 @@ class Bucket:
     layers: list[LearnedLayer]
     scale: Tensor
     strength: Tensor
-    prob: Tensor | None = None
+    prob: Tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -53,16 +53,12 @@ class Bucket:
         """Begin a step: draw its soft assignment. noise: [L, G, O]; strength: reg * lr * ramp."""
         logits = self.logits()
         prob = terms.assignment(logits, noise.to(logits), temperature)
-        if self.prob is None or self.prob.dtype != prob.dtype or self.prob.device != prob.device:
+        if self.prob.dtype != prob.dtype or self.prob.device != prob.device:
             self.prob = prob
             self.scale, self.strength = self.scale.to(prob), self.strength.to(prob)
         else:
             self.prob.copy_(prob)
         torch.mul(self.scale, strength, out=self.strength)
-
-    def assigned(self) -> Tensor:
-        assert self.prob is not None
-        return self.prob
 
     def logits(self) -> Tensor:
         """[L, G, O], float32 or better."""
@@ -89,7 +85,7 @@ class BucketStep:
         self.bucket = bucket
         self.weight = bucket.weight()
         self.energy = terms.kernel_energy(self.weight)
-        self.soft = terms.Assigned(bucket.assigned())
+        self.soft = terms.Assigned(bucket.prob)
 
     def penalised(self) -> Tensor:
         """[L, O, C, kh, kw]: the weights after the soft penalty, in the memory format of the layers."""
@@ -163,9 +159,9 @@ def make_buckets(layers: Sequence[LearnedLayer]) -> list[Bucket]:
         found.setdefault(key, []).append(layer)
     buckets = []
     for members in found.values():
-        scales = [[[layer.scale]] for layer in members]
-        scale = torch.tensor(scales, dtype=torch.float64, device=members[0].weight.device)
-        buckets.append(Bucket(members, scale, torch.zeros_like(scale)))
+        prob = torch.zeros_like(stacked([layer.logits for layer in members]))
+        scale = prob.new_tensor([[[layer.scale]] for layer in members])
+        buckets.append(Bucket(members, scale, torch.zeros_like(scale), prob))
     return buckets
 
 

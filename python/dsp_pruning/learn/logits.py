@@ -58,12 +58,6 @@ def check_noise(noise: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
             )
 
 
-def logit_optimizer(logits: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """The logits' own Adam."""
-    # Only the fused form takes a tensor that says whether to skip a step, so that the host need not wait.
-    return torch.optim.Adam(logits, lr, eps=1e-12, fused=True, capturable=True)
-
-
 def step_logits(
     optimizer: torch.optim.Adam, logits: Sequence[nn.Parameter], gradients: Sequence[Tensor], hold: Tensor
 ) -> None:

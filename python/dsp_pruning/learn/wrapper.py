@@ -16,7 +16,7 @@ from dsp_pruning.layers import GroupCount, LayerPredicate, groups_of_layers, sur
 from dsp_pruning.learn import penalty as terms
 from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_finite
-from dsp_pruning.learn.logits import check_noise, gumbel_noise, logit_optimizer, step_logits
+from dsp_pruning.learn.logits import check_noise, gumbel_noise, step_logits
 from dsp_pruning.learn.lookahead import Batch, as_batches, check_optimizer, look_ahead
 
 SecondOrder = Literal["exact", "none", "original"]
@@ -110,9 +110,12 @@ class GroupWrapper:
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self._share_generator()
         self._layers = attach_layers(self.layers.chosen, counts, optimizer, self.generator)
-        distributed.broadcast_tensors([layer.logits for layer in self._layers])
+        logits = [layer.logits for layer in self._layers]
+        distributed.broadcast_tensors(logits)
         self._buckets = make_buckets(self._layers)
-        self._group_optimizer = logit_optimizer([layer.logits for layer in self._layers], group_optimizer_lr)
+        # Only the fused form takes a tensor that says whether to skip a step, so that the host need not wait.
+        adam = torch.optim.Adam(logits, group_optimizer_lr, eps=1e-12, fused=True, capturable=True)
+        self._group_optimizer = adam
         self._steps = 0
         self._skipped: int | Tensor = 0
         self._initialized = False
@@ -300,7 +303,7 @@ class GroupWrapper:
 
     def _move_logits(self, slopes: list[Tensor], hold: Tensor) -> None:
         gradients = [
-            terms.logit_gradient(bucket.assigned(), slope, self.temp)
+            terms.logit_gradient(bucket.prob, slope, self.temp)
             for bucket, slope in zip(self._buckets, slopes, strict=True)
         ]
         distributed.all_reduce_mean(gradients)
