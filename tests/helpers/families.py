@@ -216,11 +216,10 @@ class Generator(nn.Module):
 # before the head are plain PyTorch.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "YOLOv8": (Yolo, 64, 27),
-    "U-Net, transposed, batch norm, odd": (lambda: UNet(nn.BatchNorm2d, True), 37, 24),
     "U-Net, bilinear, group norm, odd": (lambda: UNet(lambda c: nn.GroupNorm(4, c), False), 37, 16),
-    "U-Net, transposed, instance norm": (
+    "U-Net, transposed, instance norm, odd": (
         lambda: UNet(lambda c: nn.InstanceNorm2d(c, affine=True), True),
-        *(32, 34),
+        *(37, 34),
     ),
     "EDSR": (lambda: SuperResolution(False), 24, 0),
     "RCAN": (lambda: SuperResolution(True), 24, 0),
