@@ -254,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("count_include_pad") = true, py::arg("divisor_override") = py::none())
         .def("product", &Native::product)
         .def("adaptive", adds(&dsp::Network::add_adaptive))
+        .def("resize", adds(&dsp::Network::add_resize))
         .def("select", adds(&dsp::Network::add_select))
         .def("concat", adds(&dsp::Network::add_concat))
         .def("linear", &Native::linear)

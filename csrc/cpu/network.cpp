@@ -30,7 +30,7 @@ void check_window(const Window& w) {
 
 bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
 
-bool keeps_zero(Act act) { return act != Act::sigmoid && act != Act::hardsigmoid; }
+bool is_folded(Act act) { return act < Act::sigmoid; }
 
 // -- Pairs of channels in one word --
 
@@ -138,7 +138,7 @@ int Network::add_conv(int x, int residual, int out_channels, const Window& windo
         check(residual);
         require(values[residual].channels == out_channels, "the residual has a different number of channels");
     }
-    require(keeps_zero(act), "a convolution cannot end in an activation that changes 0");
+    require(is_folded(act), "a convolution cannot end in an activation that changes 0 or in a GELU");
     require(bias.empty() || int(bias.size()) == out_channels, "bias needs one number per output channel");
     const int64_t taps = int64_t(window.kernel[0]) * window.kernel[1];
     std::vector<char> written(out_channels, 0);
@@ -220,6 +220,16 @@ int Network::add_adaptive(int x, Pair size) {
     Step step(Kind::adaptive, {x});
     step.kernel = size, step.average = true;
     return make(std::move(step), values[x].channels, values[x].nonnegative);
+}
+
+int Network::add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value) {
+    check(x);
+    const int channels = values[x].channels, each = shuffle ? factor * factor : 1;
+    require(factor >= 1 && factor < 4096 && channels % each == 0, "the factor does not fit the channels");
+    for (int pad : pads) require(pad > -4096 && pad < 4096, "a pad has more than 4095 pixels");
+    Step step(Kind::resize, {x});
+    step.factor = factor, step.shuffle = shuffle, step.pads = pads, step.value = value;
+    return make(std::move(step), channels / each, values[x].nonnegative && value >= 0.0f);
 }
 
 int Network::add_view(std::vector<int> parts, std::vector<Pair> planes) {

@@ -59,7 +59,7 @@ using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of ea
 // How a convolution is summed: directly, or in one of two forms of Winograd's method (winograd.h).
 enum class Form { plain, bands, patches };
 
-enum class Kind { input, conv, map, product, pool, adaptive, view, linear, output };
+enum class Kind { input, conv, map, product, pool, adaptive, resize, view, linear, output };
 
 struct Step : Window { // of a conv or pool
     explicit Step(Kind kind, std::vector<int> inputs = {}, Act act = Act::none)
@@ -76,6 +76,11 @@ struct Step : Window { // of a conv or pool
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
     int divisor = 0; // 0: the size of the window
+    // resize; pads: top, bottom, left, right
+    int factor = 1;
+    bool shuffle = false;
+    std::array<int, 4> pads{};
+    float value = 0.0f;
     // view: per channel, the input (an index into `inputs`) and its channel
     std::vector<Pair> planes;
     // map: per channel, or empty
@@ -125,6 +130,9 @@ class Network {
     int add_product(int x, int other, Act act);
     // The mean over each of size[0] x size[1] parts of the feature map.
     int add_adaptive(int x, Pair size);
+    // Each pixel repeated factor x factor times, or with shuffle the pixels of factor * factor channels as one of
+    // each; then padded with a value, or cut where a pad is negative.
+    int add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value);
     // Views of the planes of other values, without a copy: some channels of x, several values concatenated.
     int add_select(int x, const std::vector<int>& channels);
     int add_concat(const std::vector<int>& parts);

@@ -363,6 +363,29 @@ Op slow_pool(const Step& step, Place x, Place y) {
     return {step.kind == Kind::pool ? "slow pool" : t.h * t.w == 1 ? "mean" : "adaptive", channels, body};
 }
 
+Op resize(const Step& step, Place x, Place y) {
+    const auto body = [=, &step](int first, int last, const Context& context) {
+        const Geometry &s = x.geometry, &t = y.geometry;
+        const int I = s.interleave, factor = step.factor, left = step.pads[2];
+        each_channel(y, false, first, last, context, [&](int c, float* plane) {
+            for (int row = 0; row < t.h; ++row) {
+                float* const out = plane + t.at(0, row, 0);
+                std::fill(out, out + int64_t(t.w) * I, step.value);
+                const int from = row - step.pads[0];
+                for (int k = 0; k < factor && from >= 0 && from < s.h * factor; ++k) {
+                    const int channel = step.shuffle ? (c * factor + from % factor) * factor + k : c;
+                    const float* const pixels = x.plane(context, channel) + s.at(0, from / factor, 0);
+                    for (int column = 0; column < s.w; ++column) {
+                        const int to = column * factor + k + left;
+                        if (to >= 0 && to < t.w) std::copy_n(pixels + int64_t(column) * I, I, out + int64_t(to) * I);
+                    }
+                }
+            }
+        });
+    };
+    return {"resize", y.geometry.channels, body};
+}
+
 Op linear(const Kernels& kernels, const Step& step, Place x, Place y) {
     const Geometry s = x.geometry, t = y.geometry;
     std::vector<int32_t> off;

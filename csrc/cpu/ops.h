@@ -28,6 +28,9 @@ Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::ve
 // Any other pool, and adaptive ones: window by window.
 Op slow_pool(const Step& step, Place x, Place y);
 
+// Pixels repeated or shuffled, and padded.
+Op resize(const Step& step, Place x, Place y);
+
 Op linear(const Kernels& kernels, const Step& step, Place x, Place y);
 
 struct Conv {

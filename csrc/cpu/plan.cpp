@@ -250,6 +250,10 @@ class Builder {
             break;
         }
         case Kind::adaptive: add_node(x.channels, step.kernel[0], step.kernel[1]); break;
+        case Kind::resize:
+            add_node(network_.values[step.output].channels, x.h * step.factor + step.pads[0] + step.pads[1],
+                     x.w * step.factor + step.pads[2] + step.pads[3]);
+            break;
         case Kind::view: add_view(step); break;
         case Kind::linear:
             if (int64_t(x.channels) * x.h * x.w != step.number)
@@ -458,6 +462,7 @@ class Builder {
         }
         case Kind::pool: return pool(step, draft);
         case Kind::adaptive: return slow_pool(step, input(0), place(step.output));
+        case Kind::resize: return resize(step, input(0), place(step.output));
         case Kind::linear: return linear(kernels, step, input(0), place(step.output));
         default: return store(input(0), step.number);
         }

@@ -1,6 +1,7 @@
 """The activations that the op can apply, by name. Each of them maps 0 to 0."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,14 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Calla
 }
 
 
-# Functions that do not map 0 to 0. The op cannot apply them, because padding and absent channels are zeros:
-# they are separate steps of a Program.
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+# Separate steps of a Program. The op cannot apply the sigmoids, because they do not map 0 to 0, and padding
+# and absent channels are zeros; GELU costs more than the step.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -137,6 +137,8 @@ class FusedNetwork(nn.Module):
                     f"input is {x.dtype} on {x.device}; expected a floating dtype on {self.device}"
                 )
             plain = plain and type(x) is Tensor
+        if program.check is not None:
+            program.check(first)
         results = self._runner_for(plain)(inputs)
         if type(program.answer) is ValueRef:
             return _like(first, results[0])

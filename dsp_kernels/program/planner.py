@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPTraceError
 from dsp_kernels.graph.network import TracedNetwork, works_in_place
-from dsp_kernels.graph.operations.entry import TracedNode
+from dsp_kernels.graph.operations.entry import TracedNode, flat
+from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.activations import GATES
 from dsp_kernels.op.dense import batch_norm_affine, fold_affine
 from dsp_kernels.op.fused_conv import FusedConv2d
@@ -30,6 +31,7 @@ from dsp_kernels.program.steps import (
     LinearStep,
     PoolStep,
     Program,
+    ResizeStep,
     SelectStep,
     Step,
     TorchStep,
@@ -88,6 +90,7 @@ class _Planner:
         self.value_of: dict[str, str] = {}  # node -> the value that holds its result
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.readers = _count_readers(network)
+        self.check: SizeCheck | None = None  # of the first input
         self.first_movable = 0  # steps before it must not move
         held = (*network.graph_module.parameters(), *network.graph_module.buffers())
         self.device = held[0].device if held else torch.device("cpu")
@@ -106,7 +109,7 @@ class _Planner:
             lambda part: self._reference(part) if isinstance(part, fx.Node) else part,
             output.fx_node.args[0],
         )
-        return Program(inputs, outputs, answer, self._live(outputs), self.shapes)
+        return Program(inputs, outputs, answer, self._live(outputs), self.shapes, self.check)
 
     def _plan_node(self, node: TracedNode) -> None:
         if node.kind != "input":
@@ -174,6 +177,36 @@ class _Planner:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
         read = conv_spec_of(node.module)
         return read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read)
+
+    def _conv_function(self, node: TracedNode) -> Step:
+        read = dict(node.attributes)
+        weight, bias, groups = (read.pop(name) for name in ("weight", "bias", "groups"))
+        out_channels, each, height, width = weight.shape
+        structure = GroupStructure.uniform(each * groups[0], out_channels, groups[0])
+        spec = ConvSpec(structure, (height, width), **read)
+        weights = tuple(weight.detach().chunk(groups[0]))
+        return ConvStep(node.name, self._inputs(node)[:1], spec, weights, _detached(bias))
+
+    def _size_check(self, node: TracedNode) -> str | None:
+        if self.check is not None or node.inputs[0] != self.network.of_kind("input")[0].name:
+            return _UNKNOWN
+        assert isinstance(node.module, SizeCheck)
+        self.check = node.module
+        self._identity(node)
+        return None
+
+    def _pad(self, node: TracedNode) -> Step | str:
+        pads = flat(node.attributes["pads"])
+        if node.attributes["mode"] != "constant" or not all(isinstance(pad, int) for pad in pads):
+            return _UNKNOWN
+        left, right, top, bottom = (*pads, 0, 0)[:4]
+        sides, value = (top, bottom, left, right), node.attributes["value"]
+        return ResizeStep(node.name, self._inputs(node), pads=sides, value=value)
+
+    def _resize(self, node: TracedNode) -> Step | str:
+        factor = node.attributes["factor"]
+        made = ResizeStep(node.name, self._inputs(node)[:1], factor, node.kind == "pixel_shuffle")
+        return made if factor else _UNKNOWN
 
     def _batch_norm(self, node: TracedNode) -> Step:
         return self._affine(node, node.inputs[0], *batch_norm_affine(node.attributes["norm"]))
@@ -267,7 +300,14 @@ class _Planner:
         a, b = (left.shape or (), right.shape or ())
         # One operand may be a single pixel per channel.
         fits = a and (a == b or (len(a) == 4 and a[:2] == b[:2] and (1, 1) in (a[2:], b[2:])))
-        if operation != "multiply" or not fits or not self._all_batched(node):
+        if not fits or not self._all_batched(node):
+            return _UNKNOWN
+        if operation == "subtract" and a == b and len(a) == 4:
+            minus, one = f"{node.name}_minus", self._per_channel(node, 1)
+            self.steps.append(replace(self._affine(node, right.name, -one, 0 * one), output=minus))
+            self.shapes[minus] = a
+            return ElementwiseStep(node.name, (self.value_of[left.name], minus), "add")
+        if operation != "multiply":
             return _UNKNOWN
         return ElementwiseStep(node.name, self._operands(node), "multiply")
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor, fx, nn
 
+from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.spec import ConvSpec
 
 TensorMap = Callable[[Tensor], Tensor]
@@ -115,6 +116,24 @@ class PoolStep(Step):
 
 
 @dataclass(frozen=True, eq=False)
+class ResizeStep(Step):
+    """Larger, padded and cut maps.
+
+    Each pixel becomes factor x factor equal ones; with shuffle, channels become pixels as by
+    torch.pixel_shuffle. pads: (top, bottom, left, right) pixels of ``value`` around, cut where negative.
+    """
+
+    factor: int = 1
+    shuffle: bool = False
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    value: float = 0.0
+
+    def describe(self) -> str:
+        spread = [f"{'shuffle' if self.shuffle else 'repeat'} {self.factor}"] if self.factor > 1 else []
+        return " + ".join(spread + [f"pad {self.pads}"] * any(self.pads))
+
+
+@dataclass(frozen=True, eq=False)
 class GlobalPoolStep(Step):
     """The mean of every channel; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
@@ -201,6 +220,7 @@ class Program:
     inputs: names of the tensors that forward() takes, in its order; outputs: of the results, in the order in
     which they are made. answer: what forward() returns: a ValueRef to an output, or nested tuples, lists and
     dicts of those and of constants. shapes: shape of every tensor for the example input, batch first.
+    check: of the sizes of the first input that it is right for, None for all; FusedNetwork calls it.
     """
 
     inputs: tuple[str, ...]
@@ -208,6 +228,7 @@ class Program:
     answer: Any
     steps: tuple[Step, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    check: SizeCheck | None = None
 
     @property
     def last_use(self) -> Mapping[str, int]:

@@ -48,9 +48,9 @@ def run_all(name: str, model: nn.Module | None = None, side: int = 128) -> Outco
     model = networks.settle(networks.build(name) if model is None else model)
     x = networks.images(2, side)
     networks.pruned(model, x, 2, 0.5)
-    made.errors["packed"] = networks.largest_error(model, pack(model, x), [x, x[:1]])
-    model, x = model.float(), x.float()
     packed = _timed(made, "pack", lambda: pack(model, x))
+    made.errors["packed"] = networks.largest_error(model, packed, [x, x[:1]])
+    packed, x = packed.float(), x.float()
 
     def fused() -> nn.Module:
         fused = _timed(made, "fuse", lambda: dsp_kernels.fuse(packed, x[:1]))

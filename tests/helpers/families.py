@@ -215,15 +215,14 @@ class Generator(nn.Module):
 # Name -> a function that makes the network, height and width of its images, and how many steps of fuse()
 # before the head are plain PyTorch.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "YOLOv8": (Yolo, 64, 29),
-    "U-Net, transposed, batch norm, odd": (lambda: UNet(nn.BatchNorm2d, True), 37, 24),
+    "YOLOv8": (Yolo, 64, 27),
     "U-Net, bilinear, group norm, odd": (lambda: UNet(lambda c: nn.GroupNorm(4, c), False), 37, 16),
-    "U-Net, transposed, instance norm": (
+    "U-Net, transposed, instance norm, odd": (
         lambda: UNet(lambda c: nn.InstanceNorm2d(c, affine=True), True),
-        *(32, 34),
+        *(37, 34),
     ),
-    "EDSR": (lambda: SuperResolution(False), 24, 1),
-    "RCAN": (lambda: SuperResolution(True), 24, 1),
+    "EDSR": (lambda: SuperResolution(False), 24, 0),
+    "RCAN": (lambda: SuperResolution(True), 24, 0),
     "FPN": (FPN, 64, 0),
     "GAN": (Generator, 8, 4),
 }

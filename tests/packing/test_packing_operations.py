@@ -276,7 +276,7 @@ def test_dead_channels_are_removed_where_possible(name: str, removed: str) -> No
     assert ("normalises over several channels together" in str(packed.packing)) == over_channels
 
 
-PLAIN = ("flipped rows", "pixel unshuffle", "pixel shuffle", "transposed, grouped")
+PLAIN = ("flipped rows", "pixel unshuffle", "transposed, grouped")
 OTHER_ENTRIES = ("index_select", "index", "transposed, grouped", "pixel shuffle")
 
 

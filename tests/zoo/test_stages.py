@@ -8,7 +8,7 @@ from stages import Outcome, run_all
 for needed in ("torchvision", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(needed)
 
-TIMM = ("lcnet_100", "mobilenetv2_100", "regnetx_002", "ghostnet_100", "dla34", "levit_128s")
+TIMM = ("lcnet_100", "mobilenetv2_100", "regnetx_002", "ghostnet_100", "fastvit_t8", "levit_128s")
 
 
 def check(made: Outcome, plain: int, refused: tuple[str, ...] = ()) -> None:

@@ -4,6 +4,7 @@ order: the result is exactly ``origin[:, order]``, where ``origin`` is the first
 grid: (a, b) of a tensor (batch, a, b, height, width), whose channels are a * b.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,19 @@ from dsp_kernels.graph.operations.maps import full_index, is_literal
 def layer(dims: int) -> Callable[[Call], Found]:
     """A module called with one tensor of this many dimensions."""
     return lambda call: {} if len(call.input or ()) == dims else None
+
+
+def conv_function(call: Call) -> Found:
+    """A convolution by parameters. Attributes: weight, bias, and settings as pairs."""
+    read = call.settings(weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1)
+    weight, bias = call.traced(read["weight"]), call.traced(read["bias"])
+    sizes = {name: flat(read[name]) for name in ("stride", "padding", "dilation", "groups")}
+    plain = all(isinstance(size, int) for pair in sizes.values() for size in pair)
+    known = all(node.value is not None for node in (weight, bias) if node is not None)
+    if not call.is_map or not plain or not known or weight is None:
+        return None
+    held = {"weight": weight.value, "bias": bias and bias.value}
+    return {**held, **{name: (pair[0], pair[-1]) for name, pair in sizes.items()}}
 
 
 def concat(call: Call) -> Found:
@@ -137,7 +151,7 @@ def pixel_shuffle(call: Call) -> Found:
     if call.output is None or call.first is None or not call.is_map or not call.output[1]:
         return None
     made, each = torch.arange(call.output[1]), call.first.width // call.output[1]
-    return {"index": tuple(made * each + place for place in range(each))}
+    return {"index": tuple(made * each + place for place in range(each)), "factor": math.isqrt(each)}
 
 
 def pixel_unshuffle(call: Call) -> Found:

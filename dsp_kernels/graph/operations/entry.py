@@ -175,11 +175,6 @@ def flat(value: Any) -> list[Any]:
     return [leaf for part in value for leaf in flat(part)] if isinstance(value, list | tuple) else [value]
 
 
-def on_map(call: Call) -> Found:
-    """Attributes of a call that is known for images only."""
-    return {} if call.is_map else None
-
-
 def zeros_of(constant: Tensor) -> Tensor:
     """The constants that are zero; every other channel varies."""
     return torch.where(constant == 0, constant, torch.nan)

@@ -91,17 +91,18 @@ def flatten(call: Call) -> Found:
 
 
 def pad(call: Call) -> Found:
-    """Attributes: mode, value."""
+    """Attributes: mode, value, pads: left, right and more, as the call gives them."""
     if not call.is_map:
         return None
     if call.module is not None:
         value = getattr(call.module, "value", None)
-        return {"mode": "other" if value is None else "constant", "value": value}
+        mode = "other" if value is None else "constant"
+        return {"mode": mode, "value": value, "pads": call.module.padding}
     read = call.settings(pad=(), mode="constant", value=None)
     sides, value = read["pad"], read["value"]
     if not isinstance(sides, list | tuple) or len(sides) > 4 or isinstance(value, fx.Node):
         return None
-    return {"mode": read["mode"], "value": float(value or 0.0)}
+    return {"mode": read["mode"], "value": float(value or 0.0), "pads": sides}
 
 
 def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
@@ -109,6 +110,15 @@ def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool
     if attributes["mode"] != "constant":
         return values[0]
     return torch.where(values[0] == attributes["value"], values[0], torch.nan)
+
+
+def interpolated(call: Call) -> Found:
+    """Attributes: factor, by which the nearest pixel is repeated; 0 for any other interpolation."""
+    read = call.settings(size=None, scale_factor=None, mode="nearest")
+    factors = set(flat(read["scale_factor"]))
+    factor = factors.pop() if read["size"] is None and read["mode"] == "nearest" and len(factors) == 1 else 0
+    # PyTorch divides by other factors in float32, which rounds.
+    return {"factor": int(factor) if factor in (2, 4, 8, 16, 32) else 0} if call.is_map else None
 
 
 def same_channels(call: Call) -> Found:

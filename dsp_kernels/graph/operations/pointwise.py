@@ -19,6 +19,11 @@ def named(name: str) -> Callable[[Call], Found]:
     return lambda call: {"function": name, "apply": partial(activate, name=name)}
 
 
+def gelu(call: Call) -> Found:
+    """GELU, exact or by tanh. Attributes: function, apply."""
+    return named("gelu" if call.settings(approximate="none")["approximate"] == "none" else "gelu_tanh")(call)
+
+
 def elementwise(call: Call) -> Found:
     """A function of one tensor, whose other arguments are constants."""
     node, module = call.node, call.module

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dsp_kernels.graph.operations import channels, maps, pointwise
-from dsp_kernels.graph.operations.entry import Attributes, Call, Found, Modules, Operation, TracedNode, on_map
+from dsp_kernels.graph.operations.entry import Attributes, Call, Found, Modules, Operation, TracedNode
 from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
@@ -74,6 +74,7 @@ OPERATIONS = (
     _layer("packed_conv", {PackedConv2d: ()}, step="conv"),
     Operation("fused_conv", {FusedConv2d: ()}, step="conv"),
     _conv("conv", {nn.Conv2d: _CONV}, step="conv"),
+    Operation("conv_function", {}, "F.conv2d torch.conv2d", channels.conv_function, step="conv_function"),
     _conv("conv_transpose", {nn.ConvTranspose2d: (*_CONV, "output_padding")}),
     _layer("linear", {nn.Linear: _LINEAR}, attributes=channels.layer(2), step="linear",
            reads=("in_features",), widths=("out_features",)),
@@ -86,6 +87,7 @@ OPERATIONS = (
     _active("activation", {nn.Hardswish: ("inplace",)}, "F.hardswish", pointwise.named("hardswish")),
     _active("elementwise", {nn.Sigmoid: ()}, _everywhere("sigmoid"), pointwise.named("sigmoid")),
     _active("elementwise", {nn.Hardsigmoid: ("inplace",)}, "F.hardsigmoid", pointwise.named("hardsigmoid")),
+    _active("elementwise", {nn.GELU: ("approximate",)}, "F.gelu", pointwise.gelu),
     _leaky(_SLOPES, "", pointwise.leaky_per_channel, widths=("num_parameters",)),
     _leaky({nn.LeakyReLU: ("negative_slope", "inplace"), **_SLOPES},
            "F.leaky_relu F.leaky_relu_ F.prelu torch.prelu", pointwise.leaky),
@@ -94,7 +96,7 @@ OPERATIONS = (
     _same("identity", {}, _names("dropout dropout2d alpha_dropout feature_alpha_dropout", "F."),
           _eval_only(2), step="identity"),
     _same("identity", {}, "torchvision.ops.stochastic_depth", _eval_only(3), step="identity"),
-    _same("size_check", {SizeCheck: ("conditions",)}),  # for images of some sizes
+    _same("size_check", {SizeCheck: ("conditions",)}, step="size_check"),  # for images of some sizes
 
     # -- arithmetic
     _same("add", {}, f"{_ADD} .__add__ .__iadd__", pointwise.sum_of_equals, constants=pointwise.combined,
@@ -106,12 +108,11 @@ OPERATIONS = (
         **dict.fromkeys((nn.SELU, nn.Mish), ("inplace",)),
         **dict.fromkeys((nn.ELU, nn.CELU), ("alpha", "inplace")),
         **dict.fromkeys((nn.Softshrink, nn.Hardshrink), ("lambd",)),
-        nn.GELU: ("approximate",),
         nn.Hardtanh: ("min_val", "max_val", "inplace"),
         nn.Softplus: ("beta", "threshold"),
         nn.Threshold: ("threshold", "value", "inplace"),
     }, _names("add sub mul truediv pow neg iadd isub imul itruediv", "operator.") + " " + _everywhere(
-        "tanh gelu elu selu celu leaky_relu mish hardtanh softplus softsign logsigmoid relu6 silu"
+        "tanh elu selu celu leaky_relu mish hardtanh softplus softsign logsigmoid relu6 silu"
         " hardsigmoid hardswish hardshrink softshrink tanhshrink threshold clamp clip abs neg exp sqrt rsqrt"
         " square reciprocal pow add sub mul div true_divide clone float double half"
     ), pointwise.elementwise, constants=pointwise.applied),
@@ -141,13 +142,13 @@ OPERATIONS = (
           maps.adaptive_pool, step="adaptive_pool"),  # to more than one pixel
     _same("spatial_mean", {}, _names("mean amax amin", "torch.", "."), maps.reduction),
     _same("pad", {nn.ConstantPad2d: ("padding", "value"), **dict.fromkeys(_PADS, ("padding",))}, "F.pad",
-          maps.pad, constants=maps.padded),
+          maps.pad, constants=maps.padded, step="pad"),
     _same("interpolate", {nn.Upsample: ("size", "scale_factor", "mode", "align_corners")}, "F.interpolate",
-          on_map),
+          maps.interpolated, step="resize"),
     _index("flatten", {nn.Flatten: ("start_dim", "end_dim")}, f"{_FLATTEN} {_RESHAPE}", maps.flatten,
            step="flatten"),
     _index("pixel_shuffle", {nn.PixelShuffle: ("upscale_factor",)}, "torch.pixel_shuffle F.pixel_shuffle",
-           channels.pixel_shuffle, constants=channels.equal_constants),
+           channels.pixel_shuffle, constants=channels.equal_constants, step="resize"),
     _index("pixel_unshuffle", {nn.PixelUnshuffle: ("downscale_factor",)}, "F.pixel_unshuffle",
            channels.pixel_unshuffle),
 
@@ -178,10 +179,10 @@ OPERATIONS = (
     }, " ".join((
         _names("bmm matmul max min narrow log_softmax softmax sum unbind var std roll"
                " repeat_interleave", "torch.", "."),
-        _names("adaptive_avg_pool1d channel_shuffle conv1d conv2d conv_transpose2d ge gt le lt logsumexp"
+        _names("adaptive_avg_pool1d channel_shuffle conv1d conv_transpose2d ge gt le lt logsumexp"
                " maximum minimum norm stack var_mean where einsum linspace arange zeros ones full zeros_like"
                " ones_like full_like", "torch."),
-        _names("conv1d conv2d conv_transpose2d glu instance_norm linear log_softmax lp_pool2d normalize"
+        _names("conv1d conv_transpose2d glu instance_norm linear log_softmax lp_pool2d normalize"
                " softmax softmin unfold fold max_unpool2d max_pool2d_with_indices embedding", "F."),
         _names("detach select t to type_as unflatten view_as reshape_as repeat unfold new_zeros"
                " new_ones", "."),

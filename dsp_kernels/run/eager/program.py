@@ -18,6 +18,7 @@ from dsp_kernels.program.steps import (
     LinearStep,
     PoolStep,
     Program,
+    ResizeStep,
     Runner,
     SelectStep,
     Step,
@@ -93,6 +94,8 @@ class EagerExecutor:
         if isinstance(step, PoolStep):
             pool = _POOLS[step.kind]
             return lambda values: pool(values[source], **step.settings)
+        if isinstance(step, ResizeStep):
+            return _resize(step)
         if isinstance(step, GlobalPoolStep):
             return lambda values: values[source].mean((2, 3), keepdim=step.keepdim)
         if isinstance(step, FlattenStep):
@@ -122,6 +125,18 @@ def elementwise(step: ElementwiseStep, channel_axis: int = 1) -> Callable[..., T
         return call
     combine = torch.add if step.kind == "add" else torch.mul
     return lambda values, out=None: activate_(combine(values[first], values[second], out=out), activation)
+
+
+def _resize(step: ResizeStep) -> Callable[[dict[str, Any]], Tensor]:
+    top, bottom, left, right = step.pads
+
+    def call(values: dict[str, Any]) -> Tensor:
+        x = values[step.inputs[0]]
+        if step.factor > 1:
+            x = F.pixel_shuffle(x, step.factor) if step.shuffle else F.interpolate(x, None, step.factor)
+        return F.pad(x, (left, right, top, bottom), value=step.value) if any(step.pads) else x
+
+    return call
 
 
 def _select(source: str, index: tuple[int, ...]) -> Callable[[dict[str, Any]], Tensor]:
