@@ -12,6 +12,7 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.cpu.conv import CpuBackend
 from dsp_kernels.run.eager.conv import EagerBackend
 from dsp_kernels.run.gpu.conv import GPU_KERNELS, GpuBackend
+from dsp_kernels.run.gpu.graphs import is_capturing
 from dsp_kernels.run.registry import Registry
 
 ConvPlan = Callable[[Tensor, Tensor | None], Tensor]
@@ -96,7 +97,7 @@ def first_working(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # not compiled for this GPU, too much shared memory, ...
-                other = next(candidates, None)
+                other = None if is_capturing(x.device) else next(candidates, None)
                 if other is None:
                     raise
                 _failed.add((backend.name, spec))

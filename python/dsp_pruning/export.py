@@ -4,7 +4,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,20 @@ def export_onnx(
         torch.onnx.export, plain, inputs, dynamo=True, verbose=False, **settings
     )
     first, *rest = _any_batch(inputs)
+    program, fixed = None, ""
     with _exporting(model, path, plain, inputs) as temporary:
-        program = None
         if others := _other_sizes(plain, inputs):
             free = first | {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-            with suppress(Exception):  # its code depends on the size
+            try:
                 made = export(dynamic_shapes=(free, *rest))
                 torch.testing.assert_close(made.exported_program.module()(*others[0]), others[1])
                 program = made
+            except Exception as error:  # what its code does depends on the size
+                fixed = str(error).partition("\n")[0]
         program = program or export(dynamic_shapes=(first, *rest))
         program.save(str(temporary), external_data=False)
+    if fixed:
+        warnings.warn(f"{path} takes images of the example's size only: {fixed}", stacklevel=2)
     return Path(path)
 
 

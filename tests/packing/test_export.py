@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,18 +208,21 @@ def test_onnx_where_packed_and_plain_convolutions_alternate(tmp_path: Path, name
 
 
 @pytest.mark.parametrize(
-    ("network", "free"),
+    ("network", "free", "warns"),
     [
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), False),
-        (nets.ConvThen(lambda y: F.interpolate(y, size=(y.shape[2] // 2, 5))), True),
-        (nets.ConvThen(lambda y: y * (1 if y.shape[2] > 8 else 2)), False),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), False, False),
+        (nets.ConvThen(lambda y: F.interpolate(y, size=(y.shape[2] // 2, 5))), True, False),
+        (nets.ConvThen(lambda y: y * (1 if y.shape[2] > 8 else 2)), False, True),
     ],
     ids=["flattened maps", "a size from a size", "a condition on sizes"],
 )
 def test_height_and_width_are_free_unless_the_network_depends_on_them(
-    network: nn.Module, free: bool, tmp_path: Path
+    network: nn.Module, free: bool, warns: bool, tmp_path: Path
 ) -> None:
-    path, x = export_onnx(network, tmp_path / "net.onnx", nets.example(1)), nets.example(3)
+    with warnings.catch_warnings(record=True) as said:
+        path, x = export_onnx(network, tmp_path / "net.onnx", nets.example(1)), nets.example(3)
+    # A network that takes one size only needs no warning.
+    assert any("the example's size only" in str(one.message) for one in said) == warns
     dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
     sizes = ["height", "width"] if free else [8, 8]
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, *sizes]

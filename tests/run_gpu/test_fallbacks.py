@@ -1,6 +1,8 @@
 """What runs where the fastest kernels cannot, with one warning that says why; weights are prepared once."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -225,3 +227,36 @@ def test_what_auto_tries_on_a_gpu(
             gpu_conv.warn_of_missing(GPU)
     assert len(caught) == (reason is not None)
     assert not reason or reason in str(caught[0].message)
+
+
+def test_a_graph_of_the_caller_keeps_the_arranged_weights_that_it_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Arranged:
+        """One convolution of a family of kernels, which writes zeros."""
+
+        def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+            out.zero_()
+
+    made: list[weakref.ref[Arranged]] = []
+
+    class Kernels:
+        name = "stand-in"
+
+        def prepare(self, *request: object) -> Arranged:
+            arranged = Arranged()
+            made.append(weakref.ref(arranged))
+            return arranged
+
+    a = Case("", UNEQUAL).tensors()
+    case = ConvSpec(UNEQUAL, (3, 3), padding=(1, 1)), a.weights, a.bias
+    run = gpu_conv.GpuBackend(Kernels()).prepare(*case)
+    run(a.x, None)
+    with monkeypatch.context() as during:
+        during.setattr(gpu_conv, "is_capturing", lambda device: True)
+        run(a.x, None)
+        with pytest.raises(DSPBackendError, match="call the network once before"):
+            gpu_conv.GpuBackend(Kernels()).prepare(*case)(a.x, None)
+    del run
+    gc.collect()
+    assert made[0]() is not None

@@ -11,8 +11,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.run.gpu.cuda.conv import CudaKernels
+from dsp_kernels.run.gpu.graphs import is_capturing
 from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.triton.conv import TritonKernels
 from dsp_kernels.run.registry import Registry
@@ -33,6 +35,10 @@ def warn_of_missing(device: torch.device) -> None:
         missing.append(f"{kernels.name}: {reason}")
     if missing:
         warnings.warn(f"dsp_kernels uses {instead} on {device}; {'; '.join(missing)}", stacklevel=2)
+
+
+# What graphs of the caller read: when such a graph is freed is not known, so these are not.
+_captured: set[GpuConv] = set()
 
 
 class GpuBackend:
@@ -68,8 +74,16 @@ class GpuBackend:
             memory_format = memory_format_of(x)
             channels_last = memory_format == torch.channels_last
             layout = GpuLayout.NHWC if channels_last else layout_for_batch(x.shape[0])
+            capturing = is_capturing(x.device)
             if layout not in prepared:
+                if capturing:
+                    raise DSPBackendError(
+                        "a convolution cannot arrange its weights while a CUDA graph is captured; call the "
+                        f"network once before, with an input like {tuple(x.shape)}"
+                    )
                 prepared[layout] = self._kernels.prepare(spec, weights, bias, layout)
+            if capturing:
+                _captured.add(prepared[layout])
             out = torch.empty(layout.shape(spec.output_shape(x.shape)), dtype=x.dtype, device=x.device)
             added = None if residual is None else layout.from_nchw(residual)
             prepared[layout](layout.from_nchw(x), out, added)
