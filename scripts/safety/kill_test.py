@@ -75,6 +75,8 @@ def main() -> int:
 def train(data: ImageData, folder: Path, epochs: int, started: Callable[[], None] = lambda: None) -> None:
     """Run the stages that are not complete, from their last checkpoint. started: called in every step."""
     torch.seed()  # what a forked child inherits must not matter
+    # PyTorch replaces its thread pool after a fork, and crashes if two threads do that at once.
+    torch.set_num_threads(1)
     common: dict[str, Any] = {"depth": 8, "epochs": epochs, "batch_size": 32, "device": "cpu"}
     weights: dict[str, torch.Tensor] = {}
     for stage in STAGES:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from stages import Outcome
 from torch import Tensor, nn
 
 
@@ -223,6 +224,15 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     ),
     "EDSR": (lambda: SuperResolution(False), 24, 0),
     "RCAN": (lambda: SuperResolution(True), 24, 0),
-    "FPN": (FPN, 64, 0),
+    "FPN": (FPN, 64, 6),
     "GAN": (Generator, 8, 4),
 }
+
+
+def check(made: Outcome, plain: int) -> None:
+    """Nothing failed, all answers agree, and at most so many steps before the head are plain PyTorch."""
+    assert not made.failed
+    assert made.errors.pop("packed") <= 1e-10
+    assert made.errors.pop("saved") == 0
+    assert max(made.errors.values()) <= 1e-4
+    assert made.plain <= plain
