@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsp_kernels.errors import DSPStructureError
@@ -36,7 +35,10 @@ class GroupStructure:
     """The channels of every group of one convolution; immutable, checked and hashable.
 
     in_channels, out_channels: channels of the tensors that the convolution reads and writes.
-    groups: any number, also none. Groups may share input channels. An output channel in no group is *absent*.
+    groups: any number, also none. Groups may share input channels.
+    absent: output channels that no group writes, ascending. read: input channels that at least one group
+        reads, ascending. kernels: number of 2-D kernels, the sum over groups of filters x channels.
+    is_uniform: whether the groups are those of ``nn.Conv2d(groups=len(groups))``.
 
     Raises DSPStructureError if an index is out of bounds or repeated within its list, an output channel
     belongs to two groups, or a group writes nothing.
@@ -52,6 +54,12 @@ class GroupStructure:
     in_channels: int
     out_channels: int
     groups: tuple[Group, ...] = ()
+    absent: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    read: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    kernels: int = field(init=False, repr=False, compare=False)
+    is_uniform: bool = field(init=False, repr=False, compare=False)
+    # There are thousands of indices, and structures are keys of caches.
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels"):
@@ -75,15 +83,20 @@ class GroupStructure:
                     )
                 owner[channel] = number
             checked.append(Group(in_index, out_index))
-        object.__setattr__(self, "groups", tuple(checked))
+        read = {channel for group in checked for channel in group.in_index}
+        derived = {
+            "groups": tuple(checked),
+            "absent": tuple(channel for channel in range(self.out_channels) if channel not in owner),
+            "read": tuple(sorted(read)),
+            "kernels": sum(len(group.in_index) * len(group.out_index) for group in checked),
+            "is_uniform": checked == _uniform(self.in_channels, self.out_channels, len(checked)),
+            "_hash": hash((self.in_channels, self.out_channels, tuple(checked))),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
         return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # Cached: there are thousands of indices, and structures are keys of caches.
-        return hash((self.in_channels, self.out_channels, self.groups))
 
     @classmethod
     def build(
@@ -104,45 +117,17 @@ class GroupStructure:
     @classmethod
     def uniform(cls, in_channels: int, out_channels: int, n_groups: int) -> GroupStructure:
         """Equal groups of consecutive channels, as of ``nn.Conv2d(groups=n_groups)``."""
-        if n_groups < 1 or in_channels % n_groups or out_channels % n_groups:
+        groups = _uniform(in_channels, out_channels, n_groups)
+        if groups is None:
             raise DSPStructureError(
                 f"{in_channels} -> {out_channels} channels cannot be divided into {n_groups} equal groups"
             )
-        c, o = in_channels // n_groups, out_channels // n_groups
-        return cls.build(
-            in_channels,
-            out_channels,
-            [(range(g * c, g * c + c), range(g * o, g * o + o)) for g in range(n_groups)],
-        )
-
-    @cached_property
-    def absent(self) -> tuple[int, ...]:
-        """Output channels that no group writes, ascending."""
-        written = {channel for group in self.groups for channel in group.out_index}
-        return tuple(channel for channel in range(self.out_channels) if channel not in written)
-
-    @cached_property
-    def read(self) -> tuple[int, ...]:
-        """Input channels that at least one group reads, ascending."""
-        return tuple(sorted({channel for group in self.groups for channel in group.in_index}))
-
-    @cached_property
-    def kernels(self) -> int:
-        """Number of 2-D kernels, the sum over groups of filters x channels."""
-        return sum(len(group.in_index) * len(group.out_index) for group in self.groups)
+        return cls(in_channels, out_channels, tuple(groups))
 
     @property
     def is_dense(self) -> bool:
         """Whether one group reads and writes every channel in order."""
         return self.is_uniform and len(self.groups) == 1
-
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Whether the groups are those of ``nn.Conv2d(groups=len(self.groups))``."""
-        n_groups = len(self.groups)
-        if n_groups == 0 or self.in_channels % n_groups or self.out_channels % n_groups:
-            return False
-        return self == GroupStructure.uniform(self.in_channels, self.out_channels, n_groups)
 
     def macs(self, kernel_size: tuple[int, int], output_hw: tuple[int, int]) -> int:
         """Multiply-adds for one image with an output of ``output_hw`` = (height, width) pixels."""
@@ -185,6 +170,15 @@ class GroupStructure:
                 f"not a group structure: {error!r}; expected in_channels, out_channels and pairs of indices"
             ) from error
         return cls.build(*widths, pairs)
+
+
+def _uniform(in_channels: int, out_channels: int, n_groups: int) -> list[Group] | None:
+    """Equal groups of consecutive channels; None if the channels cannot be divided."""
+    if n_groups < 1 or in_channels % n_groups or out_channels % n_groups:
+        return None
+    c, o = in_channels // n_groups, out_channels // n_groups
+    starts = range(n_groups)
+    return [Group(tuple(range(g * c, g * c + c)), tuple(range(g * o, g * o + o))) for g in starts]
 
 
 def _whole(value: Any, what: str) -> int:

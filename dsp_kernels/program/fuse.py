@@ -20,7 +20,6 @@ from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program, Runner, TorchStep, ValueRef, map_nested
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
-from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.layout import uses_tf32
 from dsp_kernels.run.programs import EXECUTORS
 from dsp_kernels.tolerances import network_tolerance
@@ -104,8 +103,6 @@ class FusedNetwork(nn.Module):
         self.device = device
         self.backend = EXECUTORS.choose(backend, program, dtype, device).name
         self._requested_backend = backend
-        # Fills caches of the structures: torch.compile refuses the lock of cached_property.
-        EagerExecutor().describe(program)
         self._example_shapes = tuple(program.shapes[name] for name in program.inputs)
         self._runners: dict[str, Runner] = {}
         super().train(False)

@@ -62,7 +62,7 @@ class EagerExecutor:
         limit = _batch_limit(program)
 
         def run_in_parts(inputs: Sequence[Tensor]) -> list[Any]:
-            if limit is None or len(inputs[0]) <= limit or inputs[0].device.type != "cpu":
+            if limit is None or inputs[0].shape[0] <= limit or inputs[0].device.type != "cpu":
                 return run(inputs)
             parts = [run(part) for part in zip(*(x.split(limit) for x in inputs), strict=True)]
             return [torch.cat(results) for results in zip(*parts, strict=True)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dsp_kernels.errors import DSPBackendError
-from dsp_kernels.program.steps import ConvStep, Program, Runner, map_nested
+from dsp_kernels.program.steps import ConvStep, Program, map_nested
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.conv import GPU_KERNELS, warn_of_missing
 from dsp_kernels.run.gpu.graphs import capture, is_capturing
@@ -95,7 +94,7 @@ class GpuRunner:
     def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
         """inputs: on the Program's device; the results are new tensors."""
         if not len(inputs[0]):
-            return self._eager([x.to(self._planner.dtype) for x in inputs])
+            return EagerExecutor().prepare(self._program)([x.to(self._planner.dtype) for x in inputs])
         with self._lock:
             if is_capturing(self.device):
                 return self._run_in_graph(inputs)(inputs)
@@ -108,10 +107,6 @@ class GpuRunner:
                 results = self._run_for(inputs)(inputs)
                 self._done = stream.record_event()
             return results
-
-    @cached_property
-    def _eager(self) -> Runner:
-        return EagerExecutor().prepare(self._program)
 
     def is_captured(self, inputs: Sizes) -> bool:
         """Whether calls with inputs of these shapes replay a CUDA graph."""
