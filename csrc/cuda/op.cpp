@@ -119,6 +119,17 @@ void cuda_conv(const Tensor& x, const Tensor& out, const std::optional<Tensor>& 
 void cuda_block(const Tensor& x, const Tensor& out, const std::optional<Tensor>& residual, const Tensor& weights,
                 const Tensor& bias, const Tensor& tables, const std::vector<int64_t>& size_list) {
     const auto s = sizes_of<BlockSizes>(size_list);
+    check(s.conv_count >= 1 && s.conv_count <= kMostConvs, "wrong number of convolutions");
+    check(s.batch % 8 == 0, "the batch is not a multiple of 8");
+    check(s.turns >= 1 && s.tile_n >= 1 && s.tile_n <= kLargestDivisor, "wrong number of turns or images");
+    for (int i = 0; i <= s.conv_count; ++i) {
+        const BlockRegion& r = s.regions[i];
+        check(r.rows >= 1 && r.columns >= 1 && r.columns <= kLargestDivisor &&
+                  int64_t{r.rows} * r.columns * s.tile_n <= kMostChunks,
+              "a tile is too large for the block kernel, or empty");
+        const int64_t end = r.offset + int64_t{r.slots} * r.channel_bytes;
+        check(i == s.conv_count || (r.offset >= 0 && end <= s.shared_bytes), "a region is outside the shared memory");
+    }
     const Arguments arguments{x, out, residual, weights, bias, tables};
     const BlockRegion &input = s.regions[0], &output = s.regions[s.conv_count];
     const BlockConv& last = s.convs[s.conv_count - 1];

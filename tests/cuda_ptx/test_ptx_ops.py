@@ -1,5 +1,6 @@
 """The CUDA kernels as nvcc compiles them, run by the PTX interpreter, against the definition of the op."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -11,7 +12,7 @@ from block_cases import BlockCase
 from cases import CASES, UNEQUAL, WIDE, Case
 from child import Child
 from ptx.interpreter import SHARED_BYTES
-from ptx_checks import block_case, conv_case, infinite_images, kernels_of
+from ptx_checks import block_case, conv_case, infinite_images, kernels_of, refused_block
 
 from dsp_kernels import GroupStructure
 from dsp_kernels.run.gpu.cuda.kernels import KERNELS, kernels_for
@@ -91,6 +92,26 @@ def test_no_image_affects_another(kernel: str, child: Child) -> None:
 @pytest.mark.parametrize("case", block_cases.CASES, ids=block_cases.IDS)
 def test_block(case: BlockCase, dtype: torch.dtype, child: Child) -> None:
     child(block_case, case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("conv_count", 0, "number of convolutions"),
+        ("conv_count", 4, "number of convolutions"),
+        ("batch", 4, "not a multiple of 8"),
+        ("tile_n", 0, "turns or images"),
+        ("turns", 0, "turns or images"),
+        ("columns", 0, "a tile is too large .* or empty"),
+        ("rows", 4096, "a tile is too large .* or empty"),
+        ("offset", -1024, "outside the shared memory"),
+        ("slots", 10**6, "outside the shared memory"),
+    ],
+)
+def test_a_launch_that_would_leave_its_memory_is_refused(
+    name: str, value: int, says: str, child: Child
+) -> None:
+    assert re.search(says, child(refused_block, block_cases.CASES[0], name, value))
 
 
 @pytest.mark.parametrize("name", ["stride 2, another residual", "bottleneck in turns"])

@@ -19,6 +19,7 @@ from ptx.interpreter import Interpreter
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure
+from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.program.planner import plan
 from dsp_kernels.run.gpu.cuda import conv as cuda_conv
@@ -27,6 +28,7 @@ from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
 from dsp_kernels.run.gpu.cuda.blocks.geometry import BlockGeometry
 from dsp_kernels.run.gpu.cuda.blocks.tables import block_tables
 from dsp_kernels.run.gpu.cuda.conv import CudaConv
+from dsp_kernels.run.gpu.cuda.launch import launch_op
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.program import GpuRunner
 from dsp_kernels.run.gpu.tune import Choices, Tuner
@@ -109,6 +111,25 @@ def block_case(
         assert len(ptx.launches) == 1
         ran |= set(ptx.launches)
     return ran
+
+
+def refused_block(case: BlockCase, name: str, value: int) -> str:
+    """What the op says of a launch with one field changed: of the block, or of its first region."""
+
+    def launch(*given: Any) -> None:
+        *tensors, sizes = given
+        if name in sizes._fields:
+            return launch_op(*tensors, sizes._replace(**{name: value}))
+        first, *others = sizes.regions
+        launch_op(*tensors, sizes._replace(regions=(first._replace(**{name: value}), *others)))
+
+    with Interpreter() as ptx, mock.patch.object(block_conv, "launch_op", launch):
+        try:
+            check_block(prepared_block(case, torch.float16), case, torch.float16)
+        except DSPBackendError as error:
+            assert not ptx.launches
+            return str(error)
+    return ""
 
 
 class Prefers(Tuner):
