@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there completely or not at all, even if the process is killed. The cache folder."""
+"""Atomic writes (a file is there completely or not at all, even after kill -9), and the cache folder."""
 
 import io
 import os
