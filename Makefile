@@ -5,6 +5,7 @@
 # make bench-readme  the engines of the README's table, and the table
 # make bench-cpu-large  ResNet-18 and ResNet-50 against the strongest dense engines
 # make lint   ruff and mypy
+# make docs   the documentation site, in build/site
 # make test-mutants   break the PTX of the CUDA kernels in one place after the other and count what is noticed (minutes)
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-mutants test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
+.PHONY: demo test test-all test-mutants test-triton test-triton36 test-zoo fuzz lint docs bench bench-readme bench-cpu-large install clean
 install: $(INSTALLED)
 
 # An environment that already has torch keeps it: pip only fills in what is missing.
@@ -79,6 +80,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -c "import mkdocstrings_handlers, material" 2>/dev/null || \
+		DSP_KERNELS_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
