@@ -25,9 +25,33 @@ def _map_tensors(value: Any, function: TensorMap) -> Any:
         return function(value)
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)._apply(function)
-    if isinstance(value, Step):
+    if isinstance(value, Step | Requantize):
         return value.map_tensors(function)
     return tuple(_map_tensors(part, function) for part in value) if type(value) is tuple else value
+
+
+@dataclass(frozen=True, eq=False)
+class Requantize:
+    """How a step of an integer network ends, in float32, every operation rounded once.
+
+    t = result * multiplier (+ bias) (+ residual), clamped to low and high, rounded to the nearest integer
+    (ties to even). With infinite low and high, t is the output: a float.
+
+    multiplier: (out_channels,), or one number for a step without filters; of an average the factor before it
+    is divided, in float64, by the pixels of the window. residual: factor of the second input. exact: the
+    input is so small that every sum is an integer below 2^24. signed: the input may be negative.
+    """
+
+    multiplier: Tensor
+    residual: float | None
+    low: float
+    high: float
+    exact: bool = True
+    signed: bool = False
+
+    def map_tensors(self, function: TensorMap) -> Self:
+        """A copy with ``function`` applied to the multiplier."""
+        return replace(self, multiplier=function(self.multiplier))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +75,14 @@ class Step:
 class ConvStep(Step):
     """A gather-grouped convolution; inputs: (x,) or (x, residual).
 
-    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; norms are folded in already.
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; norms are folded in already. With
+    requantize, the weights are integers in float32.
     """
 
     spec: ConvSpec
     weights: tuple[Tensor, ...]
     bias: Tensor | None
+    requantize: Requantize | None = None
 
     def describe(self) -> str:
         spec = self.spec
@@ -82,11 +108,21 @@ class ElementwiseStep(Step):
     activation: str = "none"
     scale: Tensor | None = None
     shift: Tensor | None = None
+    requantize: Requantize | None = None
 
     def describe(self) -> str:
         if self.kind == "activation":
             return self.activation
         return self.kind + (f" + {self.activation}" if self.activation != "none" else "")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizeStep(Step):
+    """Integers from floats: clamp(round(x * inverse), low, high), ties to even."""
+
+    inverse: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +146,7 @@ class PoolStep(Step):
 
     kind: str
     settings: Mapping[str, Any]
+    requantize: Requantize | None = None
 
     def describe(self) -> str:
         return f"{self.kind} {self.settings.get('kernel_size') or self.settings['output_size']}"
@@ -138,6 +175,7 @@ class GlobalPoolStep(Step):
     """The mean of every channel; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
     keepdim: bool
+    requantize: Requantize | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +190,7 @@ class LinearStep(Step):
     weight: Tensor
     bias: Tensor | None
     activation: str = "none"
+    requantize: Requantize | None = None
 
     def describe(self) -> str:
         return f"linear {self.weight.shape[1]}->{self.weight.shape[0]}"
