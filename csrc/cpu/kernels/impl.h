@@ -1,6 +1,6 @@
 // The kernels for any vector length. Before including this, the source file of an instruction set defines DSP_LANES
-// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16 and DSP_FP16 to 1 if it has
-// multiply-add instructions for these types.
+// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16, DSP_FP16 and DSP_VNNI to 1 if it
+// has multiply-add instructions for these types and for bytes.
 // Everything is in an anonymous namespace and no header with inline functions is included: the linker must not pick
 // code compiled for a newer instruction set than the CPU has.
 #pragma once
@@ -12,6 +12,9 @@
 #endif
 #ifndef DSP_FP16
 #define DSP_FP16 0
+#endif
+#ifndef DSP_VNNI
+#define DSP_VNNI 0
 #endif
 
 namespace dsp {
@@ -32,6 +35,26 @@ inline V keep(V v, const int32_t* mask) { return (V)((M)v & *reinterpret_cast<co
 // A NaN stays a NaN: the comparison is false and v is returned.
 inline V at_least(V v, float low) { return V{} + low > v ? V{} + low : v; }
 inline V at_most(V v, float high) { return V{} + high < v ? V{} + high : v; }
+
+// A product that is rounded before it is added to something: the compiler may not make a fused multiply-add of it.
+inline V separate(V product) {
+#if defined(__x86_64__)
+    asm("" : "+v"(product));
+#elif defined(__aarch64__)
+    asm("" : "+w"(product));
+#else
+    asm("" : "+m"(product));
+#endif
+    return product;
+}
+
+// The end of an integer step from an exact integer.
+inline V requantize(V sum, V multiplier, V bias, const float* add, const Ending& ending) {
+    V t = separate(sum * multiplier) + bias;
+    if (add) t += separate(load(add) * ending.residual);
+    t = at_most(at_least(t, ending.low), ending.high);
+    return ending.round ? t + 12582912.0f - 12582912.0f : t; // adding 1.5 * 2^23 rounds to an integer
+}
 
 // exp by 2^n * polynomial (Cephes' expf coefficients); error below 2 ulp on the clamped range.
 inline V exponential(V x) {
@@ -151,6 +174,36 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
     }
 }
 
+// The end of an integer tile in a pass of its sums, [filters][vectors].
+inline __attribute__((always_inline)) void finish_integers(const M* pass, int filters, int vectors,
+                                                           const TileCall& call) {
+    for (int k = 0; k < filters; ++k) {
+        float* const y = call.y + call.y_plane[k];
+        const float* const add = call.add ? call.add + call.add_plane[k] : nullptr;
+        const V multiplier = V{} + call.multiplier[k], bias = V{} + call.bias[k];
+        for (int p = 0; p < vectors; ++p) {
+            M sum = pass[k * vectors + p];
+            MU* const held = reinterpret_cast<MU*>(call.sums) + k * vectors + p;
+            if (!call.begins) sum += *held;
+            if (!call.ends) {
+                *held = sum;
+                continue;
+            }
+            const int32_t at = call.vec[p];
+            const V v = requantize(__builtin_convertvector(sum, V), multiplier, bias, add ? add + at : nullptr,
+                                   *call.ending);
+            store(y + at, call.mask ? keep(v, call.mask + p * L) : v);
+        }
+    }
+}
+
+// From exact sums in float.
+__attribute__((noinline)) void finish_exact(const V* pass, int filters, int vectors, const TileCall& call) {
+    M sums[max_filters * max_vectors];
+    for (int i = 0; i < filters * vectors; ++i) sums[i] = __builtin_convertvector(pass[i], M);
+    finish_integers(sums, filters, vectors, call);
+}
+
 // A tile; add() adds the term of one displacement, floats or words.
 template <int K, int P, void (*add)(V (&)[K][P], const float* const (&)[P], int64_t, const float*)>
 void tile(const TileCall& call) {
@@ -161,6 +214,11 @@ void tile(const TileCall& call) {
     UNROLLED(p, P) x[p] = call.x + call.vec[p];
     each_term<K>(call.off, call.count, call.w,
                  [&](int64_t off, const float* w) __attribute__((always_inline)) { add(acc, x, off, w); });
+    if (call.ending) {
+        V pass[K * P];
+        UNROLLED(k, K) UNROLLED(p, P) pass[k * P + p] = acc[k][p];
+        return finish_exact(pass, K, P, call);
+    }
     call.mask ? finish<K, P, true>(acc, call) : finish<K, P, false>(acc, call);
 }
 
@@ -172,6 +230,9 @@ void tile(const TileCall& call) {
 #include "bf16.h"
 #if DSP_FP16
 #include "fp16.h"
+#endif
+#if DSP_VNNI
+#include "int8.h"
 #endif
 
 namespace dsp {
@@ -195,6 +256,9 @@ void fill(Kernels& table) {
 #if DSP_FP16
     table.fp16.tile[K][P] = half_tile<K, P>;
 #endif
+#if DSP_VNNI
+    table.quads[0].tile[K][P] = table.quads[1].tile[K][P] = quad_tile<K, P>;
+#endif
     if constexpr (P > 1)
         fill<K, P - 1>(table);
     else if constexpr (K > 1)
@@ -210,11 +274,13 @@ Kernels make() {
     table.thin = thin;
     table.band_input[0] = band_input;
     table.band_input[1] = patch_input;
-    table.bf16.own = DSP_BF16, table.bf16.add_latency = 6.0; // measured on Zen 5
-    table.bf16.pair = pair<pack_pair>;
+    table.bf16 = {DSP_BF16, 2, 0, 6.0, {}, pack_words<2, pack_pair>}; // latency measured on Zen 5
 #if DSP_FP16
-    table.fp16.own = true, table.fp16.add_latency = 4.0; // like float multiply-adds; not measured
-    table.fp16.pair = pair<pack_halves>;
+    table.fp16 = {true, 2, 0, 4.0, {}, pack_words<2, pack_halves>}; // like float multiply-adds; not measured
+#endif
+#if DSP_VNNI
+    table.quads[0] = {true, 4, 0, 4.0, {}, pack_words<4, pack_quad<false>>};
+    table.quads[1] = {true, 4, 0x80, 4.0, {}, pack_words<4, pack_quad<true>>};
 #endif
     table.filters = sizeof(widths) / sizeof(int);
     fill<sizeof(widths) / sizeof(int)>(table);
