@@ -254,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
             std::vector<std::string> names{"float32"};
             if (kernels.bf16.own) names.push_back("bfloat16");
             if (kernels.fp16.own) names.push_back("float16");
+            if (kernels.quads[0].own) names.push_back("int8");
             return names;
         },
         "The dtypes that an instruction set multiplies by instructions of its own.");

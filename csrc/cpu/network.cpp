@@ -38,6 +38,18 @@ void check_integers(const std::vector<float>& weights, int64_t terms) {
     require(terms < std::numeric_limits<int32_t>::max() / (127 * 255), "an integer sum would exceed 32 bits");
 }
 
+// Whether bytes are worth packing into words, by estimated cycles for a vector of output pixels: a word takes about 8 to
+// make (Zen 4), for each phase of a stride, and a product 1 whether of words or floats. Not in a depthwise convolution.
+bool fills_words(const Window& window, const std::vector<GroupIndex>& groups) {
+    int64_t words = 0, floats = 0, phases = 1, taps = 1;
+    for (int a = 0; a < 2; ++a) phases *= std::min(window.stride[a], window.kernel[a]), taps *= window.kernel[a];
+    for (const GroupIndex& group : groups) {
+        const int64_t in = int64_t(group.in.size()), out = int64_t(group.out.size());
+        words += (in + 3) / 4 * (8 * phases + out * taps), floats += in * out * taps;
+    }
+    return words < floats;
+}
+
 constexpr float most_level = 1 << 22;
 
 bool is_folded(Act act) { return act < Act::sigmoid; }
@@ -199,11 +211,13 @@ int Network::add_conv(int x, int residual, int out_channels, const Window& windo
     step.bias = bias;
     step.bias.resize(out_channels, 0.0f);
     step.groups = std::move(groups);
-    const WordKernels& quads = kernels.quads[requantize && requantize->is_signed];
-    // With one channel per group, as in a depthwise convolution, a word would be half empty.
-    if (std::any_of(step.groups.begin(), step.groups.end(),
-                    [](const GroupIndex& group) { return group.in.size() > 1; }))
-        step.words = !requantize ? words : requantize->exact || !quads.own ? nullptr : &quads;
+    if (requantize) {
+        const WordKernels& quads = kernels.quads[requantize->is_signed];
+        if (quads.own && !requantize->exact && fills_words(window, step.groups)) step.words = &quads;
+    } else if (std::any_of(step.groups.begin(), step.groups.end(),
+                           [](const GroupIndex& group) { return group.in.size() > 1; })) {
+        step.words = words; // with one channel per group, as in a depthwise convolution, a word would be half empty
+    }
     if (step.words) order_by_words(step.groups, taps, step.words->channels);
     return make(std::move(step), out_channels, rectifies(act), std::move(requantize));
 }

@@ -4,10 +4,6 @@
 // numbers as 0.
 #pragma once
 
-#if DSP_BF16
-#include <immintrin.h> // its functions are always inlined and emit no symbols
-#endif
-
 namespace dsp {
 namespace {
 

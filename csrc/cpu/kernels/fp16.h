@@ -8,8 +8,6 @@
 // range of float16 (65504) become infinite, and anything below 2^-25 underflows.
 #pragma once
 
-#include <immintrin.h> // its functions are always inlined and emit no symbols
-
 namespace dsp {
 namespace {
 

@@ -7,6 +7,10 @@
 
 #include "kernel.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h> // its functions are always inlined and emit no symbols
+#endif
+
 #ifndef DSP_BF16
 #define DSP_BF16 0
 #endif
@@ -48,13 +52,24 @@ inline V separate(V product) {
     return product;
 }
 
-// The end of an integer step from an exact integer.
-inline V requantize(V sum, V multiplier, V bias, const float* add, const Ending& ending) {
-    V t = separate(sum * multiplier) + bias;
-    if (add) t += separate(load(add) * ending.residual);
-    t = at_most(at_least(t, ending.low), ending.high);
-    return ending.round ? t + 12582912.0f - 12582912.0f : t; // adding 1.5 * 2^23 rounds to an integer
-}
+// The end of an integer step, from exact integers.
+struct Requantizer {
+    const V residual, low, high, rounds;
+    explicit Requantizer(const Ending& e)
+        : residual(V{} + e.residual), low(V{} + e.low), high(V{} + e.high),
+          rounds(V{} + (e.round ? 12582912.0f : 0.0f)) {} // adding 1.5 * 2^23 rounds to an integer
+    V scaled(V sum, V multiplier, V bias) const { return separate(sum * multiplier) + bias; }
+    V added(V t, const float* add) const { return t + separate(load(add) * residual); }
+    V ended(V t) const { // a NaN stays
+#if defined(__AVX512F__)
+        t = (V)_mm512_maskz_min_ps(0xffff, (__m512)high, _mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)t));
+#else
+        t = low > t ? low : t;
+        t = high < t ? high : t;
+#endif
+        return t + rounds - rounds;
+    }
+};
 
 // exp by 2^n * polynomial (Cephes' expf coefficients); error below 2 ulp on the clamped range.
 inline V exponential(V x) {
@@ -174,34 +189,50 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
     }
 }
 
-// The end of an integer tile in a pass of its sums, [filters][vectors].
-inline __attribute__((always_inline)) void finish_integers(const M* pass, int filters, int vectors,
-                                                           const TileCall& call) {
-    for (int k = 0; k < filters; ++k) {
-        float* const y = call.y + call.y_plane[k];
-        const float* const add = call.add ? call.add + call.add_plane[k] : nullptr;
-        const V multiplier = V{} + call.multiplier[k], bias = V{} + call.bias[k];
-        for (int p = 0; p < vectors; ++p) {
-            M sum = pass[k * vectors + p];
-            MU* const held = reinterpret_cast<MU*>(call.sums) + k * vectors + p;
-            if (!call.begins) sum += *held;
-            if (!call.ends) {
-                *held = sum;
-                continue;
-            }
-            const int32_t at = call.vec[p];
-            const V v = requantize(__builtin_convertvector(sum, V), multiplier, bias, add ? add + at : nullptr,
-                                   *call.ending);
-            store(y + at, call.mask ? keep(v, call.mask + p * L) : v);
+// The end of an integer tile.
+template <int K, int P, bool masked>
+inline __attribute__((always_inline)) void finish_integers(M (&sum)[K][P], const TileCall& call) {
+    const Requantizer to(*call.ending);
+    int64_t at[P];
+    UNROLLED(p, P) at[p] = call.vec[p];
+    float* const base = call.y;
+    const float *const bias = call.bias, *const multiplier = call.multiplier, *const add = call.add;
+    const int64_t *const y_plane = call.y_plane, *const add_plane = call.add_plane;
+    const int32_t* const mask = call.mask;
+    UNROLLED(k, K) {
+        float* const y = base + y_plane[k];
+        const V factor = V{} + multiplier[k], shift = V{} + bias[k];
+        V t[P];
+        UNROLLED(p, P) t[p] = to.scaled(__builtin_convertvector(sum[k][p], V), factor, shift);
+        if (add) {
+            const float* const plane = add + add_plane[k];
+            UNROLLED(p, P) t[p] = to.added(t[p], plane + at[p]);
+        }
+        UNROLLED(p, P) {
+            const V v = to.ended(t[p]);
+            store(y + at[p], masked ? keep(v, mask + p * L) : v);
         }
     }
 }
 
-// From exact sums in float.
-__attribute__((noinline)) void finish_exact(const V* pass, int filters, int vectors, const TileCall& call) {
-    M sums[max_filters * max_vectors];
-    for (int i = 0; i < filters * vectors; ++i) sums[i] = __builtin_convertvector(pass[i], M);
-    finish_integers(sums, filters, vectors, call);
+// The same after a pass of its sums: they go on in memory, or end.
+template <int K, int P>
+inline __attribute__((always_inline)) void pass_integers(M (&sum)[K][P], const TileCall& call) {
+    MU* const held = reinterpret_cast<MU*>(call.sums);
+    if (!call.begins) UNROLLED(k, K) UNROLLED(p, P) sum[k][p] += held[k * P + p];
+    if (!call.ends) {
+        UNROLLED(k, K) UNROLLED(p, P) held[k * P + p] = sum[k][p];
+        return;
+    }
+    call.mask ? finish_integers<K, P, true>(sum, call) : finish_integers<K, P, false>(sum, call);
+}
+
+// From exact sums in float. Not in the tile, where it would cost registers.
+template <int K, int P>
+__attribute__((noinline)) void pass_exact(const V* pass, const TileCall& call) {
+    M sum[K][P];
+    UNROLLED(k, K) UNROLLED(p, P) sum[k][p] = __builtin_convertvector(pass[k * P + p], M);
+    pass_integers(sum, call);
 }
 
 // A tile; add() adds the term of one displacement, floats or words.
@@ -217,7 +248,7 @@ void tile(const TileCall& call) {
     if (call.ending) {
         V pass[K * P];
         UNROLLED(k, K) UNROLLED(p, P) pass[k * P + p] = acc[k][p];
-        return finish_exact(pass, K, P, call);
+        return pass_exact<K, P>(pass, call);
     }
     call.mask ? finish<K, P, true>(acc, call) : finish<K, P, false>(acc, call);
 }

@@ -3,8 +3,6 @@
 // A value with sign is stored plus 128; then a sum begins with -128 times the sum of its weights.
 #pragma once
 
-#include <immintrin.h> // its functions are always inlined and emit no symbols
-
 namespace dsp {
 namespace {
 
@@ -34,7 +32,7 @@ void quad_tile(const TileCall& call) {
             UNROLLED(p, P) acc[k][p] = (M)_mm512_dpbusd_epi32((__m512i)acc[k][p], (__m512i)in[p], weight);
         }
     });
-    finish_integers(&acc[0][0], K, P, call);
+    pass_integers(acc, call);
 }
 
 } // namespace

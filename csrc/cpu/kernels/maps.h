@@ -5,12 +5,15 @@ namespace dsp {
 namespace {
 
 void map(const MapCall& call) {
+    const Requantizer to(call.ending ? *call.ending : Ending{});
     for (int64_t i = 0; i < call.vectors; ++i) {
         const int64_t d = call.vec[i];
         V v = load(call.a + d);
         if (call.ending) {
             if (call.product) v *= load(call.b + (call.period ? d % call.period : d));
-            v = requantize(v, V{} + call.scale, V{}, call.b && !call.product ? call.b + d : nullptr, *call.ending);
+            v = to.scaled(v, V{} + call.scale, V{});
+            if (call.b && !call.product) v = to.added(v, call.b + d);
+            v = to.ended(v);
         } else if (call.product) {
             v *= load(call.b + (call.period ? d % call.period : d));
         } else {
@@ -24,12 +27,13 @@ void map(const MapCall& call) {
 }
 
 void pool(const PoolCall& call) {
+    const Requantizer to(call.ending ? *call.ending : Ending{});
     for (int64_t i = 0; i < call.vectors; ++i) {
         const float* x = call.x + call.vec[i];
         V v = load(x + call.off[0]);
         if (call.average) {
             for (int64_t t = 1; t < call.taps; ++t) v += load(x + call.off[t]);
-            v = call.ending ? requantize(v, V{} + call.scale, V{}, nullptr, *call.ending) : v * call.scale;
+            v = call.ending ? to.ended(to.scaled(v, V{} + call.scale, V{})) : v * call.scale;
         } else {
             for (int64_t t = 1; t < call.taps; ++t) {
                 V u = load(x + call.off[t]);
@@ -45,6 +49,7 @@ template <int K, int P>
 void linear_tile(const LinearCall& call, int image, int first) {
     V acc[K][P];
     M sums[K][P] = {}; // of an integer step
+    const Requantizer to(call.ending ? *call.ending : Ending{});
     UNROLLED(k, K) UNROLLED(p, P) acc[k][p] = call.ending ? V{} : load(call.bias + first + p * L);
     const float* w = call.w + first;
     for (int64_t f = 0; f < call.count;) {
@@ -62,8 +67,8 @@ void linear_tile(const LinearCall& call, int image, int first) {
     for (int k = 0; k < K; ++k)
         for (int p = 0; p < P; ++p) {
             const int at = first + p * L;
-            const V v = call.ending ? requantize(__builtin_convertvector(sums[k][p], V), load(call.multiplier + at),
-                                                 load(call.bias + at), nullptr, *call.ending)
+            const V v = call.ending ? to.ended(to.scaled(__builtin_convertvector(sums[k][p], V),
+                                                           load(call.multiplier + at), load(call.bias + at)))
                                     : activate(acc[k][p], call.act);
             for (int l = 0; l < L && at + l < call.last; ++l)
                 call.y[(at + l) * call.y_plane + image + k] = v[l];

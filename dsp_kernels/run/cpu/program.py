@@ -99,7 +99,7 @@ class CpuExecutor:
         launched = _launched(program, dtype) if verbose else {}
         forms = []
         for step, reason in zip(program.steps, _why_not_native(program), strict=True):
-            form = f"cpu {isa}{_arithmetic(isa, dtype) if isinstance(step, ConvStep) else ''}"
+            form = f"cpu {isa}{_arithmetic(isa, dtype, step) if isinstance(step, ConvStep) else ''}"
             form = "; ".join([form, *launched.get(step.output, [])])
             forms.append(form if not reason else "" if isinstance(step, TorchStep) else reason)
         return forms
@@ -121,11 +121,13 @@ def _launched(program: Program, dtype: torch.dtype) -> dict[str, list[str]]:
     return found
 
 
-def _arithmetic(isa: str, dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
+def _arithmetic(isa: str, dtype: torch.dtype, step: ConvStep) -> str:
+    if dtype == torch.float32 and not step.requantize:
         return ""
-    module, name = native(), str(dtype).removeprefix("torch.")
+    module, name = native(), "int8" if step.requantize else str(dtype).removeprefix("torch.")
     assert module is not None
+    if step.requantize and step.requantize.exact:
+        return ", integers by float32 arithmetic"
     return f", {name}{'' if name in module.own_products(isa) else ' by float32 arithmetic'}"
 
 
