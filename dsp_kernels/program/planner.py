@@ -176,7 +176,9 @@ class _Planner:
     def _conv(self, node: TracedNode) -> Step | str:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
         read = conv_spec_of(node.module)
-        return read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read, path=node.path)
+        return (
+            read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read, path=node.path)
+        )
 
     def _conv_function(self, node: TracedNode) -> Step:
         read = dict(node.attributes)

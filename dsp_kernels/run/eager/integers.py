@@ -104,7 +104,7 @@ def _elementwise(step: ElementwiseStep, requantize: Requantize) -> Call:
 
 
 def _average(step: PoolStep | GlobalPoolStep, requantize: Requantize) -> Call:
-    """Every average is of the same number of pixels; ``dsp_kernels.quantize.choose`` takes only such pools."""
+    """``dsp_kernels.quantizing.choose`` takes only pools whose averages are of equal numbers of pixels."""
     x = step.inputs[0]
     windows = isinstance(step, PoolStep) and step.kind == "avg_pool"
     keepdim = isinstance(step, PoolStep) or step.keepdim

@@ -23,7 +23,7 @@ from dsp_kernels.program.steps import (
     Requantize,
     Step,
 )
-from dsp_kernels.quantize.choose import LARGEST_WEIGHT, Choice
+from dsp_kernels.quantizing.choose import LARGEST_WEIGHT, Choice
 
 
 class Grid(NamedTuple):
@@ -175,4 +175,3 @@ def _weights(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor
         integers.append(best.view(weight.shape).float())
         scales.append(chosen)
     return tuple(integers), scales
-
