@@ -86,7 +86,7 @@ def _is_layer(step: Step) -> bool:
     return isinstance(step, ConvStep | LinearStep)
 
 
-def _separated(program: Program, keep: Collection[str], images: Collection[str]) -> Program:
+def _separated(program: Program, keep: Collection[str], images: set[str]) -> Program:
     """Activations that integers lack, and the addition of an image, as steps of their own after a layer."""
     steps, shapes = [], dict(program.shapes)
     for step in program.steps:
@@ -121,7 +121,7 @@ def _longest(step: Step) -> int:
     return max((weight[0].numel() for weight in step.weights), default=0)
 
 
-def _obstacle(step: Step, program: Program, keep: Collection[str], images: Collection[str]) -> str:
+def _obstacle(step: Step, program: Program, keep: Collection[str], images: set[str]) -> str:
     """Why a step cannot compute in integers; empty if it can."""
     if isinstance(step, TorchStep):
         return "plain PyTorch"
@@ -155,62 +155,77 @@ def _obstacle(step: Step, program: Program, keep: Collection[str], images: Colle
 
 def _closed(program: Program, able: set[str]) -> tuple[frozenset[str], dict[str, str]]:
     """Of the steps that can, those for which integers pay; why the others do not."""
-    why = {}
+    chosen, why = set(able), dict[str, str]()
     while True:
-        steps = [step for step in program.steps if step.output in able]
-        wanted = {name for step in steps for name in step.inputs}
-        for step in steps:
-            if not _is_layer(step):
-                if step.output not in wanted:
-                    why[step.output] = "no layer of integers reads it"
-                elif (able & wanted).isdisjoint(step.inputs):
-                    why[step.output] = "it reads floats only"
-        left = able - set(why)
-        if left == able:
-            return frozenset(able), why
-        able = left
+        before = len(chosen)
+        wanted: set[str] = set()
+        for step in reversed(program.steps):
+            if step.output in chosen and not _is_layer(step) and step.output not in wanted:
+                why[step.output] = "no layer of integers reads it"
+                chosen.remove(step.output)
+            if step.output in chosen:
+                wanted.update(step.inputs)
+        for step in program.steps:
+            integers = any(name in chosen and name in wanted for name in step.inputs)
+            if step.output in chosen and not _is_layer(step) and not integers:
+                why[step.output] = "it reads floats only"
+                chosen.remove(step.output)
+        if len(chosen) == before:
+            return frozenset(chosen), why
 
 
 def _shared_scales(program: Program, chosen: Collection[str]) -> dict[str, str]:
     """Value that a step of integers reads -> the first value of the same scale."""
     steps = [step for step in program.steps if step.output in chosen]
     first = {name: name for step in steps for name in step.inputs}
+
+    def root(name: str) -> str:
+        while first[name] != name:
+            name = first[name]
+        return name
+
     for step in steps:
         if _moves(step):
-            same = {first[name] for name in (*step.inputs, step.output)}
-            least = first[step.inputs[0]]
-            first = {name: least if root in same else root for name, root in first.items()}
-    return first
+            least = root(step.inputs[0])
+            for name in (*step.inputs[1:], step.output):
+                first[root(name)] = least
+    return {name: root(name) for name in first}
 
 
 def _limits(
-    program: Program, chosen: Collection[str], scaled: Mapping[str, str], images: Collection[str]
+    program: Program, chosen: frozenset[str], scaled: Mapping[str, str], images: set[str]
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Limits of the values with more levels than a byte; why layers cannot read them.
 
     With these limits every sum of products is below 2^24, so float32 sums are exact in any order.
     """
-    steps = {step.output: step for step in program.steps}
+    members: dict[str, set[str]] = {}
+    for name, root in scaled.items():
+        members.setdefault(root, set()).add(name)
+    made: dict[str, list[Step]] = {root: [] for root in members}
+    readers: dict[str, list[Step]] = {root: [] for root in members}
+    for step in program.steps:
+        if step.output in chosen:
+            for root in {scaled[name] for name in step.inputs}:
+                readers[root].append(step)
+            if step.output in scaled and not _moves(step):
+                made[scaled[step.output]].append(step)
     limits, too_long = {}, {}
-    for root in dict.fromkeys(scaled.values()):
-        members = {name for name, first in scaled.items() if first == root}
-        readers = [step for step in steps.values() if step.output in chosen and members & set(step.inputs)]
-        layers = [step for step in readers if _is_layer(step) and members.isdisjoint(step.inputs[1:])]
-        moving = [step for step in readers if _moves(step) and not isinstance(step, ConcatStep)]
-        made = [steps[name] for name in members if name in chosen and not _moves(steps[name])]
-        is_image = members <= set(images)
-        is_pooled = all(isinstance(step, LinearStep) for step in layers) and all(
-            isinstance(step, GlobalPoolStep | PoolStep) for step in made
+    for root, names in members.items():
+        layers = [step for step in readers[root] if _is_layer(step) and names.isdisjoint(step.inputs[1:])]
+        moving = [step for step in readers[root] if _moves(step) and not isinstance(step, ConcatStep)]
+        is_pooled = names <= chosen and all(
+            [isinstance(step, GlobalPoolStep | PoolStep) for step in made[root]]
+            + [isinstance(step, LinearStep) for step in layers]
         )
-        is_pooled = is_pooled and bool(made) and members <= set(chosen)
-        if len(layers) + len(moving) < len(readers) or not (is_image or is_pooled):
+        if len(layers) + len(moving) < len(readers[root]) or not (is_pooled or names <= images):
             continue
         # A term of the sum is at most limit * LARGEST_WEIGHT.
-        most = {s.output: (2**24 - 1) // (LARGEST_WEIGHT * max(_longest(s), 1)) for s in layers}
+        most = {step: (2**24 - 1) // (LARGEST_WEIGHT * max(_longest(step), 1)) for step in layers}
         limits[root] = min(32767, *most.values())
         too_long |= {
-            name: f"its sum of {_longest(steps[name])} products has too many terms for an exact input"
-            for name, limit in most.items()
+            step.output: f"its sum of {_longest(step)} products is too long for an exact input"
+            for step, limit in most.items()
             if limit < FEWEST_LEVELS
         }
     return limits, too_long

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError, DSPError
 from dsp_kernels.graph.inputs import Example, fusable_inputs
-from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.graph.operations.table import LEAF_TYPES
-from dsp_kernels.program.fuse import FusedNetwork
-from dsp_kernels.program.planner import plan
+from dsp_kernels.program.fuse import FusedNetwork, float_program
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program
 from dsp_kernels.quantizing.calibrate import METHODS, calibration_inputs, find_grids
 from dsp_kernels.quantizing.choose import Choice, choose, is_kept
@@ -104,18 +102,9 @@ def quantize(
     model.requires_grad_(False)
     if isinstance(model, LEAF_TYPES):
         model = nn.Sequential(model)  # torch.fx traces what a module calls, not the module itself
-    program = float_program(model, tuple(x[:2] for x in inputs))
+    program = float_program(model, fusable_inputs(model, tuple(x[:1] for x in inputs)), torch.float32)
     choice = choose(program, checked_keep(program, keep))
     return QuantizedNetwork(model, choice, find_grids(choice, inputs, method), keep)
-
-
-def float_program(model: nn.Module, example: Example) -> Program:
-    """The Program of a float32 model on the CPU."""
-    inputs = fusable_inputs(model, example)
-    with evaluating(model):
-        return plan(trace(model, inputs)).map_tensors(
-            lambda t: t.detach().float() if t.is_floating_point() else t.detach()
-        )
 
 
 def checked_keep(program: Program, keep: Collection[str]) -> Collection[str]:

@@ -18,6 +18,7 @@ NETWORKS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3
 
 
 def main() -> None:
+    """Print one line for each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("networks", nargs="*", default=NETWORKS)
     parser.add_argument("--method", default="mse")
