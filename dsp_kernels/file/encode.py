@@ -29,8 +29,8 @@ _CALLS = {"call_module": "module", "call_function": "function", "call_method": "
 def encode_network(
     model: nn.Module, example_input: Example | None = None
 ) -> tuple[dict[str, Any], Mapping[str, Tensor], dict[str, int]]:
-    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values; tensors that forward() makes; the
-    number of every call by the name of its node.
+    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values; tensors that forward() makes;
+    the number of every call by the name of its node.
 
     example_input: (batch, channels, height, width), or a tuple of all inputs; needed for a model of several
     inputs and for one whose forward() needs sizes as numbers.

@@ -4,7 +4,7 @@ A value is known by the number of the call that computes it. The rest follows fr
 compute in integers, and the weights.
 """
 
-import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +26,11 @@ _BYTES = ((0, 255), (-128, 127))
 
 def encode_record(network: QuantizedNetwork, numbers: Mapping[str, int]) -> dict[str, Any]:
     """numbers: of the calls, by the names of their values."""
-    values = {str(numbers[name]): list(grid) for name, grid in network.grids.items()}
+    values = {}
+    for name, grid in network.grids.items():
+        # The planner makes two values of some calls: "sub" and "sub_minus".
+        node, _, part = (name, "", "") if name in numbers else name.rpartition("_")
+        values[f"{numbers[node]}_{part}".rstrip("_")] = list(grid)
     return {"definition": DEFINITION, "keep": list(network.keep), "values": values}
 
 
@@ -40,20 +44,19 @@ def check_record(header: Mapping[str, Any]) -> None:
             f"the network is quantised by definition {str(record.get('definition'))[:20]!r} of integer "
             f"arithmetic; this dsp_kernels knows {DEFINITION}. Install a later one"
         )
-    keep, values = record.get("keep"), record.get("values")
-    if not isinstance(keep, list) or not all(isinstance(name, str) for name in keep):
+    keep, values, calls = record.get("keep"), record.get("values"), header.get("calls")
+    if not isinstance(keep, list) or len(keep) > 1000 or not all(isinstance(name, str) for name in keep):
         raise DSPFormatError(f"the layers that are kept in float are {str(keep)[:80]}; expected names")
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not isinstance(calls, list):
         raise DSPFormatError(f"the scales are {str(values)[:80]}; expected one for each value")
-    calls = header.get("calls")
-    for number, grid in values.items():
-        known = number.isascii() and number.isdigit() and len(number) < 8
-        if not known or not isinstance(calls, list) or int(number) >= len(calls):
-            raise DSPFormatError(f"a scale is of call {number[:80]!r}, which the file does not hold")
+    for key, grid in values.items():
+        known = re.fullmatch(r"([0-9]{1,6})(_[a-z]{1,8})?", key)
+        if not known or int(known[1]) >= len(calls):
+            raise DSPFormatError(f"a scale is of call {key[:80]!r}, which the file does not hold")
         if not _is_grid(grid):
             raise DSPFormatError(
-                f"call {number} is quantised by {str(grid)[:80]}; expected a positive scale and the least and "
-                "the largest integer"
+                f"call {key} is quantised by {str(grid)[:80]}; expected a positive scale, the least and the "
+                "largest integer"
             )
 
 
@@ -68,9 +71,12 @@ def _is_grid(grid: Any) -> bool:
 
 
 def decode_record(model: LoadedNetwork, record: Mapping[str, Any]) -> QuantizedNetwork:
-    """The quantised network of a loaded one and a checked record. Raises DSPFormatError if they do not fit."""
+    """The quantised network of a loaded one and a checked record. Raises DSPFormatError if they differ."""
     names = [node.name for node in model.graph.nodes]
-    given = {names[int(number)]: Grid(*grid) for number, grid in record["values"].items()}
+    given = {}
+    for key, grid in record["values"].items():
+        number, sign, part = key.partition("_")
+        given[f"{names[int(number)]}{sign}{part}"] = Grid(*grid)
     model.float().requires_grad_(False)
     try:
         inputs = fusable_inputs(model, tuple(torch.zeros(shape) for shape in model.example_shapes))

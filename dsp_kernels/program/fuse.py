@@ -195,10 +195,11 @@ class FusedNetwork(nn.Module):
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
         forms = executor.describe(self.program, verbose)
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
-        integers, notes = self.program.is_integer, self.program.notes
+        notes = self.program.notes
+        numbers = "8-bit integers" if self.program.is_integer else self.dtype
         lines = [
             f"fused network: {len(self.program.steps)} steps, {plain} of them plain PyTorch; backend "
-            f"{self.backend}, {'8-bit integers' if integers else self.dtype}, {self.program.macs / 1e6:.2f} M multiply-adds per image of "
+            f"{self.backend}, {numbers}, {self.program.macs / 1e6:.2f} M multiply-adds per image of "
             f"{' and '.join('x'.join(map(str, shape[1:])) for shape in self._example_shapes)}"
         ]
         for step, form in zip(self.program.steps, forms, strict=True):
@@ -268,7 +269,7 @@ def _verify(fused: FusedNetwork, model: nn.Module, example: tuple[Tensor, ...]) 
     half_sums = fused.dtype == torch.float16 and fused.backend == "cpu" and adds_in_half()
     bound = network_tolerance(coarsest, reduction, depth, half_sums)
     if fused.program.is_integer:
-        # Integers are equal to the bit. Where float steps differ in rounding, some values differ by one level,
+        # Integers are equal to the bit. Where float steps round differently, some values differ by a level,
         # 1/255 of a range; bfloat16 rounds to 1/256.
         bound = network_tolerance(torch.bfloat16, 1, depth) if fused.program.notes else 0.0
     with evaluating(model), torch.no_grad(), torch.autocast(fused.device.type, enabled=False):

@@ -124,7 +124,7 @@ def _longest(step: Step) -> int:
 def _obstacle(step: Step, program: Program, keep: Collection[str], images: set[str]) -> str:
     """Why a step cannot compute in integers; empty if it can."""
     if isinstance(step, TorchStep):
-        return "plain PyTorch"
+        return "integers have no such operation"
     ranks = [len(program.shapes.get(name, ())) for name in (*step.inputs, step.output)]
     if any(rank not in (2, 4) for rank in ranks):
         return "its tensors are neither images nor feature vectors"
@@ -140,7 +140,7 @@ def _obstacle(step: Step, program: Program, keep: Collection[str], images: set[s
         if step.kind == "affine":
             return "a norm or scale after no convolution"
         if step.kind == "activation":
-            return step.activation
+            return "integers have no such step"
         if step.activation not in _ACTIVATIONS:
             return f"{step.activation} after it"
         return "it reads the image itself" if images & set(step.inputs) else ""
