@@ -2,7 +2,7 @@
 
 import typer
 
-from dsp_cli import bench, demo, doctor, files, train
+from dsp_cli import bench, demo, doctor, files, quantize, train
 
 app = typer.Typer(
     name="dsp",
@@ -16,6 +16,7 @@ app.command("pretrain")(train.pretrain)
 app.command("learn-groups")(train.learn_groups)
 app.command("finetune")(train.finetune)
 app.command("pack")(files.pack)
+app.command("quantize")(quantize.quantize)
 app.command("inspect")(files.inspect)
 app.command("bench")(bench.bench)
 app.command("import")(files.import_network)

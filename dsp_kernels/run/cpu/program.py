@@ -59,6 +59,8 @@ class CpuExecutor:
             return False, f"dtype {dtype} is none of float32, bfloat16 and float16"
         if native() is None:
             return False, why_missing()
+        if program.is_integer:
+            return False, "its kernels have no integer steps"
         if all(_why_not_native(program)):
             return False, "no step of this network is a native one"
         return True, ""
