@@ -8,6 +8,7 @@ from dsp_kernels.op.structure import Group, GroupStructure
 from dsp_kernels.op.torch_op import gather_grouped_conv2d
 from dsp_kernels.program.fuse import FusedNetwork, fuse
 from dsp_kernels.program.swap import swap
+from dsp_kernels.quantizing.network import QuantizedNetwork, quantize
 
 __version__ = "0.1.0"
 
@@ -18,9 +19,11 @@ __all__ = [
     "Group",
     "GroupStructure",
     "PackedConv2d",
+    "QuantizedNetwork",
     "fuse",
     "gather_grouped_conv2d",
     "load",
+    "quantize",
     "save",
     "swap",
 ]

@@ -28,8 +28,9 @@ _CALLS = {"call_module": "module", "call_function": "function", "call_method": "
 
 def encode_network(
     model: nn.Module, example_input: Example | None = None
-) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values; tensors that forward() makes.
+) -> tuple[dict[str, Any], Mapping[str, Tensor], dict[str, int]]:
+    """{"calls", "modules", "tensors", "modes", "tied"} of plain JSON values; tensors that forward() makes;
+    the number of every call by the name of its node.
 
     example_input: (batch, channels, height, width), or a tuple of all inputs; needed for a model of several
     inputs and for one whose forward() needs sizes as numbers.
@@ -76,7 +77,7 @@ def encode_network(
         elif path and not is_known(model.get_submodule(path)):
             encode_module(model.get_submodule(path), path)  # raises
     parts = {"calls": calls, "modules": modules, "tensors": tensors, "modes": modes, "tied": _tied(model)}
-    return parts, found.constants
+    return parts, found.constants, {node.name: number for node, number in numbers.items()}
 
 
 def is_known(module: nn.Module) -> bool:

@@ -22,10 +22,12 @@ from dsp_kernels.file.check import (
 from dsp_kernels.file.decode import Budget, LoadedNetwork, build_network
 from dsp_kernels.file.encode import encode_network
 from dsp_kernels.file.format import KEY, new_header, read_header
+from dsp_kernels.file.quantization import RECORD, check_record, decode_record, encode_record
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
-from dsp_kernels.program.fuse import FusedNetwork
+from dsp_kernels.program.fuse import FusedNetwork, example_of
+from dsp_kernels.quantizing.network import QuantizedNetwork
 from dsp_kernels.whole_file import require_file, whole_file
 
 # A structure may have absent channels, which take no byte; so many are allowed in a file of any size.
@@ -35,7 +37,7 @@ _USUAL_SIZES = (32, 28, 224, 299, 16, 8)
 
 
 def save(model: nn.Module, path: str | Path, example_input: Example | None = None) -> None:
-    """Write a packed model and its architecture to a safetensors file, completely or not at all.
+    """Write a packed or quantised model and its architecture to a safetensors file, completely or not at all.
 
     example_input: (batch, channels, height, width) of the size that the network is made for; its shape is in
     the file. Without it, the first usual size that fits is. A model of several inputs needs a tuple of
@@ -54,12 +56,17 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
     >>> dsp_kernels.load(file).example_shape
     (1, 3, 8, 8)
     """
-    if isinstance(model, FusedNetwork):
+    quantized = model if isinstance(model, QuantizedNetwork) else None
+    if quantized is not None:
+        model, example_input = quantized.packed, example_input or example_of(quantized)
+    elif isinstance(model, FusedNetwork):
         raise DSPFormatError("a fused network holds no parameters: save the packed one that it was made from")
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
     }
-    header = _describe(model, tensors, example_input)
+    header, numbers = _describe(model, tensors, example_input)
+    if quantized is not None:
+        header[RECORD] = encode_record(quantized, numbers)
     try:
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
@@ -68,7 +75,7 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The packed model in a file that ``save`` wrote, in eval mode. Runs no code from the file.
+    """The packed or quantised model in a file that ``save`` wrote, in eval mode. Runs no code from the file.
 
     The network is made of operations and modules of fixed tables, first on the meta device: shapes and dtypes
     of all tensors are compared with its modules and its calls are run there before a tensor is read.
@@ -87,11 +94,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         return _load(path).to(device).eval()
 
 
-def _load(path: str | Path) -> LoadedNetwork:
+def _load(path: str | Path) -> LoadedNetwork | QuantizedNetwork:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = read_header(file.metadata(), path)
             table = tensor_table(file, path)
+            check_record(header)
             model = build_network(header, table, Budget(Path(path).stat().st_size + _FREE_WIDTHS, len(table)))
             check_tensors(model, table, path)
             tied = header.get("tied", {})
@@ -110,7 +118,7 @@ def _load(path: str | Path) -> LoadedNetwork:
     for module in model.modules():
         if isinstance(module, PackedConv2d | FusedConv2d):
             module.reset_index("cpu")  # no file holds index tensors
-    return model
+    return model if RECORD not in header else decode_record(model, header[RECORD])
 
 
 def _other_kind(path: str | Path) -> str:
@@ -120,14 +128,16 @@ def _other_kind(path: str | Path) -> str:
     return " (ONNX is only written)" if Path(path).suffix == ".onnx" else ""
 
 
-def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None) -> dict[str, Any]:
-    """A header with which ``load`` will succeed: its checks were run.
+def _describe(
+    model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """A header with which ``load`` will succeed: its checks were run. The number of every call by its name.
 
     tensors: of the state dict; those that forward() makes are added.
     """
     if example_input is None and len(known := getattr(model, "example_shapes", ())) > 1:
         example_input = tuple(torch.empty(shape, device="meta") for shape in known)
-    parts, constants = encode_network(model, example_input)
+    parts, constants, numbers = encode_network(model, example_input)
     tensors |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
     for path, widths in (getattr(model, "dense_widths", None) or {}).items():
         # Readers of version 3 and before know no tensors here. swap() folds some tensors away.
@@ -151,7 +161,7 @@ def _describe(model: nn.Module, tensors: dict[str, Tensor], example_input: Examp
         except DSPFormatError as error:
             errors.append(error)
             continue
-        return header
+        return header, numbers
     raise DSPFormatError(f"{errors[0]}. Pass save(..., example_input=...) with an input of the right size")
 
 

@@ -26,12 +26,15 @@ from dsp_kernels.tolerances import network_tolerance
 
 
 def fuse(
-    model: nn.Module, example_input: Example, backend: str = "auto", dtype: torch.dtype | None = None
+    model: nn.Module,
+    example_input: Example | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> FusedNetwork:
     """A packed (or any) CNN as one fused module for inference, with the same answers.
 
     example_input: (batch, channels, height, width), or (batch, features), on the model's device; a tuple of
-    them for a model of several inputs. Any batch size stands for all.
+    them for a model of several inputs. Any batch size stands for all. A quantised network needs none.
     backend: "auto" for the first that works, or the name of an executor: "cuda", "triton", "cudnn", "cpu",
     "eager". dtype: of weights and activations inside, None for the model's; inputs and outputs keep their own
     dtype. On a GPU float32 may be multiplied in TF32 where PyTorch's convolutions are, by default
@@ -53,18 +56,20 @@ def fuse(
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise DSPBackendError(f"dtype is {dtype!r}; expected a torch.dtype, as torch.bfloat16")
+    if example_input is None:
+        example_input = example_of(model)
     inputs = fusable_inputs(model, example_input)
     if isinstance(model, LEAF_TYPES):
         model = nn.Sequential(model)  # torch.fx traces what a module calls, not the module itself
     dtype, device = dtype or inputs[0].dtype, inputs[0].device
     if backend == "auto" and device.type == "cpu":
         warn_if_missing()
-    # Modules that stay plain PyTorch are copied in eval mode.
-    with evaluating(model):
-        # After folding, which is in float64: a copy of every tensor.
-        program = plan(trace(model, inputs)).map_tensors(
-            lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
-        )
+    if isinstance(model, FusedNetwork) and model.program.is_integer:
+        if dtype != torch.float32:
+            raise DSPBackendError(f"dtype is {dtype}; a quantised network computes in integers: leave it out")
+        program = model.program
+    else:
+        program = float_program(model, inputs, dtype)
     fused = FusedNetwork(program, dtype, device, backend)
     names = [executor.name for executor in EXECUTORS.candidates(backend, program, dtype, device)]
     for name in names:
@@ -77,6 +82,23 @@ def fuse(
                 raise
             warnings.warn(f"fuse tries another backend, because {name} failed: {error}", stacklevel=2)
     return fused
+
+
+def example_of(model: nn.Module) -> tuple[Tensor, ...]:
+    """Zeros of the shapes that a quantised network holds. Raises DSPShapeError for another model."""
+    if not isinstance(model, FusedNetwork) or not model.program.is_integer:
+        raise DSPShapeError("fuse() needs an example input for any but a quantised network")
+    shapes = (model.program.shapes[name] for name in model.program.inputs)
+    return tuple(torch.zeros(shape, device=model.device) for shape in shapes)
+
+
+def float_program(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Program:
+    """The Program of a model in eval mode, with a copy of every tensor; norms are folded in float64."""
+    # Modules that stay plain PyTorch are copied in eval mode.
+    with evaluating(model):
+        return plan(trace(model, inputs)).map_tensors(
+            lambda t: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
+        )
 
 
 class FusedNetwork(nn.Module):
@@ -173,15 +195,19 @@ class FusedNetwork(nn.Module):
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
         forms = executor.describe(self.program, verbose)
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
+        notes = self.program.notes
+        numbers = "8-bit integers" if self.program.is_integer else self.dtype
         lines = [
             f"fused network: {len(self.program.steps)} steps, {plain} of them plain PyTorch; backend "
-            f"{self.backend}, {self.dtype}, {self.program.macs / 1e6:.2f} M multiply-adds per image of "
+            f"{self.backend}, {numbers}, {self.program.macs / 1e6:.2f} M multiply-adds per image of "
             f"{' and '.join('x'.join(map(str, shape[1:])) for shape in self._example_shapes)}"
         ]
         for step, form in zip(self.program.steps, forms, strict=True):
             shape = self.program.shapes.get(step.output)
             size = "x".join(map(str, shape[1:])) if shape else ""
-            lines.append(f"  {step.output:<28} {size:<12} {step.describe()}{f'  [{form}]' if form else ''}")
+            why = f", float: {notes[step.output]}" if step.output in notes else ""
+            shown = f"{step.describe()}{why}{f'  [{form}]' if form else ''}"
+            lines.append(f"  {step.output:<28} {size:<12} {shown}")
         return "\n".join(lines)
 
     def train(self, mode: bool = True) -> FusedNetwork:
@@ -242,6 +268,10 @@ def _verify(fused: FusedNetwork, model: nn.Module, example: tuple[Tensor, ...]) 
         coarsest = torch.float16  # TF32 has as many bits
     half_sums = fused.dtype == torch.float16 and fused.backend == "cpu" and adds_in_half()
     bound = network_tolerance(coarsest, reduction, depth, half_sums)
+    if fused.program.is_integer:
+        # Integers are equal to the bit. Where float steps round differently, some values differ by a level,
+        # 1/255 of a range; bfloat16 rounds to 1/256.
+        bound = network_tolerance(torch.bfloat16, 1, depth) if fused.program.notes else 0.0
     with evaluating(model), torch.no_grad(), torch.autocast(fused.device.type, enabled=False):
         for images, inputs in (("the example input", example), ("random images", noise)):
             expected = model(*(x.clone() for x in inputs))  # a model may write into its input

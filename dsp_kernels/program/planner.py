@@ -176,7 +176,9 @@ class _Planner:
     def _conv(self, node: TracedNode) -> Step | str:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
         read = conv_spec_of(node.module)
-        return read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read)
+        return (
+            read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read, path=node.path)
+        )
 
     def _conv_function(self, node: TracedNode) -> Step:
         read = dict(node.attributes)
@@ -216,8 +218,9 @@ class _Planner:
         before: Any = self._extendable_conv(source)
         if before is not None:
             dtype = before.weights[0].dtype if before.weights else torch.float32
-            folded = fold_affine(before.spec, before.weights, before.bias, scale, shift, dtype)
-            return self._instead_of(before, ConvStep(node.name, before.inputs, *folded))
+            spec, weights, bias = fold_affine(before.spec, before.weights, before.bias, scale, shift, dtype)
+            folded = replace(before, output=node.name, spec=spec, weights=weights, bias=bias)
+            return self._instead_of(before, folded)
         inputs = (self.value_of[source],)
         before = self._extendable(source, ElementwiseStep)
         if before is not None and before.kind == "affine":
@@ -287,7 +290,7 @@ class _Planner:
     def _linear(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.Linear)
         weight, bias = node.module.weight.detach(), _detached(node.module.bias)
-        return LinearStep(node.name, self._inputs(node), weight, bias)
+        return LinearStep(node.name, self._inputs(node), weight, bias, path=node.path)
 
     def _identity(self, node: TracedNode) -> None:
         self.value_of[node.name] = self.value_of[node.inputs[0]]

@@ -6,8 +6,9 @@ A Program says what is computed; an executor (``dsp_kernels.run.programs``) deci
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor, fx, nn
@@ -27,6 +28,8 @@ def _map_tensors(value: Any, function: TensorMap) -> Any:
         return copy.deepcopy(value)._apply(function)
     if isinstance(value, Step):
         return value.map_tensors(function)
+    if isinstance(value, Requantize):
+        return replace(value, multiplier=function(value.multiplier))
     return tuple(_map_tensors(part, function) for part in value) if type(value) is tuple else value
 
 
@@ -48,15 +51,72 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
+class Requantize:
+    """How a step of integers makes its output from an exact sum, see ``dsp_kernels/run/eager/integers.py``.
+
+    All values are float32 that hold integers, and all arithmetic is float32, each operation rounded once.
+    multiplier: of the sum, float32: (out_channels,) of a convolution or linear layer, (1,) of other steps; a
+    pool divides it by its number of pixels. residual: factor of the residual, or of the second operand of an
+    add; None: neither. low, high: limits of the output, which is rounded; infinite: the output is a real
+    number, neither limited nor rounded. Finite limits hold the activation, and the step has "none".
+    exact: the input has more levels than a byte, so few that every float32 sum of products is exact.
+    signed: the input has the levels -128..127, otherwise 0..255.
+    """
+
+    multiplier: Tensor
+    residual: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    exact: bool = False
+    signed: bool = False
+
+    def describe(self) -> str:
+        """The levels of the input and of the output."""
+        return f"{'exact' if self.exact else 's8' if self.signed else 'u8'} -> {levels(self.low, self.high)}"
+
+
+def levels(low: float, high: float) -> str:
+    """The name of integers in this range."""
+    if math.isinf(high):
+        return "float"
+    return "u8" if low >= 0 and high <= 255 else "s8" if low >= -128 and high <= 127 else f"+-{high:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizeStep(Step):
+    """clamp(round(x * inverse), low, high), as float32; round is half to even."""
+
+    inverse: float
+    low: float
+    high: float
+
+    def describe(self) -> str:
+        return f"to integers, {levels(self.low, self.high)}"
+
+
+@dataclass(frozen=True, eq=False)
+class DequantizeStep(Step):
+    """x * scale."""
+
+    scale: float
+
+    def describe(self) -> str:
+        return "to float"
+
+
+@dataclass(frozen=True, eq=False)
 class ConvStep(Step):
     """A gather-grouped convolution; inputs: (x,) or (x, residual).
 
     weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; norms are folded in already.
+    path: of the module. requantize: x and the weights are integers.
     """
 
     spec: ConvSpec
     weights: tuple[Tensor, ...]
     bias: Tensor | None
+    path: str = ""
+    requantize: Requantize | None = None
 
     def describe(self) -> str:
         spec = self.spec
@@ -66,7 +126,7 @@ class ConvStep(Step):
         parts += ["+ bias"] if self.bias is not None else []
         parts += ["+ residual"] if len(self.inputs) == 2 else []
         parts += [f"+ {spec.activation}"] if spec.activation != "none" else []
-        return " ".join(parts)
+        return " ".join(parts) + _integers(self.requantize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +142,13 @@ class ElementwiseStep(Step):
     activation: str = "none"
     scale: Tensor | None = None
     shift: Tensor | None = None
+    requantize: Requantize | None = None
 
     def describe(self) -> str:
         if self.kind == "activation":
             return self.activation
-        return self.kind + (f" + {self.activation}" if self.activation != "none" else "")
+        done = self.kind + (f" + {self.activation}" if self.activation != "none" else "")
+        return done + _integers(self.requantize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +172,11 @@ class PoolStep(Step):
 
     kind: str
     settings: Mapping[str, Any]
+    requantize: Requantize | None = None  # of averages
 
     def describe(self) -> str:
-        return f"{self.kind} {self.settings.get('kernel_size') or self.settings['output_size']}"
+        size = self.settings.get("kernel_size") or self.settings["output_size"]
+        return f"{self.kind} {size}{_integers(self.requantize)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +202,10 @@ class GlobalPoolStep(Step):
     """The mean of every channel; (batch, channels, 1, 1) if keepdim, else (batch, channels)."""
 
     keepdim: bool
+    requantize: Requantize | None = None
+
+    def describe(self) -> str:
+        return f"{super().describe()}{_integers(self.requantize)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +220,15 @@ class LinearStep(Step):
     weight: Tensor
     bias: Tensor | None
     activation: str = "none"
+    path: str = ""
+    requantize: Requantize | None = None
 
     def describe(self) -> str:
-        return f"linear {self.weight.shape[1]}->{self.weight.shape[0]}"
+        return f"linear {self.weight.shape[1]}->{self.weight.shape[0]}{_integers(self.requantize)}"
+
+
+def _integers(requantize: Requantize | None) -> str:
+    return "" if requantize is None else f", integers {requantize.describe()}"
 
 
 @dataclass(frozen=True)
@@ -221,6 +295,7 @@ class Program:
     which they are made. answer: what forward() returns: a ValueRef to an output, or nested tuples, lists and
     dicts of those and of constants. shapes: shape of every tensor for the example input, batch first.
     check: of the sizes of the first input that it is right for, None for all; FusedNetwork calls it.
+    notes: of a quantised network, value -> why the step that makes it computes in float.
     """
 
     inputs: tuple[str, ...]
@@ -229,6 +304,12 @@ class Program:
     steps: tuple[Step, ...]
     shapes: Mapping[str, tuple[int, ...]]
     check: SizeCheck | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether some values are integers, held in float32."""
+        return any(isinstance(step, QuantizeStep) for step in self.steps)
 
     @property
     def last_use(self) -> Mapping[str, int]:
@@ -265,12 +346,14 @@ class Program:
 
 
 # Steps whose result has the size of what they read.
-_SIZE_KEEPING = (ElementwiseStep, ConcatStep, FlattenStep, SelectStep)
+_SIZE_KEEPING = (ElementwiseStep, ConcatStep, FlattenStep, SelectStep, QuantizeStep, DequantizeStep)
 
 
 def is_activation(step: Step) -> bool:
     """Whether it is an elementwise function of one tensor, without parameters."""
-    return isinstance(step, ElementwiseStep) and step.kind == "activation"
+    if isinstance(step, ElementwiseStep):
+        return step.kind == "activation"
+    return isinstance(step, QuantizeStep | DequantizeStep)
 
 
 class Flattened(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dsp_cli import bench, demo, doctor, files, train
+from dsp_cli import bench, demo, doctor, files, quantize, train
 from dsp_kernels import __version__
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("pretrain")(train.pretrain)
 app.command("learn-groups")(train.learn_groups)
 app.command("finetune")(train.finetune)
 app.command("pack")(files.pack)
+app.command("quantize")(quantize.quantize)
 app.command("inspect")(files.inspect)
 app.command("bench")(bench.bench)
 app.command("import")(files.import_network)

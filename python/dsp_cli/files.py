@@ -16,6 +16,7 @@ from dsp_cli.show import console, progress_bars
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.save_load import input_channels
+from dsp_kernels.program.steps import ConvStep, LinearStep
 from dsp_pruning.export import export_onnx, export_pt2, export_torchscript
 from dsp_pruning.named import make_model
 from dsp_pruning.packing import pack as packing
@@ -45,7 +46,7 @@ def pack(
     model_args: o.ModelArgs = None,
 ) -> None:
     """Pack a pruned network exactly; the result is compared with it before it is saved."""
-    _check_packed_name(save)
+    check_packed_name(save)
     masked, example = pruned_network(ckpt, image_size, model, model_args)
     packed = packing.pack(masked, example, fixed_size)
     dsp_kernels.save(packed, save, example)
@@ -71,9 +72,9 @@ def import_network(
     ] = False,
 ) -> None:
     """Turn a published network into a packed one. The code of an archive is parsed, not run."""
-    _check_packed_name(out)
+    check_packed_name(out)
     network = load_released(file)
-    (example, *_), _ = _example_of(network, image_size)
+    (example, *_), _ = example_of(network, image_size)
     if verify:
         if not is_torchscript(file):
             raise DSPFormatError(
@@ -128,7 +129,10 @@ def inspect(
         network, example, known = packing.pack(masked, image), (image,), True
     else:
         network = dsp_kernels.load(file)
-        example, known = _example_of(network, image_size)
+        if isinstance(network, dsp_kernels.QuantizedNetwork):
+            console.print(quantized_layers(network), soft_wrap=True)
+            network = network.packed
+        example, known = example_of(network, image_size)
     dense = dense_twin(network) if getattr(network, "dense_widths", None) else None
     rows = layer_rows(network, example, dense)
     size = f"{example[0].shape[2]} x {example[0].shape[3]}"
@@ -180,7 +184,9 @@ def export(
 ) -> None:
     """Write a packed network as ONNX of ordinary convolutions, an exported PyTorch program or TorchScript."""
     network = dsp_kernels.load(file)
-    example, _ = _example_of(network, image_size)
+    if isinstance(network, dsp_kernels.QuantizedNetwork):
+        raise DSPFormatError(f"{file} is quantised; export the packed network that it was made from")
+    example, _ = example_of(network, image_size)
     if format_ is Format.onnx:
         dtype = torch.float16 if precision is Precision.fp16 else torch.float32
         export_onnx(network, out, example, opset=opset, dtype=dtype)
@@ -194,6 +200,19 @@ def export(
     )
 
 
+def quantized_layers(network: dsp_kernels.QuantizedNetwork) -> str:
+    """How many layers compute in integers, bytes of weights, and which layers are float."""
+    layers = [step for step in network.program.steps if isinstance(step, ConvStep | LinearStep)]
+    sizes = [sum(w.numel() for w in (s.weights if isinstance(s, ConvStep) else (s.weight,))) for s in layers]
+    floats = [step for step in layers if step.requantize is None]
+    size = sum(n * (4 if step in floats else 1) for n, step in zip(sizes, layers, strict=True))
+    left = "".join(f"; float: {s.path or s.output} ({network.program.notes[s.output]})" for s in floats)
+    return (
+        f"{len(layers) - len(floats)} of {len(layers)} layers in 8-bit integers, weights of {size:,} bytes "
+        f"instead of {4 * sum(sizes):,}{left}"
+    )
+
+
 def pruned_network(
     ckpt: Path, image_size: int | None, model: str, model_args: Sequence[str] | None
 ) -> tuple[nn.Module, Tensor]:
@@ -204,7 +223,7 @@ def pruned_network(
     return network, torch.zeros(1, input_channels(network), *size)
 
 
-def _check_packed_name(path: Path) -> None:
+def check_packed_name(path: Path) -> None:
     """Raise DSPFormatError for a path with the suffix of another format."""
     if path.suffix in (".pt", ".pth", ".pt2", ".onnx", ".npz"):
         raise DSPFormatError(
@@ -212,7 +231,7 @@ def _check_packed_name(path: Path) -> None:
         )
 
 
-def _example_of(model: nn.Module, image_size: int | None = None) -> tuple[tuple[Tensor, ...], bool]:
+def example_of(model: nn.Module, image_size: int | None = None) -> tuple[tuple[Tensor, ...], bool]:
     """One image of zeros, of the user's, the file's or a usual size, and further inputs; is it known?"""
     shapes = getattr(model, "example_shapes", ())
     further = tuple(torch.zeros(shape) for shape in shapes[1:])

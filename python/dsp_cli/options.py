@@ -84,6 +84,22 @@ ImageSize = Annotated[
     int | None,
     typer.Option("--image-size", min=1, help="Image size in pixels. Default: the size trained on."),
 ]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="digits, cifar10, folder (image files in train/<class>/ and val/<class>/), or your own: "
+        "package.module:function, which returns dsp_pruning.data.ImageData or FolderData.",
+    ),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder of the data set; digits needs none.")
+]
+Download = Annotated[bool, typer.Option("--download", help="Download CIFAR-10 if it is missing.")]
+CropSize = Annotated[int, typer.Option("--image-size", min=1, help="Crop size in pixels, for --data folder.")]
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="Processes that decode image files, 0 for none.")
+]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Timing samples per network.")]
 
 
@@ -92,24 +108,11 @@ class RunFlags(Generic[Config]):
     """Options of every training command, see ``run_command``: the settings of its recipe, and the others."""
 
     config: Config
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            help="digits, cifar10, folder (image files in train/<class>/ and val/<class>/), or your own: "
-            "package.module:function, which returns dsp_pruning.data.ImageData or FolderData.",
-        ),
-    ] = "digits"
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", help="Folder of the data set; digits needs none.")
-    ] = None
-    download: Annotated[bool, typer.Option("--download", help="Download CIFAR-10 if it is missing.")] = False
-    image_size: Annotated[
-        int, typer.Option("--image-size", min=1, help="Crop size in pixels, for --data folder.")
-    ] = 224
-    workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Processes that decode image files, 0 for none.")
-    ] = 0
+    data: Data = "digits"
+    data_root: DataRoot = None
+    download: Download = False
+    image_size: CropSize = 224
+    workers: Workers = 0
     save_dir: Annotated[
         Path | None,
         typer.Option("--save-dir", help="Folder of all stages. Default: runs/resnet<layers>_<data>."),

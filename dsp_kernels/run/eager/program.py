@@ -25,6 +25,7 @@ from dsp_kernels.program.steps import (
     TorchStep,
 )
 from dsp_kernels.run.eager.conv import EagerBackend, form_of
+from dsp_kernels.run.eager.integers import integer_call, is_integer
 
 _POOLS: dict[str, Callable[..., Tensor]] = {
     "max_pool": F.max_pool2d,
@@ -41,6 +42,8 @@ class EagerExecutor:
     takes_any_dtype = False
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        if program.is_integer and dtype != torch.float32:
+            return False, f"dtype {dtype} cannot hold the values of an integer network; float32 does"
         return (True, "") if dtype.is_floating_point else (False, f"dtype {dtype} is not a floating dtype")
 
     def prepare(self, program: Program) -> Runner:
@@ -78,6 +81,8 @@ class EagerExecutor:
 
     def call(self, step: Step) -> Callable[[dict[str, Any]], Any]:
         """A function from the values computed so far to the step's result."""
+        if is_integer(step):
+            return integer_call(step)
         if isinstance(step, ConvStep):
             convolve = EagerBackend().prepare(step.spec, step.weights, step.bias)
             x, residual = step.inputs[0], step.inputs[1] if len(step.inputs) == 2 else None

@@ -44,6 +44,8 @@ class CudaExecutor:
         """On a GPU, if the first of its kernels support at least one of the convolutions."""
         if device.type != "cuda":
             return False, f"the network is on {device}; move it and its example to a GPU"
+        if program.is_integer:
+            return False, "its kernels have no integer steps"
         reason = "the network has no convolution with weights"
         for spec in (step.spec for step in program.steps if isinstance(step, ConvStep) and step.weights):
             able = self.name == "cudnn"

@@ -1,0 +1,50 @@
+"""Accuracy of the released networks in 8-bit integers. Calibrated on 256 training images.
+
+usage: python scripts/evidence/quantize.py [--method mse|minmax] [NETWORK ...]   (needs $DSP_SHARED)
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from dsp_benchmarks.subjects.networks import NetworkSource, load_network, shared_folder
+
+import dsp_kernels
+from dsp_pruning.data import normalise
+from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
+
+NETWORKS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
+
+
+def main() -> None:
+    """Print one line for each network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--method", default="mse")
+    given = parser.parse_args()
+    with np.load(shared_folder() / "data" / "cifar10_subset.npz") as archive:
+        images = normalise(torch.from_numpy(archive["train_images"][:256]), CIFAR10_MEAN, CIFAR10_STD)
+    total = 0
+    for name in given.networks:
+        network = load_network(NetworkSource(name))
+        started = time.perf_counter()
+        quantized = dsp_kernels.quantize(network.packed, images, given.method)
+        seconds = time.perf_counter() - started
+        assert network.labelled is not None
+        with torch.inference_mode():
+            x, labels = network.labelled.images, network.labelled.labels
+            answers = [torch.cat([run(part) for part in x.split(113)]) for run in (network.packed, quantized)]
+        right = [int((answer.argmax(1) == labels).sum()) for answer in answers]
+        error = (answers[1] - answers[0]).square().mean().sqrt()
+        total += right[1] - right[0]
+        print(
+            f"{name}: right of {len(labels)}: float32 {right[0]}, integers {right[1]}; rms difference of the "
+            f"logits {error:.3f}; {len(quantized.program.notes)} float steps; made in {seconds:.1f} s",
+            flush=True,
+        )
+    print(f"right answers gained in all: {total}")
+
+
+if __name__ == "__main__":
+    main()
