@@ -28,13 +28,15 @@ AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mprefer-vect
 # Instruction sets that a compiler or its assembler may not support: name -> flag, one of its instructions.
 # Without support their source files compile to nothing.
 OPTIONAL = {
+    "AVX512_VNNI": ("-mavx512vnni", "vpdpbusd"),  # gcc 8, clang 7
     "AVX512_BF16": ("-mavx512bf16", "vdpbf16ps"),  # gcc 10, clang 9
     "AVX512_FP16": ("-mavx512fp16", "vfmadd231ph"),  # gcc 12, clang 14, binutils 2.38
 }
 ISA_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
     "avx512.cpp": AVX512_FLAGS,
-    "avx512_bf16.cpp": [*AVX512_FLAGS, OPTIONAL["AVX512_BF16"][0]],
+    "avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
+    "avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
     "avx512_fp16.cpp": [*AVX512_FLAGS, *(flag for flag, _ in OPTIONAL.values())],
 }
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "run.h"
@@ -51,6 +52,15 @@ std::vector<float> flat_or_empty(const std::optional<Array>& array) {
     return array ? flat(*array) : std::vector<float>();
 }
 
+// Python's Requantize: multiplier, residual, low, high, exact, signed.
+using Ends = std::optional<std::tuple<Array, std::optional<float>, float, float, bool, bool>>;
+
+std::optional<dsp::Requantize> requantize_of(const Ends& ends) {
+    if (!ends) return std::nullopt;
+    const auto& [multiplier, residual, low, high, exact, is_signed] = *ends;
+    return dsp::Requantize{{residual.value_or(1.0f), low, high, std::isfinite(high)}, flat(multiplier), exact, is_signed};
+}
+
 // Built step by step; immutable after its first run.
 class Native {
   public:
@@ -66,19 +76,20 @@ class Native {
     int conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
              const std::string& act, const std::vector<std::vector<int>>& in_index,
              const std::vector<std::vector<int>>& out_index, const std::vector<Array>& weights,
-             const std::optional<Array>& bias) {
+             const std::optional<Array>& bias, const Ends& requantize) {
         if (in_index.size() != out_index.size() || in_index.size() != weights.size())
             fail("in_index, out_index and weights differ in length");
         std::vector<dsp::GroupIndex> groups;
         for (size_t g = 0; g < in_index.size(); ++g) groups.push_back({in_index[g], out_index[g], flat(weights[g])});
         return open().add_conv(x, residual, out_channels, {kernel, stride, padding, dilation}, activation(act),
-                               std::move(groups), flat_or_empty(bias));
+                               std::move(groups), flat_or_empty(bias), requantize_of(requantize));
     }
 
     // A copy of a convolution of another network, with or without a residual.
     int conv_like(const Native& other, int value, int x, int residual) {
         const dsp::Step& step = other.conv_step(value);
-        return open().add_conv(x, residual, int(step.bias.size()), step, step.act, step.groups, step.bias);
+        return open().add_conv(x, residual, int(step.bias.size()), step, step.act, step.groups, step.bias,
+                               step.requantize);
     }
 
     // Whether the convolution that computes a value was built from weights and bias bitwise equal to these.
@@ -97,22 +108,31 @@ class Native {
     }
 
     int map(int x, int other, const std::optional<Array>& scale, const std::optional<Array>& shift,
-            const std::string& act) {
-        return open().add_map(x, other, flat_or_empty(scale), flat_or_empty(shift), activation(act));
+            const std::string& act, const Ends& requantize) {
+        return open().add_map(x, other, flat_or_empty(scale), flat_or_empty(shift), activation(act),
+                              requantize_of(requantize));
     }
 
     int pool(int x, const std::string& kind, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode,
-             bool include_pad, std::optional<int> divisor) {
+             bool include_pad, std::optional<int> divisor, const Ends& requantize) {
         return open().add_pool(x, named<dsp::Pooling>("pool", dsp::Pooling_names, kind),
-                               {kernel, stride, padding, dilation}, ceil_mode, include_pad, divisor.value_or(0));
+                               {kernel, stride, padding, dilation}, ceil_mode, include_pad, divisor.value_or(0),
+                               requantize_of(requantize));
     }
 
-    int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
+    int product(int x, int other, const std::string& act, const Ends& requantize) {
+        return open().add_product(x, other, activation(act), requantize_of(requantize));
+    }
 
-    int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
+    int adaptive(int x, Pair size, const Ends& requantize) {
+        return open().add_adaptive(x, size, requantize_of(requantize));
+    }
+
+    int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act,
+               const Ends& requantize) {
         if (weight.ndim() != 2) fail("a linear weight has two dimensions");
         return open().add_linear(x, int(weight.shape(0)), flat(weight), flat_or_empty(bias), int(weight.shape(1)),
-                                 activation(act));
+                                 activation(act), requantize_of(requantize));
     }
 
     std::vector<std::vector<int>> output_shapes(const Sizes& sizes) {
@@ -234,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
             std::vector<std::string> names{"float32"};
             if (kernels.bf16.own) names.push_back("bfloat16");
             if (kernels.fp16.own) names.push_back("float16");
+            if (kernels.quads[0].own) names.push_back("int8");
             return names;
         },
         "The dtypes that an instruction set multiplies by instructions of its own.");
@@ -245,19 +266,24 @@ PYBIND11_MODULE(_C, m) {
         .def("input", adds(&dsp::Network::add_input))
         .def("conv", &Native::conv, py::arg("x"), py::arg("residual"), py::arg("out_channels"), py::arg("kernel_size"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("activation"), py::arg("in_index"),
-             py::arg("out_index"), py::arg("weights"), py::arg("bias"))
+             py::arg("out_index"), py::arg("weights"), py::arg("bias"),
+             py::arg("requantize") = py::none())
         .def("conv_like", &Native::conv_like)
         .def("conv_holds", &Native::conv_holds)
-        .def("map", &Native::map)
+        .def("map", &Native::map, py::arg("x"), py::arg("other"), py::arg("scale"), py::arg("shift"),
+             py::arg("activation"), py::arg("requantize") = py::none())
         .def("pool", &Native::pool, py::arg("x"), py::kw_only(), py::arg("kind"), py::arg("kernel_size"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation") = Pair{1, 1}, py::arg("ceil_mode"),
-             py::arg("count_include_pad") = true, py::arg("divisor_override") = py::none())
-        .def("product", &Native::product)
-        .def("adaptive", adds(&dsp::Network::add_adaptive))
+             py::arg("count_include_pad") = true, py::arg("divisor_override") = py::none(),
+             py::arg("requantize") = py::none())
+        .def("product", &Native::product, py::arg("x"), py::arg("other"), py::arg("activation"),
+             py::arg("requantize") = py::none())
+        .def("adaptive", &Native::adaptive, py::arg("x"), py::arg("size"), py::arg("requantize") = py::none())
         .def("resize", adds(&dsp::Network::add_resize))
         .def("select", adds(&dsp::Network::add_select))
         .def("concat", adds(&dsp::Network::add_concat))
-        .def("linear", &Native::linear)
+        .def("linear", &Native::linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("activation"),
+             py::arg("requantize") = py::none())
         .def("output", adds(&dsp::Network::add_output))
         .def("output_shapes", &Native::output_shapes)
         .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"),

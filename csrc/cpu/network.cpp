@@ -3,7 +3,10 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <mutex>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -30,27 +33,56 @@ void check_window(const Window& w) {
 
 bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
 
+void check_integers(const std::vector<float>& weights, int64_t terms) {
+    for (float w : weights) require(w >= -127.0f && w <= 127.0f && w == float(int(w)), "a weight is no integer of 8 bits");
+    require(terms < std::numeric_limits<int32_t>::max() / (127 * 255), "an integer sum would exceed 32 bits");
+}
+
+// Whether bytes are worth packing into words, by estimated cycles for a vector of output pixels: a word takes about 8 to
+// make (Zen 4), for each phase of a stride, and a product 1 whether of words or floats. Not in a depthwise convolution.
+bool fills_words(const Window& window, const std::vector<GroupIndex>& groups) {
+    int64_t words = 0, floats = 0, phases = 1, taps = 1;
+    for (int a = 0; a < 2; ++a) phases *= std::min(window.stride[a], window.kernel[a]), taps *= window.kernel[a];
+    for (const GroupIndex& group : groups) {
+        const int64_t in = int64_t(group.in.size()), out = int64_t(group.out.size());
+        words += (in + 3) / 4 * (8 * phases + out * taps), floats += in * out * taps;
+    }
+    return words < floats;
+}
+
+constexpr float most_level = 1 << 22;
+
 bool is_folded(Act act) { return act < Act::sigmoid; }
 
-// -- Pairs of channels in one word --
+// Rounding and clamping by requantize() in kernels/impl.h are exact only for such bounds.
+void check_ending(const Requantize& end, size_t numbers, Act act) {
+    require(end.multiplier.size() == numbers, "requantize needs one multiplier per output channel");
+    require(end.low <= 0.0f && end.high >= 0.0f && end.round == (end.low > -most_level) &&
+                end.round == (end.high < most_level),
+            "requantize clamps to integers around 0, or to no bounds");
+    require(act <= Act::relu6, "an integer step cannot end in a SiLU or hardswish");
+}
 
-// Puts each group's channels, and its weights with them, in an order whose neighbours, 1st and 2nd, 3rd and 4th and so
-// on, are pairs: a plane of words is made once per pair. Channels that exactly the same groups read share all their
-// planes: ResNet-56 g=4 has 889 planes instead of 2081; pairing the rest by most readers, 868.
-void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
+// -- Channels in one word --
+
+// Puts each group's channels, and its weights with them, in an order whose neighbours, by twos or fours, share a word:
+// a plane of words is made once per pair or four. Channels that exactly the same groups read share all their planes:
+// ResNet-56 g=4 has 889 planes of pairs instead of 2081; pairing the rest by most readers, 868.
+void order_by_words(std::vector<GroupIndex>& groups, int64_t taps, size_t width) {
     std::map<int, std::vector<int>> readers; // of each channel
     for (size_t g = 0; g < groups.size(); ++g)
         for (int c : std::set<int>(groups[g].in.begin(), groups[g].in.end())) readers[c].push_back(int(g));
     std::vector<std::vector<int>> order(groups.size());
-    std::map<std::vector<int>, int> waiting; // readers -> a channel without a partner
+    std::map<std::vector<int>, std::vector<int>> waiting; // readers -> channels that fill no word
     for (const auto& [channel, of] : readers) {
-        const auto [partner, alone] = waiting.emplace(of, channel);
-        if (alone) continue;
-        for (int g : of) order[g].insert(order[g].end(), {partner->second, channel});
-        waiting.erase(partner);
+        std::vector<int>& some = waiting[of];
+        some.push_back(channel);
+        if (some.size() < width) continue;
+        for (int g : of) order[g].insert(order[g].end(), some.begin(), some.end());
+        some.clear();
     }
-    for (const auto& [of, channel] : waiting)
-        for (int g : of) order[g].push_back(channel);
+    for (const auto& [of, some] : waiting)
+        for (int g : of) order[g].insert(order[g].end(), some.begin(), some.end());
     for (size_t g = 0; g < groups.size(); ++g) {
         GroupIndex& group = groups[g];
         if (order[g].size() != group.in.size()) continue; // a channel is read twice
@@ -72,15 +104,22 @@ void order_by_pairs(std::vector<GroupIndex>& groups, int64_t taps) {
 // The weights of one tile for plain sums: floats, or words rounded by the kernels.
 void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count,
                 int64_t taps) {
-    for (int64_t c = 0; c < count; c += step.pairs ? 2 * taps : taps)
+    const int width = step.words ? step.words->channels : 1;
+    for (int64_t c = 0; c < count; c += width * taps)
         for (int64_t j = c; j < c + taps; ++j) {
-            float one[max_filters], other[max_filters];
-            for (int k = 0; k < filters; ++k) {
-                const float* filter = first + k * count;
-                one[k] = filter[j], other[k] = j + taps < count ? filter[j + taps] : 0.0f;
-            }
-            if (step.pairs) step.pairs->pair(one, other, one, filters, 1, 1);
-            to.insert(to.end(), one, one + filters);
+            float part[max_word][max_filters] = {}, made[max_filters];
+            for (int i = 0; i < width; ++i)
+                for (int k = 0; k < filters && j + i * taps < count; ++k) part[i][k] = first[k * count + j + i * taps];
+            const float* const rows[max_word] = {part[0], part[1], part[2], part[3]};
+            if (width == 4) // a weight is a byte with sign
+                for (int k = 0; k < filters; ++k) {
+                    uint32_t word = 0;
+                    for (int i = 0; i < 4; ++i) word |= uint32_t(uint8_t(int8_t(part[i][k]))) << 8 * i;
+                    std::memcpy(&made[k], &word, sizeof word);
+                }
+            else if (width == 2)
+                step.words->pack(rows, made, filters, 1, 1);
+            to.insert(to.end(), width == 1 ? part[0] : made, (width == 1 ? part[0] : made) + filters);
         }
 }
 
@@ -114,7 +153,16 @@ void Network::check(int value) const {
     require(value >= 0 && value < int(values.size()), "value " + std::to_string(value) + " does not exist");
 }
 
-int Network::make(Step step, int channels, bool nonnegative) {
+int Network::make(Step step, int channels, bool nonnegative, std::optional<Requantize> requantize) {
+    if (requantize) {
+        const bool filters = step.kind == Kind::conv || step.kind == Kind::linear;
+        check_ending(*requantize, filters ? channels : 1, step.act);
+        if (!requantize->round && rectifies(step.act)) requantize->low = 0.0f;
+        if (!requantize->round && step.act == Act::relu6) requantize->high = 6.0f;
+        nonnegative = requantize->low == 0.0f;
+        if (step.kind == Kind::linear) requantize->multiplier.resize(step.bias.size(), 0.0f);
+        step.requantize = std::move(requantize);
+    }
     require(channels >= 1 && channels < most, "a value has " + std::to_string(channels) + " channels");
     values.push_back({channels, nonnegative});
     step.output = int(values.size()) - 1;
@@ -130,7 +178,8 @@ int Network::add_input(int channels) {
 }
 
 int Network::add_conv(int x, int residual, int out_channels, const Window& window, Act act,
-                      std::vector<GroupIndex> groups, const std::vector<float>& bias) {
+                      std::vector<GroupIndex> groups, const std::vector<float>& bias,
+                      std::optional<Requantize> requantize) {
     check(x);
     check_window(window);
     require(out_channels >= 1 && out_channels < most, "out_channels is " + std::to_string(out_channels));
@@ -153,6 +202,7 @@ int Network::add_conv(int x, int residual, int out_channels, const Window& windo
         const int64_t expected = int64_t(groups[g].in.size()) * int64_t(groups[g].out.size()) * taps;
         require(int64_t(groups[g].weights.size()) == expected,
                 "group " + std::to_string(g) + " has a weight of the wrong size");
+        if (requantize) check_integers(groups[g].weights, int64_t(groups[g].in.size()) * taps);
     }
     Step step(Kind::conv, residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x}, act);
     static_cast<Window&>(step) = window;
@@ -161,23 +211,29 @@ int Network::add_conv(int x, int residual, int out_channels, const Window& windo
     step.bias = bias;
     step.bias.resize(out_channels, 0.0f);
     step.groups = std::move(groups);
-    // With one channel per group, as in a depthwise convolution, a pair would be half empty.
-    if (std::any_of(step.groups.begin(), step.groups.end(),
-                    [](const GroupIndex& group) { return group.in.size() > 1; }))
-        step.pairs = words;
-    if (step.pairs) order_by_pairs(step.groups, taps);
-    return make(std::move(step), out_channels, rectifies(act));
+    if (requantize) {
+        const WordKernels& quads = kernels.quads[requantize->is_signed];
+        if (quads.own && !requantize->exact && fills_words(window, step.groups)) step.words = &quads;
+    } else if (std::any_of(step.groups.begin(), step.groups.end(),
+                           [](const GroupIndex& group) { return group.in.size() > 1; })) {
+        step.words = words; // with one channel per group, as in a depthwise convolution, a word would be half empty
+    }
+    if (step.words) order_by_words(step.groups, taps, step.words->channels);
+    return make(std::move(step), out_channels, rectifies(act), std::move(requantize));
 }
 
 std::vector<Source> Network::sources(const Step& step, const std::vector<int>& channels) {
     std::vector<Source> list;
-    const size_t width = step.pairs ? 2 : 1;
-    for (size_t i = 0; i < channels.size(); i += width)
-        list.push_back({channels[i], step.pairs && i + 1 < channels.size() ? channels[i + 1] : -1});
+    const size_t width = step.words ? step.words->channels : 1;
+    for (size_t i = 0; i < channels.size(); i += width) {
+        list.push_back(one_channel(-1));
+        for (size_t n = i; n < std::min(i + width, channels.size()); ++n) list.back()[n - i] = channels[n];
+    }
     return list;
 }
 
-int Network::add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act) {
+int Network::add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act,
+                     std::optional<Requantize> requantize) {
     check(x);
     const int channels = values[x].channels;
     require(scale.size() == shift.size() && (scale.empty() || int(scale.size()) == channels),
@@ -188,11 +244,13 @@ int Network::add_map(int x, int other, std::vector<float> scale, std::vector<flo
         require(values[other].channels == channels, "the two operands have different numbers of channels");
         step.inputs.push_back(other);
     }
+    require(scale.empty() || !requantize, "an integer step has one multiplier instead of scales");
     step.scale = std::move(scale), step.shift = std::move(shift);
-    return make(std::move(step), channels, rectifies(act));
+    return make(std::move(step), channels, rectifies(act), std::move(requantize));
 }
 
-int Network::add_pool(int x, Pooling kind, const Window& window, bool ceil_mode, bool include_pad, int divisor) {
+int Network::add_pool(int x, Pooling kind, const Window& window, bool ceil_mode, bool include_pad, int divisor,
+                      std::optional<Requantize> requantize) {
     check(x);
     check_window(window);
     require(2 * window.padding[0] <= window.kernel[0] && 2 * window.padding[1] <= window.kernel[1],
@@ -202,24 +260,26 @@ int Network::add_pool(int x, Pooling kind, const Window& window, bool ceil_mode,
     static_cast<Window&>(step) = window;
     step.average = kind == Pooling::avg_pool, step.ceil_mode = ceil_mode;
     step.include_pad = include_pad, step.divisor = divisor;
-    return make(std::move(step), values[x].channels, values[x].nonnegative);
+    require(!requantize || step.average, "a maximum of integers needs no multiplier");
+    return make(std::move(step), values[x].channels, values[x].nonnegative, std::move(requantize));
 }
 
-int Network::add_product(int x, int other, Act act) {
+int Network::add_product(int x, int other, Act act, std::optional<Requantize> requantize) {
     check(x);
     check(other);
     require(values[x].channels == values[other].channels, "the two factors have different numbers of channels");
     const bool nonnegative = act == Act::none && values[x].nonnegative && values[other].nonnegative;
-    return make(Step(Kind::product, {x, other}, act), values[x].channels, rectifies(act) || nonnegative);
+    return make(Step(Kind::product, {x, other}, act), values[x].channels, rectifies(act) || nonnegative,
+                std::move(requantize));
 }
 
-int Network::add_adaptive(int x, Pair size) {
+int Network::add_adaptive(int x, Pair size, std::optional<Requantize> requantize) {
     check(x);
     require(size[0] >= 1 && size[1] >= 1 && size[0] < 4096 && size[1] < 4096,
             "the output of an adaptive pool has 1 to 4095 rows and columns");
     Step step(Kind::adaptive, {x});
     step.kernel = size, step.average = true;
-    return make(std::move(step), values[x].channels, values[x].nonnegative);
+    return make(std::move(step), values[x].channels, values[x].nonnegative, std::move(requantize));
 }
 
 int Network::add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value) {
@@ -262,7 +322,7 @@ int Network::add_concat(const std::vector<int>& parts) {
 }
 
 int Network::add_linear(int x, int out_features, const std::vector<float>& weight, const std::vector<float>& bias,
-                        int in_features, Act act) {
+                        int in_features, Act act, std::optional<Requantize> requantize) {
     check(x);
     require(out_features >= 1 && out_features < most && in_features >= 1 &&
                 int64_t(weight.size()) == int64_t(out_features) * in_features,
@@ -278,7 +338,8 @@ int Network::add_linear(int x, int out_features, const std::vector<float>& weigh
         for (int64_t i = 0; i < in_features; ++i) step.weights[i * pitch + o] = weight[o * in_features + i];
     step.bias = bias;
     step.bias.resize(pitch, 0.0f);
-    return make(std::move(step), out_features, rectifies(act));
+    if (requantize) check_integers(weight, in_features);
+    return make(std::move(step), out_features, rectifies(act), std::move(requantize));
 }
 
 void Network::add_output(int value) {
@@ -315,6 +376,10 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
             for (int k = 0; k < filters; ++k) {
                 tile.channels.push_back(group.out[first + k]);
                 made->bias.push_back(step.bias[tile.channels.back()]);
+                if (!step.requantize) continue;
+                made->multiplier.push_back(step.requantize->multiplier[tile.channels.back()]);
+                const float sum = std::accumulate(weights + k * count, weights + (k + 1) * count, 0.0f);
+                made->start.push_back(step.words && step.words->zero ? -128 * int32_t(sum) : 0);
             }
             first += filters;
             made->tiles.push_back(std::move(tile));

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -39,10 +40,9 @@ struct Window {
     Pair kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
 };
 
-// A channel, or two channels packed into words (bf16.h, fp16.h); other is -1 without a partner.
-struct Source {
-    int channel, other;
-};
+// A channel, or the channels of a word (WordKernels); -1 for none.
+using Source = std::array<int, max_word>;
+inline Source one_channel(int c) { return {c, -1, -1, -1}; }
 
 struct GroupIndex {
     std::vector<int> in, out;
@@ -52,7 +52,8 @@ struct GroupIndex {
 // The weights of a convolution in the order in which its microtiles read them.
 struct Packed {
     std::vector<FilterTile> tiles;
-    std::vector<float> weights, bias;
+    std::vector<float> weights, bias, multiplier; // multiplier, start: of an integer step
+    std::vector<int32_t> start;
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
@@ -61,6 +62,12 @@ enum class Form { plain, bands, patches };
 
 enum class Kind { input, conv, map, product, pool, adaptive, resize, view, linear, output };
 
+// How an integer step ends, as Python's Requantize.
+struct Requantize : Ending {
+    std::vector<float> multiplier; // of a conv or linear layer one per output, otherwise one
+    bool exact, is_signed;
+};
+
 struct Step : Window { // of a conv or pool
     explicit Step(Kind kind, std::vector<int> inputs = {}, Act act = Act::none)
         : kind(kind), inputs(std::move(inputs)), act(act) {}
@@ -68,10 +75,11 @@ struct Step : Window { // of a conv or pool
     std::vector<int> inputs; // values
     int output = -1;         // value
     Act act;
+    std::optional<Requantize> requantize{}; // of an integer step
     // conv
     std::vector<GroupIndex> groups;
     std::vector<int> absent;
-    const WordKernels* pairs = nullptr; // computes it in 16 bit, two channels at a time; null: in float
+    const WordKernels* words = nullptr; // computes it several channels at a time; null: in float
     std::vector<float> weights, bias;   // linear: [in][out padded]; conv: the bias of each output channel
     // pool
     bool average = false, ceil_mode = false, include_pad = true;
@@ -121,15 +129,17 @@ class Network {
     int add_input(int channels);
     // bias: [out_channels] or empty.
     int add_conv(int x, int residual, int out_channels, const Window& window, Act act, std::vector<GroupIndex> groups,
-                 const std::vector<float>& bias);
+                 const std::vector<float>& bias, std::optional<Requantize> requantize = {});
     // act(x * scale + shift + other); scale and shift may be empty (both or none), other may be -1.
-    int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act);
+    int add_map(int x, int other, std::vector<float> scale, std::vector<float> shift, Act act,
+                std::optional<Requantize> requantize = {});
     // divisor: of an average, 0 for the size of the window.
-    int add_pool(int x, Pooling kind, const Window& window, bool ceil_mode, bool include_pad, int divisor);
+    int add_pool(int x, Pooling kind, const Window& window, bool ceil_mode, bool include_pad, int divisor,
+                 std::optional<Requantize> requantize = {});
     // act(x * other); equal sizes, or one of them a single pixel.
-    int add_product(int x, int other, Act act);
+    int add_product(int x, int other, Act act, std::optional<Requantize> requantize = {});
     // The mean over each of size[0] x size[1] parts of the feature map.
-    int add_adaptive(int x, Pair size);
+    int add_adaptive(int x, Pair size, std::optional<Requantize> requantize = {});
     // Each pixel repeated factor x factor times, or with shuffle the pixels of factor * factor channels as one of
     // each; then padded with a value, or cut where a pad is negative.
     int add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value);
@@ -138,10 +148,10 @@ class Network {
     int add_concat(const std::vector<int>& parts);
     // weight: [out][in], where in is channels * height * width of x. bias: [out] or empty.
     int add_linear(int x, int out_features, const std::vector<float>& weight, const std::vector<float>& bias,
-                   int in_features, Act act);
+                   int in_features, Act act, std::optional<Requantize> requantize = {});
     void add_output(int value);
 
-    // The planes that a group reads, in order.
+    // The channels of the planes that a group reads, in order.
     static std::vector<Source> sources(const Step& step, const std::vector<int>& channels);
 
     // The weights of a conv step in tiles of these sizes, in a form. Plans with equal tiles share one copy.
@@ -150,7 +160,7 @@ class Network {
   private:
     mutable std::map<std::tuple<const Step*, Splits, Form>, std::weak_ptr<const Packed>> packed_;
 
-    int make(Step step, int channels, bool nonnegative);
+    int make(Step step, int channels, bool nonnegative, std::optional<Requantize> requantize = {});
     int add_view(std::vector<int> parts, std::vector<Pair> planes);
     void check(int value) const;
 };

@@ -1,6 +1,7 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -11,19 +12,23 @@ namespace dsp {
 
 namespace {
 
-// Zeroes all floats that are not pixels, from before plane `first` to before plane `last`.
-void clear_pads(const Place& place, float* base, int first, int last, bool columns) {
+// Zeroes all floats that are not pixels, from before plane `first` to before plane `last`. zero: a byte of 0.0f, or of
+// a word of zeros.
+void clear_pads(const Place& place, float* base, int first, int last, bool columns, int zero = 0) {
     const Geometry& g = place.geometry;
     const int64_t row = int64_t(g.w) * g.interleave, pitch = g.pitch * g.interleave;
-    if (first == 0 && last > 0) std::memset(base - g.lead, 0, sizeof(float) * g.lead);
+    if (first == 0 && last > 0) std::memset(base - g.lead, zero, sizeof(float) * g.lead);
     for (int c = first; c < last; ++c) {
         float* plane = base + c * g.plane;
-        if (columns && pitch > row)
+        if (columns && pitch > row && zero)
+            for (int64_t y = 0; y + 1 < g.h; ++y)
+                std::memset(plane + y * pitch + row, zero, sizeof(float) * (pitch - row));
+        else if (columns && pitch > row)
             for (int64_t y = 0; y + 1 < g.h; ++y) // a few floats: memset would cost more
                 for (int64_t i = row; i < pitch; ++i) plane[y * pitch + i] = 0.0f;
         const int64_t end = (g.h - 1) * pitch + row;
         const int64_t next = c + 1 < g.channels ? g.plane : g.size - g.lead - c * g.plane;
-        std::memset(plane + end, 0, sizeof(float) * (next - end));
+        std::memset(plane + end, zero, sizeof(float) * (next - end));
     }
 }
 
@@ -78,21 +83,23 @@ Op store(Place from, int number) {
     return transfer<false>(std::move(from), number, std::move(used));
 }
 
-Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
+Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* words,
          std::vector<std::pair<Phase, int>> planes) {
     const int units = int(planes.size());
     const auto body = [=, &kernels](int first, int last, const Context& context) {
         const Geometry &s = from.geometry, &t = to.geometry;
         const int I = s.interleave;
         for (int n = first; n < last; ++n) {
-            const auto [row_phase, column_phase, channel, partner] = planes[n].first;
-            const float* const one = from.plane(context, channel);
-            const float* const other = partner < 0 ? nullptr : from.plane(context, partner);
+            const auto& [phase, channels] = planes[n].first;
+            const auto [row_phase, column_phase] = phase;
+            const float* source[max_word] = {};
+            for (int i = 0; i < max_word && channels[i] >= 0; ++i) source[i] = from.plane(context, channels[i]);
             float* const target = to.plane(context, planes[n].second);
-            const bool whole = pairs && stride[0] == 1 && stride[1] == 1;
-            clear_pads(to, to.in(context), planes[n].second, planes[n].second + 1, !whole);
-            if (whole) { // both planes have the same pitch, and the pads between rows are zero already
-                pairs->pair(one, other, target, (s.h - 1) * s.pitch + s.w, 1, I);
+            const bool whole = words && stride[0] == 1 && stride[1] == 1;
+            const int zero = words ? words->zero : 0;
+            clear_pads(to, to.in(context), planes[n].second, planes[n].second + 1, !whole, zero);
+            if (whole) { // all planes have the same pitch, and the pads between rows are zero already
+                words->pack(source, target, (s.h - 1) * s.pitch + s.w, 1, I);
                 continue;
             }
             // The last phases have fewer rows and columns.
@@ -102,22 +109,22 @@ Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKe
                           filled = std::clamp<int64_t>(columns, 0, t.w);
             const int64_t begin = s.at(0, row_phase, column_phase);
             const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
-            if (pairs && filled > 0) {
+            if (words && filled > 0) {
                 for (int64_t y = 0; y < filled_rows; ++y) {
-                    const int64_t row = begin + y * source_pitch;
-                    pairs->pair(one + row, other ? other + row : nullptr, target + y * target_pitch, filled, stride[1],
-                                I);
+                    const float* row[max_word] = {};
+                    for (int i = 0; i < max_word && source[i]; ++i) row[i] = source[i] + begin + y * source_pitch;
+                    words->pack(row, target + y * target_pitch, filled, stride[1], I);
                 }
             } else if (filled_rows > 0 && filled > 0) {
-                kernels.thin({one + begin, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
+                kernels.thin({source[0] + begin, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
             }
             for (int64_t y = 0; y < t.h; ++y) {
                 const int64_t done = y < filled_rows ? filled : 0;
-                if (done < t.w) std::memset(target + t.at(0, y, done), 0, sizeof(float) * (t.w - done) * I);
+                if (done < t.w) std::memset(target + t.at(0, y, done), zero, sizeof(float) * (t.w - done) * I);
             }
         }
     };
-    return {pairs ? "pair" : "split", units, body};
+    return {!words ? "split" : words->channels == 2 ? "pair" : "quad", units, body};
 }
 
 // -- Convolutions --
@@ -129,8 +136,9 @@ void Conv::prepare(const Part& part, const Context& context, bool clear_columns)
         const int c = step.absent[n];
         if (!in_place) clear_pads(y, out, c, c + 1, !vectors.covers_pads);
         if (add) {
+            const Requantize* const end = step.requantize ? &*step.requantize : nullptr;
             kernels.map({add->plane(context, c), nullptr, out + c * y.geometry.plane, vectors.at.data(), mask,
-                         vectors.count(), step.act, 1.0f, 0.0f, false, 0});
+                         vectors.count(), step.act, end ? end->residual : 1.0f, 0.0f, false, 0, end});
         } else {
             for (size_t v = 0; v < vectors.at.size(); ++v)
                 std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * kernels.lanes);
@@ -146,10 +154,13 @@ void Conv::run(const Part& part, const Context& context) const {
     const float* residual = add ? context.arena : nullptr;
     prepare(part, context, !vectors.covers_pads);
 
-    const auto& run_tile = step.pairs ? step.pairs->tile : kernels.tile;
+    const auto& run_tile = step.words ? step.words->tile : kernels.tile;
+    const bool integer = step.requantize.has_value();
+    int32_t* const sums = reinterpret_cast<int32_t*>(context.arena + scratch + context.worker * scratch_size);
     TileCall call{};
     call.x = context.arena;
     call.y = out;
+    call.ending = integer ? &*step.requantize : nullptr;
     for (int block = part.first_vector; block < part.last_vector; block += block_vectors) {
         const int block_end = std::min(block + block_vectors, part.last_vector);
         for (int group_first = part.first_tile; group_first < part.last_tile;) {
@@ -162,22 +173,31 @@ void Conv::run(const Part& part, const Context& context) const {
             int64_t j = 0;
             do {
                 const int64_t end = std::min<int64_t>(j + block_terms[group], count);
+                int32_t* held = sums;
                 for (int t = group_first; t < group_last; ++t) {
                     const FilterTile& tile = packed->tiles[t];
                     const int K = tile.filters, most = kernels.vectors[K];
+                    const bool again = j > 0 && !integer; // y holds the sum so far
                     call.off = off[group].data() + j;
                     call.count = end - j;
                     call.w = packed->weights.data() + tile.weights + j * K;
-                    call.bias = j == 0 ? packed->bias.data() + tile.bias : nullptr;
+                    call.bias = again ? nullptr : packed->bias.data() + tile.bias;
                     call.y_plane = tile_planes.data() + tile_begin[t];
-                    call.add = j > 0 ? out : residual;
-                    call.add_plane = j > 0 ? call.y_plane : call.y_plane + K;
+                    call.add = again ? out : residual;
+                    call.add_plane = again ? call.y_plane : call.y_plane + K;
                     call.act = end == count ? step.act : Act::none;
+                    call.begins = j == 0, call.ends = end == count;
+                    if (integer) {
+                        call.multiplier = packed->multiplier.data() + tile.bias;
+                        call.start = packed->start.data() + tile.bias;
+                    }
                     for (int v = block; v < block_end;) {
                         const int P = pass_width(block_end - v, most);
                         call.vec = vectors.at.data() + v;
                         call.mask = vectors.mask_from(v, kernels.lanes);
+                        call.sums = held;
                         run_tile[K][P](call);
+                        held += K * P * kernels.lanes;
                         v += P;
                     }
                 }
@@ -300,6 +320,7 @@ std::vector<Span> spans(const Step& step, int axis, int in, int out) {
 
 Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b, Place y) {
     const bool product = step.kind == Kind::product, affine = !step.scale.empty();
+    const Requantize* const end = step.requantize ? &*step.requantize : nullptr;
     const int period = product && b->geometry.h * b->geometry.w == 1 ? y.geometry.interleave : 0;
     const char* const name = product ? "product" : "map";
     return by_channel(name, kernels, y, [=, &kernels, &step](int c, float* out, const Vectors& v, const Context& at) {
@@ -310,20 +331,36 @@ Op map(const Kernels& kernels, const Step& step, Place x, std::optional<Place> b
             other = pattern;
         }
         kernels.map({x.plane(at, c), other, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act,
-                     affine ? step.scale[c] : 1.0f, affine ? step.shift[c] : 0.0f, product, period});
+                     end ? end->multiplier[0] : affine ? step.scale[c] : 1.0f, affine ? step.shift[c] : 0.0f, product,
+                     period, end});
     });
 }
+
+namespace {
+
+// What a sum of `pixels` is multiplied by for their mean.
+float mean_factor(const Requantize* end, int pixels) {
+    return end ? float(double(end->multiplier[0]) / pixels) : 1.0f / float(pixels);
+}
+
+} // namespace
 
 Op fast_pool(const Kernels& kernels, const Step& step, Place x, Place y, std::vector<int32_t> off) {
     const bool average = step.average;
-    const float scale = 1.0f / float(step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
+    const Requantize* const end = step.requantize ? &*step.requantize : nullptr;
+    const float scale = mean_factor(end, step.divisor ? step.divisor : step.kernel[0] * step.kernel[1]);
     return by_channel("pool", kernels, y, [=, &kernels](int c, float* out, const Vectors& v, const Context& at) {
         kernels.pool({x.plane(at, c), off.data(), int64_t(off.size()), out, v.at.data(), v.mask_from(0, kernels.lanes),
-                      v.count(), average, scale});
+                      v.count(), average, scale, end});
     });
 }
 
-Op slow_pool(const Step& step, Place x, Place y) {
+namespace {
+
+// Sum: double where sums of integers may not be exact in float.
+template <typename Sum>
+Op slow_pool_in(const Step& step, Place x, Place y) {
+    const Requantize* const end = step.requantize ? &*step.requantize : nullptr;
     const int channels = y.geometry.channels;
     const Geometry s = x.geometry, t = y.geometry;
     const auto rows = spans(step, 0, s.h, t.h), columns = spans(step, 1, s.w, t.w);
@@ -334,8 +371,8 @@ Op slow_pool(const Step& step, Place x, Place y) {
                 for (int ox = 0; ox < t.w; ++ox) {
                     const Span &row = rows[oy], &column = columns[ox];
                     // Sixteen running results; I divides 16, so each belongs to one image.
-                    float result[16];
-                    std::fill(result, result + 16, step.average ? 0.0f : -std::numeric_limits<float>::infinity());
+                    Sum result[16];
+                    std::fill(result, result + 16, step.average ? Sum(0) : -std::numeric_limits<Sum>::infinity());
                     for (int iy = row.first; iy < row.last; iy += row.step) {
                         const float* pixel = x.plane(context, c) + s.at(0, iy, column.first);
                         if (!step.average) {
@@ -350,17 +387,26 @@ Op slow_pool(const Step& step, Place x, Place y) {
                         for (int l = 0; l < left; ++l) result[l] += pixel[l];
                     }
                     float* out = plane + t.at(0, oy, ox);
-                    const float scale = 1.0f / float(step.divisor ? step.divisor : row.size * column.size);
+                    const float scale = mean_factor(end, step.divisor ? step.divisor : row.size * column.size);
                     for (int i = 0; i < I; ++i) {
-                        out[i] = result[i];
-                        if (!step.average) continue;
-                        for (int l = i + I; l < 16; l += I) out[i] += result[l];
-                        out[i] *= scale;
+                        Sum sum = result[i];
+                        for (int l = i + I; step.average && l < 16; l += I) sum += result[l];
+                        out[i] = float(sum);
+                        if (step.average) out[i] *= scale;
+                        if (!end) continue;
+                        out[i] = std::clamp(out[i], end->low, end->high);
+                        if (end->round) out[i] = std::nearbyint(out[i]);
                     }
                 }
         });
     };
     return {step.kind == Kind::pool ? "slow pool" : t.h * t.w == 1 ? "mean" : "adaptive", channels, body};
+}
+
+} // namespace
+
+Op slow_pool(const Step& step, Place x, Place y) {
+    return (step.requantize ? slow_pool_in<double> : slow_pool_in<float>)(step, std::move(x), std::move(y));
 }
 
 Op resize(const Step& step, Place x, Place y) {
@@ -398,7 +444,9 @@ Op linear(const Kernels& kernels, const Step& step, Place x, Place y) {
         if (first >= last) return;
         clear_pads(y, y.in(context), first, last, true);
         kernels.linear({context.arena, off.data(), int64_t(off.size()), t.interleave, step.weights.data(),
-                        round_up(t.channels, 16), step.bias.data(), y.in(context), t.plane, first, last, step.act});
+                        round_up(t.channels, 16), step.bias.data(), y.in(context), t.plane, first, last, step.act,
+                        step.requantize ? &*step.requantize : nullptr,
+                        step.requantize ? step.requantize->multiplier.data() : nullptr});
     };
     return {"linear", (t.channels + unit - 1) / unit, body};
 }

@@ -14,9 +14,9 @@ Op load(Place to, int number, std::vector<char> used);
 Op store(Place from, int number);
 
 // Rows and columns sorted by their phase under a stride: the plane of a phase and channel holds
-// x[channel, phase + stride * i]; in pairs, words of two channels.
-using Phase = std::array<int, 4>; // row phase, column phase, channel, other channel or -1
-Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
+// x[channel, phase + stride * i]; with words, of several channels.
+using Phase = std::pair<Pair, Source>; // row and column phase
+Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* words,
          std::vector<std::pair<Phase, int>> planes);
 
 // act(x * scale + shift + b), or of a product act(x * b), where b may be a single pixel.
@@ -48,6 +48,7 @@ struct Conv {
     std::vector<std::vector<int32_t>> off; // per group
     std::vector<int64_t> tile_planes;      // y planes of all tiles, then add planes
     std::vector<int> tile_begin;           // per tile, into tile_planes
+    int64_t scratch = 0, scratch_size = 0; // in the arena, one for each worker
     int block_vectors = 24;                // vectors that all filters process before the next
     std::vector<int> block_terms;          // per group: terms of the reduction in one pass
     std::vector<Part> parts;
@@ -69,7 +70,6 @@ struct BandConv : Conv {
     std::vector<int32_t> at;                // displacement of each vector of sums in an output row
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
     int64_t pitch = 0, channel = 0;        // floats of the transformed rows from sum to sum and from channel to channel
-    int64_t scratch = 0, scratch_size = 0; // in the arena, one for each worker
     BandConv(const Conv& plain, bool patches) : Conv(plain), patches(patches) {}
     void run(const Part& part, const Context& context) const;
 

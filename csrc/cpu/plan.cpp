@@ -103,7 +103,7 @@ class Builder {
         int node;
         int source;
         Pair stride;
-        const WordKernels* pairs; // packs two channels into each plane, or null
+        const WordKernels* words; // packs channels into each plane, or null
         std::map<Phase, int> plane;
     };
     struct Tap {
@@ -208,7 +208,7 @@ class Builder {
                                                                       (step.padding[0] == 0 && step.padding[1] == 0))
                                                 : network_.values[step.inputs[0]].nonnegative;
                 drafts_[s].fast_pool = zeros;
-                for (int c = 0; c < nodes_[step.inputs[0]].channels; ++c) sources.push_back({c, -1});
+                for (int c = 0; c < nodes_[step.inputs[0]].channels; ++c) sources.push_back(one_channel(c));
                 if (zeros) window(step, drafts_[s], sources);
             }
             if (splits_.size() > split_count) items_.push_back({int(s), true});
@@ -265,8 +265,8 @@ class Builder {
         }
     }
 
-    // Turns a strided window into one of stride 1 over an input split by phase, and by pairs of channels where the
-    // step computes with those.
+    // Turns a strided window into one of stride 1 over an input split by phase, and packed into words where the step
+    // computes with those.
     void window(const Step& step, Draft& draft, const std::vector<Source>& sources) {
         const Pair stride = step.stride;
         for (int ky = 0; ky < step.kernel[0]; ++ky)
@@ -276,22 +276,22 @@ class Builder {
                 draft.taps.push_back({y - dy * stride[0], x - dx * stride[1], dy, dx});
             }
         const bool strided = stride[0] > 1 || stride[1] > 1;
-        if (strided || step.pairs) {
+        if (strided || step.words) {
             const int source = step.inputs[0];
             for (size_t i = 0; i < splits_.size(); ++i)
-                if (splits_[i].source == source && splits_[i].stride == stride && splits_[i].pairs == step.pairs)
+                if (splits_[i].source == source && splits_[i].stride == stride && splits_[i].words == step.words)
                     draft.split = int(i);
             if (draft.split < 0) {
                 const Node x = nodes_[source];
                 const int node = add_node(0, (x.h + stride[0] - 1) / stride[0], (x.w + stride[1] - 1) / stride[1]);
-                splits_.push_back({node, source, stride, step.pairs, {}});
-                if (!strided) tie(source, node); // so that whole planes are paired at once
+                splits_.push_back({node, source, stride, step.words, {}});
+                if (!strided) tie(source, node); // so that whole planes are packed at once
                 draft.split = int(splits_.size()) - 1;
             }
             Split& split = splits_[draft.split];
             for (const Tap& tap : draft.taps)
                 for (const Source& one : sources)
-                    split.plane.emplace(Phase{tap.row_phase, tap.column_phase, one.channel, one.other}, 0);
+                    split.plane.emplace(Phase{{tap.row_phase, tap.column_phase}, one}, 0);
             draft.x = split.node;
         }
         tie(draft.x, step.output);
@@ -469,7 +469,7 @@ class Builder {
     }
 
     Op split(const Split& split) const {
-        return dsp::split(network_.kernels, place(split.source), place(split.node), split.stride, split.pairs,
+        return dsp::split(network_.kernels, place(split.source), place(split.node), split.stride, split.words,
                           {split.plane.begin(), split.plane.end()});
     }
 
@@ -497,8 +497,8 @@ class Builder {
         std::vector<int32_t> off;
         for (const Source& one : sources)
             for (const Tap& tap : draft.taps) {
-                const Phase phase{tap.row_phase, tap.column_phase, one.channel, one.other};
-                const int plane = draft.split < 0 ? one.channel : splits_[draft.split].plane.at(phase);
+                const Phase phase{{tap.row_phase, tap.column_phase}, one};
+                const int plane = draft.split < 0 ? one[0] : splits_[draft.split].plane.at(phase);
                 off.push_back(int32_t(x.planes[plane] + x.geometry.at(0, tap.dy, tap.dx)));
             }
         return off;
@@ -510,8 +510,9 @@ class Builder {
             const int added = step.inputs[1];
             made->add = place(added);
             made->in_place = nodes_[step.output].buffer == nodes_[added].buffer;
-            made->skip_absent = made->in_place && (step.act == Act::none ||
-                                                   (step.act == Act::relu && network_.values[added].nonnegative));
+            made->skip_absent = made->in_place && !step.requantize &&
+                                (step.act == Act::none ||
+                                 (step.act == Act::relu && network_.values[added].nonnegative));
         }
         for (const auto& group : step.groups)
             made->off.push_back(displacements(draft, Network::sources(step, group.in)));
@@ -526,7 +527,7 @@ class Builder {
         // Displacements from plane c to plane c + 1 are the same for all taps only if every phase has its own run
         // of planes; they are sorted by phase, then channel, and all channels are present.
         Place x = place(draft.x);
-        auto off = displacements(draft, {{0, -1}});
+        auto off = displacements(draft, {one_channel(0)});
         for (int32_t& one : off) one -= int32_t(x.planes[0]);
         return fast_pool(network_.kernels, step, std::move(x), place(step.output), std::move(off));
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <set>
 #include <string>
 #include <tuple>
@@ -130,11 +131,13 @@ class Tiler {
         const int blocks = (vectors + block - 1) / block;
         op.block_vectors = rest && rest * 4 <= block ? (vectors + blocks - 1) / blocks : block;
         const int64_t channels = std::max<int64_t>(cache / (op.block_vectors * vector * rows), 1);
+        const auto& end = op.step.requantize;
+        const int64_t most = end && !op.step.words && !end->exact ? exact_terms : std::numeric_limits<int>::max();
         for (const auto& off : op.off) {
             // Equal passes, not one short one at the end.
             const int64_t total = int64_t(off.size()) / taps;
             const int64_t passes = std::max<int64_t>((total + channels - 1) / channels, 1);
-            op.block_terms.push_back(int(std::max<int64_t>((total + passes - 1) / passes * taps, 1)));
+            op.block_terms.push_back(int(std::clamp<int64_t>((total + passes - 1) / passes * taps, 1, most)));
         }
     }
 
@@ -164,7 +167,7 @@ class Tiler {
     Extent extent(const Conv& op, size_t group, int pieces) const {
         const int vectors = int(op.vectors.at.size());
         return {int64_t(op.off[group].size()), (vectors + pieces - 1) / pieces, op.block_vectors,
-                key_.interleave >= kernels_.lanes, op.step.pairs ? op.step.pairs->add_latency : 4.0};
+                key_.interleave >= kernels_.lanes, op.step.words ? op.step.words->add_latency : 4.0};
     }
 
     // The filter tiles of all groups, and their estimated cycles.
@@ -322,7 +325,7 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
     const Tiler tiler(network, key);
     const Step& step = conv->step;
     tiler.block(*conv, rows);
-    if (network.winograd != Winograd::never && !step.pairs && !is_split && step.kernel[0] == 3 &&
+    if (network.winograd != Winograd::never && !step.words && !step.requantize && !is_split && step.kernel[0] == 3 &&
         step.dilation[0] == 1) {
         // The choice must not depend on the number of threads: their results are bitwise equal.
         if (auto in_bands = tiler.in_bands(*conv, tiler.plain_cost(*conv), scratch_begin)) {
@@ -332,6 +335,14 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
         }
     }
     tiler.plain(*conv);
+    if (step.requantize) {
+        size_t filters = 0; // of groups whose sums pass through memory
+        for (size_t g = 0; g < step.groups.size(); ++g)
+            if (conv->off[g].size() > size_t(conv->block_terms[g])) filters = std::max(filters, step.groups[g].out.size());
+        conv->scratch = scratch_begin;
+        conv->scratch_size = round_up(int64_t(filters) * conv->block_vectors * network.kernels.lanes, 16);
+        scratch_floats = std::max(scratch_floats, conv->scratch_size * key.threads);
+    }
     return operation("conv", std::move(conv));
 }
 

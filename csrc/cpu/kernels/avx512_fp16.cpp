@@ -4,6 +4,7 @@
 #define DSP_LANES 16
 #define DSP_WIDE 1
 #define DSP_BF16 1
+#define DSP_VNNI 1
 #define DSP_FP16 1
 #define DSP_TABLE kernels_avx512_fp16
 #include "impl.h"

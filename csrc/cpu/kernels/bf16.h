@@ -4,10 +4,6 @@
 // numbers as 0.
 #pragma once
 
-#if DSP_BF16
-#include <immintrin.h> // its functions are always inlined and emit no symbols
-#endif
-
 namespace dsp {
 namespace {
 
@@ -23,7 +19,8 @@ inline W round_upper(V v) {
     return (v == v ? rounded : bits | 0x400000u) & upper_half;
 }
 
-inline V pack_pair(V a, V b) {
+inline V pack_pair(const V (&channels)[2]) {
+    const V a = channels[0], b = channels[1];
 #if DSP_BF16
     // All of a, then all of b, as 16-bit numbers; then interleaved pixel by pixel.
     typedef int16_t H __attribute__((vector_size(64)));
@@ -63,28 +60,39 @@ inline __attribute__((always_inline)) void add_pairs(V (&acc)[K][P], const float
 #endif
 }
 
-// One row of words from two rows of floats; b may be null. pack: (V, V) -> words.
-template <V (*pack)(V, V)>
-void pair_row(const float* a, const float* b, float* target, int64_t count) {
+// One row of words from rows of N channels.
+template <int N, V (*pack)(const V (&)[N])>
+void pack_row(const float* const (&rows)[N], float* target, int64_t count) {
+    V in[N];
     int64_t n = 0;
-    for (; n + L <= count; n += L) store(target + n, pack(load(a + n), b ? load(b + n) : V{}));
+    for (; n + L <= count; n += L) {
+        UNROLLED(c, N) in[c] = rows[c] ? load(rows[c] + n) : V{};
+        store(target + n, pack(in));
+    }
     if (n == count) return;
-    float rest[3][L] = {};
-    for (int64_t i = n; i < count; ++i) rest[0][i - n] = a[i], rest[1][i - n] = b ? b[i] : 0.0f;
-    store(rest[2], pack(load(rest[0]), load(rest[1])));
-    for (int64_t i = n; i < count; ++i) target[i] = rest[2][i - n];
+    float rest[N + 1][L] = {};
+    for (int c = 0; c < N; ++c)
+        for (int64_t i = n; i < count; ++i) rest[c][i - n] = rows[c] ? rows[c][i] : 0.0f;
+    UNROLLED(c, N) in[c] = load(rest[c]);
+    store(rest[N], pack(in));
+    for (int64_t i = n; i < count; ++i) target[i] = rest[N][i - n];
 }
 
-template <V (*pack)(V, V)>
-void pair(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images) {
-    if (stride == 1) return pair_row<pack>(a, b, target, count * images);
-    float thinned[2][256]; // images divides its length
+template <int N, V (*pack)(const V (&)[N])>
+void pack_words(const float* const* planes, float* target, int64_t count, int64_t stride, int images) {
+    const float* rows[N];
+    for (int c = 0; c < N; ++c) rows[c] = planes[c];
+    if (stride == 1) return pack_row<N, pack>(rows, target, count * images);
+    float thinned[N][256]; // images divides its length
     const int64_t piece = 256 / images;
     for (int64_t n = 0; n < count; n += piece) {
         const int64_t some = count - n < piece ? count - n : piece;
-        thin({a + n * stride * images, thinned[0], 1, 0, 0, some, stride, images});
-        if (b) thin({b + n * stride * images, thinned[1], 1, 0, 0, some, stride, images});
-        pair_row<pack>(thinned[0], b ? thinned[1] : nullptr, target + n * images, some * images);
+        for (int c = 0; c < N; ++c) {
+            if (!planes[c]) continue;
+            thin({planes[c] + n * stride * images, thinned[c], 1, 0, 0, some, stride, images});
+            rows[c] = thinned[c];
+        }
+        pack_row<N, pack>(rows, target + n * images, some * images);
     }
 }
 

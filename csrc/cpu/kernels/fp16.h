@@ -8,8 +8,6 @@
 // range of float16 (65504) become infinite, and anything below 2^-25 underflows.
 #pragma once
 
-#include <immintrin.h> // its functions are always inlined and emit no symbols
-
 namespace dsp {
 namespace {
 
@@ -46,7 +44,7 @@ inline V widen_sum(H h) {
 #include "emulated_fp16.h" // in tests/helpers
 #endif
 
-inline V pack_halves(V a, V b) { return (V)(narrow(a) | narrow(b) << 16); }
+inline V pack_halves(const V (&channels)[2]) { return (V)(narrow(channels[0]) | narrow(channels[1]) << 16); }
 
 // One term of a tile's sums: P vectors of words times K weights, two products each. The fewer of the two stay in
 // registers.

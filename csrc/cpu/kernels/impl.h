@@ -1,17 +1,24 @@
 // The kernels for any vector length. Before including this, the source file of an instruction set defines DSP_LANES
-// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16 and DSP_FP16 to 1 if it has
-// multiply-add instructions for these types.
+// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16, DSP_FP16 and DSP_VNNI to 1 if it
+// has multiply-add instructions for these types and for bytes.
 // Everything is in an anonymous namespace and no header with inline functions is included: the linker must not pick
 // code compiled for a newer instruction set than the CPU has.
 #pragma once
 
 #include "kernel.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h> // its functions are always inlined and emit no symbols
+#endif
+
 #ifndef DSP_BF16
 #define DSP_BF16 0
 #endif
 #ifndef DSP_FP16
 #define DSP_FP16 0
+#endif
+#ifndef DSP_VNNI
+#define DSP_VNNI 0
 #endif
 
 namespace dsp {
@@ -32,6 +39,37 @@ inline V keep(V v, const int32_t* mask) { return (V)((M)v & *reinterpret_cast<co
 // A NaN stays a NaN: the comparison is false and v is returned.
 inline V at_least(V v, float low) { return V{} + low > v ? V{} + low : v; }
 inline V at_most(V v, float high) { return V{} + high < v ? V{} + high : v; }
+
+// A product that is rounded before it is added to something: the compiler may not make a fused multiply-add of it.
+inline V separate(V product) {
+#if defined(__x86_64__)
+    asm("" : "+v"(product));
+#elif defined(__aarch64__)
+    asm("" : "+w"(product));
+#else
+    asm("" : "+m"(product));
+#endif
+    return product;
+}
+
+// The end of an integer step, from exact integers.
+struct Requantizer {
+    const V residual, low, high, rounds;
+    explicit Requantizer(const Ending& e)
+        : residual(V{} + e.residual), low(V{} + e.low), high(V{} + e.high),
+          rounds(V{} + (e.round ? 12582912.0f : 0.0f)) {} // adding 1.5 * 2^23 rounds to an integer
+    V scaled(V sum, V multiplier, V bias) const { return separate(sum * multiplier) + bias; }
+    V added(V t, const float* add) const { return t + separate(load(add) * residual); }
+    V ended(V t) const { // a NaN stays
+#if defined(__AVX512F__)
+        t = (V)_mm512_maskz_min_ps(0xffff, (__m512)high, _mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)t));
+#else
+        t = low > t ? low : t;
+        t = high < t ? high : t;
+#endif
+        return t + rounds - rounds;
+    }
+};
 
 // exp by 2^n * polynomial (Cephes' expf coefficients); error below 2 ulp on the clamped range.
 inline V exponential(V x) {
@@ -151,6 +189,52 @@ inline __attribute__((always_inline)) void finish(V (&acc)[K][P], const TileCall
     }
 }
 
+// The end of an integer tile.
+template <int K, int P, bool masked>
+inline __attribute__((always_inline)) void finish_integers(M (&sum)[K][P], const TileCall& call) {
+    const Requantizer to(*call.ending);
+    int64_t at[P];
+    UNROLLED(p, P) at[p] = call.vec[p];
+    float* const base = call.y;
+    const float *const bias = call.bias, *const multiplier = call.multiplier, *const add = call.add;
+    const int64_t *const y_plane = call.y_plane, *const add_plane = call.add_plane;
+    const int32_t* const mask = call.mask;
+    UNROLLED(k, K) {
+        float* const y = base + y_plane[k];
+        const V factor = V{} + multiplier[k], shift = V{} + bias[k];
+        V t[P];
+        UNROLLED(p, P) t[p] = to.scaled(__builtin_convertvector(sum[k][p], V), factor, shift);
+        if (add) {
+            const float* const plane = add + add_plane[k];
+            UNROLLED(p, P) t[p] = to.added(t[p], plane + at[p]);
+        }
+        UNROLLED(p, P) {
+            const V v = to.ended(t[p]);
+            store(y + at[p], masked ? keep(v, mask + p * L) : v);
+        }
+    }
+}
+
+// The same after a pass of its sums: they go on in memory, or end.
+template <int K, int P>
+inline __attribute__((always_inline)) void pass_integers(M (&sum)[K][P], const TileCall& call) {
+    MU* const held = reinterpret_cast<MU*>(call.sums);
+    if (!call.begins) UNROLLED(k, K) UNROLLED(p, P) sum[k][p] += held[k * P + p];
+    if (!call.ends) {
+        UNROLLED(k, K) UNROLLED(p, P) held[k * P + p] = sum[k][p];
+        return;
+    }
+    call.mask ? finish_integers<K, P, true>(sum, call) : finish_integers<K, P, false>(sum, call);
+}
+
+// From exact sums in float. Not in the tile, where it would cost registers.
+template <int K, int P>
+__attribute__((noinline)) void pass_exact(const V* pass, const TileCall& call) {
+    M sum[K][P];
+    UNROLLED(k, K) UNROLLED(p, P) sum[k][p] = __builtin_convertvector(pass[k * P + p], M);
+    pass_integers(sum, call);
+}
+
 // A tile; add() adds the term of one displacement, floats or words.
 template <int K, int P, void (*add)(V (&)[K][P], const float* const (&)[P], int64_t, const float*)>
 void tile(const TileCall& call) {
@@ -161,6 +245,11 @@ void tile(const TileCall& call) {
     UNROLLED(p, P) x[p] = call.x + call.vec[p];
     each_term<K>(call.off, call.count, call.w,
                  [&](int64_t off, const float* w) __attribute__((always_inline)) { add(acc, x, off, w); });
+    if (call.ending) {
+        V pass[K * P];
+        UNROLLED(k, K) UNROLLED(p, P) pass[k * P + p] = acc[k][p];
+        return pass_exact<K, P>(pass, call);
+    }
     call.mask ? finish<K, P, true>(acc, call) : finish<K, P, false>(acc, call);
 }
 
@@ -172,6 +261,9 @@ void tile(const TileCall& call) {
 #include "bf16.h"
 #if DSP_FP16
 #include "fp16.h"
+#endif
+#if DSP_VNNI
+#include "int8.h"
 #endif
 
 namespace dsp {
@@ -195,6 +287,9 @@ void fill(Kernels& table) {
 #if DSP_FP16
     table.fp16.tile[K][P] = half_tile<K, P>;
 #endif
+#if DSP_VNNI
+    table.quads[0].tile[K][P] = table.quads[1].tile[K][P] = quad_tile<K, P>;
+#endif
     if constexpr (P > 1)
         fill<K, P - 1>(table);
     else if constexpr (K > 1)
@@ -210,11 +305,13 @@ Kernels make() {
     table.thin = thin;
     table.band_input[0] = band_input;
     table.band_input[1] = patch_input;
-    table.bf16.own = DSP_BF16, table.bf16.add_latency = 6.0; // measured on Zen 5
-    table.bf16.pair = pair<pack_pair>;
+    table.bf16 = {DSP_BF16, 2, 0, 6.0, {}, pack_words<2, pack_pair>}; // latency measured on Zen 5
 #if DSP_FP16
-    table.fp16.own = true, table.fp16.add_latency = 4.0; // like float multiply-adds; not measured
-    table.fp16.pair = pair<pack_halves>;
+    table.fp16 = {true, 2, 0, 4.0, {}, pack_words<2, pack_halves>}; // like float multiply-adds; not measured
+#endif
+#if DSP_VNNI
+    table.quads[0] = {true, 4, 0, 4.0, {}, pack_words<4, pack_quad<false>>};
+    table.quads[1] = {true, 4, 0x80, 4.0, {}, pack_words<4, pack_quad<true>>};
 #endif
     table.filters = sizeof(widths) / sizeof(int);
     fill<sizeof(widths) / sizeof(int)>(table);

@@ -23,8 +23,10 @@ std::vector<Isa> compiled_isas() { // best first
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#if defined(DSP_HAS_AVX512_VNNI)
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
 #if defined(DSP_HAS_AVX512_BF16)
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
 #if defined(DSP_HAS_AVX512_FP16)
     // Bit 23 of EDX in leaf 7: clang 14 has the instructions but not the name for __builtin_cpu_supports.
     unsigned a, b, c, d;
@@ -32,6 +34,8 @@ std::vector<Isa> compiled_isas() { // best first
     list.push_back({"avx512_fp16", bf16 && fp16, kernels_avx512_fp16});
 #endif
     list.push_back({"avx512_bf16", bf16, kernels_avx512_bf16});
+#endif
+    list.push_back({"avx512_vnni", vnni, kernels_avx512_vnni});
 #endif
     list.push_back({"avx512", avx512, kernels_avx512});
     list.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2});

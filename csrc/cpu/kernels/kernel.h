@@ -16,6 +16,13 @@ namespace dsp {
 // From sigmoid on, only masked elementwise steps use them: sigmoids do not map 0 to 0, which would corrupt the padding.
 DSP_ENUM(Act, none, relu, relu6, silu, hardswish, sigmoid, hardsigmoid, gelu, gelu_tanh)
 
+// How a step of an integer network ends (Requantize in dsp_kernels/program/steps.py): t = sum * multiplier + bias +
+// add * residual is clamped, then rounded unless low and high are those of an activation between floats.
+struct Ending {
+    float residual, low, high;
+    bool round;
+};
+
 // y[o][v] = act(bias[o] + sum_j w[j][o] * x[v + off[j]] + add[o][v]) for `filters` planes o and some vectors v.
 struct TileCall {
     const float* x;           // first pixel of plane 0 of the input
@@ -30,6 +37,12 @@ struct TileCall {
     const int32_t* vec;       // displacement of each vector
     const int32_t* mask;      // [vectors][lanes] all ones for pixels, or null: all lanes are pixels
     Act act;
+    // Of an integer step; ending is null of others.
+    const Ending* ending;
+    const float* multiplier; // [filters]
+    const int32_t* start;    // [filters] first terms of sums of words
+    int32_t* sums;           // [filters][vectors][lanes] from pass to pass, unless one pass both begins and ends
+    bool begins, ends;
 };
 
 // Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the
@@ -65,7 +78,8 @@ struct BandCall {
     Act act;
 };
 
-// y[v] = act(a[v] * scale + shift + b[v]), or of a product act(a[v] * b[v]), one plane.
+// y[v] = act(a[v] * scale + shift + b[v]), or of a product act(a[v] * b[v]), one plane. With an ending its t, where
+// the sum is a[v] or the product and the multiplier is scale.
 struct MapCall {
     const float* a;
     const float* b; // or null; of a product also one pixel of `period` images, repeated to fill a vector from any image
@@ -77,6 +91,7 @@ struct MapCall {
     float scale, shift;
     bool product;
     int period; // 0: b is a plane
+    const Ending* ending;
 };
 
 // y[v] = max or scaled sum over taps of x[v + off[tap]], one plane.
@@ -90,6 +105,7 @@ struct PoolCall {
     int64_t vectors;
     bool average;
     float scale;
+    const Ending* ending; // or null
 };
 
 // y[o * y_plane + i] = act(bias[o] + sum_f x[off[f] + i] * w[f][o]) for i < images and first <= o < last;
@@ -106,6 +122,8 @@ struct LinearCall {
     int64_t y_plane;
     int first, last;
     Act act;
+    const Ending* ending;    // or null
+    const float* multiplier; // [pitch]
 };
 
 // target[r][n][i] = source[r][n * stride][i] for r < rows, n < count, i < images: one plane of a split.
@@ -122,17 +140,23 @@ struct ThinCall {
 // 64 costs half as many conversions as 32.
 constexpr int half_terms = 64;
 
+// Most terms of an integer sum in float arithmetic, which is exact below 2^24: of products of at most 127 * 255.
+constexpr int exact_terms = ((1 << 24) - 1) / (127 * 255);
+
 constexpr int max_filters = 8; // rows of the largest microtile
 constexpr int max_vectors = 8; // columns of the widest one
 
-// Convolutions over words of two channels: x and w of a TileCall are words, all else is float.
+// Convolutions over words of some channels: x and w of a TileCall are words, all else is float.
 struct WordKernels {
-    bool own;     // the CPU has an instruction for them
+    bool own;           // the CPU has an instruction for them
+    int channels;       // of a word
+    int zero;           // every byte of the word of zeros
     double add_latency; // cycles until a sum can take its next term
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
-    // target[n][i] = a[n * stride][i] and b[n * stride][i] as one word; b may be null.
-    void (*pair)(const float* a, const float* b, float* target, int64_t count, int64_t stride, int images);
+    // target[n][i] = planes[c][n * stride][i] of all channels c as one word; but for the first, a plane may be null.
+    void (*pack)(const float* const* planes, float* target, int64_t count, int64_t stride, int images);
 };
+constexpr int max_word = 4; // channels
 
 struct Kernels {
     int lanes;
@@ -141,6 +165,7 @@ struct Kernels {
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     WordKernels bf16; // bf16.h
     WordKernels fp16; // fp16.h; empty without AVX512-FP16
+    WordKernels quads[2]; // int8.h, of bytes without and with sign; empty without AVX512-VNNI
     void (*band_input[2])(const BandInput&); // of bands, of patches
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
@@ -153,8 +178,9 @@ const Kernels& kernels_base();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-const Kernels& kernels_avx512_bf16(); // if the compiler supports it
-const Kernels& kernels_avx512_fp16(); // the same
+const Kernels& kernels_avx512_vnni(); // if the compiler supports it, as the next two
+const Kernels& kernels_avx512_bf16();
+const Kernels& kernels_avx512_fp16();
 #endif
 
 } // namespace dsp

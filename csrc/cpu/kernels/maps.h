@@ -5,28 +5,35 @@ namespace dsp {
 namespace {
 
 void map(const MapCall& call) {
+    const Requantizer to(call.ending ? *call.ending : Ending{});
     for (int64_t i = 0; i < call.vectors; ++i) {
         const int64_t d = call.vec[i];
         V v = load(call.a + d);
-        if (call.product) {
+        if (call.ending) {
+            if (call.product) v *= load(call.b + (call.period ? d % call.period : d));
+            v = to.scaled(v, V{} + call.scale, V{});
+            if (call.b && !call.product) v = to.added(v, call.b + d);
+            v = to.ended(v);
+        } else if (call.product) {
             v *= load(call.b + (call.period ? d % call.period : d));
         } else {
             v = v * call.scale + call.shift;
             if (call.b) v += load(call.b + d);
         }
-        v = activate(v, call.act);
+        if (!call.ending) v = activate(v, call.act);
         if (call.mask) v = keep(v, call.mask + i * L);
         store(call.y + d, v);
     }
 }
 
 void pool(const PoolCall& call) {
+    const Requantizer to(call.ending ? *call.ending : Ending{});
     for (int64_t i = 0; i < call.vectors; ++i) {
         const float* x = call.x + call.vec[i];
         V v = load(x + call.off[0]);
         if (call.average) {
             for (int64_t t = 1; t < call.taps; ++t) v += load(x + call.off[t]);
-            v *= call.scale;
+            v = call.ending ? to.ended(to.scaled(v, V{} + call.scale, V{})) : v * call.scale;
         } else {
             for (int64_t t = 1; t < call.taps; ++t) {
                 V u = load(x + call.off[t]);
@@ -41,19 +48,30 @@ void pool(const PoolCall& call) {
 template <int K, int P>
 void linear_tile(const LinearCall& call, int image, int first) {
     V acc[K][P];
-    UNROLLED(k, K) UNROLLED(p, P) acc[k][p] = load(call.bias + first + p * L);
+    M sums[K][P] = {}; // of an integer step
+    const Requantizer to(call.ending ? *call.ending : Ending{});
+    UNROLLED(k, K) UNROLLED(p, P) acc[k][p] = call.ending ? V{} : load(call.bias + first + p * L);
     const float* w = call.w + first;
-    for (int64_t f = 0; f < call.count; ++f, w += call.pitch) {
-        const float* x = call.x + call.off[f] + image;
-        V in[P];
-        UNROLLED(p, P) in[p] = load(w + p * L);
-        multiply_add<K, P>(acc, in, x);
+    for (int64_t f = 0; f < call.count;) {
+        const int64_t end = call.ending && call.count - f > exact_terms ? f + exact_terms : call.count;
+        for (; f < end; ++f, w += call.pitch) {
+            const float* x = call.x + call.off[f] + image;
+            V in[P];
+            UNROLLED(p, P) in[p] = load(w + p * L);
+            multiply_add<K, P>(acc, in, x);
+        }
+        if (!call.ending) break;
+        for (int k = 0; k < K; ++k)
+            for (int p = 0; p < P; ++p) sums[k][p] += __builtin_convertvector(acc[k][p], M), acc[k][p] = V{};
     }
     for (int k = 0; k < K; ++k)
         for (int p = 0; p < P; ++p) {
-            const V v = activate(acc[k][p], call.act);
-            for (int l = 0; l < L && first + p * L + l < call.last; ++l)
-                call.y[(first + p * L + l) * call.y_plane + image + k] = v[l];
+            const int at = first + p * L;
+            const V v = call.ending ? to.ended(to.scaled(__builtin_convertvector(sums[k][p], V),
+                                                           load(call.multiplier + at), load(call.bias + at)))
+                                    : activate(acc[k][p], call.act);
+            for (int l = 0; l < L && at + l < call.last; ++l)
+                call.y[(at + l) * call.y_plane + image + k] = v[l];
         }
 }
 

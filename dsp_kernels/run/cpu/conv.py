@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
+from dsp_kernels.program.steps import Requantize
 from dsp_kernels.run.cpu.call import NativeCall
 from dsp_kernels.run.cpu.extension import native, new_network, why_missing
 
@@ -110,7 +111,13 @@ def products_per_move(spec: ConvSpec) -> float:
 
 
 def add_conv(
-    network: Any, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, x: int, residual: int = -1
+    network: Any,
+    spec: ConvSpec,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    x: int,
+    residual: int = -1,
+    requantize: Requantize | None = None,
 ) -> int:
     """Add a convolution to a native network; x, residual (-1: none) and the result are value numbers."""
     value: int = network.conv(
@@ -126,8 +133,17 @@ def add_conv(
         out_index=[group.out_index for group in spec.structure.groups],
         weights=[as_array(weight) for weight in weights],
         bias=None if bias is None else as_array(bias),
+        requantize=ending(requantize),
     )
     return value
+
+
+def ending(requantize: Requantize | None) -> tuple[Any, ...] | None:
+    """The native form of how an integer step ends."""
+    if requantize is None:
+        return None
+    r = requantize
+    return as_array(r.multiplier), r.residual, r.low, r.high, r.exact, r.signed
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

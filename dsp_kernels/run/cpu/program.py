@@ -27,6 +27,8 @@ from dsp_kernels.program.steps import (
     LinearStep,
     PoolStep,
     Program,
+    QuantizeStep,
+    Requantize,
     ResizeStep,
     Runner,
     SelectStep,
@@ -36,7 +38,7 @@ from dsp_kernels.program.steps import (
     is_activation,
 )
 from dsp_kernels.run.cpu.call import NativeCall
-from dsp_kernels.run.cpu.conv import add_conv, as_array
+from dsp_kernels.run.cpu.conv import add_conv, as_array, ending
 from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, why_missing
 from dsp_kernels.run.eager.program import EagerExecutor
 
@@ -99,7 +101,7 @@ class CpuExecutor:
         launched = _launched(program, dtype) if verbose else {}
         forms = []
         for step, reason in zip(program.steps, _why_not_native(program), strict=True):
-            form = f"cpu {isa}{_arithmetic(isa, dtype) if isinstance(step, ConvStep) else ''}"
+            form = f"cpu {isa}{_arithmetic(isa, dtype, step) if isinstance(step, ConvStep) else ''}"
             form = "; ".join([form, *launched.get(step.output, [])])
             forms.append(form if not reason else "" if isinstance(step, TorchStep) else reason)
         return forms
@@ -121,11 +123,13 @@ def _launched(program: Program, dtype: torch.dtype) -> dict[str, list[str]]:
     return found
 
 
-def _arithmetic(isa: str, dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
+def _arithmetic(isa: str, dtype: torch.dtype, step: ConvStep) -> str:
+    if dtype == torch.float32 and not step.requantize:
         return ""
-    module, name = native(), str(dtype).removeprefix("torch.")
+    module, name = native(), "int8" if step.requantize else str(dtype).removeprefix("torch.")
     assert module is not None
+    if step.requantize and step.requantize.exact:
+        return ", integers by float32 arithmetic"
     return f", {name}{'' if name in module.own_products(isa) else ' by float32 arithmetic'}"
 
 
@@ -263,36 +267,42 @@ def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -
 
 
 def _conv(network: Any, step: ConvStep, x: int, residual: int = -1) -> int:
-    return add_conv(network, step.spec, step.weights, step.bias, x, residual)
+    return add_conv(network, step.spec, step.weights, step.bias, x, residual, step.requantize)
 
 
 def _elementwise(network: Any, step: ElementwiseStep, x: int, y: int = -1) -> Any:
     if step.kind == "multiply":
-        return network.product(x, y, step.activation)
+        return network.product(x, y, step.activation, ending(step.requantize))
     scale, shift = (None if part is None else as_array(part) for part in (step.scale, step.shift))
-    return network.map(x, y, scale, shift, step.activation)
+    return network.map(x, y, scale, shift, step.activation, ending(step.requantize))
+
+
+def _quantize(network: Any, step: QuantizeStep, x: int) -> Any:
+    ends = ending(Requantize(torch.tensor([step.inverse]), None, step.low, step.high))
+    return network.map(x, -1, None, None, "none", ends)
 
 
 def _pool(network: Any, step: PoolStep, x: int) -> Any:
     if step.kind == "adaptive_avg_pool":
-        return network.adaptive(x, step.settings["output_size"])
-    return network.pool(x, kind=step.kind, **step.settings)
+        return network.adaptive(x, step.settings["output_size"], ending(step.requantize))
+    return network.pool(x, kind=step.kind, **step.settings, requantize=ending(step.requantize))
 
 
 def _linear(network: Any, step: LinearStep, x: int) -> Any:
     bias = None if step.bias is None else as_array(step.bias)
-    return network.linear(x, as_array(step.weight), bias, step.activation)
+    return network.linear(x, as_array(step.weight), bias, step.activation, ending(step.requantize))
 
 
 # (network, step, numbers of its input values) -> number of its output value.
 _NATIVE: dict[type[Step], Callable[..., Any]] = {
     ConvStep: _conv,
     ElementwiseStep: _elementwise,
+    QuantizeStep: _quantize,
     ConcatStep: lambda n, step, *xs: n.concat(list(xs)),
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,
     ResizeStep: lambda n, step, x: n.resize(x, step.factor, step.shuffle, step.pads, step.value),
-    GlobalPoolStep: lambda n, step, x: n.adaptive(x, (1, 1)),
+    GlobalPoolStep: lambda n, step, x: n.adaptive(x, (1, 1), ending(step.requantize)),
     FlattenStep: lambda n, step, x: n.concat([x]),
     LinearStep: _linear,
 }
