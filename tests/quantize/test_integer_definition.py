@@ -109,7 +109,7 @@ SETTINGS = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "ceil_mo
 
 def other_steps(kind: str, rng: np.random.Generator) -> Mapping[str, tuple[Step, Array]]:
     """Name -> the step and its output by numpy, of the values that ``values`` makes."""
-    levels, limits, _ = KINDS[kind]
+    levels = KINDS[kind][0]
     x, y = (integers(rng, *levels, 3, 5, 9, 7).numpy() for _ in range(2))
     m, k = np.float32(0.0071), np.float32(0.41)
     one = requantized(torch.tensor([m]), kind, float(k))

@@ -22,31 +22,25 @@ from dsp_pruning.data import normalise
 from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 
 RELEASED = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
-gained: dict[str, int] = {}
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_a_released_network_answers_as_well_as_in_float32(shared: Path, name: str) -> None:
-    """Calibrated on training images only."""
-    network = load_network(NetworkSource(name))
-    assert network.labelled is not None
-    x, labels = network.labelled.images, network.labelled.labels
+def test_the_released_networks_answer_as_well_as_in_float32(shared: Path) -> None:
+    """Each loses at most 5 right answers of 1017, all together at most 15. Calibrated on training images."""
     with np.load(shared / "data" / "cifar10_subset.npz") as archive:
         images = normalise(torch.from_numpy(archive["train_images"][:256]), CIFAR10_MEAN, CIFAR10_STD)
-    quantized = dsp_kernels.quantize(network.packed, images)
-    assert not quantized.program.notes  # no step computes in float
-    fused = dsp_kernels.fuse(quantized), dsp_kernels.fuse(network.packed, network.example)
-    assert torch.equal(fused[0](x[:40]), quantized(x[:40]))
-    right = [int((run(x).argmax(1) == labels).sum()) for run in fused]
-    gained[name] = right[0] - right[1]
-    assert abs(gained[name]) <= 8
-    assert gained[name] >= -5
-
-
-def test_the_released_networks_lose_few_right_answers_in_all(shared: Path) -> None:
-    if len(gained) < len(RELEASED):
-        pytest.skip("only after the tests of all six networks")
-    assert sum(min(gain, 0) for gain in gained.values()) >= -15
+    lost = {}
+    for name in RELEASED:
+        network = load_network(NetworkSource(name))
+        assert network.labelled is not None
+        x, labels = network.labelled.images, network.labelled.labels
+        quantized = dsp_kernels.quantize(network.packed, images)
+        assert not quantized.program.notes  # no step computes in float
+        fused = dsp_kernels.fuse(network.packed, network.example), dsp_kernels.fuse(quantized)
+        assert torch.equal(fused[1](x[:8]), quantized(x[:8]))
+        right = [int((run(x).argmax(1) == labels).sum()) for run in fused]
+        lost[name] = right[0] - right[1]
+    assert max(lost.values()) <= 5, lost
+    assert sum(lost.values()) <= 15, lost
 
 
 def tensors(answer: Any) -> list[Tensor]:
@@ -57,8 +51,8 @@ def allowed(quantized: dsp_kernels.QuantizedNetwork) -> float:
     """Root mean square error of the answers relative to their deviation, at most.
 
     A value whose largest number is 4.5 standard deviations (of a hundred thousand normal ones) has steps of
-    4.5 / 127 of a deviation, so rounding adds 4.5 / 127 / sqrt(12) = 1.0 % of it; weights the same. The errors
-    of the layers are independent. Twice that, because later layers may amplify.
+    4.5 / 127 of a deviation, so rounding adds 4.5 / 127 / sqrt(12) = 1.0 % of it; weights the same. The
+    errors of the layers are independent. Twice that, because later layers may amplify.
     """
     steps = quantized.program.steps
     layers = sum(isinstance(s, ConvStep | LinearStep) and s.requantize is not None for s in steps)
@@ -167,7 +161,11 @@ def quantize(net: nn.Module | None = None, **given: Any) -> dsp_kernels.Quantize
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "method": (lambda: quantize(method="max"), DSPError, "method is 'max'; expected mse or minmax"),
-    "keep": (lambda: quantize(keep=["clasifier"]), DSPError, "'clasifier', no layer .* is 'classifier'"),
+    "keep": (
+        lambda: quantize(keep=["clasifier"]),
+        DSPError,
+        "'clasifier', which is no layer of .* is 'classifier'",
+    ),
     "keep that is text": (lambda: quantize(keep="stem"), DSPError, "expected a collection of names"),
     "no images": (lambda: quantize(images=[]), DSPShapeError, "no calibration images"),
     "images of two sizes": (
