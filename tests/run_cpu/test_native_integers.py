@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, definition
+from native_nets import MODELS, Net
 from torch import Tensor
 
+import dsp_kernels
 from dsp_kernels import GroupStructure
 from dsp_kernels.program.steps import Requantize
 from dsp_kernels.run.cpu.conv import add_conv, as_array, ending
@@ -200,3 +202,25 @@ def test_linear_layers(kind: str, threads: int, isa: str) -> None:
         network = native().Network(isa)  # type: ignore[union-attr]
         y = network.linear(network.input(features), as_array(weight), as_array(bias), activation, ending(end))
         assert torch.equal(run(network, [x], y, (9, 70), threads), ended(t, end))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["dense", "excite", "shuffle", "pools", "resize", *range(8)])
+def test_networks(name: str | int, threads: int, isa: str) -> None:
+    """Every kind of step between integer layers; float steps of their own kind may round differently."""
+    torch.manual_seed(0)
+    model = (Net(name) if isinstance(name, int) else MODELS[name]()).eval()
+    images = torch.randn(24, 3, 26, 28)
+    quantized = dsp_kernels.quantize(model, images)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fused = dsp_kernels.fuse(quantized, images[:1], backend="cpu")
+        for batch in (1, 5, 24):
+            y, expected = fused(images[:batch]), quantized(images[:batch])
+            if quantized.program.notes:
+                assert (y - expected).abs().max() <= 0.05 * expected.abs().max()
+            else:
+                assert torch.equal(y, expected)
+    finally:
+        torch.set_num_threads(before)

@@ -21,6 +21,7 @@ from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.steps import (
     ConcatStep,
     ConvStep,
+    DequantizeStep,
     ElementwiseStep,
     FlattenStep,
     GlobalPoolStep,
@@ -59,8 +60,6 @@ class CpuExecutor:
             return False, f"dtype {dtype} is none of float32, bfloat16 and float16"
         if native() is None:
             return False, why_missing()
-        if program.is_integer:
-            return False, "its kernels have no integer steps"
         if all(_why_not_native(program)):
             return False, "no step of this network is a native one"
         return True, ""
@@ -278,8 +277,13 @@ def _elementwise(network: Any, step: ElementwiseStep, x: int, y: int = -1) -> An
 
 
 def _quantize(network: Any, step: QuantizeStep, x: int) -> Any:
-    ends = ending(Requantize(torch.tensor([step.inverse]), None, step.low, step.high))
-    return network.map(x, -1, None, None, "none", ends)
+    return network.map(
+        x, -1, None, None, "none", ending(Requantize(torch.tensor([step.inverse]), None, step.low, step.high))
+    )
+
+
+def _dequantize(network: Any, step: DequantizeStep, x: int) -> Any:
+    return network.map(x, -1, None, None, "none", ending(Requantize(torch.tensor([step.scale]))))
 
 
 def _pool(network: Any, step: PoolStep, x: int) -> Any:
@@ -298,6 +302,7 @@ _NATIVE: dict[type[Step], Callable[..., Any]] = {
     ConvStep: _conv,
     ElementwiseStep: _elementwise,
     QuantizeStep: _quantize,
+    DequantizeStep: _dequantize,
     ConcatStep: lambda n, step, *xs: n.concat(list(xs)),
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,
