@@ -104,8 +104,8 @@ class _Rewriter:
             bias = _bias(step, live_bias(step.spec.structure, step.bias), out)
             return replace(step, spec=spec, weights=weights, bias=bias, requantize=made)
         if isinstance(step, LinearStep):
-            (weight,), (scales,) = _weights([step.weight])
-            made = self._requantize(step, first.scale * scales / out.scale, step.activation)
+            (weight,), (of_filters,) = _weights([step.weight])
+            made = self._requantize(step, first.scale * of_filters / out.scale, step.activation)
             activation = step.activation if out is _FLOAT else "none"
             bias = _bias(step, step.bias, out)
             return replace(step, weight=weight, bias=bias, activation=activation, requantize=made)
