@@ -133,7 +133,6 @@ def load_network(source: NetworkSource) -> Network:
         return Network(label, packed, dense, size, ReleasedForm(packed), labelled)
     if path.suffix == ".safetensors":
         saved = dsp_kernels.load(path)
-        saved = getattr(saved, "packed", saved)  # of a quantised network
         if len(getattr(saved, "example_shapes", ())) > 1:
             raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
         shape: tuple[int, ...] = getattr(saved, "example_shape", None) or ()

@@ -210,7 +210,8 @@ def _limits(
                 readers[root].append(step)
             if step.output in scaled and not _moves(step):
                 made[scaled[step.output]].append(step)
-    limits, too_long = {}, {}
+    limits: dict[str, int] = {}
+    too_long: dict[str, str] = {}
     for root, names in members.items():
         layers = [step for step in readers[root] if _is_layer(step) and names.isdisjoint(step.inputs[1:])]
         moving = [step for step in readers[root] if _moves(step) and not isinstance(step, ConcatStep)]

@@ -101,13 +101,13 @@ class _Rewriter:
             if len(step.inputs) == 2:
                 made = replace(made, residual=_float32(step.output, last.scale / out.scale))
             spec = step.spec if out is _FLOAT else step.spec.with_activation("none")
-            bias = _bias(live_bias(step.spec.structure, step.bias), out)
+            bias = _bias(step, live_bias(step.spec.structure, step.bias), out)
             return replace(step, spec=spec, weights=weights, bias=bias, requantize=made)
         if isinstance(step, LinearStep):
-            (weight,), (scales,) = _weights([step.weight])
-            made = self._requantize(step, first.scale * scales / out.scale, step.activation)
+            (weight,), (of_filters,) = _weights([step.weight])
+            made = self._requantize(step, first.scale * of_filters / out.scale, step.activation)
             activation = step.activation if out is _FLOAT else "none"
-            bias = _bias(step.bias, out)
+            bias = _bias(step, step.bias, out)
             return replace(step, weight=weight, bias=bias, activation=activation, requantize=made)
         if isinstance(step, ElementwiseStep):
             factor = first.scale / out.scale * (last.scale if step.kind == "multiply" else 1)
@@ -130,9 +130,7 @@ class _Rewriter:
                 low = max(low, 0.0)
             if activation == "relu6":
                 high = min(high, float(math.floor(6 / out.scale * (1 + 1e-9))))
-        multiplier = factors.float()
-        if not bool(multiplier.isfinite().all()):
-            raise DSPError(f"{_named(step)}: weights or scales are too large to quantise, or not finite")
+        multiplier = _finite(step, factors.float())
         exact = self.choice.scaled[read] in self.limits
         return Requantize(multiplier, None, low, high, exact, self.grids[read].low < 0)
 
@@ -149,8 +147,14 @@ def _float32(name: str, value: float) -> float:
     return rounded
 
 
-def _bias(bias: Tensor | None, out: Grid) -> Tensor | None:
-    return None if bias is None else (bias.double() / out.scale).float()
+def _bias(step: Step, bias: Tensor | None, out: Grid) -> Tensor | None:
+    return None if bias is None else _finite(step, (bias.double() / out.scale).float())
+
+
+def _finite(step: Step, numbers: Tensor) -> Tensor:
+    if not bool(numbers.isfinite().all()):
+        raise DSPError(f"{_named(step)}: weights or scales are too large to quantise, or not finite")
+    return numbers
 
 
 def _weights(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -158,20 +162,21 @@ def _weights(weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor
 
     Of 13 scales from 0.7 to 1 of what the largest weight needs, that of the least squared error.
     """
-    integers: list[Tensor] = []
-    scales: list[Tensor] = []
-    for weight in weights:
-        flat = weight.double().flatten(1)
-        largest = flat.abs().amax(1) if flat.numel() else flat.new_zeros(len(flat))
-        full = torch.where(largest > 0, largest / LARGEST_WEIGHT, 1.0)
+    integers, scales = [torch.empty(0)] * len(weights), [torch.empty(0)] * len(weights)
+    for size in {weight[0].numel() for weight in weights}:  # filters of one size together
+        places = [place for place, weight in enumerate(weights) if weight[0].numel() == size]
+        flat = torch.cat([weights[place].flatten(1) for place in places]).double()
+        largest = flat.abs().amax(1) if size else flat.new_zeros(len(flat))
+        full = torch.where(largest == 0, 1.0, largest / LARGEST_WEIGHT)
         best, least, chosen = flat, torch.full_like(full, math.inf), full
-        for factor in np.linspace(0.7, 1, 13):
-            scale = full * float(factor)
+        for factor in np.linspace(0.7, 1, 13).tolist():
+            scale = full * factor
             q = (flat / scale[:, None]).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
             error = (q * scale[:, None] - flat).square().sum(1)
             better = error < least
             best = torch.where(better[:, None], q, best)
             chosen, least = torch.where(better, scale, chosen), torch.minimum(error, least)
-        integers.append(best.view(weight.shape).float())
-        scales.append(chosen)
+        counts = [len(weights[place]) for place in places]
+        for place, q, scale in zip(places, best.split(counts), chosen.split(counts), strict=True):
+            integers[place], scales[place] = q.reshape(weights[place].shape).float(), scale
     return tuple(integers), scales

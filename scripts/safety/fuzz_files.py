@@ -40,14 +40,16 @@ def networks() -> list[tuple[Header, Tensors]]:
     image, features = torch.zeros(1, 3, 8, 8), torch.zeros(1, 5)
     first = _Residual()
     first.dense_widths = {"packed": (8, 16, 1)}  # type: ignore[assignment]
-    for network in (first, dsp_kernels.swap(_Residual().eval()), _TwoInputs()):
+    quantized = dsp_kernels.quantize(_Residual().eval(), torch.randn(4, 3, 8, 8))
+    for network in (first, dsp_kernels.swap(_Residual().eval()), _TwoInputs(), quantized):
         example = (image, features) if isinstance(network, _TwoInputs) else (image,)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "net"
             dsp_kernels.save(network.eval(), path, example)
             size = struct.unpack("<Q", path.read_bytes()[:8])[0]
             header = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["dsp_kernels"]
-            made.append((json.loads(header), {name: t.clone() for name, t in network.state_dict().items()}))
+            state = (quantized.packed if network is quantized else network).state_dict()
+            made.append((json.loads(header), {name: t.clone() for name, t in state.items()}))
     return made
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,23 @@ def test_inspect_lists_every_layer_and_draws_it(packed_file: Path, dsp: Command,
             assert f"{len(module.structure.read)} of" in line
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert [path.name for path in picture.parent.iterdir()] == ["structure.png"]
+
+
+def test_quantize_compares_accuracies_and_inspect_lists_what_is_float(
+    packed_file: Path, dsp: Command, tmp_path: Path
+) -> None:
+    save = tmp_path / "integers.safetensors"
+    shown = dsp("quantize", packed_file, "--save", save, "--keep", "stage_3", "--method", "minmax")
+    right = re.search(r"([\d.]+) % of \d+ test images right, ([\d.]+) % in float32", shown.out)
+    assert right is not None, shown.error
+    assert abs(float(right[1]) - float(right[2])) < 3
+    assert "calibrated on 2" in shown.out
+    inspected = dsp("inspect", save, "--image-size", 16).out
+    for text in (shown.out, inspected):
+        assert "layers in 8-bit integers, weights of" in text
+        assert "float: stage_3.0.conv_a (kept in float)" in text
+    assert "is quantised already" in dsp("quantize", save, "--save", tmp_path / "x").error
+    assert "is quantised; export the packed" in dsp("export", save, tmp_path / "x.onnx").error
 
 
 def test_bench_times_a_packed_file_in_the_chosen_engines(
@@ -264,7 +282,7 @@ def test_bad_input_is_one_line(
 def test_help_names_every_command(dsp: Command) -> None:
     shown = dsp("--help")
     assert shown.status == 0
-    for command in ("demo", "pretrain", "learn-groups", "finetune", "pack", "inspect", "bench"):
+    for command in ("demo", "pretrain", "learn-groups", "finetune", "pack", "quantize", "inspect", "bench"):
         assert command in shown.out
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -288,6 +289,67 @@ FURTHER: dict[str, tuple[Callable[[Header], Any], str]] = {
     "one input twice": (lambda h: h["calls"][1].update(input=0), "numbered"),
     "an input late": (lambda h: h["calls"].insert(0, h["calls"].pop(2)), "first calls|earlier"),
 }
+
+
+def _values(grid: Any, call: str = "0") -> Callable[[Header], Any]:
+    return lambda header: header["quantization"]["values"].update({call: grid})
+
+
+def _recorded(**parts: Any) -> Callable[[Header], Any]:
+    return lambda header: header["quantization"].update(parts)
+
+
+QUANTIZED: dict[str, tuple[Callable[[Header], Any], str]] = {
+    "later definition": (_recorded(definition=2), "by definition '2' of integer"),
+    "no definition": (lambda h: h["quantization"].pop("definition"), "by definition 'None'"),
+    "record of text": (_set(quantization="u8"), "by definition 'None'"),
+    "kept layers of no form": (_recorded(keep=[3]), "expected names"),
+    "an unknown kept layer": (_recorded(keep=["nothing"]), "no layer of this network"),
+    "every layer kept": (
+        _recorded(keep=["stem", "packed", "back", "strided", "shortcut"]),
+        "is quantised by|no",
+    ),
+    "scales of no form": (_recorded(values=[]), "expected one for each value"),
+    "no scale of a value": (_recorded(values={}), "is quantised by None"),
+    "a scale of no call": (_values([0.1, 0, 255], "999"), "'999', which the file does not hold"),
+    "a scale of no number": (_values([0.1, 0, 255], "-1"), "'-1', which the file does not hold"),
+    **{
+        f"scale {scale}": (_values([scale, -4892, 4892]), "expected a positive scale")
+        for scale in (0.0, -0.1, 1e-300, 1e300, math.inf, math.nan, True, "1", None, 10**400)
+    },
+    "levels of no integers": (_values([0.1, -4892.0, 4892.0]), "expected a positive scale"),
+    "levels that are no range": (_values([0.1, 255, 0]), "expected a positive scale"),
+    "more levels than are exact": (_values([0.1, -4893, 4893]), "expected at most 4892"),
+    "an image of bytes": (_values([0.1, 0, 255]), "is quantised by"),
+    "a huge number of levels": (_values([0.1, -(2**31), 2**31]), "expected a positive scale"),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Header, dict[str, Tensor]]:
+    path = tmp_path_factory.mktemp("quantized") / "net"
+    dsp_kernels.save(dsp_kernels.quantize(nets.make("residual"), nets.example(4)), path)
+    return read(path)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_hostile_record_of_a_quantised_network(
+    quantized: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str
+) -> None:
+    change, words = QUANTIZED[name]
+    header = copy.deepcopy(quantized[0])
+    change(header)
+    with pytest.raises(DSPFormatError, match=words):
+        dsp_kernels.load(write(tmp_path / "net", header, quantized[1]))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_are_not_finite_cannot_be_quantised(
+    quantized: tuple[Header, dict[str, Tensor]], tmp_path: Path, name: str
+) -> None:
+    tensors = quantized[1] | {f"back_norm.{name}": torch.full((6,), math.nan)}
+    with pytest.raises(DSPFormatError, match="'back': weights or scales are too large"):
+        dsp_kernels.load(write(tmp_path / "net", quantized[0], tensors))
 
 
 class _Two(nn.Module):
