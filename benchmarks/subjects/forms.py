@@ -36,6 +36,18 @@ def _dense(module: PackedConv2d) -> nn.Conv2d:
     return conv
 
 
+def widened(narrow: nn.Module, wide: nn.Module) -> nn.Module:
+    """``wide`` with the tensors of ``narrow``, padded with zeros at the end of each axis: the same function.
+
+    Both have the same layers; layers whose widths differ are convolutions and batch norms.
+    """
+    small = narrow.state_dict()
+    for name, tensor in wide.state_dict().items():
+        tensor.zero_()
+        tensor[tuple(slice(size) for size in small[name].shape)] = small[name]
+    return wide
+
+
 def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
     """``dense`` with the inner width of every block scaled by one factor, so that about ``macs`` are left.
 
@@ -44,6 +56,9 @@ def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
     the packed network's; it is shown for its speed at equal FLOPs.
     """
     model = copy.deepcopy(dense).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.reset_parameters()  # a released network has zeros, which ``pack`` would remove
     network = trace(model, example)
     pairs = _inner_pairs(network)
     costs = {

@@ -22,7 +22,7 @@ from dsp_pruning.models import cifar_resnet, torchvision_resnet
 from dsp_pruning.packing.twin import dense_twin
 
 from ..measure.floors import program_of
-from .forms import compacted, filter_pruned
+from .forms import compacted, filter_pruned, widened
 from .released_form import ReleasedForm
 from .structures import apply_structure
 
@@ -35,6 +35,7 @@ REFERENCE = {
     "filters": "filters",
 }
 FORMS = tuple(REFERENCE)
+_TRAINING, _RANDOM = 256, 32  # images on which int8 engines find the range of every value
 
 
 def shared_folder() -> Path:
@@ -69,7 +70,8 @@ class Labelled:
 class Network:
     """One network in all its forms, each built when first used, in eval mode on the CPU.
 
-    label: what it is and where its structure comes from. labelled: images of its data set, or None.
+    label: what it is and where its structure comes from. labelled: test images of its data set, training: of
+    its training images, normalised too; None without real weights.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class Network:
         image_size: int,
         released: nn.Module | None = None,
         labelled: Labelled | None = None,
+        training: Tensor | None = None,
     ) -> None:
         self.label = label
         self.packed = packed.eval()
         self.dense = dense.eval()
         self.image_size = image_size
         self.labelled = labelled
+        self.training = training
         self._forms: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
         if released is not None:
             self._forms["released"] = released
@@ -96,6 +100,18 @@ class Network:
         """(1, channels, image_size, image_size), zeros."""
         return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
 
+    def images(self, count: int, seed: int) -> Tensor:
+        """(count, channels, image_size, image_size): training images, else standard normal."""
+        if self.training is not None:
+            return self.training[torch.arange(count) % len(self.training)]
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, *self.example.shape[1:], generator=generator)
+
+    @property
+    def calibration(self) -> Tensor:
+        """Images on which int8 engines find the range of every value."""
+        return self.images(_RANDOM, 0) if self.training is None else self.training
+
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError if it does not have it."""
         if name not in self._forms:
@@ -104,7 +120,9 @@ class Network:
             if name == "compacted":
                 self._forms[name] = compacted(self.packed)
             else:
-                self._forms[name] = filter_pruned(self.dense, self.example, self.macs("packed"))
+                self._forms[name] = _seeded(
+                    lambda: filter_pruned(self.dense, self.example, self.macs("packed")), 0
+                )
         return self._forms[name]
 
     def program(self, form: str) -> Program:
@@ -128,9 +146,9 @@ def load_network(source: NetworkSource) -> Network:
     if path.suffix == ".npz":
         packed = read_released(path)
         label, size = f"{path.stem}, real weights", source.image_size or 32
-        dense = _seeded(lambda: dense_twin(packed), source.seed)
-        labelled = _labelled(packed.classifier.out_features, size)
-        return Network(label, packed, dense, size, ReleasedForm(packed), labelled)
+        dense = widened(compacted(packed), dense_twin(packed))
+        labelled, training = _cifar10(packed.classifier.out_features, size)
+        return Network(label, packed, dense, size, ReleasedForm(packed), labelled, training)
     if path.suffix == ".safetensors":
         saved = dsp_kernels.load(path)
         if len(getattr(saved, "example_shapes", ())) > 1:
@@ -165,14 +183,17 @@ def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
     )
 
 
-def _labelled(classes: int, image_size: int) -> Labelled | None:
-    """The test images of the CIFAR-10 subset, if it exists and fits."""
+def _cifar10(classes: int, image_size: int) -> tuple[Labelled | None, Tensor | None]:
+    """The test images and some training images of the CIFAR-10 subset, if it exists and fits."""
     path = shared_folder() / "data" / "cifar10_subset.npz"
     if classes != 10 or image_size != 32 or not path.is_file():
-        return None
+        return None, None
     with np.load(path) as archive:
-        images, labels = (torch.from_numpy(archive[f"test_{what}"]) for what in ("images", "labels"))
-    return Labelled(normalise(images, CIFAR10_MEAN, CIFAR10_STD), labels.long())
+        test, training = (
+            normalise(torch.from_numpy(archive[f"{part}_images"]), CIFAR10_MEAN, CIFAR10_STD)
+            for part in ("test", "train")
+        )
+        return Labelled(test, torch.from_numpy(archive["test_labels"]).long()), training[:_TRAINING]
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
