@@ -64,8 +64,9 @@ def run_cases(
             if reason:
                 built[case] = case.row(batch, "skipped", reason)
                 continue
+            counted = (slow and slow_batch) or max(batches)
             built[case], run = build_case(
-                case, network, x, answers=answers, built=kept, count_right=batch == max(batches)
+                case, network, x, answers=answers, built=kept, count_right=batch == counted
             )
             if run is not None:
                 runners[case.label] = run

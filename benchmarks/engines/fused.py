@@ -22,12 +22,13 @@ class Fused(Engine):
         return torch.inference_mode()(self.fused(model, example))
 
     def fused(self, model: nn.Module, example: Tensor) -> FusedNetwork:
-        """For int8 it is quantised first."""
+        """For int8 a network that is not quantised is quantised first."""
         if self.dtype != torch.int8:
             return fuse(model.eval(), example, backend=self.backend, dtype=self.dtype)
         from dsp_kernels import quantize
 
-        return fuse(quantize(model.eval(), self.images), example, backend=self.backend)
+        quantized = model if isinstance(model, FusedNetwork) else quantize(model.eval(), self.images)
+        return fuse(quantized, example, backend=self.backend)
 
 
 def fused_engines() -> tuple[Fused, ...]:

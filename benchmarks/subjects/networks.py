@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ class Network:
         released: nn.Module | None = None,
         labelled: Labelled | None = None,
         training: Tensor | None = None,
+        quantized: nn.Module | None = None,
     ) -> None:
         self.label = label
         self.packed = packed.eval()
@@ -93,6 +95,8 @@ class Network:
         self._forms: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
         if released is not None:
             self._forms["released"] = released
+        if quantized is not None:
+            self._forms["quantized"] = quantized
         self._programs: dict[str, Program] = {}
 
     @cached_property
@@ -111,6 +115,11 @@ class Network:
     def calibration(self) -> Tensor:
         """Images on which int8 engines find the range of every value."""
         return self.images(_RANDOM, 0) if self.training is None else self.training
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there is a form "quantized": the packed network as its file holds it."""
+        return "quantized" in self._forms
 
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError if it does not have it."""
@@ -150,14 +159,17 @@ def load_network(source: NetworkSource) -> Network:
         labelled, training = _cifar10(packed.classifier.out_features, size)
         return Network(label, packed, dense, size, ReleasedForm(packed), labelled, training)
     if path.suffix == ".safetensors":
-        saved = dsp_kernels.load(path)
+        loaded = dsp_kernels.load(path)
+        quantized = loaded if isinstance(loaded, dsp_kernels.FusedNetwork) else None
+        saved: Any = loaded if quantized is None else loaded.packed
         if len(getattr(saved, "example_shapes", ())) > 1:
             raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
         shape: tuple[int, ...] = getattr(saved, "example_shape", None) or ()
         size = source.image_size or (int(shape[2]) if len(shape) == 4 else 32)
         known = getattr(saved, "dense_widths", None)
         label = path.name if known else f"{path.name} (dense has the packed widths: the file holds no others)"
-        return Network(label, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
+        twin = _seeded(lambda: dense_twin(saved), source.seed)
+        return Network(label, saved, twin, size, quantized=quantized)
     if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
         structure = str(shared_folder() / "structures" / f"{name}.npz")
         return load_network(replace(source, name=match[1], structure=structure))
