@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -140,7 +141,8 @@ def measure(
     If the time is limited, slow engines skip rounds, evenly over the run, but take part in eight at least.
     ``timers`` holds the most important engines first: one whose eight rounds do not fit beside those of the
     engines before it is left out. always: engines that get eight rounds in any case.
-    probe: runs before and after the calls of each turn, for ``Samples.busy``. step: called after each round.
+    probe: runs after each gap, for ``Samples.busy``: not right after an engine, whose threads still spin.
+    step: called after each round.
     """
     rules = rules or TimingRules()
     fewest = min(rules.rounds, FEWEST_ROUNDS)
@@ -162,7 +164,8 @@ def measure(
     order = list(turns)
     shuffle = random.Random(rules.seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in order}
-    probed: dict[str, list[float]] = {name: [] for name in order}
+    probed: dict[str, list[float]] = defaultdict(list)
+    previous = ""
     for done in range(1, rules.rounds + 1):
         shuffle(order)
         for name in order:
@@ -173,13 +176,13 @@ def measure(
             if late or done * rounds[name] // rules.rounds <= taken:
                 continue
             time.sleep(rules.gap)
-            before = [probe()] if probe else []
+            if probe:
+                probed[name].append(probe())
+                probed[previous].append(probed[name][-1])  # after that engine's turn
+                previous = name
             seconds[name] += timers[name].burst(turn.warm_calls, turn.calls, turn.repeats)
-            probed[name] += [*before, probe()] if probe else []
         step()
-    busy = {
-        name: statistics.fmean(times) / (probe.best or 1) for name, times in probed.items() if probe and times
-    }
+    busy = {name: statistics.fmean(times) / (probe.best or 1) for name, times in probed.items() if probe}
     return {
         name: Samples(tuple(values), turns[name].calls, busy.get(name))
         for name, values in seconds.items()

@@ -15,7 +15,7 @@ def _quotient(part: float | None, whole: float | None) -> float | None:
     return part / whole if part and whole else None
 
 
-_BUSY = 1.15  # a quiet machine's probe varies by less
+_BUSY = 1.2  # a quiet machine's probe varies by less
 _TIMED: dict[str, Callable[[Run, Row], str]] = {  # cells of a timed row
     "median ms": lambda run, row: _number(row.timed.median, ".3g", 1e3),
     "p10": lambda run, row: _number(row.timed.quantile(0.1), ".3g", 1e3),
