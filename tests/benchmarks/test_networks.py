@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from dsp_benchmarks.cases import Case, build_case
+from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.kernels.test_convs import layers
 from dsp_benchmarks.measure.floors import compulsory_bytes, part_floor, program_of
 from dsp_benchmarks.measure.peaks import Peaks, measure_peaks
@@ -125,6 +127,24 @@ def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
     loaded = load_network(NetworkSource(str(path), None, 16))
     assert loaded.macs("packed") == network.macs("packed")
     assert loaded.macs("dense") == network.macs("dense")
+
+
+def test_a_quantised_file_runs_as_it_is_and_its_float_network_beside_it(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random images are outside the ranges of its values, so its answer is compared with its own."""
+    pytest.importorskip("dsp_kernels.quantizing")
+    engine = Fused("fused:cpu:int8", torch.int8, backend="eager")  # runs without the extension
+    monkeypatch.setitem(ENGINES, "fused:cpu:int8", engine)
+    quantized = dsp_kernels.quantize(network.packed, 0.01 * network.images(8, 0))
+    dsp_kernels.save(quantized, tmp_path / "q.safetensors")
+    loaded = load_network(NetworkSource(str(tmp_path / "q.safetensors"), None, 16))
+    for name, bound in (("fused:cpu:int8", 0.0), ("torch", 1e-6)):
+        row, run = build_case(Case("packed", name), loaded, x := network.images(3, 0))
+        assert run is not None, row.reason
+        assert row.difference == pytest.approx(0, abs=bound)
+        with torch.inference_mode():
+            assert torch.allclose(run(x), (quantized if bound == 0 else network.packed)(x), atol=1e-5)
 
 
 def test_a_saved_file_without_dense_widths_is_a_network(tmp_path: Path) -> None:
