@@ -27,7 +27,8 @@ class Fused(Engine):
             return fuse(model.eval(), example, backend=self.backend, dtype=self.dtype)
         from dsp_kernels import quantize
 
-        quantized = model if isinstance(model, FusedNetwork) else quantize(model.eval(), self.images)
+        images = example if self.images is None else self.images
+        quantized = model if isinstance(model, FusedNetwork) else quantize(model.eval(), images)
         return fuse(quantized, example, backend=self.backend)
 
 
