@@ -10,10 +10,17 @@ from cases import Case
 from torch import Tensor
 
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
-from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayer, GpuLayout
 from dsp_kernels.tolerances import network_tolerance, op_tolerance
 
 CPU = torch.device("cpu")
+
+
+def layer_of(case: Case, layout: GpuLayout, dtype: torch.dtype, device: torch.device = CPU) -> GpuLayer:
+    """The case's convolution with its weights and bias."""
+    a = case.tensors(dtype)
+    bias = None if a.bias is None else a.bias.to(device)
+    return GpuLayer(case.spec, [weight.to(device) for weight in a.weights], bias, layout, dtype, device)
 
 
 def guarded(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,26 +55,23 @@ def assert_close(y: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def check_conv(
-    prepare: Callable[..., GpuConv],
+    prepare: Callable[[GpuLayer], GpuConv],
     case: Case,
     dtype: torch.dtype,
     layout: GpuLayout,
     device: torch.device = CPU,
     in_place: bool = False,
 ) -> None:
-    """prepare: (spec, weights, bias) -> the convolution to test. Channels that no group reads hold NaN."""
+    """prepare: makes the convolution to test. Channels that no group reads hold NaN."""
     arguments = case.tensors(dtype)
     read = set(case.structure.read)
     arguments.x[:, [channel for channel in range(case.structure.in_channels) if channel not in read]] = (
         torch.nan
     )
-    x, bias, residual = (
-        None if t is None else t.to(device) for t in (arguments.x, arguments.bias, arguments.residual)
-    )
-    assert x is not None
-    conv = prepare(case.spec, [weight.to(device) for weight in arguments.weights], bias)
+    residual = None if arguments.residual is None else arguments.residual.to(device)
+    conv = prepare(layer_of(case, layout, dtype, device))
     expected = cases.reference(case, arguments)
-    y = launched(conv, x, residual, expected.shape, layout, in_place)
+    y = launched(conv, arguments.x.to(device), residual, expected.shape, layout, in_place)
     assert_close(y, expected, op_tolerance(dtype, case.reduction))
 
 

@@ -13,7 +13,7 @@ import torch
 from block_cases import BlockCase
 from cases import Case
 from golden import cifar_images
-from gpu_checks import check_block, check_conv
+from gpu_checks import check_block, check_conv, layer_of
 from ptx.build import build
 from ptx.interpreter import Interpreter
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def conv_case(
     ran = set()
     for ptx in interpreters(["sm_90a"] if "wgmma" in kernel else chips, shared_limit):
         with ptx:
-            check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
+            check_conv(lambda layer: CudaConv(layer, kernel), case, dtype, layout, in_place=in_place)
         assert len(ptx.launches) == (case.batch > 0)
         ran |= set(ptx.launches)
     return ran
@@ -79,8 +79,7 @@ def infinite_images(kernel: str) -> None:
     arguments.x[1:] = torch.inf
     out = arguments.x.new_empty(layout.shape((8, 5, 5, 5)))
     with Interpreter():
-        conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout, kernel=kernel)
-        conv(layout.from_nchw(arguments.x), out)
+        CudaConv(layer_of(case, layout, torch.float16), kernel)(layout.from_nchw(arguments.x), out)
     assert torch.isfinite(layout.as_nchw(out)[0]).all()
 
 

@@ -69,5 +69,5 @@ def triton_on_host() -> Iterator[Interpreter]:
 def triton_case(case: Case, dtype: torch.dtype, layout: GpuLayout) -> None:
     batch = 8 if layout is GpuLayout.CHWN and case.batch % 8 else case.batch
     with triton_on_host() as ptx:
-        check_conv(lambda *a: triton_conv.TritonConv(*a, layout), replace(case, batch=batch), dtype, layout)
+        check_conv(triton_conv.TritonConv, replace(case, batch=batch), dtype, layout)
     assert len(ptx.launches) == (batch > 0)

@@ -17,7 +17,6 @@ from dsp_kernels.run.gpu.cuda import library
 from dsp_kernels.run.gpu.cuda.conv import CudaKernels
 from dsp_kernels.run.gpu.cuda.launch import interface
 from dsp_kernels.run.gpu.cuda.library import LIBRARY, why_no_cuda
-from dsp_kernels.run.gpu.layout import GpuLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))
@@ -232,7 +231,7 @@ def test_which_gpus_run_an_architecture(arch: str, runs: str, fails: str) -> Non
     ],
 )
 def test_reasons_why_it_cannot_run(spec: ConvSpec, dtype: torch.dtype, device: str, text: str) -> None:
-    able, reason = CudaKernels().can_run(spec, dtype, torch.device(device), GpuLayout.NHWC)
+    able, reason = CudaKernels().can_run(spec, dtype, torch.device(device))
     assert not able
     assert re.search(text, reason)
 

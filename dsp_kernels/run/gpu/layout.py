@@ -5,6 +5,7 @@ pixel are contiguous (NHWC). A whole network stays in one of the two from its fi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from typing import Protocol
@@ -64,6 +65,24 @@ def all_groups(structure: GroupStructure) -> tuple[Group, ...]:
     return (*structure.groups, Group((), structure.absent))
 
 
+@dataclass(frozen=True, eq=False)
+class GpuLayer:
+    """A convolution for tensors of one layout, dtype and device; weights and bias are of these, too.
+
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. Raises DSPShapeError if they do not fit.
+    """
+
+    spec: ConvSpec
+    weights: Sequence[Tensor]
+    bias: Tensor | None
+    layout: GpuLayout
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.spec.check_constants(self.weights, self.bias)
+
+
 def check_operands(
     operands: Mapping[str, tuple[Tensor | None, Sequence[int]]],
     dtype: torch.dtype,
@@ -94,32 +113,26 @@ def check_operands(
 
 
 def check_conv_operands(
-    spec: ConvSpec,
-    layout: GpuLayout,
-    x: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    layer: GpuLayer, x: Tensor, out: Tensor, residual: Tensor | None
 ) -> tuple[int, int, int, int]:
-    """(batch, in_channels, height, width) of x. dtype, device: of the weights.
+    """(batch, in_channels, height, width) of x.
 
     Raises DSPShapeError for operands of a launch (see GpuConv) that do not fit the convolution.
     """
-    structure = spec.structure
+    layout, channels = layer.layout, layer.spec.structure.in_channels
     if x.dim() != 4:
         raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected 4 dimensions in {layout.name}")
     batch, _, height, width = shape = layout.as_nchw(x).shape
-    expected = layout.shape(spec.output_shape(shape))
+    expected = layout.shape(layer.spec.output_shape(shape))
     operands = {
-        "x": (x, layout.shape((batch, structure.in_channels, height, width))),
+        "x": (x, layout.shape((batch, channels, height, width))),
         "out": (out, expected),
         "residual": (residual, expected),
     }
-    check_operands(operands, dtype, device, layout)
+    check_operands(operands, layer.dtype, layer.device, layout)
     if layout is GpuLayout.CHWN and batch % BATCH_MULTIPLE:
         raise DSPShapeError(f"CHWN needs a batch that is a multiple of {BATCH_MULTIPLE}; got {batch}")
-    return batch, structure.in_channels, height, width
+    return batch, channels, height, width
 
 
 @cache
@@ -157,26 +170,15 @@ class GpuKernels(Protocol):
 
     name: str
 
-    def can_run(
-        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
-    ) -> tuple[bool, str]:
-        """Whether it runs this convolution on this device in this layout; the reason if not."""
+    def can_run(self, spec: ConvSpec, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        """Whether it runs this convolution on this device, in both layouts; the reason if not."""
         ...
 
-    def prepare(
-        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
-    ) -> GpuConv:
-        """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on the device that will run them."""
+    def prepare(self, layer: GpuLayer) -> GpuConv:
+        """With the tile sizes that rules choose."""
         ...
 
-    def options(
-        self,
-        spec: ConvSpec,
-        weights: Sequence[Tensor],
-        bias: Tensor | None,
-        layout: GpuLayout,
-        shape: Sequence[int],
-    ) -> dict[str, Callable[[], GpuConv]]:
+    def options(self, layer: GpuLayer, shape: Sequence[int]) -> dict[str, Callable[[], GpuConv]]:
         """By name, everything worth measuring for an input of this shape (batch first)."""
         ...
 

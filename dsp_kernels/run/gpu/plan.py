@@ -18,6 +18,7 @@ from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables, block_tables
 from dsp_kernels.run.gpu.layout import (
     BATCH_MULTIPLE,
     GpuConv,
+    GpuLayer,
     GpuLayout,
     layout_for_batch,
     round_up,
@@ -131,15 +132,16 @@ class Planner:
     ) -> tuple[str, GpuConv]:
         """The fastest option of a convolution: its name and launcher."""
         shape = shapes[step.inputs[0]] or ()
+        layer = GpuLayer(step.spec, step.weights, step.bias, layout, self.dtype, self.device)
         options: dict[str, Callable[[], GpuConv]] = {}
         reasons = []
         for family in self._families if kernels else ():
-            able, reason = family.can_run(step.spec, self.dtype, self.device, layout)
+            able, reason = family.can_run(step.spec, self.dtype, self.device)
             if able:
-                options |= family.options(step.spec, step.weights, step.bias, layout, shape)
+                options |= family.options(layer, shape)
             else:
                 reasons.append(f"{family.name}: {reason}")
-        options[_PYTORCH] = partial(eager_conv, step, layout)
+        options[_PYTORCH] = partial(eager_conv, layer)
         made: dict[str, GpuConv] = {}
 
         def launch_of(name: str) -> Launch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from dsp_kernels.program.steps import ConvStep, Program, map_nested
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.conv import GPU_KERNELS, warn_of_missing
 from dsp_kernels.run.gpu.graphs import capture, is_capturing
-from dsp_kernels.run.gpu.layout import GpuLayout, uses_tf32
+from dsp_kernels.run.gpu.layout import uses_tf32
 from dsp_kernels.run.gpu.memory import arena_for
 from dsp_kernels.run.gpu.plan import GpuPlan, Planner, Sizes
 from dsp_kernels.run.gpu.tune import Tuner, tuner_for
@@ -39,6 +40,8 @@ class CudaExecutor:
 
     def __init__(self, name: str = "cuda") -> None:
         self.name = name
+        # By the identity of its Program, which it keeps alive.
+        self._runners: WeakValueDictionary[int, GpuRunner] = WeakValueDictionary()
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """On a GPU, if the first of its kernels support at least one of the convolutions."""
@@ -49,13 +52,13 @@ class CudaExecutor:
             able = self.name == "cudnn"
             for kernels in GPU_KERNELS:
                 if kernels.name == self.name:
-                    able, reason = kernels.can_run(spec, dtype, device, GpuLayout.NHWC)
+                    able, reason = kernels.can_run(spec, dtype, device)
             if able:
                 return True, ""
         return False, reason
 
     def prepare(self, program: Program) -> GpuRunner:
-        runner = GpuRunner(program, self.name)
+        runner = self._runners[id(program)] = GpuRunner(program, self.name)
         warn_of_missing(runner.device)
         return runner
 
@@ -65,7 +68,8 @@ class CudaExecutor:
 
     def describe(self, program: Program, verbose: bool = False) -> list[str]:
         """Per step, what it runs on for the example's shape; verbose: with the parameters of its launch."""
-        plan = GpuRunner(program, self.name).plan([program.shapes[name] for name in program.inputs])
+        runner = self._runners.get(id(program)) or GpuRunner(program, self.name)
+        plan = runner.plan([program.shapes[name] for name in program.inputs])
         return [plan.describe(step.output, verbose) for step in program.steps]
 
 
@@ -115,6 +119,11 @@ class GpuRunner:
 
     def plan(self, inputs: Sizes) -> GpuPlan:
         """What runs for inputs of these shapes; measures it unless that is known."""
+        key = self._key(inputs)
+        if kept := self._runs.get(key):
+            return kept.plan
+        if captured := self._captured.get(key):
+            return captured
         sizes = " and ".join("x".join(map(str, shape)) for shape in inputs)
         with self._make_tuner(self.device, f"for an input of {sizes}") as tuner:
             return self._planner.plan(inputs, tuner, lambda plan: GpuRun(plan).launch)
@@ -129,7 +138,7 @@ class GpuRunner:
     def _captured_run(self, inputs: Sequence[Tensor], shapes: Sizes) -> GpuRun:
         # What is kept must be writable outside of the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            run = GpuRun(self._captured.get(self._key(shapes)) or self.plan(shapes))
+            run = GpuRun(self.plan(shapes))
             if self.device.type == "cuda":
                 self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
                 run.capture(inputs, self._graph_pool)
