@@ -1,4 +1,4 @@
-"""Registers, stack and selected instructions of the CUDA kernels, read from the library.
+"""Registers, stack and code of compiled kernels: of the CUDA library as a table, or of any file, for tests.
 
 Usage: python scripts/cuda_resources.py [library]. Needs cuobjdump (CUDA toolkit or triton's), no GPU.
 """
@@ -8,47 +8,33 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-# Column of the table -> pattern of the instruction in cuobjdump's disassembly.
-COUNTED = {
-    "HMMA": r"\bHMMA\.",
-    "HGMMA": r"\bHGMMA\.",
-    "waits": r"\bWARPGROUP\.DEPBAR",  # for products of a warpgroup
-    "LDSM": r"\bLDSM\.",
-    "LDGSTS.128": r"\bLDGSTS\.[A-Z.]*128",
-    "STG.128": r"\bSTG\.E[A-Z.]*\.128",
-    "STG": r"\bSTG\.",
-    "FFMA": r"\bFFMA\b",
-    "local": r"\b(?:LDL|STL)\b",
-}
+LIBRARY = Path(__file__).resolve().parents[1] / "dsp_kernels" / "_C_cuda.so"
 _TYPES = {"__half": "fp16", "__nv_bfloat16": "bf16"}
 
 
 @dataclass
 class Kernel:
-    """One kernel for one chip: registers per thread, bytes of stack per thread, counted instructions."""
+    """A kernel for one chip: registers per thread, bytes of stack and spills per thread, the disassembly."""
 
     name: str
     arch: str
     registers: int
     stack: int
-    instructions: dict[str, int] = field(default_factory=dict)
+    sass: str = field(default="", repr=False)
+
+    def count(self, pattern: str) -> int:
+        """Occurrences of a regular expression in the disassembly."""
+        return len(re.findall(pattern, self.sass))
 
 
 def find_cuobjdump() -> str | None:
     """The one on PATH, else the one in triton's package."""
-    found = shutil.which("cuobjdump")
-    if found:
-        return found
     spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    candidate = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(candidate) if candidate.is_file() else None
+    inside = Path(spec.origin or "").parent / "backends" / "nvidia" / "bin" if spec else None
+    return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=inside) if inside else None)
 
 
 def plain_name(mangled: str) -> str:
@@ -61,58 +47,41 @@ def plain_name(mangled: str) -> str:
     return " ".join([kernel, kind, *re.findall(r"\d+", sizes)])
 
 
-def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
-    """Every kernel of every chip in the library."""
+def read_kernels(file: Path, cuobjdump: str) -> list[Kernel]:
+    """Every kernel of every chip in a library or cubin."""
 
-    def ask(option: str) -> Iterator[tuple[str, str]]:
-        """(arch, line) of cuobjdump's answer."""
-        done = subprocess.run([cuobjdump, option, str(library)], capture_output=True, text=True, check=True)
-        arch = ""
-        for line in done.stdout.splitlines():
-            found = re.match(r"arch = (\w+)", line) or re.search(r"compressed:.*arch = (\w+)", line)
-            arch = found.group(1) if found else arch
-            yield arch, line
+    def ask(option: str) -> list[tuple[str, str, str]]:
+        """(chip, kernel, what cuobjdump says of it)."""
+        text = subprocess.run([cuobjdump, option, file], capture_output=True, text=True, check=True).stdout
+        arch, found = "", []
+        for part in re.split(r"(?=\barch = )|Function ?(?=[:\w])", text):
+            if match := re.match(r"arch = (\w+)", part):
+                arch = match[1]
+            elif match := re.match(r":? ?(\w+):?\n", part):
+                found.append((arch, plain_name(match[1]), part))
+        return found
 
-    kernels: dict[tuple[str, str], Kernel] = {}
-    name = ""
-    for arch, line in ask("-res-usage"):
-        if match := re.search(r"Function (\w+):", line):
-            name = plain_name(match.group(1))
-        elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            kernels[arch, name] = Kernel(name, arch, int(match.group(1)), int(match.group(2)))
-    patterns = {what: re.compile(pattern) for what, pattern in COUNTED.items()}
-    for arch, line in ask("-sass"):
-        if match := re.search(r"Function : (\w+)", line):
-            name = plain_name(match.group(1))
-            kernels[arch, name].instructions = dict.fromkeys(patterns, 0)
-        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line):
-            for what, pattern in patterns.items():
-                kernels[arch, name].instructions[what] += bool(pattern.search(line))
+    kernels = {}
+    for arch, name, text in ask("-res-usage"):
+        sizes = {what: int(size) for what, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        kernels[arch, name] = Kernel(name, arch, sizes["REG"], sizes["STACK"] + sizes["LOCAL"])
+    for arch, name, text in ask("-sass"):
+        kernels[arch, name].sass = text
     # wgmma kernels are compiled empty for other chips.
     kept = [kernel for kernel in kernels.values() if "wgmma" not in kernel.name or kernel.arch == "sm_90a"]
     return sorted(kept, key=lambda kernel: (kernel.arch, kernel.name))
 
 
-def table(kernels: list[Kernel]) -> str:
-    """A Markdown table."""
-    lines = [
-        "| kernel | chip | registers | stack | " + " | ".join(COUNTED) + " |",
-        "|---|---" + "|---:" * (2 + len(COUNTED)) + "|",
-    ]
-    for kernel in kernels:
-        counts = " | ".join(str(kernel.instructions[what]) for what in COUNTED)
-        lines.append(f"| {kernel.name} | {kernel.arch} | {kernel.registers} | {kernel.stack} | {counts} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Prints the table."""
-    library = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "dsp_kernels" / "_C_cuda.so"
-    cuobjdump = find_cuobjdump()
+    """Prints a Markdown table."""
+    library, cuobjdump = Path(*sys.argv[1:2] or [LIBRARY]), find_cuobjdump()
     if cuobjdump is None or not library.is_file():
         missing = library if cuobjdump else "cuobjdump (part of the CUDA toolkit, and of triton's package)"
         raise SystemExit(f"there is no {missing}")
-    print(table(read_kernels(library, cuobjdump)))
+    print("| kernel | chip | registers | stack | local loads and stores |\n|---|---|---:|---:|---:|")
+    for kernel in read_kernels(library, cuobjdump):
+        local = kernel.count(r"\b(?:LDL|STL)\b")
+        print(f"| {kernel.name} | {kernel.arch} | {kernel.registers} | {kernel.stack} | {local} |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Tile sizes: the rule that chooses them, and what tuning may measure."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from cases import UNEQUAL, WIDE, Case, reference
@@ -10,12 +7,12 @@ from gpu_checks import layer_of
 
 pytest.importorskip("triton")
 
+from triton_ptx import shipped
+
 from dsp_kernels import GroupStructure
 from dsp_kernels.run.gpu.layout import GpuLayout
 from dsp_kernels.run.gpu.triton.config import TileRule
 from dsp_kernels.run.gpu.triton.conv import TritonKernels
-
-TABLE = Path(__file__).resolve().parents[2] / "scripts" / "triton_table.py"
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
 CASE = Case("", UNEQUAL, batch=8, hw=(3, 4), residual=True)
@@ -49,7 +46,7 @@ def test_the_rule_chooses_only_configurations_that_make_test_triton_compiles(
 ) -> None:
     checked = {
         (config.chwn, kind, config.cols, config.filters, config.bk, config.warps, config.stages)
-        for _, config, kind, _ in runpy.run_path(str(TABLE))["shipped"]()
+        for _, config, kind, _ in shipped()
     }
     for kernel in (1, 3):
         spec = Case("", structure, kernel=kernel).spec

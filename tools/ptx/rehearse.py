@@ -24,6 +24,7 @@ import dsp_benchmarks.run
 import torch
 from dsp_benchmarks.engines import ENGINES, cuda_graph
 from dsp_benchmarks.engines.fused import Fused
+from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.subjects import networks
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -107,9 +108,10 @@ def pretended_seconds(device: torch.device, launch: Callable[[], None]) -> float
     return len(_launches) - before or math.inf
 
 
-def small_run(network: Any, batches: Sequence[int], *arguments: Any, **settings: Any) -> Any:
-    """run_cases with at most MOST_IMAGES."""
-    return _run_cases(network, sorted({min(n, MOST_IMAGES) for n in batches}), *arguments, **settings)
+def small_run(network: Any, batches: Sequence[int], cases: Any, rules: TimingRules, **settings: Any) -> Any:
+    """run_cases with at most MOST_IMAGES, each engine twice."""
+    rules = replace(rules, rounds=2, warmup=0.0, warm_calls=0, settle=0.0, burst=0.0)
+    return _run_cases(network, sorted({min(n, MOST_IMAGES) for n in batches}), cases, rules, **settings)
 
 
 def small_network(source: networks.NetworkSource) -> networks.Network:

@@ -7,6 +7,7 @@ seconds.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from dsp_kernels.run.gpu.graphs import capture
 from dsp_kernels.whole_file import write_text
 
 BUDGET = 5.0
+_LOG = logging.getLogger(__name__)  # DEBUG: what was measured
 _LAUNCHES, _REPLAYS = 10, 3
 
 Launch = Callable[[], None]
@@ -134,9 +136,11 @@ class Tuner:
                 times[name] = self._seconds(make())
             except Exception as error:  # not compiled for this GPU, too much shared memory, ...
                 warnings.warn(f"{name} does not run on this GPU: {error}", stacklevel=2)
+        by_time = sorted(times, key=lambda name: times[name])
+        _LOG.debug("%s, us: %s", key, ", ".join(f"{name} {1e6 * times[name]:.1f}" for name in by_time))
         if not times:
             return others[-1] if in_time else first
-        best = min(times, key=lambda name: times[name])
+        best = by_time[0]
         if in_time:
             self._choices.put(signature, best)
         return best
