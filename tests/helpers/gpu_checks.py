@@ -1,6 +1,7 @@
 """Prepared GPU convolutions and blocks against the definition, whatever runs them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
 import block_cases
 import cases
@@ -54,25 +55,42 @@ def assert_close(y: Tensor, expected: Tensor, tolerance: float) -> None:
         assert error <= tolerance, f"relative error {error:.2e}"
 
 
+Solved = tuple[Tensor, Tensor | None, Tensor]  # x, residual, the expected output
+
+
+@lru_cache(maxsize=8)  # one case runs in several layouts, kernels and orders
+def solved(case: Case, dtype: torch.dtype) -> Solved:
+    """Channels that no group reads hold NaN."""
+    arguments = case.tensors(dtype)
+    read = set(case.structure.read)
+    arguments.x[:, [channel for channel in range(case.structure.in_channels) if channel not in read]] = (
+        torch.nan
+    )
+    return arguments.x, arguments.residual, cases.reference(case, arguments)
+
+
 def check_conv(
-    prepare: Callable[[GpuLayer], GpuConv],
+    conv: GpuConv,
     case: Case,
     dtype: torch.dtype,
     layout: GpuLayout,
     device: torch.device = CPU,
     in_place: bool = False,
 ) -> None:
-    """prepare: makes the convolution to test. Channels that no group reads hold NaN."""
-    arguments = case.tensors(dtype)
-    read = set(case.structure.read)
-    arguments.x[:, [channel for channel in range(case.structure.in_channels) if channel not in read]] = (
-        torch.nan
-    )
-    residual = None if arguments.residual is None else arguments.residual.to(device)
-    conv = prepare(layer_of(case, layout, dtype, device))
-    expected = cases.reference(case, arguments)
-    y = launched(conv, arguments.x.to(device), residual, expected.shape, layout, in_place)
+    """conv: made from ``layer_of`` the same case."""
+    x, residual, expected = solved(case, dtype)
+    added = None if residual is None else residual.to(device)
+    y = launched(conv, x.to(device), added, expected.shape, layout, in_place)
     assert_close(y, expected, op_tolerance(dtype, case.reduction))
+
+
+@lru_cache(maxsize=8)
+def solved_block(case: BlockCase, dtype: torch.dtype) -> Solved:
+    step, x, residual = case.step(dtype), case.input(dtype), None
+    if case.shortcut == "tensor":
+        generator = torch.Generator().manual_seed(3)
+        residual = torch.randn(step.output_shape(x.shape), generator=generator).to(dtype)
+    return x, residual, block_cases.reference(step, x, residual)
 
 
 def check_block(
@@ -83,12 +101,7 @@ def check_block(
     in_place: bool = False,
 ) -> None:
     """block: made from ``case.step(dtype)``."""
-    x = case.input(dtype)
-    shape = block.step.output_shape(x.shape)
-    residual = None
-    if case.shortcut == "tensor":
-        residual = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = block_cases.reference(case.step(dtype), x, residual)
+    x, residual, expected = solved_block(case, dtype)
     added = None if residual is None else residual.to(device)
-    y = launched(block, x.to(device), added, shape, GpuLayout.CHWN, in_place)
+    y = launched(block, x.to(device), added, expected.shape, GpuLayout.CHWN, in_place)
     assert_close(y, expected, network_tolerance(dtype, case.reduction, len(block.step.members)))

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import triton
 from cases import Case
-from gpu_checks import check_conv
+from gpu_checks import check_conv, layer_of, solved
 from ptx.interpreter import Interpreter
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -74,8 +74,10 @@ def triton_on_host() -> Iterator[Interpreter]:
 
 def triton_case(case: Case, dtype: torch.dtype, layout: GpuLayout) -> None:
     batch = 8 if layout is GpuLayout.CHWN and case.batch % 8 else case.batch
+    case = replace(case, batch=batch)
+    conv, _ = triton_conv.TritonConv(layer_of(case, layout, dtype)), solved(case, dtype)
     with triton_on_host() as ptx:
-        check_conv(triton_conv.TritonConv, replace(case, batch=batch), dtype, layout)
+        check_conv(conv, case, dtype, layout)
     assert len(ptx.launches) == (batch > 0)
 
 

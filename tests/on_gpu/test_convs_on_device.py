@@ -47,7 +47,8 @@ def test_convolution(family: str, case: Case, dtype: torch.dtype, gpu: torch.dev
         fitting = replace(case, batch=8) if layout is GpuLayout.CHWN and case.batch % BATCH_MULTIPLE else case
         for (name, made), in_place in product(prepare, (False, True) if case.residual else (False,)):
             try:
-                check_conv(made, fitting, dtype, layout, gpu, in_place)
+                conv = made(layer_of(fitting, layout, dtype, gpu))
+                check_conv(conv, fitting, dtype, layout, gpu, in_place)
             except AssertionError as error:
                 error.add_note(f"kernel {name}, {layout.name}, in place {in_place}")
                 raise

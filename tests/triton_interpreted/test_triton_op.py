@@ -55,7 +55,8 @@ def check(
 ) -> None:
     if layout is CHWN and case.batch % 8:
         case = replace(case, batch=8)
-    check_conv(lambda layer: TritonConv(layer, config), case, dtype, layout, in_place=in_place)
+    conv = TritonConv(layer_of(case, layout, dtype), config)
+    check_conv(conv, case, dtype, layout, in_place=in_place)
 
 
 def run(case: Case, a: Arguments, layout: GpuLayout) -> Tensor:
