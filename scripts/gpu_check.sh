@@ -41,7 +41,7 @@ slow=packed/fused:cuda:fp16,dense/compile-autotune-fp16,dense/tensorrt-fp16
 run=("$PYTHON")
 export DSP_REQUIRE_GPU=1 DSP_KERNELS_CUDA=1
 if [ -n "${DSP_REHEARSE:-}" ]; then # see tools/ptx/rehearse.py
-  run+=(-m ptx.rehearse) budget=3000 slower=10 batches=8 nets=("${nets[0]}")
+  run+=(-m ptx.rehearse) budget=20000 slower=60 batches=8 nets=("${nets[0]}")
   fast=packed/fused:cuda:fp16,dense/cudnn-fused-fp16 slow=packed/fused:cuda:fp16,dense/tensorrt-fp16
   select=(-k "(unequal or networks_with) and float16 and not bfloat16 and not triton")
   export DSP_KERNELS_CUDA=0 DSP_KERNELS_CPU=0 PYTEST_XDIST_AUTO_NUM_WORKERS=0

@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 def layer_of(case: Case, layout: GpuLayout, dtype: torch.dtype, device: torch.device = CPU) -> GpuLayer:
     """The case's convolution with its weights and bias."""
     a = case.tensors(dtype)
-    bias = None if a.bias is None else a.bias.to(device)
-    return GpuLayer(case.spec, [weight.to(device) for weight in a.weights], bias, layout, dtype, device)
+    x, bias = a.x.to(device), None if a.bias is None else a.bias.to(device)
+    return GpuLayer(case.spec, [weight.to(device) for weight in a.weights], bias, layout, dtype, x.device)
 
 
 def guarded(values: Tensor) -> tuple[Tensor, Tensor]:

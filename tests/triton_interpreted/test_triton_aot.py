@@ -5,7 +5,6 @@
 
 import os
 import re
-import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -16,11 +15,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from resources import find_cuobjdump, read_kernels
 from triton_ptx import compiled, shipped
 
 from dsp_kernels.run.gpu.triton.config import TritonConfig
 
-RESOURCES = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "cuda_resources.py"))
 ALL = os.environ.get("DSP_TEST_ALL_TRITON")
 HALF = torch.float16
 GOOD = TritonConfig(True, 128, 32, 16, 32, 4, 3, ".ca")
@@ -75,7 +74,7 @@ def compile_config(
     constants |= {"HAS_RESIDUAL": True, "ACTIVATION": 1, "PRECISION": "ieee", **config.constants(), **flags}
     binary = compiled(dtype, constants, capability, config.options())
     (folder / "kernel.cubin").write_bytes(binary.asm["cubin"])
-    (kernel,) = RESOURCES["read_kernels"](folder / "kernel.cubin", RESOURCES["find_cuobjdump"]())
+    (kernel,) = read_kernels(folder / "kernel.cubin", find_cuobjdump() or "")
     return Compiled(kernel.registers, binary.metadata.shared, kernel.stack, binary.asm["ptx"], kernel.sass)
 
 

@@ -3,7 +3,7 @@
     PYTHONPATH=tools python -m ptx.rehearse -m dsp_cli.main doctor
 
 torch says that there is an H200. What is moved there stays in host memory; every launch of a CUDA kernel is
-interpreted and checked, and Triton's kernel runs in Triton's interpreter. Networks get images of 8x8 pixels
+interpreted and checked, and Triton's kernel runs in Triton's interpreter. Networks get images of 4x4 pixels
 and batches of 8 at most, because both are slow. Not rehearsed: streams, CUDA graphs (a replay launches
 again), cuDNN, a second device, memory of a GPU, and times, which mean nothing.
 """
@@ -56,7 +56,7 @@ ANSWERS: dict[str, Any] = {
     "synchronize": None,
     "empty_cache": None,
 }
-MOST_IMAGES, SIDE = 8, 8
+MOST_IMAGES, SIDE = 8, 4
 
 
 class OnHost(TorchFunctionMode):

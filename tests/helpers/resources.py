@@ -1,17 +1,12 @@
-"""Registers, stack and code of compiled kernels: of the CUDA library as a table, or of any file, for tests.
-
-Usage: python scripts/cuda_resources.py [library]. Needs cuobjdump (CUDA toolkit or triton's), no GPU.
-"""
+"""Registers, stack and code of compiled kernels, read by cuobjdump."""
 
 import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LIBRARY = Path(__file__).resolve().parents[1] / "dsp_kernels" / "_C_cuda.so"
 _TYPES = {"__half": "fp16", "__nv_bfloat16": "bf16"}
 
 
@@ -70,19 +65,3 @@ def read_kernels(file: Path, cuobjdump: str) -> list[Kernel]:
     # wgmma kernels are compiled empty for other chips.
     kept = [kernel for kernel in kernels.values() if "wgmma" not in kernel.name or kernel.arch == "sm_90a"]
     return sorted(kept, key=lambda kernel: (kernel.arch, kernel.name))
-
-
-def main() -> None:
-    """Prints a Markdown table."""
-    library, cuobjdump = Path(*sys.argv[1:2] or [LIBRARY]), find_cuobjdump()
-    if cuobjdump is None or not library.is_file():
-        missing = library if cuobjdump else "cuobjdump (part of the CUDA toolkit, and of triton's package)"
-        raise SystemExit(f"there is no {missing}")
-    print("| kernel | chip | registers | stack | local loads and stores |\n|---|---|---:|---:|---:|")
-    for kernel in read_kernels(library, cuobjdump):
-        local = kernel.count(r"\b(?:LDL|STL)\b")
-        print(f"| {kernel.name} | {kernel.arch} | {kernel.registers} | {kernel.stack} | {local} |")
-
-
-if __name__ == "__main__":
-    main()
