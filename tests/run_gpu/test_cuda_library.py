@@ -21,7 +21,7 @@ from dsp_kernels.run.gpu.cuda.library import LIBRARY, why_no_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))
-# Per thread, of the kernels of November 2026 (nvcc 13.0), by name, sizes and chip.
+# Per thread, of a fat build by nvcc 13.0 (November 2026), by name, sizes and chip.
 REGISTERS = json.loads(Path(__file__).with_name("registers.json").read_text())
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 SPEC = ConvSpec(GroupStructure.dense(2, 2), (3, 3))

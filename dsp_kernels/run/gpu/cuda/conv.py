@@ -21,7 +21,6 @@ from dsp_kernels.run.gpu.layout import (
     GpuConv,
     GpuLayer,
     GpuLayout,
-    check_conv_operands,
 )
 
 
@@ -71,7 +70,7 @@ class CudaConv:
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """x, out, residual: see GpuConv. Raises DSPShapeError for tensors that do not fit."""
-        shape = batch, channels, height, width = check_conv_operands(self._layer, x, out, residual)
+        shape = batch, channels, height, width = self._layer.check(x, out, residual)
         # The kernels count positions, and in CHWN pieces of 8 images, in 32 bits.
         positions = out.numel() // self._layer.spec.structure.out_channels
         pieces = x.numel() // BATCH_MULTIPLE if self._layer.layout is GpuLayout.CHWN else 0

@@ -22,7 +22,6 @@ from dsp_kernels.run.gpu.layout import (
     GpuConv,
     GpuLayer,
     GpuLayout,
-    check_conv_operands,
     uses_tf32,
     why_not_on,
 )
@@ -128,7 +127,7 @@ class TritonConv:
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """See ``GpuConv``. Raises DSPShapeError for tensors that do not fit."""
-        batch, _, in_h, in_w = shape = check_conv_operands(self._layer, x, out, residual)
+        batch, _, in_h, in_w = shape = self._layer.check(x, out, residual)
         if not out.numel():
             return
         spec, tables = self._layer.spec, self._tables
