@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-START = "dsp-kernels: "
 # As pip runs it without isolation, with nvcc hidden or not.
 SETUP = """import runpy, shutil, sys
 which = shutil.which
@@ -46,7 +45,7 @@ def build(name: str, folder: str) -> tuple[str, str]:
     variables = {name: value.format(folder=folder) for name, value in ROWS[name].items()}
     options = {"cwd": ROOT, "env": os.environ | variables, "stderr": subprocess.STDOUT, "text": True}
     lines = map(str.strip, subprocess.check_output(command, **options).splitlines())
-    said = [line.removeprefix(START) for line in lines if line.startswith(START) and "CPU is 0" not in line]
+    said = [line.partition(": ")[2] for line in lines if line.startswith("dsp-kernels: ") and "CPU is 0" not in line]
     made = []
     for library in sorted(Path(folder, "dsp_kernels").glob("_C*.so")):
         about = re.search(rb"\d+\.\d+(?: (?:sm|compute)_\w+)+", library.read_bytes())

@@ -1,15 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, offline, in two calls. Prints a summary; OUT/CALL.tgz has all logs and results.
 #
-#   scripts/gpu_check.sh answers    at most 6 minutes: build for this GPU; answers of every kernel; answers, accuracy
-#                                   and latency of four networks against cuDNN, of two against the slow builders,
-#                                   torch.compile and TensorRT
-#   scripts/gpu_check.sh times      at most 4 minutes: every kernel of every convolution and block, and the fastest;
-#                                   the other two networks against the slow builders
-#   scripts/gpu_check.sh sanitize   memcheck and racecheck of some kernels
-#   scripts/gpu_check.sh --pack     copies the released networks and test images from ../shared to .shared (ignored
-#                                   by git), for a machine that gets only the repository; without them networks are
-#                                   made from seeds, and accuracy is not counted
+#   answers    at most 6 minutes: build for this GPU; answers of every kernel; answers, accuracy and latency of four
+#              networks against cuDNN, of two against the slow builders, torch.compile and TensorRT
+#   times      at most 4 minutes: every kernel of every convolution and block; the other two against the slow builders
+#   sanitize   memcheck and racecheck of some kernels
+#   --pack     copies the released networks and test images from ../shared to .shared (ignored by git), for a machine
+#              that gets only the repository; without them networks are made from seeds, and accuracy is not counted
 #
 # PYTHON: the interpreter (python3). OUT: a folder (gpu_results). DSP_REHEARSE=1: tools/ptx in place of a GPU.
 set -uo pipefail
@@ -24,7 +21,7 @@ if [ "${1:-}" = --pack ]; then
   exit 1
 fi
 call=${1:-}
-case "$call" in answers) budget=345 ;; times | sanitize) budget=230 ;; *) sed -n 2,15p "$0"; exit 2 ;; esac
+case "$call" in answers) budget=345 ;; times | sanitize) budget=230 ;; *) sed -n 2,11p "$0"; exit 2 ;; esac
 
 for folder in ../shared .shared; do [ -d "$folder/nets" ] && DSP_SHARED=${DSP_SHARED:-$(realpath "$folder")}; done
 if [ -d "${DSP_SHARED:-}/nets" ]; then

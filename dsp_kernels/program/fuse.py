@@ -202,8 +202,8 @@ class FusedNetwork(nn.Module):
             except Exception as error:
                 if self.backend == names[-1] or isinstance(error, DSPTraceError):
                     raise
-                text = f"fuse tries another backend, because {self.backend} failed: {error}"
-                warnings.warn(text, stacklevel=3)
+                reason = f"because {self.backend} failed: {error}"
+                warnings.warn(f"fuse tries another backend, {reason}", stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         # Runners are closures, which cannot be pickled.

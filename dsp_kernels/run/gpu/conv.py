@@ -51,6 +51,7 @@ class GpuBackend:
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
+        """The batch of each call decides between the layouts of the kernels."""
         return self._kernels.can_run(spec, dtype, device)
 
     def is_worth(

@@ -120,12 +120,11 @@ class Planner:
                     forms |= {member.output: f"part of {block.output}" for member in part.members}
                     forms[block.output] = name
         program = with_blocks(self._program, fused)
-        calls = (
+        kind, images = (self.dtype, self.device), inputs[0][0]
+        calls = tuple(
             step_call(step, layout, launchers.get(step.output), shapes, self.device) for step in program.steps
         )
-        return GpuPlan(
-            program, layout, inputs[0][0], shapes, tuple(calls), forms, launchers, self.dtype, self.device
-        )
+        return GpuPlan(program, layout, images, shapes, calls, forms, launchers, *kind)
 
     def _conv(
         self, step: ConvStep, layout: GpuLayout, shapes: Shapes, tuner: Tuner, kernels: bool
@@ -216,6 +215,5 @@ def _key(step: Step) -> list[Any]:
 
 def dtype_and_device(program: Program) -> tuple[torch.dtype, torch.device]:
     """Of the convolutions' weights."""
-    weights = (weight for step in program.steps if isinstance(step, ConvStep) for weight in step.weights)
-    weight = next(weights)
+    weight = next(weight for step in program.steps if isinstance(step, ConvStep) for weight in step.weights)
     return weight.dtype, weight.device

@@ -115,18 +115,19 @@ class GpuRunner:
     def is_captured(self, inputs: Sizes) -> bool:
         """Whether calls with inputs of these shapes replay a CUDA graph."""
         run = self._runs.get(self._key(inputs))
-        return run is not None and run.is_captured
+        return run is not None and run.replay is not None
 
     def plan(self, inputs: Sizes) -> GpuPlan:
         """What runs for inputs of these shapes; measures it unless that is known."""
-        key = self._key(inputs)
-        if kept := self._runs.get(key):
-            return kept.plan
-        if captured := self._captured.get(key):
-            return captured
+        if kept := self._kept(self._key(inputs)):
+            return kept
         sizes = " and ".join("x".join(map(str, shape)) for shape in inputs)
         with self._make_tuner(self.device, f"for an input of {sizes}") as tuner:
             return self._planner.plan(inputs, tuner, lambda plan: GpuRun(plan).launch)
+
+    def _kept(self, key: tuple[object, ...]) -> GpuPlan | None:
+        run = self._runs.get(key)
+        return run.plan if run else self._captured.get(key)
 
     def _key(self, inputs: Sizes) -> tuple[object, ...]:
         return *map(tuple, inputs), uses_tf32(self._planner.dtype)
@@ -147,8 +148,7 @@ class GpuRunner:
     def _run_in_graph(self, inputs: Sequence[Tensor]) -> GpuRun:
         shapes = [tuple(x.shape) for x in inputs]
         key = self._key(shapes)
-        run = self._runs.get(key)
-        plan = run.plan if run else self._captured.get(key)
+        plan = self._kept(key)
         if plan is None:
             raise DSPBackendError(
                 f"this network has not run an input of shape {' and '.join(map(str, shapes))} yet, and its "
@@ -170,17 +170,13 @@ class GpuRun:
             name: self._view(offset, plan.shapes[name] or (), dtype) for name, offset in arena.offset.items()
         }
         self._dying = plan.program.dying
-        self._replay: Callable[[], None] | None = None
+        self.replay: Callable[[], None] | None = None  # of the captured launches
         self._outputs: list[Any] = []
-
-    @property
-    def is_captured(self) -> bool:
-        return self._replay is not None
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
         """inputs: of the shapes this run was made for, or with fewer images -> new tensors."""
         self._copy_in(inputs)
-        (self._replay or self.launch)()
+        (self.replay or self.launch)()
         batch = len(inputs[0])
 
         def result(part: Any) -> Any:
@@ -195,7 +191,7 @@ class GpuRun:
     def capture(self, inputs: Sequence[Tensor], pool: object) -> None:
         """Capture the launches; if that fails, calls launch them one by one."""
         self._copy_in(inputs)
-        self._replay = capture(self.launch, self.plan.device, pool)
+        self.replay = capture(self.launch, self.plan.device, pool)
 
     def _copy_in(self, inputs: Sequence[Tensor]) -> None:
         device = self.plan.device

@@ -51,13 +51,10 @@ class Choices:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._new: dict[str, str] = {}
-        self._names = self._read()
-
-    def get(self, signature: str) -> str | None:
-        return self._names.get(signature)
+        self.names = self._read()
 
     def put(self, signature: str, name: str) -> None:
-        self._names[signature] = self._new[signature] = name
+        self.names[signature] = self._new[signature] = name
 
     def save(self) -> None:
         """Add the new ones to what other processes wrote. A folder that cannot be written is not an error."""
@@ -122,8 +119,8 @@ class Tuner:
         if self._seconds is None or not others:
             return first
         signature = hashlib.sha256(json.dumps([key, *options]).encode()).hexdigest()
-        kept = self._choices.get(signature)
-        if kept is not None and kept in options:
+        kept = self._choices.names.get(signature)
+        if kept in options:
             return kept
         times: dict[str, float] = {}
         in_time = True

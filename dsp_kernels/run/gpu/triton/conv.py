@@ -131,7 +131,7 @@ class TritonConv:
         if not out.numel():
             return
         spec, tables = self._layer.spec, self._tables
-        _, out_channels, out_h, out_w = self._layer.layout.as_nchw(out).shape
+        out_channels, (out_h, out_w) = spec.structure.out_channels, spec.output_hw((in_h, in_w))
         if shape not in self._configs:
             self._configs[shape] = self._config or self._rule.choose(batch, (out_h, out_w))
         config, pixels = self._configs[shape], out_h * out_w
@@ -140,10 +140,9 @@ class TritonConv:
         else:
             col_tiles = -(-batch * pixels // config.cols)
         n_tiles = len(tables.tiles)
-        grid = (n_tiles * col_tiles,)
         interpreted = x.device.type == "cpu"
         with nullcontext() if interpreted else torch.cuda.device(x.device):
-            _kernel(interpreted)[grid](
+            _kernel(interpreted)[(n_tiles * col_tiles,)](
                 *(x, out, out if residual is None else residual, self._weights, self._bias),
                 *(tables.k, tables.tiles, tables.filters),
                 *(n_tiles, col_tiles),
