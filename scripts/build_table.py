@@ -44,8 +44,8 @@ def build(name: str, folder: str) -> tuple[str, str]:
         command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--target", folder, "."]
     variables = {name: value.format(folder=folder) for name, value in ROWS[name].items()}
     options = {"cwd": ROOT, "env": os.environ | variables, "stderr": subprocess.STDOUT, "text": True}
-    lines = map(str.strip, subprocess.check_output(command, **options).splitlines())
-    said = [line.partition(": ")[2] for line in lines if line.startswith("dsp-kernels: ") and "CPU is 0" not in line]
+    lines = re.findall("dsp-kernels: (.*)", subprocess.check_output(command, **options))
+    said = [line for line in lines if "CPU is 0" not in line]
     made = []
     for library in sorted(Path(folder, "dsp_kernels").glob("_C*.so")):
         about = re.search(rb"\d+\.\d+(?: (?:sm|compute)_\w+)+", library.read_bytes())
