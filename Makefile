@@ -63,11 +63,11 @@ test-mutants: $(INSTALLED)
 	PYTHONPATH=tools:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/cuda_ptx/mutants.py
 
 test-triton: $(INSTALLED)
-	$(BIN)/python scripts/triton_table.py
+	DSP_TEST_ALL_TRITON=1 $(BIN)/python -m pytest -rP tests/triton_interpreted/test_triton_aot.py
 
 test-triton36: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton36 "triton==3.6.*"
-	PYTHONPATH=build/triton36 $(BIN)/python scripts/triton_table.py
+	DSP_TEST_ALL_TRITON=1 PYTHONPATH=build/triton36 $(BIN)/python -m pytest -rP tests/triton_interpreted/test_triton_aot.py
 
 test-zoo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py --out docs/notes/zoo.md
