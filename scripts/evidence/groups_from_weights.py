@@ -25,7 +25,7 @@ from dsp_kernels import PackedConv2d
 from dsp_pruning import assign_groups, load_released
 from dsp_pruning.data import ImageData, Split
 from dsp_pruning.flow.kernels import dense_weight
-from dsp_pruning.layers import survey_layers
+from dsp_pruning.layers import groups_of_layers, survey_layers
 from dsp_pruning.models import cifar_resnet, torchvision_resnet
 from dsp_pruning.prune.rule import kernel_energy, layer_rule
 from dsp_pruning.prune.search import ThresholdSearch
@@ -72,7 +72,7 @@ def dense_released(path: Path) -> tuple[nn.Module, Groups]:
 
 def energy_kept(model: nn.Module, groups: Groups, n_groups: int, rate: float) -> float:
     """With one threshold for all layers, without what channel flow adds."""
-    layers = [layer for layer in survey_layers(model).chosen if layer.name in groups]
+    layers = groups_of_layers(survey_layers(model), n_groups)[0].chosen
     for layer in layers:
         layer.conv.register_buffer("group", F.one_hot(groups[layer.name], n_groups).mT.float())
     ones = torch.ones(1)
@@ -83,7 +83,8 @@ def energy_kept(model: nn.Module, groups: Groups, n_groups: int, rate: float) ->
 
 def other_groups(model: nn.Module, n_groups: int, learned: Groups) -> list[list[Groups]]:
     """Of each kind but "weights", one or several assignments."""
-    convs = {layer.name: layer.conv for layer in survey_layers(model).chosen}
+    survey, _ = groups_of_layers(survey_layers(model), n_groups)
+    convs = {layer.name: layer.conv for layer in survey.chosen}
     generator, near = torch.Generator().manual_seed(0), KMeans(n_groups, n_init=8, random_state=0)
     contiguous, *random = ({} for _ in range(4))
     clusters: Groups = {}

@@ -55,10 +55,10 @@ def assign_groups(
 
     >>> from dsp_pruning import PruneWrapper
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
-    >>> kernels = [[1.0, 2, 0, 0], [0, 0, 1, 1], [2, 1, 0, 0], [0, 0, 2, 1]]
+    >>> kernels = [[2, 3, 0.1, 0.1], [0.1, 0.1, 2, 2], [3, 2, 0.1, 0.1], [0.1, 0.1, 3, 2]]
     >>> model[1].weight.data[:, :, 0, 0] = torch.tensor(kernels)
     >>> assign_groups(model, n_groups=2, rate=0.5)
-    {'1': tensor([0, 1, 0, 1])}
+    {'1': tensor([1, 0, 1, 0])}
     >>> PruneWrapper(model, n_groups=2, fp_layer_indices=[]).initialize(rate=0.5)
     (50.0, 50.0)
     """
@@ -108,7 +108,7 @@ def best_groups(energy: Tensor, n_groups: int, rate: float, generator: torch.Gen
     rate = max(0.0, 1 - (1 - rate) * energy.numel() / max(1, int(alive.sum())))
     shapes = F.normalize(energy.sqrt(), dim=1)
     drawn = torch.rand(_RESTARTS, filters, generator=generator, device=generator.device).cpu()
-    groups = (shapes @ shapes[drawn.topk(n_groups).indices].mT).argmax(2)  # [R, O]
+    groups = (shapes[drawn.topk(n_groups).indices] @ shapes.mT).argmax(1)  # [R, O]
     groups[0] = torch.arange(filters) * n_groups // filters
     rising = torch.linspace(0, _RISING, _RESTARTS, dtype=energy.dtype).round().clamp_min(1)
     best, kept = groups.clone(), energy.new_full((_RESTARTS,), -1)
@@ -119,10 +119,10 @@ def best_groups(energy: Tensor, n_groups: int, rate: float, generator: torch.Gen
         best[now > kept] = groups[now > kept]
         kept = torch.maximum(kept, now)
         if step <= 0:
-            groups = (shapes @ F.normalize(members @ shapes, dim=2).mT).argmax(2)
+            groups = (F.normalize(members @ shapes, dim=2) @ shapes.mT).argmax(1)
         else:
             sets, price = rule.sets(rule.beta(rate * (step / rising).clamp_max(1)))
-            groups = ((energy - price * alive) @ sets.mT).argmax(2)
+            groups = (sets @ energy.mT - price * (sets @ alive.mT)).argmax(1)
     return best[kept.argmax()]
 
 

@@ -55,7 +55,6 @@ def learn_groups(
     DSPTrainingError if the loss is not finite or the checkpoint has other settings.
     """
     model, data = start(config, data)
-    generator = torch.Generator().manual_seed(config.seed)
     optimizer, example = config.optimizer(model), data.example()
     counts = config.counts(model, example)
     learner = GroupWrapper(
@@ -69,11 +68,12 @@ def learn_groups(
         group_optimizer_lr=config.group_lr,
         example_input=example,
         second_order=config.second_order,
-        generator=generator,
+        generator=torch.Generator().manual_seed(config.seed),
     )
     restore_weights(model, weights, source, optional=(".group",))
     if config.init == "weights":
-        assign_groups(model, counts, config.prune, example_input=example, generator=generator)
+        seeded = torch.Generator().manual_seed(config.seed)
+        assign_groups(model, counts, config.prune, example_input=example, generator=seeded)
     trainer = Trainer(
         model,
         optimizer,
