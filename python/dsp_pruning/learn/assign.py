@@ -89,11 +89,12 @@ def write_groups(
         found[layer.name] = best_groups(energy, counts[layer.name], rate, generator)
     for layer in layers:
         conv, logits = layer.conv, F.one_hot(found[layer.name], counts[layer.name]).mT
-        if getattr(conv, "group", None) is None:
+        present = getattr(conv, "group", None)
+        if present is None:
             dtype = torch.promote_types(conv.weight.dtype, torch.float32)
             conv.register_buffer("group", logits.to(conv.weight.device, dtype, copy=True).contiguous())
         else:
-            conv.group.detach().copy_(logits)  # type: ignore[union-attr]
+            present.detach().copy_(logits)
     return found
 
 
