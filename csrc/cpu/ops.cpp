@@ -192,16 +192,21 @@ void Conv::run(const Part& part, const Context& context) const {
 void BandConv::transform(float* to, int band, int column, int columns, const Context& context) const {
     const Geometry& g = x.geometry;
     const int I = g.interleave, lanes = kernels.lanes;
-    const int64_t first = (patches ? 0 : int64_t(column) * lanes) - int64_t(step.padding[1]) * I;
+    const int64_t first = (patches || stacked ? 0 : int64_t(column) * lanes) - int64_t(step.padding[1]) * I;
     const int64_t floats = int64_t(columns) * lanes + int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
     for (size_t n = 0; n < used.size(); ++n) {
-        BandInput call{{}, to + int64_t(n) * channel, pitch, patches ? columns : (floats + lanes - 1) / lanes, I,
-                       at.data() + column};
-        for (int i = 0; i < band_sums; ++i) {
+        const auto row = [&](int band, int i) {
             const int r = band * band_rows + i - step.padding[0];
-            call.row[i] = r < 0 || r >= g.h ? zeros.data() : x.plane(context, used[n]) + first + r * g.pitch * I;
+            return r < 0 || r >= g.h ? zeros.data() + lanes : x.plane(context, used[n]) + first + r * g.pitch * I;
+        };
+        BandInput call{{}, to + int64_t(n) * channel, pitch, patches ? columns : (floats + lanes - 1) / lanes, I,
+                       at.data() + column, {}, tap};
+        if (stacked) call.vectors = step.kernel[1], call.images = step.dilation[1] * I;
+        for (int v = 0; v < (stacked ? columns : 1); ++v, call.out += lanes) {
+            const int lower = stacked ? 2 * (column + v) : band;
+            for (int i = 0; i < band_sums; ++i) call.row[i] = row(lower, i), call.upper[i] = row(lower + 1, i);
+            kernels.band_input[patches ? 1 : stacked ? 2 : 0](call);
         }
-        kernels.band_input[patches](call);
     }
 }
 
@@ -215,16 +220,13 @@ void BandConv::run(const Part& part, const Context& context) const {
     call.pitch = pitch;
     call.y_pitch = row;
     call.second = patches ? g.interleave : 0;
+    call.stacked = stacked;
     call.row = g.w * g.interleave;
     call.act = step.act;
     for (int band = part.first_vector; band < part.last_vector; ++band)
         for (int block = 0; block < row_vectors; block += block_columns) {
             const int columns = std::min(block_columns, row_vectors - block);
             transform(transformed, band, block, columns, context);
-            call.rows = std::min(band_rows, g.h - band * band_rows);
-            const int64_t first = int64_t(band) * band_rows * row;
-            call.y = y.in(context) + first;
-            call.add = add ? context.arena + first : nullptr;
             for (int begin = 0; begin < columns; begin += sum_columns) {
                 const int end = std::min(begin + sum_columns, columns);
                 for (int t = part.first_tile; t < part.last_tile; ++t) {
@@ -238,6 +240,10 @@ void BandConv::run(const Part& part, const Context& context) const {
                     call.add_plane = call.y_plane + K;
                     for (int v = begin; v < end;) {
                         const int P = pass_width(end - v, most);
+                        const int first_row = (stacked ? 2 * (block + v) : band) * band_rows;
+                        call.rows = stacked ? g.h - first_row : std::min(band_rows, g.h - first_row);
+                        call.y = y.in(context) + first_row * row;
+                        call.add = add ? context.arena + first_row * row : nullptr;
                         call.x = transformed + int64_t(v) * lanes;
                         call.at = at.data() + block + v;
                         kernels.band_tile[K][P](call);

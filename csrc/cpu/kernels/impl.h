@@ -210,6 +210,7 @@ Kernels make() {
     table.thin = thin;
     table.band_input[0] = band_input;
     table.band_input[1] = patch_input;
+    table.band_input[2] = stacked_input;
     table.bf16.own = DSP_BF16, table.bf16.add_latency = 6.0; // measured on Zen 5
     table.bf16.pair = pair<pack_pair>;
 #if DSP_FP16
