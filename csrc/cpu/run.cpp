@@ -35,11 +35,12 @@ inline void pause_core() {
 constexpr auto brief = std::chrono::microseconds(200);
 
 struct Job {
-    const std::function<void()>* body;
+    const std::function<void(int)>* body;
     int wanted;                 // helpers that may still join
+    int rank = 0;               // of the last that joined
     std::atomic<int> inside{0}; // helpers in body()
     std::exception_ptr error;   // of a helper
-    Job(const std::function<void()>* body, int wanted) : body(body), wanted(wanted) {}
+    Job(const std::function<void(int)>* body, int wanted) : body(body), wanted(wanted) {}
 };
 
 // Polls ready() for a short time; false if it stayed false.
@@ -56,9 +57,9 @@ bool briefly(const Ready& ready) {
 }
 
 // An exception must not leave a helper thread, and the job must always be removed from the list.
-std::exception_ptr attempt(const std::function<void()>& body) {
+std::exception_ptr attempt(const std::function<void(int)>& body, int rank) {
     try {
-        body();
+        body(rank);
     } catch (...) {
         return std::current_exception();
     }
@@ -70,7 +71,7 @@ class Pool {
     explicit Pool(pid_t owner) : owner(owner) {}
     const pid_t owner;
 
-    void run(int threads, const std::function<void()>& body) {
+    void run(int threads, const std::function<void(int)>& body) {
         Job job{&body, threads - 1};
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -80,7 +81,7 @@ class Pool {
             waiting_.store(int(jobs_.size()), std::memory_order_release);
         }
         for (int i = 0; i < threads - 1; ++i) wake_.notify_one();
-        std::exception_ptr error = attempt(body);
+        std::exception_ptr error = attempt(body, 0);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
@@ -119,8 +120,9 @@ class Pool {
             if (--job->wanted == 0) jobs_.pop_front();
             waiting_.store(int(jobs_.size()), std::memory_order_release);
             ++job->inside;
+            const int rank = ++job->rank;
             lock.unlock();
-            const std::exception_ptr error = attempt(*job->body);
+            const std::exception_ptr error = attempt(*job->body, rank);
             lock.lock();
             if (error) job->error = error;
             if (--job->inside == 0) done_.notify_all();
@@ -149,11 +151,11 @@ Pool& pool() {
     return *(current.compare_exchange_strong(known, made.get()) ? made.release() : known);
 }
 
-// Runs body() on this thread and concurrently on up to `threads` - 1 helpers, and returns when all have left it. body()
-// must be correct when it runs only once: a helper may come late or never. An exception on any thread is rethrown here
+// Runs body(0) on this thread and body(1), body(2) and so on concurrently on up to `threads` - 1 helpers, and returns
+// when all have left it. body(0) must be correct when it runs only once: a helper may come late or never. An exception on any thread is rethrown here
 // when all have left, so it must not occur where the others wait for its thread.
-void run_team(int threads, const std::function<void()>& body) {
-    if (threads <= 1) return body();
+void run_team(int threads, const std::function<void(int)>& body) {
+    if (threads <= 1) return body(0);
     pool().run(std::min(threads, 256), body);
 }
 
@@ -251,7 +253,7 @@ void run_apart(const Share& share, const std::vector<Images>& inputs, const std:
     const int I = share.interleave;
     const int64_t blocks = (share.count + I - 1) / I;
     std::atomic<int64_t> next{0};
-    const std::function<void()> body = [&] {
+    const std::function<void(int)> body = [&](int) {
         int64_t block = next.fetch_add(1);
         if (block >= blocks) return;
         Arena arena(plan);
@@ -283,12 +285,10 @@ void run_together(const Share& share, const std::vector<Images>& inputs, const s
         std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[all]());
         std::atomic<bool>* next = taken.get();
         for (size_t n = 0; n < plan.ops.size(); ++n) progress[n].taken = next, next += plan.ops[n].chunks;
-        std::atomic<int> joined{0};
         // Chunks are taken one by one, so a helper that wakes up late joins where the others are. Each thread begins
-        // with the same part of every operation: neighbouring chunks are neighbouring rows, which are then in its own
+        // with the same part of every operation, in every call: neighbouring chunks are neighbouring rows, which are then in its own
         // cache from the previous operation.
-        const std::function<void()> body = [&] {
-            const int rank = joined.fetch_add(1, std::memory_order_relaxed);
+        const std::function<void(int)> body = [&](int rank) {
             const Context context{arena.memory, &inputs, &outputs, first, count, rank};
             for (size_t n = 0; n < plan.ops.size(); ++n) {
                 const Op& op = plan.ops[n];
