@@ -57,8 +57,8 @@ struct Conv {
     void run(const Part& part, const Context& context) const;
 
   protected:
-    // Absent channels of a part, and the pads of the planes that it writes.
-    void prepare(const Part& part, const Context& context, bool clear_columns) const;
+    // Absent channels of a part, and the pads of the rows that it writes. units: vectors or bands in all.
+    void prepare(const Part& part, const Context& context, int units, bool clear_columns) const;
 };
 
 // The same by Winograd's method over bands of rows; a part's vectors are bands. Patches: over patches of a band.

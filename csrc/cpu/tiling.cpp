@@ -103,7 +103,7 @@ class Tiler {
         const int vectors = int(op.vectors.at.size()), pieces = std::max(1, std::min(key_.parts(), vectors / 12));
         const auto extent_of = [&](size_t g) { return extent(op, g, pieces); };
         op.packed = network_.packed(op.step, split(op.step, extent_of).first);
-        finish(op, vectors, pieces, extent_of);
+        finish(op, vectors, pieces, key_.parts(), extent_of);
     }
 
     // Estimated cycles of the plain sum on one thread.
@@ -183,7 +183,7 @@ class Tiler {
     // Places the tiles and cuts chunks of about equal work: ranges of units (vectors or bands) where there are many,
     // otherwise ranges of filter tiles.
     template <typename ExtentOf>
-    void finish(Conv& op, int units, int by_units, const ExtentOf& extent_of) const {
+    void finish(Conv& op, int units, int by_units, int parts, const ExtentOf& extent_of) const {
         std::vector<double> cost{0.0}; // of the tiles before each
         for (const auto& tile : op.packed->tiles) {
             cost.push_back(cost.back() + tile_cost(kernels_, tile.filters, extent_of(tile.group)));
@@ -193,7 +193,7 @@ class Tiler {
         }
         const int tiles = int(op.packed->tiles.size());
         const int absent = op.skip_absent ? 0 : int(op.step.absent.size());
-        const int by_tiles = std::max(1, std::min(tiles, (key_.parts() + by_units - 1) / by_units));
+        const int by_tiles = std::max(1, std::min(tiles, (parts + by_units - 1) / by_units));
         std::vector<int> border{0};
         for (int part = 1; part < by_tiles; ++part) {
             const double target = cost[tiles] * part / by_tiles;
@@ -279,7 +279,9 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
         // fewer images was no faster than bands: ResNet-56 at I=4, 8x8 maps 156 and 152 % of peak, 16x16 127 and 126.
         if (form == Winograd::patches)
             return step.kernel[1] == 3 && step.dilation[1] == 1 && key_.interleave >= kernels_.lanes;
-        return form != Winograd::stacked || 2 * plain.y.geometry.w * key_.interleave <= kernels_.lanes;
+        const int reach = (step.kernel[1] - 1) * step.dilation[1];
+        return form != Winograd::stacked ||
+               2 * key_.interleave * std::max(plain.y.geometry.w, reach) <= kernels_.lanes;
     };
     const Winograd forced = fits(allowed) ? allowed : Winograd::bands;
     for (const Winograd form : {Winograd::bands, Winograd::patches, Winograd::stacked}) {
@@ -312,8 +314,9 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
     op->used = std::move(used);
     op->packed = network_.packed(step, best->splits, op->patches ? Form::patches : Form::bands);
     op->scratch = scratch_begin, op->scratch_size = best->scratch;
+    // Each part of stacked bands transforms the whole input.
     finish(*op, best->extent.bands, std::min(key_.parts(), best->extent.bands),
-           [&](size_t g) { return best->of_group(step, g); });
+           op->stacked ? key_.threads : key_.parts(), [&](size_t g) { return best->of_group(step, g); });
     return op;
 }
 
