@@ -87,11 +87,15 @@ Op store(Place from, int number) {
 
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
          std::vector<std::pair<Phase, int>> planes) {
-    const auto body = [=, &kernels](int first, int last, const Context& context) { // rows
+    // Large maps by rows, as the convolutions that read them. Small ones by planes: a few rows of words are slow to make.
+    const Geometry& g = to.geometry;
+    const bool by_rows = !pairs || g.h * g.pitch * g.interleave >= 48 * kernels.lanes;
+    const auto body = [=, &kernels](int begin_unit, int end_unit, const Context& context) {
         const Geometry &s = from.geometry, &t = to.geometry;
-        const int I = s.interleave;
-        for (const auto& [phase, plane] : planes) {
-            const auto [row_phase, column_phase, channel, partner] = phase;
+        const int I = s.interleave, first = by_rows ? begin_unit : 0, last = by_rows ? end_unit : t.h;
+        for (int n = by_rows ? 0 : begin_unit; n < (by_rows ? int(planes.size()) : end_unit); ++n) {
+            const auto [row_phase, column_phase, channel, partner] = planes[n].first;
+            const int plane = planes[n].second;
             const float* const one = from.plane(context, channel);
             const float* const other = partner < 0 ? nullptr : from.plane(context, partner);
             float* const target = to.plane(context, plane);
@@ -125,7 +129,7 @@ Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKe
             }
         }
     };
-    return {pairs ? "pair" : "split", to.geometry.h, body};
+    return {pairs ? "pair" : "split", by_rows ? to.geometry.h : int(planes.size()), body};
 }
 
 // -- Convolutions --
