@@ -12,8 +12,8 @@ namespace dsp {
 namespace {
 
 // Zeroes all floats that are not pixels, from before plane `first` to before plane `last`; of some rows, those behind
-// each and what is above the first and below the last. A thread clears the rows that it writes: a line of the cache that
-// two threads write costs about 0.1 us each time.
+// each and what is above the first and below the last. A thread clears the rows that it writes: a line of the cache
+// that two threads write costs about 0.1 us each time.
 void clear_pads(const Place& place, float* base, int first, int last, bool columns, Range rows) {
     const Geometry& g = place.geometry;
     const int64_t row = int64_t(g.w) * g.interleave, pitch = g.pitch * g.interleave;
@@ -87,7 +87,7 @@ Op store(Place from, int number) {
 
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* pairs,
          std::vector<std::pair<Phase, int>> planes) {
-    // Large maps by rows, as the convolutions that read them. Small ones by planes: a few rows of words are slow to make.
+    // Large maps by rows, as the convolutions that read them; words of small ones by planes: a few rows cost more.
     const Geometry& g = to.geometry;
     const bool by_rows = !pairs || g.h * g.pitch * g.interleave >= 48 * kernels.lanes;
     const auto body = [=, &kernels](int begin_unit, int end_unit, const Context& context) {

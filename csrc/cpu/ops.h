@@ -70,7 +70,7 @@ struct BandConv : Conv {
     std::vector<float> zeros;               // a row outside the map
     std::vector<int32_t> at;                // displacement of each vector of sums in an output row
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
-    int64_t pitch = 0, channel = 0, tap = 0; // floats of the transformed rows from sum to sum, channel to channel, tap to tap
+    int64_t pitch = 0, channel = 0, tap = 0; // floats from sum to sum, channel to channel and tap to tap
     int64_t scratch = 0, scratch_size = 0; // in the arena, one for each worker
     BandConv(const Conv& plain, Winograd form) : Conv(plain), form(form) {}
     void run(const Part& part, const Context& context) const;

@@ -152,8 +152,8 @@ Pool& pool() {
 }
 
 // Runs body(0) on this thread and body(1), body(2) and so on concurrently on up to `threads` - 1 helpers, and returns
-// when all have left it. body(0) must be correct when it runs only once: a helper may come late or never. An exception on any thread is rethrown here
-// when all have left, so it must not occur where the others wait for its thread.
+// when all have left it. body(0) must be correct alone: a helper may come late or never. An exception on any thread is
+// rethrown here when all have left, so it must not occur where the others wait for its thread.
 void run_team(int threads, const std::function<void(int)>& body) {
     if (threads <= 1) return body(0);
     pool().run(std::min(threads, 256), body);
@@ -271,10 +271,10 @@ void run_apart(const Share& share, const std::vector<Images>& inputs, const std:
 void run_together(const Share& share, const std::vector<Images>& inputs, const std::vector<Images>& outputs,
                   int threads) {
     const Plan& plan = *share.plan;
-    // Chunks are taken one by one, so a helper that wakes up late joins where the others are; but each thread has chunks
-    // of its own in every operation, the same in every call: neighbouring chunks are neighbouring rows, which are then
-    // in its own cache. What threads write is in lines of their own, because a line from another core costs 0.1 to
-    // 0.3 us: for one operation a thread reads one line of each other thread.
+    // Chunks are taken one by one, so a helper that wakes up late joins where the others are. But each thread begins
+    // with chunks of its own, the same in every operation and call: neighbouring chunks are neighbouring rows, which are
+    // then in its cache. A line from another core costs 0.1 to 0.3 us, so what a thread writes is in lines of its own,
+    // and for one operation it reads one line of each other thread.
     struct alignas(128) Worker {
         std::atomic<int64_t> done{0}; // chunks that it has run since the beginning
         std::atomic<bool> joined{false};

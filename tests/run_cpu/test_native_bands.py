@@ -53,7 +53,7 @@ def possible(case: Case) -> bool:
 def made(case: Case, form: str, interleave: int, isa: str) -> str:
     """The form that computes the case: bands if it cannot be the one asked for.
 
-    Patches need vectors of a pixel's images. Stacked bands need rows, and distances of taps, of half a vector.
+    Patches need vectors of a pixel's images; stacked bands, rows and taps that reach over half a vector.
     """
     spec, lanes = case.spec, {"base": 4, "avx2": 8}.get(isa, 16)
     reach = (spec.kernel_size[1] - 1) * spec.dilation[1]

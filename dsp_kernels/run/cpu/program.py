@@ -4,8 +4,9 @@ In bfloat16 and float16 all weights are rounded to 16 bits. Where the CPU multip
 (``product_dtype``), a convolution rounds its input too and multiplies them; its sum, bias, residual and
 activation, and all other steps, are float32, except that short partial sums of float16 products are float16.
 On other CPUs nothing else is rounded and all arithmetic is float32, with Winograd's method: another pass
-over each map, to round it, would only cost time and accuracy. ``network_tolerance`` bounds both: a weight and
-an input are each rounded by at most half an epsilon of the dtype. Input and output may have any floating dtype.
+over each map, to round it, would only cost time and accuracy. ``network_tolerance`` bounds both: a weight
+and an input are each rounded by at most half an epsilon of the dtype. Input and output may have any floating
+dtype.
 
 The Program is cut into segments of native steps. Each segment is one native network whose inputs come from
 outside and whose outputs are read later; one thread takes a few images through all its steps.
