@@ -34,8 +34,8 @@ struct TileCall {
 
 // Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the
 // sums' inputs of one channel: six combinations of six rows of x. Patches: the same over pairs of columns too, where a
-// pixel's images fill vectors. Stacked: two bands in the halves of a vector, where a row fits into one half; a vector for
-// each horizontal tap.
+// pixel's images fill vectors. Stacked: two bands in the halves of a vector, where a row fits into one half; a vector
+// for each horizontal tap.
 struct BandInput {
     const float* row[6]; // of x, at the first column that is read
     float* out;          // [6] sums; of patches [24]
