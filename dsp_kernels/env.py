@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -20,17 +19,18 @@ _PACKAGES = (
 def describe_environment() -> dict[str, str]:
     """Name -> value, as text, of what decides which kernels run and how fast."""
     from dsp_kernels.run.convs import BACKENDS
-    from dsp_kernels.run.cpu.extension import chosen_isa, native, why_missing
+    from dsp_kernels.run.cpu.extension import chosen_isa, cpu_fact, native, product_dtype, why_missing
     from dsp_kernels.run.gpu.cuda.library import built_for, why_no_cuda
     from dsp_kernels.run.programs import EXECUTORS
 
     missing = why_no_cuda()
+    fast = [str(dtype) for dtype in (torch.bfloat16, torch.float16) if product_dtype(dtype) == dtype]
     built = "" if missing else f"CUDA {built_for()[0]}: {' '.join(built_for()[1])}"
 
     found = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_fact("model name") or platform.processor() or platform.machine(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
@@ -44,6 +44,7 @@ def describe_environment() -> dict[str, str]:
         "c compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none",
         "backends": ", ".join(BACKENDS.names()),
         "native kernels": why_missing() if native() is None else chosen_isa(),
+        "16-bit products": ", ".join(fast) or "none: DSP_KERNELS_PRODUCTS=16bit for those of this CPU",
         "cuda kernels": missing or built,
         "executors": ", ".join(EXECUTORS.names()),
     }
@@ -53,14 +54,6 @@ def describe_environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpu() -> str:

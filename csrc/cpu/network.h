@@ -101,8 +101,8 @@ struct Value {
     bool nonnegative = false; // a ReLU computed it, so another ReLU is a no-op
 };
 
-// Whether convolutions are computed by Winograd's method; bands and patches: in this form wherever possible.
-DSP_ENUM(Winograd, never, where_faster, bands, patches)
+// Whether convolutions are computed by Winograd's method; bands, patches and stacked: in this form wherever possible.
+DSP_ENUM(Winograd, never, where_faster, bands, patches, stacked)
 
 // What convolutions round their input and weights to. float16 is float on CPUs without float16 products.
 DSP_ENUM(Precision, float32, bfloat16, float16)

@@ -12,24 +12,31 @@ namespace dsp {
 
 namespace {
 
-// Zeroes all floats that are not pixels, from before plane `first` to before plane `last`. zero: a byte of 0.0f, or of
-// a word of zeros.
-void clear_pads(const Place& place, float* base, int first, int last, bool columns, int zero = 0) {
+// Zeroes all floats that are not pixels, from before plane `first` to before plane `last`; of some rows, those behind
+// each and what is above the first and below the last. A thread clears the rows that it writes: a line of the cache
+// that two threads write costs about 0.1 us each time. zero: a byte of 0.0f, or of a word of zeros.
+void clear_pads(const Place& place, float* base, int first, int last, bool columns, Range rows, int zero = 0) {
     const Geometry& g = place.geometry;
     const int64_t row = int64_t(g.w) * g.interleave, pitch = g.pitch * g.interleave;
-    if (first == 0 && last > 0) std::memset(base - g.lead, zero, sizeof(float) * g.lead);
+    if (first == 0 && last > 0 && rows.first == 0) std::memset(base - g.lead, zero, sizeof(float) * g.lead);
     for (int c = first; c < last; ++c) {
         float* plane = base + c * g.plane;
-        if (columns && pitch > row && zero)
-            for (int64_t y = 0; y + 1 < g.h; ++y)
+        const int end_row = columns && pitch > row ? std::min(rows.last, g.h - 1) : rows.first;
+        if (zero)
+            for (int64_t y = rows.first; y < end_row; ++y)
                 std::memset(plane + y * pitch + row, zero, sizeof(float) * (pitch - row));
-        else if (columns && pitch > row)
-            for (int64_t y = 0; y + 1 < g.h; ++y) // a few floats: memset would cost more
+        else
+            for (int64_t y = rows.first; y < end_row; ++y) // a few floats: memset would cost more
                 for (int64_t i = row; i < pitch; ++i) plane[y * pitch + i] = 0.0f;
+        if (rows.last < g.h) continue;
         const int64_t end = (g.h - 1) * pitch + row;
         const int64_t next = c + 1 < g.channels ? g.plane : g.size - g.lead - c * g.plane;
         std::memset(plane + end, zero, sizeof(float) * (next - end));
     }
+}
+
+void clear_pads(const Place& place, float* base, int first, int last, bool columns) {
+    clear_pads(place, base, first, last, columns, {0, place.geometry.h});
 }
 
 // -- Between a caller's tensors and the planar layout --
@@ -39,11 +46,11 @@ constexpr int channel_block = 16; // channels_last: floats of one cache line
 template <bool loads>
 Op transfer(Place place, int number, std::vector<char> used) {
     const int channels = place.geometry.channels;
-    const auto body = [=](int first, int last, const Context& context) {
+    const auto body = [=](int first, int last, const Context& context) { // rows
         const Images& outer = (*(loads ? context.inputs : context.outputs))[number];
         const Geometry& g = place.geometry;
         const int64_t I = g.interleave, step = outer.stride[3];
-        if (loads) clear_pads(place, place.in(context), first, last, true);
+        if (loads) clear_pads(place, place.in(context), 0, channels, true, {first, last});
         // A pixel's channels are adjacent in channels_last, so a block of them is copied for a whole row at once.
         const int block = outer.stride[1] == 1 && channels > 1 ? channel_block : 1;
         const auto row = [&](int c, int count, int y, int i) {
@@ -67,11 +74,11 @@ Op transfer(Place place, int number, std::vector<char> used) {
                 for (int64_t w = 0; w < g.w; ++w) copy(inner[w * I], outside[w * step]);
             }
         };
-        for (int c = first; c < last; c += block)
-            for (int y = 0; y < g.h && (block > 1 || used[c]); ++y)
-                for (int i = 0; i < (loads ? I : context.count); ++i) row(c, std::min(block, last - c), y, i);
+        for (int c = 0; c < channels; c += block)
+            for (int y = first; y < last && (block > 1 || used[c]); ++y)
+                for (int i = 0; i < (loads ? I : context.count); ++i) row(c, std::min(block, channels - c), y, i);
     };
-    return {loads ? "load" : "store", channels, body};
+    return {loads ? "load" : "store", place.geometry.h, body};
 }
 
 } // namespace
@@ -85,55 +92,63 @@ Op store(Place from, int number) {
 
 Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKernels* words,
          std::vector<std::pair<Phase, int>> planes) {
-    const int units = int(planes.size());
-    const auto body = [=, &kernels](int first, int last, const Context& context) {
+    // Large maps by rows, as the convolutions that read them; words of small ones by planes: a few rows cost more.
+    const Geometry& g = to.geometry;
+    const bool by_rows = !words || g.h * g.pitch * g.interleave >= 48 * kernels.lanes;
+    const auto body = [=, &kernels](int begin_unit, int end_unit, const Context& context) {
         const Geometry &s = from.geometry, &t = to.geometry;
-        const int I = s.interleave;
-        for (int n = first; n < last; ++n) {
+        const int I = s.interleave, first = by_rows ? begin_unit : 0, last = by_rows ? end_unit : t.h;
+        for (int n = by_rows ? 0 : begin_unit; n < (by_rows ? int(planes.size()) : end_unit); ++n) {
             const auto& [phase, channels] = planes[n].first;
             const auto [row_phase, column_phase] = phase;
-            const float* source[max_word] = {};
-            for (int i = 0; i < max_word && channels[i] >= 0; ++i) source[i] = from.plane(context, channels[i]);
-            float* const target = to.plane(context, planes[n].second);
+            const auto rows_at = [&, &channels = channels](int64_t at) {
+                std::array<const float*, max_word> rows{};
+                for (int i = 0; i < max_word && channels[i] >= 0; ++i)
+                    rows[i] = from.plane(context, channels[i]) + at;
+                return rows;
+            };
+            const int plane = planes[n].second;
+            float* const target = to.plane(context, plane);
             const bool whole = words && stride[0] == 1 && stride[1] == 1;
             const int zero = words ? words->zero : 0;
-            clear_pads(to, to.in(context), planes[n].second, planes[n].second + 1, !whole, zero);
+            clear_pads(to, to.in(context), plane, plane + 1, !whole, {first, last}, zero);
             if (whole) { // all planes have the same pitch, and the pads between rows are zero already
-                words->pack(source, target, (s.h - 1) * s.pitch + s.w, 1, I);
+                const int64_t at = s.at(0, first, 0), end = last == s.h ? (last - 1) * s.pitch + s.w : last * s.pitch;
+                words->pack(rows_at(at).data(), target + at, end - first * s.pitch, 1, I);
                 continue;
             }
             // The last phases have fewer rows and columns.
             const int64_t rows = (s.h - row_phase + stride[0] - 1) / stride[0];
             const int64_t columns = (s.w - column_phase + stride[1] - 1) / stride[1];
-            const int64_t filled_rows = std::clamp<int64_t>(rows, 0, t.h),
+            const int64_t filled_rows = std::clamp<int64_t>(rows, first, last),
                           filled = std::clamp<int64_t>(columns, 0, t.w);
             const int64_t begin = s.at(0, row_phase, column_phase);
             const int64_t source_pitch = stride[0] * s.pitch * I, target_pitch = t.pitch * I;
             if (words && filled > 0) {
-                for (int64_t y = 0; y < filled_rows; ++y) {
-                    const float* row[max_word] = {};
-                    const int64_t at = begin + y * source_pitch;
-                    for (int i = 0; i < max_word && source[i]; ++i) row[i] = source[i] + at;
-                    words->pack(row, target + y * target_pitch, filled, stride[1], I);
-                }
-            } else if (filled_rows > 0 && filled > 0) {
-                const float* const pixels = source[0] + begin;
-                kernels.thin({pixels, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
+                for (int64_t y = first; y < filled_rows; ++y)
+                    words->pack(rows_at(begin + y * source_pitch).data(), target + y * target_pitch, filled, stride[1],
+                                I);
+            } else if (filled_rows > first && filled > 0) {
+                const float* const pixels = from.plane(context, channels[0]) + begin + first * source_pitch;
+                kernels.thin({pixels, target + first * target_pitch, filled_rows - first, source_pitch, target_pitch,
+                              filled, stride[1], I});
             }
-            for (int64_t y = 0; y < t.h; ++y) {
+            for (int64_t y = first; y < last; ++y) {
                 const int64_t done = y < filled_rows ? filled : 0;
                 if (done < t.w) std::memset(target + t.at(0, y, done), zero, sizeof(float) * (t.w - done) * I);
             }
         }
     };
     const char* const name = !words ? "split" : words->channels == 2 ? "pair" : "quad";
-    return {name, units, body};
+    return {name, by_rows ? to.geometry.h : int(planes.size()), body};
 }
 
 // -- Convolutions --
 
-void Conv::prepare(const Part& part, const Context& context, bool clear_columns) const {
+void Conv::prepare(const Part& part, const Context& context, int units, bool clear_columns) const {
     float* out = y.in(context);
+    const int64_t h = y.geometry.h;
+    const Range rows{int(h * part.first_vector / units), int(h * part.last_vector / units)};
     const int32_t* mask = vectors.mask_from(0, kernels.lanes);
     for (int n = part.first_absent; n < part.last_absent; ++n) {
         const int c = step.absent[n];
@@ -147,15 +162,15 @@ void Conv::prepare(const Part& part, const Context& context, bool clear_columns)
                 std::memset(out + c * y.geometry.plane + vectors.at[v], 0, sizeof(float) * kernels.lanes);
         }
     }
-    if (part.first_vector == 0 && !in_place)
+    if (!in_place)
         for (int t = part.first_tile; t < part.last_tile; ++t)
-            for (int c : packed->tiles[t].channels) clear_pads(y, out, c, c + 1, clear_columns);
+            for (int c : packed->tiles[t].channels) clear_pads(y, out, c, c + 1, clear_columns, rows);
 }
 
 void Conv::run(const Part& part, const Context& context) const {
     float* out = y.in(context);
     const float* residual = add ? context.arena : nullptr;
-    prepare(part, context, !vectors.covers_pads);
+    prepare(part, context, int(vectors.count()), !vectors.covers_pads);
 
     const auto& run_tile = step.words ? step.words->tile : kernels.tile;
     const bool integer = step.requantize.has_value();
@@ -215,21 +230,26 @@ void Conv::run(const Part& part, const Context& context) const {
 void BandConv::transform(float* to, int band, int column, int columns, const Context& context) const {
     const Geometry& g = x.geometry;
     const int I = g.interleave, lanes = kernels.lanes;
-    const int64_t first = (patches ? 0 : int64_t(column) * lanes) - int64_t(step.padding[1]) * I;
+    const int64_t first = (patches || stacked ? 0 : int64_t(column) * lanes) - int64_t(step.padding[1]) * I;
     const int64_t floats = int64_t(columns) * lanes + int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
     for (size_t n = 0; n < used.size(); ++n) {
-        BandInput call{{}, to + int64_t(n) * channel, pitch, patches ? columns : (floats + lanes - 1) / lanes, I,
-                       at.data() + column};
-        for (int i = 0; i < band_sums; ++i) {
+        const auto row = [&](int band, int i) {
             const int r = band * band_rows + i - step.padding[0];
-            call.row[i] = r < 0 || r >= g.h ? zeros.data() : x.plane(context, used[n]) + first + r * g.pitch * I;
+            return r < 0 || r >= g.h ? zeros.data() + lanes : x.plane(context, used[n]) + first + r * g.pitch * I;
+        };
+        BandInput call{{}, to + int64_t(n) * channel, pitch, patches ? columns : (floats + lanes - 1) / lanes, I,
+                       at.data() + column, {}, tap};
+        if (stacked) call.vectors = step.kernel[1], call.images = step.dilation[1] * I;
+        for (int v = 0; v < (stacked ? columns : 1); ++v, call.out += lanes) {
+            const int lower = stacked ? 2 * (column + v) : band;
+            for (int i = 0; i < band_sums; ++i) call.row[i] = row(lower, i), call.upper[i] = row(lower + 1, i);
+            kernels.band_input[patches ? 1 : stacked ? 2 : 0](call);
         }
-        kernels.band_input[patches](call);
     }
 }
 
 void BandConv::run(const Part& part, const Context& context) const {
-    prepare(part, context, true);
+    prepare(part, context, stacked ? 1 : (y.geometry.h + band_rows - 1) / band_rows, true);
     float* const transformed = context.arena + scratch + context.worker * scratch_size;
     const Geometry& g = y.geometry;
     const int64_t row = g.pitch * g.interleave;
@@ -238,16 +258,13 @@ void BandConv::run(const Part& part, const Context& context) const {
     call.pitch = pitch;
     call.y_pitch = row;
     call.second = patches ? g.interleave : 0;
+    call.stacked = stacked;
     call.row = g.w * g.interleave;
     call.act = step.act;
     for (int band = part.first_vector; band < part.last_vector; ++band)
         for (int block = 0; block < row_vectors; block += block_columns) {
             const int columns = std::min(block_columns, row_vectors - block);
             transform(transformed, band, block, columns, context);
-            call.rows = std::min(band_rows, g.h - band * band_rows);
-            const int64_t first = int64_t(band) * band_rows * row;
-            call.y = y.in(context) + first;
-            call.add = add ? context.arena + first : nullptr;
             for (int begin = 0; begin < columns; begin += sum_columns) {
                 const int end = std::min(begin + sum_columns, columns);
                 for (int t = part.first_tile; t < part.last_tile; ++t) {
@@ -261,6 +278,10 @@ void BandConv::run(const Part& part, const Context& context) const {
                     call.add_plane = call.y_plane + K;
                     for (int v = begin; v < end;) {
                         const int P = pass_width(end - v, most);
+                        const int first_row = (stacked ? 2 * (block + v) : band) * band_rows;
+                        call.rows = stacked ? g.h - first_row : std::min(band_rows, g.h - first_row);
+                        call.y = y.in(context) + first_row * row;
+                        call.add = add ? context.arena + first_row * row : nullptr;
                         call.x = transformed + int64_t(v) * lanes;
                         call.at = at.data() + block + v;
                         kernels.band_tile[K][P](call);

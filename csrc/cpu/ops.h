@@ -58,19 +58,21 @@ struct Conv {
     void run(const Part& part, const Context& context) const;
 
   protected:
-    // Absent channels of a part, and the pads of the planes that it writes.
-    void prepare(const Part& part, const Context& context, bool clear_columns) const;
+    // Absent channels of a part, and the pads of the rows that it writes. units: vectors or bands in all.
+    void prepare(const Part& part, const Context& context, int units, bool clear_columns) const;
 };
 
-// The same by Winograd's method over bands of rows, or over patches of a band; a part's vectors are bands.
+// The same by Winograd's method over bands of rows; a part's vectors are bands. Patches: over patches of a band.
+// Stacked: a vector is a pair of bands, and a part has all of them.
 struct BandConv : Conv {
-    const bool patches;
+    const Winograd form;
+    const bool patches = form == Winograd::patches, stacked = form == Winograd::stacked;
     std::vector<int> used;                  // channels of x that are read
     std::vector<float> zeros;               // a row outside the map
     std::vector<int32_t> at;                // displacement of each vector of sums in an output row
     int block_columns = 0, sum_columns = 0; // vectors that are transformed, and summed by all filters, at a time
-    int64_t pitch = 0, channel = 0;        // floats of the transformed rows from sum to sum and from channel to channel
-    BandConv(const Conv& plain, bool patches) : Conv(plain), patches(patches) {}
+    int64_t pitch = 0, channel = 0, tap = 0; // floats from sum to sum, channel to channel and tap to tap
+    BandConv(const Conv& plain, Winograd form) : Conv(plain), form(form) {}
     void run(const Part& part, const Context& context) const;
 
   private:

@@ -390,8 +390,21 @@ class Builder {
         }
     }
 
-    // Gives every buffer its offset, first fit; returns the floats of the arena.
+    // Returns the floats of the arena. Of threads that share an image, each computes about the same rows of all maps of
+    // a class: where maps of other classes use other memory, those rows stay in its own cache from call to call, as
+    // long as all of them fit.
     int64_t memory() {
+        constexpr int64_t cache = (int64_t(1) << 20) / sizeof(float);
+        int64_t total = key_.threads > 1 ? offsets(true) : 0;
+        if (total == 0 || total > cache) total = offsets(false);
+        // Displacements are relative to the beginning of the arena.
+        if (total > std::numeric_limits<int32_t>::max() - 64)
+            fail("the feature maps need more than 8 GB; use a smaller image");
+        return total + 64;
+    }
+
+    // Gives every buffer its offset, first fit; returns the end of the last. apart: classes share no memory.
+    int64_t offsets(bool apart) {
         int64_t total = 0;
         std::vector<int> order;
         for (size_t n = 0; n < nodes_.size(); ++n)
@@ -403,7 +416,7 @@ class Builder {
             node.last = std::max(node.last, node.first);
             std::vector<std::pair<int64_t, int64_t>> taken;
             for (int other : placed)
-                if (nodes_[other].last >= node.first)
+                if (nodes_[other].last >= node.first || (apart && root(other) != root(n)))
                     taken.push_back({nodes_[other].offset, nodes_[other].offset + nodes_[other].geometry.size});
             std::sort(taken.begin(), taken.end());
             int64_t offset = 0;
@@ -415,10 +428,7 @@ class Builder {
             placed.push_back(n);
             total = std::max(total, offset + node.geometry.size);
         }
-        // Displacements are relative to the beginning of the arena.
-        if (total > std::numeric_limits<int32_t>::max() - 64)
-            fail("the feature maps need more than 8 GB; use a smaller image");
-        return total + 64;
+        return total;
     }
 
     // -- Operations --

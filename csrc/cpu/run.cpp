@@ -35,11 +35,12 @@ inline void pause_core() {
 constexpr auto brief = std::chrono::microseconds(200);
 
 struct Job {
-    const std::function<void()>* body;
+    const std::function<void(int)>* body;
     int wanted;                 // helpers that may still join
+    int rank = 0;               // of the last that joined
     std::atomic<int> inside{0}; // helpers in body()
     std::exception_ptr error;   // of a helper
-    Job(const std::function<void()>* body, int wanted) : body(body), wanted(wanted) {}
+    Job(const std::function<void(int)>* body, int wanted) : body(body), wanted(wanted) {}
 };
 
 // Polls ready() for a short time; false if it stayed false.
@@ -56,9 +57,9 @@ bool briefly(const Ready& ready) {
 }
 
 // An exception must not leave a helper thread, and the job must always be removed from the list.
-std::exception_ptr attempt(const std::function<void()>& body) {
+std::exception_ptr attempt(const std::function<void(int)>& body, int rank) {
     try {
-        body();
+        body(rank);
     } catch (...) {
         return std::current_exception();
     }
@@ -70,7 +71,7 @@ class Pool {
     explicit Pool(pid_t owner) : owner(owner) {}
     const pid_t owner;
 
-    void run(int threads, const std::function<void()>& body) {
+    void run(int threads, const std::function<void(int)>& body) {
         Job job{&body, threads - 1};
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -80,7 +81,7 @@ class Pool {
             waiting_.store(int(jobs_.size()), std::memory_order_release);
         }
         for (int i = 0; i < threads - 1; ++i) wake_.notify_one();
-        std::exception_ptr error = attempt(body);
+        std::exception_ptr error = attempt(body, 0);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
@@ -119,8 +120,9 @@ class Pool {
             if (--job->wanted == 0) jobs_.pop_front();
             waiting_.store(int(jobs_.size()), std::memory_order_release);
             ++job->inside;
+            const int rank = ++job->rank;
             lock.unlock();
-            const std::exception_ptr error = attempt(*job->body);
+            const std::exception_ptr error = attempt(*job->body, rank);
             lock.lock();
             if (error) job->error = error;
             if (--job->inside == 0) done_.notify_all();
@@ -149,11 +151,11 @@ Pool& pool() {
     return *(current.compare_exchange_strong(known, made.get()) ? made.release() : known);
 }
 
-// Runs body() on this thread and concurrently on up to `threads` - 1 helpers, and returns when all have left it. body()
-// must be correct when it runs only once: a helper may come late or never. An exception on any thread is rethrown here
-// when all have left, so it must not occur where the others wait for its thread.
-void run_team(int threads, const std::function<void()>& body) {
-    if (threads <= 1) return body();
+// Runs body(0) on this thread and body(1), body(2) and so on concurrently on up to `threads` - 1 helpers, and returns
+// when all have left it. body(0) must be correct alone: a helper may come late or never. An exception on any thread is
+// rethrown here when all have left, so it must not occur where the others wait for its thread.
+void run_team(int threads, const std::function<void(int)>& body) {
+    if (threads <= 1) return body(0);
     pool().run(std::min(threads, 256), body);
 }
 
@@ -251,7 +253,7 @@ void run_apart(const Share& share, const std::vector<Images>& inputs, const std:
     const int I = share.interleave;
     const int64_t blocks = (share.count + I - 1) / I;
     std::atomic<int64_t> next{0};
-    const std::function<void()> body = [&] {
+    const std::function<void(int)> body = [&](int) {
         int64_t block = next.fetch_add(1);
         if (block >= blocks) return;
         Arena arena(plan);
@@ -269,43 +271,55 @@ void run_apart(const Share& share, const std::vector<Images>& inputs, const std:
 void run_together(const Share& share, const std::vector<Images>& inputs, const std::vector<Images>& outputs,
                   int threads) {
     const Plan& plan = *share.plan;
-    struct alignas(64) Progress { // of one operation
-        std::atomic<int> done{0};
-        std::atomic<bool>* taken = nullptr; // of each chunk
+    // Chunks are taken one by one, so a helper that wakes up late joins where the others are. But each thread begins
+    // with chunks of its own, the same in every operation and call: neighbouring chunks are neighbouring rows, which
+    // are then in its cache. A line from another core costs 0.1 to 0.3 us, so what a thread writes is in lines of its own,
+    // and for one operation it reads one line of each other thread.
+    struct alignas(128) Worker {
+        std::atomic<int64_t> done{0}; // chunks that it has run since the beginning
+        std::atomic<bool> joined{false};
     };
-    int64_t all = 0;
-    for (const Op& op : plan.ops) all += op.chunks;
+    const auto own = [&](const Op& op, int rank) { return cut(op.chunks, threads, rank); };
+    int most = 1; // chunks of one thread in one operation
+    for (const Op& op : plan.ops) most = std::max(most, (op.chunks + threads - 1) / threads);
+    const int64_t stride = round_up(int64_t(plan.ops.size()) * most, 128);
     Arena arena(plan);
     const int I = share.interleave;
     for (int64_t first = share.first; first < share.first + share.count; first += I) {
         const int count = int(std::min<int64_t>(I, share.first + share.count - first));
-        std::vector<Progress> progress(plan.ops.size());
-        std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[all]());
-        std::atomic<bool>* next = taken.get();
-        for (size_t n = 0; n < plan.ops.size(); ++n) progress[n].taken = next, next += plan.ops[n].chunks;
-        std::atomic<int> joined{0};
-        // Chunks are taken one by one, so a helper that wakes up late joins where the others are. Each thread begins
-        // with the same part of every operation: neighbouring chunks are neighbouring rows, which are then in its own
-        // cache from the previous operation.
-        const std::function<void()> body = [&] {
-            const int rank = joined.fetch_add(1, std::memory_order_relaxed);
+        std::vector<Worker> workers(threads);
+        std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[stride * threads]());
+        const std::function<void(int)> body = [&](int rank) {
             const Context context{arena.memory, &inputs, &outputs, first, count, rank};
+            Worker& self = workers[rank];
+            self.joined.store(true, std::memory_order_relaxed);
+            int64_t end = 0; // chunks of the operations up to this one
+            const auto complete = [&] {
+                int64_t done = 0;
+                for (const Worker& worker : workers) done += worker.done.load(std::memory_order_acquire);
+                return done >= end;
+            };
             for (size_t n = 0; n < plan.ops.size(); ++n) {
                 const Op& op = plan.ops[n];
-                Progress& state = progress[n];
-                if (state.done.load(std::memory_order_acquire) == op.chunks) continue;
-                const int begin = int(int64_t(op.chunks) * rank / threads);
-                for (int i = 0; i < op.chunks; ++i) {
-                    const int chunk = (begin + i) % op.chunks;
-                    if (state.taken[chunk].load(std::memory_order_relaxed) ||
-                        state.taken[chunk].exchange(true, std::memory_order_relaxed))
-                        continue;
-                    op.run(chunk, context);
-                    state.done.fetch_add(1, std::memory_order_release);
-                }
-                // After many turns there are more threads than cores: let the awaited one run.
-                for (int turn = 0; state.done.load(std::memory_order_acquire) < op.chunks; ++turn)
+                end += op.chunks;
+                const auto run_chunks = [&](int of) {
+                    const Range range = own(op, of);
+                    std::atomic<bool>* const flags = taken.get() + of * stride + int64_t(n) * most;
+                    for (int chunk = range.first; chunk < range.last; ++chunk) {
+                        std::atomic<bool>& flag = flags[chunk - range.first];
+                        if (flag.load(std::memory_order_relaxed) || flag.exchange(true, std::memory_order_relaxed))
+                            continue;
+                        op.run(chunk, context);
+                        self.done.store(self.done.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+                    }
+                };
+                run_chunks(rank);
+                for (int turn = 0; !complete(); ++turn) {
+                    // After many turns there are more threads than cores: let the awaited one run.
                     turn < 4000 ? pause_core() : void(sched_yield());
+                    for (int other = 0; other < threads; ++other)
+                        if (turn == 50 || !workers[other].joined.load(std::memory_order_relaxed)) run_chunks(other);
+                }
             }
         };
         run_team(threads, body);

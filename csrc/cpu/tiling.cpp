@@ -29,6 +29,7 @@ struct Extent {
     int pieces = 1;       // of a row that are transformed one after the other
     int reach = 0;        // vectors that a piece reads beyond its own
     bool partial = false; // a row's last vector has lanes that are not pixels
+    int copies = 1;       // of a channel's transformed rows: stacked, one for each horizontal tap
 };
 
 // Cycles of one term of a tile's sums.
@@ -73,7 +74,7 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
 // Of the transforms of one channel: loads, sums and stores of a vector for each sum.
 double transform_cost(const Extent& extent) {
     const double vectors = extent.vectors + double(extent.pieces) * extent.reach;
-    return extent.bands * (vectors * extent.sums * 2.0 + extent.pieces * 15.0);
+    return extent.bands * extent.copies * (vectors * extent.sums * 2.0 + extent.pieces * 15.0);
 }
 
 // Sizes of the filter tiles of a group, the largest first, with the least estimated time.
@@ -103,7 +104,7 @@ class Tiler {
         const int vectors = int(op.vectors.at.size()), pieces = std::max(1, std::min(key_.parts(), vectors / 12));
         const auto extent_of = [&](size_t g) { return extent(op, g, pieces); };
         op.packed = network_.packed(op.step, split(op.step, extent_of).first);
-        finish(op, vectors, pieces, extent_of);
+        finish(op, vectors, pieces, key_.parts(), extent_of);
     }
 
     // Estimated cycles of the plain sum on one thread.
@@ -150,19 +151,19 @@ class Tiler {
 
     // A convolution by Winograd's method, and its estimated cycles.
     struct Banding {
-        bool patches;
+        Winograd form;
         Extent extent;
         int block_columns;
-        int64_t pitch, channel, scratch; // floats
+        int64_t pitch, channel, tap, scratch; // floats
         Splits splits;
         double cost;
         Extent of_group(const Step& step, size_t g) const {
             Extent one = extent;
-            one.count = int64_t(step.groups[g].in.size()) * (patches ? 1 : step.kernel[1]);
+            one.count = int64_t(step.groups[g].in.size()) * (form == Winograd::patches ? 1 : step.kernel[1]);
             return one;
         }
     };
-    Banding banding(const Conv& plain, int used, bool patches) const;
+    Banding banding(const Conv& plain, int used, Winograd form) const;
 
     Extent extent(const Conv& op, size_t group, int pieces) const {
         const int vectors = int(op.vectors.at.size());
@@ -185,7 +186,7 @@ class Tiler {
     // Places the tiles and cuts chunks of about equal work: ranges of units (vectors or bands) where there are many,
     // otherwise ranges of filter tiles.
     template <typename ExtentOf>
-    void finish(Conv& op, int units, int by_units, const ExtentOf& extent_of) const {
+    void finish(Conv& op, int units, int by_units, int parts, const ExtentOf& extent_of) const {
         std::vector<double> cost{0.0}; // of the tiles before each
         for (const auto& tile : op.packed->tiles) {
             cost.push_back(cost.back() + tile_cost(kernels_, tile.filters, extent_of(tile.group)));
@@ -195,7 +196,7 @@ class Tiler {
         }
         const int tiles = int(op.packed->tiles.size());
         const int absent = op.skip_absent ? 0 : int(op.step.absent.size());
-        const int by_tiles = std::max(1, std::min(tiles, (key_.parts() + by_units - 1) / by_units));
+        const int by_tiles = std::max(1, std::min(tiles, (parts + by_units - 1) / by_units));
         std::vector<int> border{0};
         for (int part = 1; part < by_tiles; ++part) {
             const double target = cost[tiles] * part / by_tiles;
@@ -226,39 +227,45 @@ int fitting(int64_t bytes, int64_t channels, int64_t floats, int least, int most
     return fit <= least ? std::min(least, most) : (most + blocks - 1) / blocks;
 }
 
-Tiler::Banding Tiler::banding(const Conv& plain, int used, bool patches) const {
+Tiler::Banding Tiler::banding(const Conv& plain, int used, Winograd form) const {
     const Step& step = plain.step;
     const Geometry& y = plain.y.geometry;
     const int I = key_.interleave, lanes = kernels_.lanes;
+    const bool patches = form == Winograd::patches, stacked = form == Winograd::stacked;
     const int64_t columns = patches ? (y.w + 1) / 2 : y.w;
-    const int row_vectors = int((columns * I + lanes - 1) / lanes);
+    const int bands = (y.h + band_rows - 1) / band_rows, copies = stacked ? step.kernel[1] : 1;
+    const int row_vectors = stacked ? (bands + 1) / 2 : int((columns * I + lanes - 1) / lanes);
     const int sums = patches ? patch_sums : band_sums;
     size_t widest = 0;
     for (const auto& group : step.groups) widest = std::max(widest, group.in.size());
     Banding made{};
-    made.patches = patches;
+    made.form = form;
     // What the filters of a group read stays in the first-level cache, what all filters read of a band in the second.
-    const int sum_columns = fitting(16 << 10, int64_t(widest), sums * lanes, 6, row_vectors);
-    made.block_columns = fitting(128 << 10, used, sums * lanes, patches ? 6 : 8, row_vectors);
-    const int64_t reach = patches ? 0 : int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
-    made.extent = {0, row_vectors, std::min(sum_columns, made.block_columns), I >= lanes};
+    const int sum_columns = fitting(16 << 10, int64_t(widest), sums * lanes * copies, 6, row_vectors);
+    made.block_columns = fitting(128 << 10, used, sums * lanes * copies, patches ? 6 : 8, row_vectors);
+    const int64_t reach = patches || stacked ? 0 : int64_t(step.kernel[1] - 1) * step.dilation[1] * I;
+    made.extent = {0, row_vectors, std::min(sum_columns, made.block_columns), stacked || I >= lanes};
     made.extent.sums = sums;
     made.extent.outputs = band_rows * (patches ? patch_columns : 1);
-    made.extent.bands = (y.h + band_rows - 1) / band_rows;
+    made.extent.bands = stacked ? 1 : bands;
+    made.extent.copies = copies;
     made.extent.pieces = (row_vectors + made.block_columns - 1) / made.block_columns;
     made.extent.reach = int((reach + lanes - 1) / lanes);
-    made.extent.partial = int64_t(y.w) * I % lanes != 0;
-    made.pitch = round_up(round_up(int64_t(made.block_columns) * lanes + reach, lanes), 16);
+    made.extent.partial = stacked || int64_t(y.w) * I % lanes != 0;
+    made.tap = stacked ? int64_t(made.block_columns) * lanes : int64_t(step.dilation[1]) * I;
+    // Stacked, what one sum reads is adjacent.
+    const int64_t floats = stacked ? used * copies * made.tap : int64_t(made.block_columns) * lanes + reach;
+    made.pitch = round_up(round_up(floats, lanes), 16);
     // Rows at a distance of a power of two would all fall into the same few sets of the cache.
     if (made.pitch / 16 % 2 == 0) made.pitch += 16;
-    made.channel = sums * made.pitch;
-    made.scratch = used * made.channel;
+    made.channel = stacked ? copies * made.tap : sums * made.pitch;
+    made.scratch = stacked ? sums * made.pitch : used * made.channel;
     std::tie(made.splits, made.cost) = split(step, [&](size_t g) { return made.of_group(step, g); });
     made.cost += used * transform_cost(made.extent);
     return made;
 }
 
-// The convolution in bands, or in patches of them, if that is faster than plain_cost cycles, otherwise null.
+// The convolution by Winograd's method if that is faster than plain_cost cycles, otherwise null.
 std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, int64_t scratch_begin) const {
     const Step& step = plain.step;
     const Winograd allowed = network_.winograd;
@@ -270,12 +277,19 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
     if (used.empty()) return nullptr;
 
     std::unique_ptr<Banding> best;
-    for (const bool patches : {false, true}) {
+    const auto fits = [&](Winograd form) {
         // Pairs of columns are pixels in the same lanes only if a pixel's images fill vectors. Sorting columns for
         // fewer images was no faster than bands: ResNet-56 at I=4, 8x8 maps 156 and 152 % of peak, 16x16 127 and 126.
-        const bool fits = step.kernel[1] == 3 && step.dilation[1] == 1 && key_.interleave >= kernels_.lanes;
-        if (patches ? allowed == Winograd::bands || !fits : allowed == Winograd::patches && fits) continue;
-        Banding one = banding(plain, int(used.size()), patches);
+        if (form == Winograd::patches)
+            return step.kernel[1] == 3 && step.dilation[1] == 1 && key_.interleave >= kernels_.lanes;
+        const int reach = (step.kernel[1] - 1) * step.dilation[1];
+        return form != Winograd::stacked ||
+               2 * key_.interleave * std::max(plain.y.geometry.w, reach) <= kernels_.lanes;
+    };
+    const Winograd forced = fits(allowed) ? allowed : Winograd::bands;
+    for (const Winograd form : {Winograd::bands, Winograd::patches, Winograd::stacked}) {
+        if (!fits(form) || (allowed != Winograd::where_faster && form != forced)) continue;
+        Banding one = banding(plain, int(used.size()), form);
         if (one.scratch > most_scratch) continue;
         const double bound = best ? best->cost : plain_cost;
         if (one.cost < bound || (!best && allowed != Winograd::where_faster))
@@ -284,24 +298,28 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
     if (!best) return nullptr;
 
     const int I = key_.interleave, lanes = kernels_.lanes;
-    auto op = std::make_unique<BandConv>(plain, best->patches);
+    auto op = std::make_unique<BandConv>(plain, best->form);
     op->block_columns = best->block_columns, op->sum_columns = best->extent.block;
-    op->pitch = best->pitch, op->channel = best->channel;
+    op->pitch = best->pitch, op->channel = best->channel, op->tap = best->tap;
     for (int v = 0; v < best->extent.vectors; ++v)
-        op->at.push_back(op->patches ? v * lanes / I * 2 * I + v * lanes % I : v * lanes);
-    op->zeros.assign(op->patches ? op->at.back() + 4 * I : op->pitch, 0.0f);
+        op->at.push_back(op->patches ? v * lanes / I * 2 * I + v * lanes % I : op->stacked ? 0 : v * lanes);
+    // Also of the taps of stacked bands, and of a vector before them.
+    op->zeros.assign(lanes + std::max<int64_t>(op->patches ? op->at.back() + 4 * I : op->pitch,
+                                               step.kernel[1] * step.dilation[1] * I + lanes),
+                     0.0f);
     op->off.clear();
     for (const auto& group : step.groups) {
         op->off.emplace_back();
         for (int c : group.in)
             for (int tap = 0; tap < (op->patches ? 1 : step.kernel[1]); ++tap)
-                op->off.back().push_back(int32_t(place_of[c] * op->channel + int64_t(tap) * step.dilation[1] * I));
+                op->off.back().push_back(int32_t(place_of[c] * op->channel + tap * op->tap));
     }
     op->used = std::move(used);
     op->packed = network_.packed(step, best->splits, op->patches ? Form::patches : Form::bands);
     op->scratch = scratch_begin, op->scratch_size = best->scratch;
+    // Each part of stacked bands transforms the whole input.
     finish(*op, best->extent.bands, std::min(key_.parts(), best->extent.bands),
-           [&](size_t g) { return best->of_group(step, g); });
+           op->stacked ? key_.threads : key_.parts(), [&](size_t g) { return best->of_group(step, g); });
     return op;
 }
 
@@ -330,7 +348,9 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
         // The choice must not depend on the number of threads: their results are bitwise equal.
         if (auto in_bands = tiler.in_bands(*conv, tiler.plain_cost(*conv), scratch_begin)) {
             scratch_floats = std::max(scratch_floats, in_bands->scratch_size * key.threads);
-            const char* const name = in_bands->patches ? "conv in patches" : "conv in bands";
+            const char* const name = in_bands->patches   ? "conv in patches"
+                                     : in_bands->stacked ? "conv in stacked bands"
+                                                         : "conv in bands";
             return operation(name, std::move(in_bands));
         }
     }

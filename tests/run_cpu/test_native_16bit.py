@@ -18,6 +18,8 @@ from nets import NAMES, make
 from torch import Tensor, nn
 
 from dsp_kernels import GroupStructure, PackedConv2d, fuse
+from dsp_kernels.errors import DSPBackendError
+from dsp_kernels.run.cpu import extension
 from dsp_kernels.run.cpu.conv import add_conv
 from dsp_kernels.run.cpu.extension import native
 from dsp_kernels.tolerances import HALF_TERMS, half_sums_tolerance, network_tolerance, op_tolerance
@@ -75,17 +77,24 @@ BF16 = [Precision(torch.bfloat16, isa) for isa in ISAS]
 FP16 = [Precision(torch.float16, isa) for isa in FP16_ISAS]
 
 
+@pytest.fixture
+def in_16_bit(use_isa: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Selects an instruction set, whether or not the rule would multiply in 16 bit."""
+    monkeypatch.setenv("DSP_KERNELS_PRODUCTS", "16bit")
+    return use_isa
+
+
 @pytest.fixture(params=[*BF16, *FP16], ids=lambda precision: f"{precision.dtype}-{precision.isa}"[6:])
-def precision(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> Precision:
+def precision(request: pytest.FixtureRequest, in_16_bit: Callable[[str], None]) -> Precision:
     chosen: Precision = request.param
-    use_isa(chosen.isa)
+    in_16_bit(chosen.isa)
     return chosen
 
 
 @pytest.fixture(params=FP16, ids=lambda precision: precision.isa)
-def fp16(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> Precision:
+def fp16(request: pytest.FixtureRequest, in_16_bit: Callable[[str], None]) -> Precision:
     chosen: Precision = request.param
-    use_isa(chosen.isa)
+    in_16_bit(chosen.isa)
     return chosen
 
 
@@ -300,16 +309,49 @@ def test_a_float32_output_is_not_rounded() -> None:
     assert not torch.equal(y, y.bfloat16().float())
 
 
-def test_without_instructions_products_are_float32(use_isa: Callable[[str], None]) -> None:
-    """bfloat16 rounds the operands of convolutions; float16 only the network's parameters."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_fast_products_only_weights_are_rounded(
+    dtype: torch.dtype, use_isa: Callable[[str], None]
+) -> None:
+    """The answer is to the bit that of a float32 network with these weights."""
     use_isa("base")
     assert native().own_products("base") == ["float32"]  # type: ignore[union-attr]
     torch.manual_seed(0)
-    layer = PackedConv2d(GroupStructure.dense(4, 4), 3, padding=1).eval()
-    x = torch.randn(2, 4, 8, 8)
-    fused = fuse(layer, x, backend="cpu", dtype=torch.bfloat16)
-    assert "cpu base, bfloat16 by float32 arithmetic" in fused.explain()
-    fused = fuse(layer, x, backend="cpu", dtype=torch.float16)
-    assert "float16 by float32 arithmetic" in fused.explain()
-    torch.testing.assert_close(fused(x), copy.deepcopy(layer).half().float()(x), rtol=1e-5, atol=1e-6)
-    assert fused(x.half()).dtype == torch.float16
+    layer = PackedConv2d(GroupStructure.dense(24, 24), 3, padding=1).eval()
+    x = torch.randn(2, 24, 8, 8)
+    fused = fuse(layer, x, backend="cpu", dtype=dtype)
+    assert f"cpu base, {str(dtype)[6:]} weights, float32 arithmetic" in fused.explain()
+    rounded = copy.deepcopy(layer).to(dtype).float()
+    assert torch.equal(fused(x), fuse(rounded, x, backend="cpu")(x))
+    torch.testing.assert_close(fused(x), rounded(x), rtol=1e-5, atol=1e-5)
+    assert fused(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("vendor", "wanted", "expected"),
+    [
+        ("AuthenticAMD", "", ", bfloat16]"),
+        ("GenuineIntel", "", ", bfloat16 weights, float32 arithmetic]"),
+        ("", "", ", bfloat16 weights, float32 arithmetic]"),
+        ("GenuineIntel", "16bit", ", bfloat16]"),
+        ("AuthenticAMD", "float32", ", bfloat16 weights, float32 arithmetic]"),
+    ],
+)
+def test_the_rule_of_bfloat16(
+    vendor: str, wanted: str, expected: str, use_isa: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vdpbf16ps is twice as fast as float32 on AMD's CPUs, half as fast on Intel's."""
+    if "avx512_bf16" not in ISAS:
+        pytest.skip("this CPU has no AVX512-BF16")
+    use_isa("avx512_bf16")
+    monkeypatch.setattr(extension, "cpu_fact", lambda name: vendor)
+    monkeypatch.setenv("DSP_KERNELS_PRODUCTS", wanted)
+    layer, x = PackedConv2d(GroupStructure.dense(4, 4), 3, padding=1), torch.randn(1, 4, 8, 8)
+    assert expected in fuse(layer, x, backend="cpu", dtype=torch.bfloat16).explain()
+
+
+def test_an_unknown_choice_of_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSP_KERNELS_PRODUCTS", "8bit")
+    layer, x = PackedConv2d(GroupStructure.dense(4, 4), 3), torch.randn(1, 4, 8, 8)
+    with pytest.raises(DSPBackendError, match="DSP_KERNELS_PRODUCTS is '8bit'; expected 16bit or float32"):
+        fuse(layer, x, backend="cpu", dtype=torch.bfloat16)

@@ -25,7 +25,7 @@ SHAPES = [
     Case("no padding", WIDE, padding=0, hw=(11, 10), residual=True, activation="hardswish"),
     Case("two rows of padding", WIDE, padding=(2, 1), hw=(5, 6), activation="relu6"),
 ]
-FORMS = ("bands", "patches")
+FORMS = ("bands", "patches", "stacked")
 TABLE = [case for case in CASES if case.batch] + SIZES + SHAPES
 
 
@@ -43,12 +43,25 @@ def forms(network: Any, *hw: tuple[int, int], interleave: int = 16) -> set[str]:
     return {kernel.partition(" in tiles")[0] for _, kernel in launch["operations"]}
 
 
-def possible(case: Case, form: str) -> bool:
+def possible(case: Case) -> bool:
     """Whether Winograd's method can compute the case."""
     spec = case.spec
     reads = any(group.in_index for group in case.structure.groups)
-    rows = reads and spec.kernel_size[0] == 3 and spec.stride == (1, 1) and spec.dilation[0] == 1
-    return rows and (form == "bands" or (spec.kernel_size[1], spec.dilation[1]) == (3, 1))
+    return reads and spec.kernel_size[0] == 3 and spec.stride == (1, 1) and spec.dilation[0] == 1
+
+
+def made(case: Case, form: str, interleave: int, isa: str) -> str:
+    """The form that computes the case: bands if it cannot be the one asked for.
+
+    Patches need vectors of a pixel's images; stacked bands, rows and taps that reach over half a vector.
+    """
+    spec, lanes = case.spec, {"base": 4, "avx2": 8}.get(isa, 16)
+    reach = (spec.kernel_size[1] - 1) * spec.dilation[1]
+    if form == "patches" and (spec.kernel_size[1], spec.dilation[1]) == (3, 1) and interleave >= lanes:
+        return form
+    if form == "stacked" and 2 * interleave * max(spec.output_hw(case.hw)[1], reach) <= lanes:
+        return "stacked bands"
+    return "bands"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -59,16 +72,15 @@ def test_every_form_is_the_convolution(case: Case, form: str, isa: str) -> None:
     allowed = op_tolerance(torch.float32, case.reduction) * max(expected.abs().max().item(), 1.0)
     inputs = [tensor.numpy() for tensor in (a.x, a.residual) if tensor is not None]
     network = network_of(case, a, isa, form)
-    for interleave, threads in ((1, 1), (2, 3), (4, 1), (8, 1), (16, 2)):
+    for interleave, threads in ((1, 1), (1, 2), (2, 3), (4, 1), (8, 1), (16, 2)):
         y = torch.full(expected.shape, float("nan"))
         network.run(inputs, [y.numpy()], threads, interleave)
         error = (y.double() - expected).abs().max().item()
         assert error <= allowed, (interleave, threads)
-    # Patches need vectors of a pixel's images; with fewer images the form is bands.
-    for interleave, form_of_them in ((1, "bands"), (16, form)):
+    for interleave in (1, 2, 16):
         sizes = [case.hw] if a.residual is None else [case.hw, tuple(expected.shape[2:])]
         names = forms(network, *sizes, interleave=interleave)
-        assert (f"conv in {form_of_them}" in names) == possible(case, form_of_them), names
+        assert (f"conv in {made(case, form, interleave, isa)}" in names) == possible(case), names
 
 
 @pytest.mark.parametrize(
@@ -76,6 +88,7 @@ def test_every_form_is_the_convolution(case: Case, form: str, isa: str) -> None:
     [
         (WIDE, (30, 23), "bands"),
         (WIDE, (30, 23), "patches"),
+        (WIDE, (7, 7), "stacked"),
         # Both forms cost about the same: the choice must not depend on the number of threads.
         (GroupStructure.dense(16, 4), (16, 16), "where_faster"),
         (GroupStructure.dense(4, 12), (28, 28), "where_faster"),

@@ -59,6 +59,36 @@ void patch_input(const BandInput& call) {
     }
 }
 
+// The lower half of the lanes from `lower` on, the upper half from `upper` on.
+inline V load_halves(const float* lower, const float* upper) {
+    M is_lower;
+    for (int l = 0; l < L; ++l) is_lower[l] = l < L / 2 ? -1 : 0;
+    return is_lower ? load(lower) : load(upper - L / 2);
+}
+
+// Each row is loaded and combined once, and moved for each tap: unaligned loads for each took twice as long.
+void stacked_input(const BandInput& call) {
+    alignas(64) float lower[(band_sums + 1) * L], upper[(band_sums + 1) * L];
+    V d[band_sums];
+    UNROLLED(i, band_sums) d[i] = load(call.row[i]);
+    combine_rows(d, lower, L);
+    UNROLLED(i, band_sums) d[i] = load(call.upper[i]);
+    combine_rows(d, upper, L);
+    for (int tap = 0; tap < call.vectors; ++tap) {
+        const int move = tap * call.images;
+        float* const out = call.out + tap * call.copy;
+#if defined(__clang__) // has no shuffle by a variable
+        UNROLLED(s, band_sums) store(out + s * call.pitch, load_halves(lower + s * L + move, upper + s * L + move));
+#else
+        M from;
+        for (int l = 0; l < L; ++l) from[l] = l < L / 2 ? l : l + L / 2;
+        from += move;
+        UNROLLED(s, band_sums)
+            store(out + s * call.pitch, __builtin_shuffle(load(lower + s * L), load(upper + s * L), from));
+#endif
+    }
+}
+
 // One of the six (or 24) sums of a tile.
 template <int K, int P>
 inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float* x, const BandCall& call,
@@ -73,10 +103,8 @@ inline __attribute__((always_inline)) void sum_band(V (&sum)[K][P], const float*
     UNROLLED(k, K) UNROLLED(p, P) sum[k][p] = acc[k][p];
 }
 
-// Stores the first `count` lanes; count < L.
-inline void store_some(float* y, V v, int count) {
-    float rest[L];
-    store(rest, v);
+// Copies `count` floats; count < L.
+inline void copy_some(float* y, const float* rest, int count) {
     int done = 0;
 #pragma GCC unroll 4
     for (int size = L / 2; size >= 1; size /= 2)
@@ -104,8 +132,11 @@ struct Finish {
         if (late) v = activate_late(v, act);
         if (whole || at + L <= row)
             store(y + at, v);
-        else if (at < row) // behind it are pad columns, or the next row, which another thread may be writing
-            store_some(y + at, v, row - at);
+        else if (at < row) { // behind it are pad columns, or the next row, which another thread may be writing
+            float rest[L];
+            store(rest, v);
+            copy_some(y + at, rest, row - at);
+        }
     }
 };
 
@@ -137,6 +168,41 @@ __attribute__((noinline)) void finish_band(const V* sums, int filters, const Ban
     }
 }
 
+// The rows of the two bands of each vector; the halves of a vector lie in different rows.
+template <int P>
+__attribute__((noinline)) void finish_stacked(const V* sums, int filters, const BandCall& call) {
+    const Bounds bounds(call.act);
+    const bool late = is_late(call.act);
+    const int rows = call.rows, row = call.row;
+    const int64_t pitch = call.y_pitch, next = filters * P;
+    for (int k = 0; k < filters; ++k) {
+        const V bias = V{} + call.bias[k];
+        for (int p = 0; p < P; ++p, ++sums) {
+            V sum[band_sums], y[band_rows];
+            UNROLLED(s, band_sums) sum[s] = sums[s * next];
+            separate_rows(sum, y, bias);
+            UNROLLED(i, band_rows) {
+                const int first = 2 * p * band_rows + i, left = rows - first;
+                if (left <= 0) break;
+                const bool both = left > band_rows;
+                const int64_t at = first * pitch, upper = both ? band_rows * pitch : 0;
+                V v = y[i];
+                if (call.add) {
+                    const float* const add = call.add + call.add_plane[k] + at;
+                    v += load_halves(add, add + upper);
+                }
+                v = bounds(v);
+                if (late) v = activate_late(v, call.act);
+                float halves[L];
+                store(halves, v);
+                float* const to = call.y + call.y_plane[k] + at;
+                copy_some(to, halves, row);
+                if (both) copy_some(to + upper, halves + L / 2, row);
+            }
+        }
+    }
+}
+
 template <int K, int P>
 void band_tile(const BandCall& call) {
     // One sum at a time fills the registers as a plain tile does; the others stay in the first-level cache.
@@ -145,6 +211,7 @@ void band_tile(const BandCall& call) {
     for (int s = 0; s < count; ++s) sum_band<K, P>(sums[s], call.x + s * call.pitch, call, call.w + s * call.count * K);
     const bool whole = call.at[P - 1] + call.second + L <= call.row;
     V* const first = &sums[0][0][0];
+    if (call.stacked) return finish_stacked<P>(first, K, call);
     if (call.second)
         whole ? finish_band<P, true, true>(first, K, call) : finish_band<P, false, true>(first, K, call);
     else

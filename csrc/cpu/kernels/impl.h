@@ -305,6 +305,7 @@ Kernels make() {
     table.thin = thin;
     table.band_input[0] = band_input;
     table.band_input[1] = patch_input;
+    table.band_input[2] = stacked_input;
     table.bf16 = {DSP_BF16, 2, 0, 6.0, {}, pack_words<2, pack_pair>}; // latency measured on Zen 5
 #if DSP_FP16
     table.fp16 = {true, 2, 0, 4.0, {}, pack_words<2, pack_halves>}; // like float multiply-adds; not measured

@@ -47,18 +47,21 @@ struct TileCall {
 
 // Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the
 // sums' inputs of one channel: six combinations of six rows of x. Patches: the same over pairs of columns too, where a
-// pixel's images fill vectors.
+// pixel's images fill vectors. Stacked: two bands in the halves of a vector, where a row fits into one half; a vector
+// for each horizontal tap.
 struct BandInput {
     const float* row[6]; // of x, at the first column that is read
     float* out;          // [6] sums; of patches [24]
     int64_t pitch;       // floats from one sum to the next
     int64_t vectors;
-    int images;        // of patches: interleaved, from one column to the next
-    const int32_t* at; // of patches: [vectors] displacement in a row
+    int images;            // floats from one column of patches, or tap of stacked bands, to the next
+    const int32_t* at;     // of patches: [vectors] displacement in a row
+    const float* upper[6]; // of stacked bands: the rows of the second band
+    int64_t copy;          // of stacked bands: floats from one tap's vector to the next in `out`
 };
 
 // The rows of a band from its sums, for `filters` planes o and adjacent vectors. In patches a vector of sums makes two
-// vectors of pixels: of even and of odd columns.
+// vectors of pixels: of even and of odd columns; stacked it makes rows of two bands.
 struct BandCall {
     const float* x;     // sum 0 of channel 0, at the first vector
     int64_t pitch;      // floats from one sum to the next
@@ -73,7 +76,8 @@ struct BandCall {
     const int64_t* add_plane; // [filters]
     const int32_t* at;        // [vectors] displacement of each vector in a row
     int second;               // in patches, displacement of the second vector of pixels; otherwise 0
-    int rows;                 // of the band that are inside the map
+    bool stacked;
+    int rows; // of the band, or stacked from the first vector's band on, that are inside the map
     int row;                  // floats of pixels in a row
     Act act;
 };
@@ -166,7 +170,7 @@ struct Kernels {
     WordKernels bf16; // bf16.h
     WordKernels fp16; // fp16.h; empty without AVX512-FP16
     WordKernels quads[2]; // int8.h, of bytes without and with sign; empty without AVX512-VNNI
-    void (*band_input[2])(const BandInput&); // of bands, of patches
+    void (*band_input[3])(const BandInput&); // of bands, of patches, of stacked bands
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
     void (*pool)(const PoolCall&);

@@ -1,9 +1,12 @@
 """The CPU executor: native kernels, and plain PyTorch for the steps between that have none.
 
-In bfloat16 a convolution rounds its input and multiplies bfloat16 numbers; its sum, bias, residual and
-activation, and all other steps, are float32. float16 does the same on CPUs with AVX512-FP16, except that
-short partial sums of products are float16 too; on other CPUs only the weights are float16 and all
-arithmetic is float32. Input and output may have any floating dtype.
+In bfloat16 and float16 all weights are rounded to 16 bits. Where the CPU multiplies such numbers fast
+(``product_dtype``), a convolution rounds its input too and multiplies them; its sum, bias, residual and
+activation, and all other steps, are float32, except that short partial sums of float16 products are float16.
+On other CPUs nothing else is rounded and all arithmetic is float32, with Winograd's method: another pass
+over each map, to round it, would only cost time and accuracy. ``network_tolerance`` bounds both: a weight
+and an input are each rounded by at most half an epsilon of the dtype. Input and output may have any floating
+dtype.
 
 The Program is cut into segments of native steps. Each segment is one native network whose inputs come from
 outside and whose outputs are read later; one thread takes a few images through all its steps.
@@ -40,7 +43,7 @@ from dsp_kernels.program.steps import (
 )
 from dsp_kernels.run.cpu.call import NativeCall
 from dsp_kernels.run.cpu.conv import add_conv, as_array, ending
-from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, why_missing
+from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, product_dtype, why_missing
 from dsp_kernels.run.eager.program import EagerExecutor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,6 +132,8 @@ def _arithmetic(isa: str, dtype: torch.dtype, step: ConvStep) -> str:
     assert module is not None
     if step.requantize and step.requantize.exact:
         return ", integers by float32 arithmetic"
+    if not step.requantize and product_dtype(dtype) == torch.float32:
+        return f", {name} weights, float32 arithmetic"
     return f", {name}{'' if name in module.own_products(isa) else ' by float32 arithmetic'}"
 
 
@@ -254,7 +259,7 @@ def _caller(part: Segment, program: Program, dtype: torch.dtype) -> NativeCall:
 def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, int]]:
     """A native Network of these steps of a Program, and the numbers of its values by name.
 
-    dtype: what convolutions multiply (float16 where the CPU can); all other arithmetic is float32.
+    dtype: see the module's docstring.
     """
     network = new_network(dtype)
     value: dict[str, int] = {name: network.input(program.shapes[name][1]) for name in part.inputs}
