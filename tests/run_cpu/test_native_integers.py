@@ -204,23 +204,20 @@ def test_linear_layers(kind: str, threads: int, isa: str) -> None:
         assert torch.equal(run(network, [x], y, (9, 70), threads), ended(t, end))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["dense", "excite", "shuffle", "pools", "resize", *range(8)])
-def test_networks(name: str | int, threads: int, isa: str) -> None:
+@pytest.mark.parametrize("name", ["dense", "excite", "shuffle", "pools", "resize", *range(4)])
+def test_networks(name: str | int, isa: str) -> None:
     """Every kind of step between integer layers; float steps of their own kind may round differently."""
     torch.manual_seed(0)
     model = (Net(name) if isinstance(name, int) else MODELS[name]()).eval()
-    images = torch.randn(24, 3, 26, 28)
+    images = torch.randn(20, 3, 26, 28)
     quantized = dsp_kernels.quantize(model, images)
+    fused = dsp_kernels.fuse(quantized, backend="cpu")
+    bound = 0.05 if quantized.program.notes else 0.0
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        fused = dsp_kernels.fuse(quantized, images[:1], backend="cpu")
-        for batch in (1, 5, 24):
+        for batch, threads in ((1, 2), (5, 1), (20, 2)):
+            torch.set_num_threads(threads)
             y, expected = fused(images[:batch]), quantized(images[:batch])
-            if quantized.program.notes:
-                assert (y - expected).abs().max() <= 0.05 * expected.abs().max()
-            else:
-                assert torch.equal(y, expected)
+            assert (y - expected).abs().max() <= bound * expected.abs().max()
     finally:
         torch.set_num_threads(before)
