@@ -11,6 +11,7 @@ from torch import Tensor
 from dsp_kernels.errors import DSPBackendError, DSPError, DSPVerificationError
 from dsp_kernels.graph.compare import largest_difference
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program
+from dsp_kernels.run.cpu.extension import adds_in_half
 from dsp_kernels.tolerances import network_tolerance
 
 from .engines import ENGINES, Runner
@@ -51,6 +52,7 @@ _STRONGEST = ("openvino", "onnxruntime", "cudnn-fused-fp16", "cuda-graph-fp16")
 # Worth comparing: the dense network and dense forms of the pruned one in strong engines, the pruned one as it
 # is released and as exporters take it, and ours.
 _CPU = ("torch-nhwc", "onnxruntime", "openvino", "openvino-bf16")
+_INT8 = ("openvino-int8", "onnxruntime-int8")
 _GPU = (
     *("cuda-graph", "cuda-graph-tf32", "cuda-graph-fp16", "cudnn-fused-fp16"),
     *("onnxruntime-cuda", "onnxruntime-cuda-tf32", "tensorrt", "tensorrt-tf32", "tensorrt-fp16"),
@@ -61,7 +63,7 @@ _COMPILED = (
 )
 _FUSED = tuple(name for name in ENGINES if name.startswith("fused:"))
 _PLAN = {
-    "dense": ("torch", *_CPU, *_COMPILED, *_GPU),
+    "dense": ("torch", *_CPU, *_INT8, *_COMPILED, *_GPU),
     "released": ("torchscript", "torch-fp16", "cuda-graph-fp16"),
     "packed": ("torch", "onnxruntime", "openvino", "openvino-bf16", *_GPU, *_FUSED),
     "compacted": (*_CPU, "compile-freezing", *_GPU),
@@ -98,12 +100,6 @@ def _check_known(known: Collection[str], *names: str) -> None:
             raise DSPBackendError(f"unknown engine or form {name!r}; known are {', '.join(known)}")
 
 
-def case_input(network: Network, batch: int, seed: int, device: str = "cpu") -> Tensor:
-    """(batch, channels, height, width), standard normal: the same for every engine, in every process."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, *network.example.shape[1:], generator=generator).to(device)
-
-
 def build_case(
     case: Case,
     network: Network,
@@ -117,16 +113,18 @@ def build_case(
 
     x: (batch, channels, height, width). answers: reference outputs for x by form, read and added to.
     built: callables and build seconds, by label, of engines that run any batch size; read and added to.
-    count_right: fill in the accuracy of 16-bit engines and of the native one, if the network has labelled
-    images. Not of all: a thousand images in a slow engine take longer than its timing.
+    count_right: fill in the accuracy of 16-bit and int8 engines, of the native one and of OpenVINO, if the
+    network has labelled images. Not of all: a thousand images in a slow engine take longer than its timing.
     """
     row = case.row(len(x), "ok", "")
-    engine, reference = ENGINES[case.engine], REFERENCE[case.form]
+    engine, form, reference = ENGINES[case.engine], case.form, REFERENCE[case.form]
+    if network.is_quantized and case == Case("packed", "fused:cpu:int8"):
+        form = reference = "quantized"
     answers, built = {} if answers is None else answers, {} if built is None else built
     try:
         if engine.device not in ("any", x.device.type):
             raise DSPBackendError(f"it runs on {engine.device} only, this run is on {x.device.type}")
-        model = network.form(case.form).to(x.device)
+        model = network.form(form).to(x.device)
         program = network.program(case.form)
         row = replace(row, macs=program.macs)
         if reference not in answers:
@@ -137,14 +135,17 @@ def build_case(
             run, seconds = built[case.label]
         else:
             started = time.perf_counter()
+            if engine.dtype == torch.int8:
+                engine = replace(engine, images=network.calibration)
             run = engine.runner(model, x)
             seconds = time.perf_counter() - started
-        allowed = allowed_difference(program, engine.rounding, expected)
+        half_sums = engine.dtype == torch.float16 and x.device.type == "cpu" and adds_in_half()
+        allowed = allowed_difference(program, engine.rounding, expected, half_sums)
         difference, wrong = check(case.label, run, x, expected, allowed)
     except Exception as error:  # an engine may break in any way; the others are still measured
         text = " ".join(str(error).split())
         if isinstance(error, ImportError):
-            text += " (dsp-kernels[bench] installs all engines but TensorRT)"
+            text += " (pip install 'dsp-kernels[bench]' installs all engines but TensorRT)"
         if isinstance(error, ImportError | DSPError):  # it cannot run here, or not in this form
             return replace(row, status="unavailable", reason=text), None
         return replace(row, status="failed", reason=f"{type(error).__name__}: {text[:300]}"), None
@@ -153,16 +154,19 @@ def build_case(
         return replace(row, status="wrong", reason=wrong), None
     if engine.any_batch:
         built[case.label] = run, seconds
-    counted = engine.dtype.itemsize == 2 or engine.name == "fused:cpu"
-    if count_right and counted and network.labelled is not None and reference == "packed":
+    counted = engine.dtype.itemsize < 4 or engine.name in ("fused:cpu", "openvino")
+    if count_right and counted and network.labelled is not None and reference != "filters":
         row = replace(row, accuracy=accuracy(run, network.labelled, len(x)))
     return row, run
 
 
-def allowed_difference(program: Program, dtype: torch.dtype, expected: Tensor) -> float:
+def allowed_difference(
+    program: Program, dtype: torch.dtype, expected: Tensor, half_sums: bool = False
+) -> float:
     """How far rounding in ``dtype`` may move an output: the bound of ``dsp_kernels.tolerances``, absolute.
 
-    program: of the network; expected: its reference output, to whose largest value the bound is relative.
+    program: of the network; expected: its reference output, to whose largest value the bound is relative;
+    half_sums: as ``network_tolerance`` takes it.
     """
     convs = [step for step in program.steps if isinstance(step, ConvStep)]
     linears = [step for step in program.steps if isinstance(step, LinearStep)]
@@ -170,7 +174,8 @@ def allowed_difference(program: Program, dtype: torch.dtype, expected: Tensor) -
     sizes = [step.spec.structure.in_channels * math.prod(step.spec.kernel_size) for step in convs]
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     depth = len(convs) + len(linears)
-    return network_tolerance(dtype, max(sizes, default=1), depth) * max(scale, torch.finfo(dtype).tiny)
+    bound = network_tolerance(dtype, max(sizes, default=1), depth, half_sums)
+    return bound * max(scale, torch.finfo(dtype).tiny)
 
 
 def check(name: str, run: Runner, x: Tensor, expected: Tensor, allowed: float) -> tuple[float, str]:

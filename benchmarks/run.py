@@ -4,21 +4,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from .cases import Case, build_case, case_input
+from .cases import Case, build_case
 from .engines import ENGINES, Runner
 from .measure.cuda_timing import device_times
 from .measure.floors import compulsory_bytes, part_floor
 from .measure.peaks import Peaks
 from .measure.samples import FEWEST_ROUNDS
-from .measure.timing import Timer, TimingRules, measure
+from .measure.timing import Probe, Timer, TimingRules, measure
 from .report.results import Row
 from .subjects.networks import Network
 
+_probe = cache(Probe)  # one in a process, so that its best is of a quiet moment
 _BUILDING = 0.6  # share of the time for a batch size after which only key engines are still built
 
 
@@ -45,7 +46,7 @@ def run_cases(
     for batch in batches:
         share = math.inf if budget is None else next(budget)
         started = time.perf_counter()
-        x = case_input(network, batch, rules.seed, device)
+        x = network.images(batch, rules.seed).to(device)
         answers: dict[str, Tensor] = {}
         built: dict[Case, Row] = {}
         runners: dict[str, Runner] = {}
@@ -63,8 +64,9 @@ def run_cases(
             if reason:
                 built[case] = case.row(batch, "skipped", reason)
                 continue
+            counted = (slow and slow_batch) or max(batches)
             built[case], run = build_case(
-                case, network, x, answers=answers, built=kept, count_right=batch == max(batches)
+                case, network, x, answers=answers, built=kept, count_right=batch == counted
             )
             if run is not None:
                 runners[case.label] = run
@@ -78,6 +80,7 @@ def run_cases(
             timers,
             replace(rules, most_seconds=left),
             always=[case.label for case in cases if case.is_key],
+            probe=_probe(device),
             step=partial(step, timing),
         )
         for case in cases:

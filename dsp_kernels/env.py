@@ -13,7 +13,7 @@ import torch
 
 _PACKAGES = (
     *("dsp-kernels", "torch", "torchvision", "triton", "numpy", "safetensors"),
-    *("onnx", "onnxruntime", "openvino", "tensorrt"),
+    *("onnx", "onnxruntime", "openvino", "nncf", "tensorrt"),
 )
 
 

@@ -1,15 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, offline, in two calls. Prints a summary; OUT/CALL.tgz has all logs and results.
 #
-#   scripts/gpu_check.sh answers    at most 6 minutes: build for this GPU; answers of every kernel; answers, accuracy
-#                                   and latency of four networks against cuDNN, of two against the slow builders,
-#                                   torch.compile and TensorRT
-#   scripts/gpu_check.sh times      at most 4 minutes: every kernel of every convolution and block, and the fastest;
-#                                   the other two networks against the slow builders
-#   scripts/gpu_check.sh sanitize   memcheck and racecheck of some kernels
-#   scripts/gpu_check.sh --pack     copies the released networks and test images from ../shared to .shared (ignored
-#                                   by git), for a machine that gets only the repository; without them networks are
-#                                   made from seeds, and accuracy is not counted
+#   answers    at most 6 minutes: build for this GPU; answers of every kernel; answers, accuracy and latency of four
+#              networks against cuDNN, of two against the slow builders, torch.compile and TensorRT
+#   times      at most 4 minutes: every kernel of every convolution and block; the other two against the slow builders
+#   sanitize   memcheck and racecheck of some kernels
+#   --pack     copies the released networks and test images from ../shared to .shared (ignored by git), for a machine
+#              that gets only the repository; without them networks are made from seeds, and accuracy is not counted
 #
 # PYTHON: the interpreter (python3). OUT: a folder (gpu_results). DSP_REHEARSE=1: tools/ptx in place of a GPU.
 set -uo pipefail
@@ -24,7 +21,7 @@ if [ "${1:-}" = --pack ]; then
   exit 1
 fi
 call=${1:-}
-case "$call" in answers) budget=345 ;; times | sanitize) budget=230 ;; *) sed -n 2,15p "$0"; exit 2 ;; esac
+case "$call" in answers) budget=345 ;; times | sanitize) budget=230 ;; *) sed -n 2,11p "$0"; exit 2 ;; esac
 
 for folder in ../shared .shared; do [ -d "$folder/nets" ] && DSP_SHARED=${DSP_SHARED:-$(realpath "$folder")}; done
 if [ -d "${DSP_SHARED:-}/nets" ]; then
@@ -41,10 +38,10 @@ slow=packed/fused:cuda:fp16,dense/compile-autotune-fp16,dense/tensorrt-fp16
 run=("$PYTHON")
 export DSP_REQUIRE_GPU=1 DSP_KERNELS_CUDA=1
 if [ -n "${DSP_REHEARSE:-}" ]; then # see tools/ptx/rehearse.py
-  run+=(-m ptx.rehearse) budget=3000 slower=10 batches=8,1 rounds=8 nets=("${nets[0]}")
+  run+=(-m ptx.rehearse) budget=20000 slower=60 batches=8 nets=("${nets[0]}")
   fast=packed/fused:cuda:fp16,dense/cudnn-fused-fp16 slow=packed/fused:cuda:fp16,dense/tensorrt-fp16
   select=(-k "(unequal or networks_with) and float16 and not bfloat16 and not triton")
-  export DSP_KERNELS_CUDA=0 PYTEST_XDIST_AUTO_NUM_WORKERS=0
+  export DSP_KERNELS_CUDA=0 DSP_KERNELS_CPU=0 PYTEST_XDIST_AUTO_NUM_WORKERS=0
 fi
 
 part() { # part NAME SECONDS COMMAND...: its log, and the end of it; continues after a failure
@@ -78,7 +75,7 @@ case "$call" in
     ;;
   times)
     for net in "${nets[@]}"; do
-      SHOWN=30 part "${net%% *}_times" 30 "${run[@]}" scripts/gpu_times.py --out "$LOGS/${net%% *}_times.json" --batch ${batches//,/ } --net $net
+      SHOWN=30 part "${net%% *}_times" 30 "${run[@]}" scripts/gpu_times.py --batch ${batches//,/ } --net $net
     done
     for net in "${nets[@]:2}"; do compare slow $slow "${batches%%,*}" 75 $net; done
     ;;

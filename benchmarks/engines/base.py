@@ -19,6 +19,7 @@ class Engine:
     name: as shown in tables. dtype: of weights and maps. device: "cpu", "cuda" or "any". slow_build: with
     ``--short`` built for one batch size only. any_batch: what is built for one batch size runs any other as
     fast, so it is built once. tf32: float32 products on a GPU may round their factors to TF32.
+    images: (n, channels, height, width), on which an int8 engine finds the range of every value.
     """
 
     name: str
@@ -27,10 +28,13 @@ class Engine:
     slow_build: bool = False
     any_batch: bool = False
     tf32: bool = False
+    images: Tensor | None = None
 
     @property
     def rounding(self) -> torch.dtype:
-        """The dtype whose rounding the products have: TF32 keeps as many bits as float16."""
+        """The dtype that rounds as the products do: TF32 has as many bits as float16, int8 as bfloat16."""
+        if self.dtype == torch.int8:
+            return torch.bfloat16
         return torch.float16 if self.tf32 else self.dtype
 
     def runner(self, model: nn.Module, example: Tensor) -> Runner:

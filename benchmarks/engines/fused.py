@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels import fuse
+from dsp_kernels import FusedNetwork, fuse
 from dsp_kernels.run.programs import EXECUTORS
 
 from .base import Engine, Runner
@@ -19,8 +19,17 @@ class Fused(Engine):
     any_batch: bool = True
 
     def prepare(self, model: nn.Module, example: Tensor) -> Runner:
-        fused = fuse(model.eval(), example, backend=self.backend, dtype=self.dtype)
-        return torch.inference_mode()(fused)
+        return torch.inference_mode()(self.fused(model, example))
+
+    def fused(self, model: nn.Module, example: Tensor) -> FusedNetwork:
+        """For int8 a network that is not quantised is quantised first."""
+        if self.dtype != torch.int8:
+            return fuse(model.eval(), example, backend=self.backend, dtype=self.dtype)
+        from dsp_kernels import quantize
+
+        images = example if self.images is None else self.images
+        quantized = model if isinstance(model, FusedNetwork) else quantize(model.eval(), images)
+        return fuse(quantized, example, backend=self.backend)
 
 
 def fused_engines() -> tuple[Fused, ...]:
@@ -33,4 +42,6 @@ def fused_engines() -> tuple[Fused, ...]:
         made.append(Fused(f"fused:{name}", device="cuda", backend=name))
         made.append(Fused(f"fused:{name}:tf32", device="cuda", tf32=True, backend=name))
         made.append(Fused(f"fused:{name}:fp16", torch.float16, "cuda", backend=name))
-    return (*made, Fused("fused:cpu:bf16", torch.bfloat16, "cpu", backend="cpu"))
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+    made += [Fused(f"fused:cpu:{name}", dtype, "cpu", backend="cpu") for name, dtype in narrow.items()]
+    return tuple(made)

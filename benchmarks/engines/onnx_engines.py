@@ -1,10 +1,14 @@
 """Engines that read ONNX: ONNX Runtime and OpenVINO; and the export for them and for TensorRT."""
 
 import copy
+import io
+import logging
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,20 +23,61 @@ from .base import Engine, Runner
 INPUT, OUTPUT = "x", "logits"
 _BATCH = "batch"  # name of the dynamic first axis
 _OPSET = 20
+_CALIBRATED = 16  # images that pass through a network together to find the ranges of its values
+# OpenVINO's names of a precision: the hint, and the processor's capability.
+_HINTS = {torch.float32: ("f32", "FP32"), torch.bfloat16: ("bf16", "BF16"), torch.float16: ("f16", "FP16")}
 
-_exported: WeakKeyDictionary[nn.Module, bytes] = WeakKeyDictionary()
+
+def _once_per_module(make: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+    """Keep what is made of a module while that lives: engines are built anew for each batch size."""
+    made: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+    @wraps(make)
+    def kept(model: nn.Module, images: Tensor) -> Any:
+        if model not in made:
+            made[model] = make(model, images)
+        return made[model]
+
+    return kept
 
 
+@_once_per_module
 def any_batch_bytes(model: nn.Module, example: Tensor) -> bytes:
-    """``model`` as ONNX in float32 with a dynamic first axis, exported once per module.
+    """``model`` as ONNX in float32 with a dynamic first axis, which engines fix before they optimise."""
+    return onnx_bytes(model, example[:1], dynamic_axes={name: {0: _BATCH} for name in (INPUT, OUTPUT)})
 
-    Engines fix the batch size before they optimise; one export per batch size took most of their build time.
-    """
-    if model not in _exported:
-        _exported[model] = onnx_bytes(
-            model, example[:1], dynamic_axes={name: {0: _BATCH} for name in (INPUT, OUTPUT)}
-        )
-    return _exported[model]
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and the warnings of the quantisers."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@_once_per_module
+def qdq_bytes(model: nn.Module, images: Tensor) -> bytes:
+    """``model`` as ONNX with 8-bit weights and values, by ONNX Runtime's own tools; one scale per filter."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(images.split(_CALIBRATED))
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(({INPUT: batch.numpy()} for batch in self.batches), None)
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        whole, prepared, result = (Path(folder) / f"{name}.onnx" for name in ("whole", "prepared", "result"))
+        whole.write_bytes(any_batch_bytes(model, images))
+        quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+        quantize_static(prepared, result, Images(), per_channel=True, activation_type=QuantType.QUInt8)
+        return result.read_bytes()
 
 
 def onnx_bytes(
@@ -59,7 +104,7 @@ def onnx_bytes(
 
 @dataclass(frozen=True)
 class OnnxRuntime(Engine):
-    """ONNX Runtime with all graph optimisations, with as many threads as torch has when it is built."""
+    """ONNX Runtime with all graph optimisations and torch's number of threads, in float32 or int8."""
 
     device: str = "cpu"
 
@@ -76,7 +121,8 @@ class OnnxRuntime(Engine):
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.log_severity_level = 3
         settings.add_free_dimension_override_by_name(_BATCH, len(example))
-        file = any_batch_bytes(model, example)
+        int8 = self.dtype == torch.int8
+        file = qdq_bytes(model, self.images) if int8 else any_batch_bytes(model, example)
         session = onnxruntime.InferenceSession(file, settings, providers=[provider])
         if self.device == "cuda":
             return _on_gpu(session, example)
@@ -113,9 +159,20 @@ def _core() -> Any:
     return openvino.Core()
 
 
+@_once_per_module
+def _nncf_network(model: nn.Module, images: Tensor) -> Any:
+    """``model`` for OpenVINO with 8-bit weights and values, by its own tool: post-training quantisation."""
+    import nncf
+
+    network = _core().read_model(any_batch_bytes(model, images))
+    batches = [batch.numpy() for batch in images.split(_CALIBRATED)]
+    with _quiet():
+        return nncf.quantize(network, nncf.Dataset(batches), subset_size=len(batches))
+
+
 @dataclass(frozen=True)
 class OpenVINO(Engine):
-    """OpenVINO, the fastest dense engine on a CPU, in float32, or bfloat16 where the processor has it."""
+    """OpenVINO, the fastest dense engine on a CPU: in float32, 16 bit where the processor has it, or int8."""
 
     device: str = "cpu"
 
@@ -140,15 +197,20 @@ class OpenVINO(Engine):
         ]
 
     def _compile(self, model: nn.Module, example: Tensor, **extra: Any) -> Any:
-        half = self.dtype == torch.bfloat16
-        if half and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise DSPBackendError("this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)")
+        hint, needed = _HINTS.get(self.dtype, ("", "FP32"))
+        if needed not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise DSPBackendError(
+                f"this processor has no {str(self.dtype).removeprefix('torch.')} arithmetic"
+            )
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
             **extra,
         }
-        network = _core().read_model(any_batch_bytes(model, example))
+        if self.dtype == torch.int8:  # layers that stay in float have OpenVINO's own choice of precision
+            network = _nncf_network(model, self.images).clone()
+        else:
+            settings["INFERENCE_PRECISION_HINT"] = hint
+            network = _core().read_model(any_batch_bytes(model, example))
         network.reshape(list(example.shape))
         return _core().compile_model(network, "CPU", settings)

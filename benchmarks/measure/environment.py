@@ -12,7 +12,7 @@ from dsp_kernels.env import describe_environment
 
 # Two results are comparable if these are equal.
 MACHINE_KEYS = ("processor", "cores", "threads", "cpu_capability", "accelerator", "device")
-_PACKAGES = ("dsp-kernels", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "triton")
+_PACKAGES = ("dsp-kernels", "numpy", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "triton")
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels import fuse
 from dsp_kernels.errors import DSPError
 from dsp_kernels.graph.network import trace
 from dsp_kernels.run.programs import EXECUTORS
@@ -42,7 +41,7 @@ def profile_engine(name: str, model: nn.Module, x: Tensor, peaks: Peaks) -> list
 
     x: (batch, channels, height, width); peaks: of x's device. Raises DSPError if the engine has no profile.
     """
-    engine = ENGINES[name]
+    engine = replace(ENGINES[name], images=x)
     if isinstance(engine, Fused):
         return _steps(engine, model, x, peaks)
     if isinstance(engine, OpenVINO):
@@ -61,9 +60,10 @@ def _steps(engine: Fused, model: nn.Module, x: Tensor, peaks: Peaks) -> list[Par
 
     An executor has no clock between its steps. A part includes the change in the cost of returning a result.
     """
-    program = fuse(model, x, backend=engine.backend, dtype=engine.dtype).program
-    executor = EXECUTORS.choose(engine.backend, program, engine.dtype, x.device)
-    x = x.to(engine.dtype)
+    fused = engine.fused(model, x)
+    program, dtype = fused.program, fused.dtype
+    executor = EXECUTORS.choose(engine.backend, program, dtype, x.device)
+    x = x.to(dtype)
     timers = {}
     for count, step in enumerate(program.steps, 1):
         run = executor.prepare(replace(program, steps=program.steps[:count], outputs=(step.output,)))
@@ -73,7 +73,7 @@ def _steps(engine: Fused, model: nn.Module, x: Tensor, peaks: Peaks) -> list[Par
     parts, before = [], 0.0
     for step in program.steps:
         end = samples[step.output].median
-        floor = part_floor(program, [step], len(x), peaks, engine.dtype)
+        floor = part_floor(program, [step], len(x), peaks, dtype)
         parts.append(Part(f"{step.output}: {step.describe()}", end - before, floor))
         before = end
     return parts

@@ -18,10 +18,12 @@ class Samples:
     """Seconds of single calls, in the order in which they were taken.
 
     per_round: how many consecutive calls were taken in one round; they are not independent of each other.
+    busy: mean time of a fixed computation just before and after the calls over its best; None if not taken.
     """
 
     seconds: tuple[float, ...]
     per_round: int = 1
+    busy: float | None = None
 
     @property
     def n(self) -> int:

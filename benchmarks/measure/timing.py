@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from .samples import FEWEST_ROUNDS, Samples
 
 # A call this long fills the caches and wakes the threads itself; a warm-up call would only cost time.
 _LONG_CALL = 0.05
+_PROBE_SIZE, _PROBE_REPEATS = 256, 3
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,28 @@ class Timer:
         return (time.perf_counter() - started) / repeats
 
 
+class Probe:
+    """Times a fixed product of matrices: a neighbour on the same core, matrix unit or memory makes it slower.
+
+    The product is in bfloat16 if that is faster here: then it runs where 16-bit engines do.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.best = math.inf  # seconds of the fastest in this process
+        wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else None
+        timers = []
+        for dtype in (torch.float32, torch.bfloat16):
+            one = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype, device=device)
+            timers.append(Timer(partial(torch.mm, one, one, out=torch.empty_like(one)), wait))
+        self.timer = min(timers, key=lambda timer: timer.warm_up(0.0))
+
+    def __call__(self) -> float:
+        """Mean seconds of a product among several: an interruption counts by how long it is."""
+        (seconds,) = self.timer.burst(1, 1, _PROBE_REPEATS)
+        self.best = min(self.best, seconds)
+        return seconds
+
+
 @dataclass(frozen=True)
 class _Turn:
     """What an engine does in one round, and how long that takes."""
@@ -102,6 +130,7 @@ def measure(
     rules: TimingRules | None = None,
     *,
     always: Collection[str] = (),
+    probe: Probe | None = None,
     step: Callable[[], object] = lambda: None,
 ) -> dict[str, Samples]:
     """Seconds per call of each engine, taken side by side.
@@ -112,6 +141,7 @@ def measure(
     If the time is limited, slow engines skip rounds, evenly over the run, but take part in eight at least.
     ``timers`` holds the most important engines first: one whose eight rounds do not fit beside those of the
     engines before it is left out. always: engines that get eight rounds in any case.
+    probe: runs after each gap, for ``Samples.busy``: not right after an engine, whose threads still spin.
     step: called after each round.
     """
     rules = rules or TimingRules()
@@ -134,6 +164,8 @@ def measure(
     order = list(turns)
     shuffle = random.Random(rules.seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in order}
+    probed: dict[str, list[float]] = defaultdict(list)
+    previous = ""
     for done in range(1, rules.rounds + 1):
         shuffle(order)
         for name in order:
@@ -144,9 +176,18 @@ def measure(
             if late or done * rounds[name] // rules.rounds <= taken:
                 continue
             time.sleep(rules.gap)
+            if probe:
+                probed[name].append(probe())
+                probed[previous].append(probed[name][-1])  # after that engine's turn
+                previous = name
             seconds[name] += timers[name].burst(turn.warm_calls, turn.calls, turn.repeats)
         step()
-    return {name: Samples(tuple(values), turns[name].calls) for name, values in seconds.items() if values}
+    busy = {name: statistics.fmean(times) / (probe.best or 1) for name, times in probed.items() if probe}
+    return {
+        name: Samples(tuple(values), turns[name].calls, busy.get(name))
+        for name, values in seconds.items()
+        if values
+    }
 
 
 def shared_rounds(turn: Mapping[str, float], rounds: int, seconds: float) -> dict[str, int]:

@@ -70,7 +70,8 @@ class Row:
         """Plain JSON with the samples; times in seconds."""
         found = {_KEYS.get(name, name): getattr(self, name) for name in _PLAIN}
         if (samples := self.samples) is not None:
-            found |= {name: getattr(samples, name) for name in ("median", "unstable", "n", "per_round")}
+            names = ("median", "unstable", "n", "per_round", "busy")
+            found |= {name: getattr(samples, name) for name in names}
             found["seconds"] = [float(f"{second:.6g}") for second in samples.seconds]
         return found
 
@@ -78,7 +79,7 @@ class Row:
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """The row that ``as_json`` wrote. Raises KeyError or TypeError for another mapping."""
         seconds = data.get("seconds")
-        samples = None if seconds is None else Samples(tuple(seconds), data["per_round"])
+        samples = None if seconds is None else Samples(tuple(seconds), data["per_round"], data.get("busy"))
         plain = {name: data[key] for name in _PLAIN if (key := _KEYS.get(name, name)) in data}
         return cls(samples=samples, **plain)
 
@@ -109,7 +110,9 @@ class Run:
         """The fastest dense float32 engine, else the first that was timed; speed-ups are against it."""
         timed = [row for row in self.rows if row.batch == batch and row.samples is not None]
         dense = [
-            row for row in timed if row.form == "dense" and not row.runner.endswith(("bf16", "fp16", "tf32"))
+            row
+            for row in timed
+            if row.form == "dense" and not row.runner.endswith(("bf16", "fp16", "tf32", "int8"))
         ]
         if dense:
             return min(dense, key=lambda row: row.timed.median)

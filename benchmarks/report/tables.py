@@ -15,6 +15,7 @@ def _quotient(part: float | None, whole: float | None) -> float | None:
     return part / whole if part and whole else None
 
 
+_BUSY = 1.2  # a quiet machine's probe varies by less
 _TIMED: dict[str, Callable[[Run, Row], str]] = {  # cells of a timed row
     "median ms": lambda run, row: _number(row.timed.median, ".3g", 1e3),
     "p10": lambda run, row: _number(row.timed.quantile(0.1), ".3g", 1e3),
@@ -39,7 +40,12 @@ def cells(run: Run) -> list[tuple[str, ...]]:
         timed = row.samples is not None
         note = f"{row.status}: {row.reason}"
         if timed:
-            note = f"no verdict: {row.timed.unstable}" if row.timed.unstable else ""
+            unstable, busy = row.timed.unstable, row.timed.busy or 1
+            notes = (
+                f"no verdict: {unstable}" * bool(unstable),
+                f"the machine was busy: x{busy:.1f}" * (busy > _BUSY),
+            )
+            note = "; ".join(filter(None, notes))
         difference = "not compared" if row.difference is None else f"{row.difference:.1e}"
         numbers = [cell(run, row) if timed else "" for cell in _TIMED.values()]
         built = _number(row.build_seconds if timed else None, ".1f")
@@ -106,6 +112,11 @@ def summary(result: Result) -> str:
     text = f"{head}\n\n{_table(_README_COLUMNS, lines)}"
     if any("~" in cell for line in lines for cell in line):
         text += "\n~: the samples spread or drift too much for a verdict.\n"
+    busy = max((row.timed.busy or 1 for run in result.runs for row in run.rows if row.samples), default=1)
+    if busy > _BUSY:
+        text += (
+            f"\nThe machine was busy: a fixed computation beside the calls took x{busy:.1f} of its best.\n"
+        )
     return text
 
 

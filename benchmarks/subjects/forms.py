@@ -7,9 +7,9 @@ from collections import Counter
 from torch import Tensor, nn
 
 from dsp_kernels.graph.network import TracedNetwork, TracedNode, trace
-from dsp_kernels.op.dense import dense_weight, live_bias
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_pruning import pack
+from dsp_pruning.flow.kernels import dense_weight, own_bias
 
 _PASSES_CHANNELS = ("batch_norm", "activation", "max_pool", "avg_pool", "identity")
 
@@ -29,11 +29,22 @@ def compacted(packed: nn.Module) -> nn.Module:
 def _dense(module: PackedConv2d) -> nn.Conv2d:
     window = module.kernel_size, module.stride, module.padding, module.dilation
     conv = nn.Conv2d(module.in_channels, module.out_channels, *window, bias=module.bias is not None)
-    weights = [weight.detach() for weight in module.weights]
-    conv.weight = nn.Parameter(dense_weight(module.structure, weights, module.kernel_size))
-    if (bias := live_bias(module.structure, module.bias)) is not None:
-        conv.bias = nn.Parameter(bias.detach().clone())
+    conv.weight = nn.Parameter(dense_weight(module))
+    if module.bias is not None:
+        conv.bias = nn.Parameter(own_bias(module).to(module.bias))
     return conv
+
+
+def widened(narrow: nn.Module, wide: nn.Module) -> nn.Module:
+    """``wide`` with the tensors of ``narrow``, padded with zeros at the end of each axis: the same function.
+
+    Both have the same layers; layers whose widths differ are convolutions and batch norms.
+    """
+    small = narrow.state_dict()
+    for name, tensor in wide.state_dict().items():
+        tensor.zero_()
+        tensor[tuple(slice(size) for size in small[name].shape)] = small[name]
+    return wide
 
 
 def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
@@ -44,6 +55,9 @@ def filter_pruned(dense: nn.Module, example: Tensor, macs: int) -> nn.Module:
     the packed network's; it is shown for its speed at equal FLOPs.
     """
     model = copy.deepcopy(dense).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.reset_parameters()  # a released network has zeros, which ``pack`` would remove
     network = trace(model, example)
     pairs = _inner_pairs(network)
     costs = {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from dsp_pruning.models import cifar_resnet, torchvision_resnet
 from dsp_pruning.packing.twin import dense_twin
 
 from ..measure.floors import program_of
-from .forms import compacted, filter_pruned
+from .forms import compacted, filter_pruned, widened
 from .released_form import ReleasedForm
 from .structures import apply_structure
 
@@ -35,6 +36,7 @@ REFERENCE = {
     "filters": "filters",
 }
 FORMS = tuple(REFERENCE)
+_TRAINING, _RANDOM = 256, 32  # images on which int8 engines find the range of every value
 
 
 def shared_folder() -> Path:
@@ -69,7 +71,8 @@ class Labelled:
 class Network:
     """One network in all its forms, each built when first used, in eval mode on the CPU.
 
-    label: what it is and where its structure comes from. labelled: images of its data set, or None.
+    label: what it is and where its structure comes from. labelled: test images of its data set, training: of
+    its training images, normalised too; None without real weights.
     """
 
     def __init__(
@@ -80,21 +83,43 @@ class Network:
         image_size: int,
         released: nn.Module | None = None,
         labelled: Labelled | None = None,
+        training: Tensor | None = None,
+        quantized: nn.Module | None = None,
     ) -> None:
         self.label = label
         self.packed = packed.eval()
         self.dense = dense.eval()
         self.image_size = image_size
         self.labelled = labelled
+        self.training = training
         self._forms: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
         if released is not None:
             self._forms["released"] = released
+        if quantized is not None:
+            self._forms["quantized"] = quantized
         self._programs: dict[str, Program] = {}
 
     @cached_property
     def example(self) -> Tensor:
         """(1, channels, image_size, image_size), zeros."""
         return torch.zeros(1, input_channels(self.dense), self.image_size, self.image_size)
+
+    def images(self, count: int, seed: int) -> Tensor:
+        """(count, channels, image_size, image_size): training images, else standard normal."""
+        if self.training is not None:
+            return self.training[torch.arange(count) % len(self.training)]
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, *self.example.shape[1:], generator=generator)
+
+    @property
+    def calibration(self) -> Tensor:
+        """Images on which int8 engines find the range of every value."""
+        return self.images(_RANDOM, 0) if self.training is None else self.training
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there is a form "quantized": the packed network as its file holds it."""
+        return "quantized" in self._forms
 
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError if it does not have it."""
@@ -104,7 +129,9 @@ class Network:
             if name == "compacted":
                 self._forms[name] = compacted(self.packed)
             else:
-                self._forms[name] = filter_pruned(self.dense, self.example, self.macs("packed"))
+                self._forms[name] = _seeded(
+                    lambda: filter_pruned(self.dense, self.example, self.macs("packed")), 0
+                )
         return self._forms[name]
 
     def program(self, form: str) -> Program:
@@ -128,18 +155,21 @@ def load_network(source: NetworkSource) -> Network:
     if path.suffix == ".npz":
         packed = read_released(path)
         label, size = f"{path.stem}, real weights", source.image_size or 32
-        dense = _seeded(lambda: dense_twin(packed), source.seed)
-        labelled = _labelled(packed.classifier.out_features, size)
-        return Network(label, packed, dense, size, ReleasedForm(packed), labelled)
+        dense = widened(compacted(packed), dense_twin(packed))
+        labelled, training = _cifar10(packed.classifier.out_features, size)
+        return Network(label, packed, dense, size, ReleasedForm(packed), labelled, training)
     if path.suffix == ".safetensors":
-        saved = dsp_kernels.load(path)
+        loaded = dsp_kernels.load(path)
+        quantized = loaded if isinstance(loaded, dsp_kernels.FusedNetwork) else None
+        saved: Any = loaded if quantized is None else loaded.packed
         if len(getattr(saved, "example_shapes", ())) > 1:
             raise DSPFormatError(f"{path} takes several inputs; only networks of one image can be measured")
         shape: tuple[int, ...] = getattr(saved, "example_shape", None) or ()
         size = source.image_size or (int(shape[2]) if len(shape) == 4 else 32)
         known = getattr(saved, "dense_widths", None)
         label = path.name if known else f"{path.name} (dense has the packed widths: the file holds no others)"
-        return Network(label, saved, _seeded(lambda: dense_twin(saved), source.seed), size)
+        twin = _seeded(lambda: dense_twin(saved), source.seed)
+        return Network(label, saved, twin, size, quantized=quantized)
     if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
         structure = str(shared_folder() / "structures" / f"{name}.npz")
         return load_network(replace(source, name=match[1], structure=structure))
@@ -165,14 +195,17 @@ def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
     )
 
 
-def _labelled(classes: int, image_size: int) -> Labelled | None:
-    """The test images of the CIFAR-10 subset, if it exists and fits."""
+def _cifar10(classes: int, image_size: int) -> tuple[Labelled | None, Tensor | None]:
+    """The test images and some training images of the CIFAR-10 subset, if it exists and fits."""
     path = shared_folder() / "data" / "cifar10_subset.npz"
     if classes != 10 or image_size != 32 or not path.is_file():
-        return None
+        return None, None
     with np.load(path) as archive:
-        images, labels = (torch.from_numpy(archive[f"test_{what}"]) for what in ("images", "labels"))
-    return Labelled(normalise(images, CIFAR10_MEAN, CIFAR10_STD), labels.long())
+        test, training = (
+            normalise(torch.from_numpy(archive[f"{part}_images"]), CIFAR10_MEAN, CIFAR10_STD)
+            for part in ("test", "train")
+        )
+        return Labelled(test, torch.from_numpy(archive["test_labels"]).long()), training[:_TRAINING]
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

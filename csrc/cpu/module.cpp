@@ -58,7 +58,8 @@ using Ends = std::optional<std::tuple<Array, std::optional<float>, float, float,
 std::optional<dsp::Requantize> requantize_of(const Ends& ends) {
     if (!ends) return std::nullopt;
     const auto& [multiplier, residual, low, high, exact, is_signed] = *ends;
-    return dsp::Requantize{{residual.value_or(1.0f), low, high, std::isfinite(high)}, flat(multiplier), exact, is_signed};
+    const dsp::Ending ending{residual.value_or(1.0f), low, high, std::isfinite(high)};
+    return dsp::Requantize{ending, flat(multiplier), exact, is_signed};
 }
 
 // Built step by step; immutable after its first run.

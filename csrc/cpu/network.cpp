@@ -34,12 +34,13 @@ void check_window(const Window& w) {
 bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
 
 void check_integers(const std::vector<float>& weights, int64_t terms) {
-    for (float w : weights) require(w >= -127.0f && w <= 127.0f && w == float(int(w)), "a weight is no integer of 8 bits");
+    for (float w : weights)
+        require(w >= -127.0f && w <= 127.0f && w == float(int(w)), "a weight is no integer of 8 bits");
     require(terms < std::numeric_limits<int32_t>::max() / (127 * 255), "an integer sum would exceed 32 bits");
 }
 
-// Whether bytes are worth packing into words, by estimated cycles for a vector of output pixels: a word takes about 8 to
-// make (Zen 4), for each phase of a stride, and a product 1 whether of words or floats. Not in a depthwise convolution.
+// Whether bytes are worth packing into words, by estimated cycles for a vector of output pixels: a word takes about 8
+// to make (Zen 4), for each phase of a stride, and a product 1, of words or floats. Not in a depthwise convolution.
 bool fills_words(const Window& window, const std::vector<GroupIndex>& groups) {
     int64_t words = 0, floats = 0, phases = 1, taps = 1;
     for (int a = 0; a < 2; ++a) phases *= std::min(window.stride[a], window.kernel[a]), taps *= window.kernel[a];
@@ -54,7 +55,7 @@ constexpr float most_level = 1 << 22;
 
 bool is_folded(Act act) { return act < Act::sigmoid; }
 
-// Rounding and clamping by requantize() in kernels/impl.h are exact only for such bounds.
+// Requantizer in kernels/impl.h rounds right only within such bounds.
 void check_ending(const Requantize& end, size_t numbers, Act act) {
     require(end.multiplier.size() == numbers, "requantize needs one multiplier per output channel");
     require(end.low <= 0.0f && end.high >= 0.0f && end.round == (end.low > -most_level) &&

@@ -112,11 +112,13 @@ Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKe
             if (words && filled > 0) {
                 for (int64_t y = 0; y < filled_rows; ++y) {
                     const float* row[max_word] = {};
-                    for (int i = 0; i < max_word && source[i]; ++i) row[i] = source[i] + begin + y * source_pitch;
+                    const int64_t at = begin + y * source_pitch;
+                    for (int i = 0; i < max_word && source[i]; ++i) row[i] = source[i] + at;
                     words->pack(row, target + y * target_pitch, filled, stride[1], I);
                 }
             } else if (filled_rows > 0 && filled > 0) {
-                kernels.thin({source[0] + begin, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
+                const float* const pixels = source[0] + begin;
+                kernels.thin({pixels, target, filled_rows, source_pitch, target_pitch, filled, stride[1], I});
             }
             for (int64_t y = 0; y < t.h; ++y) {
                 const int64_t done = y < filled_rows ? filled : 0;
@@ -124,7 +126,8 @@ Op split(const Kernels& kernels, Place from, Place to, Pair stride, const WordKe
             }
         }
     };
-    return {!words ? "split" : words->channels == 2 ? "pair" : "quad", units, body};
+    const char* const name = !words ? "split" : words->channels == 2 ? "pair" : "quad";
+    return {name, units, body};
 }
 
 // -- Convolutions --

@@ -338,7 +338,8 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
     if (step.requantize) {
         size_t filters = 0; // of groups whose sums pass through memory
         for (size_t g = 0; g < step.groups.size(); ++g)
-            if (conv->off[g].size() > size_t(conv->block_terms[g])) filters = std::max(filters, step.groups[g].out.size());
+            if (conv->off[g].size() > size_t(conv->block_terms[g]))
+                filters = std::max(filters, step.groups[g].out.size());
         conv->scratch = scratch_begin;
         conv->scratch_size = round_up(int64_t(filters) * conv->block_vectors * network.kernels.lanes, 16);
         scratch_floats = std::max(scratch_floats, conv->scratch_size * key.threads);

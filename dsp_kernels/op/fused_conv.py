@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
-from dsp_kernels.op.torch_op import OP
+from dsp_kernels.op.torch_op import call_op
 from dsp_kernels.run.convs import BACKENDS, ConvPlan, first_working
 from dsp_kernels.run.gpu.conv import warn_of_missing
 
@@ -109,7 +110,8 @@ class FusedConv2d(nn.Module):
     def _needs_op(self, x: Tensor, residual: Tensor | None) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return True
-        if torch._C._len_torch_dispatch_stack() > 0:  # a recorder, as make_fx, has to see an operation
+        # A recorder, as make_fx, has to see an operation; forward-mode derivatives are refused there.
+        if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
             return True
         if not torch.is_grad_enabled():
             return False
@@ -122,7 +124,7 @@ class FusedConv2d(nn.Module):
             for name in ("in_index", "out_index")
         )
         lists = list(self.weights), in_index, out_index
-        return OP(x, *lists, self.bias, residual, self.spec.structure.out_channels, *self.spec.settings)
+        return call_op(x, *lists, self.bias, residual, self.spec.structure.out_channels, *self.spec.settings)
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds closures and native objects, which cannot be copied.

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
-from dsp_kernels.errors import DSPShapeError, DSPStructureError
+from dsp_kernels.errors import DSPError, DSPShapeError, DSPStructureError
 from dsp_kernels.op.activations import activation_gradient
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
@@ -75,7 +77,19 @@ def gather_grouped_conv2d(
     # Under a mode that makes other tensors (fake ones), index tensors are fake too and must not be cached.
     indices = (_cached_index if type(x) is Tensor else _new_index)(structure, x.device)
     lists = list(weights), *map(list, indices)
-    return OP(x, *lists, bias, residual, structure.out_channels, *spec.settings)
+    return call_op(x, *lists, bias, residual, structure.out_channels, *spec.settings)
+
+
+def call_op(*arguments: Any) -> Tensor:
+    """OP, which has no forward-mode derivative. Raises DSPError instead of giving tangents of zero."""
+    if forward_ad._current_level >= 0:
+        for tensor in pytree.tree_leaves(arguments):
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise DSPError(
+                    f"{OP_NAME} has no forward-mode derivative (torch.func.jvp, jacfwd); use backward(), or "
+                    "the packed model instead of the swapped one"
+                )
+    return OP(*arguments)
 
 
 def _new_index(

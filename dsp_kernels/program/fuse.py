@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,16 +71,7 @@ def fuse(
     else:
         program = float_program(model, inputs, dtype)
     fused = FusedNetwork(program, dtype, device, backend)
-    names = [executor.name for executor in EXECUTORS.candidates(backend, program, dtype, device)]
-    for name in names:
-        fused.backend = name
-        try:
-            _verify(fused, model, inputs)
-            break
-        except Exception as error:
-            if name == names[-1] or isinstance(error, DSPTraceError):
-                raise
-            warnings.warn(f"fuse tries another backend, because {name} failed: {error}", stacklevel=2)
+    fused._take_first(lambda: _verify(fused, model, inputs))
     return fused
 
 
@@ -221,7 +212,24 @@ class FusedNetwork(nn.Module):
         backend = EXECUTORS.choose(self._requested_backend, program, probe.dtype, probe.device).name
         self.program, self.backend, self.dtype, self.device = program, backend, probe.dtype, probe.device
         self._runners = {}
+        if self._requested_backend == "auto":  # a launch may fail that can_run allows
+            zeros = [probe.new_zeros(shape) for shape in self._example_shapes]
+            self._take_first(lambda: self(*zeros))
         return self
+
+    def _take_first(self, check: Callable[[], object]) -> None:
+        """Takes the first of the backends that can run this with which the check passes; warns of others."""
+        request = self._requested_backend, self.program, self.dtype, self.device
+        names = [executor.name for executor in EXECUTORS.candidates(*request)]
+        for self.backend in names:
+            try:
+                check()
+                return
+            except Exception as error:
+                if self.backend == names[-1] or isinstance(error, DSPTraceError):
+                    raise
+                reason = f"because {self.backend} failed: {error}"
+                warnings.warn(f"fuse tries another backend, {reason}", stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         # Runners are closures, which cannot be pickled.

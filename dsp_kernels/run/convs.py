@@ -1,12 +1,12 @@
 """The backends of one gather-grouped convolution."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.cpu.conv import CpuBackend
@@ -39,8 +39,9 @@ BACKENDS: Registry[ConvBackend] = Registry(
 )
 
 
-# (backend, spec, storages of all constants) -> (what changes with their values, their storages, the plan)
-_prepared: dict[Hashable, tuple[Hashable, list[StorageWeakRef], ConvPlan]] = {}
+# (backend, spec, storages of all constants) -> (what changes with their values, weak references that drop
+# the entry when a storage is freed, before another can get its number; the plan)
+_prepared: dict[Hashable, tuple[Hashable, list[weakref.ref[torch.UntypedStorage]], ConvPlan]] = {}
 
 
 def prepared(
@@ -55,21 +56,18 @@ def prepared(
     is_plain = backend.name == "eager" and (not constants or constants[0].device.type == "cpu")
     if is_plain or not constants or any(constant.is_inference() for constant in constants):
         return backend.prepare(spec, weights, bias)
-    # Not the tensors: under torch.compile they may be others at every call. While a storage has a weak
-    # reference, no other gets its number.
-    key = backend.name, spec, tuple(constant.untyped_storage()._cdata for constant in constants)
+    # Not the tensors: under torch.compile they may be others at every call.
+    storages = [constant.untyped_storage() for constant in constants]
+    key = backend.name, spec, tuple(storage._cdata for storage in storages)
     # Strides and dtype: views of one storage may begin at one address.
     state = tuple((c.data_ptr(), c._version, c.stride(), c.dtype) for c in constants)
     kept = _prepared.get(key)
     if kept is None or kept[0] != state:
-        for other, (_, storages, _) in list(_prepared.items()):
-            if any(storage.expired() for storage in storages):
-                _prepared.pop(other, None)
         # Copies: the constants themselves would never be freed.
         copies = [constant.detach().clone() for constant in constants]
         plan = backend.prepare(spec, copies[: len(weights)], None if bias is None else copies[-1])
-        storages = [StorageWeakRef(constant.untyped_storage()) for constant in constants]
-        kept = _prepared[key] = state, storages, plan
+        references = [weakref.ref(storage, lambda _: _prepared.pop(key, None)) for storage in storages]
+        kept = _prepared[key] = state, references, plan
     return kept[2]
 
 

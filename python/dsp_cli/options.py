@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     ),
     "temperature": typer.Option("--temperature", help="Of the Gumbel softmax."),
     "second_order": typer.Option("--second-order", help="Second-order term of the gradient of the logits."),
+    "init": typer.Option("--init", help="First groups: random, or by the weights for a rate of --prune."),
     "prune": typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1."),
     "target": typer.Option("--target", help="That cost: multiply-adds or parameters."),
     "channel_multiple": typer.Option(
@@ -66,6 +67,7 @@ SETTINGS: dict[str, Any] = {
 _TYPES = {
     "arch": StrEnum("Arch", "cifar resnet18 resnet34 resnet50 resnet101 resnet152"),
     "precision": StrEnum("Precision", "float32 bfloat16 float16"),
+    "init": StrEnum("Init", "random weights"),
     "second_order": StrEnum("SecondOrder", "exact none original"),
     "target": StrEnum("Target", "macs params"),
     "layer_groups": list[str] | None,

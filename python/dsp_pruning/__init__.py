@@ -1,5 +1,6 @@
 """Learn groups, prune, pack: from a dense CNN to small grouped convolutions."""
 
+from dsp_pruning.learn.assign import assign_groups
 from dsp_pruning.learn.wrapper import GroupWrapper
 from dsp_pruning.packing.pack import pack
 from dsp_pruning.packing.unpack import unpack
@@ -10,6 +11,7 @@ from dsp_pruning.released.load import load_released
 __all__ = [
     "GroupWrapper",
     "PruneWrapper",
+    "assign_groups",
     "build_released",
     "load_released",
     "pack",

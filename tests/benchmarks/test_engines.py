@@ -10,7 +10,7 @@ from unittest.mock import MagicMock, call
 
 import pytest
 import torch
-from dsp_benchmarks.cases import Case, build_case, case_input
+from dsp_benchmarks.cases import Case, build_case
 from dsp_benchmarks.engines import ENGINES, Engine, Runner, onnx_engines, tensorrt
 from dsp_benchmarks.engines.base import tf32_products
 from dsp_benchmarks.engines.cuda_graph import CudnnConvs
@@ -27,11 +27,22 @@ _FAST = [name for name, engine in ENGINES.items() if not engine.slow_build and e
 @pytest.mark.parametrize("name", _FAST)
 @pytest.mark.parametrize("form", ["dense", "packed", "compacted", "filters"])
 def test_engines_give_the_right_answer_in_every_form(network: Network, form: str, name: str) -> None:
-    row, run = build_case(Case(form, name), network, case_input(network, 3, 0))
+    row, run = build_case(Case(form, name), network, network.images(3, 0))
     if row.status == "unavailable":
         pytest.skip(row.reason)
     assert row.status == "ok", row.reason
     assert run is not None
+
+
+@pytest.mark.parametrize("name", ["openvino-int8", "onnxruntime-int8", "fused:cpu:int8"])
+def test_int8_engines_multiply_8_bit_numbers(network: Network, name: str) -> None:
+    """Their answer is right by the bound of 8 bits and too far off for a wider number."""
+    row, _ = build_case(Case("compacted", name), network, network.images(3, 0), count_right=True)
+    if row.status == "unavailable":
+        pytest.skip(row.reason)
+    assert (row.status, row.reason) == ("ok", "")
+    assert (row.allowed or 0) / 300 < (row.difference or 0) < (row.allowed or 0)
+    assert row.accuracy is None  # it has no labelled images
 
 
 def test_compiled_engines_do_not_share_what_they_compiled(
@@ -45,7 +56,7 @@ def test_compiled_engines_do_not_share_what_they_compiled(
         return function
 
     monkeypatch.setattr(torch, "compile", compile_)
-    x = case_input(network, 1, 0)
+    x = network.images(1, 0)
     for name in ("compile", "compile-autotune", "compile-freezing"):
         run = ENGINES[name].prepare(network.form("packed"), x)
         assert torch.allclose(run(x), network.form("packed")(x), atol=1e-5)
@@ -55,18 +66,25 @@ def test_compiled_engines_do_not_share_what_they_compiled(
 
 
 def _reason(name: str, network: Network) -> str:
-    row, run = build_case(Case("dense", name), network, case_input(network, 1, 0))
+    row, run = build_case(Case("dense", name), network, network.images(1, 0))
     assert (row.status, run) == ("unavailable", None)
     return row.reason
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("package", "engine"),
+    [("onnxruntime", "onnxruntime"), ("openvino", "openvino"), ("nncf", "openvino-int8")],
+)
 def test_a_missing_package_is_the_reason(
-    monkeypatch: pytest.MonkeyPatch, network: Network, package: str
+    monkeypatch: pytest.MonkeyPatch, network: Network, package: str, engine: str
 ) -> None:
+    if package == "nncf":
+        pytest.importorskip("openvino")
     onnx_engines._core.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"import of {package} halted" in _reason(package, network)
+    reason = _reason(engine, network)
+    assert f"import of {package} halted" in reason
+    assert "pip install 'dsp-kernels[bench]'" in reason
 
 
 def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
@@ -128,7 +146,7 @@ def test_the_onnx_file_for_tensorrt_gives_the_right_answer(
 ) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, x = network.form(form), case_input(network, 2, 0)
+    model, x = network.form(form), network.images(2, 0)
     file = onnx_bytes(model, x, dtype)
     graph = onnx.load_from_string(file).graph
     kinds = {tensor.data_type for tensor in graph.initializer} - {onnx.TensorProto.INT64}
@@ -193,7 +211,7 @@ def test_cudnns_fused_operations_give_the_right_answer(
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
-    x = case_input(network, 3, 0)
+    x = network.images(3, 0)
     for form in ("dense", "packed", "compacted"):
         called.clear()
         model = network.form(form)

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dsp_benchmarks.cases import Case, build_case, case_input
+from dsp_benchmarks.cases import Case, build_case
+from dsp_benchmarks.engines import ENGINES
+from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.kernels.test_convs import layers
 from dsp_benchmarks.measure.floors import compulsory_bytes, part_floor, program_of
 from dsp_benchmarks.measure.peaks import Peaks, measure_peaks
@@ -40,6 +42,22 @@ def test_the_released_form_reproduces_the_authors_logits(shared: Path, name: str
         expected = torch.from_numpy(golden[name][:8])
     with torch.inference_mode():
         assert float((network(x) - expected).abs().max()) <= 2e-5
+
+
+def test_a_released_network_has_its_weights_in_the_dense_form_and_training_images(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSP_SHARED", str(shared))
+    network = load_network(NetworkSource("resnet20_g4"))
+    with np.load(shared / "data" / "cifar10_subset.npz") as archive:
+        training = normalise(torch.from_numpy(archive["train_images"][:256]), CIFAR10_MEAN, CIFAR10_STD)
+    assert torch.equal(network.calibration, training)
+    x = network.images(300, 0)[254:]  # after the last comes the first
+    assert torch.equal(x[2:], training[:44])
+    with torch.inference_mode():
+        assert torch.allclose(network.dense(x), network.packed(x), atol=1e-4)
+    assert network.macs("dense") == pytest.approx(2.664 * network.macs("packed"), rel=1e-3)
+    assert network.macs("filters") == pytest.approx(network.macs("packed"), rel=0.05)
 
 
 def test_the_compacted_form_is_dense_and_equals_the_packed_one(network: Network) -> None:
@@ -111,6 +129,24 @@ def test_a_saved_file_is_a_network(network: Network, tmp_path: Path) -> None:
     assert loaded.macs("dense") == network.macs("dense")
 
 
+def test_a_quantised_file_runs_as_it_is_and_its_float_network_beside_it(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random images are outside the ranges of its values, so its answer is compared with its own."""
+    pytest.importorskip("dsp_kernels.quantizing")
+    engine = Fused("fused:cpu:int8", torch.int8, backend="eager")  # runs without the extension
+    monkeypatch.setitem(ENGINES, "fused:cpu:int8", engine)
+    quantized = dsp_kernels.quantize(network.packed, 0.01 * network.images(8, 0))
+    dsp_kernels.save(quantized, tmp_path / "q.safetensors")
+    loaded = load_network(NetworkSource(str(tmp_path / "q.safetensors"), None, 16))
+    for name, bound in (("fused:cpu:int8", 0.0), ("torch", 1e-6)):
+        row, run = build_case(Case("packed", name), loaded, x := network.images(3, 0))
+        assert run is not None, row.reason
+        assert row.difference == pytest.approx(0, abs=bound)
+        with torch.inference_mode():
+            assert torch.allclose(run(x), (quantized if bound == 0 else network.packed)(x), atol=1e-5)
+
+
 def test_a_saved_file_without_dense_widths_is_a_network(tmp_path: Path) -> None:
     """Its original widths are not in the file, so the dense network has the packed ones, and says so."""
     structure = GroupStructure.build(3, 6, [([0, 2], [0, 1, 4]), ([1], [2, 3])])
@@ -123,7 +159,7 @@ def test_a_saved_file_without_dense_widths_is_a_network(tmp_path: Path) -> None:
     assert "dense has the packed widths" in network.label
     assert network.macs("dense") == 6 * 3 * 9 * 64 + 6 * 64 * 2
     assert network.macs("packed") == (3 * 2 + 2) * 9 * 64 + 6 * 64 * 2
-    row, run = build_case(Case("dense", "torch"), network, case_input(network, 2, 0))
+    row, run = build_case(Case("dense", "torch"), network, network.images(2, 0))
     assert run is not None, row.reason
     again = load_network(source)
     for a, b in zip(again.dense.parameters(), network.dense.parameters(), strict=True):

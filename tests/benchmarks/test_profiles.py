@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from dsp_benchmarks.cases import case_input
 from dsp_benchmarks.measure.floors import program_of
 from dsp_benchmarks.measure.peaks import Peaks
 from dsp_benchmarks.measure.profiles import profile_engine
@@ -18,7 +17,7 @@ PEAKS = Peaks({"float32": 1e12, "bfloat16": 2e12}, 1e11)
 def test_a_profile_names_parts_that_take_time(network: Network, name: str) -> None:
     if name == "openvino":
         pytest.importorskip("openvino")
-    parts = profile_engine(name, network.form("packed"), case_input(network, 2, 0), PEAKS)
+    parts = profile_engine(name, network.form("packed"), network.images(2, 0), PEAKS)
     seconds = [part.seconds for part in parts]
     assert seconds == sorted(seconds, reverse=True)
     assert sum(seconds) > 0
@@ -28,7 +27,7 @@ def test_a_profile_names_parts_that_take_time(network: Network, name: str) -> No
         assert floors["bn_1"] is None
         assert floors["conv_1_3x3"] == pytest.approx(2 * 2 * (16 * 3 * 9) * 256 / 1e12)
     if name == "openvino":  # its names come from the exported graph
-        dense = profile_engine(name, network.form("dense"), case_input(network, 2, 0), PEAKS)
+        dense = profile_engine(name, network.form("dense"), network.images(2, 0), PEAKS)
         convs = [part for part in dense if part.name.startswith("/") and "/Conv" in part.name]
         assert len(convs) >= 7
         assert all(part.floor for part in convs)
@@ -46,4 +45,4 @@ def test_a_profile_of_a_fused_network_has_every_step_with_its_floor() -> None:
 
 def test_an_engine_without_a_profile_says_which_have_one(network: Network) -> None:
     with pytest.raises(DSPError, match="'torchscript' has no profile; torch, "):
-        profile_engine("torchscript", network.form("packed"), case_input(network, 1, 0), PEAKS)
+        profile_engine("torchscript", network.form("packed"), network.images(1, 0), PEAKS)

@@ -46,6 +46,17 @@ def test_unstable_samples_are_marked(result: Result) -> None:
     assert "too much for a verdict" not in summary(result)
 
 
+def test_a_busy_machine_is_noted(result: Result, tmp_path: Path) -> None:
+    run = result.runs[0]
+    rows = [replace(row, samples=replace(row.timed, busy=1.42)) for row in run.rows[:1]]
+    rows += [replace(row, samples=replace(row.timed, busy=1.1)) for row in run.rows[1:2]]
+    path = write_result(tmp_path / "a.json", replace(result, runs=(replace(run, rows=tuple(rows)),)))
+    read = read_result(path)
+    assert list(_column(read, "note").values()) == ["the machine was busy: x1.4", ""]
+    assert "a fixed computation beside the calls took x1.4 of its best" in summary(read)
+    assert "busy" not in summary(result)
+
+
 def test_a_report_is_a_page_and_tables_beside_the_result(result: Result, tmp_path: Path) -> None:
     path = write_result(tmp_path / "a.json", result)
     assert main(["report", str(path)]) == 0

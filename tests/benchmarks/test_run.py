@@ -11,7 +11,6 @@ from dsp_benchmarks.cases import (
     accuracy,
     allowed_difference,
     build_case,
-    case_input,
     check,
     choose_cases,
     default_cases,
@@ -111,7 +110,7 @@ def test_choosing_cases() -> None:
 
 def test_an_engine_of_another_device_says_so(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "fake", FakeEngine(device="cuda"))
-    row, run = build_case(Case("packed", "fake"), network, case_input(network, 1, 0))
+    row, run = build_case(Case("packed", "fake"), network, network.images(1, 0))
     assert run is None
     assert row.reason == "it runs on cuda only, this run is on cpu"
 
@@ -140,8 +139,9 @@ def test_16_bit_and_native_rows_of_a_released_network_have_an_accuracy(
     real.labelled = Labelled(real.labelled.images[:40], real.labelled.labels[:40])
     # In plain PyTorch, so that it runs without the extension too.
     monkeypatch.setitem(ENGINES, "fused:cpu", Fused("fused:cpu", backend="eager"))
-    names = "packed/fused:cpu packed/fused:eager packed/openvino-bf16 packed/torch dense/fused:cpu"
-    rows = run_cases(real, [2, 32], choose_cases(engines=names.split()), QUICK)
+    names = ["packed/fused:eager", "packed/openvino-bf16", "packed/torch"]
+    names += [f"{form}/fused:cpu" for form in ("packed", "dense", "filters")]
+    rows = run_cases(real, [2, 32], choose_cases(engines=names), QUICK)
     counted = {(row.engine, row.batch): row.accuracy for row in rows}
     assert counted["packed/fused:cpu", 2] == counted["packed/fused:cpu", 32]
     with np.load(shared / "golden" / "logits.npz") as golden:
@@ -152,4 +152,5 @@ def test_16_bit_and_native_rows_of_a_released_network_have_an_accuracy(
     assert half is None or abs(half - right) <= 0.026  # bfloat16 may change a close decision
     assert counted["packed/torch", 32] is None  # the reference itself
     assert counted["packed/fused:eager", 32] is None  # not counted: slow, and as exact as the native one
-    assert counted["dense/fused:cpu", 32] is None  # random weights
+    assert counted["dense/fused:cpu", 32] == pytest.approx(right, abs=1e-6)  # the packed weights and zeros
+    assert counted["filters/fused:cpu", 32] is None  # random weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dsp_benchmarks.measure.cuda_timing import device_times
 from dsp_benchmarks.measure.samples import Samples
-from dsp_benchmarks.measure.timing import Timer, TimingRules, measure
+from dsp_benchmarks.measure.timing import Probe, Timer, TimingRules, measure
 from fakes import Clock
 
 
@@ -119,6 +119,21 @@ def test_the_clock_stops_after_the_device_has_finished(clock: Clock) -> None:
 
     timer = Timer(lambda: queued.append(0.5), synchronize)
     assert measure({"queues": timer}, TimingRules(rounds=2, warmup=0))["queues"].seconds == (0.5, 0.5)
+
+
+def test_a_probe_tells_how_busy_the_machine_was(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = [1.0]
+    cost = {torch.float32: 2**-8, torch.bfloat16: 2**-9}
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: clock.spend(load[0] * cost[a.dtype]))
+    probe = Probe()
+    timers, rules = {"one": Timer(lambda: clock.spend(1))}, TimingRules(rounds=4, warmup=0)
+    assert measure(timers, rules, probe=probe)["one"].busy == pytest.approx(1)
+    load[0] = 1.5
+    samples = measure(timers, rules, probe=probe)["one"]
+    assert samples.busy == pytest.approx(1.5)
+    assert samples.seconds == (1,) * 4
+    assert probe.best == pytest.approx(2**-9)  # of the faster product
+    assert measure(timers, rules)["one"].busy is None
 
 
 def test_quantiles() -> None:

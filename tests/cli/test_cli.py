@@ -147,7 +147,8 @@ def test_an_own_network_on_own_data_in_every_command(dsp: Command, tmp_path: Pat
     common += ["--data", "recipe_cases:own_data", "--save-dir", tmp_path]
     missing = dsp("finetune", *common, "-g", 3)
     assert "learn-groups --model recipe_cases:own_net --model-args width=12" in missing.error
-    for stage in (["pretrain"], ["learn-groups", "-g", 3], ["finetune", "-g", 3, "-p", 0.4]):
+    weights = ["--init", "weights", "-p", 0.4]
+    for stage in (["pretrain"], ["learn-groups", "-g", 3, *weights], ["finetune", "-g", 3, "-p", 0.4]):
         shown = dsp(*stage, *common)
         assert shown.status == 0, shown.error
     ckpt, file = tmp_path / "finetune_g3_p0.4" / "model.pt", tmp_path / "own.safetensors"

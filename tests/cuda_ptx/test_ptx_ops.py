@@ -11,6 +11,7 @@ import torch
 from block_cases import BlockCase
 from cases import CASES, UNEQUAL, WIDE, Case
 from child import Child
+from gpu_checks import layer_of
 from ptx.interpreter import SHARED_BYTES
 from ptx_checks import block_case, conv_case, infinite_images, kernels_of, refused_block
 
@@ -45,7 +46,7 @@ EDGES = (
 
 def runs() -> Iterator[object]:
     for case, dtype, layout in product([*TABLE, *EDGES], GPU_DTYPES, GpuLayout):
-        for kernel in kernels_for(case.spec, dtype, layout, wgmma=True):
+        for kernel in kernels_for(layer_of(case, layout, dtype), wgmma=True):
             name = f"{kernel}-{case.name.replace(' ', '-')}-{str(dtype)[6:]}"
             yield pytest.param(case, dtype, kernel, id=name)
 

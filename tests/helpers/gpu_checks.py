@@ -1,6 +1,7 @@
 """Prepared GPU convolutions and blocks against the definition, whatever runs them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
 import block_cases
 import cases
@@ -10,10 +11,17 @@ from cases import Case
 from torch import Tensor
 
 from dsp_kernels.run.gpu.cuda.blocks.conv import CudaBlock
-from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayer, GpuLayout
 from dsp_kernels.tolerances import network_tolerance, op_tolerance
 
 CPU = torch.device("cpu")
+
+
+def layer_of(case: Case, layout: GpuLayout, dtype: torch.dtype, device: torch.device = CPU) -> GpuLayer:
+    """The case's convolution with its weights and bias."""
+    a = case.tensors(dtype)
+    x, bias = a.x.to(device), None if a.bias is None else a.bias.to(device)
+    return GpuLayer(case.spec, [weight.to(device) for weight in a.weights], bias, layout, dtype, x.device)
 
 
 def guarded(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,28 +55,42 @@ def assert_close(y: Tensor, expected: Tensor, tolerance: float) -> None:
         assert error <= tolerance, f"relative error {error:.2e}"
 
 
+Solved = tuple[Tensor, Tensor | None, Tensor]  # x, residual, the expected output
+
+
+@lru_cache(maxsize=8)  # one case runs in several layouts, kernels and orders
+def solved(case: Case, dtype: torch.dtype) -> Solved:
+    """Channels that no group reads hold NaN."""
+    arguments = case.tensors(dtype)
+    read = set(case.structure.read)
+    arguments.x[:, [channel for channel in range(case.structure.in_channels) if channel not in read]] = (
+        torch.nan
+    )
+    return arguments.x, arguments.residual, cases.reference(case, arguments)
+
+
 def check_conv(
-    prepare: Callable[..., GpuConv],
+    conv: GpuConv,
     case: Case,
     dtype: torch.dtype,
     layout: GpuLayout,
     device: torch.device = CPU,
     in_place: bool = False,
 ) -> None:
-    """prepare: (spec, weights, bias) -> the convolution to test. Channels that no group reads hold NaN."""
-    arguments = case.tensors(dtype)
-    read = set(case.structure.read)
-    arguments.x[:, [channel for channel in range(case.structure.in_channels) if channel not in read]] = (
-        torch.nan
-    )
-    x, bias, residual = (
-        None if t is None else t.to(device) for t in (arguments.x, arguments.bias, arguments.residual)
-    )
-    assert x is not None
-    conv = prepare(case.spec, [weight.to(device) for weight in arguments.weights], bias)
-    expected = cases.reference(case, arguments)
-    y = launched(conv, x, residual, expected.shape, layout, in_place)
+    """conv: made from ``layer_of`` the same case."""
+    x, residual, expected = solved(case, dtype)
+    added = None if residual is None else residual.to(device)
+    y = launched(conv, x.to(device), added, expected.shape, layout, in_place)
     assert_close(y, expected, op_tolerance(dtype, case.reduction))
+
+
+@lru_cache(maxsize=8)
+def solved_block(case: BlockCase, dtype: torch.dtype) -> Solved:
+    step, x, residual = case.step(dtype), case.input(dtype), None
+    if case.shortcut == "tensor":
+        generator = torch.Generator().manual_seed(3)
+        residual = torch.randn(step.output_shape(x.shape), generator=generator).to(dtype)
+    return x, residual, block_cases.reference(step, x, residual)
 
 
 def check_block(
@@ -79,12 +101,7 @@ def check_block(
     in_place: bool = False,
 ) -> None:
     """block: made from ``case.step(dtype)``."""
-    x = case.input(dtype)
-    shape = block.step.output_shape(x.shape)
-    residual = None
-    if case.shortcut == "tensor":
-        residual = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = block_cases.reference(case.step(dtype), x, residual)
+    x, residual, expected = solved_block(case, dtype)
     added = None if residual is None else residual.to(device)
-    y = launched(block, x.to(device), added, shape, GpuLayout.CHWN, in_place)
+    y = launched(block, x.to(device), added, expected.shape, GpuLayout.CHWN, in_place)
     assert_close(y, expected, network_tolerance(dtype, case.reduction, len(block.step.members)))

@@ -13,7 +13,7 @@ import torch
 from block_cases import BlockCase
 from cases import Case
 from golden import cifar_images
-from gpu_checks import check_block, check_conv
+from gpu_checks import check_block, check_conv, layer_of, solved, solved_block
 from ptx.build import build
 from ptx.interpreter import Interpreter
 from torch import Tensor, nn
@@ -63,10 +63,12 @@ def conv_case(
     if layout is GpuLayout.CHWN:
         batch = 8 if case.batch in (1, 2) else case.batch // 8 * 8 + 8 * (case.batch > 0)
         case = replace(case, batch=batch)
+    # Outside of the interpreter, under which every operation is slow.
+    conv, _ = CudaConv(layer_of(case, layout, dtype), kernel), solved(case, dtype)
     ran = set()
     for ptx in interpreters(["sm_90a"] if "wgmma" in kernel else chips, shared_limit):
         with ptx:
-            check_conv(lambda *a: CudaConv(*a, layout, kernel=kernel), case, dtype, layout, in_place=in_place)
+            check_conv(conv, case, dtype, layout, in_place=in_place)
         assert len(ptx.launches) == (case.batch > 0)
         ran |= set(ptx.launches)
     return ran
@@ -79,8 +81,7 @@ def infinite_images(kernel: str) -> None:
     arguments.x[1:] = torch.inf
     out = arguments.x.new_empty(layout.shape((8, 5, 5, 5)))
     with Interpreter():
-        conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout, kernel=kernel)
-        conv(layout.from_nchw(arguments.x), out)
+        CudaConv(layer_of(case, layout, torch.float16), kernel)(layout.from_nchw(arguments.x), out)
     assert torch.isfinite(layout.as_nchw(out)[0]).all()
 
 
@@ -103,7 +104,7 @@ def block_case(
     case: BlockCase, dtype: torch.dtype, chips: Sequence[str] = CHIPS, in_place: bool = False
 ) -> set[str]:
     """The names of the kernels that ran, in the PTX."""
-    block = prepared_block(case, dtype)
+    block, _ = prepared_block(case, dtype), solved_block(case, dtype)
     ran = set()
     for ptx in interpreters(chips):
         with ptx:
@@ -123,9 +124,10 @@ def refused_block(case: BlockCase, name: str, value: int) -> str:
         first, *others = sizes.regions
         launch_op(*tensors, sizes._replace(regions=(first._replace(**{name: value}), *others)))
 
+    block = prepared_block(case, torch.float16)
     with Interpreter() as ptx, mock.patch.object(block_conv, "launch_op", launch):
         try:
-            check_block(prepared_block(case, torch.float16), case, torch.float16)
+            check_block(block, case, torch.float16)
         except DSPBackendError as error:
             assert not ptx.launches
             return str(error)

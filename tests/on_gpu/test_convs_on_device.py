@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from cases import CASES, IDS, Case
-from gpu_checks import check_conv
+from gpu_checks import check_conv, layer_of
 
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.gpu.conv import GPU_KERNELS
@@ -37,17 +37,18 @@ def test_convolution(family: str, case: Case, dtype: torch.dtype, gpu: torch.dev
     """By the kernel that the rule chooses and by every CUDA kernel that can run it; also in place."""
     kernels = next(item for item in GPU_KERNELS if item.name == family)
     for layout in GpuLayout:
-        able, reason = kernels.can_run(case.spec, dtype, gpu, layout)
+        able, reason = kernels.can_run(case.spec, dtype, gpu)
         if not able:
             pytest.skip(reason)
-        prepare = [("rule", lambda *a, layout=layout: kernels.prepare(*a, layout))]
+        prepare = [("rule", kernels.prepare)]
         if family == "cuda":
-            names = kernels_for(case.spec, dtype, layout, has_wgmma(gpu))
-            prepare += [(name, partial(CudaConv, layout=layout, kernel=name)) for name in names]
+            names = kernels_for(layer_of(case, layout, dtype), has_wgmma(gpu))
+            prepare += [(name, partial(CudaConv, kernel=name)) for name in names]
         fitting = replace(case, batch=8) if layout is GpuLayout.CHWN and case.batch % BATCH_MULTIPLE else case
         for (name, made), in_place in product(prepare, (False, True) if case.residual else (False,)):
             try:
-                check_conv(made, fitting, dtype, layout, gpu, in_place)
+                conv = made(layer_of(fitting, layout, dtype, gpu))
+                check_conv(conv, fitting, dtype, layout, gpu, in_place)
             except AssertionError as error:
                 error.add_note(f"kernel {name}, {layout.name}, in place {in_place}")
                 raise

@@ -8,8 +8,8 @@ from cases import CASES, IDS, UNEQUAL, Case, reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsp_kernels import GroupStructure, gather_grouped_conv2d
-from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPStructureError
+from dsp_kernels import GroupStructure, PackedConv2d, gather_grouped_conv2d, swap
+from dsp_kernels.errors import DSPBackendError, DSPError, DSPShapeError, DSPStructureError
 from dsp_kernels.op.dense import index_tensors
 from dsp_kernels.run.convs import BACKENDS
 from dsp_kernels.run.eager import conv as eager
@@ -99,6 +99,15 @@ def test_gradients(case: Case) -> None:
         return OP(x, list(weights), in_index, out_index, bias, residual, *settings)
 
     assert torch.autograd.gradcheck(run, (x, bias, residual, *weights))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_derivatives_are_refused(grad: bool) -> None:
+    a = Case("", UNEQUAL).tensors()
+    swapped = swap(PackedConv2d(UNEQUAL, 3).requires_grad_(grad).eval())
+    for run in (lambda x: gather_grouped_conv2d(x, a.weights, UNEQUAL), swapped):
+        with pytest.raises(DSPError, match="no forward-mode derivative"):
+            torch.func.jvp(run, (a.x,), (torch.ones_like(a.x),))
 
 
 def test_the_result_may_be_overwritten_before_backward() -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_cases import DEPTH, TINY, Recipe
+from recipe_cases import DEPTH, TINY, Recipe, state
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPTrainingError
+from dsp_pruning import assign_groups
 from dsp_pruning.data import ImageData
+from dsp_pruning.models import cifar_resnet
 from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights, restore_weights, save_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune, load_pruned
 from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
@@ -49,6 +51,18 @@ def test_group_learning_keeps_the_last_epoch(
     last = load_checkpoint(tmp_path)["model"]
     assert all(torch.equal(last[name], value) for name, value in result.model.state_dict().items())
     assert result.history[-1]["ramp"] == 1.0
+
+
+def test_groups_from_the_weights_need_no_epoch(data: ImageData, dense: dict[str, Tensor]) -> None:
+    config = LearnGroupsConfig(**{**TINY, "epochs": 0}, groups=2, init="weights", prune=0.6)
+    learned = state(learn_groups(data, dense, config).model)
+    model = cifar_resnet(DEPTH, 10, 1)
+    model.load_state_dict(dense)
+    seeded = torch.Generator().manual_seed(TINY["seed"])
+    assign_groups(model, 2, 0.6, example_input=data.example(), generator=seeded)
+    assert learned.keys() == model.state_dict().keys()
+    assert all(torch.equal(learned[name], value) for name, value in model.state_dict().items())
+    finetune(data, learned, FinetuneConfig(**{**TINY, "epochs": 0}, groups=2, prune=0.6))
 
 
 def test_finetuning_keeps_pruned_weights_at_zero(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from block_cases import BACK, NARROW, BlockCase
 from cases import UNEQUAL, Case
+from gpu_checks import layer_of
 from ptx_checks import layout_of, prepared_block
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def test_tensors_that_do_not_fit(
 ) -> None:
     case = Case("bad", UNEQUAL, batch=4, hw=(6, 6))
     arguments = case.tensors()
-    conv = CudaConv(case.spec, arguments.weights, arguments.bias, layout)
+    conv = CudaConv(layer_of(case, layout, torch.float32))
     x, out = change(layout.from_nchw(arguments.x), torch.empty(layout.shape((4, 9, 6, 6))))
     with pytest.raises(DSPShapeError, match=text):
         conv(x, out)
@@ -92,18 +93,16 @@ def test_which_kernel_is_launched_where_nothing_is_measured(
     structure: GroupStructure, kernel: int, batch: int, hw: tuple[int, int], expected: str
 ) -> None:
     case = Case("rule", structure, kernel=kernel, padding=kernel // 2)
-    spec, weights = case.spec, case.tensors(torch.float16).weights
-    layout, shape = layout_of(expected), (batch, structure.in_channels, *hw)
-    conv = CudaConv(spec, weights, None, layout)
-    assert conv.describe(shape).startswith(f"kernel={expected} ")
-    options = CudaKernels().options(spec, weights, None, layout, shape)
+    layer, shape = layer_of(case, layout_of(expected), torch.float16), (batch, structure.in_channels, *hw)
+    assert CudaConv(layer).describe(shape).startswith(f"kernel={expected} ")
+    options = CudaKernels().options(layer, shape)
     assert next(iter(options)) == f"cuda {expected}"
-    assert len(options) == len(kernels_for(spec, torch.float16, layout, wgmma=False))
+    assert len(options) == len(kernels_for(layer, wgmma=False))
 
 
 def test_a_launch_is_described_field_by_field() -> None:
     case = Case("strided", UNEQUAL, stride=2, activation="relu")
-    conv = CudaConv(case.spec, case.tensors().weights, None, NHWC)
+    conv = CudaConv(layer_of(case, NHWC, torch.float32))
     shape = (3, UNEQUAL.in_channels, 9, 7)
     fields = dict(field.split("=") for field in conv.describe(shape).split())
     assert list(fields) == list(ConvSizes._fields)
@@ -122,7 +121,7 @@ def test_an_op_that_refuses_names_the_launch() -> None:
         pytest.skip(reason)
     case = Case("refused", UNEQUAL, batch=2)
     arguments = case.tensors()
-    conv = CudaConv(case.spec, arguments.weights, arguments.bias, NHWC)
+    conv = CudaConv(layer_of(case, NHWC, torch.float32))
     x = NHWC.from_nchw(arguments.x)
     with pytest.raises(DSPBackendError, match=r"(?s)cuda_conv: .* launched with kernel=fp32_nhwc filters=32"):
         conv(x, torch.empty(NHWC.shape(case.spec.output_shape(arguments.x.shape))))

@@ -40,6 +40,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.prepared: list[ConvSpec] = []
+        self.plans: list[weakref.ref[Run]] = []
 
     def can_run(self, *request: object) -> tuple[bool, str]:
         return True, ""
@@ -47,7 +48,12 @@ class StandIn:
     def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Run:
         self.prepared.append(spec)
         kept = [weight.clone() for weight in weights]
-        return lambda x, residual: definition(spec, x, kept, bias, residual).to(x.dtype)
+
+        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+            return definition(spec, x, kept, bias, residual).to(x.dtype)
+
+        self.plans.append(weakref.ref(run))
+        return run
 
 
 @pytest.fixture
@@ -92,6 +98,17 @@ def test_the_op_prepares_again_what_has_changed(backend: StandIn) -> None:
     a.weights[1] = a.weights[1].transpose(2, 3)
     expected = definition(backend.prepared[0], a.x, a.weights, a.bias, None)
     torch.testing.assert_close(run(), expected.to(a.x.dtype))
+
+
+def test_what_was_prepared_for_a_network_is_freed_with_it(backend: StandIn) -> None:
+    network, x = dsp_kernels.swap(nets.make("residual")), nets.example()
+    with torch.no_grad():
+        for _ in range(2):
+            network(x)
+    assert all(plan() is not None for plan in backend.plans)
+    del network
+    gc.collect()
+    assert all(plan() is None for plan in backend.plans)
 
 
 class Failing(StandIn):
@@ -153,6 +170,10 @@ def test_auto_goes_on_where_an_explicit_choice_raises(monkeypatch: pytest.Monkey
         f"fuse tries another backend, because {name} failed" for name in names[:2]
     ]
     assert "no kernel image" in texts[0]
+    with pytest.warns(UserWarning, match="because raises failed: no kernel image"):
+        moved = fused.to(torch.float64)
+    assert moved.backend == "wrong"  # there is no model to compare with
+    assert moved(x.double()).dtype == torch.float64
     with pytest.raises(RuntimeError, match="no kernel image"):
         dsp_kernels.fuse(model, x, backend="raises")
     with pytest.raises(DSPVerificationError):

@@ -24,7 +24,7 @@ from dsp_kernels.program.planner import plan
 from dsp_kernels.program.steps import ConvStep, Program, ValueRef, map_nested
 from dsp_kernels.run.gpu import plan as gpu_plan
 from dsp_kernels.run.gpu import program as cuda
-from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout, layout_for_batch
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayer, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.memory import arena_for, value_shapes
 from dsp_kernels.run.gpu.program import CudaExecutor, GpuRunner
 from dsp_kernels.run.gpu.tune import Choices, Tuner
@@ -37,19 +37,17 @@ SHAPE = (3, 8, 8)
 class StandInConv:
     """A GpuConv by the reference. It asserts what a real kernel would silently get wrong."""
 
-    def __init__(
-        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
-    ) -> None:
-        self.spec, self.weights, self.bias, self.layout = spec, weights, bias, layout
+    def __init__(self, layer: GpuLayer) -> None:
+        self.layer = layer
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         for tensor in (x, out, residual):
             assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
         assert not _overlap(x, out)
         assert residual is None or residual.data_ptr() == out.data_ptr() or not _overlap(residual, out)
-        nchw = self.layout.as_nchw
+        nchw = self.layer.layout.as_nchw
         added = None if residual is None else nchw(residual)
-        y = definition(self.spec, nchw(x), self.weights, self.bias, added)
+        y = definition(self.layer.spec, nchw(x), self.layer.weights, self.layer.bias, added)
         out.fill_(float("nan"))
         nchw(out).copy_(y)
         StandIn.clock += StandIn.cost
@@ -62,19 +60,15 @@ class StandIn:
     prepared = 0
     clock, cost = 0.0, 1.0  # seconds of all its convolutions so far, and of one
 
-    def can_run(
-        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
-    ) -> tuple[bool, str]:
+    def can_run(self, spec: ConvSpec, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         return spec.kernel_size != (1, 1), "1x1"
 
-    def prepare(
-        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
-    ) -> StandInConv:
+    def prepare(self, layer: GpuLayer) -> StandInConv:
         self.prepared += 1
-        return StandInConv(spec, weights, bias, layout)
+        return StandInConv(layer)
 
-    def options(self, *operands: Any) -> dict[str, Callable[[], GpuConv]]:
-        return {self.name: lambda: self.prepare(*operands[:4])}
+    def options(self, layer: GpuLayer, shape: Sequence[int]) -> dict[str, Callable[[], GpuConv]]:
+        return {self.name: lambda: self.prepare(layer)}
 
 
 @pytest.fixture(autouse=True)
@@ -240,9 +234,18 @@ def test_a_residual_is_overwritten_in_place_after_its_last_use() -> None:
     assert arena.offset[last.output] == arena.offset[last.inputs[1]]
 
 
-def test_describe_names_the_kernels_or_why_there_are_none() -> None:
+def test_describe_names_the_kernels_or_why_there_are_none(
+    kernels: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = program_of(nets.make("residual"), torch.randn(8, *SHAPE))
-    for step, form in zip(program.steps, CudaExecutor("stand-in").describe(program), strict=True):
+    monkeypatch.setattr(cuda, "warn_of_missing", lambda device: None)
+    executor = CudaExecutor("stand-in")
+    run = executor.prepare(program)
+    run([torch.randn(8, *SHAPE)])
+    before = kernels.prepared
+    forms = executor.describe(program)
+    assert kernels.prepared == before  # it describes what runs
+    for step, form in zip(program.steps, forms, strict=True):
         if isinstance(step, ConvStep):
             pointwise = step.spec.kernel_size == (1, 1)
             assert form == "PyTorch CHWN: stand-in: 1x1" if pointwise else "stand-in CHWN"
@@ -318,12 +321,12 @@ def test_every_step_runs_on_what_is_measured_to_be_the_fastest(
 ) -> None:
     eager_conv = gpu_plan.eager_conv
 
-    def timed(step: ConvStep, layout: GpuLayout) -> GpuConv:
-        conv = eager_conv(step, layout)
+    def timed(layer: GpuLayer) -> GpuConv:
+        conv = eager_conv(layer)
 
         def run(*operands: Any) -> None:
             conv(*operands)
-            StandIn.clock += 2.0 + (layout is GpuLayout.CHWN)
+            StandIn.clock += 2.0 + (layer.layout is GpuLayout.CHWN)
 
         return run
 

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from cases import CASES, ONE_TO_ONE, UNEQUAL, WIDE, Arguments, Case, reference
-from gpu_checks import check_conv, launched
+from gpu_checks import check_conv, launched, layer_of
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -55,12 +55,13 @@ def check(
 ) -> None:
     if layout is CHWN and case.batch % 8:
         case = replace(case, batch=8)
-    check_conv(lambda *a: TritonConv(*a, layout, config), case, dtype, layout, in_place=in_place)
+    conv = TritonConv(layer_of(case, layout, dtype), config)
+    check_conv(conv, case, dtype, layout, in_place=in_place)
 
 
 def run(case: Case, a: Arguments, layout: GpuLayout) -> Tensor:
     shape = (case.batch, case.structure.out_channels, *case.spec.output_hw(case.hw))
-    return launched(TritonConv(case.spec, a.weights, a.bias, layout), a.x, None, shape, layout, False)
+    return launched(TritonConv(layer_of(case, layout, SINGLE)), a.x, None, shape, layout, False)
 
 
 @LAYOUTS
@@ -149,7 +150,7 @@ def test_tf32_only_where_the_convolutions_of_torch_use_it() -> None:
 def test_tensors_that_do_not_fit_are_refused() -> None:
     case = Case("", UNEQUAL, batch=8, hw=(4, 4))
     a = case.tensors()
-    conv = TritonConv(case.spec, a.weights, a.bias, CHWN)
+    conv = TritonConv(layer_of(case, CHWN, SINGLE))
     x, out, memory = CHWN.from_nchw(a.x), torch.empty(9, 4, 4, 8), torch.zeros(16 * 128)
     for bad in (
         (a.x, out, None),
@@ -183,18 +184,18 @@ def test_auto_never_chooses_the_interpreter() -> None:
     assert (
         BACKENDS.choose("auto", spec, SINGLE, device, torch.contiguous_format).name not in GPU_KERNELS.names()
     )
-    assert GPU_KERNELS.choose("triton", spec, SINGLE, device, CHWN).name == "triton"
+    assert GPU_KERNELS.choose("triton", spec, SINGLE, device).name == "triton"
 
 
 def test_reasons_why_it_cannot_run() -> None:
-    triton = GPU_KERNELS.choose("triton", RESIDUAL.spec, SINGLE, torch.device("cpu"), CHWN)
+    triton = GPU_KERNELS.choose("triton", RESIDUAL.spec, SINGLE, torch.device("cpu"))
     for spec, dtype, device, word in (
         (RESIDUAL.spec, torch.float64, "cpu", "float64"),
         (RESIDUAL.spec, SINGLE, "meta", "meta"),
         (replace(RESIDUAL, dilation=200).spec, SINGLE, "cpu", "400"),
         (Case("", GroupStructure.dense(70000, 1)).spec, SINGLE, "cpu", "70000"),
     ):
-        able, reason = triton.can_run(spec, dtype, torch.device(device), CHWN)
+        able, reason = triton.can_run(spec, dtype, torch.device(device))
         assert not able
         assert word in reason
 

@@ -1,20 +1,18 @@
 """Tile sizes: the rule that chooses them, and what tuning may measure."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from cases import UNEQUAL, WIDE, Case, reference
+from gpu_checks import layer_of
 
 pytest.importorskip("triton")
 
+from triton_ptx import shipped
+
 from dsp_kernels import GroupStructure
 from dsp_kernels.run.gpu.layout import GpuLayout
-from dsp_kernels.run.gpu.triton.config import candidates, choose, choose_packing
+from dsp_kernels.run.gpu.triton.config import TileRule
 from dsp_kernels.run.gpu.triton.conv import TritonKernels
-
-TABLE = Path(__file__).resolve().parents[2] / "scripts" / "triton_table.py"
 
 CHWN, NHWC = GpuLayout.CHWN, GpuLayout.NHWC
 CASE = Case("", UNEQUAL, batch=8, hw=(3, 4), residual=True)
@@ -28,8 +26,8 @@ def test_every_option_that_is_measured_gives_the_right_answer(
     a = CASE.tensors()
     assert a.residual is not None
     x, residual = CHWN.from_nchw(a.x), CHWN.from_nchw(a.residual)
-    options = TritonKernels().options(CASE.spec, a.weights, a.bias, CHWN, a.x.shape)
-    configs = candidates(CASE.spec, x.dtype, CHWN, True, 8, (3, 4))
+    options = TritonKernels().options(layer_of(CASE, CHWN, x.dtype), a.x.shape)
+    configs = TileRule(CASE.spec, x.dtype, CHWN, True).candidates(8, (3, 4))
     assert len(options) == (len(configs) if wanted == "all" else 1) <= 12
     for make in options.values():
         out = torch.full((9, 3, 4, 8), torch.nan)
@@ -48,18 +46,18 @@ def test_the_rule_chooses_only_configurations_that_make_test_triton_compiles(
 ) -> None:
     checked = {
         (config.chwn, kind, config.cols, config.filters, config.bk, config.warps, config.stages)
-        for _, config, kind, _ in runpy.run_path(str(TABLE))["shipped"]()
+        for _, config, kind, _ in shipped()
     }
     for kernel in (1, 3):
         spec = Case("", structure, kernel=kernel).spec
         for layout, wide in ((CHWN, True), (NHWC, True), (NHWC, False)):
-            packing = choose_packing(spec, dtype, wide)
+            rule = TileRule(spec, dtype, layout, wide)
             for batch in (8, 256):
-                c = choose(spec, dtype, layout, wide, packing, batch, (28, 28))
+                c = rule.choose(batch, (28, 28))
                 assert (c.chwn, dtype, c.cols, c.filters, c.bk, c.warps, c.stages) in checked
                 assert batch % c.images == 0
-                assert (c.filters, c.bk) == packing
-                allowed = candidates(spec, dtype, layout, wide, batch, (28, 28))
+                assert (c.filters, c.bk) == rule.packing
+                allowed = rule.candidates(batch, (28, 28))
                 assert allowed[0] == c
                 assert len(allowed) <= 12
 
@@ -67,6 +65,6 @@ def test_the_rule_chooses_only_configurations_that_make_test_triton_compiles(
 def test_wide_groups_get_wide_tiles() -> None:
     def filters(o: int) -> int:
         spec = Case("", GroupStructure.build(64, 256, [(range(40), range(o))])).spec
-        return choose_packing(spec, torch.float16, True)[0]
+        return TileRule(spec, torch.float16, CHWN, True).packing[0]
 
     assert [filters(o) for o in (5, 256)] == [16, 128]

@@ -3,7 +3,7 @@
     PYTHONPATH=tools python -m ptx.rehearse -m dsp_cli.main doctor
 
 torch says that there is an H200. What is moved there stays in host memory; every launch of a CUDA kernel is
-interpreted and checked, and Triton's kernel runs in Triton's interpreter. Networks get images of 8x8 pixels
+interpreted and checked, and Triton's kernel runs in Triton's interpreter. Networks get images of 4x4 pixels
 and batches of 8 at most, because both are slow. Not rehearsed: streams, CUDA graphs (a replay launches
 again), cuDNN, a second device, memory of a GPU, and times, which mean nothing.
 """
@@ -24,6 +24,7 @@ import dsp_benchmarks.run
 import torch
 from dsp_benchmarks.engines import ENGINES, cuda_graph
 from dsp_benchmarks.engines.fused import Fused
+from dsp_benchmarks.measure.timing import TimingRules
 from dsp_benchmarks.subjects import networks
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -55,7 +56,7 @@ ANSWERS: dict[str, Any] = {
     "synchronize": None,
     "empty_cache": None,
 }
-MOST_IMAGES, SIDE = 8, 8
+MOST_IMAGES, SIDE = 8, 4
 
 
 class OnHost(TorchFunctionMode):
@@ -107,9 +108,10 @@ def pretended_seconds(device: torch.device, launch: Callable[[], None]) -> float
     return len(_launches) - before or math.inf
 
 
-def small_run(network: Any, batches: Sequence[int], *arguments: Any, **settings: Any) -> Any:
-    """run_cases with at most MOST_IMAGES."""
-    return _run_cases(network, sorted({min(n, MOST_IMAGES) for n in batches}), *arguments, **settings)
+def small_run(network: Any, batches: Sequence[int], cases: Any, rules: TimingRules, **settings: Any) -> Any:
+    """run_cases with at most MOST_IMAGES, each engine twice."""
+    rules = replace(rules, rounds=2, warmup=0.0, warm_calls=0, settle=0.0, burst=0.0)
+    return _run_cases(network, sorted({min(n, MOST_IMAGES) for n in batches}), cases, rules, **settings)
 
 
 def small_network(source: networks.NetworkSource) -> networks.Network:

@@ -1,4 +1,5 @@
-// For CPUs that also have AVX-512 BF16; all of them have VNNI. setup.py defines DSP_HAS_AVX512_BF16 if the compiler supports it.
+// For CPUs that also have AVX-512 BF16, all of which have VNNI. setup.py defines DSP_HAS_AVX512_BF16 if the compiler
+// supports it.
 #if defined(__x86_64__) && defined(DSP_HAS_AVX512_BF16)
 #define DSP_LANES 16
 #define DSP_WIDE 1

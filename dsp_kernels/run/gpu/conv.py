@@ -15,7 +15,7 @@ from dsp_kernels.errors import DSPBackendError
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.run.gpu.cuda.conv import CudaKernels
 from dsp_kernels.run.gpu.graphs import is_capturing
-from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayout, layout_for_batch
+from dsp_kernels.run.gpu.layout import GpuConv, GpuKernels, GpuLayer, GpuLayout, layout_for_batch
 from dsp_kernels.run.gpu.triton.conv import TritonKernels
 from dsp_kernels.run.registry import Registry
 
@@ -51,12 +51,8 @@ class GpuBackend:
     def can_run(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
-        """If the kernels run both layouts: the batch of each call decides between them."""
-        for each in GpuLayout:
-            able, reason = self._kernels.can_run(spec, dtype, device, each)
-            if not able:
-                return False, reason
-        return True, ""
+        """The batch of each call decides between the layouts of the kernels."""
+        return self._kernels.can_run(spec, dtype, device)
 
     def is_worth(
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
@@ -68,25 +64,27 @@ class GpuBackend:
         self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """A function (x, residual) -> y; see ``ConvBackend.prepare``. Weights are arranged at first use."""
-        prepared: dict[GpuLayout, GpuConv] = {}
+        # Without constants, dtype and device are those of each input.
+        prepared: dict[tuple[GpuLayout, torch.dtype, torch.device], GpuConv] = {}
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
             memory_format = memory_format_of(x)
             channels_last = memory_format == torch.channels_last
             layout = GpuLayout.NHWC if channels_last else layout_for_batch(x.shape[0])
             capturing = is_capturing(x.device)
-            if layout not in prepared:
+            key = layout, x.dtype, x.device
+            if key not in prepared:
                 if capturing:
                     raise DSPBackendError(
                         "a convolution cannot arrange its weights while a CUDA graph is captured; call the "
                         f"network once before, with an input like {tuple(x.shape)}"
                     )
-                prepared[layout] = self._kernels.prepare(spec, weights, bias, layout)
+                prepared[key] = self._kernels.prepare(GpuLayer(spec, weights, bias, *key))
             if capturing:
-                _captured.add(prepared[layout])
+                _captured.add(prepared[key])
             out = torch.empty(layout.shape(spec.output_shape(x.shape)), dtype=x.dtype, device=x.device)
             added = None if residual is None else layout.from_nchw(residual)
-            prepared[layout](layout.from_nchw(x), out, added)
+            prepared[key](layout.from_nchw(x), out, added)
             return layout.as_nchw(out).contiguous(memory_format=memory_format)
 
         return run

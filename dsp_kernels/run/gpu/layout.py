@@ -4,10 +4,11 @@ A gather costs nothing where a channel is a contiguous plane (CHWN), and little 
 pixel are contiguous (NHWC). A whole network stays in one of the two from its first convolution to its pool.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,62 +65,65 @@ def all_groups(structure: GroupStructure) -> tuple[Group, ...]:
     return (*structure.groups, Group((), structure.absent))
 
 
-def check_operands(
-    operands: Mapping[str, tuple[Tensor | None, Sequence[int]]],
-    dtype: torch.dtype,
-    device: torch.device,
-    layout: GpuLayout,
-) -> None:
-    """operands: by name, the tensor and its shape in the layout.
+@dataclass(frozen=True, eq=False)
+class GpuLayer:
+    """A convolution for tensors of one layout, dtype and device; weights and bias are of these, too.
 
-    Raises DSPShapeError unless each has its shape, this dtype and device, is contiguous and 16-byte aligned,
-    and out is not x.
+    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None. Raises DSPShapeError if they do not fit.
     """
-    for name, (tensor, shape) in operands.items():
+
+    spec: ConvSpec
+    weights: Sequence[Tensor]
+    bias: Tensor | None
+    layout: GpuLayout
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.spec.check_constants(self.weights, self.bias)
+
+    def check(self, *operands: Any) -> tuple[int, int, int, int]:
+        """See ``check_operands``."""
+        kind, channels = (self.dtype, self.device), self.spec.structure.in_channels
+        return check_operands(operands, self.layout, kind, channels, self.spec.output_shape)
+
+
+def check_operands(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    layout: GpuLayout,
+    kind: tuple[torch.dtype, torch.device],
+    channels: int,
+    output_shape: Callable[[Sequence[int]], tuple[int, ...]],
+) -> tuple[int, int, int, int]:
+    """(batch, channels, height, width) of x; operands: x, out, residual, see GpuConv.
+
+    kind: of the weights. output_shape: of an input (batch, channels, height, width).
+    Raises DSPShapeError unless each operand has its shape, this dtype and device, is contiguous and 16-byte
+    aligned, and out is not x.
+    """
+    x, out, _ = operands
+    if x.dim() != 4:
+        raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected 4 dimensions in {layout.name}")
+    batch, _, height, width = layout.as_nchw(x).shape
+    shape = batch, channels, height, width
+    expected = layout.shape(output_shape(shape))
+    shapes = layout.shape(shape), expected, expected
+    for name, tensor, wanted in zip(("x", "out", "residual"), operands, shapes, strict=True):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != tuple(shape):
+        if tuple(tensor.shape) != wanted:
+            raise DSPShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted} ({layout.name})")
+        if (tensor.dtype, tensor.device) != kind:
             raise DSPShapeError(
-                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)} ({layout.name})"
-            )
-        if tensor.dtype != dtype or tensor.device != device:
-            raise DSPShapeError(
-                f"{name} is {tensor.dtype} on {tensor.device}; the weights are {dtype} on {device}"
+                f"{name} is {tensor.dtype} on {tensor.device}; the weights are {kind[0]} on {kind[1]}"
             )
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise DSPShapeError(f"{name} is not contiguous in {layout.name} or not 16-byte aligned")
-    x, out = operands["x"][0], operands["out"][0]
-    if x is not None and out is not None and out.numel() and x.data_ptr() == out.data_ptr():
+    if out.numel() and x.data_ptr() == out.data_ptr():
         raise DSPShapeError("out is x; a convolution needs other memory for its output")
-
-
-def check_conv_operands(
-    spec: ConvSpec,
-    layout: GpuLayout,
-    x: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[int, int, int, int]:
-    """(batch, in_channels, height, width) of x. dtype, device: of the weights.
-
-    Raises DSPShapeError for operands of a launch (see GpuConv) that do not fit the convolution.
-    """
-    structure = spec.structure
-    if x.dim() != 4:
-        raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected 4 dimensions in {layout.name}")
-    batch, _, height, width = shape = layout.as_nchw(x).shape
-    expected = layout.shape(spec.output_shape(shape))
-    operands = {
-        "x": (x, layout.shape((batch, structure.in_channels, height, width))),
-        "out": (out, expected),
-        "residual": (residual, expected),
-    }
-    check_operands(operands, dtype, device, layout)
     if layout is GpuLayout.CHWN and batch % BATCH_MULTIPLE:
         raise DSPShapeError(f"CHWN needs a batch that is a multiple of {BATCH_MULTIPLE}; got {batch}")
-    return batch, structure.in_channels, height, width
+    return shape
 
 
 @cache
@@ -157,26 +161,15 @@ class GpuKernels(Protocol):
 
     name: str
 
-    def can_run(
-        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
-    ) -> tuple[bool, str]:
-        """Whether it runs this convolution on this device in this layout; the reason if not."""
+    def can_run(self, spec: ConvSpec, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        """Whether it runs this convolution on this device, in both layouts; the reason if not."""
         ...
 
-    def prepare(
-        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
-    ) -> GpuConv:
-        """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on the device that will run them."""
+    def prepare(self, layer: GpuLayer) -> GpuConv:
+        """With the tile sizes that rules choose."""
         ...
 
-    def options(
-        self,
-        spec: ConvSpec,
-        weights: Sequence[Tensor],
-        bias: Tensor | None,
-        layout: GpuLayout,
-        shape: Sequence[int],
-    ) -> dict[str, Callable[[], GpuConv]]:
+    def options(self, layer: GpuLayer, shape: Sequence[int]) -> dict[str, Callable[[], GpuConv]]:
         """By name, everything worth measuring for an input of this shape (batch first)."""
         ...
 

@@ -18,6 +18,7 @@ from dsp_kernels.run.gpu.cuda.blocks.tables import BlockTables, block_tables
 from dsp_kernels.run.gpu.layout import (
     BATCH_MULTIPLE,
     GpuConv,
+    GpuLayer,
     GpuLayout,
     layout_for_batch,
     round_up,
@@ -119,27 +120,27 @@ class Planner:
                     forms |= {member.output: f"part of {block.output}" for member in part.members}
                     forms[block.output] = name
         program = with_blocks(self._program, fused)
-        calls = (
+        kind, images = (self.dtype, self.device), inputs[0][0]
+        calls = tuple(
             step_call(step, layout, launchers.get(step.output), shapes, self.device) for step in program.steps
         )
-        return GpuPlan(
-            program, layout, inputs[0][0], shapes, tuple(calls), forms, launchers, self.dtype, self.device
-        )
+        return GpuPlan(program, layout, images, shapes, calls, forms, launchers, *kind)
 
     def _conv(
         self, step: ConvStep, layout: GpuLayout, shapes: Shapes, tuner: Tuner, kernels: bool
     ) -> tuple[str, GpuConv]:
         """The fastest option of a convolution: its name and launcher."""
         shape = shapes[step.inputs[0]] or ()
+        layer = GpuLayer(step.spec, step.weights, step.bias, layout, self.dtype, self.device)
         options: dict[str, Callable[[], GpuConv]] = {}
         reasons = []
         for family in self._families if kernels else ():
-            able, reason = family.can_run(step.spec, self.dtype, self.device, layout)
+            able, reason = family.can_run(step.spec, self.dtype, self.device)
             if able:
-                options |= family.options(step.spec, step.weights, step.bias, layout, shape)
+                options |= family.options(layer, shape)
             else:
                 reasons.append(f"{family.name}: {reason}")
-        options[_PYTORCH] = partial(eager_conv, step, layout)
+        options[_PYTORCH] = partial(eager_conv, layer)
         made: dict[str, GpuConv] = {}
 
         def launch_of(name: str) -> Launch:
@@ -214,6 +215,5 @@ def _key(step: Step) -> list[Any]:
 
 def dtype_and_device(program: Program) -> tuple[torch.dtype, torch.device]:
     """Of the convolutions' weights."""
-    weights = (weight for step in program.steps if isinstance(step, ConvStep) for weight in step.weights)
-    weight = next(weights)
+    weight = next(weight for step in program.steps if isinstance(step, ConvStep) for weight in step.weights)
     return weight.dtype, weight.device

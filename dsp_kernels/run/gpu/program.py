@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from dsp_kernels.program.steps import ConvStep, Program, map_nested
 from dsp_kernels.run.eager.program import EagerExecutor
 from dsp_kernels.run.gpu.conv import GPU_KERNELS, warn_of_missing
 from dsp_kernels.run.gpu.graphs import capture, is_capturing
-from dsp_kernels.run.gpu.layout import GpuLayout, uses_tf32
+from dsp_kernels.run.gpu.layout import uses_tf32
 from dsp_kernels.run.gpu.memory import arena_for
 from dsp_kernels.run.gpu.plan import GpuPlan, Planner, Sizes
 from dsp_kernels.run.gpu.tune import Tuner, tuner_for
@@ -39,6 +40,8 @@ class CudaExecutor:
 
     def __init__(self, name: str = "cuda") -> None:
         self.name = name
+        # By the identity of its Program, which it keeps alive.
+        self._runners: WeakValueDictionary[int, GpuRunner] = WeakValueDictionary()
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """On a GPU, if the first of its kernels support at least one of the convolutions."""
@@ -51,13 +54,13 @@ class CudaExecutor:
             able = self.name == "cudnn"
             for kernels in GPU_KERNELS:
                 if kernels.name == self.name:
-                    able, reason = kernels.can_run(spec, dtype, device, GpuLayout.NHWC)
+                    able, reason = kernels.can_run(spec, dtype, device)
             if able:
                 return True, ""
         return False, reason
 
     def prepare(self, program: Program) -> GpuRunner:
-        runner = GpuRunner(program, self.name)
+        runner = self._runners[id(program)] = GpuRunner(program, self.name)
         warn_of_missing(runner.device)
         return runner
 
@@ -67,7 +70,8 @@ class CudaExecutor:
 
     def describe(self, program: Program, verbose: bool = False) -> list[str]:
         """Per step, what it runs on for the example's shape; verbose: with the parameters of its launch."""
-        plan = GpuRunner(program, self.name).plan([program.shapes[name] for name in program.inputs])
+        runner = self._runners.get(id(program)) or GpuRunner(program, self.name)
+        plan = runner.plan([program.shapes[name] for name in program.inputs])
         return [plan.describe(step.output, verbose) for step in program.steps]
 
 
@@ -113,13 +117,19 @@ class GpuRunner:
     def is_captured(self, inputs: Sizes) -> bool:
         """Whether calls with inputs of these shapes replay a CUDA graph."""
         run = self._runs.get(self._key(inputs))
-        return run is not None and run.is_captured
+        return run is not None and run.replay is not None
 
     def plan(self, inputs: Sizes) -> GpuPlan:
         """What runs for inputs of these shapes; measures it unless that is known."""
+        if kept := self._kept(self._key(inputs)):
+            return kept
         sizes = " and ".join("x".join(map(str, shape)) for shape in inputs)
         with self._make_tuner(self.device, f"for an input of {sizes}") as tuner:
             return self._planner.plan(inputs, tuner, lambda plan: GpuRun(plan).launch)
+
+    def _kept(self, key: tuple[object, ...]) -> GpuPlan | None:
+        run = self._runs.get(key)
+        return run.plan if run else self._captured.get(key)
 
     def _key(self, inputs: Sizes) -> tuple[object, ...]:
         return *map(tuple, inputs), uses_tf32(self._planner.dtype)
@@ -131,7 +141,7 @@ class GpuRunner:
     def _captured_run(self, inputs: Sequence[Tensor], shapes: Sizes) -> GpuRun:
         # What is kept must be writable outside of the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            run = GpuRun(self._captured.get(self._key(shapes)) or self.plan(shapes))
+            run = GpuRun(self.plan(shapes))
             if self.device.type == "cuda":
                 self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
                 run.capture(inputs, self._graph_pool)
@@ -140,8 +150,7 @@ class GpuRunner:
     def _run_in_graph(self, inputs: Sequence[Tensor]) -> GpuRun:
         shapes = [tuple(x.shape) for x in inputs]
         key = self._key(shapes)
-        run = self._runs.get(key)
-        plan = run.plan if run else self._captured.get(key)
+        plan = self._kept(key)
         if plan is None:
             raise DSPBackendError(
                 f"this network has not run an input of shape {' and '.join(map(str, shapes))} yet, and its "
@@ -163,17 +172,13 @@ class GpuRun:
             name: self._view(offset, plan.shapes[name] or (), dtype) for name, offset in arena.offset.items()
         }
         self._dying = plan.program.dying
-        self._replay: Callable[[], None] | None = None
+        self.replay: Callable[[], None] | None = None  # of the captured launches
         self._outputs: list[Any] = []
-
-    @property
-    def is_captured(self) -> bool:
-        return self._replay is not None
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
         """inputs: of the shapes this run was made for, or with fewer images -> new tensors."""
         self._copy_in(inputs)
-        (self._replay or self.launch)()
+        (self.replay or self.launch)()
         batch = len(inputs[0])
 
         def result(part: Any) -> Any:
@@ -188,7 +193,7 @@ class GpuRun:
     def capture(self, inputs: Sequence[Tensor], pool: object) -> None:
         """Capture the launches; if that fails, calls launch them one by one."""
         self._copy_in(inputs)
-        self._replay = capture(self.launch, self.plan.device, pool)
+        self.replay = capture(self.launch, self.plan.device, pool)
 
     def _copy_in(self, inputs: Sequence[Tensor]) -> None:
         device = self.plan.device

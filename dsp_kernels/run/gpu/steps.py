@@ -22,16 +22,17 @@ from dsp_kernels.program.steps import (
 from dsp_kernels.run.eager.conv import EagerBackend
 from dsp_kernels.run.eager.program import EagerExecutor, elementwise
 from dsp_kernels.run.gpu.cuda.blocks.step import BlockStep
-from dsp_kernels.run.gpu.layout import GpuConv, GpuLayout
+from dsp_kernels.run.gpu.layout import GpuConv, GpuLayer, GpuLayout
 
 Values = dict[str, Any]
 # Computes one step from the values so far; ``out``: a buffer in the layout for the result, or None.
 StepCall = Callable[[Values, Tensor | None], Any]
 
 
-def eager_conv(step: ConvStep, layout: GpuLayout) -> GpuConv:
-    """A convolution in plain PyTorch, for those that no GPU kernel supports."""
-    convolve, nchw = EagerBackend().prepare(step.spec, step.weights, step.bias), layout.as_nchw
+def eager_conv(layer: GpuLayer) -> GpuConv:
+    """A convolution in plain PyTorch."""
+    convolve = EagerBackend().prepare(layer.spec, layer.weights, layer.bias)
+    nchw = layer.layout.as_nchw
 
     def call(x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         nchw(out).copy_(convolve(nchw(x), None if residual is None else nchw(residual)))

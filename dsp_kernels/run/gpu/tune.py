@@ -7,6 +7,7 @@ seconds.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -25,9 +26,10 @@ import torch
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.run.gpu.graphs import capture
-from dsp_kernels.whole_file import write_text
+from dsp_kernels.whole_file import cache_folder, write_text
 
 BUDGET = 5.0
+_LOG = logging.getLogger(__name__)  # DEBUG: what was measured
 _LAUNCHES, _REPLAYS = 10, 3
 
 Launch = Callable[[], None]
@@ -49,13 +51,10 @@ class Choices:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._new: dict[str, str] = {}
-        self._names = self._read()
-
-    def get(self, signature: str) -> str | None:
-        return self._names.get(signature)
+        self.names = self._read()
 
     def put(self, signature: str, name: str) -> None:
-        self._names[signature] = self._new[signature] = name
+        self.names[signature] = self._new[signature] = name
 
     def save(self) -> None:
         """Add the new ones to what other processes wrote. A folder that cannot be written is not an error."""
@@ -86,10 +85,9 @@ _opened = lru_cache(maxsize=16)(Choices)
 
 
 def choices_file(*versions: str) -> Path:
-    """One file per GPU and versions, in $DSP_KERNELS_CACHE or the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
+    """One file per GPU and versions, in the cache folder."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(versions))
-    return Path(os.environ.get("DSP_KERNELS_CACHE") or user) / f"{name}.json"
+    return cache_folder() / f"{name}.json"
 
 
 class Tuner:
@@ -120,8 +118,8 @@ class Tuner:
         if self._seconds is None or not others:
             return first
         signature = hashlib.sha256(json.dumps([key, *options]).encode()).hexdigest()
-        kept = self._choices.get(signature)
-        if kept is not None and kept in options:
+        kept = self._choices.names.get(signature)
+        if kept in options:
             return kept
         times: dict[str, float] = {}
         in_time = True
@@ -134,9 +132,11 @@ class Tuner:
                 times[name] = self._seconds(make())
             except Exception as error:  # not compiled for this GPU, too much shared memory, ...
                 warnings.warn(f"{name} does not run on this GPU: {error}", stacklevel=2)
+        by_time = sorted(times, key=lambda name: times[name])
+        _LOG.debug("%s, us: %s", key, ", ".join(f"{name} {1e6 * times[name]:.1f}" for name in by_time))
         if not times:
             return others[-1] if in_time else first
-        best = min(times, key=lambda name: times[name])
+        best = by_time[0]
         if in_time:
             self._choices.put(signature, best)
         return best

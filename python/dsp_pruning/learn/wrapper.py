@@ -14,12 +14,14 @@ from dsp_pruning import distributed
 from dsp_pruning.checks import check, check_count, check_kind, check_one_of
 from dsp_pruning.layers import GroupCount, LayerPredicate, groups_of_layers, survey_layers
 from dsp_pruning.learn import penalty as terms
+from dsp_pruning.learn.assign import check_rate, write_groups
 from dsp_pruning.learn.buckets import BucketStep, attach_layers, make_buckets, stacked
 from dsp_pruning.learn.finite import NonFiniteFlag, overflowed, raise_first_not_finite
 from dsp_pruning.learn.logits import check_noise, gumbel_noise, step_logits
 from dsp_pruning.learn.lookahead import Batch, as_batches, check_optimizer, look_ahead
 
 SecondOrder = Literal["exact", "none", "original"]
+Init = Literal["random", "weights"]
 
 
 class GroupWrapper:
@@ -47,6 +49,8 @@ class GroupWrapper:
         "none": the derivative at the current weights, without a second forward and backward pass.
     generator: draws initial logits and Gumbel noise; None makes one from ``torch.initial_seed()``. With
         several processes all continue from the state of rank 0.
+    init: logits of layers without any. "random": small. "weights": the groups of ``assign_groups`` for a
+        pruning rate of ``rate``, which also replace existing logits.
 
     Gradient clipping of the caller's loop is not part of the look-ahead.
 
@@ -84,6 +88,8 @@ class GroupWrapper:
         layers: LayerPredicate | None = None,
         second_order: SecondOrder = "exact",
         generator: torch.Generator | None = None,
+        init: Init = "random",
+        rate: float = 0.5,
     ) -> None:
         self._network = distributed.unwrap(model)
         self.layers = survey_layers(self._network, example_input, layers)
@@ -97,6 +103,8 @@ class GroupWrapper:
         for name, value in (("temp", temp), ("group_optimizer_lr", group_optimizer_lr)):
             check(_is_finite(value) and value > 0, name, value, "a finite number above 0")
         check_one_of("second_order", second_order, get_args(SecondOrder))
+        check_one_of("init", init, get_args(Init))
+        check_rate(rate)
         if second_order != "none":
             check_optimizer(optimizer)
         self.layers, counts = groups_of_layers(self.layers, n_groups)
@@ -110,6 +118,8 @@ class GroupWrapper:
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self._share_generator()
         self._layers = attach_layers(self.layers.chosen, counts, optimizer, self.generator)
+        if init == "weights":
+            write_groups(self.layers.chosen, counts, rate, self.generator)
         logits = [layer.logits for layer in self._layers]
         distributed.broadcast_tensors(logits)
         self._buckets = make_buckets(self._layers)

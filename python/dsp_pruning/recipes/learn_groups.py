@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dsp_pruning.data import TrainingData, training_steps
 from dsp_pruning.distributed import world_size
-from dsp_pruning.learn.wrapper import GroupWrapper, SecondOrder
+from dsp_pruning.learn.assign import assign_groups
+from dsp_pruning.learn.wrapper import GroupWrapper, Init, SecondOrder
 from dsp_pruning.recipes.checkpoint import restore_weights
 from dsp_pruning.recipes.run import GroupedConfig, cosine, start
 from dsp_pruning.recipes.training import Hook, Precision, Progress, RecipeResult, Trainer
@@ -22,6 +23,7 @@ class LearnGroupsConfig(GroupedConfig):
 
     regularize: lambda of the paper. temperature: of the Gumbel softmax. group_lr: of the group logits.
     second_order: ``exact``, ``none`` or ``original``, see GroupWrapper.
+    init: ``random``, or ``weights``: begin with what ``assign_groups`` finds for the pruning rate ``prune``.
     """
 
     epochs: int = 120
@@ -31,6 +33,8 @@ class LearnGroupsConfig(GroupedConfig):
     temperature: float = 0.5
     group_lr: float = 1e-3
     second_order: SecondOrder = "exact"
+    init: Init = "random"
+    prune: float = 0.5
 
 
 def learn_groups(
@@ -52,13 +56,14 @@ def learn_groups(
     """
     model, data = start(config, data)
     optimizer, example = config.optimizer(model), data.example()
+    counts = config.counts(model, example)
     learner = GroupWrapper(
         model,
         optimizer,
         nn.CrossEntropyLoss(),
         config.regularize,
         max(1, config.epochs * training_steps(data, config.batch_size, world_size())),
-        n_groups=config.counts(model, example),
+        n_groups=counts,
         temp=config.temperature,
         group_optimizer_lr=config.group_lr,
         example_input=example,
@@ -66,6 +71,9 @@ def learn_groups(
         generator=torch.Generator().manual_seed(config.seed),
     )
     restore_weights(model, weights, source, optional=(".group",))
+    if config.init == "weights":
+        seeded = torch.Generator().manual_seed(config.seed)
+        assign_groups(model, counts, config.prune, example_input=example, generator=seeded)
     trainer = Trainer(
         model,
         optimizer,

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
-from dsp_kernels.run.gpu.layout import GpuLayout, all_groups, round_up
+from dsp_kernels.run.gpu.layout import GpuLayer, GpuLayout, all_groups, round_up
 
 # Offsets of taps, heights and widths are packed into 16 bits (csrc/cuda/params.h).
 LARGEST_SIDE = 16383
@@ -60,14 +59,15 @@ KERNELS = {
 }
 
 
-def kernels_for(spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wgmma: bool) -> tuple[str, ...]:
+def kernels_for(layer: GpuLayer, wgmma: bool) -> tuple[str, ...]:
     """Names of the kernels that can run a convolution. wgmma: whether the device has it.
 
     Where nothing is measured, the first one runs, or the second where the first has too few thread blocks.
     """
-    if dtype == torch.float32:
-        return (f"fp32_{layout.name.lower()}",)
-    if layout is GpuLayout.NHWC:
+    spec = layer.spec
+    if layer.dtype == torch.float32:
+        return (f"fp32_{layer.layout.name.lower()}",)
+    if layer.layout is GpuLayout.NHWC:
         return "nhwc", "nhwc_sliced"
     if spec.kernel_size == (3, 3) and spec.stride == spec.dilation == (1, 1):
         return ("halo", "chwn", "wgmma", "wgmma_halo") if wgmma else ("halo", "chwn")
@@ -84,4 +84,4 @@ def rule(names: Sequence[str], structure: GroupStructure, positions: int) -> str
     """The kernel of ``kernels_for`` for so many positions where nothing is measured. An estimate."""
     tiles = sum(-(-len(group.out_index) // 32) for group in all_groups(structure))
     is_full = positions * tiles >= _FEW_BLOCKS * _POSITIONS.get(names[0], 0)
-    return names[0] if is_full else names[1]
+    return names[:2][0 if is_full else -1]

@@ -24,7 +24,7 @@ from dsp_kernels.run.gpu.cuda.groups import (
 )
 from dsp_kernels.run.gpu.cuda.kernels import OUTSIDE, KernelKind
 from dsp_kernels.run.gpu.cuda.launch import KERNEL_CODES, ConvSizes
-from dsp_kernels.run.gpu.layout import ACTIVATION_CODES, round_up
+from dsp_kernels.run.gpu.layout import ACTIVATION_CODES, GpuLayer, round_up
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,10 @@ class Tables:
     sizes: ConvSizes
 
 
-def make_tables(
-    kind: KernelKind,
-    spec: ConvSpec,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tables:
-    """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None, on any device.
-
-    dtype, device: of the tensors of the launch.
-    """
-    groups = groups_of(spec, weights)
+def make_tables(kind: KernelKind, layer: GpuLayer) -> Tables:
+    """Arranges the weights of a convolution for one kernel."""
+    spec = layer.spec
+    groups = groups_of(spec, layer.weights)
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     filters, groups = min(
         ((count, _merged(groups, kind, count, taps)) for count in kind.filters),
@@ -62,7 +53,7 @@ def make_tables(
     writer = _Writer(kind, spec, filters)
     for group in groups:
         writer.add(group)
-    return writer.finish(bias_per_channel(spec, bias), dtype, device)
+    return writer.finish(bias_per_channel(spec, layer.bias), layer.dtype, layer.device)
 
 
 def _tile_work(outputs: int, channels: int, kind: KernelKind, filters: int, taps: int) -> int:

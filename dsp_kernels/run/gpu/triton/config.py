@@ -5,6 +5,7 @@ DSP_KERNELS_TUNE=all measures instead (gpu/tune.py).
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -53,63 +54,62 @@ class TritonConfig:
         return made
 
 
-def choose_packing(spec: ConvSpec, dtype: torch.dtype, wide: bool) -> tuple[int, int]:
-    """(filters, bk) of the tiles, from the groups alone, so that weights are packed once for all inputs.
+@dataclass(frozen=True)
+class TileRule:
+    """Chooses the tiles of a convolution. wide: whether its input can be read in pieces of 16 bytes."""
 
-    A step of a tile reads cols + filters numbers per row of the product, including padding; the rule
-    minimises their sum over all tiles.
-    """
-    taps = spec.kernel_size[0] * spec.kernel_size[1]
-    sizes = [(len(g.out_index), len(g.in_index) * taps) for g in all_groups(spec.structure)]
+    spec: ConvSpec
+    dtype: torch.dtype
+    layout: GpuLayout
+    wide: bool
 
-    def moved(filters: int, bk: int) -> int:
-        return sum(
-            round_up(o, filters) // filters * round_up(depth, bk) * (128 + filters) for o, depth in sizes
-        )
+    @cached_property
+    def packing(self) -> tuple[int, int]:
+        """(filters, bk) of the tiles, from the groups alone, so that weights are packed once for all inputs.
 
-    _, widths, depths = tile_sizes(wide, dtype)
-    filters = min(widths, key=lambda width: (moved(width, 1), width))
-    # Longer steps need fewer barriers: the longest with at most a tenth more padding than the shortest.
-    return filters, max(bk for bk in depths if moved(filters, bk) <= 1.1 * moved(filters, depths[0]))
+        A step of a tile reads cols + filters numbers per row of the product, including padding; the rule
+        minimises their sum over all tiles.
+        """
+        taps = self.spec.kernel_size[0] * self.spec.kernel_size[1]
+        sizes = [(len(g.out_index), len(g.in_index) * taps) for g in all_groups(self.spec.structure)]
 
+        def moved(filters: int, bk: int) -> int:
+            return sum(
+                round_up(o, filters) // filters * round_up(depth, bk) * (128 + filters) for o, depth in sizes
+            )
 
-def choose(
-    spec: ConvSpec,
-    dtype: torch.dtype,
-    layout: GpuLayout,
-    wide: bool,
-    packing: tuple[int, int],
-    batch: int,
-    output_hw: tuple[int, int],
-) -> TritonConfig:
-    """The configuration for one input size. wide: whether 16-byte reads of the input are possible."""
-    filters, bk = packing
-    positions = batch * output_hw[0] * output_hw[1]
-    n_tiles = sum(-(-len(group.out_index) // filters) for group in all_groups(spec.structure))
-    all_cols = tile_sizes(wide, dtype)[0]
-    cols = all_cols[-1 if positions * n_tiles >= 128 * _FEW_PROGRAMS else 0]
-    return config_of(layout, spec.kernel_size == (1, 1), cols, filters, bk, batch)
+        _, widths, depths = tile_sizes(self.wide, self.dtype)
+        filters = min(widths, key=lambda width: (moved(width, 1), width))
+        # Longer steps need fewer barriers: the longest with at most a tenth more padding than the shortest.
+        return filters, max(bk for bk in depths if moved(filters, bk) <= 1.1 * moved(filters, depths[0]))
 
+    def choose(self, batch: int, output_hw: tuple[int, int]) -> TritonConfig:
+        """The configuration for one input size."""
+        filters, bk = self.packing
+        positions = batch * output_hw[0] * output_hw[1]
+        n_tiles = sum(-(-len(group.out_index) // filters) for group in all_groups(self.spec.structure))
+        all_cols = tile_sizes(self.wide, self.dtype)[0]
+        return self._of(all_cols[-1 if positions * n_tiles >= 128 * _FEW_PROGRAMS else 0], filters, bk, batch)
 
-def candidates(
-    spec: ConvSpec, dtype: torch.dtype, layout: GpuLayout, wide: bool, batch: int, output_hw: tuple[int, int]
-) -> list[TritonConfig]:
-    """The configurations that may be the fastest, at most 12; the rule's choice is first."""
-    packing = choose_packing(spec, dtype, wide)
-    first = choose(spec, dtype, layout, wide, packing, batch, output_hw)
-    all_cols, widths, _ = tile_sizes(wide, dtype)
-    found = [first]
-    found += [
-        config_of(layout, spec.kernel_size == (1, 1), cols, filters, first.bk, batch)
-        for filters in (first.filters, first.filters // 2, first.filters * 2)
-        for cols in all_cols
-        if filters in widths
-    ]
-    found += [replace(first, stages=stages) for stages in (2, 5)]
-    if layout is GpuLayout.CHWN:
-        found.append(replace(first, cache="" if first.cache else ".ca"))
-        found += [replace(first, images=n) for n in (16, 64) if batch % n == 0 and n <= first.cols]
-    return list(dict.fromkeys(found))[:12]
+    def candidates(self, batch: int, output_hw: tuple[int, int]) -> list[TritonConfig]:
+        """The configurations that may be the fastest, at most 12; the rule's choice is first."""
+        first = self.choose(batch, output_hw)
+        all_cols, widths, _ = tile_sizes(self.wide, self.dtype)
+        found = [first]
+        found += [
+            self._of(cols, filters, first.bk, batch)
+            for filters in (first.filters, first.filters // 2, first.filters * 2)
+            for cols in all_cols
+            if filters in widths
+        ]
+        found += [replace(first, stages=stages) for stages in (2, 5)]
+        if first.chwn:
+            found.append(replace(first, cache="" if first.cache else ".ca"))
+            found += [replace(first, images=n) for n in (16, 64) if batch % n == 0 and n <= first.cols]
+        return list(dict.fromkeys(found))[:12]
+
+    def _of(self, cols: int, filters: int, bk: int, batch: int) -> TritonConfig:
+        return config_of(self.layout, self.spec.kernel_size == (1, 1), cols, filters, bk, batch)
 
 
 def tile_sizes(wide: bool, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

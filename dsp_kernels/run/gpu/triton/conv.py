@@ -20,23 +20,16 @@ from dsp_kernels.run.gpu.layout import (
     ACTIVATION_CODES,
     GPU_DTYPES,
     GpuConv,
+    GpuLayer,
     GpuLayout,
-    check_conv_operands,
     uses_tf32,
     why_not_on,
 )
-from dsp_kernels.run.gpu.triton.config import (
-    TritonConfig,
-    candidates,
-    choose,
-    choose_packing,
-    columns_in_l2,
-)
+from dsp_kernels.run.gpu.triton.config import TileRule, TritonConfig, columns_in_l2
 from dsp_kernels.run.gpu.triton.tables import (
     MOST_CHANNELS,
     MOST_DX,
     MOST_DY,
-    TritonTables,
     reads_runs,
     tables_for,
     writes_runs,
@@ -71,9 +64,7 @@ class TritonKernels:
 
     name = "triton"
 
-    def can_run(
-        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
-    ) -> tuple[bool, str]:
+    def can_run(self, spec: ConvSpec, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """On such a GPU or a CPU, if triton is installed."""
         if dtype not in GPU_DTYPES:
             return False, f"dtype {dtype} is not float16, bfloat16 or float32"
@@ -94,130 +85,82 @@ class TritonKernels:
         on_gpu = device.type == "cuda"
         return _why_no_triton(on_gpu) or (why_not_on(device.index, _OLDEST) if on_gpu else "")
 
-    def is_worth(
-        self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: GpuLayout
-    ) -> tuple[bool, str]:
-        return (True, "") if device.type == "cuda" else (False, "on the CPU it runs in Triton's interpreter")
+    def prepare(self, layer: GpuLayer) -> GpuConv:
+        return TritonConv(layer)
 
-    def options(
-        self,
-        spec: ConvSpec,
-        weights: Sequence[Tensor],
-        bias: Tensor | None,
-        layout: GpuLayout,
-        shape: Sequence[int],
-    ) -> dict[str, Callable[[], GpuConv]]:
+    def options(self, layer: GpuLayer, shape: Sequence[int]) -> dict[str, Callable[[], GpuConv]]:
         """The rule's tile sizes; all that may be faster if DSP_KERNELS_TUNE is "all"."""
-        prepare = partial(TritonConv, spec, weights, bias, layout)
-        made: dict[str, Callable[[], GpuConv]] = {self.name: prepare}
-        if weights and tuning() == "all":
-            wide = layout is GpuLayout.CHWN or reads_runs(spec)
-            sizes = shape[0], spec.output_hw(shape[2:])
-            _, *others = candidates(spec, weights[0].dtype, layout, wide, *sizes)
-            made |= {f"{self.name} {astuple(config)}": partial(prepare, config=config) for config in others}
+        made: dict[str, Callable[[], GpuConv]] = {self.name: partial(TritonConv, layer)}
+        if tuning() == "all":
+            _, *others = _rule_of(layer).candidates(shape[0], layer.spec.output_hw(shape[2:]))
+            made |= {
+                f"{self.name} {astuple(config)}": partial(TritonConv, layer, config) for config in others
+            }
         return made
 
-    def prepare(
-        self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, layout: GpuLayout
-    ) -> GpuConv:
-        return TritonConv(spec, weights, bias, layout)
+
+def _rule_of(layer: GpuLayer) -> TileRule:
+    wide = layer.layout is GpuLayout.CHWN or reads_runs(layer.spec)
+    return TileRule(layer.spec, layer.dtype, layer.layout, wide)
 
 
 class TritonConv:
     """One convolution with its weights packed, ready to launch.
 
-    weights[g]: (O_g, C_g, kh, kw); bias: (out_channels,) or None; all on one device and of one dtype. config:
-    tile sizes of every launch, instead of those that the rule chooses.
+    config: tile sizes of every launch, instead of those that the rule chooses.
     """
 
-    def __init__(
-        self,
-        spec: ConvSpec,
-        weights: Sequence[Tensor],
-        bias: Tensor | None,
-        layout: GpuLayout,
-        config: TritonConfig | None = None,
-    ) -> None:
-        spec.check_constants(weights, bias)
-        self.spec, self.layout, self.config = spec, layout, config
-        constant = next(iter(weights), bias)
-        self._kind = None if constant is None else (constant.dtype, constant.device)
-        self._flat = [weight.detach().reshape(-1) for weight in weights]
-        self._bias = None if bias is None else bias.detach().float()
-        self.wide_in = layout is GpuLayout.CHWN or reads_runs(spec)
-        self.wide_out = layout is GpuLayout.NHWC and writes_runs(spec)
-        self._configs: dict[tuple[torch.dtype, tuple[int, ...]], TritonConfig] = {}
-        self._packed: dict[tuple[int, int], tuple[TritonTables, Tensor, Tensor]] = {}
-        if self._kind:
-            self._pack(*self._kind, self.packing(self._kind[0]))
-
-    def packing(self, dtype: torch.dtype) -> tuple[int, int]:
-        if self.config is not None:
-            return self.config.filters, self.config.bk
-        return choose_packing(self.spec, dtype, self.wide_in)
+    def __init__(self, layer: GpuLayer, config: TritonConfig | None = None) -> None:
+        self._layer, self._config = layer, config
+        self._rule = _rule_of(layer)
+        self._writes_runs = layer.layout is GpuLayout.NHWC and writes_runs(layer.spec)
+        self._configs: dict[tuple[int, ...], TritonConfig] = {}
+        filters, bk = (config.filters, config.bk) if config else self._rule.packing
+        self._tables = tables_for(layer.spec, layer.layout, filters, bk, layer.device)
+        zero = torch.zeros(1, dtype=layer.dtype, device=layer.device)
+        flat = [*(weight.detach().reshape(-1) for weight in layer.weights), zero]
+        self._weights = torch.cat(flat)[self._tables.weight_index.long()]
+        bias = torch.zeros(layer.spec.structure.out_channels + 1, device=layer.device)
+        if layer.bias is not None:
+            bias[:-1] = layer.bias.detach()
+        self._bias = bias[self._tables.bias_index.long()]
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """See ``GpuConv``. Raises DSPShapeError for tensors that do not fit."""
-        dtype, device = self._kind or (x.dtype, x.device)
-        check_conv_operands(self.spec, self.layout, x, out, residual, dtype, device)
-        if out.numel():
-            self.launch(self.config or self._config_for(x, out), x, out, residual)
-
-    def _config_for(self, x: Tensor, out: Tensor) -> TritonConfig:
-        key = x.dtype, tuple(x.shape)
-        if key not in self._configs:
-            batch, _, height, width = self.layout.as_nchw(out).shape
-            kind = self.spec, x.dtype, self.layout, self.wide_in, self.packing(x.dtype)
-            self._configs[key] = choose(*kind, batch, (height, width))
-        return self._configs[key]
-
-    def launch(self, config: TritonConfig, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        """One launch on the current stream of x's device, without checks."""
-        batch, _, in_h, in_w = self.layout.as_nchw(x).shape
-        _, out_channels, out_h, out_w = self.layout.as_nchw(out).shape
-        tables, weights, bias = self._pack(x.dtype, x.device, (config.filters, config.bk))
-        pixels = out_h * out_w
+        batch, _, in_h, in_w = shape = self._layer.check(x, out, residual)
+        if not out.numel():
+            return
+        spec, tables = self._layer.spec, self._tables
+        out_channels, (out_h, out_w) = spec.structure.out_channels, spec.output_hw((in_h, in_w))
+        if shape not in self._configs:
+            self._configs[shape] = self._config or self._rule.choose(batch, (out_h, out_w))
+        config, pixels = self._configs[shape], out_h * out_w
         if config.chwn:
             col_tiles = batch // config.images * -(-pixels // (config.cols // config.images))
         else:
             col_tiles = -(-batch * pixels // config.cols)
         n_tiles = len(tables.tiles)
-        grid = (n_tiles * col_tiles,)
         interpreted = x.device.type == "cpu"
         with nullcontext() if interpreted else torch.cuda.device(x.device):
-            _kernel(interpreted)[grid](
-                *(x, out, out if residual is None else residual, weights, bias),
+            _kernel(interpreted)[(n_tiles * col_tiles,)](
+                *(x, out, out if residual is None else residual, self._weights, self._bias),
                 *(tables.k, tables.tiles, tables.filters),
                 *(n_tiles, col_tiles),
-                min(col_tiles, columns_in_l2(config, self.spec, x.element_size())),
-                *(batch, self.spec.structure.in_channels, out_channels, in_h, in_w, out_h, out_w),
-                *self.spec.stride,
-                *self.spec.padding,
-                POINTWISE=self.spec.kernel_size == (1, 1),
-                WIDE_IN=self.layout is GpuLayout.NHWC and self.wide_in,
-                WIDE_OUT=self.wide_out,
+                min(col_tiles, columns_in_l2(config, spec, x.element_size())),
+                *(batch, spec.structure.in_channels, out_channels, in_h, in_w, out_h, out_w),
+                *spec.stride,
+                *spec.padding,
+                POINTWISE=spec.kernel_size == (1, 1),
+                WIDE_IN=self._rule.wide and not config.chwn,
+                WIDE_OUT=self._writes_runs,
                 BIG=max(x.numel(), out.numel()) >= _INT32,
                 HAS_RESIDUAL=residual is not None,
-                ACTIVATION=ACTIVATION_CODES[self.spec.activation],
+                ACTIVATION=ACTIVATION_CODES[spec.activation],
                 PRECISION="tf32" if uses_tf32(x.dtype) else "ieee",
                 EXACT=interpreted and x.dtype == torch.bfloat16,
                 **config.constants(),
                 **({} if interpreted else config.options()),
             )
-
-    def _pack(
-        self, dtype: torch.dtype, device: torch.device, packing: tuple[int, int]
-    ) -> tuple[TritonTables, Tensor, Tensor]:
-        """Tables, packed weights and packed bias of a tile size."""
-        if packing not in self._packed:
-            tables = tables_for(self.spec, self.layout, *packing, device)
-            zero = torch.zeros(1, dtype=dtype, device=device)
-            weights = torch.cat([*self._flat, zero])[tables.weight_index.long()]
-            bias = torch.zeros(self.spec.structure.out_channels + 1, device=device)
-            if self._bias is not None:
-                bias[:-1] = self._bias
-            self._packed[packing] = (tables, weights, bias[tables.bias_index.long()])
-        return self._packed[packing]
 
 
 @lru_cache(maxsize=2)

@@ -35,22 +35,15 @@ class CudaBlock:
 
         residual: given exactly if the step has two inputs. Raises DSPShapeError for tensors that do not fit.
         """
-        source, last = self.geometry.regions[0], self.geometry.regions[-1]
-        first, final = self.step.convs[0].spec.structure, self.step.convs[-1].spec.structure
-        batch = x.shape[3] if x.dim() == 4 else 0
-        if batch % BATCH_MULTIPLE:
-            raise DSPShapeError(f"batch {batch} is not a multiple of {BATCH_MULTIPLE}")
         if (residual is None) != (len(self.step.inputs) == 1):
             wants = "a" if residual is None else "no"
             raise DSPShapeError(f"the block {self.step.output} takes {wants} residual besides x")
-        shape = (final.out_channels, last.height, last.width, batch)
-        operands = {
-            "x": (x, (first.in_channels, source.height, source.width, batch)),
-            "out": (out, shape),
-            "residual": (residual, shape),
-        }
-        weights = self.tables.weights
-        check_operands(operands, weights.dtype, weights.device, GpuLayout.CHWN)
+        weights, source = self.tables.weights, self.geometry.regions[0]
+        kind, channels = (weights.dtype, weights.device), self.step.convs[0].spec.structure.in_channels
+        operands, output_shape = (x, out, residual), self.step.output_shape
+        if x.shape[1:3] != (source.height, source.width):
+            raise DSPShapeError(f"x has shape {tuple(x.shape)}; this is for {source.height}x{source.width}")
+        batch, *_ = check_operands(operands, GpuLayout.CHWN, kind, channels, output_shape)
         # The kernel counts pieces of 8 images in 32 bits.
         if max(x.numel(), out.numel()) // BATCH_MULTIPLE >= 2**31:
             raise DSPShapeError(f"an input of shape {tuple(x.shape)} is too large for the block kernel")
