@@ -1,7 +1,7 @@
 """The grid of every value, from what it holds for some images."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPError, DSPShapeError
 from dsp_kernels.graph.inputs import Example, as_inputs
-from dsp_kernels.program.steps import Program
 from dsp_kernels.quantizing.choose import Choice
 from dsp_kernels.quantizing.rewrite import Grid
 from dsp_kernels.run.eager.program import EagerExecutor
@@ -42,52 +41,30 @@ def calibration_inputs(images: Tensor | Iterable[Example]) -> tuple[Tensor, ...]
 
 def find_grids(choice: Choice, inputs: Sequence[Tensor], method: str) -> dict[str, Grid]:
     """The grid of every value in ``choice.scaled``. Raises DSPError where one is not finite."""
-    found = _Ranges(choice.program, list(choice.scaled), len(inputs[0]))
-    found.run(inputs)
-    grids: dict[str, Grid] = {}
-    for root in dict.fromkeys(choice.scaled.values()):
-        names = [name for name, first in choice.scaled.items() if first == root]
-        low, high = (pick(found.ranges[name][side] for name in names) for side, pick in enumerate((min, max)))
+    made = (*choice.program.inputs, *(step.output for step in choice.program.steps))
+    program = replace(choice.program, outputs=tuple(name for name in made if name in choice.scaled))
+    run = EagerExecutor().prepare(program)
+    elements = sum(math.prod(shape[1:]) for shape in program.shapes.values())
+    batch = max(1, min(32, _MOST_ELEMENTS // max(elements, 1)))
+    # Of all values with one scale, by the name of the first: smallest and largest numbers, and some numbers.
+    ends: dict[str, list[Tensor]] = {root: [] for root in choice.scaled.values()}
+    samples: dict[str, list[Tensor]] = {root: [] for root in ends}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for parts in _with_bar(list(zip(*(x.split(batch) for x in inputs), strict=True))):
+            for name, value in zip(program.outputs, run(parts), strict=True):
+                flat, root = value.reshape(-1), choice.scaled[name]
+                ends[root].append(torch.stack(flat.aminmax()))
+                # Multiples of the golden ratio are spread evenly over all channels and pixels.
+                count = min(_SAMPLES * len(value) // len(inputs[0]) + 1, len(flat))
+                places = torch.arange(count, dtype=torch.float64) * 0.6180339887498949 % 1
+                samples[root].append(flat[(places * len(flat)).long()])
+    grids = {}
+    for root, pairs in ends.items():
+        low, high = float(torch.stack(pairs)[:, 0].min()), float(torch.stack(pairs)[:, 1].max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise DSPError(f"{root} is not finite for the calibration images")
-        samples = torch.cat([part for name in names for part in found.samples[name]])
-        grids |= dict.fromkeys(names, _grid(samples, low, high, method, choice.limits.get(root)))
-    return grids
-
-
-class _Ranges:
-    """Smallest and largest number and a sample of each of these values."""
-
-    def __init__(self, program: Program, names: list[str], images: int) -> None:
-        made = (*program.inputs, *(step.output for step in program.steps))
-        self._program = replace(program, outputs=tuple(name for name in made if name in names))
-        self._quota = max(1, _SAMPLES // images)  # of one image
-        self.ranges = dict.fromkeys(names, (math.inf, -math.inf))
-        self.samples: Mapping[str, list[Tensor]] = {name: [] for name in names}
-
-    def run(self, inputs: Sequence[Tensor]) -> None:
-        run = EagerExecutor().prepare(self._program)
-        elements = sum(math.prod(shape[1:]) for shape in self._program.shapes.values())
-        batch = max(1, min(32, _MOST_ELEMENTS // max(elements, 1)))
-        batches = list(zip(*(x.split(batch) for x in inputs), strict=True))
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for parts in _with_bar(batches):
-                for name, value in zip(self._program.outputs, run(parts), strict=True):
-                    self._note(name, value)
-
-    def _note(self, name: str, value: Tensor) -> None:
-        if not value.numel():
-            return
-        flat = value.reshape(-1)
-        low, high = (float(part) for part in flat.aminmax())
-        before = self.ranges[name]
-        # min() would drop a NaN.
-        bad = math.isnan(low) or math.isnan(high)
-        self.ranges[name] = (math.nan, math.nan) if bad else (min(low, before[0]), max(high, before[1]))
-        # Multiples of the golden ratio are spread evenly over all channels and pixels.
-        count = min(self._quota * len(value), len(flat))
-        places = torch.arange(count, dtype=torch.float64) * 0.6180339887498949 % 1
-        self.samples[name].append(flat[(places * len(flat)).long()])
+        grids[root] = _grid(torch.cat(samples[root]), low, high, method, choice.limits.get(root))
+    return {name: grids[root] for name, root in choice.scaled.items()}
 
 
 def _with_bar(batches: list[Any]) -> Iterable[Any]:

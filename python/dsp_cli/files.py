@@ -99,7 +99,7 @@ def download(
             archive = download_released(name, progress=stage(name))
         network = load_released(archive)
         size = _USUAL_SIZE if name.startswith(("resnet20", "resnet56")) else _IMAGENET_SIZE
-        _save_released(network, folder / f"{name}.safetensors", _example_of(network, size)[0][0])
+        _save_released(network, folder / f"{name}.safetensors", example_of(network, size)[0][0])
 
 
 def _save_released(network: nn.Module, out: Path, example: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from cases import CASES, Case
 from torch import Tensor
 
+from dsp_kernels import GroupStructure
 from dsp_kernels.program.steps import (
     ConvStep,
     ElementwiseStep,
@@ -29,8 +30,13 @@ KINDS: dict[str, tuple[tuple[int, int], tuple[int, int] | None, bool]] = {
     "s8 to s8": ((-128, 127), (-128, 127), False),
     "u8 to ReLU6": ((0, 255), (0, 93), False),
     "s8 to float": ((-128, 127), None, False),
+    "u8 to float": ((0, 255), None, False),
     "exact to u8": ((-1500, 1500), (0, 255), True),
 }
+
+
+# Sums beyond 2^24, which float32 rounds.
+LONG = (Case("long sums", GroupStructure.dense(190, 5), hw=(5, 4), residual=True),)
 
 
 def integers(rng: np.random.Generator, low: int, high: int, *shape: int) -> Tensor:
@@ -69,15 +75,19 @@ def convolved(case: Case, x: Array, weights: list[Array]) -> Array:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.spec.activation in ("none", "relu", "relu6")], ids=lambda case: case.name
+    "case",
+    [c for c in (*CASES, *LONG) if c.spec.activation in ("none", "relu", "relu6")],
+    ids=lambda case: case.name,
 )
 def test_a_convolution(case: Case, kind: str) -> None:
     rng = np.random.default_rng([case.seed, *map(ord, kind)])
     levels, limits, _ = KINDS[kind]
     structure, given = case.structure, case.tensors()
     x = integers(rng, *levels, *given.x.shape)
-    weights = [integers(rng, -127, 127, *weight.shape) for weight in given.weights]
-    multiplier = torch.from_numpy(rng.uniform(1e-4, 3e-3, structure.out_channels).astype(np.float32))
+    least = 30 if case in LONG else -127
+    weights = [integers(rng, least, 127, *weight.shape) for weight in given.weights]
+    typical = 3e-6 if case in LONG else 1e-3
+    multiplier = torch.from_numpy(rng.uniform(0.1, 3, structure.out_channels).astype(np.float32)) * typical
     bias = None if given.bias is None else given.bias * 40
     if bias is not None:
         bias[list(structure.absent)] = 0
@@ -119,12 +129,13 @@ def other_steps(kind: str, rng: np.random.Generator) -> Mapping[str, tuple[Step,
     whole = x.sum((2, 3), dtype=np.float64).astype(np.float32) * (m / np.float32(63))
     weight, bias = integers(rng, -127, 127, 6, 315), torch.from_numpy(rng.normal(0, 9, 6).astype(np.float32))
     flat = (x.reshape(3, -1).astype(np.int64) @ weight.numpy().astype(np.int64).T).astype(np.float32)
-    real = rng.normal(0, 80, (2, 3, 4)).astype(np.float32)
+    real = np.rint(rng.normal(0, 80, (2, 30, 4))).astype(np.float32)  # half of them are in the middle of two
+    tie = requantized(torch.tensor([2.0**-7]), kind)
     return {
         "values": (Step("", ()), np.stack([x, y])),
-        "real": (QuantizeStep("z", ("real",), 0.7, *map(float, levels)), real),
+        "real": (QuantizeStep("z", ("real",), 0.5, *map(float, levels)), real),
         "add": (ElementwiseStep("z", ("x", "y"), "add", requantize=one), x * m + y * k),
-        "multiply": (ElementwiseStep("z", ("x", "y"), "multiply", requantize=one), x * y * m),
+        "multiply": (ElementwiseStep("z", ("x", "y"), "multiply", requantize=tie), x * y / 128),
         "windows": (
             PoolStep("z", ("x",), "avg_pool", SETTINGS, one),
             windows.astype(np.float32) * (m / np.float32(6)),
@@ -151,5 +162,5 @@ def test_another_step(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["u8 to u8", "s8 to s8", "exact to u8"])
 def test_floats_become_integers(kind: str) -> None:
     step, real = other_steps(kind, np.random.default_rng(3))["real"]
-    expected = np.clip(np.rint(real * np.float32(0.7)), *KINDS[kind][0])
+    expected = np.clip(np.rint(real * np.float32(0.5)), *KINDS[kind][0])
     np.testing.assert_array_equal(run(step, real=torch.from_numpy(real)), expected)
