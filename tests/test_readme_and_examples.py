@@ -10,13 +10,17 @@ import pytest
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def test_python_blocks_of_the_readme_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/guide/serving.md", 1)])
+def test_python_blocks_of_a_page_run_in_order(
+    page: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
-    names: dict[str, object] = {"__name__": "readme"}
+    text = (README.parent / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= count
+    names: dict[str, object] = {"__name__": "page"}
     for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, python block {number}", "exec"), names)
+        exec(compile(block, f"{page}, python block {number}", "exec"), names)
 
 
 def test_set_up_commands_are_targets_of_the_makefile() -> None:

@@ -107,6 +107,14 @@ class Native {
                                {kernel, stride, padding, dilation}, ceil_mode, include_pad, divisor.value_or(0));
     }
 
+    int fit(int x, int like, const std::string& kind, Pair size, int factor) {
+        return open().add_fit(x, like, named<dsp::Fit>("fit", dsp::Fit_names, kind), size, factor);
+    }
+
+    int norm(int x, int groups, float epsilon, const Array& scale, const Array& shift, const std::string& act) {
+        return open().add_norm(x, groups, epsilon, flat(scale), flat(shift), activation(act));
+    }
+
     int product(int x, int other, const std::string& act) { return open().add_product(x, other, activation(act)); }
 
     int linear(int x, const Array& weight, const std::optional<Array>& bias, const std::string& act) {
@@ -253,6 +261,8 @@ PYBIND11_MODULE(_C, m) {
              py::arg("stride"), py::arg("padding"), py::arg("dilation") = Pair{1, 1}, py::arg("ceil_mode"),
              py::arg("count_include_pad") = true, py::arg("divisor_override") = py::none())
         .def("product", &Native::product)
+        .def("fit", &Native::fit)
+        .def("norm", &Native::norm)
         .def("adaptive", adds(&dsp::Network::add_adaptive))
         .def("resize", adds(&dsp::Network::add_resize))
         .def("select", adds(&dsp::Network::add_select))

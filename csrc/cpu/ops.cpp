@@ -1,6 +1,7 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -384,6 +385,121 @@ Op resize(const Step& step, Place x, Place y) {
         });
     };
     return {"resize", y.geometry.channels, body};
+}
+
+namespace {
+
+// An output row or column: (1 - weight) * first + weight * second, or zero if first is -1.
+struct Blend {
+    int first, second;
+    float weight;
+};
+
+// PyTorch's rules, in its float arithmetic.
+std::vector<Blend> blends(Fit fit, int in, int out) {
+    std::vector<Blend> list;
+    const bool corners = fit == Fit::corners;
+    const float scale = corners ? (out > 1 ? float(in - 1) / float(out - 1) : 0.0f) : float(in) / float(out);
+    const int gap = out - in, before = fit == Fit::pad_end ? 0 : gap >= 0 ? gap / 2 : -((1 - gap) / 2);
+    for (int o = 0; o < out; ++o) {
+        if (fit == Fit::pad_end || fit == Fit::pad_around) {
+            const int from = o - before;
+            list.push_back({from < in ? std::max(from, -1) : -1, 0, 0.0f});
+            continue;
+        }
+        if (fit == Fit::nearest) {
+            list.push_back({std::min(int(float(o) * scale), in - 1), 0, 0.0f});
+            continue;
+        }
+        const float at = corners ? scale * float(o) : std::max(scale * (float(o) + 0.5f) - 0.5f, 0.0f);
+        const int first = std::min(int(at), in - 1);
+        list.push_back({first, std::min(first + 1, in - 1), at - float(first)});
+    }
+    return list;
+}
+
+} // namespace
+
+Op fit(const Step& step, Place x, Place y) {
+    const Geometry s = x.geometry, t = y.geometry;
+    const bool blended = step.fit == Fit::bilinear || step.fit == Fit::corners;
+    const auto rows = blends(step.fit, s.h, t.h), columns = blends(step.fit, s.w, t.w);
+    const auto body = [=](int first, int last, const Context& context) {
+        const int64_t I = s.interleave, length = int64_t(s.w) * I;
+        std::vector<float> row(blended ? length : 0);
+        each_channel(y, false, first, last, context, [&](int c, float* plane) {
+            for (int oy = 0; oy < t.h; ++oy) {
+                const Blend& of = rows[oy];
+                float* out = plane + t.at(0, oy, 0);
+                if (of.first < 0) {
+                    std::fill(out, out + t.w * I, 0.0f);
+                    continue;
+                }
+                const float* in = x.plane(context, c) + s.at(0, of.first, 0);
+                if (blended) {
+                    const float* const other = x.plane(context, c) + s.at(0, of.second, 0);
+                    for (int64_t i = 0; i < length; ++i) row[i] = in[i] + of.weight * (other[i] - in[i]);
+                    in = row.data();
+                }
+                for (const Blend& column : columns) {
+                    const float *const one = in + column.first * I, *const two = in + column.second * I;
+                    for (int64_t i = 0; i < I; ++i, ++out)
+                        *out = column.first < 0 ? 0.0f : blended ? one[i] + column.weight * (two[i] - one[i]) : one[i];
+                }
+            }
+        });
+    };
+    return {"fit", t.channels, body};
+}
+
+Op norm(const Kernels& kernels, const Step& step, Place x, Place y) {
+    const Geometry g = x.geometry;
+    const int each = g.channels / step.number;
+    const auto body = [=, &kernels, &step, v = cover(y.geometry, kernels.lanes)](int first, int last,
+                                                                                 const Context& context) {
+        const int I = g.interleave;
+        const int64_t length = int64_t(g.w) * I;
+        const double count = double(each) * g.h * g.w;
+        for (int group = first; group < last; ++group) {
+            // Calls visit(index, its remainder by 16) for a row; I divides 16, so a remainder belongs to one image.
+            const auto each_pixel = [&](const auto& visit) {
+                int64_t i = 0;
+                for (; i + 16 <= length; i += 16)
+                    for (int l = 0; l < 16; ++l) visit(i + l, l);
+                for (int l = 0; i < length; ++i, ++l) visit(i, l);
+            };
+            const auto mean_of = [&](const auto& term, double* mean) {
+                std::fill(mean, mean + I, 0.0);
+                for (int c = group * each; c < (group + 1) * each; ++c)
+                    for (int row = 0; row < g.h; ++row) {
+                        const float* const in = x.plane(context, c) + g.at(0, row, 0);
+                        float sums[16] = {};
+                        each_pixel([&](int64_t i, int l) { sums[l] += term(in[i], l); });
+                        for (int l = 0; l < 16; ++l) mean[l % I] += double(sums[l]) / count;
+                    }
+            };
+            double mean[16], variance[16];
+            float center[16], scale[16], shift[16]; // the rounding of `center` is in `shift`
+            mean_of([](float value, int) { return value; }, mean);
+            for (int l = 0; l < 16; ++l) center[l] = float(mean[l % I]);
+            mean_of([&](float value, int l) { return (value - center[l]) * (value - center[l]); }, variance);
+            each_channel(y, false, group * each, (group + 1) * each, context, [&](int c, float* out) {
+                for (int l = 0; l < 16; ++l) {
+                    scale[l] = float(step.scale[c] / std::sqrt(variance[l % I] + double(step.value)));
+                    shift[l] = float(step.shift[c] - (mean[l % I] - double(center[l])) * double(scale[l]));
+                }
+                for (int row = 0; row < g.h; ++row) {
+                    const float* const in = x.plane(context, c) + g.at(0, row, 0);
+                    float* const to = out + g.at(0, row, 0);
+                    each_pixel([&](int64_t i, int l) { to[i] = (in[i] - center[l]) * scale[l] + shift[l]; });
+                }
+                if (step.act != Act::none)
+                    kernels.map({out, nullptr, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act, 1.0f,
+                                 0.0f, false, 0});
+            });
+        }
+    };
+    return {"norm", step.number, body};
 }
 
 Op linear(const Kernels& kernels, const Step& step, Place x, Place y) {

@@ -237,6 +237,18 @@ class Builder {
             break;
         }
         case Kind::map: add_node(x.channels, x.h, x.w); break;
+        case Kind::norm:
+            add_node(x.channels, x.h, x.w);
+            tie(step.inputs[0], step.output);
+            break;
+        case Kind::fit: {
+            const bool sized = step.size[0] > 0 && step.size[1] > 0;
+            const int factor = step.factor;
+            Size size = sized ? Size{step.size[0], step.size[1]} : Size{x.h * factor, x.w * factor};
+            if (step.inputs.size() == 2) size = {nodes_[step.inputs[1]].h, nodes_[step.inputs[1]].w};
+            add_node(x.channels, size.h, size.w);
+            break;
+        }
         case Kind::product: {
             const Node other = nodes_[step.inputs[1]];
             draft.large = x.h * x.w == 1 && other.h * other.w > 1;
@@ -373,7 +385,7 @@ class Builder {
                 y.first = number;
                 // The output may overwrite this input if no later step reads it and the window does not read it now.
                 const int candidate = step.kind == Kind::conv && step.inputs.size() == 2 ? step.inputs[1]
-                                      : step.kind == Kind::map                           ? step.inputs[0]
+                                      : step.kind == Kind::map || step.kind == Kind::norm ? step.inputs[0]
                                       : step.kind == Kind::product                       ? step.inputs[draft.large]
                                                                                          : -1;
                 if (candidate >= 0 && nodes_[candidate].view.empty()) {
@@ -463,6 +475,8 @@ class Builder {
         case Kind::pool: return pool(step, draft);
         case Kind::adaptive: return slow_pool(step, input(0), place(step.output));
         case Kind::resize: return resize(step, input(0), place(step.output));
+        case Kind::fit: return fit(step, input(0), place(step.output));
+        case Kind::norm: return norm(kernels, step, input(0), place(step.output));
         case Kind::linear: return linear(kernels, step, input(0), place(step.output));
         default: return store(input(0), step.number);
         }

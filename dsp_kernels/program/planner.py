@@ -5,6 +5,7 @@ made its input instead of adding one.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -26,9 +27,11 @@ from dsp_kernels.program.steps import (
     ConcatStep,
     ConvStep,
     ElementwiseStep,
+    FitStep,
     FlattenStep,
     GlobalPoolStep,
     LinearStep,
+    NormStep,
     PoolStep,
     Program,
     ResizeStep,
@@ -77,6 +80,39 @@ def zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
     if any(amount % 2 for amount in total):
         return "'same' padding that is wider on one side"
     return total[0] // 2, total[1] // 2
+
+
+def transposed_conv(
+    module: nn.ConvTranspose2d,
+) -> tuple[tuple[ConvSpec, tuple[Tensor, ...], Tensor | None], tuple[int, int, int, int]]:
+    """Spec, weights and bias of a convolution, and pads, all negative, after its pixel shuffle by the stride.
+
+    Along an axis, tap k of the kernel adds input i to output ``stride * i + dilation * k - padding``. With q
+    and r the quotient and rest of ``dilation * k`` by the stride, it is a tap of the convolution for outputs
+    of rest r, that reads input ``i - q``.
+    """
+    stride, taps, pads = module.stride[0], [], []
+    settings = module.kernel_size, module.dilation, module.padding, module.output_padding
+    for kernel, dilation, padding, more in zip(*settings, strict=True):
+        reach = dilation * (kernel - 1)
+        # As far as inputs and the output reach.
+        most = max(reach // stride, -((stride + padding - reach - more - 1) // stride))
+        taps.append(most)
+        pads += [-padding, reach + more + 1 - stride - padding - stride * most]
+    weight = module.weight.detach()
+    inputs, each = weight.shape[:2]
+    made = weight.new_zeros(inputs, each, stride, stride, *(most + 1 for most in taps))
+    for y in range(module.kernel_size[0]):
+        for x in range(module.kernel_size[1]):
+            (down, row), (right, column) = (
+                divmod(d * k, stride) for d, k in zip(module.dilation, (y, x), strict=True)
+            )
+            made[:, :, row, column, taps[0] - down, taps[1] - right] = weight[:, :, y, x]
+    groups = [part.flatten(1, 3).transpose(0, 1).contiguous() for part in made.chunk(module.groups)]
+    structure = GroupStructure.uniform(inputs, each * module.groups * stride**2, module.groups)
+    spec = ConvSpec(structure, (taps[0] + 1, taps[1] + 1), padding=(taps[0], taps[1]))
+    bias = None if module.bias is None else module.bias.detach().repeat_interleave(stride**2)
+    return (spec, tuple(groups), bias), (pads[0], pads[1], pads[2], pads[3])
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -195,8 +231,26 @@ class _Planner:
         self._identity(node)
         return None
 
+    def _conv_transpose(self, node: TracedNode) -> Step | str:
+        """A convolution that computes the stride x stride pixels of each place as channels, and their shuffle."""
+        assert isinstance(node.module, nn.ConvTranspose2d)
+        stride = node.module.stride[0]
+        if node.module.stride != (stride, stride) or len((*node.fx_node.args, *node.fx_node.kwargs)) != 1:
+            return _UNKNOWN  # the second argument is the size of the result
+        read, pads = transposed_conv(node.module)
+        phases = f"{node.name}_phases"
+        self.steps.append(ConvStep(phases, self._inputs(node), *read))
+        channels, height, width = (node.shape or ())[1:]
+        top, bottom, left, right = pads
+        size = (height - top - bottom) // stride, (width - left - right) // stride
+        self.shapes[phases] = ((node.shape or ())[0], channels * stride**2, *size)
+        self.value_of[phases], self.readers[phases] = phases, 1
+        return ResizeStep(node.name, (phases,), stride, True, pads)
+
     def _pad(self, node: TracedNode) -> Step | str:
         pads = flat(node.attributes["pads"])
+        if node.attributes.get("like") and (node.attributes["mode"], node.attributes["value"]) == ("constant", 0):
+            return self._fit(node)
         if node.attributes["mode"] != "constant" or not all(isinstance(pad, int) for pad in pads):
             return _UNKNOWN
         left, right, top, bottom = (*pads, 0, 0)[:4]
@@ -205,25 +259,74 @@ class _Planner:
 
     def _resize(self, node: TracedNode) -> Step | str:
         factor = node.attributes["factor"]
-        made = ResizeStep(node.name, self._inputs(node)[:1], factor, node.kind == "pixel_shuffle")
-        return made if factor else _UNKNOWN
+        return ResizeStep(node.name, self._inputs(node)[:1], factor, shuffle=True) if factor else _UNKNOWN
+
+    def _interpolate(self, node: TracedNode) -> Step | str:
+        factor = node.attributes.get("factor")
+        if factor and node.attributes["fit"] == "nearest":
+            return ResizeStep(node.name, self._inputs(node)[:1], factor)
+        return self._fit(node) if node.attributes["fit"] else _UNKNOWN
+
+    def _fit(self, node: TracedNode) -> Step:
+        read, x = node.attributes, self._inputs(node)[:1]
+        like = (self.value_of[read["like"]],) if read.get("like") else ()
+        return FitStep(node.name, (*x, *like), read["fit"], read.get("size"), read.get("factor", 1))
+
+    def _instance_norm(self, node: TracedNode) -> Step:
+        norm = node.attributes["norm"]
+        if getattr(norm, "running_mean", None) is not None:
+            return self._batch_norm(node)
+        return self._norm(node, node.width, norm.eps, norm.weight, norm.bias)
+
+    def _group_norm(self, node: TracedNode) -> Step | str:
+        return self._norm(node, **node.attributes) if node.attributes else _UNKNOWN
+
+    def _norm(
+        self, node: TracedNode, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
+    ) -> Step:
+        scale, shift = (
+            self._per_channel(node, value if part is None else part)
+            for part, value in ((weight, 1.0), (bias, 0.0))
+        )
+        return NormStep(node.name, self._inputs(node)[:1], groups, eps, scale, shift)
 
     def _batch_norm(self, node: TracedNode) -> Step:
         return self._affine(node, node.inputs[0], *batch_norm_affine(node.attributes["norm"]))
 
     def _affine(self, node: TracedNode, source: str, scale: Tensor, shift: Tensor) -> Step:
         """source * scale + shift, both (channels,) in float64."""
+
+        def folded(conv: ConvStep, each: int = 1) -> ConvStep:
+            dtype = conv.weights[0].dtype if conv.weights else torch.float32
+            parts = (part.repeat_interleave(each) for part in (scale, shift))
+            made = fold_affine(conv.spec, conv.weights, conv.bias, *parts, dtype)
+            return ConvStep(conv.output, conv.inputs, *made)
+
         before: Any = self._extendable_conv(source)
         if before is not None:
-            dtype = before.weights[0].dtype if before.weights else torch.float32
-            folded = fold_affine(before.spec, before.weights, before.bias, scale, shift, dtype)
-            return self._instead_of(before, ConvStep(node.name, before.inputs, *folded))
+            return self._instead_of(before, replace(folded(before), output=node.name))
+        if (resized := self._before_resize(node, source, folded)) is not None:
+            return resized
         inputs = (self.value_of[source],)
         before = self._extendable(source, ElementwiseStep)
         if before is not None and before.kind == "affine":
             self.steps.remove(before)
             inputs, scale, shift = before.inputs, before.scale * scale, before.shift * scale + shift
         return ElementwiseStep(node.name, inputs, "affine", scale=scale, shift=shift)
+
+    def _before_resize(
+        self, node: TracedNode, source: str, change: Callable[[ConvStep, int], ConvStep]
+    ) -> Step | None:
+        """If a convolution is only made larger, it is changed instead: it has fewer pixels.
+
+        change: (the convolution, how many of its channels become one) -> what takes its place.
+        """
+        resize = self._extendable(source, ResizeStep)
+        conv = self._extendable_conv(resize.inputs[0]) if resize and max(resize.pads) <= 0 else None
+        if resize is None or conv is None:
+            return None
+        self.steps[self.steps.index(conv)] = change(conv, resize.factor**2 if resize.shuffle else 1)
+        return self._instead_of(resize, replace(resize, output=node.name))
 
     def _scale(self, node: TracedNode) -> Step:
         scale, shift = (self._per_channel(node, node.attributes[name]) for name in ("scale", "shift"))
@@ -247,15 +350,20 @@ class _Planner:
         return ElementwiseStep(node.name, (below, above), "add")
 
     def _activation(self, node: TracedNode) -> Step:
-        function = node.attributes["function"]
-        before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep)
-        if before is None or function in GATES:
-            return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
-        if isinstance(before, ConvStep):
-            activated = replace(before, output=node.name, spec=before.spec.with_activation(function))
-        else:
-            activated = replace(before, output=node.name, activation=function)
-        return self._instead_of(before, activated)
+        function, source = node.attributes["function"], node.inputs[0]
+
+        def activated(conv: ConvStep, _: int = 1) -> ConvStep:
+            return replace(conv, spec=conv.spec.with_activation(function))
+
+        if function not in GATES:
+            before: Any = self._extendable(source, ConvStep, ElementwiseStep, LinearStep, NormStep)
+            if isinstance(before, ConvStep):
+                return self._instead_of(before, replace(activated(before), output=node.name))
+            if before is not None:
+                return self._instead_of(before, replace(before, output=node.name, activation=function))
+            if (resized := self._before_resize(node, source, activated)) is not None:
+                return resized
+        return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
 
     def _add(self, node: TracedNode) -> Step:
         inputs = self._inputs(node)

@@ -14,7 +14,7 @@ namespace dsp {
     constexpr const char* Name##_names = #__VA_ARGS__;
 
 // From sigmoid on, only masked elementwise steps use them: sigmoids do not map 0 to 0, which would corrupt the padding.
-DSP_ENUM(Act, none, relu, relu6, silu, hardswish, sigmoid, hardsigmoid, gelu, gelu_tanh)
+DSP_ENUM(Act, none, relu, relu6, silu, hardswish, sigmoid, hardsigmoid, gelu, gelu_tanh, tanh)
 
 // y[o][v] = act(bias[o] + sum_j w[j][o] * x[v + off[j]] + add[o][v]) for `filters` planes o and some vectors v.
 struct TileCall {

@@ -1,6 +1,7 @@
 """Operations on the map of every channel: pools, padding, reductions and reshapes of the map."""
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,10 @@ def flatten(call: Call) -> Found:
 
 
 def pad(call: Call) -> Found:
-    """Attributes: mode, value, pads: left, right and more, as the call gives them."""
+    """Attributes: mode, value, pads: left, right and more, as the call gives them.
+
+    like: the map whose size it pads to, or ""; fit: the kind of the FitStep for that.
+    """
     if not call.is_map:
         return None
     if call.module is not None:
@@ -102,7 +106,16 @@ def pad(call: Call) -> Found:
     sides, value = read["pad"], read["value"]
     if not isinstance(sides, list | tuple) or len(sides) > 4 or isinstance(value, fx.Node):
         return None
-    return {"mode": read["mode"], "value": float(value or 0.0), "pads": sides}
+    fit = {"pads": sides, "like": ""}
+    for kind, ahead in (("pad_end", lambda more: 0), ("pad_around", lambda more: more // 2)):
+
+        def to_size(new: Sequence[int], old: Sequence[int], ahead: Callable[[int], int] = ahead) -> list[int]:
+            more = [n - o for n, o in zip(new, old, strict=True)][::-1]
+            return [side for n in more for side in (ahead(n), n - ahead(n))]
+
+        if like := _sized_like(call, sides, to_size):
+            fit |= {"like": like, "fit": kind}
+    return {"mode": read["mode"], "value": float(value or 0.0), **fit}
 
 
 def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
@@ -113,12 +126,74 @@ def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool
 
 
 def interpolated(call: Call) -> Found:
-    """Attributes: factor, by which the nearest pixel is repeated; 0 for any other interpolation."""
-    read = call.settings(size=None, scale_factor=None, mode="nearest")
-    factors = set(flat(read["scale_factor"]))
-    factor = factors.pop() if read["size"] is None and read["mode"] == "nearest" and len(factors) == 1 else 0
-    # PyTorch divides by other factors in float32, which rounds.
-    return {"factor": int(factor) if factor in (2, 4, 8, 16, 32) else 0} if call.is_map else None
+    """Attributes: fit, the kind of a FitStep or "", and one of like (a map of the new size), size and factor."""
+    read = call.settings(size=None, scale_factor=None, mode="nearest", align_corners=None)
+    fit = {"nearest": "nearest", "bilinear": "corners" if read["align_corners"] else "bilinear"}.get(read["mode"], "")
+    size, factors = read["size"], set(flat(read["scale_factor"]))
+    if call.argument(6, "antialias", False):
+        fit = ""
+    if not call.is_map:
+        return None
+    if size is None:
+        # PyTorch divides by other factors in float32, which rounds.
+        factor = factors.pop() if len(factors) == 1 else 0
+        return {"fit": fit, "factor": int(factor)} if factor in (2, 4, 8, 16, 32) else {"fit": ""}
+    literal = [size, size] if isinstance(size, int) else flat(size)
+    if len(literal) == 2 and all(is_literal(side) for side in literal):
+        return {"fit": fit, "size": tuple(literal)}
+    like = _sized_like(call, size, lambda new, old: list(new))
+    return {"fit": fit, "like": like} if like else {"fit": ""}
+
+
+_COUNTS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
+
+
+def _sized_like(call: Call, value: Any, wanted: Callable[[Sequence[int], Sequence[int]], list[int]]) -> str:
+    """The only other map of which ``value`` is computed, if it is wanted(its size, the input's size) for all sizes.
+
+    Tried with several sizes, because there are many ways to write it.
+    """
+    seen: set[str] = set()
+
+    def compute(part: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        if isinstance(part, list | tuple):
+            return tuple(compute(one, shapes) for one in part)
+        if not isinstance(part, fx.Node):
+            return part
+        if part.target in _COUNTS:
+            return part.target(*(compute(one, shapes) for one in part.args))
+        if part.target not in (getattr, "size") or (part.target is getattr and part.args[1] != "shape"):
+            raise ValueError
+        name, *index = part.args
+        seen.add(name.name)
+        return shapes[name.name][index[0]] if part.target == "size" and index else shapes[name.name]
+
+    assert call.first is not None
+    own = call.first.name
+    try:
+        compute(value, {name: node.shape for name, node in call.before.items()})
+        like = (seen - {own}).pop()
+        for new, old in (((31, 50), (15, 25)), ((6, 9), (8, 4)), ((7, 3), (7, 3)), ((40, 21), (11, 64))):
+            if list(compute(value, {like: (10**6, 10**7, *new), own: (10**8, 10**9, *old)})) != wanted(new, old):
+                return ""
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+    fits = call.before[like].batched and len(call.before[like].shape or ()) == 4
+    return like if fits else ""
+
+
+def unflatten(call: Call) -> Found:
+    """(batch, channels * height * width) -> (batch, channels, height, width). Attributes: factor, its side."""
+    before, after, sizes = call.input, call.output, call.sizes()
+    if call.first is None or not call.first.batched or before is None or after is None:
+        return None
+    if (len(before), len(after), len(sizes)) != (2, 4, 4) or before[0] != after[0] or is_literal(sizes[0]):
+        return None
+    each = after[2] * after[3]
+    made, square = torch.arange(after[1]) * each, after[2] == after[3]
+    index = tuple(made + place for place in range(each))
+    factor = after[2] if square else 0
+    return {"index": index, "factor": factor, "rigid": is_literal(sizes[1])} if each > 1 else None
 
 
 def same_channels(call: Call) -> Found:
