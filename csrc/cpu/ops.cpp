@@ -407,11 +407,8 @@ std::vector<Blend> blends(Fit fit, int in, int out) {
             list.push_back({from < in ? std::max(from, -1) : -1, 0, 0.0f});
             continue;
         }
-        if (fit == Fit::nearest) {
-            list.push_back({std::min(int(float(o) * scale), in - 1), 0, 0.0f});
-            continue;
-        }
-        const float at = corners ? scale * float(o) : std::max(scale * (float(o) + 0.5f) - 0.5f, 0.0f);
+        const bool nearest = fit == Fit::nearest;
+        const float at = nearest || corners ? float(o) * scale : std::max(scale * (float(o) + 0.5f) - 0.5f, 0.0f);
         const int first = std::min(int(at), in - 1);
         list.push_back({first, std::min(first + 1, in - 1), at - float(first)});
     }
@@ -453,6 +450,8 @@ Op fit(const Step& step, Place x, Place y) {
 }
 
 Op norm(const Kernels& kernels, const Step& step, Place x, Place y) {
+    // I divides 16, so a lane belongs to one image.
+    typedef float Lanes __attribute__((vector_size(64)));
     const Geometry g = x.geometry;
     const int each = g.channels / step.number;
     const auto body = [=, &kernels, &step, v = cover(y.geometry, kernels.lanes)](int first, int last,
@@ -460,42 +459,55 @@ Op norm(const Kernels& kernels, const Step& step, Place x, Place y) {
         const int I = g.interleave;
         const int64_t length = int64_t(g.w) * I;
         const double count = double(each) * g.h * g.w;
+        // Calls visit(16 numbers of a row less the centers, displacement in the plane, how many are in the row).
+        const auto visit_plane = [&](int c, const Lanes& center, const auto& visit) {
+            for (int row = 0; row < g.h; ++row)
+                for (int64_t i = 0; i < length; i += 16) {
+                    const int64_t at = g.at(0, row, 0) + i, left = std::min<int64_t>(16, length - i);
+                    Lanes numbers = center;
+                    if (left == 16)
+                        std::memcpy(&numbers, x.plane(context, c) + at, sizeof(Lanes));
+                    else
+                        std::memcpy(&numbers, x.plane(context, c) + at, sizeof(float) * left);
+                    visit(numbers - center, at, left);
+                }
+        };
         for (int group = first; group < last; ++group) {
-            // Calls visit(index, its remainder by 16) for a row; I divides 16, so a remainder belongs to one image.
-            const auto each_pixel = [&](const auto& visit) {
-                int64_t i = 0;
-                for (; i + 16 <= length; i += 16)
-                    for (int l = 0; l < 16; ++l) visit(i + l, l);
-                for (int l = 0; i < length; ++i, ++l) visit(i, l);
-            };
-            const auto mean_of = [&](const auto& term, double* mean) {
-                std::fill(mean, mean + I, 0.0);
-                for (int c = group * each; c < (group + 1) * each; ++c)
-                    for (int row = 0; row < g.h; ++row) {
-                        const float* const in = x.plane(context, c) + g.at(0, row, 0);
-                        float sums[16] = {};
-                        each_pixel([&](int64_t i, int l) { sums[l] += term(in[i], l); });
+            const auto mean_of = [&](const Lanes& center, bool squared, double* mean) {
+                std::fill(mean, mean + 16, 0.0);
+                for (int c = group * each; c < (group + 1) * each; ++c) {
+                    Lanes sums{};
+                    int64_t terms = 0;
+                    visit_plane(c, center, [&](const Lanes& numbers, int64_t, int64_t) {
+                        sums += squared ? numbers * numbers : numbers;
+                        if (++terms % 64) return; // longer sums would lose digits
                         for (int l = 0; l < 16; ++l) mean[l % I] += double(sums[l]) / count;
-                    }
+                        sums = Lanes{};
+                    });
+                    for (int l = 0; l < 16; ++l) mean[l % I] += double(sums[l]) / count;
+                }
             };
             double mean[16], variance[16];
-            float center[16], scale[16], shift[16]; // the rounding of `center` is in `shift`
-            mean_of([](float value, int) { return value; }, mean);
+            Lanes center{}, scale, shift; // the rounding of `center` is in `shift`
+            mean_of(center, false, mean);
             for (int l = 0; l < 16; ++l) center[l] = float(mean[l % I]);
-            mean_of([&](float value, int l) { return (value - center[l]) * (value - center[l]); }, variance);
+            mean_of(center, true, variance);
             each_channel(y, false, group * each, (group + 1) * each, context, [&](int c, float* out) {
                 for (int l = 0; l < 16; ++l) {
                     scale[l] = float(step.scale[c] / std::sqrt(variance[l % I] + double(step.value)));
                     shift[l] = float(step.shift[c] - (mean[l % I] - double(center[l])) * double(scale[l]));
                 }
-                for (int row = 0; row < g.h; ++row) {
-                    const float* const in = x.plane(context, c) + g.at(0, row, 0);
-                    float* const to = out + g.at(0, row, 0);
-                    each_pixel([&](int64_t i, int l) { to[i] = (in[i] - center[l]) * scale[l] + shift[l]; });
-                }
-                if (step.act != Act::none)
-                    kernels.map({out, nullptr, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act, 1.0f,
-                                 0.0f, false, 0});
+                visit_plane(c, center, [&](const Lanes& numbers, int64_t at, int64_t left) {
+                    Lanes made = numbers * scale + shift;
+                    if (step.act == Act::relu) made = made < 0.0f ? Lanes{} : made;
+                    if (left == 16)
+                        std::memcpy(out + at, &made, sizeof(Lanes));
+                    else
+                        std::memcpy(out + at, &made, sizeof(float) * left);
+                });
+                if (step.act != Act::none && step.act != Act::relu)
+                    kernels.map({out, nullptr, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act,
+                                 1.0f, 0.0f, false, 0});
             });
         }
     };

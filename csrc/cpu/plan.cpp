@@ -242,9 +242,8 @@ class Builder {
             tie(step.inputs[0], step.output);
             break;
         case Kind::fit: {
-            const bool sized = step.size[0] > 0 && step.size[1] > 0;
-            const int factor = step.factor;
-            Size size = sized ? Size{step.size[0], step.size[1]} : Size{x.h * factor, x.w * factor};
+            Size size{step.size[0], step.size[1]};
+            if (size == Size{0, 0}) size = {x.h * step.factor, x.w * step.factor};
             if (step.inputs.size() == 2) size = {nodes_[step.inputs[1]].h, nodes_[step.inputs[1]].w};
             add_node(x.channels, size.h, size.w);
             break;

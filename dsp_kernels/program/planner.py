@@ -5,8 +5,8 @@ made its input instead of adding one.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -91,28 +91,23 @@ def transposed_conv(
     and r the quotient and rest of ``dilation * k`` by the stride, it is a tap of the convolution for outputs
     of rest r, that reads input ``i - q``.
     """
-    stride, taps, pads = module.stride[0], [], []
+    stride, most, pads = module.stride[0], [], []
     settings = module.kernel_size, module.dilation, module.padding, module.output_padding
     for kernel, dilation, padding, more in zip(*settings, strict=True):
         reach = dilation * (kernel - 1)
-        # As far as inputs and the output reach.
-        most = max(reach // stride, -((stride + padding - reach - more - 1) // stride))
-        taps.append(most)
-        pads += [-padding, reach + more + 1 - stride - padding - stride * most]
-    weight = module.weight.detach()
-    inputs, each = weight.shape[:2]
-    made = weight.new_zeros(inputs, each, stride, stride, *(most + 1 for most in taps))
-    for y in range(module.kernel_size[0]):
-        for x in range(module.kernel_size[1]):
-            (down, row), (right, column) = (
-                divmod(d * k, stride) for d, k in zip(module.dilation, (y, x), strict=True)
-            )
-            made[:, :, row, column, taps[0] - down, taps[1] - right] = weight[:, :, y, x]
-    groups = [part.flatten(1, 3).transpose(0, 1).contiguous() for part in made.chunk(module.groups)]
-    structure = GroupStructure.uniform(inputs, each * module.groups * stride**2, module.groups)
-    spec = ConvSpec(structure, (taps[0] + 1, taps[1] + 1), padding=(taps[0], taps[1]))
+        most.append(max(reach, reach + more - padding) // stride)
+        pads += [-padding, reach + more + 1 - padding - stride * (1 + most[-1])]
+    inputs, each, *kernel_size = module.weight.shape
+    made = module.weight.new_zeros(inputs, each, stride, stride, most[0] + 1, most[1] + 1)
+    for y, x in product(*map(range, kernel_size)):
+        down, row = divmod(module.dilation[0] * y, stride)
+        right, column = divmod(module.dilation[1] * x, stride)
+        made[:, :, row, column, most[0] - down, most[1] - right] = module.weight[:, :, y, x].detach()
+    weights = tuple(part.flatten(1, 3).transpose(0, 1).contiguous() for part in made.chunk(module.groups))
+    structure = GroupStructure.uniform(inputs, module.out_channels * stride**2, module.groups)
+    spec = ConvSpec(structure, (most[0] + 1, most[1] + 1), padding=(most[0], most[1]))
     bias = None if module.bias is None else module.bias.detach().repeat_interleave(stride**2)
-    return (spec, tuple(groups), bias), (pads[0], pads[1], pads[2], pads[3])
+    return (spec, weights, bias), (pads[0], pads[1], pads[2], pads[3])
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -232,7 +227,7 @@ class _Planner:
         return None
 
     def _conv_transpose(self, node: TracedNode) -> Step | str:
-        """A convolution that computes the stride x stride pixels of each place as channels, and their shuffle."""
+        """A convolution that makes stride x stride pixels of each place as channels, and their shuffle."""
         assert isinstance(node.module, nn.ConvTranspose2d)
         stride = node.module.stride[0]
         if node.module.stride != (stride, stride) or len((*node.fx_node.args, *node.fx_node.kwargs)) != 1:
@@ -240,16 +235,17 @@ class _Planner:
         read, pads = transposed_conv(node.module)
         phases = f"{node.name}_phases"
         self.steps.append(ConvStep(phases, self._inputs(node), *read))
-        channels, height, width = (node.shape or ())[1:]
-        top, bottom, left, right = pads
-        size = (height - top - bottom) // stride, (width - left - right) // stride
-        self.shapes[phases] = ((node.shape or ())[0], channels * stride**2, *size)
-        self.value_of[phases], self.readers[phases] = phases, 1
+        batch, _, height, width = self.network[node.inputs[0]].shape or ()
+        more, channels = read[0].padding, read[0].structure.out_channels
+        self.shapes[phases] = batch, channels, height + more[0], width + more[1]
         return ResizeStep(node.name, (phases,), stride, True, pads)
 
     def _pad(self, node: TracedNode) -> Step | str:
         pads = flat(node.attributes["pads"])
-        if node.attributes.get("like") and (node.attributes["mode"], node.attributes["value"]) == ("constant", 0):
+        if node.attributes.get("like") and (node.attributes["mode"], node.attributes["value"]) == (
+            "constant",
+            0,
+        ):
             return self._fit(node)
         if node.attributes["mode"] != "constant" or not all(isinstance(pad, int) for pad in pads):
             return _UNKNOWN
@@ -272,61 +268,32 @@ class _Planner:
         like = (self.value_of[read["like"]],) if read.get("like") else ()
         return FitStep(node.name, (*x, *like), read["fit"], read.get("size"), read.get("factor", 1))
 
-    def _instance_norm(self, node: TracedNode) -> Step:
-        norm = node.attributes["norm"]
+    def _norm(self, node: TracedNode) -> Step:
+        """Of every channel, or group of channels, of every image."""
+        norm: Any = node.module
         if getattr(norm, "running_mean", None) is not None:
             return self._batch_norm(node)
-        return self._norm(node, node.width, norm.eps, norm.weight, norm.bias)
-
-    def _group_norm(self, node: TracedNode) -> Step | str:
-        return self._norm(node, **node.attributes) if node.attributes else _UNKNOWN
-
-    def _norm(
-        self, node: TracedNode, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
-    ) -> Step:
-        scale, shift = (
-            self._per_channel(node, value if part is None else part)
-            for part, value in ((weight, 1.0), (bias, 0.0))
-        )
-        return NormStep(node.name, self._inputs(node)[:1], groups, eps, scale, shift)
+        scale = self._per_channel(node, 1.0 if norm.weight is None else norm.weight)
+        shift = self._per_channel(node, 0.0 if norm.bias is None else norm.bias)
+        groups = getattr(norm, "num_groups", node.width)
+        return NormStep(node.name, self._inputs(node), groups, norm.eps, scale, shift)
 
     def _batch_norm(self, node: TracedNode) -> Step:
         return self._affine(node, node.inputs[0], *batch_norm_affine(node.attributes["norm"]))
 
     def _affine(self, node: TracedNode, source: str, scale: Tensor, shift: Tensor) -> Step:
         """source * scale + shift, both (channels,) in float64."""
-
-        def folded(conv: ConvStep, each: int = 1) -> ConvStep:
-            dtype = conv.weights[0].dtype if conv.weights else torch.float32
-            parts = (part.repeat_interleave(each) for part in (scale, shift))
-            made = fold_affine(conv.spec, conv.weights, conv.bias, *parts, dtype)
-            return ConvStep(conv.output, conv.inputs, *made)
-
         before: Any = self._extendable_conv(source)
         if before is not None:
-            return self._instead_of(before, replace(folded(before), output=node.name))
-        if (resized := self._before_resize(node, source, folded)) is not None:
-            return resized
+            dtype = before.weights[0].dtype if before.weights else torch.float32
+            folded = fold_affine(before.spec, before.weights, before.bias, scale, shift, dtype)
+            return self._instead_of(before, ConvStep(node.name, before.inputs, *folded))
         inputs = (self.value_of[source],)
         before = self._extendable(source, ElementwiseStep)
         if before is not None and before.kind == "affine":
             self.steps.remove(before)
             inputs, scale, shift = before.inputs, before.scale * scale, before.shift * scale + shift
         return ElementwiseStep(node.name, inputs, "affine", scale=scale, shift=shift)
-
-    def _before_resize(
-        self, node: TracedNode, source: str, change: Callable[[ConvStep, int], ConvStep]
-    ) -> Step | None:
-        """If a convolution is only made larger, it is changed instead: it has fewer pixels.
-
-        change: (the convolution, how many of its channels become one) -> what takes its place.
-        """
-        resize = self._extendable(source, ResizeStep)
-        conv = self._extendable_conv(resize.inputs[0]) if resize and max(resize.pads) <= 0 else None
-        if resize is None or conv is None:
-            return None
-        self.steps[self.steps.index(conv)] = change(conv, resize.factor**2 if resize.shuffle else 1)
-        return self._instead_of(resize, replace(resize, output=node.name))
 
     def _scale(self, node: TracedNode) -> Step:
         scale, shift = (self._per_channel(node, node.attributes[name]) for name in ("scale", "shift"))
@@ -350,20 +317,15 @@ class _Planner:
         return ElementwiseStep(node.name, (below, above), "add")
 
     def _activation(self, node: TracedNode) -> Step:
-        function, source = node.attributes["function"], node.inputs[0]
-
-        def activated(conv: ConvStep, _: int = 1) -> ConvStep:
-            return replace(conv, spec=conv.spec.with_activation(function))
-
-        if function not in GATES:
-            before: Any = self._extendable(source, ConvStep, ElementwiseStep, LinearStep, NormStep)
-            if isinstance(before, ConvStep):
-                return self._instead_of(before, replace(activated(before), output=node.name))
-            if before is not None:
-                return self._instead_of(before, replace(before, output=node.name, activation=function))
-            if (resized := self._before_resize(node, source, activated)) is not None:
-                return resized
-        return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
+        function = node.attributes["function"]
+        before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep, NormStep)
+        if before is None or function in GATES:
+            return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
+        if isinstance(before, ConvStep):
+            activated = replace(before, output=node.name, spec=before.spec.with_activation(function))
+        else:
+            activated = replace(before, output=node.name, activation=function)
+        return self._instead_of(before, activated)
 
     def _add(self, node: TracedNode) -> Step:
         inputs = self._inputs(node)

@@ -120,7 +120,8 @@ class ResizeStep(Step):
     """Larger, padded and cut maps.
 
     Each pixel becomes factor x factor equal ones; with shuffle, channels become pixels as by
-    torch.pixel_shuffle, of (batch, features) those of one pixel. pads: (top, bottom, left, right) pixels of ``value`` around, cut where negative.
+    torch.pixel_shuffle; (batch, features) are maps of one pixel. pads: (top, bottom, left, right) pixels of
+    ``value`` around, cut where negative.
     """
 
     factor: int = 1
@@ -135,7 +136,7 @@ class ResizeStep(Step):
 
 @dataclass(frozen=True, eq=False)
 class FitStep(Step):
-    """A map with the size of a second input, or of ``size``, or ``factor`` times its own; inputs: (x,) or (x, like).
+    """A map as large as a second input, or of ``size``, or ``factor`` times as large; inputs: (x[, like]).
 
     kind: interpolation "nearest", "bilinear" or "corners" (bilinear, align_corners), or zeros after the last
     row and column ("pad_end") or on both sides ("pad_around"); rows and columns that are too many are cut.
@@ -164,7 +165,9 @@ class NormStep(Step):
     activation: str = "none"
 
     def describe(self) -> str:
-        return f"norm of {self.groups} groups" + (f" + {self.activation}" if self.activation != "none" else "")
+        return f"norm of {self.groups} groups" + (
+            f" + {self.activation}" if self.activation != "none" else ""
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.graph.operations.entry import Attributes, Call, Found, flat, zeros_of
 
+Pair = tuple[int, int]
+
 
 def max_pool(call: Call) -> Found:
     """Attributes: as of nn.MaxPool2d, sizes as pairs."""
@@ -94,7 +96,7 @@ def flatten(call: Call) -> Found:
 def pad(call: Call) -> Found:
     """Attributes: mode, value, pads: left, right and more, as the call gives them.
 
-    like: the map whose size it pads to, or ""; fit: the kind of the FitStep for that.
+    like: the map whose size it pads to, if any; fit: the kind of the FitStep for that.
     """
     if not call.is_map:
         return None
@@ -106,16 +108,17 @@ def pad(call: Call) -> Found:
     sides, value = read["pad"], read["value"]
     if not isinstance(sides, list | tuple) or len(sides) > 4 or isinstance(value, fx.Node):
         return None
-    fit = {"pads": sides, "like": ""}
-    for kind, ahead in (("pad_end", lambda more: 0), ("pad_around", lambda more: more // 2)):
+    found = {"mode": read["mode"], "value": float(value or 0.0), "pads": sides}
+    for fit, parts in _WAYS.items():
+        if like := _sized_like(
+            call, sides, lambda new, old, p=parts: (*p(new[1] - old[1]), *p(new[0] - old[0]))
+        ):
+            return {**found, "fit": fit, "like": like}
+    return found
 
-        def to_size(new: Sequence[int], old: Sequence[int], ahead: Callable[[int], int] = ahead) -> list[int]:
-            more = [n - o for n, o in zip(new, old, strict=True)][::-1]
-            return [side for n in more for side in (ahead(n), n - ahead(n))]
 
-        if like := _sized_like(call, sides, to_size):
-            fit |= {"like": like, "fit": kind}
-    return {"mode": read["mode"], "value": float(value or 0.0), **fit}
+# How the pixels that a map lacks are added at both ends of an axis.
+_WAYS = {"pad_end": lambda n: (0, n), "pad_around": lambda n: (n // 2, n - n // 2)}
 
 
 def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
@@ -126,73 +129,69 @@ def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool
 
 
 def interpolated(call: Call) -> Found:
-    """Attributes: fit, the kind of a FitStep or "", and one of like (a map of the new size), size and factor."""
+    """Attributes: fit, the kind of a FitStep or "", and like (a map of the new size), size or factor."""
     read = call.settings(size=None, scale_factor=None, mode="nearest", align_corners=None)
-    fit = {"nearest": "nearest", "bilinear": "corners" if read["align_corners"] else "bilinear"}.get(read["mode"], "")
-    size, factors = read["size"], set(flat(read["scale_factor"]))
-    if call.argument(6, "antialias", False):
-        fit = ""
     if not call.is_map:
         return None
-    if size is None:
-        # PyTorch divides by other factors in float32, which rounds.
-        factor = factors.pop() if len(factors) == 1 else 0
-        return {"fit": fit, "factor": int(factor)} if factor in (2, 4, 8, 16, 32) else {"fit": ""}
-    literal = [size, size] if isinstance(size, int) else flat(size)
-    if len(literal) == 2 and all(is_literal(side) for side in literal):
-        return {"fit": fit, "size": tuple(literal)}
-    like = _sized_like(call, size, lambda new, old: list(new))
-    return {"fit": fit, "like": like} if like else {"fit": ""}
+    size, factors = read["size"], flat(read["scale_factor"])
+    known = {"nearest": "nearest", "bilinear": "corners" if read["align_corners"] else "bilinear"}
+    if call.argument(6, "antialias", False):
+        known = {}
+    sizes = [size, size] if isinstance(size, int) else flat(size)
+    found: Attributes = {"fit": known.get(read["mode"], "")}
+    # PyTorch divides by other factors in float32, which rounds.
+    if size is None and len(set(factors)) == 1 and factors[0] in (2, 4, 8, 16, 32):
+        return {**found, "factor": int(factors[0])}
+    if len(sizes) == 2 and all(map(is_literal, sizes)):
+        return {**found, "size": tuple(sizes)}
+    like = _sized_like(call, size, lambda new, old: new)
+    return {**found, "like": like} if like else {"fit": ""}
 
 
 _COUNTS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 
 
-def _sized_like(call: Call, value: Any, wanted: Callable[[Sequence[int], Sequence[int]], list[int]]) -> str:
-    """The only other map of which ``value`` is computed, if it is wanted(its size, the input's size) for all sizes.
+def _sized_like(call: Call, value: Any, wanted: Callable[[Pair, Pair], tuple[int, ...]]) -> str:
+    """The map, if any, with which ``value`` is wanted(its size, the input's size), whatever the sizes are.
 
     Tried with several sizes, because there are many ways to write it.
     """
     seen: set[str] = set()
 
-    def compute(part: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def compute(part: Any, shapes: Mapping[str, Any]) -> Any:
         if isinstance(part, list | tuple):
             return tuple(compute(one, shapes) for one in part)
         if not isinstance(part, fx.Node):
             return part
         if part.target in _COUNTS:
-            return part.target(*(compute(one, shapes) for one in part.args))
-        if part.target not in (getattr, "size") or (part.target is getattr and part.args[1] != "shape"):
+            return part.target(*compute(part.args, shapes))
+        source, *index = part.args
+        if not (part.target == "size" or (part.target is getattr and index == ["shape"])):
             raise ValueError
-        name, *index = part.args
-        seen.add(name.name)
-        return shapes[name.name][index[0]] if part.target == "size" and index else shapes[name.name]
+        seen.add(source.name)
+        return shapes[source.name][index[0]] if part.target == "size" and index else shapes[source.name]
 
-    assert call.first is not None
-    own = call.first.name
+    own = call.node.all_input_nodes[0].name
     try:
         compute(value, {name: node.shape for name, node in call.before.items()})
         like = (seen - {own}).pop()
         for new, old in (((31, 50), (15, 25)), ((6, 9), (8, 4)), ((7, 3), (7, 3)), ((40, 21), (11, 64))):
-            if list(compute(value, {like: (10**6, 10**7, *new), own: (10**8, 10**9, *old)})) != wanted(new, old):
+            if compute(value, {like: (10**6, 10**7, *new), own: (10**8, 10**9, *old)}) != wanted(new, old):
                 return ""
     except (ValueError, KeyError, TypeError, IndexError):
         return ""
-    fits = call.before[like].batched and len(call.before[like].shape or ()) == 4
-    return like if fits else ""
+    return like if call.before[like].batched and len(call.before[like].shape or ()) == 4 else ""
 
 
 def unflatten(call: Call) -> Found:
-    """(batch, channels * height * width) -> (batch, channels, height, width). Attributes: factor, its side."""
+    """(batch, channels * r * r) -> (batch, channels, r, r). Attributes: factor, r; 0 for another map."""
     before, after, sizes = call.input, call.output, call.sizes()
     if call.first is None or not call.first.batched or before is None or after is None:
         return None
     if (len(before), len(after), len(sizes)) != (2, 4, 4) or before[0] != after[0] or is_literal(sizes[0]):
         return None
-    each = after[2] * after[3]
-    made, square = torch.arange(after[1]) * each, after[2] == after[3]
-    index = tuple(made + place for place in range(each))
-    factor = after[2] if square else 0
+    each, factor = after[2] * after[3], after[2] if after[2] == after[3] else 0
+    index = tuple(torch.arange(after[1]) * each + place for place in range(each))
     return {"index": index, "factor": factor, "rigid": is_literal(sizes[1])} if each > 1 else None
 
 

@@ -190,20 +190,6 @@ def instance_norm(call: Call) -> Found:
     return {"norm": norm} if call.is_map and single else None
 
 
-def group_norm(call: Call) -> Found:
-    """Attributes: groups, eps, weight, bias."""
-    if isinstance(call.module, nn.GroupNorm):
-        norm: Any = call.module
-        held = {"groups": norm.num_groups, "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
-        return held if call.is_map else None
-    read = call.settings(num_groups=None, weight=None, bias=None, eps=1e-5)
-    tensors = [call.traced(read[name]) for name in ("weight", "bias")]
-    if not call.is_map or any(node is not None and node.value is None for node in tensors):
-        return None
-    weight, bias = (None if node is None else node.value for node in tensors)
-    return {"groups": read["num_groups"], "eps": read["eps"], "weight": weight, "bias": bias}
-
-
 def normalised_by_image(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
     """Constants after an instance norm."""
     norm = attributes["norm"]

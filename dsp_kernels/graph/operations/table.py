@@ -66,7 +66,7 @@ _index = partial(Operation, channels="index")
 _active = partial(_same, constants=pointwise.applied, step="activation")
 _leaky = partial(_same, "leaky", constants=pointwise.leaked, step="leaky")
 _combine = partial(_same, "combine", {}, constants=pointwise.combined, step="combine")
-_instance = partial(_same, "instance_norm", constants=pointwise.normalised_by_image, step="instance_norm")
+_instance = partial(_same, "instance_norm", constants=pointwise.normalised_by_image, step="norm")
 _over_channels = partial(Operation, "norm_over_channels", reason="normalises over several channels together")
 
 # fmt: off
@@ -128,7 +128,7 @@ OPERATIONS = (
     _instance({nn.InstanceNorm2d: _BATCH_NORM}, "", pointwise.instance_norm, widths=("num_features",)),
     _instance({nn.GroupNorm: _GROUP_NORM}, "", pointwise.instance_norm,
               widths=("num_groups", "num_channels")),
-    _over_channels({nn.GroupNorm: _GROUP_NORM}, "F.group_norm", pointwise.group_norm, step="group_norm"),
+    _over_channels({nn.GroupNorm: _GROUP_NORM}, attributes=channels.layer(4), step="norm"),
     _over_channels({
         nn.GroupNorm: _GROUP_NORM, nn.LayerNorm: _LAYER_NORM,
         nn.LocalResponseNorm: ("size", "alpha", "beta", "k"),

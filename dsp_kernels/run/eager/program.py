@@ -148,19 +148,23 @@ def _resize(step: ResizeStep) -> Callable[[dict[str, Any]], Tensor]:
     return call
 
 
-def _fit(step: FitStep) -> Callable[[dict[str, Any]], Tensor]:
-    x, like, pads = step.inputs[0], step.inputs[1:], step.kind in ("pad_end", "pad_around")
-    mode = "nearest" if step.kind == "nearest" else "bilinear"
-    corners = None if step.kind == "nearest" else step.kind == "corners"
+_INTERPOLATION = {
+    "nearest": ("nearest", None),
+    "bilinear": ("bilinear", False),
+    "corners": ("bilinear", True),
+}
 
+
+def _fit(step: FitStep) -> Callable[[dict[str, Any]], Tensor]:
     def call(values: dict[str, Any]) -> Tensor:
-        size = values[like[0]].shape[2:] if like else step.size
-        if not pads:
+        x, *like = (values[name] for name in step.inputs)
+        size = like[0].shape[2:] if like else step.size
+        if step.kind in _INTERPOLATION:
             factor = None if size else float(step.factor)
-            return F.interpolate(values[x], size, factor, mode, corners)
-        height, width = (new - old for new, old in zip(size, values[x].shape[2:], strict=True))
+            return F.interpolate(x, size, factor, *_INTERPOLATION[step.kind])
+        height, width = (new - old for new, old in zip(size, x.shape[2:], strict=True))
         top, left = (height // 2, width // 2) if step.kind == "pad_around" else (0, 0)
-        return F.pad(values[x], (left, width - left, top, height - top))
+        return F.pad(x, (left, width - left, top, height - top))
 
     return call
 
