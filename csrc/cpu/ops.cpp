@@ -450,64 +450,36 @@ Op fit(const Step& step, Place x, Place y) {
 }
 
 Op norm(const Kernels& kernels, const Step& step, Place x, Place y) {
-    // I divides 16, so a lane belongs to one image.
-    typedef float Lanes __attribute__((vector_size(64)));
     const Geometry g = x.geometry;
     const int each = g.channels / step.number;
     const auto body = [=, &kernels, &step, v = cover(y.geometry, kernels.lanes)](int first, int last,
                                                                                  const Context& context) {
         const int I = g.interleave;
-        const int64_t length = int64_t(g.w) * I;
         const double count = double(each) * g.h * g.w;
-        // Calls visit(16 numbers of a row less the centers, displacement in the plane, how many are in the row).
-        const auto visit_plane = [&](int c, const Lanes& center, const auto& visit) {
-            for (int row = 0; row < g.h; ++row)
-                for (int64_t i = 0; i < length; i += 16) {
-                    const int64_t at = g.at(0, row, 0) + i, left = std::min<int64_t>(16, length - i);
-                    Lanes numbers = center;
-                    if (left == 16)
-                        std::memcpy(&numbers, x.plane(context, c) + at, sizeof(Lanes));
-                    else
-                        std::memcpy(&numbers, x.plane(context, c) + at, sizeof(float) * left);
-                    visit(numbers - center, at, left);
-                }
-        };
         for (int group = first; group < last; ++group) {
-            const auto mean_of = [&](const Lanes& center, bool squared, double* mean) {
-                std::fill(mean, mean + 16, 0.0);
-                for (int c = group * each; c < (group + 1) * each; ++c) {
-                    Lanes sums{};
-                    int64_t terms = 0;
-                    visit_plane(c, center, [&](const Lanes& numbers, int64_t, int64_t) {
-                        sums += squared ? numbers * numbers : numbers;
-                        if (++terms % 64) return; // longer sums would lose digits
-                        for (int l = 0; l < 16; ++l) mean[l % I] += double(sums[l]) / count;
-                        sums = Lanes{};
-                    });
-                    for (int l = 0; l < 16; ++l) mean[l % I] += double(sums[l]) / count;
-                }
+            float center[32]{}, scale[32], shift[32]; // by image, see NormCall; the rounding of `center` is in `shift`
+            const auto mean_of = [&](bool squared, double* mean) {
+                std::fill(mean, mean + I, 0.0);
+                for (int c = group * each; c < (group + 1) * each; ++c)
+                    for (int64_t begin = 0; begin < v.count(); begin += 256) { // longer sums would lose digits
+                        float sums[32]{};
+                        kernels.norm({x.plane(context, c), nullptr, v.at.data() + begin, v.mask_from(begin, kernels.lanes),
+                                      std::min<int64_t>(256, v.count() - begin), I, center, nullptr, nullptr, Act::none,
+                                      squared, sums});
+                        for (int l = 0; l < 32; ++l) mean[l % I] += double(sums[l]) / count;
+                    }
             };
             double mean[16], variance[16];
-            Lanes center{}, scale, shift; // the rounding of `center` is in `shift`
-            mean_of(center, false, mean);
-            for (int l = 0; l < 16; ++l) center[l] = float(mean[l % I]);
-            mean_of(center, true, variance);
-            each_channel(y, false, group * each, (group + 1) * each, context, [&](int c, float* out) {
-                for (int l = 0; l < 16; ++l) {
+            mean_of(false, mean);
+            for (int l = 0; l < 32; ++l) center[l] = float(mean[l % I]);
+            mean_of(true, variance);
+            each_channel(y, v.covers_pads, group * each, (group + 1) * each, context, [&](int c, float* out) {
+                for (int l = 0; l < 32; ++l) {
                     scale[l] = float(step.scale[c] / std::sqrt(variance[l % I] + double(step.value)));
                     shift[l] = float(step.shift[c] - (mean[l % I] - double(center[l])) * double(scale[l]));
                 }
-                visit_plane(c, center, [&](const Lanes& numbers, int64_t at, int64_t left) {
-                    Lanes made = numbers * scale + shift;
-                    if (step.act == Act::relu) made = made < 0.0f ? Lanes{} : made;
-                    if (left == 16)
-                        std::memcpy(out + at, &made, sizeof(Lanes));
-                    else
-                        std::memcpy(out + at, &made, sizeof(float) * left);
-                });
-                if (step.act != Act::none && step.act != Act::relu)
-                    kernels.map({out, nullptr, out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), step.act,
-                                 1.0f, 0.0f, false, 0});
+                kernels.norm({x.plane(context, c), out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), I, center,
+                              scale, shift, step.act, false, nullptr});
             });
         }
     };

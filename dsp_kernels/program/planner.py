@@ -91,8 +91,8 @@ def transposed_conv(
     and r the quotient and rest of ``dilation * k`` by the stride, it is a tap of the convolution for outputs
     of rest r, that reads input ``i - q``.
     """
-    stride, most, pads = module.stride[0], [], []
-    settings = module.kernel_size, module.dilation, module.padding, module.output_padding
+    stride, most, pads = module.stride[0], list[int](), list[int]()
+    settings: Any = module.kernel_size, module.dilation, module.padding, module.output_padding
     for kernel, dilation, padding, more in zip(*settings, strict=True):
         reach = dilation * (kernel - 1)
         most.append(max(reach, reach + more - padding) // stride)

@@ -214,6 +214,7 @@ Kernels make() {
     Kernels table{};
     table.lanes = L;
     table.map = map;
+    table.norm = norm;
     table.pool = pool;
     table.linear = linear;
     table.thin = thin;

@@ -79,6 +79,21 @@ struct MapCall {
     int period; // 0: b is a plane
 };
 
+// Of one plane, sums[image] += x[v] - center[image], or its square, or y[v] = act((x[v] - center) * scale + shift).
+// Numbers of images are repeated to fill a vector from any image; sums: 32 floats.
+struct NormCall {
+    const float* x;
+    float* y; // or null: sums
+    const int32_t* vec;
+    const int32_t* mask;
+    int64_t vectors;
+    int images;
+    const float *center, *scale, *shift;
+    Act act;
+    bool squared;
+    float* sums;
+};
+
 // y[v] = max or scaled sum over taps of x[v + off[tap]], one plane.
 struct PoolCall {
     const float* x;
@@ -144,6 +159,7 @@ struct Kernels {
     void (*band_input[2])(const BandInput&); // of bands, of patches
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
+    void (*norm)(const NormCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
     void (*thin)(const ThinCall&);

@@ -109,16 +109,21 @@ def pad(call: Call) -> Found:
     if not isinstance(sides, list | tuple) or len(sides) > 4 or isinstance(value, fx.Node):
         return None
     found = {"mode": read["mode"], "value": float(value or 0.0), "pads": sides}
-    for fit, parts in _WAYS.items():
-        if like := _sized_like(
-            call, sides, lambda new, old, p=parts: (*p(new[1] - old[1]), *p(new[0] - old[0]))
-        ):
+    for fit, both in _WAYS.items():
+
+        def sides_of(new: Pair, old: Pair, both: Callable[[int], Pair] = both) -> tuple[int, ...]:
+            return (*both(new[1] - old[1]), *both(new[0] - old[0]))
+
+        if like := _sized_like(call, sides, sides_of):
             return {**found, "fit": fit, "like": like}
     return found
 
 
 # How the pixels that a map lacks are added at both ends of an axis.
-_WAYS = {"pad_end": lambda n: (0, n), "pad_around": lambda n: (n // 2, n - n // 2)}
+_WAYS: dict[str, Callable[[int], Pair]] = {
+    "pad_end": lambda n: (0, n),
+    "pad_around": lambda n: (n // 2, n - n // 2),
+}
 
 
 def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
@@ -165,11 +170,13 @@ def _sized_like(call: Call, value: Any, wanted: Callable[[Pair, Pair], tuple[int
             return part
         if part.target in _COUNTS:
             return part.target(*compute(part.args, shapes))
-        source, *index = part.args
+        source: Any = part.args[0]
+        index = list(part.args[1:])
         if not (part.target == "size" or (part.target is getattr and index == ["shape"])):
             raise ValueError
         seen.add(source.name)
-        return shapes[source.name][index[0]] if part.target == "size" and index else shapes[source.name]
+        sizes = shapes[source.name]
+        return sizes[index[0]] if part.target == "size" and index else sizes
 
     own = call.node.all_input_nodes[0].name
     try:

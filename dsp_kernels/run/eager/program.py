@@ -158,7 +158,7 @@ _INTERPOLATION = {
 def _fit(step: FitStep) -> Callable[[dict[str, Any]], Tensor]:
     def call(values: dict[str, Any]) -> Tensor:
         x, *like = (values[name] for name in step.inputs)
-        size = like[0].shape[2:] if like else step.size
+        size: Any = like[0].shape[2:] if like else step.size
         if step.kind in _INTERPOLATION:
             factor = None if size else float(step.factor)
             return F.interpolate(x, size, factor, *_INTERPOLATION[step.kind])
