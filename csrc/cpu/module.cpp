@@ -121,6 +121,14 @@ class Native {
                                requantize_of(requantize));
     }
 
+    int fit(int x, int like, const std::string& kind, Pair size, int factor) {
+        return open().add_fit(x, like, named<dsp::Fit>("fit", dsp::Fit_names, kind), size, factor);
+    }
+
+    int norm(int x, int groups, float epsilon, const Array& scale, const Array& shift, const std::string& act) {
+        return open().add_norm(x, groups, epsilon, flat(scale), flat(shift), activation(act));
+    }
+
     int product(int x, int other, const std::string& act, const Ends& requantize) {
         return open().add_product(x, other, activation(act), requantize_of(requantize));
     }
@@ -279,6 +287,8 @@ PYBIND11_MODULE(_C, m) {
              py::arg("requantize") = py::none())
         .def("product", &Native::product, py::arg("x"), py::arg("other"), py::arg("activation"),
              py::arg("requantize") = py::none())
+        .def("fit", &Native::fit)
+        .def("norm", &Native::norm)
         .def("adaptive", &Native::adaptive, py::arg("x"), py::arg("size"), py::arg("requantize") = py::none())
         .def("resize", adds(&dsp::Network::add_resize))
         .def("select", adds(&dsp::Network::add_select))

@@ -293,6 +293,26 @@ int Network::add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads
     return make(std::move(step), channels / each, values[x].nonnegative && value >= 0.0f);
 }
 
+int Network::add_fit(int x, int like, Fit fit, Pair size, int factor) {
+    check(x);
+    if (like >= 0) check(like);
+    require(size[0] >= 0 && size[1] >= 0 && factor >= 1 && factor < 4096, "the size or factor is out of range");
+    Step step(Kind::fit, like >= 0 ? std::vector<int>{x, like} : std::vector<int>{x});
+    step.fit = fit, step.size = size, step.factor = factor;
+    return make(std::move(step), values[x].channels, values[x].nonnegative);
+}
+
+int Network::add_norm(int x, int groups, float epsilon, std::vector<float> scale, std::vector<float> shift, Act act) {
+    check(x);
+    const int channels = values[x].channels;
+    require(groups >= 1 && channels % groups == 0, "the channels are no multiple of the groups");
+    require(int(scale.size()) == channels && int(shift.size()) == channels,
+            "scale and shift need one number per channel");
+    Step step(Kind::norm, {x}, act);
+    step.number = groups, step.value = epsilon, step.scale = std::move(scale), step.shift = std::move(shift);
+    return make(std::move(step), channels, rectifies(act));
+}
+
 int Network::add_view(std::vector<int> parts, std::vector<Pair> planes) {
     require(!planes.empty() && int64_t(planes.size()) < most, "a view needs a channel");
     bool nonnegative = true;

@@ -60,7 +60,10 @@ using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of ea
 // How a convolution is summed: directly, or in one of two forms of Winograd's method (winograd.h).
 enum class Form { plain, bands, patches };
 
-enum class Kind { input, conv, map, product, pool, adaptive, resize, view, linear, output };
+enum class Kind { input, conv, map, norm, product, pool, adaptive, resize, fit, view, linear, output };
+
+// How a map gets another size; corners: bilinear, corner pixels on corner pixels; pads: of zeros, cut where negative.
+DSP_ENUM(Fit, nearest, bilinear, corners, pad_end, pad_around)
 
 // How an integer step ends, as Python's Requantize.
 struct Requantize : Ending {
@@ -89,11 +92,14 @@ struct Step : Window { // of a conv or pool
     bool shuffle = false;
     std::array<int, 4> pads{};
     float value = 0.0f;
+    // fit; size: of the result, or zeros for `factor` times the input's, unless there is a second input of its size
+    Fit fit = Fit::nearest;
+    Pair size{};
     // view: per channel, the input (an index into `inputs`) and its channel
     std::vector<Pair> planes;
-    // map: per channel, or empty
+    // map: per channel, or empty; norm: per channel, and epsilon as `value`
     std::vector<float> scale, shift;
-    int number = 0; // of an input or output; of a linear layer its input features
+    int number = 0; // of an input or output; of a linear layer its input features; of a norm its groups
 };
 
 struct Value {
@@ -143,6 +149,11 @@ class Network {
     // Each pixel repeated factor x factor times, or with shuffle the pixels of factor * factor channels as one of
     // each; then padded with a value, or cut where a pad is negative.
     int add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value);
+    // x with the size of `like`, or this size, or `factor` times its own.
+    int add_fit(int x, int like, Fit fit, Pair size, int factor);
+    // act((x - mean) / sqrt(variance + epsilon) * scale + shift), over the channels and pixels of each of `groups` equal
+    // groups of channels of an image.
+    int add_norm(int x, int groups, float epsilon, std::vector<float> scale, std::vector<float> shift, Act act);
     // Views of the planes of other values, without a copy: some channels of x, several values concatenated.
     int add_select(int x, const std::vector<int>& channels);
     int add_concat(const std::vector<int>& parts);

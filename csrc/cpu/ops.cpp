@@ -456,6 +456,108 @@ Op resize(const Step& step, Place x, Place y) {
     return {"resize", y.geometry.channels, body};
 }
 
+namespace {
+
+// An output row or column: (1 - weight) * first + weight * second, or zero if first is -1.
+struct Blend {
+    int first, second;
+    float weight;
+};
+
+// PyTorch's rules, in its float arithmetic.
+std::vector<Blend> blends(Fit fit, int in, int out) {
+    std::vector<Blend> list;
+    const bool corners = fit == Fit::corners;
+    const float scale = corners ? (out > 1 ? float(in - 1) / float(out - 1) : 0.0f) : float(in) / float(out);
+    const int gap = out - in, before = fit == Fit::pad_end ? 0 : gap >= 0 ? gap / 2 : -((1 - gap) / 2);
+    for (int o = 0; o < out; ++o) {
+        if (fit == Fit::pad_end || fit == Fit::pad_around) {
+            const int from = o - before;
+            list.push_back({from < in ? std::max(from, -1) : -1, 0, 0.0f});
+            continue;
+        }
+        const bool nearest = fit == Fit::nearest;
+        const float at = nearest || corners ? float(o) * scale : std::max(scale * (float(o) + 0.5f) - 0.5f, 0.0f);
+        const int first = std::min(int(at), in - 1);
+        list.push_back({first, std::min(first + 1, in - 1), at - float(first)});
+    }
+    return list;
+}
+
+} // namespace
+
+Op fit(const Step& step, Place x, Place y) {
+    const Geometry s = x.geometry, t = y.geometry;
+    const bool blended = step.fit == Fit::bilinear || step.fit == Fit::corners;
+    const auto rows = blends(step.fit, s.h, t.h), columns = blends(step.fit, s.w, t.w);
+    const auto body = [=](int first, int last, const Context& context) {
+        const int64_t I = s.interleave, length = int64_t(s.w) * I;
+        std::vector<float> row(blended ? length : 0);
+        each_channel(y, false, first, last, context, [&](int c, float* plane) {
+            for (int oy = 0; oy < t.h; ++oy) {
+                const Blend& of = rows[oy];
+                float* out = plane + t.at(0, oy, 0);
+                if (of.first < 0) {
+                    std::fill(out, out + t.w * I, 0.0f);
+                    continue;
+                }
+                const float* in = x.plane(context, c) + s.at(0, of.first, 0);
+                if (blended) {
+                    const float* const other = x.plane(context, c) + s.at(0, of.second, 0);
+                    for (int64_t i = 0; i < length; ++i) row[i] = in[i] + of.weight * (other[i] - in[i]);
+                    in = row.data();
+                }
+                for (const Blend& column : columns) {
+                    const float *const one = in + column.first * I, *const two = in + column.second * I;
+                    for (int64_t i = 0; i < I; ++i, ++out)
+                        *out = column.first < 0 ? 0.0f : blended ? one[i] + column.weight * (two[i] - one[i]) : one[i];
+                }
+            }
+        });
+    };
+    return {"fit", t.channels, body};
+}
+
+Op norm(const Kernels& kernels, const Step& step, Place x, Place y) {
+    const Geometry g = x.geometry;
+    const int each = g.channels / step.number;
+    const auto body = [=, &kernels, &step, v = cover(y.geometry, kernels.lanes)](int first, int last,
+                                                                                 const Context& context) {
+        const int I = g.interleave;
+        const double count = double(each) * g.h * g.w;
+        for (int group = first; group < last; ++group) {
+            float center[32]{}, scale[32], shift[32]; // by image, see NormCall; the rounding of `center` is in `shift`
+            const auto mean_of = [&](bool squared, double* mean) {
+                std::fill(mean, mean + I, 0.0);
+                for (int c = group * each; c < (group + 1) * each; ++c)
+                    for (int64_t begin = 0; begin < v.count(); begin += 256) { // longer sums would lose digits
+                        float sums[32]{};
+                        kernels.norm({x.plane(context, c), nullptr, v.at.data() + begin, v.mask_from(begin, kernels.lanes),
+                                      std::min<int64_t>(256, v.count() - begin), I, center, nullptr, nullptr, Act::none,
+                                      squared, sums});
+                        for (int l = 0; l < 32; ++l) mean[l % I] += double(sums[l]) / count;
+                    }
+            };
+            double mean[16], variance[16];
+            // Differences from any pixel: the mean of equal numbers is exact, which 1 / sqrt(epsilon) multiplies.
+            for (int l = 0; l < 32; ++l) center[l] = x.plane(context, group * each)[l % I];
+            mean_of(false, mean);
+            for (int i = 0; i < I; ++i) mean[i] += double(center[i]);
+            for (int l = 0; l < 32; ++l) center[l] = float(mean[l % I]);
+            mean_of(true, variance);
+            each_channel(y, v.covers_pads, group * each, (group + 1) * each, context, [&](int c, float* out) {
+                for (int l = 0; l < 32; ++l) {
+                    scale[l] = float(step.scale[c] / std::sqrt(variance[l % I] + double(step.value)));
+                    shift[l] = float(step.shift[c] - (mean[l % I] - double(center[l])) * double(scale[l]));
+                }
+                kernels.norm({x.plane(context, c), out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), I, center,
+                              scale, shift, step.act, false, nullptr});
+            });
+        }
+    };
+    return {"norm", step.number, body};
+}
+
 Op linear(const Kernels& kernels, const Step& step, Place x, Place y) {
     const Geometry s = x.geometry, t = y.geometry;
     std::vector<int32_t> off;

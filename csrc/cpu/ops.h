@@ -31,6 +31,12 @@ Op slow_pool(const Step& step, Place x, Place y);
 // Pixels repeated or shuffled, and padded.
 Op resize(const Step& step, Place x, Place y);
 
+// Maps of another size, by interpolation or with pads.
+Op fit(const Step& step, Place x, Place y);
+
+// Every group of channels of every image normalised.
+Op norm(const Kernels& kernels, const Step& step, Place x, Place y);
+
 Op linear(const Kernels& kernels, const Step& step, Place x, Place y);
 
 struct Conv {

@@ -235,6 +235,17 @@ class Builder {
             break;
         }
         case Kind::map: add_node(x.channels, x.h, x.w); break;
+        case Kind::norm:
+            add_node(x.channels, x.h, x.w);
+            tie(step.inputs[0], step.output);
+            break;
+        case Kind::fit: {
+            Size size{step.size[0], step.size[1]};
+            if (size == Size{0, 0}) size = {x.h * step.factor, x.w * step.factor};
+            if (step.inputs.size() == 2) size = {nodes_[step.inputs[1]].h, nodes_[step.inputs[1]].w};
+            add_node(x.channels, size.h, size.w);
+            break;
+        }
         case Kind::product: {
             const Node other = nodes_[step.inputs[1]];
             draft.large = x.h * x.w == 1 && other.h * other.w > 1;
@@ -371,7 +382,7 @@ class Builder {
                 y.first = number;
                 // The output may overwrite this input if no later step reads it and the window does not read it now.
                 const int candidate = step.kind == Kind::conv && step.inputs.size() == 2 ? step.inputs[1]
-                                      : step.kind == Kind::map                           ? step.inputs[0]
+                                      : step.kind == Kind::map || step.kind == Kind::norm ? step.inputs[0]
                                       : step.kind == Kind::product                       ? step.inputs[draft.large]
                                                                                          : -1;
                 if (candidate >= 0 && nodes_[candidate].view.empty()) {
@@ -471,6 +482,8 @@ class Builder {
         case Kind::pool: return pool(step, draft);
         case Kind::adaptive: return slow_pool(step, input(0), place(step.output));
         case Kind::resize: return resize(step, input(0), place(step.output));
+        case Kind::fit: return fit(step, input(0), place(step.output));
+        case Kind::norm: return norm(kernels, step, input(0), place(step.output));
         case Kind::linear: return linear(kernels, step, input(0), place(step.output));
         default: return store(input(0), step.number);
         }

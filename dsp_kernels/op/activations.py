@@ -32,12 +32,13 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Calla
 
 
 # Separate steps of a Program. The op cannot apply the sigmoids, because they do not map 0 to 0, and padding
-# and absent channels are zeros; GELU costs more than the step.
+# and absent channels are zeros; GELU and tanh cost more than the step.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "hardsigmoid": F.hardsigmoid,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "tanh": torch.tanh,
 }
 
 

@@ -6,6 +6,7 @@ made its input instead of adding one.
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -26,9 +27,11 @@ from dsp_kernels.program.steps import (
     ConcatStep,
     ConvStep,
     ElementwiseStep,
+    FitStep,
     FlattenStep,
     GlobalPoolStep,
     LinearStep,
+    NormStep,
     PoolStep,
     Program,
     ResizeStep,
@@ -77,6 +80,34 @@ def zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
     if any(amount % 2 for amount in total):
         return "'same' padding that is wider on one side"
     return total[0] // 2, total[1] // 2
+
+
+def transposed_conv(
+    module: nn.ConvTranspose2d,
+) -> tuple[tuple[ConvSpec, tuple[Tensor, ...], Tensor | None], tuple[int, int, int, int]]:
+    """Spec, weights and bias of a convolution, and pads, all negative, after its pixel shuffle by the stride.
+
+    Along an axis, tap k of the kernel adds input i to output ``stride * i + dilation * k - padding``. With q
+    and r the quotient and rest of ``dilation * k`` by the stride, it is a tap of the convolution for outputs
+    of rest r, that reads input ``i - q``.
+    """
+    stride, most, pads = module.stride[0], list[int](), list[int]()
+    settings: Any = module.kernel_size, module.dilation, module.padding, module.output_padding
+    for kernel, dilation, padding, more in zip(*settings, strict=True):
+        reach = dilation * (kernel - 1)
+        most.append(max(reach, reach + more - padding) // stride)
+        pads += [-padding, reach + more + 1 - padding - stride * (1 + most[-1])]
+    inputs, each, *kernel_size = module.weight.shape
+    made = module.weight.new_zeros(inputs, each, stride, stride, most[0] + 1, most[1] + 1)
+    for y, x in product(*map(range, kernel_size)):
+        down, row = divmod(module.dilation[0] * y, stride)
+        right, column = divmod(module.dilation[1] * x, stride)
+        made[:, :, row, column, most[0] - down, most[1] - right] = module.weight[:, :, y, x].detach()
+    weights = tuple(part.flatten(1, 3).transpose(0, 1).contiguous() for part in made.chunk(module.groups))
+    structure = GroupStructure.uniform(inputs, module.out_channels * stride**2, module.groups)
+    spec = ConvSpec(structure, (most[0] + 1, most[1] + 1), padding=(most[0], most[1]))
+    bias = None if module.bias is None else module.bias.detach().repeat_interleave(stride**2)
+    return (spec, weights, bias), (pads[0], pads[1], pads[2], pads[3])
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -197,8 +228,27 @@ class _Planner:
         self._identity(node)
         return None
 
+    def _conv_transpose(self, node: TracedNode) -> Step | str:
+        """A convolution that makes stride x stride pixels of each place as channels, and their shuffle."""
+        assert isinstance(node.module, nn.ConvTranspose2d)
+        stride = node.module.stride[0]
+        if node.module.stride != (stride, stride) or len((*node.fx_node.args, *node.fx_node.kwargs)) != 1:
+            return _UNKNOWN  # the second argument is the size of the result
+        read, pads = transposed_conv(node.module)
+        phases = f"{node.name}_phases"
+        self.steps.append(ConvStep(phases, self._inputs(node), *read))
+        batch, _, height, width = self.network[node.inputs[0]].shape or ()
+        more, channels = read[0].padding, read[0].structure.out_channels
+        self.shapes[phases] = batch, channels, height + more[0], width + more[1]
+        return ResizeStep(node.name, (phases,), stride, True, pads)
+
     def _pad(self, node: TracedNode) -> Step | str:
         pads = flat(node.attributes["pads"])
+        if node.attributes.get("like") and (node.attributes["mode"], node.attributes["value"]) == (
+            "constant",
+            0,
+        ):
+            return self._fit(node)
         if node.attributes["mode"] != "constant" or not all(isinstance(pad, int) for pad in pads):
             return _UNKNOWN
         left, right, top, bottom = (*pads, 0, 0)[:4]
@@ -207,8 +257,28 @@ class _Planner:
 
     def _resize(self, node: TracedNode) -> Step | str:
         factor = node.attributes["factor"]
-        made = ResizeStep(node.name, self._inputs(node)[:1], factor, node.kind == "pixel_shuffle")
-        return made if factor else _UNKNOWN
+        return ResizeStep(node.name, self._inputs(node)[:1], factor, shuffle=True) if factor else _UNKNOWN
+
+    def _interpolate(self, node: TracedNode) -> Step | str:
+        factor = node.attributes.get("factor")
+        if factor and node.attributes["fit"] == "nearest":
+            return ResizeStep(node.name, self._inputs(node)[:1], factor)
+        return self._fit(node) if node.attributes["fit"] else _UNKNOWN
+
+    def _fit(self, node: TracedNode) -> Step:
+        read, x = node.attributes, self._inputs(node)[:1]
+        like = (self.value_of[read["like"]],) if read.get("like") else ()
+        return FitStep(node.name, (*x, *like), read["fit"], read.get("size"), read.get("factor", 1))
+
+    def _norm(self, node: TracedNode) -> Step:
+        """Of every channel, or group of channels, of every image."""
+        norm: Any = node.module
+        if getattr(norm, "running_mean", None) is not None:
+            return self._batch_norm(node)
+        scale = self._per_channel(node, 1.0 if norm.weight is None else norm.weight)
+        shift = self._per_channel(node, 0.0 if norm.bias is None else norm.bias)
+        groups = getattr(norm, "num_groups", node.width)
+        return NormStep(node.name, self._inputs(node), groups, norm.eps, scale, shift)
 
     def _batch_norm(self, node: TracedNode) -> Step:
         return self._affine(node, node.inputs[0], *batch_norm_affine(node.attributes["norm"]))
@@ -251,7 +321,7 @@ class _Planner:
 
     def _activation(self, node: TracedNode) -> Step:
         function = node.attributes["function"]
-        before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep)
+        before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep, NormStep)
         if before is None or function in GATES:
             return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
         if isinstance(before, ConvStep):

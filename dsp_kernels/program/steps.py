@@ -184,7 +184,8 @@ class ResizeStep(Step):
     """Larger, padded and cut maps.
 
     Each pixel becomes factor x factor equal ones; with shuffle, channels become pixels as by
-    torch.pixel_shuffle. pads: (top, bottom, left, right) pixels of ``value`` around, cut where negative.
+    torch.pixel_shuffle; (batch, features) are maps of one pixel. pads: (top, bottom, left, right) pixels of
+    ``value`` around, cut where negative.
     """
 
     factor: int = 1
@@ -195,6 +196,42 @@ class ResizeStep(Step):
     def describe(self) -> str:
         spread = [f"{'shuffle' if self.shuffle else 'repeat'} {self.factor}"] if self.factor > 1 else []
         return " + ".join(spread + [f"pad {self.pads}"] * any(self.pads))
+
+
+@dataclass(frozen=True, eq=False)
+class FitStep(Step):
+    """A map as large as a second input, or of ``size``, or ``factor`` times as large; inputs: (x[, like]).
+
+    kind: interpolation "nearest", "bilinear" or "corners" (bilinear, align_corners), or zeros after the last
+    row and column ("pad_end") or on both sides ("pad_around"); rows and columns that are too many are cut.
+    """
+
+    kind: str
+    size: tuple[int, int] | None = None
+    factor: int = 1
+
+    def describe(self) -> str:
+        return f"{self.kind} {'like another map' if len(self.inputs) == 2 else self.size or self.factor}"
+
+
+@dataclass(frozen=True, eq=False)
+class NormStep(Step):
+    """act((x - mean) / sqrt(variance + eps) * scale + shift), by image and group of channels.
+
+    Mean and variance are over all channels and pixels of each of ``groups`` equal groups; scale, shift:
+    (channels,).
+    """
+
+    groups: int
+    eps: float
+    scale: Tensor
+    shift: Tensor
+    activation: str = "none"
+
+    def describe(self) -> str:
+        return f"norm of {self.groups} groups" + (
+            f" + {self.activation}" if self.activation != "none" else ""
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,7 +383,10 @@ class Program:
 
 
 # Steps whose result has the size of what they read.
-_SIZE_KEEPING = (ElementwiseStep, ConcatStep, FlattenStep, SelectStep, QuantizeStep, DequantizeStep)
+_SIZE_KEEPING = (
+    *(ElementwiseStep, NormStep, ConcatStep, FlattenStep, SelectStep),
+    *(QuantizeStep, DequantizeStep),
+)
 
 
 def is_activation(step: Step) -> bool:

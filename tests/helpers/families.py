@@ -217,15 +217,15 @@ class Generator(nn.Module):
 # before the head are plain PyTorch.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "YOLOv8": (Yolo, 64, 27),
-    "U-Net, bilinear, group norm, odd": (lambda: UNet(lambda c: nn.GroupNorm(4, c), False), 37, 16),
+    "U-Net, bilinear, group norm, odd": (lambda: UNet(lambda c: nn.GroupNorm(4, c), False), 37, 0),
     "U-Net, transposed, instance norm, odd": (
         lambda: UNet(lambda c: nn.InstanceNorm2d(c, affine=True), True),
-        *(37, 34),
+        *(37, 0),
     ),
     "EDSR": (lambda: SuperResolution(False), 24, 0),
     "RCAN": (lambda: SuperResolution(True), 24, 0),
-    "FPN": (FPN, 64, 6),
-    "GAN": (Generator, 8, 4),
+    "FPN": (FPN, 64, 0),
+    "GAN": (Generator, 8, 0),
 }
 
 

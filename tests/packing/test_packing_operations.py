@@ -102,6 +102,12 @@ def by_function(norm: nn.Module, y: Tensor) -> Tensor:
     )
 
 
+def padded_like(y: Tensor, x: Tensor) -> Tensor:
+    """As U-Nets do before they concatenate."""
+    down, right = (x.size(axis) - y.size(axis) for axis in (2, 3))
+    return F.pad(y, [right // 2, right - right // 2, down // 2, down - down // 2])
+
+
 def product_of_halves(m: nn.Module, y: Tensor) -> Tensor:
     left, right = y.chunk(2, 1)
     return left * right
@@ -159,6 +165,9 @@ BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "one position": lambda m, y: y[:, :, 0, 0][:, :, None, None],
         **OF_CHANNELS,
         "repeated": lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4),
+        "interpolate like another": lambda m, y, x: F.interpolate(F.max_pool2d(y, 2), size=x.shape[2:]),
+        "features as a map": lambda m, y: m.squeeze(y.mean((2, 3))).view(-1, WIDTH // 4, 2, 2),
+        "tanh": lambda m, y: torch.tanh(y),
         "flattened": lambda m, y: y.flatten(2).view(y.size(0), y.size(1), y.size(2), y.size(3)),
     },
     "some": {
@@ -174,6 +183,7 @@ BY_REMOVED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "group norm of single channels": lambda m, y: F.relu(m.single(y)),
         "average pool": lambda m, y: F.avg_pool2d(y, 3, 2, 1),
         "pad": lambda m, y: F.pad(y, (1, 2, 0, 1)),
+        "pad like another": lambda m, y, x: padded_like(F.max_pool2d(y, 3, 2), x),
         "chunk": product_of_halves,
         "shuffle": lambda m, y: shuffle(y),
         "shuffle, module": lambda m, y: m.shuffle(y),
@@ -276,8 +286,12 @@ def test_dead_channels_are_removed_where_possible(name: str, removed: str) -> No
     assert ("normalises over several channels together" in str(packed.packing)) == over_channels
 
 
-PLAIN = ("flipped rows", "pixel unshuffle", "transposed, grouped")
-OTHER_ENTRIES = ("index_select", "index", "transposed, grouped", "pixel shuffle")
+PLAIN = ("flipped rows", "pixel unshuffle")
+OTHER_ENTRIES = (
+    *("index_select", "index", "transposed", "transposed, grouped", "pixel shuffle", "interpolate"),
+    *("interpolate like another", "pad like another", "features as a map", "instance norm", "group norm"),
+    *("group norm of single channels", "tanh"),
+)
 
 
 @pytest.mark.parametrize("name", [*OF_CHANNELS, *OTHER_ENTRIES])

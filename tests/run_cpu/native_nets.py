@@ -216,4 +216,36 @@ class Resize(nn.Module):
         return self.last(y)
 
 
-MODELS = {"dense": Dense, "excite": Excite, "shuffle": Shuffle, "pools": Pools, "resize": Resize}
+class Fit(nn.Module):
+    """Transposed convolutions, norms by image, maps brought to the size of others, features as a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.ReLU())
+        self.up = nn.Sequential(
+            nn.ConvTranspose2d(8, 4, (3, 4), 2, 1, (1, 0), 2), nn.BatchNorm2d(4), nn.SiLU()
+        )
+        self.odd = nn.ConvTranspose2d(4, 4, (2, 3), 3, (0, 1), (1, 2), bias=False, dilation=(1, 2))
+        self.instance, self.group = nn.InstanceNorm2d(4), nn.GroupNorm(1, 4, 1e-3)
+        self.linear, self.tracked = (
+            nn.Linear(4, 36),
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.stem(x))
+        down, right = x.size(2) - y.shape[2], x.size()[3] - y.size(-1)
+        around = F.pad(y, [right // 2, right - right // 2, down // 2, down - down // 2])
+        y = around + F.pad(y, (0, x.shape[-1] - y.shape[3], 0, down))
+        z = self.group(F.interpolate(self.odd(y), size=x.shape[-2:])) * F.hardswish(self.instance(y))
+        up = self.tracked(self.linear(z.mean((2, 3))).view(-1, 4, 3, 3))
+        for corners in (False, True):
+            grown = F.interpolate(up, (11, 5), mode="bilinear", align_corners=corners)
+            up = F.interpolate(grown, scale_factor=2, mode="bilinear", align_corners=corners)
+        return torch.tanh(z + F.interpolate(up, (x.shape[2], x.shape[3]), mode="bilinear"))
+
+
+MODELS = {
+    **{"dense": Dense, "excite": Excite, "shuffle": Shuffle},
+    **{"pools": Pools, "resize": Resize, "fit": Fit},
+}

@@ -14,7 +14,7 @@ namespace dsp {
     constexpr const char* Name##_names = #__VA_ARGS__;
 
 // From sigmoid on, only masked elementwise steps use them: sigmoids do not map 0 to 0, which would corrupt the padding.
-DSP_ENUM(Act, none, relu, relu6, silu, hardswish, sigmoid, hardsigmoid, gelu, gelu_tanh)
+DSP_ENUM(Act, none, relu, relu6, silu, hardswish, sigmoid, hardsigmoid, gelu, gelu_tanh, tanh)
 
 // How a step of an integer network ends (Requantize in dsp_kernels/program/steps.py): t = sum * multiplier + bias +
 // add * residual is clamped, then rounded unless low and high are those of an activation between floats.
@@ -98,6 +98,21 @@ struct MapCall {
     const Ending* ending;
 };
 
+// Of one plane, sums[image] += x[v] - center[image], or its square, or y[v] = act((x[v] - center) * scale + shift).
+// Numbers of images are repeated to fill a vector from any image; sums: 32 floats.
+struct NormCall {
+    const float* x;
+    float* y; // or null: sums
+    const int32_t* vec;
+    const int32_t* mask;
+    int64_t vectors;
+    int images;
+    const float *center, *scale, *shift;
+    Act act;
+    bool squared;
+    float* sums;
+};
+
 // y[v] = max or scaled sum over taps of x[v + off[tap]], one plane.
 struct PoolCall {
     const float* x;
@@ -173,6 +188,7 @@ struct Kernels {
     void (*band_input[3])(const BandInput&); // of bands, of patches, of stacked bands
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
+    void (*norm)(const NormCall&);
     void (*pool)(const PoolCall&);
     void (*linear)(const LinearCall&);
     void (*thin)(const ThinCall&);

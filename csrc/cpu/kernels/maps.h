@@ -26,6 +26,19 @@ void map(const MapCall& call) {
     }
 }
 
+void norm(const NormCall& call) {
+    for (int64_t i = 0; i < call.vectors; ++i) {
+        const int64_t d = call.vec[i], image = d % call.images;
+        V v = load(call.x + d) - load(call.center + image);
+        if (call.y)
+            v = activate(v * load(call.scale + image) + load(call.shift + image), call.act);
+        else if (call.squared)
+            v *= v;
+        if (call.mask) v = keep(v, call.mask + i * L);
+        call.y ? store(call.y + d, v) : store(call.sums + image, load(call.sums + image) + v);
+    }
+}
+
 void pool(const PoolCall& call) {
     const Requantizer to(call.ending ? *call.ending : Ending{});
     for (int64_t i = 0; i < call.vectors; ++i) {

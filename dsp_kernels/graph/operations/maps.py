@@ -1,12 +1,15 @@
 """Operations on the map of every channel: pools, padding, reductions and reshapes of the map."""
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dsp_kernels.graph.operations.entry import Attributes, Call, Found, flat, zeros_of
+
+Pair = tuple[int, int]
 
 
 def max_pool(call: Call) -> Found:
@@ -91,7 +94,10 @@ def flatten(call: Call) -> Found:
 
 
 def pad(call: Call) -> Found:
-    """Attributes: mode, value, pads: left, right and more, as the call gives them."""
+    """Attributes: mode, value, pads: left, right and more, as the call gives them.
+
+    like: the map whose size it pads to, if any; fit: the kind of the FitStep for that.
+    """
     if not call.is_map:
         return None
     if call.module is not None:
@@ -102,7 +108,22 @@ def pad(call: Call) -> Found:
     sides, value = read["pad"], read["value"]
     if not isinstance(sides, list | tuple) or len(sides) > 4 or isinstance(value, fx.Node):
         return None
-    return {"mode": read["mode"], "value": float(value or 0.0), "pads": sides}
+    found = {"mode": read["mode"], "value": float(value or 0.0), "pads": sides}
+    for fit, both in _WAYS.items():
+
+        def sides_of(new: Pair, old: Pair, both: Callable[[int], Pair] = both) -> tuple[int, ...]:
+            return (*both(new[1] - old[1]), *both(new[0] - old[0]))
+
+        if like := _sized_like(call, sides, sides_of):
+            return {**found, "fit": fit, "like": like}
+    return found
+
+
+# How the pixels that a map lacks are added at both ends of an axis.
+_WAYS: dict[str, Callable[[int], Pair]] = {
+    "pad_end": lambda n: (0, n),
+    "pad_around": lambda n: (n // 2, n - n // 2),
+}
 
 
 def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool) -> Tensor:
@@ -113,12 +134,72 @@ def padded(attributes: Mapping[str, Any], values: Sequence[Tensor], frozen: bool
 
 
 def interpolated(call: Call) -> Found:
-    """Attributes: factor, by which the nearest pixel is repeated; 0 for any other interpolation."""
-    read = call.settings(size=None, scale_factor=None, mode="nearest")
-    factors = set(flat(read["scale_factor"]))
-    factor = factors.pop() if read["size"] is None and read["mode"] == "nearest" and len(factors) == 1 else 0
+    """Attributes: fit, the kind of a FitStep or "", and like (a map of the new size), size or factor."""
+    read = call.settings(size=None, scale_factor=None, mode="nearest", align_corners=None)
+    if not call.is_map:
+        return None
+    size, factors = read["size"], flat(read["scale_factor"])
+    known = {"nearest": "nearest", "bilinear": "corners" if read["align_corners"] else "bilinear"}
+    if call.argument(6, "antialias", False):
+        known = {}
+    sizes = [size, size] if isinstance(size, int) else flat(size)
+    found: Attributes = {"fit": known.get(read["mode"], "")}
     # PyTorch divides by other factors in float32, which rounds.
-    return {"factor": int(factor) if factor in (2, 4, 8, 16, 32) else 0} if call.is_map else None
+    if size is None and len(set(factors)) == 1 and factors[0] in (2, 4, 8, 16, 32):
+        return {**found, "factor": int(factors[0])}
+    if len(sizes) == 2 and all(map(is_literal, sizes)):
+        return {**found, "size": tuple(sizes)}
+    like = _sized_like(call, size, lambda new, old: new)
+    return {**found, "like": like} if like else {"fit": ""}
+
+
+_COUNTS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
+
+
+def _sized_like(call: Call, value: Any, wanted: Callable[[Pair, Pair], tuple[int, ...]]) -> str:
+    """The map, if any, with which ``value`` is wanted(its size, the input's size), whatever the sizes are.
+
+    Tried with several sizes, because there are many ways to write it.
+    """
+    seen: set[str] = set()
+
+    def compute(part: Any, shapes: Mapping[str, Any]) -> Any:
+        if isinstance(part, list | tuple):
+            return tuple(compute(one, shapes) for one in part)
+        if not isinstance(part, fx.Node):
+            return part
+        if part.target in _COUNTS:
+            return part.target(*compute(part.args, shapes))
+        source: Any = part.args[0]
+        index = list(part.args[1:])
+        if not (part.target == "size" or (part.target is getattr and index == ["shape"])):
+            raise ValueError
+        seen.add(source.name)
+        sizes = shapes[source.name]
+        return sizes[index[0]] if part.target == "size" and index else sizes
+
+    own = call.node.all_input_nodes[0].name
+    try:
+        compute(value, {name: node.shape for name, node in call.before.items()})
+        like = (seen - {own}).pop()
+        for new, old in (((31, 50), (15, 25)), ((6, 9), (8, 4)), ((7, 3), (7, 3)), ((40, 21), (11, 64))):
+            if compute(value, {like: (10**6, 10**7, *new), own: (10**8, 10**9, *old)}) != wanted(new, old):
+                return ""
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+    return like if call.before[like].batched and len(call.before[like].shape or ()) == 4 else ""
+
+
+def unflatten(call: Call) -> Found:
+    """(batch, channels * r * r) -> (batch, channels, r, r). Attributes: factor, r; 0 for another map."""
+    before, after, sizes = call.input, call.output, call.sizes()
+    if call.first is None or not call.first.batched or before is None or after is None:
+        return None
+    if (len(before), len(after), len(sizes)) != (2, 4, 4) or before[0] != after[0] or is_literal(sizes[0]):
+        return None
+    each, factor = after[2] * after[3], after[2] if after[2] == after[3] else 0
+    index = tuple(torch.arange(after[1]) * each + place for place in range(each))
+    return {"index": index, "factor": factor, "rigid": is_literal(sizes[1])} if each > 1 else None
 
 
 def same_channels(call: Call) -> Found:

@@ -66,7 +66,8 @@ _index = partial(Operation, channels="index")
 _active = partial(_same, constants=pointwise.applied, step="activation")
 _leaky = partial(_same, "leaky", constants=pointwise.leaked, step="leaky")
 _combine = partial(_same, "combine", {}, constants=pointwise.combined, step="combine")
-_instance = partial(_same, "instance_norm", constants=pointwise.normalised_by_image)
+_instance = partial(_same, "instance_norm", constants=pointwise.normalised_by_image, step="norm")
+_over_channels = partial(Operation, "norm_over_channels", reason="normalises over several channels together")
 
 # fmt: off
 OPERATIONS = (
@@ -75,7 +76,7 @@ OPERATIONS = (
     Operation("fused_conv", {FusedConv2d: ()}, step="conv"),
     _conv("conv", {nn.Conv2d: _CONV}, step="conv"),
     Operation("conv_function", {}, "F.conv2d torch.conv2d", channels.conv_function, step="conv_function"),
-    _conv("conv_transpose", {nn.ConvTranspose2d: (*_CONV, "output_padding")}),
+    _conv("conv_transpose", {nn.ConvTranspose2d: (*_CONV, "output_padding")}, step="conv_transpose"),
     _layer("linear", {nn.Linear: _LINEAR}, attributes=channels.layer(2), step="linear",
            reads=("in_features",), widths=("out_features",)),
     Operation("linear", {nn.Linear: _LINEAR}, step="linear"),  # over the last axis of a map
@@ -88,6 +89,7 @@ OPERATIONS = (
     _active("elementwise", {nn.Sigmoid: ()}, _everywhere("sigmoid"), pointwise.named("sigmoid")),
     _active("elementwise", {nn.Hardsigmoid: ("inplace",)}, "F.hardsigmoid", pointwise.named("hardsigmoid")),
     _active("elementwise", {nn.GELU: ("approximate",)}, "F.gelu", pointwise.gelu),
+    _active("elementwise", {nn.Tanh: ()}, _everywhere("tanh"), pointwise.named("tanh")),
     _leaky(_SLOPES, "", pointwise.leaky_per_channel, widths=("num_parameters",)),
     _leaky({nn.LeakyReLU: ("negative_slope", "inplace"), **_SLOPES},
            "F.leaky_relu F.leaky_relu_ F.prelu torch.prelu", pointwise.leaky),
@@ -104,7 +106,7 @@ OPERATIONS = (
     _same("elementwise", {}, f"{_ADD} {_SUBTRACT} {_MULTIPLY} operator.truediv operator.itruediv .div .div_",
           pointwise.with_number, constants=pointwise.applied, step="scale"),
     _same("elementwise", {
-        **dict.fromkeys((nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink), ()),
+        **dict.fromkeys((nn.Softsign, nn.LogSigmoid, nn.Tanhshrink), ()),
         **dict.fromkeys((nn.SELU, nn.Mish), ("inplace",)),
         **dict.fromkeys((nn.ELU, nn.CELU), ("alpha", "inplace")),
         **dict.fromkeys((nn.Softshrink, nn.Hardshrink), ("lambd",)),
@@ -112,7 +114,7 @@ OPERATIONS = (
         nn.Softplus: ("beta", "threshold"),
         nn.Threshold: ("threshold", "value", "inplace"),
     }, _names("add sub mul truediv pow neg iadd isub imul itruediv", "operator.") + " " + _everywhere(
-        "tanh elu selu celu leaky_relu mish hardtanh softplus softsign logsigmoid relu6 silu"
+        "elu selu celu leaky_relu mish hardtanh softplus softsign logsigmoid relu6 silu"
         " hardsigmoid hardswish hardshrink softshrink tanhshrink threshold clamp clip abs neg exp sqrt rsqrt"
         " square reciprocal pow add sub mul div true_divide clone float double half"
     ), pointwise.elementwise, constants=pointwise.applied),
@@ -126,11 +128,11 @@ OPERATIONS = (
     _instance({nn.InstanceNorm2d: _BATCH_NORM}, "", pointwise.instance_norm, widths=("num_features",)),
     _instance({nn.GroupNorm: _GROUP_NORM}, "", pointwise.instance_norm,
               widths=("num_groups", "num_channels")),
-    Operation("norm_over_channels", {
+    _over_channels({nn.GroupNorm: _GROUP_NORM}, attributes=channels.layer(4), step="norm"),
+    _over_channels({
         nn.GroupNorm: _GROUP_NORM, nn.LayerNorm: _LAYER_NORM,
         nn.LocalResponseNorm: ("size", "alpha", "beta", "k"),
-    }, "F.group_norm F.layer_norm F.local_response_norm torch.group_norm torch.layer_norm",
-              reason="normalises over several channels together"),
+    }, "F.group_norm F.layer_norm F.local_response_norm torch.group_norm torch.layer_norm"),
 
     # -- the map of each channel
     _same("max_pool", {nn.MaxPool2d: _MAX_POOL}, "torch.max_pool2d F.max_pool2d", maps.max_pool, step="pool"),
@@ -144,9 +146,10 @@ OPERATIONS = (
     _same("pad", {nn.ConstantPad2d: ("padding", "value"), **dict.fromkeys(_PADS, ("padding",))}, "F.pad",
           maps.pad, constants=maps.padded, step="pad"),
     _same("interpolate", {nn.Upsample: ("size", "scale_factor", "mode", "align_corners")}, "F.interpolate",
-          maps.interpolated, step="resize"),
+          maps.interpolated, step="interpolate"),
     _index("flatten", {nn.Flatten: ("start_dim", "end_dim")}, f"{_FLATTEN} {_RESHAPE}", maps.flatten,
            step="flatten"),
+    _index("unflatten", {}, _RESHAPE, maps.unflatten, constants=channels.equal_constants, step="resize"),
     _index("pixel_shuffle", {nn.PixelShuffle: ("upscale_factor",)}, "torch.pixel_shuffle F.pixel_shuffle",
            channels.pixel_shuffle, constants=channels.equal_constants, step="resize"),
     _index("pixel_unshuffle", {nn.PixelUnshuffle: ("downscale_factor",)}, "F.pixel_unshuffle",

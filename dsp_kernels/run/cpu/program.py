@@ -26,9 +26,11 @@ from dsp_kernels.program.steps import (
     ConvStep,
     DequantizeStep,
     ElementwiseStep,
+    FitStep,
     FlattenStep,
     GlobalPoolStep,
     LinearStep,
+    NormStep,
     PoolStep,
     Program,
     QuantizeStep,
@@ -302,6 +304,11 @@ def _linear(network: Any, step: LinearStep, x: int) -> Any:
     return network.linear(x, as_array(step.weight), bias, step.activation, ending(step.requantize))
 
 
+def _norm(network: Any, step: NormStep, x: int) -> Any:
+    scale, shift = as_array(step.scale), as_array(step.shift)
+    return network.norm(x, step.groups, step.eps, scale, shift, step.activation)
+
+
 # (network, step, numbers of its input values) -> number of its output value.
 _NATIVE: dict[type[Step], Callable[..., Any]] = {
     ConvStep: _conv,
@@ -312,6 +319,8 @@ _NATIVE: dict[type[Step], Callable[..., Any]] = {
     SelectStep: lambda n, step, x: n.select(x, step.index),
     PoolStep: _pool,
     ResizeStep: lambda n, step, x: n.resize(x, step.factor, step.shuffle, step.pads, step.value),
+    FitStep: lambda n, step, x, like=-1: n.fit(x, like, step.kind, step.size or (0, 0), step.factor),
+    NormStep: _norm,
     GlobalPoolStep: lambda n, step, x: n.adaptive(x, (1, 1), ending(step.requantize)),
     FlattenStep: lambda n, step, x: n.concat([x]),
     LinearStep: _linear,

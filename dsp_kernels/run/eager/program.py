@@ -13,9 +13,11 @@ from dsp_kernels.program.steps import (
     ConcatStep,
     ConvStep,
     ElementwiseStep,
+    FitStep,
     FlattenStep,
     GlobalPoolStep,
     LinearStep,
+    NormStep,
     PoolStep,
     Program,
     ResizeStep,
@@ -101,6 +103,11 @@ class EagerExecutor:
             return lambda values: pool(values[source], **step.settings)
         if isinstance(step, ResizeStep):
             return _resize(step)
+        if isinstance(step, FitStep):
+            return _fit(step)
+        if isinstance(step, NormStep):
+            norm = step.groups, step.scale, step.shift, step.eps
+            return lambda values: activate_(F.group_norm(values[source], *norm), step.activation)
         if isinstance(step, GlobalPoolStep):
             return lambda values: values[source].mean((2, 3), keepdim=step.keepdim)
         if isinstance(step, FlattenStep):
@@ -137,9 +144,32 @@ def _resize(step: ResizeStep) -> Callable[[dict[str, Any]], Tensor]:
 
     def call(values: dict[str, Any]) -> Tensor:
         x = values[step.inputs[0]]
+        if x.dim() == 2:
+            x = x[:, :, None, None]
         if step.factor > 1:
             x = F.pixel_shuffle(x, step.factor) if step.shuffle else F.interpolate(x, None, step.factor)
         return F.pad(x, (left, right, top, bottom), value=step.value) if any(step.pads) else x
+
+    return call
+
+
+_INTERPOLATION = {
+    "nearest": ("nearest", None),
+    "bilinear": ("bilinear", False),
+    "corners": ("bilinear", True),
+}
+
+
+def _fit(step: FitStep) -> Callable[[dict[str, Any]], Tensor]:
+    def call(values: dict[str, Any]) -> Tensor:
+        x, *like = (values[name] for name in step.inputs)
+        size: Any = like[0].shape[2:] if like else step.size
+        if step.kind in _INTERPOLATION:
+            factor = None if size else float(step.factor)
+            return F.interpolate(x, size, factor, *_INTERPOLATION[step.kind])
+        height, width = (new - old for new, old in zip(size, x.shape[2:], strict=True))
+        top, left = (height // 2, width // 2) if step.kind == "pad_around" else (0, 0)
+        return F.pad(x, (left, width - left, top, height - top))
 
     return call
 
