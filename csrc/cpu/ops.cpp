@@ -242,7 +242,8 @@ void BandConv::transform(float* to, int band, int column, int columns, const Con
         if (stacked) call.vectors = step.kernel[1], call.images = step.dilation[1] * I;
         for (int v = 0; v < (stacked ? columns : 1); ++v, call.out += lanes) {
             const int lower = stacked ? 2 * (column + v) : band;
-            for (int i = 0; i < band_sums; ++i) call.row[i] = row(lower, i), call.upper[i] = row(lower + 1, i);
+            for (int i = 0; i < band_sums; ++i) call.row[i] = row(lower, i);
+            for (int i = 0; stacked && i < band_sums; ++i) call.upper[i] = row(lower + 1, i);
             kernels.band_input[patches ? 1 : stacked ? 2 : 0](call);
         }
     }
