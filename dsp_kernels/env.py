@@ -30,7 +30,7 @@ def describe_environment() -> dict[str, str]:
     found = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
@@ -55,7 +55,8 @@ def describe_environment() -> dict[str, str]:
     return found
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Its name, as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):

@@ -53,6 +53,7 @@ struct GroupIndex {
 struct Packed {
     std::vector<FilterTile> tiles;
     std::vector<float> weights, bias;
+    int64_t floats = 0; // of the weights, also where there are none
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
@@ -116,10 +117,11 @@ class Network {
     std::vector<Value> values;
     std::vector<Step> steps;
     std::vector<int> inputs, outputs; // values
+    bool runs = true;                 // false: a convolution without weights was added, to be planned only
 
     // Each returns the number of the value it adds and throws std::invalid_argument for invalid arguments.
     int add_input(int channels);
-    // bias: [out_channels] or empty.
+    // bias: [out_channels] or empty. A group's weights may be missing (empty).
     int add_conv(int x, int residual, int out_channels, const Window& window, Act act, std::vector<GroupIndex> groups,
                  const std::vector<float>& bias);
     // act(x * scale + shift + other); scale and shift may be empty (both or none), other may be -1.

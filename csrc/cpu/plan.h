@@ -2,6 +2,7 @@
 // and its operations in order.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -66,6 +67,20 @@ inline Range cut(int total, int parts, int part) {
     return {int(int64_t(total) * part / parts), int(int64_t(total) * (part + 1) / parts)};
 }
 
+// What an operation does, counted; a linear model of these is its time (dsp_kernels/times). Of plain sums, then of
+// Winograd's method: cycles of arithmetic or of loads, whichever takes longer, and those of the other; tiles that are
+// run, vectors that are summed, floats of weights that are read per block of vectors (far: of more than the caches
+// hold). held: floats of weights, once. Floats of maps: traffic, fresh (written to memory that another map had before),
+// crossed (perhaps written by another thread).
+DSP_ENUM(Count, operations, bound, hidden, passes, sums, masked, weights, far_weights, band_bound, band_hidden,
+         band_passes, band_sums, band_outputs, band_edges, transforms, patch_transforms, rows, held, traffic, fresh, crossed,
+         cleared, mapped, pooled, thinned, gathered, thin_rows, copied, interleaved, averaged, windows, multiplied, resized)
+struct Work {
+    std::array<double, size_t(Count::resized) + 1> counts{};
+    double& operator[](Count count) { return counts[size_t(count)]; }
+    double cycles() const; // a rough estimate
+};
+
 // One operation; its chunks may run concurrently.
 struct Op {
     const char* name;
@@ -74,10 +89,13 @@ struct Op {
     int chunks = 1;
     int made = -1;        // the network's value that it computes, or -1
     std::string detail{}; // of a convolution, its tiles
+    std::function<Work(int first, int last)> work{}; // of a range of units
     void run(int chunk, const Context& context) const {
         const Range range = cut(units, chunks, chunk);
         body(range.first, range.last, context);
     }
+    // Of the thread with most of it, when each of `threads` begins with the same share of the chunks.
+    Work busiest(int threads) const;
 };
 
 struct PlanKey {
@@ -92,7 +110,6 @@ struct PlanKey {
 
 struct Plan {
     Plan(const Network& network, const PlanKey& key);
-    Plan(const Plan&) = delete;
 
     const PlanKey key;
     std::vector<Op> ops;

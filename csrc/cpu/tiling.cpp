@@ -1,6 +1,7 @@
 #include "tiling.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <set>
 #include <string>
@@ -31,11 +32,12 @@ struct Extent {
 };
 
 // Cycles of one term of a tile's sums.
-double term_cost(double arithmetic, double loads, double add_latency) {
+struct Term {
+    double bound, hidden;
     // The smaller of the two is not fully hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4,
     // which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
-    return std::max({arithmetic, loads, add_latency}) + 0.5 * std::min(arithmetic, loads);
-}
+    double cost() const { return bound + 0.5 * hidden; }
+};
 
 // Calls visit(width, whether it is the last) for every pass of a tile of `filters` filters over `vectors` vectors in
 // blocks.
@@ -51,9 +53,10 @@ void each_pass(const Kernels& kernels, int filters, int vectors, int block, cons
 
 // Two multiply-adds and two loads per cycle; three of four vector loads straddle two cache lines when fewer images
 // than lanes are interleaved.
-double pass_cost(int filters, int width, bool aligned, double add_latency) {
+Term term_of(int filters, int width, bool aligned, double add_latency) {
     const double load = aligned ? 1.0 : 1.75;
-    return term_cost(0.5 * filters * width, 0.5 * (load * width + filters), add_latency);
+    const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
+    return {std::max({arithmetic, loads, add_latency}), std::min(arithmetic, loads)};
 }
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
@@ -61,7 +64,7 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     each_pass(kernels, filters, extent.vectors, extent.block, [&](int width, bool last) {
         // A sum costs a load, a store and a few instructions; a pass a call and a mispredicted loop end. If there are
         // several, each has its own loop and goes through memory; then each vector of pixels has an epilogue.
-        const double sum = extent.count * pass_cost(filters, width, extent.aligned, extent.add_latency);
+        const double sum = extent.count * term_of(filters, width, extent.aligned, extent.add_latency).cost();
         total += extent.sums * (sum + 1.5 * filters * width + (extent.sums > 1 ? 40.0 : 0.0));
         total += 2.0 * extent.outputs * filters * width + 25.0;
         if (last && extent.partial) total += 6.0 * band_rows * filters;
@@ -302,6 +305,78 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
     return op;
 }
 
+// -- Counted work --
+
+// Of the parts of a convolution from first to last.
+Work work_of(const Conv& op, const Kernels& kernels, int first, int last) {
+    Work work;
+    const bool aligned = op.y.geometry.interleave >= kernels.lanes;
+    const double latency = op.step.pairs ? op.step.pairs->add_latency : 4.0;
+    const Count weights = op.far_weights() ? Count::far_weights : Count::weights;
+    for (int n = first; n < last; ++n) {
+        const Conv::Part& part = op.parts[n];
+        const int vectors = part.last_vector - part.first_vector;
+        const double blocks = (vectors + op.block_vectors - 1) / op.block_vectors;
+        for (int t = part.first_tile; t < part.last_tile; ++t) {
+            const FilterTile& tile = op.packed->tiles[t];
+            const double count = double(op.off[tile.group].size());
+            const double passes = std::max(1.0, std::ceil(count / op.block_terms[tile.group]));
+            each_pass(kernels, tile.filters, vectors, op.block_vectors, [&](int width, bool) {
+                const Term term = term_of(tile.filters, width, aligned, latency);
+                work[Count::bound] += count * term.bound;
+                work[Count::hidden] += count * term.hidden;
+                work[Count::passes] += passes;
+                work[Count::sums] += passes * tile.filters * width;
+                if (op.vectors.mask) work[Count::masked] += passes * tile.filters * width;
+            });
+            work[weights] += blocks * tile.filters * count;
+            work[Count::held] += tile.filters * count;
+        }
+        op.count_maps(work, part, double(vectors) * kernels.lanes);
+    }
+    return work;
+}
+
+Work work_of(const BandConv& op, const Kernels& kernels, int first, int last) {
+    Work work;
+    const double lanes = kernels.lanes;
+    const int sums = op.patches ? patch_sums : band_sums, row_vectors = int(op.at.size());
+    const int outputs = band_rows * (op.patches ? patch_columns : 1);
+    const bool aligned = op.y.geometry.interleave >= kernels.lanes;
+    const bool partial = int64_t(op.y.geometry.w) * op.y.geometry.interleave % kernels.lanes != 0;
+    const int64_t reach = op.patches ? 0 : int64_t(op.step.kernel[1] - 1) * op.step.dilation[1] * op.y.geometry.interleave;
+    const double blocks = (row_vectors + op.block_columns - 1) / op.block_columns;
+    const Count weights = op.far_weights() ? Count::far_weights : Count::weights;
+    for (int n = first; n < last; ++n) {
+        const Conv::Part& part = op.parts[n];
+        const double bands = part.last_vector - part.first_vector;
+        for (int t = part.first_tile; t < part.last_tile; ++t) {
+            const FilterTile& tile = op.packed->tiles[t];
+            const double count = double(op.off[tile.group].size());
+            for (int block = 0; block < row_vectors; block += op.block_columns) {
+                const int columns = std::min(op.block_columns, row_vectors - block);
+                each_pass(kernels, tile.filters, columns, op.sum_columns, [&](int width, bool) {
+                    const Term term = term_of(tile.filters, width, aligned, 4.0);
+                    work[Count::band_bound] += bands * sums * count * term.bound;
+                    work[Count::band_hidden] += bands * sums * count * term.hidden;
+                    work[Count::band_passes] += bands * sums;
+                    work[Count::band_sums] += bands * sums * tile.filters * width;
+                    work[Count::band_outputs] += bands * outputs * tile.filters * width;
+                });
+                work[weights] += bands * ((columns + op.sum_columns - 1) / op.sum_columns) * sums * tile.filters * count;
+            }
+            if (partial) work[Count::band_edges] += bands * band_rows * tile.filters;
+            work[Count::held] += sums * tile.filters * count;
+        }
+        const double used = double(op.used.size());
+        work[op.patches ? Count::patch_transforms : Count::transforms] +=
+            bands * used * sums * (row_vectors + blocks * std::ceil(reach / lanes));
+        work[Count::rows] += bands * used * blocks;
+        op.count_maps(work, part, bands * band_rows * row_vectors * lanes);
+    }
+    return work;
+}
+
 } // namespace
 
 Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> conv, int rows, bool is_split,
@@ -310,10 +385,14 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
         const int parts = int(made->parts.size());
         std::set<int, std::greater<int>> sizes;
         for (const FilterTile& tile : made->packed->tiles) sizes.insert(tile.filters);
-        const auto run = [made = std::shared_ptr(std::move(made))](int first, int last, const Context& context) {
+        const auto shared = std::shared_ptr(std::move(made));
+        const auto run = [made = shared](int first, int last, const Context& context) {
             for (int part = first; part < last; ++part) made->run(made->parts[part], context);
         };
         Op op{name, parts, run};
+        op.work = [made = shared, &kernels = network.kernels](int first, int last) {
+            return work_of(*made, kernels, first, last);
+        };
         for (int filters : sizes)
             op.detail += (op.detail.empty() ? " in tiles of " : ", ") + std::to_string(filters) + "x" +
                          std::to_string(network.kernels.vectors[filters]);

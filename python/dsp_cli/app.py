@@ -2,7 +2,7 @@
 
 import typer
 
-from dsp_cli import bench, demo, doctor, files, train
+from dsp_cli import bench, calibrate, demo, doctor, files, train
 
 app = typer.Typer(
     name="dsp",
@@ -20,4 +20,5 @@ app.command("inspect")(files.inspect)
 app.command("bench")(bench.bench)
 app.command("import")(files.import_network)
 app.command("export")(files.export)
+app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
