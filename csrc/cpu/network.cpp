@@ -310,8 +310,6 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
             const float* weights = group.weights.data() + first * count;
-            made->floats += filters * count * (form == Form::patches ? patch_sums : form == Form::bands ? band_sums : 1) /
-                            (form == Form::patches ? taps : form == Form::bands ? step.kernel[0] : 1);
             if (group.weights.empty())
                 ; // only planned
             else if (form == Form::plain)

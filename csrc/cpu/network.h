@@ -53,7 +53,6 @@ struct GroupIndex {
 struct Packed {
     std::vector<FilterTile> tiles;
     std::vector<float> weights, bias;
-    int64_t floats = 0; // of the weights, also where there are none
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <set>
 
 #include "kernels/winograd.h"
 #include "tiling.h"
@@ -187,22 +186,6 @@ void Conv::run(const Part& part, const Context& context) const {
             group_first = group_last;
         }
     }
-}
-
-void Conv::count_maps(Work& work, const Part& part, double floats) const {
-    std::set<int> read;
-    double written = 0.0;
-    for (int t = part.first_tile; t < part.last_tile; ++t) {
-        const auto& in = step.groups[packed->tiles[t].group].in;
-        read.insert(in.begin(), in.end());
-        written += packed->tiles[t].filters;
-    }
-    const double absent = part.last_absent - part.first_absent;
-    work[Count::traffic] += floats * (double(read.size()) + (add ? 2.0 : 1.0) * written);
-    if (!in_place) work[Count::fresh] += floats * written;
-    if (part.last_tile - part.first_tile < int(packed->tiles.size())) work[Count::crossed] += floats * double(read.size());
-    work[Count::mapped] += absent * double(vectors.count()) * (add ? 2.0 : 1.0);
-    if (!in_place) work[Count::cleared] += absent + (part.first_vector == 0 ? written : 0.0);
 }
 
 // The sums' inputs from a band, of all channels, from vector `column` of the output on.

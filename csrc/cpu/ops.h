@@ -55,10 +55,6 @@ struct Conv {
         : kernels(kernels), step(step), x(std::move(x)), y(std::move(y)),
           vectors(cover(this->y.geometry, kernels.lanes)) {}
     void run(const Part& part, const Context& context) const;
-    // Whether a second-level cache cannot hold the weights while they are read block by block.
-    bool far_weights() const { return packed->floats > (1 << 17); }
-    // Adds the floats of a part's maps: `floats` pixels of each.
-    void count_maps(Work& work, const Part& part, double floats) const;
 
   protected:
     // Absent channels of a part, and the pads of the planes that it writes.

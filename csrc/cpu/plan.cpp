@@ -24,8 +24,7 @@ int output_size(int size, int kernel, int stride, int padding, int dilation, boo
 
 double Work::cycles() const {
     const auto of = [&](Count count) { return counts[size_t(count)]; };
-    return of(Count::bound) + 0.5 * of(Count::hidden) + of(Count::band_bound) + 0.5 * of(Count::band_hidden) +
-           2.0 * (of(Count::transforms) + of(Count::patch_transforms) + of(Count::sums) + of(Count::band_outputs));
+    return of(Count::bound) + of(Count::band_bound) + 2.0 * (of(Count::transforms) + of(Count::patch_transforms));
 }
 
 Work Op::busiest(int threads) const {
@@ -508,7 +507,7 @@ class Builder {
             work[Count::averaged] = work[Count::traffic] = floats(draft.x);
             work[Count::windows] = out / key_.interleave;
             break;
-        case Kind::resize: work[Count::resized] = out; break;
+        case Kind::resize: work[Count::mapped] = 4.0 * out / lanes; break;
         case Kind::linear:
             work[Count::held] = double(step.weights.size());
             work[Count::multiplied] = double(step.weights.size()) * key_.interleave;

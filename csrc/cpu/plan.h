@@ -68,15 +68,14 @@ inline Range cut(int total, int parts, int part) {
 }
 
 // What an operation does, counted; a linear model of these is its time (dsp_kernels/times). Of plain sums, then of
-// Winograd's method: cycles of arithmetic or of loads, whichever takes longer, and those of the other; tiles that are
-// run, vectors that are summed, floats of weights that are read per block of vectors (far: of more than the caches
-// hold). held: floats of weights, once. Floats of maps: traffic, fresh (written to memory that another map had before),
-// crossed (perhaps written by another thread).
-DSP_ENUM(Count, operations, bound, hidden, passes, sums, masked, weights, far_weights, band_bound, band_hidden,
-         band_passes, band_sums, band_outputs, band_edges, transforms, patch_transforms, rows, held, traffic, fresh, crossed,
-         cleared, mapped, pooled, thinned, gathered, thin_rows, copied, interleaved, averaged, windows, multiplied, resized)
+// Winograd's method: cycles of arithmetic or of loads, whichever takes longer, tiles that are run, vectors of sums and
+// of pixels that are finished. held: floats of weights, once. traffic: floats of maps; fresh: those written to memory
+// that held another map. The rest are of the other operations.
+DSP_ENUM(Count, operations, bound, passes, sums, band_bound, band_sums, band_outputs, band_edges, transforms,
+         patch_transforms, rows, held, traffic, fresh, cleared, mapped, pooled, thinned, gathered, thin_rows, copied,
+         interleaved, averaged, windows, multiplied)
 struct Work {
-    std::array<double, size_t(Count::resized) + 1> counts{};
+    std::array<double, size_t(Count::multiplied) + 1> counts{};
     double& operator[](Count count) { return counts[size_t(count)]; }
     double cycles() const; // a rough estimate
 };

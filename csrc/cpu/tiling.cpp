@@ -31,14 +31,6 @@ struct Extent {
     bool partial = false; // a row's last vector has lanes that are not pixels
 };
 
-// Cycles of one term of a tile's sums.
-struct Term {
-    double bound, hidden;
-    // The smaller of the two is not fully hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4,
-    // which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
-    double cost() const { return bound + 0.5 * hidden; }
-};
-
 // Calls visit(width, whether it is the last) for every pass of a tile of `filters` filters over `vectors` vectors in
 // blocks.
 template <typename Visit>
@@ -51,12 +43,19 @@ void each_pass(const Kernels& kernels, int filters, int vectors, int block, cons
         }
 }
 
-// Two multiply-adds and two loads per cycle; three of four vector loads straddle two cache lines when fewer images
-// than lanes are interleaved.
-Term term_of(int filters, int width, bool aligned, double add_latency) {
+// Cycles of one term of a tile's sums: two multiply-adds and two loads per cycle; three of four vector loads straddle
+// two cache lines when fewer images than lanes are interleaved.
+double bound_cost(int filters, int width, bool aligned, double add_latency) {
     const double load = aligned ? 1.0 : 1.75;
-    const double arithmetic = 0.5 * filters * width, loads = 0.5 * (load * width + filters);
-    return {std::max({arithmetic, loads, add_latency}), std::min(arithmetic, loads)};
+    return std::max({0.5 * filters * width, 0.5 * (load * width + filters), add_latency});
+}
+
+double pass_cost(int filters, int width, bool aligned, double add_latency) {
+    const double load = aligned ? 1.0 : 1.75;
+    // The smaller of the two is not fully hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4,
+    // which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
+    const double hidden = std::min(0.5 * filters * width, 0.5 * (load * width + filters));
+    return bound_cost(filters, width, aligned, add_latency) + 0.5 * hidden;
 }
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
@@ -64,7 +63,7 @@ double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
     each_pass(kernels, filters, extent.vectors, extent.block, [&](int width, bool last) {
         // A sum costs a load, a store and a few instructions; a pass a call and a mispredicted loop end. If there are
         // several, each has its own loop and goes through memory; then each vector of pixels has an epilogue.
-        const double sum = extent.count * term_of(filters, width, extent.aligned, extent.add_latency).cost();
+        const double sum = extent.count * pass_cost(filters, width, extent.aligned, extent.add_latency);
         total += extent.sums * (sum + 1.5 * filters * width + (extent.sums > 1 ? 40.0 : 0.0));
         total += 2.0 * extent.outputs * filters * width + 25.0;
         if (last && extent.partial) total += 6.0 * band_rows * filters;
@@ -307,74 +306,66 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
 
 // -- Counted work --
 
-// Of the parts of a convolution from first to last.
-Work work_of(const Conv& op, const Kernels& kernels, int first, int last) {
-    Work work;
-    const bool aligned = op.y.geometry.interleave >= kernels.lanes;
+// Of a part of a plain sum.
+void count_sums(Work& work, const Conv& op, const Conv::Part& part) {
+    const bool aligned = op.y.geometry.interleave >= op.kernels.lanes;
     const double latency = op.step.pairs ? op.step.pairs->add_latency : 4.0;
-    const Count weights = op.far_weights() ? Count::far_weights : Count::weights;
-    for (int n = first; n < last; ++n) {
-        const Conv::Part& part = op.parts[n];
-        const int vectors = part.last_vector - part.first_vector;
-        const double blocks = (vectors + op.block_vectors - 1) / op.block_vectors;
-        for (int t = part.first_tile; t < part.last_tile; ++t) {
-            const FilterTile& tile = op.packed->tiles[t];
-            const double count = double(op.off[tile.group].size());
-            const double passes = std::max(1.0, std::ceil(count / op.block_terms[tile.group]));
-            each_pass(kernels, tile.filters, vectors, op.block_vectors, [&](int width, bool) {
-                const Term term = term_of(tile.filters, width, aligned, latency);
-                work[Count::bound] += count * term.bound;
-                work[Count::hidden] += count * term.hidden;
-                work[Count::passes] += passes;
-                work[Count::sums] += passes * tile.filters * width;
-                if (op.vectors.mask) work[Count::masked] += passes * tile.filters * width;
-            });
-            work[weights] += blocks * tile.filters * count;
-            work[Count::held] += tile.filters * count;
-        }
-        op.count_maps(work, part, double(vectors) * kernels.lanes);
+    for (int t = part.first_tile; t < part.last_tile; ++t) {
+        const FilterTile& tile = op.packed->tiles[t];
+        const double count = double(op.off[tile.group].size());
+        const double passes = std::max(1.0, std::ceil(count / op.block_terms[tile.group]));
+        each_pass(op.kernels, tile.filters, part.last_vector - part.first_vector, op.block_vectors, [&](int P, bool) {
+            work[Count::bound] += count * bound_cost(tile.filters, P, aligned, latency);
+            work[Count::passes] += passes;
+            work[Count::sums] += passes * tile.filters * P;
+        });
+        work[Count::held] += tile.filters * count;
     }
-    return work;
 }
 
-Work work_of(const BandConv& op, const Kernels& kernels, int first, int last) {
-    Work work;
-    const double lanes = kernels.lanes;
-    const int sums = op.patches ? patch_sums : band_sums, row_vectors = int(op.at.size());
-    const int outputs = band_rows * (op.patches ? patch_columns : 1);
-    const bool aligned = op.y.geometry.interleave >= kernels.lanes;
-    const bool partial = int64_t(op.y.geometry.w) * op.y.geometry.interleave % kernels.lanes != 0;
-    const int64_t reach = op.patches ? 0 : int64_t(op.step.kernel[1] - 1) * op.step.dilation[1] * op.y.geometry.interleave;
-    const double blocks = (row_vectors + op.block_columns - 1) / op.block_columns;
-    const Count weights = op.far_weights() ? Count::far_weights : Count::weights;
-    for (int n = first; n < last; ++n) {
-        const Conv::Part& part = op.parts[n];
-        const double bands = part.last_vector - part.first_vector;
-        for (int t = part.first_tile; t < part.last_tile; ++t) {
-            const FilterTile& tile = op.packed->tiles[t];
-            const double count = double(op.off[tile.group].size());
-            for (int block = 0; block < row_vectors; block += op.block_columns) {
-                const int columns = std::min(op.block_columns, row_vectors - block);
-                each_pass(kernels, tile.filters, columns, op.sum_columns, [&](int width, bool) {
-                    const Term term = term_of(tile.filters, width, aligned, 4.0);
-                    work[Count::band_bound] += bands * sums * count * term.bound;
-                    work[Count::band_hidden] += bands * sums * count * term.hidden;
-                    work[Count::band_passes] += bands * sums;
-                    work[Count::band_sums] += bands * sums * tile.filters * width;
-                    work[Count::band_outputs] += bands * outputs * tile.filters * width;
-                });
-                work[weights] += bands * ((columns + op.sum_columns - 1) / op.sum_columns) * sums * tile.filters * count;
-            }
-            if (partial) work[Count::band_edges] += bands * band_rows * tile.filters;
-            work[Count::held] += sums * tile.filters * count;
-        }
-        const double used = double(op.used.size());
-        work[op.patches ? Count::patch_transforms : Count::transforms] +=
-            bands * used * sums * (row_vectors + blocks * std::ceil(reach / lanes));
-        work[Count::rows] += bands * used * blocks;
-        op.count_maps(work, part, bands * band_rows * row_vectors * lanes);
+// Of a part of a sum by Winograd's method.
+void count_sums(Work& work, const BandConv& op, const Conv::Part& part) {
+    const int sums = op.patches ? patch_sums : band_sums, row_vectors = int(op.at.size()), I = op.y.geometry.interleave;
+    const double bands = part.last_vector - part.first_vector, outputs = op.patches ? patch_columns : 1;
+    for (int t = part.first_tile; t < part.last_tile; ++t) {
+        const FilterTile& tile = op.packed->tiles[t];
+        const double count = double(op.off[tile.group].size());
+        for (int block = 0; block < row_vectors; block += op.block_columns)
+            each_pass(op.kernels, tile.filters, std::min(op.block_columns, row_vectors - block), op.sum_columns,
+                      [&](int P, bool) {
+                          work[Count::band_bound] +=
+                              bands * sums * count * bound_cost(tile.filters, P, I >= op.kernels.lanes, 4.0);
+                          work[Count::band_sums] += bands * sums * tile.filters * P;
+                          work[Count::band_outputs] += bands * band_rows * outputs * tile.filters * P;
+                      });
+        if (op.y.geometry.w * I % op.kernels.lanes) work[Count::band_edges] += bands * band_rows * tile.filters;
+        work[Count::held] += sums * tile.filters * count;
     }
-    return work;
+    const double channel_bands = bands * double(op.used.size());
+    const double reach = op.patches ? 0 : double(op.step.kernel[1] - 1) * op.step.dilation[1] * I / op.kernels.lanes;
+    const int blocks = (row_vectors + op.block_columns - 1) / op.block_columns;
+    work[op.patches ? Count::patch_transforms : Count::transforms] +=
+        channel_bands * sums * (row_vectors + blocks * std::ceil(reach));
+    work[Count::rows] += channel_bands * blocks;
+}
+
+// Of the maps that a part reads and writes.
+void count_maps(Work& work, const Conv& op, const Conv::Part& part) {
+    std::set<int> read;
+    double written = 0.0;
+    for (int t = part.first_tile; t < part.last_tile; ++t) {
+        const auto& in = op.step.groups[op.packed->tiles[t].group].in;
+        read.insert(in.begin(), in.end());
+        written += op.packed->tiles[t].filters;
+    }
+    const int64_t units = op.parts.back().last_vector; // vectors or bands
+    const double pixels = double(op.vectors.count()) * op.kernels.lanes * (part.last_vector - part.first_vector) / units;
+    const double absent = part.last_absent - part.first_absent;
+    work[Count::traffic] += pixels * (double(read.size()) + (op.add ? 2.0 : 1.0) * written);
+    work[Count::mapped] += absent * double(op.vectors.count()) * (op.add ? 2.0 : 1.0);
+    if (op.in_place) return;
+    work[Count::fresh] += pixels * written;
+    work[Count::cleared] += absent + (part.first_vector == 0 ? written : 0.0);
 }
 
 } // namespace
@@ -390,8 +381,13 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
             for (int part = first; part < last; ++part) made->run(made->parts[part], context);
         };
         Op op{name, parts, run};
-        op.work = [made = shared, &kernels = network.kernels](int first, int last) {
-            return work_of(*made, kernels, first, last);
+        op.work = [made = shared](int first, int last) {
+            Work work;
+            for (int part = first; part < last; ++part) {
+                count_sums(work, *made, made->parts[part]);
+                count_maps(work, *made, made->parts[part]);
+            }
+            return work;
         };
         for (int filters : sizes)
             op.detail += (op.detail.empty() ? " in tiles of " : ", ") + std::to_string(filters) + "x" +

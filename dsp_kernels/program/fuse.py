@@ -177,7 +177,10 @@ class FusedNetwork(nn.Module):
         if verbose and self.backend == "cpu":
             clocked = clocked_steps(self.program)
             outputs = [step.output for step in self.program.steps]
-            forms = ["; ".join(filter(None, (form, clocked.get(name)))) for form, name in zip(forms, outputs, strict=True)]
+            forms = [
+                "; ".join(filter(None, (form, clocked.get(name))))
+                for form, name in zip(forms, outputs, strict=True)
+            ]
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
         lines = [
             f"fused network: {len(self.program.steps)} steps, {plain} of them plain PyTorch; backend "

@@ -154,7 +154,9 @@ class _Trial:
         """Random groups, as pruning leaves them: some filters absent, each group with channels of its own."""
         rng = self.rng
         filters = rng.sample(range(o), max(1, round(o * rng.uniform(0.6, 1.0))))
-        cuts = sorted(rng.sample(range(1, len(filters)), min(rng.choice((0, 0, 1, 1, 2, 3)), len(filters) - 1)))
+        cuts = sorted(
+            rng.sample(range(1, len(filters)), min(rng.choice((0, 0, 1, 1, 2, 3)), len(filters) - 1))
+        )
         groups = []
         for first, last in zip([0, *cuts], [*cuts, len(filters)], strict=True):
             reads = max(1, round(c * min(1.0, rng.uniform(0.15, 1.15))))

@@ -35,6 +35,8 @@ def measured_steps(program: Program, batch: int, threads: int) -> dict[str, floa
         shapes = [(*program.shapes[name][1:], 1, 1)[:3] for name in part.inputs]
         for launch, times in zip(*measure(network, shapes, batch, threads), strict=True):
             blocks = launch["images"] if launch["together"] else -(-launch["images"] // launch["interleave"])
-            for name, time in by_value(launch, np.array(times) / blocks * calls_of(launch, threads), names).items():
+            for name, time in by_value(
+                launch, np.array(times) / blocks * calls_of(launch, threads), names
+            ).items():
                 found[name] += time
     return dict(found)

@@ -27,8 +27,8 @@ Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Price = Callable[[ConvSpec, tuple[int, int]], float]
 
 _FORMAT = "dsp-kernels layer times 1"
-# Bytes of the second-level cache, and of what a core finds in the third level beside others: what a network has
-# beyond them comes from farther away.
+# Bytes of the second-level cache, and of what a core gets of the third: what a network has beyond them comes
+# from farther away.
 _CACHES = {"far": 1 << 20, "farther": 8 << 20}
 _FARAWAY = ("maps", "maps_of_others", "weights_once", "weights_of_others")
 
@@ -54,8 +54,8 @@ class Surroundings:
 class LayerTimes:
     """Times of layers on one machine, as ``dsp calibrate`` measured them.
 
-    weights: microseconds per unit of each of ``features``; keys as "float32, 1 threads", and of several threads
-        "float32, 2 threads together" on each image, or "apart" on images of their own.
+    weights: microseconds per unit of each of ``features``; keys as "float32, 1 threads", and of several
+        threads "float32, 2 threads together" on each image, or "apart" on images of their own.
 
     >>> from dsp_kernels import GroupStructure
     >>> times = LayerTimes("a machine", {"float32, 1 threads": np.full(len(features()), 1e-3)})
@@ -213,9 +213,9 @@ def counted(launch: Mapping[str, Any], threads: int, around: Surroundings | None
         around = Surroundings(1, launch["bytes"], weights)
     conv = (of["bound"] + of["band_bound"]) > 0
     columns = []
-    for cache in _CACHES.values():
-        maps = 4.0 * of["traffic"] * _beyond(around.map_bytes, cache)
-        held = of["held"] * _beyond(around.map_bytes + around.weight_bytes, cache)
+    for held_bytes in _CACHES.values():
+        maps = 4.0 * of["traffic"] * _beyond(around.map_bytes, held_bytes)
+        held = of["held"] * _beyond(around.map_bytes + around.weight_bytes, held_bytes)
         columns += [maps * conv, maps * ~conv, held * conv, held * ~conv]
     return np.column_stack([work, *columns])
 

@@ -1,4 +1,4 @@
-"""Pruning by price: the channels and filters go first that lose the least energy per unit of time they save."""
+"""Pruning by price: what loses the least energy per unit of time that it saves goes first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from dsp_pruning.layers import LayerInfo
 from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas, count_below, keep
 from dsp_pruning.prune.search import ThresholdSearch
 
-_MOST_POINTS = 32  # of a curve
-_ROUNDS = 3  # the curves of a layer depend on what its neighbours have lost, so they are drawn again
+_MOST_POINTS = 24  # of a curve
+_ROUNDS = 2  # the curves of a layer depend on what its neighbours have lost, so they are drawn again
 
 Unit = tuple[str, str]  # a layer, and "channels" or "filters"
 Betas = Mapping[Unit, float]  # the threshold of each; 0 where none is given
@@ -67,27 +67,28 @@ class PriceSearch:
     def reachable(self) -> tuple[float, float] | None:
         """Smallest and largest share that is found; None if the output is constant in any case."""
         masks, connected = self.masks({})
-        return (self.pruned(masks), self._shares(self._prune(1.0))[0]) if connected else None
+        return (self.pruned(masks), self._shares(self.continued(1.0))[0]) if connected else None
 
     def best(self, rate: float) -> Betas:
         """Thresholds that save at least ``rate``, 0 to 1, and lose little energy."""
         betas: Betas = {}
         for done in range(1, _ROUNDS + 1):
-            betas = self._prune(rate * done / _ROUNDS, betas)
+            betas = self.continued(rate * done / _ROUNDS, betas)
         share, connected = self._shares(betas)
         if share < rate or not connected:
             raise DSPPruningError(
-                f"pruning rate {rate} is out of reach for the {len(self.search.rules)} chosen layers with these "
-                f"weights, groups and filter layers; within reach: 0 to {share:.6f}"
+                f"pruning rate {rate} is out of reach for the {len(self.search.rules)} chosen layers with "
+                f"these weights, groups and filter layers; within reach: 0 to {share:.6f}"
             )
         return betas
 
-    def _prune(self, rate: float, betas: Betas | None = None) -> Betas:
-        """Steps of all curves, the least energy per saving first, until they save ``rate`` or none is left."""
+    def continued(self, rate: float, betas: Betas | None = None) -> Betas:
+        """From some thresholds on, the least energy per saving first, until ``rate`` is saved or all is."""
         betas = betas or {}
         base, _ = self.masks(betas)
         steps = sorted(
-            (step for unit in self._units for step in self._steps(unit, betas, base)), key=lambda step: step[0]
+            (step for unit in self._units for step in self._steps(unit, betas, base)),
+            key=lambda step: step[0],
         )
         states = [betas]
         for _, unit, after, _ in steps:
@@ -110,8 +111,8 @@ class PriceSearch:
 
     def _steps(self, unit: Unit, betas: Betas, base: Masks) -> list[tuple[float, Unit, Point, list[Point]]]:
         """The sides of the curve's convex hull: energy per saving, and the points at and before its end."""
-        points = [Point(betas.get(unit, 0.0), 0.0, 0.0), *self._curve(unit, betas, base)]
-        points.sort(key=lambda point: (point.saved, point.lost))
+        useful = [point for point in self._curve(unit, betas, base) if point.saved > 0]
+        points = [Point(0.0, 0.0, 0.0), *sorted(useful, key=lambda point: (point.saved, point.lost))]
         hull: list[Point] = []
         for point in points:
             if hull and point.saved <= hull[-1].saved:
@@ -135,7 +136,8 @@ class PriceSearch:
                 break
             changed = [name for name in base if masks[name] is not base[name]]
             lost, saved = (
-                sum(of(name, base[name], masks[name]) for name in changed) for of in (self._loss, self._saving)
+                sum(of(name, base[name], masks[name]) for name in changed)
+                for of in (self._loss, self._saving)
             )
             points.append(Point(beta, lost, saved))
         return points
@@ -207,12 +209,15 @@ class PriceSearch:
         if not groups:
             return 0.0
         place = {channel: number for number, channel in enumerate(channels)}
-        filters = {row: number for number, row in enumerate(sorted(sum(groups, [])))}
+        filters = {row: number for number, row in enumerate(sorted(row for rows in groups for row in rows))}
         structure = GroupStructure.build(
             len(channels),
             len(filters),
             [
-                ([place[c] for c in mask[rows[0]].nonzero().flatten().tolist()], [filters[row] for row in rows])
+                (
+                    [place[c] for c in mask[rows[0]].nonzero().flatten().tolist()],
+                    [filters[row] for row in rows],
+                )
                 for rows in groups
             ],
         )

@@ -195,7 +195,12 @@ class PruneWrapper:
         Raises DSPPruningError if nothing was pruned and the model has no masks from before.
         """
         masks = [layer.conv.get_buffer("mask") for layer in self.layers]
-        if self.beta is None and not self._pruned and self._zeros is None and all(bool(mask.all()) for mask in masks):
+        if (
+            self.beta is None
+            and not self._pruned
+            and self._zeros is None
+            and all(bool(mask.all()) for mask in masks)
+        ):
             raise DSPPruningError(
                 "after_step() with nothing pruned: call initialize(rate) first, or load masked weights"
             )
