@@ -103,13 +103,17 @@ def plot(folder: Path) -> None:
                 entry = found.get(f"{name}, {what}, {rate}, batch {batch}")
                 if entry:
                     points.append((statistics.median(entry["ms"]), entry["kept"]))
+            if not points:
+                break
             curves[what.split()[0]] = points = sorted(points)
             axis.plot(*zip(*points, strict=True), marker="o", label=f"by {what.split()[0]}")
         axis.set(title=f"{name}, batch {batch}", xlabel="ms, fused, one thread", ylabel="energy kept")
+        if len(curves) < 2:
+            continue
         axis.legend()
         (time_ms, time_kept), (macs_ms, macs_kept) = (np.array(curves[k]).T for k in ("time", "macs"))
         for ms, kept in zip(time_ms, time_kept, strict=True):
-            at_time = np.interp(ms, macs_ms, macs_kept) if macs_ms[0] <= ms <= macs_ms[-1] else np.nan
+            at_time = np.interp(ms, macs_ms, macs_kept, left=np.nan, right=np.nan)
             at_energy = (
                 np.interp(kept, macs_kept, macs_ms) if macs_kept[0] <= kept <= macs_kept[-1] else np.nan
             )

@@ -16,7 +16,7 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.cpu.conv import add_conv
 from dsp_kernels.run.cpu.extension import native, new_network
 from dsp_kernels.times import calibrate
-from dsp_kernels.times.model import LayerTimes, features, macs, machine_name, surroundings
+from dsp_kernels.times.model import LayerTimes, features, machine_name, macs, surroundings
 
 pytestmark = pytest.mark.skipif(native() is None, reason="needs the native kernels")
 
@@ -152,8 +152,10 @@ def test_the_least_squares_are_not_negative() -> None:
     values = rows @ np.array([1.0, 0.0, 2.0, -1.0, 0.5, 0.0]) + 0.01 * rng.standard_normal(50)
     x = calibrate.nonnegative(rows, values)
     slope = rows.T @ (rows @ x - values)
-    assert (x >= 0).all() and x[3] == 0
-    assert np.abs(slope[x > 0]).max() < 1e-6 and slope.min() > -1e-6  # Karush, Kuhn and Tucker
+    assert (x >= 0).all()
+    assert x[3] == 0
+    assert np.abs(slope[x > 0]).max() < 1e-6  # Karush, Kuhn and Tucker
+    assert slope.min() > -1e-6
 
 
 def test_calibration_finds_planted_times(monkeypatch: pytest.MonkeyPatch) -> None:
