@@ -5,6 +5,7 @@
 # make bench-readme  the engines of the README's table, and the table
 # make bench-cpu-large  ResNet-18 and ResNet-50 against the strongest dense engines
 # make lint   ruff and mypy
+# make docs   the documentation site, in build/site
 # make test-mutants   break the PTX of the CUDA kernels in one place after the other and count what is noticed (minutes)
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
@@ -16,21 +17,37 @@ BIN := $(VENV)/bin
 EXTRAS := cli,vision,export,bench,test,dev
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-mutants test-triton test-triton36 test-zoo fuzz lint bench bench-readme bench-cpu-large install clean
+.PHONY: demo test test-all test-mutants test-triton test-triton36 test-zoo fuzz lint docs bench bench-readme bench-cpu-large install clean
 install: $(INSTALLED)
 
-# An environment that already has torch keeps it: pip only fills in what is missing.
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*/* csrc/*/*/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel "pybind11>=2.13"
-	# torch first: the CUDA kernels are built with its headers
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch torchvision
-	# a build for all GPUs takes three times longer
-	nvidia-smi >/dev/null 2>&1 || export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX;9.0}"; \
-		$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
-	touch $@
+# $(call timed,what,command): runs it and prints how long it took
+timed = @echo "$(1) ..."; start=$$(date +%s); $(2) && echo "$(1): $$(($$(date +%s) - start)) s"
+PIP := $(BIN)/python -m pip install --quiet
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*/* csrc/*/*/*)
 
-demo: $(INSTALLED)
+# torch first: the CUDA kernels are built with its headers. An environment that already has torch keeps it.
+$(VENV)/.torch:
+	$(call timed,torch in $(VENV),{ test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
+		$(PIP) --upgrade pip "setuptools>=77" wheel "pybind11>=2.13" && \
+		{ $(BIN)/python -c "import torch" 2>/dev/null || $(PIP) torch torchvision; })
+	@touch $@
+
+# a build for all GPUs takes three times longer
+$(INSTALLED): $(SOURCES) | $(VENV)/.torch
+	$(call timed,dsp-kernels with its CPU and CUDA kernels,\
+		nvidia-smi >/dev/null 2>&1 || export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX;9.0}"; \
+		$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]")
+	@touch $@
+
+# What the demo needs, without CUDA kernels where there is no GPU.
+$(VENV)/.demo: $(SOURCES) | $(VENV)/.torch
+	$(call timed,dsp-kernels for the demo,\
+		nvidia-smi >/dev/null 2>&1 || export DSP_KERNELS_CUDA="$${DSP_KERNELS_CUDA:-0}"; \
+		$(PIP) --no-build-isolation --editable ".[cli]")
+	@touch $@
+
+# What has everything also has what the demo needs.
+demo: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.demo)
 	$(BIN)/dsp demo
 
 # One thread per process: two torch processes that both use two cores slow each other down many times. A process
@@ -79,6 +96,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -c "import mkdocstrings_handlers, material" 2>/dev/null || \
+		DSP_KERNELS_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there completely or not at all, even if the process is killed."""
+"""Atomic writes (a file is there completely or not at all, even after kill -9), and the cache folder."""
 
 import io
 import os
@@ -66,3 +66,9 @@ def write_text(path: Path, text: str) -> Path:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def cache_folder() -> Path:
+    """Folder of files that can be made or fetched again: $DSP_KERNELS_CACHE, else the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
+    return Path(os.environ.get("DSP_KERNELS_CACHE") or user)

@@ -6,17 +6,25 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs" / "guide").glob("*.md"))]
 
 
-def test_python_blocks_of_the_readme_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
-    names: dict[str, object] = {"__name__": "readme"}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {"__name__": page.stem}
+    threads = torch.get_num_threads()
     for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, python block {number}", "exec"), names)
+        exec(compile(block, f"{page.name}, python block {number}", "exec"), names)
+    torch.set_num_threads(threads)
+
+
+def test_the_guide_shows_code() -> None:
+    assert sum("```python" in page.read_text(encoding="utf-8") for page in PAGES) >= 6
 
 
 def test_set_up_commands_are_targets_of_the_makefile() -> None:

@@ -12,13 +12,11 @@ namespace dsp {
 
 int output_size(int size, int kernel, int stride, int padding, int dilation, bool ceil_mode) {
     const int64_t free = int64_t(size) + 2 * padding - int64_t(dilation) * (kernel - 1) - 1;
-    if (free < 0) return -1;
-    int64_t count = free / stride + 1;
-    if (ceil_mode && free % stride) {
-        ++count;
-        // The last window has to begin inside the input or its left padding.
-        if ((count - 1) * stride >= int64_t(size) + padding) --count;
-    }
+    const int64_t partial = ceil_mode ? stride - 1 : 0; // pixels that the last window may miss
+    if (free + partial < 0) return -1;
+    int64_t count = (free + partial) / stride + 1;
+    // The last window has to begin inside the input or its left padding.
+    if (ceil_mode && (count - 1) * stride >= int64_t(size) + padding) --count;
     return int(count);
 }
 

@@ -1,4 +1,4 @@
-"""``dsp pack``, ``import``, ``inspect`` and ``export``: files of networks."""
+"""``dsp pack``, ``import``, ``download``, ``inspect`` and ``export``: files of networks."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dsp_kernels
 from dsp_cli import options as o
-from dsp_cli.show import console
+from dsp_cli.show import console, progress_bars
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.save_load import input_channels
@@ -23,6 +23,7 @@ from dsp_pruning.packing.twin import dense_twin
 from dsp_pruning.recipes.finetune import load_pruned
 from dsp_pruning.recipes.run import trained_image_size
 from dsp_pruning.released.archive import is_torchscript
+from dsp_pruning.released.download import ARCHIVES, download_released
 from dsp_pruning.released.load import load_released, verify_released
 from dsp_pruning.report import draw_overview, draw_structures, layer_rows, network_cost
 
@@ -30,6 +31,7 @@ Format = StrEnum("Format", "onnx pt2 torchscript")
 Precision = StrEnum("Precision", "fp32 fp16")
 
 _USUAL_SIZE = 32  # pixels, where neither a file nor the user says how large an image is
+_IMAGENET_SIZE = 224
 
 
 def pack(
@@ -80,6 +82,26 @@ def import_network(
             )
         difference = verify_released(file, network, (example.shape[2], example.shape[3]))
         console.print(f"the archive and the imported network differ by at most {difference:.2g}")
+    _save_released(network, out, example)
+
+
+def download(
+    names: Annotated[list[str], typer.Argument(help="Names of released networks, or all.")],
+    folder: Annotated[Path, typer.Option("--folder", help="Where NAME.safetensors is written.")] = Path(),
+) -> None:
+    """Fetch networks that the authors of the paper published, and turn them into packed ones.
+
+    The archives are verified by their digests and kept in the cache folder.
+    """
+    for name in ARCHIVES if names == ["all"] else names:
+        with progress_bars() as stage:
+            archive = download_released(name, progress=stage(name))
+        network = load_released(archive)
+        size = _USUAL_SIZE if name.startswith(("resnet20", "resnet56")) else _IMAGENET_SIZE
+        _save_released(network, folder / f"{name}.safetensors", _example_of(network, size)[0][0])
+
+
+def _save_released(network: nn.Module, out: Path, example: Tensor) -> None:
     dsp_kernels.save(network, out, torch.zeros_like(example))
     convs = [module for module in network.modules() if isinstance(module, PackedConv2d)]
     branches = sum(len(conv.structure.groups) for conv in convs)

@@ -92,7 +92,7 @@ def measure(folder: Path) -> None:
 
 
 def plot(folder: Path) -> None:
-    """Prints, at equal time, the energy kept by both, and at equal energy, the times; draws FOLDER/curves.png."""
+    """Prints energy kept at equal time and times at equal energy; draws FOLDER/curves.png."""
     found = json.loads((folder / "times.json").read_text())
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
     for axis, (name, batch) in zip(axes, [(n, b) for n in NETWORKS for b in BATCHES], strict=True):

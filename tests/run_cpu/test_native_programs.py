@@ -54,6 +54,17 @@ def test_views_products_and_pools_are_one_native_segment(name: str, isa: str) ->
         check(eager, model, x)
 
 
+@pytest.mark.parametrize("make", [nn.MaxPool2d, nn.AvgPool2d])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 3, 1)])
+def test_pools_that_count_a_partial_window(make: Any, kernel: int, stride: int, padding: int) -> None:
+    pool = make(kernel, stride, padding, ceil_mode=True)
+    for size in range(1, 8):  # one pixel too: timm's shortcuts pool 1x1 maps
+        x = torch.randn(2, 3, size, size)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), pool).eval()
+        if size + 2 * padding > kernel - stride:
+            check(fuse(model, x, backend="cpu"), model, x)
+
+
 @pytest.mark.parametrize("images", [1, 2, 4, 8, 16])
 def test_a_factor_of_one_pixel_at_every_interleaving(images: int, isa: str) -> None:
     network = native().Network(isa)  # type: ignore[union-attr]

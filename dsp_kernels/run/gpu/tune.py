@@ -25,7 +25,7 @@ import torch
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.run.gpu.graphs import capture
-from dsp_kernels.whole_file import write_text
+from dsp_kernels.whole_file import cache_folder, write_text
 
 BUDGET = 5.0
 _LAUNCHES, _REPLAYS = 10, 3
@@ -86,10 +86,9 @@ _opened = lru_cache(maxsize=16)(Choices)
 
 
 def choices_file(*versions: str) -> Path:
-    """One file per GPU and versions, in $DSP_KERNELS_CACHE or the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
+    """One file per GPU and versions, in the cache folder."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(versions))
-    return Path(os.environ.get("DSP_KERNELS_CACHE") or user) / f"{name}.json"
+    return cache_folder() / f"{name}.json"
 
 
 class Tuner:
