@@ -140,7 +140,8 @@ class _Trial:
     ) -> tuple[int, int]:
         """The number of its value, and its channels."""
         structure = GroupStructure.dense(c, o) if dense else self.structure(c, o)
-        spec = ConvSpec(structure, kernel, stride, kernel // 2, activation=self.rng.choice(("relu", "none")))
+        sides = ((side, side) for side in (kernel, stride, kernel // 2))
+        spec = ConvSpec(structure, *sides, activation=self.rng.choice(("relu", "none")))
         weights = [
             torch.randn(len(group.out_index), len(group.in_index), kernel, kernel)
             / (len(group.in_index) * kernel * kernel) ** 0.5

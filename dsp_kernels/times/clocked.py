@@ -1,6 +1,6 @@
 """The steps of a fused network on the CPU: their measured time beside the predicted one."""
 
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ def clocked_steps(program: Program) -> dict[str, str]:
 
 def measured_steps(program: Program, batch: int, threads: int) -> dict[str, float]:
     """Output of a native step -> microseconds in one call; a step that is only a view has none."""
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for part in (part for part in segments(program) if part.native):
         network, values = build(part, program, dtype_of(program))
         names = {value: name for name, value in values.items()}

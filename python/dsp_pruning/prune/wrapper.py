@@ -283,7 +283,7 @@ class PruneWrapper:
             mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
             prunes_filters = layer.name in self.filter_layers
             rules.append(layer_rule(layer, weight, mask, prunes_filters, self.prune_channels))
-        target = "params" if self.target == "params" else "macs"
+        target: Target = "params" if self.target == "params" else "macs"
         return ThresholdSearch(self.layers, rules, self._trace(), target, self.channel_multiple)
 
     @torch.no_grad()
