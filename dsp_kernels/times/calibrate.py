@@ -140,8 +140,10 @@ class _Trial:
     ) -> tuple[int, int]:
         """The number of its value, and its channels."""
         structure = GroupStructure.dense(c, o) if dense else self.structure(c, o)
-        sides = ((side, side) for side in (kernel, stride, kernel // 2))
-        spec = ConvSpec(structure, *sides, activation=self.rng.choice(("relu", "none")))
+        window, pads = (kernel, kernel), (kernel // 2, kernel // 2)
+        spec = ConvSpec(
+            structure, window, (stride, stride), pads, activation=self.rng.choice(("relu", "none"))
+        )
         weights = [
             torch.randn(len(group.out_index), len(group.in_index), kernel, kernel)
             / (len(group.in_index) * kernel * kernel) ** 0.5

@@ -98,11 +98,11 @@ def plot(folder: Path) -> None:
     for axis, (name, batch) in zip(axes, [(n, b) for n in NETWORKS for b in BATCHES], strict=True):
         curves = {}
         for what in ("macs", f"time {batch}"):
-            points = []
-            for rate in RATES:
-                entry = found.get(f"{name}, {what}, {rate}, batch {batch}")
-                if entry:
-                    points.append((statistics.median(entry["ms"]), entry["kept"]))
+            points = [
+                (statistics.median(entry["ms"]), entry["kept"])
+                for key, entry in found.items()
+                if key.startswith(f"{name}, {what},") and key.endswith(f"batch {batch}")
+            ]
             if not points:
                 break
             curves[what.split()[0]] = points = sorted(points)
