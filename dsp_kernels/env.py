@@ -30,7 +30,7 @@ def describe_environment() -> dict[str, str]:
     found = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpu": cpu_fact("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_model(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
@@ -54,6 +54,11 @@ def describe_environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def cpu_model() -> str:
+    """Its name, as the system tells it."""
+    return cpu_fact("model name") or platform.processor() or platform.machine()
 
 
 def _gpu() -> str:

@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 #include "run.h"
 
@@ -62,6 +65,54 @@ std::optional<dsp::Requantize> requantize_of(const Ends& ends) {
     return dsp::Requantize{ending, flat(multiplier), exact, is_signed};
 }
 
+// Microseconds of each operation of each share, medians of some calls.
+std::vector<std::vector<double>> time_operations(const dsp::Route& route, const std::vector<dsp::Images>& inputs,
+                                                 const std::vector<dsp::Images>& outputs, int repeats) {
+    using Clock = std::chrono::steady_clock;
+    py::gil_scoped_release release;
+    dsp::Route timed = route;
+    struct Slot {
+        std::atomic<int64_t> begin, spent;
+    };
+    std::vector<std::deque<Slot>> slots(timed.shares.size());
+    std::vector<std::vector<std::vector<double>>> samples;
+    for (size_t n = 0; n < timed.shares.size(); ++n) {
+        dsp::Share& share = timed.shares[n];
+        auto plan = std::make_shared<dsp::Plan>(*share.plan);
+        samples.emplace_back(plan->ops.size());
+        for (dsp::Op& op : plan->ops) {
+            Slot& slot = slots[n].emplace_back();
+            op.body = [body = op.body, &slot](int first, int last, const dsp::Context& context) {
+                const int64_t begin = Clock::now().time_since_epoch().count();
+                int64_t unset = 0;
+                slot.begin.compare_exchange_strong(unset, begin);
+                body(first, last, context);
+                slot.spent += Clock::now().time_since_epoch().count() - begin;
+            };
+        }
+        share.plan = std::move(plan);
+    }
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+        for (auto& share : slots)
+            for (Slot& slot : share) slot.begin = slot.spent = 0;
+        dsp::run(timed, inputs, outputs);
+        const int64_t end = Clock::now().time_since_epoch().count();
+        for (size_t n = 0; n < slots.size(); ++n)
+            for (size_t i = 0; i < slots[n].size(); ++i) {
+                const bool together = timed.shares[n].plan->key.threads > 1;
+                const int64_t next = i + 1 < slots[n].size() ? slots[n][i + 1].begin.load() : end;
+                samples[n][i].push_back(double(together ? next - slots[n][i].begin : slots[n][i].spent.load()));
+            }
+    }
+    std::vector<std::vector<double>> medians(samples.size());
+    for (size_t n = 0; n < samples.size(); ++n)
+        for (auto& one : samples[n]) {
+            std::nth_element(one.begin(), one.begin() + one.size() / 2, one.end());
+            medians[n].push_back(one[one.size() / 2] * 1e6 * Clock::period::num / Clock::period::den);
+        }
+    return medians;
+}
+
 // Built step by step; immutable after its first run.
 class Native {
   public:
@@ -76,12 +127,13 @@ class Native {
 
     int conv(int x, int residual, int out_channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
              const std::string& act, const std::vector<std::vector<int>>& in_index,
-             const std::vector<std::vector<int>>& out_index, const std::vector<Array>& weights,
+             const std::vector<std::vector<int>>& out_index, const std::optional<std::vector<Array>>& weights,
              const std::optional<Array>& bias, const Ends& requantize) {
-        if (in_index.size() != out_index.size() || in_index.size() != weights.size())
+        if (in_index.size() != out_index.size() || (weights && in_index.size() != weights->size()))
             fail("in_index, out_index and weights differ in length");
         std::vector<dsp::GroupIndex> groups;
-        for (size_t g = 0; g < in_index.size(); ++g) groups.push_back({in_index[g], out_index[g], flat(weights[g])});
+        for (size_t g = 0; g < in_index.size(); ++g)
+            groups.push_back({in_index[g], out_index[g], weights ? flat((*weights)[g]) : std::vector<float>()});
         return open().add_conv(x, residual, out_channels, {kernel, stride, padding, dilation}, activation(act),
                                std::move(groups), flat_or_empty(bias), requantize_of(requantize));
     }
@@ -149,39 +201,68 @@ class Native {
     }
 
     void run(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads, int interleave) {
+        const Call call = checked_call(inputs, outputs, threads, interleave);
+        if (!call.route) return;
+        py::gil_scoped_release release;
+        dsp::run(*call.route, call.sources, call.targets);
+    }
+
+    // Microseconds of every operation of launches(), medians of `repeats` calls; outputs are computed as by run().
+    // Shared by all threads: from its begin to the next one's. Otherwise the time of all blocks on one thread.
+    std::vector<std::vector<double>> times(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads,
+                                           int interleave, int repeats) {
+        Call call = checked_call(inputs, outputs, threads, interleave);
+        return call.route ? time_operations(*call.route, call.sources, call.targets, repeats)
+                          : std::vector<std::vector<double>>();
+    }
+
+  private:
+    struct Call {
+        dsp::RoutePtr route; // null: no images
+        std::vector<dsp::Images> sources, targets;
+    };
+
+    Call checked_call(const std::vector<Array>& inputs, std::vector<Array>& outputs, int threads, int interleave) {
         const dsp::Network& network = session_.network();
         if (inputs.size() != network.inputs.size() || outputs.size() != network.outputs.size() || inputs.empty())
             fail("wrong number of inputs or outputs");
         const int64_t images = inputs[0].ndim() ? inputs[0].shape(0) : 0;
         std::vector<dsp::Size> sizes;
-        std::vector<dsp::Images> sources, targets;
+        Call call;
+        if (!network.runs) fail("a convolution has no weights");
         for (size_t n = 0; n < inputs.size(); ++n) {
             const auto shape = shape_of(inputs[n]);
             if (shape[0] != images || shape[1] != network.values[network.inputs[n]].channels)
                 fail("input " + std::to_string(n) + " has the wrong shape");
             sizes.push_back({int(shape[2]), int(shape[3])});
-            sources.push_back(images_of(inputs[n], const_cast<float*>(inputs[n].data())));
+            call.sources.push_back(images_of(inputs[n], const_cast<float*>(inputs[n].data())));
         }
-        if (images == 0) return;
-        const auto route = route_of({std::move(sizes), images, threads, interleave});
+        if (images == 0) return call;
+        call.route = route_of({std::move(sizes), images, threads, interleave});
         for (size_t n = 0; n < outputs.size(); ++n) {
-            const auto& s = route->summary.outputs[n];
+            const auto& s = call.route->summary.outputs[n];
             if (shape_of(outputs[n]) != std::array<py::ssize_t, 4>{images, s[0], s[1], s[2]})
                 fail("output " + std::to_string(n) + " has the wrong shape");
-            targets.push_back(images_of(outputs[n], outputs[n].mutable_data()));
+            call.targets.push_back(images_of(outputs[n], outputs[n].mutable_data()));
         }
-        py::gil_scoped_release release;
-        dsp::run(*route, sources, targets);
+        return call;
     }
 
+  public:
     // What a call launches: for each range of images a dict, with (value or -1, kernel) of its operations.
     std::vector<py::dict> launches(const Sizes& sizes, int64_t images, int threads, int interleave) {
         std::vector<py::dict> list;
         for (const auto& share : route_of({checked_sizes(sizes), images, threads, interleave})->shares) {
             std::vector<std::pair<int, std::string>> operations;
-            for (const auto& op : share.plan->ops) operations.emplace_back(op.made, op.name + op.detail);
+            std::vector<std::vector<double>> work;
+            for (const auto& op : share.plan->ops) {
+                operations.emplace_back(op.made, op.name + op.detail);
+                const auto counts = op.busiest(share.together ? threads : 1).counts;
+                work.emplace_back(counts.begin(), counts.end());
+            }
             list.push_back(py::dict(py::arg("images") = share.count, py::arg("interleave") = share.interleave,
                                     py::arg("together") = share.together, py::arg("operations") = operations,
+                                    py::arg("work") = work,
                                     py::arg("bytes") = share.plan->arena_floats * int64_t(sizeof(float))));
         }
         return list;
@@ -268,6 +349,7 @@ PYBIND11_MODULE(_C, m) {
         },
         "The dtypes that an instruction set multiplies by instructions of its own.");
     m.attr("half_terms") = dsp::half_terms;
+    m.attr("counts") = split(dsp::Count_names); // of launches()["work"]
     m.attr("activations") = split(dsp::Act_names);
     py::class_<Native>(m, "Network")
         .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("isa") = "",
@@ -299,6 +381,8 @@ PYBIND11_MODULE(_C, m) {
         .def("output_shapes", &Native::output_shapes)
         .def("run", &Native::run, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"),
              py::arg("interleave") = 0)
+        .def("times", &Native::times, py::arg("inputs").noconvert(), py::arg("outputs").noconvert(), py::arg("threads"),
+             py::arg("interleave"), py::arg("repeats"))
         .def("launches", &Native::launches, py::arg("sizes"), py::arg("images"), py::arg("threads"),
              py::arg("interleave") = 0)
         .def_property_readonly("route_count", &Native::route_count);

@@ -91,6 +91,7 @@ void order_by_words(std::vector<GroupIndex>& groups, int64_t taps, size_t width)
         for (size_t i = 0; i < group.in.size(); ++i) position[group.in[i]] = int64_t(i);
         const std::vector<float> before = std::move(group.weights);
         group.in = order[g];
+        if (before.empty()) continue; // it is only planned
         group.weights.clear();
         for (size_t o = 0; o < group.out.size(); ++o)
             for (int c : group.in) {
@@ -201,7 +202,8 @@ int Network::add_conv(int x, int residual, int out_channels, const Window& windo
             written[o] = 1;
         }
         const int64_t expected = int64_t(groups[g].in.size()) * int64_t(groups[g].out.size()) * taps;
-        require(int64_t(groups[g].weights.size()) == expected,
+        if (groups[g].weights.empty() && expected > 0) runs = false;
+        require(groups[g].weights.empty() || int64_t(groups[g].weights.size()) == expected,
                 "group " + std::to_string(g) + " has a weight of the wrong size");
         if (requantize) check_integers(groups[g].weights, int64_t(groups[g].in.size()) * taps);
     }
@@ -390,7 +392,9 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
         for (int filters : splits[g]) {
             FilterTile tile{int(g), filters, int64_t(made->weights.size()), int64_t(made->bias.size()), {}};
             const float* weights = group.weights.data() + first * count;
-            if (form == Form::plain)
+            if (group.weights.empty())
+                ; // only planned
+            else if (form == Form::plain)
                 pack_plain(made->weights, step, weights, filters, count, taps);
             else
                 pack_sums(made->weights, form == Form::patches, weights, filters, count, step.kernel[1]);

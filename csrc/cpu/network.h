@@ -130,10 +130,11 @@ class Network {
     std::vector<Value> values;
     std::vector<Step> steps;
     std::vector<int> inputs, outputs; // values
+    bool runs = true;                 // false: a convolution without weights was added, to be planned only
 
     // Each returns the number of the value it adds and throws std::invalid_argument for invalid arguments.
     int add_input(int channels);
-    // bias: [out_channels] or empty.
+    // bias: [out_channels] or empty. A group's weights may be missing (empty).
     int add_conv(int x, int residual, int out_channels, const Window& window, Act act, std::vector<GroupIndex> groups,
                  const std::vector<float>& bias, std::optional<Requantize> requantize = {});
     // act(x * scale + shift + other); scale and shift may be empty (both or none), other may be -1.

@@ -20,6 +20,24 @@ int output_size(int size, int kernel, int stride, int padding, int dilation, boo
     return int(count);
 }
 
+double Work::cycles() const {
+    const auto of = [&](Count count) { return counts[size_t(count)]; };
+    return of(Count::bound) + of(Count::band_bound) + 2.0 * (of(Count::transforms) + of(Count::patch_transforms));
+}
+
+Work Op::busiest(int threads) const {
+    Work most;
+    if (!work) return most;
+    threads = chunks > 1 ? threads : 1;
+    for (int rank = 0; rank < threads; ++rank) {
+        const Range own = cut(chunks, threads, rank);
+        if (own.first == own.last) continue;
+        const Work one = work(cut(units, chunks, own.first).first, cut(units, chunks, own.last - 1).last);
+        if (rank == 0 || one.cycles() > most.cycles()) most = one;
+    }
+    return most;
+}
+
 Vectors cover(const Geometry& g, int lanes) {
     const int64_t row = int64_t(g.w) * g.interleave, pitch = g.pitch * g.interleave;
     const int64_t per_row = (row + lanes - 1) / lanes;
@@ -464,8 +482,58 @@ class Builder {
             const bool cut = step.kind == Kind::conv && !item.splits;
             op.chunks = cut ? op.units : std::clamp(op.units, 1, key_.parts());
             op.made = item.splits ? -1 : step.output;
+            if (!op.work)
+                op.work = [whole = work_of(item), units = double(op.units)](int first, int last) {
+                    Work work = whole;
+                    for (double& count : work.counts) count *= (last - first) / units;
+                    return work;
+                };
             plan.ops.push_back(std::move(op));
         }
+    }
+
+    // Of an operation that is no convolution.
+    Work work_of(const Item& item) const {
+        const Step& step = network_.steps[item.step];
+        const Draft& draft = drafts_[item.step];
+        Work work;
+        const auto floats = [&](int node) {
+            const Geometry& g = nodes_[node].geometry;
+            return double(g.channels) * g.h * g.pitch * g.interleave;
+        };
+        if (item.splits) {
+            work[Count::traffic] = work[Count::fresh] = floats(draft.x);
+            work[key_.interleave < 4 ? Count::gathered : Count::thinned] = floats(draft.x);
+            work[Count::cleared] = nodes_[draft.x].channels;
+            work[Count::thin_rows] = double(nodes_[draft.x].channels) * nodes_[draft.x].h;
+            return work;
+        }
+        const int made = step.output >= 0 ? step.output : step.inputs[0];
+        const double out = floats(made), lanes = network_.kernels.lanes;
+        const double taps = double(step.kernel[0]) * step.kernel[1];
+        work[Count::cleared] = step.output >= 0 ? nodes_[made].channels : 0;
+        work[Count::traffic] = work[Count::fresh] = out;
+        switch (step.kind) {
+        case Kind::input:
+        case Kind::output: work[key_.interleave > 1 ? Count::interleaved : Count::copied] = out; break;
+        case Kind::map:
+        case Kind::product: work[Count::mapped] = out / lanes * (double(step.inputs.size()) + 1.0); break;
+        case Kind::pool:
+            work[draft.fast_pool ? Count::pooled : Count::averaged] = out * taps;
+            if (!draft.fast_pool) work[Count::windows] = out / key_.interleave;
+            break;
+        case Kind::adaptive:
+            work[Count::averaged] = work[Count::traffic] = floats(draft.x);
+            work[Count::windows] = out / key_.interleave;
+            break;
+        case Kind::resize: work[Count::mapped] = 4.0 * out / lanes; break;
+        case Kind::linear:
+            work[Count::held] = double(step.weights.size());
+            work[Count::multiplied] = double(step.weights.size()) * key_.interleave;
+            break;
+        default: break;
+        }
+        return work;
     }
 
     Op operation(const Step& step, const Draft& draft) {

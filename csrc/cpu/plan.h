@@ -2,6 +2,7 @@
 // and its operations in order.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -66,6 +67,19 @@ inline Range cut(int total, int parts, int part) {
     return {int(int64_t(total) * part / parts), int(int64_t(total) * (part + 1) / parts)};
 }
 
+// What an operation does, counted; a linear model of these is its time (dsp_kernels/times). Of plain sums, then of
+// Winograd's method: cycles of arithmetic or of loads, whichever takes longer, tiles that are run, vectors of sums and
+// of pixels that are finished. held: floats of weights, once. traffic: floats of maps; fresh: those written to memory
+// that held another map. The rest are of the other operations.
+DSP_ENUM(Count, operations, bound, passes, sums, band_bound, band_sums, band_outputs, band_edges, transforms,
+         patch_transforms, rows, held, traffic, fresh, cleared, mapped, pooled, thinned, gathered, thin_rows, copied,
+         interleaved, averaged, windows, multiplied)
+struct Work {
+    std::array<double, size_t(Count::multiplied) + 1> counts{};
+    double& operator[](Count count) { return counts[size_t(count)]; }
+    double cycles() const; // a rough estimate
+};
+
 // One operation; its chunks may run concurrently.
 struct Op {
     const char* name;
@@ -74,10 +88,13 @@ struct Op {
     int chunks = 1;
     int made = -1;        // the network's value that it computes, or -1
     std::string detail{}; // of a convolution, its tiles
+    std::function<Work(int first, int last)> work{}; // of a range of units
     void run(int chunk, const Context& context) const {
         const Range range = cut(units, chunks, chunk);
         body(range.first, range.last, context);
     }
+    // Of the thread with most of it, when each of `threads` begins with the same share of the chunks.
+    Work busiest(int threads) const;
 };
 
 struct PlanKey {
@@ -92,7 +109,6 @@ struct PlanKey {
 
 struct Plan {
     Plan(const Network& network, const PlanKey& key);
-    Plan(const Plan&) = delete;
 
     const PlanKey key;
     std::vector<Op> ops;

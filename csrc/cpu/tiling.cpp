@@ -1,6 +1,7 @@
 #include "tiling.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <limits>
 #include <set>
@@ -32,13 +33,6 @@ struct Extent {
     int copies = 1;       // of a channel's transformed rows: stacked, one for each horizontal tap
 };
 
-// Cycles of one term of a tile's sums.
-double term_cost(double arithmetic, double loads, double add_latency) {
-    // The smaller of the two is not fully hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4,
-    // which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
-    return std::max({arithmetic, loads, add_latency}) + 0.5 * std::min(arithmetic, loads);
-}
-
 // Calls visit(width, whether it is the last) for every pass of a tile of `filters` filters over `vectors` vectors in
 // blocks.
 template <typename Visit>
@@ -51,11 +45,19 @@ void each_pass(const Kernels& kernels, int filters, int vectors, int block, cons
         }
 }
 
-// Two multiply-adds and two loads per cycle; three of four vector loads straddle two cache lines when fewer images
-// than lanes are interleaved.
+// Cycles of one term of a tile's sums: two multiply-adds and two loads per cycle; three of four vector loads straddle
+// two cache lines when fewer images than lanes are interleaved.
+double bound_cost(int filters, int width, bool aligned, double add_latency) {
+    const double load = aligned ? 1.0 : 1.75;
+    return std::max({0.5 * filters * width, 0.5 * (load * width + filters), add_latency});
+}
+
 double pass_cost(int filters, int width, bool aligned, double add_latency) {
     const double load = aligned ? 1.0 : 1.75;
-    return term_cost(0.5 * filters * width, 0.5 * (load * width + filters), add_latency);
+    // The smaller of the two is not fully hidden. Without this share tiles of 3 filters x 8 vectors tied with 6 x 4,
+    // which reach 83 % of peak on 8x8 maps of 2 images against 66 %.
+    const double hidden = std::min(0.5 * filters * width, 0.5 * (load * width + filters));
+    return bound_cost(filters, width, aligned, add_latency) + 0.5 * hidden;
 }
 
 double tile_cost(const Kernels& kernels, int filters, const Extent& extent) {
@@ -323,6 +325,70 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
     return op;
 }
 
+// -- Counted work --
+
+// Of a part of a plain sum.
+void count_sums(Work& work, const Conv& op, const Conv::Part& part) {
+    const bool aligned = op.y.geometry.interleave >= op.kernels.lanes;
+    const double latency = op.step.pairs ? op.step.pairs->add_latency : 4.0;
+    for (int t = part.first_tile; t < part.last_tile; ++t) {
+        const FilterTile& tile = op.packed->tiles[t];
+        const double count = double(op.off[tile.group].size());
+        const double passes = std::max(1.0, std::ceil(count / op.block_terms[tile.group]));
+        each_pass(op.kernels, tile.filters, part.last_vector - part.first_vector, op.block_vectors, [&](int P, bool) {
+            work[Count::bound] += count * bound_cost(tile.filters, P, aligned, latency);
+            work[Count::passes] += passes;
+            work[Count::sums] += passes * tile.filters * P;
+        });
+        work[Count::held] += tile.filters * count;
+    }
+}
+
+// Of a part of a sum by Winograd's method.
+void count_sums(Work& work, const BandConv& op, const Conv::Part& part) {
+    const int sums = op.patches ? patch_sums : band_sums, row_vectors = int(op.at.size()), I = op.y.geometry.interleave;
+    const double bands = part.last_vector - part.first_vector, outputs = op.patches ? patch_columns : 1;
+    for (int t = part.first_tile; t < part.last_tile; ++t) {
+        const FilterTile& tile = op.packed->tiles[t];
+        const double count = double(op.off[tile.group].size());
+        for (int block = 0; block < row_vectors; block += op.block_columns)
+            each_pass(op.kernels, tile.filters, std::min(op.block_columns, row_vectors - block), op.sum_columns,
+                      [&](int P, bool) {
+                          work[Count::band_bound] +=
+                              bands * sums * count * bound_cost(tile.filters, P, I >= op.kernels.lanes, 4.0);
+                          work[Count::band_sums] += bands * sums * tile.filters * P;
+                          work[Count::band_outputs] += bands * band_rows * outputs * tile.filters * P;
+                      });
+        if (op.y.geometry.w * I % op.kernels.lanes) work[Count::band_edges] += bands * band_rows * tile.filters;
+        work[Count::held] += sums * tile.filters * count;
+    }
+    const double channel_bands = bands * double(op.used.size());
+    const double reach = op.patches ? 0 : double(op.step.kernel[1] - 1) * op.step.dilation[1] * I / op.kernels.lanes;
+    const int blocks = (row_vectors + op.block_columns - 1) / op.block_columns;
+    work[op.patches ? Count::patch_transforms : Count::transforms] +=
+        channel_bands * sums * (row_vectors + blocks * std::ceil(reach));
+    work[Count::rows] += channel_bands * blocks;
+}
+
+// Of the maps that a part reads and writes.
+void count_maps(Work& work, const Conv& op, const Conv::Part& part) {
+    std::set<int> read;
+    double written = 0.0;
+    for (int t = part.first_tile; t < part.last_tile; ++t) {
+        const auto& in = op.step.groups[op.packed->tiles[t].group].in;
+        read.insert(in.begin(), in.end());
+        written += op.packed->tiles[t].filters;
+    }
+    const int64_t units = op.parts.back().last_vector; // vectors or bands
+    const double pixels = double(op.vectors.count()) * op.kernels.lanes * (part.last_vector - part.first_vector) / units;
+    const double absent = part.last_absent - part.first_absent;
+    work[Count::traffic] += pixels * (double(read.size()) + (op.add ? 2.0 : 1.0) * written);
+    work[Count::mapped] += absent * double(op.vectors.count()) * (op.add ? 2.0 : 1.0);
+    if (op.in_place) return;
+    work[Count::fresh] += pixels * written;
+    work[Count::cleared] += absent + (part.first_vector == 0 ? written : 0.0);
+}
+
 } // namespace
 
 Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> conv, int rows, bool is_split,
@@ -331,10 +397,19 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
         const int parts = int(made->parts.size());
         std::set<int, std::greater<int>> sizes;
         for (const FilterTile& tile : made->packed->tiles) sizes.insert(tile.filters);
-        const auto run = [made = std::shared_ptr(std::move(made))](int first, int last, const Context& context) {
+        const auto shared = std::shared_ptr(std::move(made));
+        const auto run = [made = shared](int first, int last, const Context& context) {
             for (int part = first; part < last; ++part) made->run(made->parts[part], context);
         };
         Op op{name, parts, run};
+        op.work = [made = shared](int first, int last) {
+            Work work;
+            for (int part = first; part < last; ++part) {
+                count_sums(work, *made, made->parts[part]);
+                count_maps(work, *made, made->parts[part]);
+            }
+            return work;
+        };
         for (int filters : sizes)
             op.detail += (op.detail.empty() ? " in tiles of " : ", ") + std::to_string(filters) + "x" +
                          std::to_string(network.kernels.vectors[filters]);

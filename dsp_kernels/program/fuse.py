@@ -22,6 +22,7 @@ from dsp_kernels.program.steps import ConvStep, LinearStep, Program, Runner, Tor
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
 from dsp_kernels.run.gpu.layout import uses_tf32
 from dsp_kernels.run.programs import EXECUTORS
+from dsp_kernels.times.clocked import clocked_steps
 from dsp_kernels.tolerances import network_tolerance
 
 
@@ -181,10 +182,18 @@ class FusedNetwork(nn.Module):
     def explain(self, verbose: bool = False) -> str:
         """One line per step: what is fused into it, how it runs, and why it stays plain PyTorch.
 
-        verbose: also what is launched for a batch of the example's size: kernels, tiles, threads.
+        verbose: also what is launched for a batch of the example's size: kernels, tiles, threads; on the CPU
+        the time of each step, measured now and predicted from what ``dsp calibrate`` measured.
         """
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
         forms = executor.describe(self.program, verbose)
+        if verbose and self.backend == "cpu":
+            clocked = clocked_steps(self.program)
+            outputs = [step.output for step in self.program.steps]
+            forms = [
+                "; ".join(filter(None, (form, clocked.get(name))))
+                for form, name in zip(forms, outputs, strict=True)
+            ]
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
         notes = self.program.notes
         numbers = "8-bit integers" if self.program.is_integer else self.dtype

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dsp_cli import bench, demo, doctor, files, quantize, train
+from dsp_cli import bench, calibrate, demo, doctor, files, quantize, train
 from dsp_kernels import __version__
 
 app = typer.Typer(
@@ -39,4 +39,5 @@ app.command("bench")(bench.bench)
 app.command("import")(files.import_network)
 app.command("download")(files.download)
 app.command("export")(files.export)
+app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)

@@ -40,7 +40,8 @@ SETTINGS: dict[str, Any] = {
     "second_order": typer.Option("--second-order", help="Second-order term of the gradient of the logits."),
     "init": typer.Option("--init", help="First groups: random, or by the weights for a rate of --prune."),
     "prune": typer.Option("--prune", "-p", help="Share of the grouped layers' cost to remove, 0..1."),
-    "target": typer.Option("--target", help="That cost: multiply-adds or parameters."),
+    "target": typer.Option("--target", help="That cost: multiply-adds, parameters, or time (dsp calibrate)."),
+    "batch": typer.Option("--batch", min=1, help="Images of the calls whose time --target time counts."),
     "channel_multiple": typer.Option(
         "--channel-multiple", min=1, help="Keep a multiple of this many channels per group."
     ),
@@ -69,7 +70,7 @@ _TYPES = {
     "precision": StrEnum("Precision", "float32 bfloat16 float16"),
     "init": StrEnum("Init", "random weights"),
     "second_order": StrEnum("SecondOrder", "exact none original"),
-    "target": StrEnum("Target", "macs params"),
+    "target": StrEnum("Target", "macs params time"),
     "layer_groups": list[str] | None,
     "model_args": list[str] | None,
 }

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import recipe_cases
 import torch
@@ -20,6 +21,7 @@ from dsp_cli import options
 from dsp_cli.main import main
 from dsp_cli.train import groups_folder
 from dsp_kernels import GroupStructure, PackedConv2d
+from dsp_kernels.times.model import LayerTimes, features, machine_name
 from dsp_pruning.recipes.checkpoint import load_checkpoint, load_weights
 from dsp_pruning.recipes.training import Progress
 
@@ -342,3 +344,47 @@ def test_different_groups_have_different_valid_folders(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert {path.name for path in tmp_path.iterdir()} == names
     assert groups_folder(4, {"stage_3.0.conv_a": 8}) == "g4_stage_3.0.conv_a=8"
+
+
+def test_calibrate_keeps_what_was_measured_for_other_settings(
+    dsp: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSP_KERNELS_CACHE", str(tmp_path))
+    row = np.ones(len(features()))
+
+    def measured(threads: list[int], dtype: torch.dtype, seconds: float, progress: Progress) -> LayerTimes:
+        return LayerTimes(machine_name(), {f"{dtype}, {count}": row * seconds for count in threads})
+
+    monkeypatch.setattr("dsp_cli.calibrate.measure", measured)
+    assert dsp("calibrate", "--threads", 1, "--seconds", 2).status == 0
+    assert dsp("calibrate", "--threads", 3, "--dtype", "bfloat16", "--seconds", 5).status == 0
+    kept = LayerTimes.load().weights
+    assert {key: values[0] for key, values in kept.items()} == {"torch.float32, 1": 2, "torch.bfloat16, 3": 5}
+
+
+def test_finetune_by_time_names_the_command_that_measures(
+    dsp: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSP_KERNELS_CACHE", str(tmp_path))
+    arguments = [
+        "finetune",
+        *SMALL,
+        "--save-dir",
+        trained,
+        "-g",
+        2,
+        "-p",
+        0.4,
+        "--target",
+        "time",
+        "--dry-run",
+    ]
+    missing = dsp(*arguments)
+    assert missing.status == 1
+    assert "dsp calibrate" in missing.error
+    how = " apart" * (torch.get_num_threads() > 1)
+    key = f"float32, {torch.get_num_threads()} threads{how}"
+    LayerTimes(machine_name(), {key: np.ones(len(features()))}).save()
+    shown = dsp(*arguments, "--batch", 32)
+    assert shown.status == 0
+    assert "share of time" in shown.out

@@ -113,13 +113,16 @@ def products_per_move(spec: ConvSpec) -> float:
 def add_conv(
     network: Any,
     spec: ConvSpec,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
     bias: Tensor | None,
     x: int,
     residual: int = -1,
     requantize: Requantize | None = None,
 ) -> int:
-    """Add a convolution to a native network; x, residual (-1: none) and the result are value numbers."""
+    """Add a convolution to a native network; x, residual (-1: none) and the result are value numbers.
+
+    weights: None for a network that is planned, but never runs.
+    """
     value: int = network.conv(
         x,
         residual,
@@ -131,7 +134,7 @@ def add_conv(
         activation=spec.activation,
         in_index=[group.in_index for group in spec.structure.groups],
         out_index=[group.out_index for group in spec.structure.groups],
-        weights=[as_array(weight) for weight in weights],
+        weights=None if weights is None else [as_array(weight) for weight in weights],
         bias=None if bias is None else as_array(bias),
         requantize=ending(requantize),
     )

@@ -71,7 +71,7 @@ class CpuExecutor:
 
     def prepare(self, program: Program) -> Runner:
         parts = segments(program)
-        dtype = _dtype(program)
+        dtype = dtype_of(program)
         if _is_whole(parts, program):
             return _whole_network(parts[0], program, dtype)
         # What plain PyTorch reads needs the Program's dtype.
@@ -101,7 +101,7 @@ class CpuExecutor:
         verbose: also what runs for the example's batch, for each range of its images: the kernel with the
         sizes of its tiles (filters x vectors), the images that are interleaved in vectors, the threads.
         """
-        isa, dtype = chosen_isa(), _dtype(program)
+        isa, dtype = chosen_isa(), dtype_of(program)
         launched = _launched(program, dtype) if verbose else {}
         forms = []
         for step, reason in zip(program.steps, _why_not_native(program), strict=True):
@@ -139,7 +139,7 @@ def _arithmetic(isa: str, dtype: torch.dtype, step: ConvStep) -> str:
     return f", {name}{'' if name in module.own_products(isa) else ' by float32 arithmetic'}"
 
 
-def _dtype(program: Program) -> torch.dtype:
+def dtype_of(program: Program) -> torch.dtype:
     """The 16-bit dtype of the Program's tensors, else float32."""
     found: list[torch.dtype] = []
 

@@ -15,7 +15,9 @@ from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas
 
-Target = Literal["macs", "params"]  # what a rate is a share of: multiply-adds, or weights
+Target = Literal[
+    "macs", "params", "time"
+]  # what a rate is a share of: multiply-adds, weights, predicted time
 
 _GUESSES = 3  # by the rule alone, before the actual search
 
@@ -56,12 +58,12 @@ class ThresholdSearch:
     def masks(self, beta: float) -> tuple[Masks, bool]:
         """The masks at beta without dead kernels, and whether the output still depends on the input."""
         if self.multiple == 1:
-            return self._without_dead({rule.name: rule.mask(beta) for rule in self.rules})
+            return self.without_dead({rule.name: rule.mask(beta) for rule in self.rules})
         # A dead channel does not count towards a multiple: another one takes its place.
         barred = {rule.name: ~rule.columns(rule.alive) for rule in self.rules}
         while True:
             chosen = {rule.name: rule.mask(beta, self.multiple, barred[rule.name]) for rule in self.rules}
-            live, connected = self._without_dead(chosen)
+            live, connected = self.without_dead(chosen)
             more = False
             for rule in self.rules:
                 lost = rule.columns(chosen[rule.name]) & ~rule.columns(live[rule.name])
@@ -70,7 +72,7 @@ class ThresholdSearch:
             if not more:
                 return live, connected
 
-    def _without_dead(self, masks: Masks) -> tuple[Masks, bool]:
+    def without_dead(self, masks: Masks) -> tuple[Masks, bool]:
         """Remove kernels that read nothing or are read by nothing, in any call of their layer."""
         if self.network is None:
             return masks, True

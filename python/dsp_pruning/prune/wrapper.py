@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPPruningError, DSPTraceError
 from dsp_kernels.graph.inputs import Example
-from dsp_kernels.graph.network import TracedNetwork, trace
+from dsp_kernels.graph.network import TracedNetwork, evaluating, trace
+from dsp_kernels.program.planner import plan
+from dsp_kernels.times.model import LayerTimes, Price, surroundings
 from dsp_pruning.checks import check, check_count, check_one_of, is_count
 from dsp_pruning.distributed import unwrap
 from dsp_pruning.layers import (
@@ -23,6 +25,7 @@ from dsp_pruning.layers import (
     inputs_like,
     survey_layers,
 )
+from dsp_pruning.prune.price import Betas, PriceSearch
 from dsp_pruning.prune.report import PruningReport, RoundingCost, layer_row, percent_pruned
 from dsp_pruning.prune.rule import LayerRule, Masks, layer_rule
 from dsp_pruning.prune.search import Target, ThresholdSearch
@@ -33,7 +36,8 @@ class PruneWrapper:
     """Group channel pruning and filter pruning of a group-learned model (arXiv 2303.09736).
 
     One threshold beta, for all layers, is searched so that the pruned share of MACs reaches a rate
-    (docs/notes/algorithm.md). Calling the wrapper calls the model.
+    (docs/notes/algorithm.md); by time, each layer has thresholds of its own. Calling the wrapper calls the
+    model.
 
     model: any ``nn.Module``; DistributedDataParallel and torch.compile are unwrapped. Each chosen conv gets
         two buffers, both in the model's state dict: ``group`` [G, O], the group logits (filled by a
@@ -49,7 +53,12 @@ class PruneWrapper:
         ``print(pruner.survey)`` shows which layers take part, and why the others do not: frozen ones, for
         example, and those with fewer filters than groups.
     prune_channels: False prunes whole filters only, by magnitude.
-    target: what a rate is a share of: ``macs`` or ``params`` (the weights).
+    target: what a rate is a share of: ``macs``, ``params`` (the weights) or ``time``, which is predicted from
+        what ``dsp calibrate`` measured on this machine. By time, what loses the least energy per
+        microsecond goes first, and channels that save no time stay.
+    batch: of ``time``: images of a call, with torch's number of threads.
+    price: of ``time``: another cost of a convolution than the predicted time, ``(spec, input_hw) -> cost``,
+        for example ``dsp_kernels.times.model.macs``.
     channel_multiple: every group keeps a multiple of this many live input channels (8 suits tensor cores);
         ``report()`` shows the cost.
 
@@ -58,7 +67,8 @@ class PruneWrapper:
     cannot be traced, each layer is pruned by its own mask alone, and ``summary()`` says so.
 
     Raises DSPPruningError for a setting out of range, or if no layer is left; DSPShapeError if the model does
-    not run on the example.
+    not run on the example. Pruning by time raises DSPTraceError for a model that cannot be traced, and
+    FileNotFoundError or DSPFormatError without measured times.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -81,11 +91,18 @@ class PruneWrapper:
         prune_channels: bool = True,
         target: Target = "macs",
         channel_multiple: int = 1,
+        batch: int = 1,
+        price: Price | None = None,
     ) -> None:
         self._network = unwrap(model)
         survey = survey_layers(self._network, example_input, layers)
         check_one_of("target", target, get_args(Target))
         check_count("channel_multiple", channel_multiple)
+        check_count("batch", batch)
+        if price is not None and target != "time":
+            raise DSPPruningError(f"a price is given, but the target is {target!r}; expected 'time'")
+        if channel_multiple > 1 and target == "time":
+            raise DSPPruningError("channel_multiple rounds channels, but pruning by time finds its own steps")
         if channel_multiple > 1 and not prune_channels:
             raise DSPPruningError("channel_multiple rounds pruned channels, but prune_channels is False")
         self.model = model
@@ -93,6 +110,9 @@ class PruneWrapper:
         self.prune_channels = prune_channels
         self.target: Target = target
         self.channel_multiple = channel_multiple
+        self.batch = batch
+        self._price = price
+        self._pruned = False  # by this wrapper
         self.beta: float | None = None
         self.survey, counts = groups_of_layers(survey, n_groups)
         self.layers = self.survey.chosen
@@ -135,13 +155,15 @@ class PruneWrapper:
         if not (isinstance(cycle, int) and isinstance(cycles, int) and 0 <= cycle < cycles):
             raise DSPPruningError(f"cycle {cycle!r} of {cycles!r}: expected a cycle from 0 to cycles - 1")
         search = self._search()
-        return self._prune(search, search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles))
+        best = search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles)
+        return self._prune(search.masks(best)[0], best, search)
 
     def preview(self, rate: float) -> PruningReport:
         """The report that ``initialize(rate)`` would lead to; same errors. Changes nothing."""
         search = self._search()
-        beta = search.best(_fraction(rate, "the pruning rate"))
-        masks, _ = search.masks(beta)
+        best = search.best(_fraction(rate, "the pruning rate"))
+        masks, _ = search.masks(best)
+        beta = best if isinstance(best, float) else None
         return self._describe(masks, beta, self._rounding_cost(search, masks))
 
     def reachable(self) -> tuple[float, float]:
@@ -161,7 +183,8 @@ class PruneWrapper:
         beta: 0 <= beta <= 1, the share of a group's (and of a filter layer's) sum of squared weights that may
             be pruned.
         """
-        return self._prune(self._search(), _fraction(beta, "the threshold beta"))
+        search, beta = self._one_threshold(), _fraction(beta, "the threshold beta")
+        return self._prune(search.masks(beta)[0], beta, search)
 
     def after_step(self) -> None:
         """Set everything pruned to zero again; call it after every ``optimizer.step()``.
@@ -172,7 +195,12 @@ class PruneWrapper:
         Raises DSPPruningError if nothing was pruned and the model has no masks from before.
         """
         masks = [layer.conv.get_buffer("mask") for layer in self.layers]
-        if self.beta is None and self._zeros is None and all(bool(mask.all()) for mask in masks):
+        if (
+            self.beta is None
+            and not self._pruned
+            and self._zeros is None
+            and all(bool(mask.all()) for mask in masks)
+        ):
             raise DSPPruningError(
                 "after_step() with nothing pruned: call initialize(rate) first, or load masked weights"
             )
@@ -210,9 +238,9 @@ class PruneWrapper:
             rows.append(layer_row(layer, masks[layer.name], prunes_filters, "; ".join(notes)))
         return PruningReport(beta, flops, params, self._untraced, tuple(rows), rounding)
 
-    def _rounding_cost(self, search: ThresholdSearch, masks: Masks) -> RoundingCost | None:
+    def _rounding_cost(self, search: ThresholdSearch | PriceSearch, masks: Masks) -> RoundingCost | None:
         """Compared with the smallest beta that prunes as much without rounding."""
-        if search.multiple == 1:
+        if isinstance(search, PriceSearch) or search.multiple == 1:
             return None
         plain = ThresholdSearch(self.layers, search.rules, search.network, search.target)
         span = plain.reachable()
@@ -225,8 +253,22 @@ class PruneWrapper:
             sum(int((channels % search.multiple != 0).sum()) for channels in kept),
         )
 
-    def _search(self) -> ThresholdSearch:
-        """On the state before the last pruning, if that can be undone."""
+    def _search(self) -> Any:
+        """ThresholdSearch or PriceSearch on the state before the last pruning, if that can be undone."""
+        search = self._one_threshold()
+        if self.target != "time":
+            return search
+        if search.network is None:
+            raise DSPTraceError(f"only a traced model is pruned by time: {self._untraced}")
+        if self._price is not None:
+            return PriceSearch(search, self._price)
+        times = LayerTimes.load()
+        with evaluating(self._network):
+            program = plan(search.network).map_tensors(lambda tensor: tensor.detach().cpu().float())
+        around = surroundings(program, self.batch)
+        return PriceSearch(search, times.price(self.batch, None, torch.float32, around))
+
+    def _one_threshold(self) -> ThresholdSearch:
         before = {name: value for name, (value, _) in self._undo.items()} if self._unchanged() else {}
         missing = [layer.name for layer in self.layers if not _has_logits(layer)]
         if missing:
@@ -241,11 +283,13 @@ class PruneWrapper:
             mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
             prunes_filters = layer.name in self.filter_layers
             rules.append(layer_rule(layer, weight, mask, prunes_filters, self.prune_channels))
-        return ThresholdSearch(self.layers, rules, self._trace(), self.target, self.channel_multiple)
+        target: Target = "params" if self.target == "params" else "macs"
+        return ThresholdSearch(self.layers, rules, self._trace(), target, self.channel_multiple)
 
     @torch.no_grad()
-    def _prune(self, search: ThresholdSearch, beta: float) -> tuple[float, float]:
-        masks, _ = search.masks(beta)
+    def _prune(
+        self, masks: Masks, best: float | Betas, search: ThresholdSearch | PriceSearch
+    ) -> tuple[float, float]:
         self._rounding = self._rounding_cost(search, masks)
         if self._unchanged():
             for name, (value, _) in self._undo.items():
@@ -256,7 +300,8 @@ class PruneWrapper:
         before = {name: self._tensor(name).clone() for name in names}
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
-        self.beta = beta
+        self.beta = best if isinstance(best, float) else None
+        self._pruned = True
         self.after_step()
         self._undo = {name: (value, self._tensor(name).clone()) for name, value in before.items()}
         return percent_pruned(self.layers, masks)

@@ -25,7 +25,8 @@ class FinetuneConfig(GroupedConfig):
     """The published settings of CIFAR-10: five cosine cycles, each of which starts by pruning a little more.
 
     groups, layer_groups: as learned.
-    prune: share of the grouped layers' cost to remove, 0..1. target: that cost, ``macs`` or ``params``.
+    prune: share of the grouped layers' cost to remove, 0..1. target: that cost, ``macs``, ``params`` or
+        ``time``, of calls with ``batch`` images.
     channel_multiple, fp_every_nth_conv, prune_channels: see PruneWrapper.
     cycles: cosine cycles. one_shot: prune to the full rate at the start of the first cycle.
     """
@@ -35,6 +36,7 @@ class FinetuneConfig(GroupedConfig):
     weight_decay: float = 1e-3
     prune: float = 0.5
     target: Target = "macs"
+    batch: int = 1
     channel_multiple: int = 1
     fp_every_nth_conv: int = 2
     prune_channels: bool = True
@@ -155,6 +157,7 @@ def _pruner(
         example_input=example,
         prune_channels=config.prune_channels,
         target=config.target,
+        batch=config.batch,
         channel_multiple=config.channel_multiple,
     )
     restore_weights(model, weights, source, optional=(".mask",))
