@@ -19,7 +19,7 @@ _PACKAGES = (
 def describe_environment() -> dict[str, str]:
     """Name -> value, as text, of what decides which kernels run and how fast."""
     from dsp_kernels.run.convs import BACKENDS
-    from dsp_kernels.run.cpu.extension import chosen_isa, cpu_fact, native, product_dtype, why_missing
+    from dsp_kernels.run.cpu.extension import chosen_isa, native, product_dtype, why_missing
     from dsp_kernels.run.gpu.cuda.library import built_for, why_no_cuda
     from dsp_kernels.run.programs import EXECUTORS
 
@@ -58,6 +58,8 @@ def describe_environment() -> dict[str, str]:
 
 def cpu_model() -> str:
     """Its name, as the system tells it."""
+    from dsp_kernels.run.cpu.extension import cpu_fact
+
     return cpu_fact("model name") or platform.processor() or platform.machine()
 
 

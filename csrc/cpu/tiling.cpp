@@ -330,7 +330,7 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
 // Of a part of a plain sum.
 void count_sums(Work& work, const Conv& op, const Conv::Part& part) {
     const bool aligned = op.y.geometry.interleave >= op.kernels.lanes;
-    const double latency = op.step.pairs ? op.step.pairs->add_latency : 4.0;
+    const double latency = op.step.words ? op.step.words->add_latency : 4.0;
     for (int t = part.first_tile; t < part.last_tile; ++t) {
         const FilterTile& tile = op.packed->tiles[t];
         const double count = double(op.off[tile.group].size());

@@ -119,7 +119,7 @@ class Tuner:
             return first
         signature = hashlib.sha256(json.dumps([key, *options]).encode()).hexdigest()
         kept = self._choices.names.get(signature)
-        if kept in options:
+        if kept is not None and kept in options:
             return kept
         times: dict[str, float] = {}
         in_time = True
