@@ -79,10 +79,10 @@ fuzz: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m dsp_benchmarks run --short --rounds 14 --out benchmarks/results/default_cpu.json --report
 
-SHOWN := dense/openvino,dense/onnxruntime,dense/openvino-bf16,released/torchscript,packed/torch
+SHOWN := dense/openvino,dense/onnxruntime,dense/openvino-int8,released/torchscript
 bench-readme: $(INSTALLED)
 	$(BIN)/python -m dsp_benchmarks run --networks resnet20_g4,resnet56_g4 --batches 1,8,32,128 --engines \
-		$(SHOWN),packed/fused:eager,packed/fused:cpu,packed/fused:cpu:bf16 --rounds 20 --seconds 220 \
+		$(SHOWN),packed/fused:cpu,packed/fused:cpu:int8 --rounds 20 --seconds 220 \
 		--out benchmarks/results/real_cpu.json
 	$(BIN)/python -m dsp_benchmarks report --readme
 

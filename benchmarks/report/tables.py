@@ -87,28 +87,25 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 README_MARKERS = ("<!-- results -->", "<!-- /results -->")
 _RELEASED, _OURS = "released/torchscript", "packed/fused:cpu"
-_SHOWN = {
-    "released form": _RELEASED,
-    "packed, torch": "packed/torch",
-    "fused, eager": "packed/fused:eager",
-    "fused, native": _OURS,
-}
+_INT8, _OUR_INT8 = "dense/openvino-int8", "packed/fused:cpu:int8"
+_SHOWN = {"released form": _RELEASED, "fused": _OURS, "dense int8": _INT8, "fused int8": _OUR_INT8}
 _README_COLUMNS = (
     "network",
     "batch",
     "dense, fastest",
     *_SHOWN,
-    "native : dense",
-    "native : released",
+    "fused : dense",
+    "fused : released",
+    "int8 : dense int8",
     "FLOP ratio",
-    "share of the arithmetic floor (above 100 %: Winograd does fewer multiplications than the floor counts)",
+    "share of the floor",
 )
 
 
 def summary(result: Result) -> str:
-    """The README's table: median milliseconds of a batch, and how much faster the native fused network is."""
+    """The README's table: median milliseconds of a batch, and how much faster the fused network is."""
     lines = [_summary_line(run, batch) for run in result.runs for batch in run.batches]
-    head = f"{machine(result)} Median milliseconds of a batch, float32."
+    head = f"{machine(result)} Median milliseconds of a batch, float32 where no other is named."
     text = f"{head}\n\n{_table(_README_COLUMNS, lines)}"
     if any("~" in cell for line in lines for cell in line):
         text += "\n~: the samples spread or drift too much for a verdict.\n"
@@ -130,6 +127,7 @@ def _summary_line(run: Run, batch: int) -> tuple[str, ...]:
         *(_median(rows.get(name)) for name in _SHOWN.values()),
         _ratio(best, ours),
         _ratio(rows.get(_RELEASED), ours),
+        _ratio(rows.get(_INT8), rows.get(_OUR_INT8)),
         "-" if run.flop_ratio is None else f"{run.flop_ratio:.2f}x",
         "-" if ours is None or ours.of_floor is None else f"{100 * ours.of_floor:.0f} %",
     )

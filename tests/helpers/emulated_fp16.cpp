@@ -4,6 +4,8 @@
 #define DSP_WIDE 1 // tiles for 32 registers, which this CPU spills
 #define DSP_FP16 1
 #define DSP_TABLE kernels_emulated
+#include <immintrin.h>
+
 #include "kernels/impl.h"
 
 #include "network.h"

@@ -122,7 +122,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.a(x))
-        gate = torch.tanh(y.mean((2, 3), keepdim=True))
+        gate = torch.sin(y.mean((2, 3), keepdim=True))
         return F.relu(self.b(y * gate) + y)
 
 
