@@ -39,8 +39,7 @@ def test_unstable_samples_are_marked(result: Result) -> None:
     samples = replace(run.rows[0].timed, seconds=(1.0, 3.0) * 30, per_round=1)
     one = replace(result, runs=(replace(run, rows=(replace(run.rows[0], samples=samples), *run.rows[1:])),))
     assert "no verdict: the median is known only" in _column(one, "note")["dense/torch", "1"]
-    ours = run.rows[6]
-    assert ours.engine == "packed/fused:eager"
+    ours = next(row for row in run.rows if row.engine == "packed/fused:cpu")
     rows = [replace(row, samples=samples) if row is ours else row for row in run.rows]
     assert "| ~2e+03 |" in summary(replace(result, runs=(replace(run, rows=tuple(rows)),)))
     assert "too much for a verdict" not in summary(result)
@@ -83,15 +82,13 @@ def test_the_readme_gets_the_table_between_its_markers(result: Result, tmp_path:
     assert "old" not in text
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| resnet56_g4")]
     assert [line[:2] for line in lines] == [["resnet56_g4", "1"], ["resnet56_g4", "8"]]
-    assert "share of the arithmetic floor (above 100 %: Winograd does fewer" in text
-    for line, dense, eager, native in zip(lines, (4, 30), (2, 10), (1, 5), strict=True):
+    for line, dense, native in zip(lines, (4, 30), (1, 5), strict=True):
         median, engine = line[2].split()
-        shown = (float(median), float(line[5]), float(line[6]))
-        assert shown == pytest.approx((dense, eager, native), rel=0.02)
+        assert (float(median), float(line[4])) == pytest.approx((dense, native), rel=0.02)
         assert engine == "(openvino)"
-        assert line[3:5] == ["-", "-"]
+        assert (line[3], line[5], line[6]) == ("-", "-", "-")  # not measured: released form, integers
         assert float(line[7].rstrip("x")) == pytest.approx(dense / native, rel=0.02)
-        assert line[8:] == ["-", "2.50x", "25 %"]
+        assert line[8:] == ["-", "-", "2.50x", "25 %"]
     assert put_into_readme(text, read_result(path)) == text
     readme.write_text("no markers")
     assert main(["report", path, "--readme", str(readme)]) == 2
