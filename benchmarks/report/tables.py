@@ -112,7 +112,8 @@ def summary(result: Result) -> str:
     busy = max((row.timed.busy or 1 for run in result.runs for row in run.rows if row.samples), default=1)
     if busy > _BUSY:
         text += (
-            f"\nThe machine was busy: a fixed computation beside the calls took x{busy:.1f} of its best.\n"
+            "\nThe machine was busy, not equally for all engines: a fixed computation beside the calls took "
+            f"up to x{busy:.1f} of its best, so ratios are approximate.\n"
         )
     return text
 
@@ -152,4 +153,5 @@ def _median(row: Row | None) -> str:
 def _ratio(slow: Row | None, fast: Row | None) -> str:
     if slow is None or fast is None:
         return "-"
-    return f"{slow.timed.median / fast.timed.median:.2f}x"
+    unsure = slow.timed.unstable or fast.timed.unstable
+    return ("~" if unsure else "") + f"{slow.timed.median / fast.timed.median:.2f}x"

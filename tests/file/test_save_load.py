@@ -247,6 +247,7 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "positions": lambda: nets.ConvThen(
         lambda x: x + torch.linspace(0, 1, x.shape[3]) + torch.arange(x.shape[2])[:, None] + x.new_zeros(1)
     ),
+    "counted mask": lambda: nets.ConvThen(lambda x: x + (~(x > 0)).cumsum(2, dtype=torch.float32)),
     "constants": lambda: nets.ConvThen(lambda x: x * torch.arange(4.0).view(4, 1, 1) + torch.tensor([2.0])),
     "deviation and unfold": lambda: nets.ConvThen(
         lambda x: nn.functional.unfold(x - x.std(1, keepdim=True), 2)

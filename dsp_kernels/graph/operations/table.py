@@ -188,7 +188,7 @@ OPERATIONS = (
         _names("conv1d conv_transpose2d glu instance_norm linear log_softmax lp_pool2d normalize"
                " softmax softmin unfold fold max_unpool2d max_pool2d_with_indices embedding", "F."),
         _names("detach select t to type_as unflatten view_as reshape_as repeat unfold new_zeros"
-               " new_ones", "."),
+               " new_ones cumsum", "."), "operator.invert",
     )), _never),
     Operation("scripted", {}, ".forward", reason="is scripted (torch.jit), which cannot be followed"),
     Operation("scalar", {}, _names("floordiv mod eq ne lt le gt ge", "operator.") + " .dim .numel .size",

@@ -40,7 +40,8 @@ def published_weights(variant: str) -> dict[str, Tensor]:
     import torchvision
 
     try:
-        return dict(torchvision.models.get_model_weights(variant).DEFAULT.get_state_dict(progress=False))
+        weights = torchvision.models.get_model_weights(variant).DEFAULT
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError) as error:
         raise DSPError(f"torchvision's weights of {variant} cannot be downloaded: {error}") from error
 
