@@ -181,14 +181,14 @@ OPERATIONS = (
         **dict.fromkeys((nn.GLU, nn.Softmax, nn.LogSoftmax), ("dim",)),
     }, " ".join((
         _names("bmm matmul max min narrow log_softmax softmax sum unbind var std roll"
-               " repeat_interleave", "torch.", "."),
+               " repeat_interleave cumsum sin cos", "torch.", "."),
         _names("adaptive_avg_pool1d channel_shuffle conv1d conv_transpose2d ge gt le lt logsumexp"
                " maximum minimum norm stack var_mean where einsum linspace arange zeros ones full zeros_like"
                " ones_like full_like", "torch."),
         _names("conv1d conv_transpose2d glu instance_norm linear log_softmax lp_pool2d normalize"
                " softmax softmin unfold fold max_unpool2d max_pool2d_with_indices embedding", "F."),
         _names("detach select t to type_as unflatten view_as reshape_as repeat unfold new_zeros"
-               " new_ones cumsum", "."), "operator.invert",
+               " new_ones", "."), "operator.invert",
     )), _never),
     Operation("scripted", {}, ".forward", reason="is scripted (torch.jit), which cannot be followed"),
     Operation("scalar", {}, _names("floordiv mod eq ne lt le gt ge", "operator.") + " .dim .numel .size",
