@@ -100,7 +100,9 @@ std::vector<std::vector<double>> time_operations(const dsp::Route& route, const 
         for (size_t n = 0; n < slots.size(); ++n)
             for (size_t i = 0; i < slots[n].size(); ++i) {
                 const bool together = timed.shares[n].plan->key.threads > 1;
-                const int64_t next = i + 1 < slots[n].size() ? slots[n][i + 1].begin.load() : end;
+                const int64_t next = i + 1 < slots[n].size()  ? slots[n][i + 1].begin.load()
+                                     : n + 1 < slots.size() ? slots[n + 1].front().begin.load()
+                                                            : end;
                 samples[n][i].push_back(double(together ? next - slots[n][i].begin : slots[n][i].spent.load()));
             }
     }
@@ -211,6 +213,7 @@ class Native {
     // Shared by all threads: from its begin to the next one's. Otherwise the time of all blocks on one thread.
     std::vector<std::vector<double>> times(const std::vector<Array>& inputs, std::vector<Array> outputs, int threads,
                                            int interleave, int repeats) {
+        if (repeats < 1) fail("repeats is at least 1");
         Call call = checked_call(inputs, outputs, threads, interleave);
         return call.route ? time_operations(*call.route, call.sources, call.targets, repeats)
                           : std::vector<std::vector<double>>();

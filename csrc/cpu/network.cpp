@@ -36,7 +36,7 @@ bool rectifies(Act act) { return act == Act::relu || act == Act::relu6; }
 void check_integers(const std::vector<float>& weights, int64_t terms) {
     for (float w : weights)
         require(w >= -127.0f && w <= 127.0f && w == float(int(w)), "a weight is no integer of 8 bits");
-    require(terms < std::numeric_limits<int32_t>::max() / (127 * 255), "an integer sum would exceed 32 bits");
+    require(terms <= std::numeric_limits<int32_t>::max() / (127 * 255), "an integer sum would exceed 32 bits");
 }
 
 // Whether bytes are worth packing into words, by estimated cycles for a vector of output pixels: a word takes about 8
@@ -403,7 +403,8 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
                 made->bias.push_back(step.bias[tile.channels.back()]);
                 if (!step.requantize) continue;
                 made->multiplier.push_back(step.requantize->multiplier[tile.channels.back()]);
-                const float sum = std::accumulate(weights + k * count, weights + (k + 1) * count, 0.0f);
+                const int64_t known = group.weights.empty() ? 0 : count; // only planned
+                const float sum = std::accumulate(weights + k * known, weights + (k + 1) * known, 0.0f);
                 made->start.push_back(step.words && step.words->zero ? -128 * int32_t(sum) : 0);
             }
             first += filters;

@@ -32,8 +32,9 @@ Work Op::busiest(int threads) const {
     for (int rank = 0; rank < threads; ++rank) {
         const Range own = cut(chunks, threads, rank);
         if (own.first == own.last) continue;
-        const Work one = work(cut(units, chunks, own.first).first, cut(units, chunks, own.last - 1).last);
-        if (rank == 0 || one.cycles() > most.cycles()) most = one;
+        Work one = work(cut(units, chunks, own.first).first, cut(units, chunks, own.last - 1).last);
+        const auto size = [](Work& w) { return std::pair(w.cycles(), w[Count::traffic]); };
+        if (size(one) > size(most)) most = one;
     }
     return most;
 }
@@ -448,7 +449,7 @@ class Builder {
                 if (nodes_[other].last >= node.first || (apart && root(other) != root(n)))
                     taken.push_back({nodes_[other].offset, nodes_[other].offset + nodes_[other].geometry.size});
             std::sort(taken.begin(), taken.end());
-            int64_t offset = 0;
+            int64_t offset = 16; // load_halves() of the first plane reads half a vector before it
             for (const auto& range : taken) {
                 if (range.first - offset >= node.geometry.size) break;
                 offset = std::max(offset, range.second);

@@ -58,7 +58,8 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
     """
     quantized = model if isinstance(model, QuantizedNetwork) else None
     if quantized is not None:
-        model, example_input = quantized.packed, example_input or example_of(quantized)
+        model = quantized.packed
+        example_input = example_of(quantized) if example_input is None else example_input
     elif isinstance(model, FusedNetwork):
         raise DSPFormatError("a fused network holds no parameters: save the packed one that it was made from")
     tensors = {

@@ -222,7 +222,7 @@ class FusedNetwork(nn.Module):
         self.program, self.backend, self.dtype, self.device = program, backend, probe.dtype, probe.device
         self._runners = {}
         if self._requested_backend == "auto":  # a launch may fail that can_run allows
-            zeros = [probe.new_zeros(shape) for shape in self._example_shapes]
+            zeros = [probe.new_zeros((1, *shape[1:])) for shape in self._example_shapes]
             self._take_first(lambda: self(*zeros))
         return self
 

@@ -7,6 +7,7 @@ made its input instead of adding one.
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from math import prod
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -234,9 +235,12 @@ class _Planner:
         stride = node.module.stride[0]
         if node.module.stride != (stride, stride) or len((*node.fx_node.args, *node.fx_node.kwargs)) != 1:
             return _UNKNOWN  # the second argument is the size of the result
+        sizes = zip(node.module.kernel_size, node.module.dilation, strict=True)
+        if prod(d * (k - 1) + 2 * stride for k, d in sizes) > 64 * prod(node.module.kernel_size):
+            return "its phases would be mostly zeros"
         read, pads = transposed_conv(node.module)
         phases = f"{node.name}_phases"
-        self.steps.append(ConvStep(phases, self._inputs(node), *read))
+        self.steps.append(ConvStep(phases, self._inputs(node), *read, path=node.path))
         batch, _, height, width = self.network[node.inputs[0]].shape or ()
         more, channels = read[0].padding, read[0].structure.out_channels
         self.shapes[phases] = batch, channels, height + more[0], width + more[1]

@@ -150,7 +150,11 @@ def _obstacle(step: Step, program: Program, keep: Collection[str], images: set[s
     if isinstance(step, PoolStep) and step.kind == "adaptive_avg_pool":
         one = step.settings["output_size"] == (1, 1)
         return "" if one else "its averages are of different numbers of pixels"
-    return "" if _moves(step) or isinstance(step, GlobalPoolStep) else "it pads with another number than 0"
+    if _moves(step) or isinstance(step, GlobalPoolStep):
+        return ""
+    return (
+        "it pads with another number than 0" if isinstance(step, ResizeStep) else "integers have no such step"
+    )
 
 
 def _closed(program: Program, able: set[str]) -> tuple[frozenset[str], dict[str, str]]:

@@ -116,7 +116,6 @@ def checked_keep(program: Program, keep: Collection[str]) -> Collection[str]:
     for name in keep:
         if not any(is_kept(path, [name]) for path in paths):
             near = difflib.get_close_matches(str(name), sorted(known), 1, 0)
-            raise DSPError(
-                f"keep names {name!r}, which is no layer of this network; the nearest is {near[0]!r}"
-            )
+            nearest = f"; the nearest is {near[0]!r}" if near else ""
+            raise DSPError(f"keep names {name!r}, which is no layer of this network{nearest}")
     return keep

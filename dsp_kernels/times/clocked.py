@@ -17,7 +17,8 @@ def clocked_steps(program: Program) -> dict[str, str]:
     batch, threads = program.shapes[program.inputs[0]][0], torch.get_num_threads()
     measured = measured_steps(program, batch, threads)
     try:
-        predicted = LayerTimes.load().program(program, batch, threads)
+        # Integers were not measured.
+        predicted = {} if program.is_integer else LayerTimes.load().program(program, batch, threads)
     except (FileNotFoundError, DSPFormatError, DSPBackendError):
         predicted = {}
     return {

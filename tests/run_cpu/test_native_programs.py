@@ -54,6 +54,35 @@ def test_views_products_and_pools_are_one_native_segment(name: str, isa: str) ->
         check(eager, model, x)
 
 
+class Added(nn.Module):
+    """A residual that is an input, which lies at the beginning of the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(64, 64, 3)
+
+    def forward(self, r: Tensor, x: Tensor) -> Tensor:
+        return self.conv(x) + r
+
+
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_a_residual_of_small_maps_is_an_input(side: int) -> None:
+    model = Added().eval()
+    inputs = torch.randn(1, 64, side, side), torch.randn(1, 64, side + 2, side + 2)
+    with torch.no_grad():
+        expected = model(*inputs)
+    torch.testing.assert_close(fuse(model, inputs, backend="cpu")(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_view_as_a_map_keeps_the_sizes_that_the_code_computes() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            b, c, h, w = x.shape
+            return F.relu(x).flatten(1).view(b, c, h, w)
+
+    check(fuse(Model().eval(), torch.randn(2, 4, 8, 8)), Model().eval(), torch.randn(2, 4, 4, 16))
+
+
 @pytest.mark.parametrize("make", [nn.MaxPool2d, nn.AvgPool2d])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 3, 1)])
 def test_pools_that_count_a_partial_window(make: Any, kernel: int, stride: int, padding: int) -> None:

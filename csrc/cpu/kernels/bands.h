@@ -68,7 +68,8 @@ inline V load_halves(const float* lower, const float* upper) {
 
 // Each row is loaded and combined once, and moved for each tap: unaligned loads for each took twice as long.
 void stacked_input(const BandInput& call) {
-    alignas(64) float lower[(band_sums + 1) * L], upper[(band_sums + 1) * L];
+    alignas(64) float lower[(band_sums + 1) * L], room[L / 2 + (band_sums + 1) * L];
+    float* const upper = room + L / 2; // load_halves() reads before it
     V d[band_sums];
     UNROLLED(i, band_sums) d[i] = load(call.row[i]);
     combine_rows(d, lower, L);

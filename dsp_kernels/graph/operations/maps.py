@@ -197,7 +197,8 @@ def unflatten(call: Call) -> Found:
         return None
     if (len(before), len(after), len(sizes)) != (2, 4, 4) or before[0] != after[0] or is_literal(sizes[0]):
         return None
-    each, factor = after[2] * after[3], after[2] if after[2] == after[3] else 0
+    fixed = after[2] == after[3] and all(map(is_literal, sizes[2:]))
+    each, factor = after[2] * after[3], after[2] if fixed else 0
     index = tuple(torch.arange(after[1]) * each + place for place in range(each))
     return {"index": index, "factor": factor, "rigid": is_literal(sizes[1])} if each > 1 else None
 

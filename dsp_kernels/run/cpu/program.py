@@ -130,11 +130,12 @@ def _launched(program: Program, dtype: torch.dtype) -> dict[str, list[str]]:
 def _arithmetic(isa: str, dtype: torch.dtype, step: ConvStep) -> str:
     if dtype == torch.float32 and not step.requantize:
         return ""
-    module, name = native(), "int8" if step.requantize else str(dtype).removeprefix("torch.")
+    module, name = native(), "integers" if step.requantize else str(dtype).removeprefix("torch.")
     assert module is not None
-    if step.requantize and step.requantize.exact:
-        return ", integers by float32 arithmetic"
-    if not step.requantize and product_dtype(dtype) == torch.float32:
+    if step.requantize:  # depthwise convolutions stay in float32 everywhere
+        words = not step.requantize.exact and "int8" in module.own_products(isa)
+        return ", integers, by 8-bit products where they pay" if words else ", integers by float32 arithmetic"
+    if product_dtype(dtype) == torch.float32:
         return f", {name} weights, float32 arithmetic"
     return f", {name}{'' if name in module.own_products(isa) else ' by float32 arithmetic'}"
 

@@ -222,7 +222,10 @@ class PriceSearch:
             ],
         )
         conv = layer.conv
-        padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
+        padding = conv.padding
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(conv.dilation, layer.kernel_size, strict=True)]
+            padding = tuple(r // 2 if padding == "same" else 0 for r in reach)
         spec = ConvSpec(structure, layer.kernel_size, conv.stride, padding, conv.dilation, "relu")  # type: ignore[arg-type]
         return self.price(spec, layer.input_hw)
 

@@ -1,6 +1,7 @@
 """The archives that the authors of the paper published, fetched by name and verified before use."""
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -62,7 +63,7 @@ def download_released(
         _fetch(address, part, progress)
     except urllib.error.HTTPError as error:
         raise ConnectionError(f"{address} answers {error.code} {error.reason}") from error
-    except OSError as error:  # URLError too
+    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError too
         reason = getattr(error, "reason", error)
         raise ConnectionError(
             f"cannot read {address} ({reason}); fetch it where there is a network and put it at {path}"
