@@ -152,8 +152,8 @@ class Network {
     int add_resize(int x, int factor, bool shuffle, std::array<int, 4> pads, float value);
     // x with the size of `like`, or this size, or `factor` times its own.
     int add_fit(int x, int like, Fit fit, Pair size, int factor);
-    // act((x - mean) / sqrt(variance + epsilon) * scale + shift), over the channels and pixels of each of `groups` equal
-    // groups of channels of an image.
+    // act((x - mean) / sqrt(variance + epsilon) * scale + shift), over the channels and pixels of each of `groups`
+    // equal groups of channels of an image.
     int add_norm(int x, int groups, float epsilon, std::vector<float> scale, std::vector<float> shift, Act act);
     // Views of the planes of other values, without a copy: some channels of x, several values concatenated.
     int add_select(int x, const std::vector<int>& channels);

@@ -492,8 +492,7 @@ Op fit(const Step& step, Place x, Place y) {
     const bool blended = step.fit == Fit::bilinear || step.fit == Fit::corners;
     const auto rows = blends(step.fit, s.h, t.h), columns = blends(step.fit, s.w, t.w);
     const auto body = [=](int first, int last, const Context& context) {
-        const int64_t I = s.interleave, length = int64_t(s.w) * I;
-        std::vector<float> row(blended ? length : 0);
+        const int64_t I = s.interleave;
         each_channel(y, false, first, last, context, [&](int c, float* plane) {
             for (int oy = 0; oy < t.h; ++oy) {
                 const Blend& of = rows[oy];
@@ -502,16 +501,15 @@ Op fit(const Step& step, Place x, Place y) {
                     std::fill(out, out + t.w * I, 0.0f);
                     continue;
                 }
-                const float* in = x.plane(context, c) + s.at(0, of.first, 0);
-                if (blended) {
-                    const float* const other = x.plane(context, c) + s.at(0, of.second, 0);
-                    for (int64_t i = 0; i < length; ++i) row[i] = in[i] + of.weight * (other[i] - in[i]);
-                    in = row.data();
-                }
+                const float* const in = x.plane(context, c) + s.at(0, of.first, 0);
+                const float* const below = x.plane(context, c) + s.at(0, of.second, 0);
                 for (const Blend& column : columns) {
-                    const float *const one = in + column.first * I, *const two = in + column.second * I;
+                    const int64_t one = column.first * I, two = column.second * I;
+                    const auto blend = [&](int64_t i) { return in[i] + of.weight * (below[i] - in[i]); };
                     for (int64_t i = 0; i < I; ++i, ++out)
-                        *out = column.first < 0 ? 0.0f : blended ? one[i] + column.weight * (two[i] - one[i]) : one[i];
+                        *out = column.first < 0 ? 0.0f
+                               : !blended       ? in[one + i]
+                                                : blend(one + i) + column.weight * (blend(two + i) - blend(one + i));
                 }
             }
         });
@@ -533,9 +531,10 @@ Op norm(const Kernels& kernels, const Step& step, Place x, Place y) {
                 for (int c = group * each; c < (group + 1) * each; ++c)
                     for (int64_t begin = 0; begin < v.count(); begin += 256) { // longer sums would lose digits
                         float sums[32]{};
-                        kernels.norm({x.plane(context, c), nullptr, v.at.data() + begin, v.mask_from(begin, kernels.lanes),
-                                      std::min<int64_t>(256, v.count() - begin), I, center, nullptr, nullptr, Act::none,
-                                      squared, sums});
+                        const int64_t vectors = std::min<int64_t>(256, v.count() - begin);
+                        kernels.norm({x.plane(context, c), nullptr, v.at.data() + begin,
+                                      v.mask_from(begin, kernels.lanes), vectors, I, center, nullptr, nullptr,
+                                      Act::none, squared, sums});
                         for (int l = 0; l < 32; ++l) mean[l % I] += double(sums[l]) / count;
                     }
             };
@@ -551,8 +550,8 @@ Op norm(const Kernels& kernels, const Step& step, Place x, Place y) {
                     scale[l] = float(step.scale[c] / std::sqrt(variance[l % I] + double(step.value)));
                     shift[l] = float(step.shift[c] - (mean[l % I] - double(center[l])) * double(scale[l]));
                 }
-                kernels.norm({x.plane(context, c), out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), I, center,
-                              scale, shift, step.act, false, nullptr});
+                kernels.norm({x.plane(context, c), out, v.at.data(), v.mask_from(0, kernels.lanes), v.count(), I,
+                              center, scale, shift, step.act, false, nullptr});
             });
         }
     };

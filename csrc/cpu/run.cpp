@@ -273,8 +273,8 @@ void run_together(const Share& share, const std::vector<Images>& inputs, const s
     const Plan& plan = *share.plan;
     // Chunks are taken one by one, so a helper that wakes up late joins where the others are. But each thread begins
     // with chunks of its own, the same in every operation and call: neighbouring chunks are neighbouring rows, which
-    // are then in its cache. A line from another core costs 0.1 to 0.3 us, so what a thread writes is in lines of its own,
-    // and for one operation it reads one line of each other thread.
+    // are then in its cache. A line from another core costs 0.1 to 0.3 us, so what a thread writes is in lines of its
+    // own, and for one operation it reads one line of each other thread.
     struct alignas(128) Worker {
         std::atomic<int64_t> done{0}; // chunks that it has run since the beginning
         std::atomic<bool> joined{false};

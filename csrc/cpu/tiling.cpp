@@ -380,7 +380,8 @@ void count_maps(Work& work, const Conv& op, const Conv::Part& part) {
         written += op.packed->tiles[t].filters;
     }
     const int64_t units = op.parts.back().last_vector; // vectors or bands
-    const double pixels = double(op.vectors.count()) * op.kernels.lanes * (part.last_vector - part.first_vector) / units;
+    const double own = double(part.last_vector - part.first_vector) / units;
+    const double pixels = double(op.vectors.count()) * op.kernels.lanes * own;
     const double absent = part.last_absent - part.first_absent;
     work[Count::traffic] += pixels * (double(read.size()) + (op.add ? 2.0 : 1.0) * written);
     work[Count::mapped] += absent * double(op.vectors.count()) * (op.add ? 2.0 : 1.0);

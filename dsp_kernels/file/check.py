@@ -31,6 +31,7 @@ _DTYPES = {
 # Elements alive at one time, per element of the input; networks of torchvision and timm stay below 200.
 _MOST_PER_INPUT = 512
 _ALWAYS_ALLOWED = 2**24
+_MOST_OF_QUANTIZED = 2**27  # alive at one time: load runs a quantised network, and not on the meta device
 _LARGEST_INPUT = 2**24
 _MOST_TENSORS = 2**16  # alive at one time; parts of one split
 _LONGEST_PRODUCT = 8  # products of products of sizes: each at most doubles the number of digits
@@ -100,7 +101,10 @@ def is_shape(shape: Any, dims: Collection[int]) -> TypeGuard[Sequence[int]]:
 
 
 def check_network(
-    network: fx.GraphModule, input_shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    network: fx.GraphModule,
+    input_shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    is_quantized: bool = False,
 ) -> None:
     """Raises DSPFormatError where a network on the meta device cannot run on inputs of these shapes.
 
@@ -109,6 +113,8 @@ def check_network(
     network.to(dtype)
     inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in input_shapes]
     allowed = max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * sum(x.numel() for x in inputs))
+    if is_quantized:
+        allowed = min(allowed, _MOST_OF_QUANTIZED)
     try:
         # The device is also that of tensors that the network makes.
         with torch.no_grad(), torch.device("meta"), _Bounded(allowed):

@@ -65,7 +65,7 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
     }
-    header, numbers = _describe(model, tensors, example_input)
+    header, numbers = _describe(model, tensors, example_input, quantized is not None)
     if quantized is not None:
         header[RECORD] = encode_record(quantized, numbers)
     try:
@@ -105,7 +105,7 @@ def _load(path: str | Path) -> LoadedNetwork | QuantizedNetwork:
             check_tensors(model, table, path)
             tied = header.get("tied", {})
             check_ties(model, tied)
-            check_network(model.eval(), model.example_shapes, floating_dtype(table))
+            check_network(model.eval(), model.example_shapes, floating_dtype(table), RECORD in header)
             # safetensors maps the file into memory, and another process may change it: copy.
             tensors = {name: file.get_tensor(name).clone() for name in table}
     except (SafetensorError, OSError, RecursionError) as error:
@@ -130,7 +130,7 @@ def _other_kind(path: str | Path) -> str:
 
 
 def _describe(
-    model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None
+    model: nn.Module, tensors: dict[str, Tensor], example_input: Example | None, is_quantized: bool
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """A header with which ``load`` will succeed: its checks were run. The number of every call by its name.
 
@@ -158,7 +158,7 @@ def _describe(
         network = build_network(header, table, Budget())
         check_tensors(network, table, type(model).__name__)
         try:
-            check_network(network.eval(), shapes, floating_dtype(table))
+            check_network(network.eval(), shapes, floating_dtype(table), is_quantized)
         except DSPFormatError as error:
             errors.append(error)
             continue

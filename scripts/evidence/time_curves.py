@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from dsp_kernels import fuse
+from dsp_kernels import fuse, load, save
 from dsp_kernels.times.model import macs
 from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.models import cifar_resnet, torchvision_resnet
@@ -32,8 +32,9 @@ SECONDS = 40.0  # of one measuring run
 
 
 def prune(folder: Path) -> None:
-    """One path of thresholds per network and price; a fused network at every rate."""
+    """One path of thresholds per network and price; a packed network at every rate."""
     folder.mkdir(exist_ok=True)
+    kept = {}
     for name, (build, groups, size) in NETWORKS.items():
         for what in ("macs", *(f"time {batch}" for batch in BATCHES)):
             torch.manual_seed(0)
@@ -45,7 +46,7 @@ def prune(folder: Path) -> None:
             search: PriceSearch = pruner._search()
             betas = None
             for rate in RATES:
-                file = folder / f"{name}, {what}, {rate}.pt"
+                file = folder / f"{name}, {what}, {rate}.safetensors"
                 betas = search.continued(rate, betas)
                 masks, _ = search.masks(betas)
                 print(
@@ -56,8 +57,10 @@ def prune(folder: Path) -> None:
                 pruner._pruned = True
                 before = {key: value.clone() for key, value in model.state_dict().items()}
                 pruner.after_step()
-                torch.save((fuse(pack(model, example), example), 1 - search.lost(masks)), file)
+                save(pack(model, example), file, example)
+                kept[file.stem] = 1 - search.lost(masks)
                 model.load_state_dict(before)
+    (folder / "kept.json").write_text(json.dumps(kept))
 
 
 def measure(folder: Path) -> None:
@@ -66,9 +69,13 @@ def measure(folder: Path) -> None:
     file = folder / "times.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     end = time.perf_counter() + SECONDS
-    networks = {path.stem: torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))}
+    kept = json.loads((folder / "kept.json").read_text())
     images = {
         (size, batch): torch.rand(batch, 3, size, size) for *_, size in NETWORKS.values() for batch in BATCHES
+    }
+    networks = {
+        stem: fuse(load(folder / f"{stem}.safetensors"), images[NETWORKS[stem.split(",")[0]][2], 1])
+        for stem in kept
     }
     cases = [
         (stem, batch) for stem in networks for batch in BATCHES if "macs" in stem or f"time {batch}," in stem
@@ -76,14 +83,14 @@ def measure(folder: Path) -> None:
     cases.sort(key=lambda case: len(found.get(f"{case[0]}, batch {case[1]}", {}).get("ms", ())))
     while time.perf_counter() < end:
         for stem, batch in cases:
-            fused, kept = networks[stem]
+            fused = networks[stem]
             x = images[NETWORKS[stem.split(",")[0]][2], batch]
             fused(x)
             for _ in range(3 if x.numel() < 1e6 else 1):
                 begin = time.perf_counter()
                 fused(x)
                 took = 1e3 * (time.perf_counter() - begin)
-                found.setdefault(f"{stem}, batch {batch}", {"kept": kept, "ms": []})["ms"].append(
+                found.setdefault(f"{stem}, batch {batch}", {"kept": kept[stem], "ms": []})["ms"].append(
                     round(took, 4)
                 )
             if time.perf_counter() > end:

@@ -321,6 +321,7 @@ QUANTIZED: dict[str, tuple[Callable[[Header], Any], str]] = {
     "levels that are no range": (_values([0.1, 255, 0]), "expected a positive scale"),
     "more levels than are exact": (_values([0.1, -4893, 4893]), "expected at most 4892"),
     "an image of bytes": (_values([0.1, 0, 255]), "is quantised by"),
+    "an image that takes gigabytes": (_set(example_shape=[1, 3, 2304, 2304]), "elements alive at one time"),
     "a huge number of levels": (_values([0.1, -(2**31), 2**31]), "expected a positive scale"),
 }
 

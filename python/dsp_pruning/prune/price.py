@@ -45,7 +45,6 @@ class PriceSearch:
 
     search: ThresholdSearch
     price: Price
-    multiple: int = 1
     _known: dict[object, float] = field(default_factory=dict, init=False)
 
     def masks(self, betas: Betas) -> tuple[Masks, bool]:

@@ -63,8 +63,8 @@ class PruneWrapper:
         ``report()`` shows the cost.
 
     Model and wrapper can be copied and pickled at any time. Batch-norm statistics never change, nor do frozen
-    parameters of norms. If the model
-    cannot be traced, each layer is pruned by its own mask alone, and ``summary()`` says so.
+    parameters of norms. If the model cannot be traced, each layer is pruned by its own mask alone, and
+    ``summary()`` says so.
 
     Raises DSPPruningError for a setting out of range, or if no layer is left; DSPShapeError if the model does
     not run on the example. Pruning by time raises DSPTraceError for a model that cannot be traced, and
