@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -72,3 +73,9 @@ def cache_folder() -> Path:
     """Folder of files that can be made or fetched again: $DSP_KERNELS_CACHE, else the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsp-kernels"
     return Path(os.environ.get("DSP_KERNELS_CACHE") or user)
+
+
+def cached_file(*versions: str) -> Path:
+    """One file for each machine or GPU and versions, in the cache folder."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(versions))
+    return cache_folder() / f"{name}.json"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsp_kernels import FusedNetwork, fuse
+from dsp_kernels import FusedNetwork, fuse, quantize
 from dsp_kernels.run.programs import EXECUTORS
 
 from .base import Engine, Runner
@@ -25,8 +25,6 @@ class Fused(Engine):
         """For int8 a network that is not quantised is quantised first."""
         if self.dtype != torch.int8:
             return fuse(model.eval(), example, backend=self.backend, dtype=self.dtype)
-        from dsp_kernels import quantize
-
         images = example if self.images is None else self.images
         quantized = model if isinstance(model, FusedNetwork) else quantize(model.eval(), images)
         return fuse(quantized, example, backend=self.backend)

@@ -201,11 +201,9 @@ def _cifar10(classes: int, image_size: int) -> tuple[Labelled | None, Tensor | N
     if classes != 10 or image_size != 32 or not path.is_file():
         return None, None
     with np.load(path) as archive:
-        test, training = (
-            normalise(torch.from_numpy(archive[f"{part}_images"]), CIFAR10_MEAN, CIFAR10_STD)
-            for part in ("test", "train")
-        )
-        return Labelled(test, torch.from_numpy(archive["test_labels"]).long()), training[:_TRAINING]
+        images = archive["test_images"], archive["train_images"][:_TRAINING]
+        test, training = (normalise(torch.from_numpy(part), CIFAR10_MEAN, CIFAR10_STD) for part in images)
+        return Labelled(test, torch.from_numpy(archive["test_labels"]).long()), training
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

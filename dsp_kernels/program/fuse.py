@@ -22,7 +22,6 @@ from dsp_kernels.program.steps import ConvStep, LinearStep, Program, Runner, Tor
 from dsp_kernels.run.cpu.extension import adds_in_half, warn_if_missing
 from dsp_kernels.run.gpu.layout import uses_tf32
 from dsp_kernels.run.programs import EXECUTORS
-from dsp_kernels.times.clocked import clocked_steps
 from dsp_kernels.tolerances import network_tolerance
 
 
@@ -42,8 +41,9 @@ def fuse(
     (``torch.backends.cudnn.allow_tf32``), and what runs each step is measured once (DSP_KERNELS_TUNE=0: not).
 
     The model may answer with a tensor or with nested tuples, lists and dicts of tensors; numbers, strings and
-    None among them are kept. The model is not changed and shares no memory with the result. Before it is
-    returned, it is compared with the model in eval mode, on the example and on random images.
+    None among them are kept. The model is not changed and shares no memory with the result, except that a
+    quantised network shares its Program. Before it is returned, it is compared with the model in eval mode,
+    on the example and on random images.
     Raises DSPShapeError for any other example, DSPTraceError if the model cannot be traced or run on it or
     answers with anything else, DSPBackendError if the backend cannot run the network, and
     DSPVerificationError if the answers differ by more than rounding.
@@ -188,6 +188,8 @@ class FusedNetwork(nn.Module):
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
         forms = executor.describe(self.program, verbose)
         if verbose and self.backend == "cpu":
+            from dsp_kernels.times.clocked import clocked_steps  # not for every import of dsp_kernels
+
             clocked = clocked_steps(self.program)
             outputs = [step.output for step in self.program.steps]
             forms = [

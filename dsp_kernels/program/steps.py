@@ -383,10 +383,7 @@ class Program:
 
 
 # Steps whose result has the size of what they read.
-_SIZE_KEEPING = (
-    *(ElementwiseStep, NormStep, ConcatStep, FlattenStep, SelectStep),
-    *(QuantizeStep, DequantizeStep),
-)
+_SIZE_KEEPING = (ElementwiseStep, NormStep, ConcatStep, FlattenStep, SelectStep, QuantizeStep, DequantizeStep)
 
 
 def is_activation(step: Step) -> bool:

@@ -47,7 +47,6 @@ class QuantizedNetwork(FusedNetwork):
         self.packed = packed
         self.keep = tuple(keep)
         self.grids = dict(grids)
-        self.eval()
 
     @property
     def example_shapes(self) -> tuple[tuple[int, ...], ...]:

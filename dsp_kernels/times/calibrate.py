@@ -16,7 +16,7 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.cpu.conv import add_conv
 from dsp_kernels.run.cpu.extension import new_network
-from dsp_kernels.times.model import LayerTimes, Matrix, counted, key_of, machine_name
+from dsp_kernels.times.model import LayerTimes, Matrix, blocks_of, counted, key_of, machine_name
 
 _LONGEST = 0.25  # seconds of one measurement, for small networks a tenth of it
 _FEWEST = 7  # calls of one measurement
@@ -35,7 +35,7 @@ def calibrate(
 ) -> LayerTimes:
     """Measure this machine for some numbers of threads.
 
-    seconds: at most so many, apart from the last network. progress: (done, total, text).
+    seconds: limit; the last network may exceed it. progress: (done, total, text).
     Raises DSPBackendError without the native kernels, or if the time is too short for enough networks.
     """
     machine, rng = machine_name(), random.Random(seed)
@@ -53,7 +53,7 @@ def calibrate(
                 if not launch["together"] or launch["images"] == 1:
                     samples = found[key_of(dtype, count, launch)]
                     samples.rows.append(counted(launch, count))
-                    samples.times.append(np.array(took) / -(-launch["images"] // launch["interleave"]))
+                    samples.times.append(np.array(took) / blocks_of(launch))
     if networks < _LEAST:
         raise DSPBackendError(f"{seconds} s were enough for {networks} networks, not for {_LEAST}")
     return LayerTimes(machine, {key: samples.fit() for key, samples in found.items()})

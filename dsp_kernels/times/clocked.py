@@ -7,9 +7,9 @@ import torch
 
 from dsp_kernels.errors import DSPBackendError, DSPFormatError
 from dsp_kernels.program.steps import Program
-from dsp_kernels.run.cpu.program import build, dtype_of, segments
+from dsp_kernels.run.cpu.program import dtype_of, native_networks
 from dsp_kernels.times.calibrate import measure
-from dsp_kernels.times.model import LayerTimes, by_value, calls_of
+from dsp_kernels.times.model import LayerTimes, blocks_of, by_value, calls_of
 
 
 def clocked_steps(program: Program) -> dict[str, str]:
@@ -30,14 +30,9 @@ def clocked_steps(program: Program) -> dict[str, str]:
 def measured_steps(program: Program, batch: int, threads: int) -> dict[str, float]:
     """Output of a native step -> microseconds in one call; a step that is only a view has none."""
     found: defaultdict[str, float] = defaultdict(float)
-    for part in (part for part in segments(program) if part.native):
-        network, values = build(part, program, dtype_of(program))
-        names = {value: name for name, value in values.items()}
-        shapes = [(*program.shapes[name][1:], 1, 1)[:3] for name in part.inputs]
+    for network, shapes, names in native_networks(program, dtype_of(program)):
         for launch, times in zip(*measure(network, shapes, batch, threads), strict=True):
-            blocks = launch["images"] if launch["together"] else -(-launch["images"] // launch["interleave"])
-            for name, time in by_value(
-                launch, np.array(times) / blocks * calls_of(launch, threads), names
-            ).items():
+            own = np.array(times) / blocks_of(launch) * calls_of(launch, threads)
+            for name, time in by_value(launch, own, names).items():
                 found[name] += time
     return dict(found)

@@ -1,7 +1,6 @@
 """LayerTimes: the time of a convolution on this machine, from what its native plan counts."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.program.steps import Program
 from dsp_kernels.run.cpu.conv import add_conv
 from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, why_missing
-from dsp_kernels.run.cpu.program import build, dtype_of, segments
-from dsp_kernels.run.gpu.tune import choices_file
-from dsp_kernels.whole_file import require_file, write_text
+from dsp_kernels.run.cpu.program import dtype_of, native_networks
+from dsp_kernels.whole_file import cached_file, require_file, write_text
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 # (convolution, height and width of its input) -> what it costs, in any unit.
@@ -45,9 +43,15 @@ class Surroundings:
     interleave: images that are computed at once. map_bytes, weight_bytes: of the whole network.
     """
 
-    interleave: int = 1
-    map_bytes: float = 0.0
-    weight_bytes: float = 0.0
+    interleave: int
+    map_bytes: float
+    weight_bytes: float
+
+    @classmethod
+    def of(cls, launch: Mapping[str, Any], threads: int) -> Self:
+        held = np.array(launch["work"])[:, features().index("held")].sum()
+        weight_bytes = 4.0 * held * (threads if launch["together"] else 1)
+        return cls(launch["interleave"], launch["bytes"], weight_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,21 +115,13 @@ class LayerTimes:
         return price
 
     def program(self, program: Program, batch: int, threads: int | None = None) -> dict[str, float]:
-        """Microseconds of every step by the name of its output, and of the whole network by "".
-
-        Steps that are no native operations, and calls themselves, take no time here.
-        """
-        threads = threads or torch.get_num_threads()
-        found = {"": 0.0}
-        dtype = dtype_of(program)
-        for part in (part for part in segments(program) if part.native):
-            network, values = build(part, program, dtype)
-            sizes = [program.shapes[name][2:] or (1, 1) for name in part.inputs]
-            names = {value: name for name, value in values.items()}
-            for launch in network.launches(sizes, batch, threads):
+        """Microseconds of every step by the name of its output; of steps that are native operations."""
+        threads, dtype = threads or torch.get_num_threads(), dtype_of(program)
+        found: dict[str, float] = {}
+        for network, shapes, names in native_networks(program, dtype):
+            for launch in network.launches([shape[1:] for shape in shapes], batch, threads):
                 for name, time in by_value(launch, self._operations(launch, threads, dtype), names).items():
                     found[name] = found.get(name, 0.0) + time
-                    found[""] += time
         return found
 
     def _operations(
@@ -185,7 +181,7 @@ def machine_name() -> str:
 
 def times_file() -> Path:
     """Where this machine's times are."""
-    return choices_file("times", machine_name())
+    return cached_file("times", machine_name())
 
 
 @cache
@@ -208,9 +204,7 @@ def counted(launch: Mapping[str, Any], threads: int, around: Surroundings | None
     work = np.array(launch["work"], dtype=np.float64)
     of = {name: work[:, column] for column, name in enumerate(features()[: work.shape[1]])}
     of["operations"][:] = 1.0
-    weights = 4.0 * of["held"].sum() * (threads if launch["together"] else 1)
-    if around is None:
-        around = Surroundings(1, launch["bytes"], weights)
+    around = around or Surroundings.of(launch, threads)
     conv = (of["bound"] + of["band_bound"]) > 0
     columns = []
     for held_bytes in _CACHES.values():
@@ -224,11 +218,14 @@ def _beyond(total: float, cache: int) -> float:
     return max(0.0, 1.0 - cache / total) if total else 0.0
 
 
-def calls_of(launch: Mapping[str, Any], threads: int) -> float:
-    """Blocks of images that a thread computes, one after the other."""
-    if launch["together"]:
-        return float(launch["images"])
-    return math.ceil(math.ceil(launch["images"] / launch["interleave"]) / threads)
+def blocks_of(launch: Mapping[str, Any]) -> int:
+    """Blocks of images that are computed at once."""
+    return -(-launch["images"] // (1 if launch["together"] else launch["interleave"]))
+
+
+def calls_of(launch: Mapping[str, Any], threads: int) -> int:
+    """Blocks that a thread computes, one after the other."""
+    return -(-blocks_of(launch) // (1 if launch["together"] else threads))
 
 
 def by_value(launch: Mapping[str, Any], times: Matrix, names: Mapping[int, str]) -> dict[str, float]:
@@ -247,11 +244,5 @@ def by_value(launch: Mapping[str, Any], times: Matrix, names: Mapping[int, str])
 def surroundings(program: Program, batch: int, threads: int | None = None) -> Surroundings:
     """Of the layers of a network."""
     threads = threads or torch.get_num_threads()
-    part = max((part for part in segments(program) if part.native), key=lambda part: len(part.steps))
-    network, _ = build(part, program, dtype_of(program))
-    sizes = [program.shapes[name][2:] or (1, 1) for name in part.inputs]
-    launch = network.launches(sizes, batch, threads)[0]
-    held = np.array(launch["work"])[:, features().index("held")].sum()
-    return Surroundings(
-        launch["interleave"], launch["bytes"], 4.0 * held * (threads if launch["together"] else 1)
-    )
+    network, shapes, _ = max(native_networks(program, dtype_of(program)), key=lambda each: len(each[2]))
+    return Surroundings.of(network.launches([shape[1:] for shape in shapes], batch, threads)[0], threads)

@@ -23,7 +23,7 @@ def calibrate(
         typer.Option("--threads", min=1, help="Threads of a call; repeatable. Default: 1, and all cores."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What convolutions multiply.")] = Dtype("float32"),
-    seconds: Annotated[float, typer.Option("--seconds", min=1, max=60, help="Measure for so long.")] = 45.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, max=60, help="How long to measure.")] = 45.0,
 ) -> None:
     """Measure how long the native kernels take on this machine, for --target time and explain().
 

@@ -1,5 +1,6 @@
 """``dsp quantize``: a packed network in 8-bit integers."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,8 @@ from dsp_pruning.data import evaluation_batches
 from dsp_pruning.data import load as load_data
 from dsp_pruning.recipes.training import evaluate
 
+Method = StrEnum("Method", "mse minmax")
+
 
 def quantize(
     file: o.File,
@@ -24,7 +27,9 @@ def quantize(
     download: o.Download = False,
     image_size: o.CropSize = 224,
     workers: o.Workers = 0,
-    method: Annotated[str, typer.Option("--method", help="Range of a value: mse or minmax.")] = "mse",
+    method: Annotated[
+        Method, typer.Option("--method", help="How the range of a value is found.")
+    ] = Method.mse,
     keep: Annotated[
         list[str] | None, typer.Option("--keep", help="Module that stays in float; repeatable.")
     ] = None,
@@ -41,7 +46,7 @@ def quantize(
     images = load_data(data, data_root, download=download, seed=seed, image_size=image_size, workers=workers)
     stride = -(-len(images.train) // MOST_IMAGES)
     chosen = [x for x, _ in evaluation_batches(images, images.train, world_size=stride)]
-    quantized = dsp_kernels.quantize(packed, chosen, method, keep or ())
+    quantized = dsp_kernels.quantize(packed, chosen, method.value, keep or ())
     before, after = (
         evaluate(network, images, images.test)
         for network in (dsp_kernels.fuse(packed, example_of(packed)[0]), dsp_kernels.fuse(quantized))

@@ -5,13 +5,10 @@ usage: python scripts/evidence/quantize.py [--method mse|minmax] [NETWORK ...]  
 
 import argparse
 
-import numpy as np
 import torch
-from dsp_benchmarks.subjects.networks import NetworkSource, load_network, shared_folder
+from dsp_benchmarks.subjects.networks import NetworkSource, load_network
 
 import dsp_kernels
-from dsp_pruning.data import normalise
-from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 
 NETWORKS = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
 
@@ -22,12 +19,10 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=NETWORKS)
     parser.add_argument("--method", default="mse")
     given = parser.parse_args()
-    with np.load(shared_folder() / "data" / "cifar10_subset.npz") as archive:
-        images = normalise(torch.from_numpy(archive["train_images"][:256]), CIFAR10_MEAN, CIFAR10_STD)
     total = 0
     for name in given.networks:
         network = load_network(NetworkSource(name))
-        quantized = dsp_kernels.quantize(network.packed, images, given.method)
+        quantized = dsp_kernels.quantize(network.packed, network.calibration, given.method)
         runs = network.packed, dsp_kernels.fuse(quantized)
         assert network.labelled is not None
         with torch.inference_mode():

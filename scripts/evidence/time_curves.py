@@ -54,7 +54,6 @@ def prune(folder: Path) -> None:
                 )
                 for layer in pruner.layers:
                     layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
-                pruner._pruned = True
                 before = {key: value.clone() for key, value in model.state_dict().items()}
                 pruner.after_step()
                 save(pack(model, example), file, example)

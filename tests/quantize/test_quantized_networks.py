@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import nets
-import numpy as np
 import pytest
 import torch
 from dsp_benchmarks.subjects.networks import NetworkSource, load_network
@@ -18,22 +17,18 @@ from torch import Tensor, nn
 import dsp_kernels
 from dsp_kernels.errors import DSPBackendError, DSPError, DSPShapeError
 from dsp_kernels.program.steps import ConvStep, LinearStep
-from dsp_pruning.data import normalise
-from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 
 RELEASED = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
 
 
 def test_the_released_networks_answer_as_well_as_in_float32(shared: Path) -> None:
     """Each loses at most 5 right answers of 1017, all together at most 15. Calibrated on training images."""
-    with np.load(shared / "data" / "cifar10_subset.npz") as archive:
-        images = normalise(torch.from_numpy(archive["train_images"][:256]), CIFAR10_MEAN, CIFAR10_STD)
     lost = {}
     for name in RELEASED:
         network = load_network(NetworkSource(name))
         assert network.labelled is not None
         x, labels = network.labelled.images, network.labelled.labels
-        quantized = dsp_kernels.quantize(network.packed, images)
+        quantized = dsp_kernels.quantize(network.packed, network.calibration)
         assert not quantized.program.notes  # no step computes in float
         fused = dsp_kernels.fuse(network.packed, network.example), dsp_kernels.fuse(quantized)
         assert torch.equal(fused[1](x[:8]), quantized(x[:8]))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dsp_kernels.errors import DSPError
-from dsp_kernels.run.gpu.tune import Choices, Launch, Tuner, choices_file, tuner_for
+from dsp_kernels.run.gpu.tune import Choices, Launch, Tuner, tuner_for
+from dsp_kernels.whole_file import cached_file
 
 
 class Machine:
@@ -138,7 +139,7 @@ def test_nothing_is_measured_without_a_gpu_or_on_request(monkeypatch: pytest.Mon
 
 def test_the_name_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSP_KERNELS_CACHE", "/somewhere")
-    assert choices_file("NVIDIA H200/../x", "3.9.0") == Path("/somewhere/NVIDIA-H200-..-x-3.9.0.json")
+    assert cached_file("NVIDIA H200/../x", "3.9.0") == Path("/somewhere/NVIDIA-H200-..-x-3.9.0.json")
     monkeypatch.delenv("DSP_KERNELS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert choices_file("a", "1").parent == Path("/cache/dsp-kernels")
+    assert cached_file("a", "1").parent == Path("/cache/dsp-kernels")

@@ -61,7 +61,6 @@ def test_a_network_takes_as_long_as_its_layers() -> None:
     times = made_up()
     steps = times.program(program, 1, threads=1)
     around = surroundings(program, 1, threads=1)
-    assert sum(time for name, time in steps.items() if name) == pytest.approx(steps[""])
     step = program.steps[1]
     assert times.layer(step.spec, (16, 16), 1, 1, around=around) == pytest.approx(steps[step.output])
     price = times.price(1, 1, torch.float32, around)
@@ -127,7 +126,6 @@ def test_a_file_holds_what_was_measured(tmp_path: Path) -> None:
         ({"features": ["operations"]}, "another version"),
         ({"machine": "a supercomputer"}, "a supercomputer, this machine is"),
         ({"weights": {"float32, 1 threads": [1.0]}}, "impossible times"),
-        ({"weights": {"float32, 1 threads": [-1.0] * 99}}, "impossible times"),
         ({"weights": {"float32, 1 threads": ["x"]}}, "no layer times"),
         ({"weights": [1]}, "no layer times"),
         (None, "no layer times"),
@@ -139,6 +137,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any] | None
     file.write_text(text[: len(text) // 2] if change is None else json.dumps(json.loads(text) | change))
     with pytest.raises(DSPFormatError, match=rf"{says}.*dsp calibrate"):
         LayerTimes.load(file)
+
+
+@pytest.mark.parametrize("number", [-1.0, 0.0, float("nan")])
+def test_impossible_times_are_refused(tmp_path: Path, number: float) -> None:
+    times = LayerTimes(machine_name(), {"float32, 1 threads": np.full(len(features()), number)})
+    with pytest.raises(DSPFormatError, match="impossible times"):
+        LayerTimes.load(times.save(tmp_path / "times.json"))
 
 
 def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ The Program is cut into segments of native steps. Each segment is one native net
 outside and whose outputs are read later; one thread takes a few images through all its steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -115,16 +115,23 @@ def _launched(program: Program, dtype: torch.dtype) -> dict[str, list[str]]:
     """Value -> the operations that compute it for the example's batch, one for each range of images."""
     found: dict[str, list[str]] = {}
     threads = torch.get_num_threads()
-    for part in (part for part in segments(program) if part.native):
-        network, values = build(part, program, dtype)
-        names = {value: name for name, value in values.items()}
-        sizes = [program.shapes[name][2:] or (1, 1) for name in part.inputs]
+    for network, shapes, names in native_networks(program, dtype):
+        sizes = [shape[1:] for shape in shapes]
         for launch in network.launches(sizes, program.shapes[program.inputs[0]][0], threads):
             how = "together on one after the other" if launch["together"] else "on blocks"
             where = f"{launch['images']} images, {launch['interleave']} interleaved, {threads} threads {how}"
             for value, operation in launch["operations"]:
                 found.setdefault(names.get(value, ""), []).append(f"{operation} ({where})")
     return found
+
+
+def native_networks(program: Program, dtype: torch.dtype) -> Iterator[tuple[Any, list[Any], dict[int, str]]]:
+    """The native networks of a Program: each with the (channels, height, width) of its inputs and the names
+    of its values by number."""
+    for part in (part for part in segments(program) if part.native):
+        network, values = build(part, program, dtype)
+        shapes = [(*program.shapes[name][1:], 1, 1)[:3] for name in part.inputs]
+        yield network, shapes, {value: name for name, value in values.items()}
 
 
 def _arithmetic(isa: str, dtype: torch.dtype, step: ConvStep) -> str:

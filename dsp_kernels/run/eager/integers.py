@@ -31,7 +31,7 @@ from dsp_kernels.run.eager.conv import FORMS, form_of
 Call = Callable[[Mapping[str, Any]], Tensor]
 
 
-def is_integer(step: Step) -> bool:
+def computes_in_integers(step: Step) -> bool:
     """Whether ``integer_call`` runs the step. Steps that only move values are the same for integers."""
     return isinstance(step, QuantizeStep | DequantizeStep) or getattr(step, "requantize", None) is not None
 

@@ -27,7 +27,7 @@ from dsp_kernels.program.steps import (
     TorchStep,
 )
 from dsp_kernels.run.eager.conv import EagerBackend, form_of
-from dsp_kernels.run.eager.integers import integer_call, is_integer
+from dsp_kernels.run.eager.integers import computes_in_integers, integer_call
 
 _POOLS: dict[str, Callable[..., Tensor]] = {
     "max_pool": F.max_pool2d,
@@ -83,7 +83,7 @@ class EagerExecutor:
 
     def call(self, step: Step) -> Callable[[dict[str, Any]], Any]:
         """A function from the values computed so far to the step's result."""
-        if is_integer(step):
+        if computes_in_integers(step):
             return integer_call(step)
         if isinstance(step, ConvStep):
             convolve = EagerBackend().prepare(step.spec, step.weights, step.bias)

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ import torch
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.run.gpu.graphs import capture
-from dsp_kernels.whole_file import cache_folder, write_text
+from dsp_kernels.whole_file import cached_file, write_text
 
 BUDGET = 5.0
 _LOG = logging.getLogger(__name__)  # DEBUG: what was measured
@@ -82,12 +81,6 @@ class Choices:
 
 
 _opened = lru_cache(maxsize=16)(Choices)
-
-
-def choices_file(*versions: str) -> Path:
-    """One file per GPU and versions, in the cache folder."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(versions))
-    return cache_folder() / f"{name}.json"
 
 
 class Tuner:
@@ -169,7 +162,7 @@ def tuner_for(device: torch.device, what: str) -> Tuner:
     name = torch.cuda.get_device_name(device)
     budget = math.inf if wanted == "all" else BUDGET
     limit = "" if wanted == "all" else f"for at most {BUDGET:.0f} s "
-    choices = _opened(choices_file(name, *versions))
+    choices = _opened(cached_file(name, *versions))
     return Tuner(choices, partial(gpu_seconds, device), f"on {name} {limit}{what}", budget)
 
 

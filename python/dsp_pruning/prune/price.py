@@ -189,37 +189,19 @@ class PriceSearch:
         )
 
     def _layer_cost(self, name: str, mask: Tensor) -> float:
-        """Equal numbers of filters and channels cost the same."""
-        groups: dict[bytes, list[int]] = {}
-        for number, row in enumerate(mask.numpy()):
-            if row.any():
-                groups.setdefault(row.tobytes(), []).append(number)
-        channels = mask.any(0).nonzero().flatten().tolist()
-        sizes = sorted((int(mask[rows[0]].sum()), len(rows)) for rows in groups.values())
-        key = (name, len(channels), *sizes)
-        if key not in self._known:
-            self._known[key] = self._planned_cost(self._layers[name], mask, list(groups.values()), channels)
-        return self._known[key]
+        """Of what packing leaves; equal numbers of filters and channels cost the same."""
+        kernels = mask[mask.any(1)][:, mask.any(0)]
+        members: dict[bytes, list[int]] = {}
+        for number, row in enumerate(kernels.numpy()):
+            members.setdefault(row.tobytes(), []).append(number)
+        groups = [(kernels[rows[0]].nonzero().flatten().tolist(), rows) for rows in members.values()]
+        key = (name, kernels.shape[1], *sorted((len(reads), len(rows)) for reads, rows in groups))
+        if groups and key not in self._known:
+            structure = GroupStructure.build(kernels.shape[1], len(kernels), groups)
+            self._known[key] = self._planned_cost(self._layers[name], structure)
+        return self._known.get(key, 0.0)
 
-    def _planned_cost(
-        self, layer: LayerInfo, mask: Tensor, groups: list[list[int]], channels: list[int]
-    ) -> float:
-        """Of the convolution that packing makes: without the channels and filters that nothing needs."""
-        if not groups:
-            return 0.0
-        place = {channel: number for number, channel in enumerate(channels)}
-        filters = {row: number for number, row in enumerate(sorted(row for rows in groups for row in rows))}
-        structure = GroupStructure.build(
-            len(channels),
-            len(filters),
-            [
-                (
-                    [place[c] for c in mask[rows[0]].nonzero().flatten().tolist()],
-                    [filters[row] for row in rows],
-                )
-                for rows in groups
-            ],
-        )
+    def _planned_cost(self, layer: LayerInfo, structure: GroupStructure) -> float:
         conv = layer.conv
         padding = conv.padding
         if isinstance(padding, str):

@@ -15,9 +15,8 @@ from dsp_pruning.flow.channels import channel_flow
 from dsp_pruning.layers import LayerInfo
 from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas
 
-Target = Literal[
-    "macs", "params", "time"
-]  # what a rate is a share of: multiply-adds, weights, predicted time
+# What a rate is a share of: multiply-adds, weights, predicted time.
+Target = Literal["macs", "params", "time"]
 
 _GUESSES = 3  # by the rule alone, before the actual search
 

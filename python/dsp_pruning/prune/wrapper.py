@@ -112,7 +112,6 @@ class PruneWrapper:
         self.channel_multiple = channel_multiple
         self.batch = batch
         self._price = price
-        self._pruned = False  # by this wrapper
         self.beta: float | None = None
         self.survey, counts = groups_of_layers(survey, n_groups)
         self.layers = self.survey.chosen
@@ -195,12 +194,7 @@ class PruneWrapper:
         Raises DSPPruningError if nothing was pruned and the model has no masks from before.
         """
         masks = [layer.conv.get_buffer("mask") for layer in self.layers]
-        if (
-            self.beta is None
-            and not self._pruned
-            and self._zeros is None
-            and all(bool(mask.all()) for mask in masks)
-        ):
+        if self._zeros is None and all(bool(mask.all()) for mask in masks):
             raise DSPPruningError(
                 "after_step() with nothing pruned: call initialize(rate) first, or load masked weights"
             )
@@ -301,8 +295,8 @@ class PruneWrapper:
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
         self.beta = best if isinstance(best, float) else None
-        self._pruned = True
-        self.after_step()
+        self._zeros = zeros_of(self._network, self.layers, self._trace())
+        self._zeros.restore()
         self._undo = {name: (value, self._tensor(name).clone()) for name, value in before.items()}
         return percent_pruned(self.layers, masks)
 
