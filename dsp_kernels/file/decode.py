@@ -159,7 +159,7 @@ def build_network(header: Mapping[str, Any], table: TensorTable, budget: Budget)
             )
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-    names = {"module": callable_paths, "tensor": {TRAINING, *tensors}}
+    names = {"module": callable_paths, "tensor": {TRAINING, *table}}
     for call in calls:
         nodes.append(_build_call(graph, call, nodes, len(nodes) == len(calls) - 1, names))
     inputs = [node for node in nodes if node.op == "placeholder"]

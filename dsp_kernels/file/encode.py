@@ -68,8 +68,9 @@ def encode_network(
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}{name}"] = "buffer"
     tensors |= dict.fromkeys(found.constants, "buffer")
+    readable = {TRAINING, *tensors, *model.state_dict()}
     for call in calls:
-        if call.get("tensor", TRAINING) not in (TRAINING, *tensors):
+        if call.get("tensor", TRAINING) not in readable:
             raise DSPFormatError(f"the network reads {call['tensor']!r}, which is not in its state_dict")
         path = call.get("module", "")
         if path == SIZE_CHECK and found.check is not None:

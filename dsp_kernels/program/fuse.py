@@ -221,11 +221,16 @@ class FusedNetwork(nn.Module):
         program = self.program.map_tensors(fn)
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         backend = EXECUTORS.choose(self._requested_backend, program, probe.dtype, probe.device).name
+        before = dict(vars(self))
         self.program, self.backend, self.dtype, self.device = program, backend, probe.dtype, probe.device
         self._runners = {}
         if self._requested_backend == "auto":  # a launch may fail that can_run allows
             zeros = [probe.new_zeros((1, *shape[1:])) for shape in self._example_shapes]
-            self._take_first(lambda: self(*zeros))
+            try:
+                self._take_first(lambda: self(*zeros))
+            except Exception:
+                vars(self).update(before)
+                raise
         return self
 
     def _take_first(self, check: Callable[[], object]) -> None:

@@ -168,12 +168,14 @@ class Borrows(Net):
         return super().head(y) + self.b.weight.square().sum()
 
 
-def test_a_layer_whose_weight_is_read_elsewhere_stays() -> None:
+def test_a_layer_whose_weight_is_read_elsewhere_stays(tmp_path: Path) -> None:
     model = masked(Borrows())
     packed = pack(model, images())
     assert type(packed.b) is nn.Conv2d
     assert "also reads the parameters of" in str(packed.packing)
     assert agree(model(images()), packed(images()))
+    dsp_kernels.save(packed, tmp_path / "net", images())  # without masks, which a file cannot hold
+    assert agree(model(images()), dsp_kernels.load(tmp_path / "net")(images()))
 
 
 class Writes(Net):

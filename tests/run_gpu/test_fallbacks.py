@@ -173,7 +173,12 @@ def test_auto_goes_on_where_an_explicit_choice_raises(monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match="because raises failed: no kernel image"):
         moved = fused.to(torch.float64)
     assert moved.backend == "wrong"  # there is no model to compare with
+    monkeypatch.setattr(fuse_module, "EXECUTORS", Registry("backend", Executor("raises")))
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        moved.to(torch.float32)
+    assert moved.backend == "wrong"  # it is as it was
     assert moved(x.double()).dtype == torch.float64
+    monkeypatch.setattr(fuse_module, "EXECUTORS", Registry("backend", *map(Executor, names)))
     with pytest.raises(RuntimeError, match="no kernel image"):
         dsp_kernels.fuse(model, x, backend="raises")
     with pytest.raises(DSPVerificationError):

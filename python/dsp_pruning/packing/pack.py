@@ -88,6 +88,10 @@ def _pack(model: nn.Module, inputs: tuple[Tensor, ...], fixed_size: bool) -> nn.
         graphs[True] = captured(packed, inputs, training=True)
     held = _read_in_training(packed, network, graphs[True].graph) if True in graphs else {}
     report = Planner(network, held, fixed_size).plan()
+    for node in network:  # also convolutions without a plan, whose parameters the model's own code reads
+        for name in ("group", "mask"):
+            if isinstance(node.module, nn.Conv2d) and hasattr(node.module, name):
+                delattr(node.module, name)
     for plan in report.layers.values():
         apply(packed, plan)
     packed.packing = report  # type: ignore[assignment]

@@ -54,10 +54,6 @@ def change_tensor(model: nn.Module, path: str, change: Callable[[Tensor], Tensor
 
 def rebuild(module: nn.Module, plan: LayerPlan) -> nn.Module:
     """The module with the channels of its plan; ``module`` itself, changed, where its class can stay."""
-    if isinstance(module, nn.Conv2d):
-        for name in ("group", "mask"):
-            if hasattr(module, name):
-                delattr(module, name)
     if plan.structure is None:
         return _narrow(module, plan)
     assert isinstance(module, nn.Conv2d | PackedConv2d)
