@@ -68,15 +68,6 @@ def batch_norm_affine(norm: nn.BatchNorm2d | Norm) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def fold_batch_norm(
-    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, norm: nn.BatchNorm2d | Norm
-) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
-    """Spec, weights and bias, in the weights' dtype, of the convolution that equals ``norm(conv(x))``."""
-    assert norm.running_var is not None
-    dtype = weights[0].dtype if weights else norm.running_var.dtype
-    return fold_affine(spec, weights, bias, *batch_norm_affine(norm), dtype)
-
-
 def fold_affine(
     spec: ConvSpec,
     weights: Sequence[Tensor],

@@ -131,12 +131,7 @@ class FusedConv2d(nn.Module):
         return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
-        spec = self.spec
-        return (
-            f"{spec.structure}, kernel_size={spec.kernel_size}, stride={spec.stride}, "
-            f"padding={spec.padding}, dilation={spec.dilation}, activation={spec.activation}, "
-            f"bias={self.bias is not None}"
-        )
+        return f"{self.spec}, bias={self.bias is not None}"
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

@@ -127,7 +127,4 @@ class PackedConv2d(nn.Module):
         return x.new_zeros(x.shape[0], channels, height, width)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.structure}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
-        )
+        return f"{self.spec}, bias={self.bias is not None}"

@@ -54,6 +54,10 @@ class ConvSpec:
                 f"activation {self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}"
             )
 
+    def __str__(self) -> str:
+        names = ("kernel_size", "stride", "padding", "dilation", "activation")
+        return ", ".join([str(self.structure), *(f"{name}={getattr(self, name)}" for name in names)])
+
     def with_activation(self, activation: str) -> ConvSpec:
         """The same convolution followed by another activation."""
         return replace(self, activation=activation)

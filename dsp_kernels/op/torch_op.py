@@ -114,18 +114,12 @@ _cached_index._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # -- the torch op: kernel, fake kernel, autograd. settings: kernel_size, stride, padding, dilation, activation
 
+Tensors = list[Tensor]
 
-def _run(
-    x: Tensor,
-    weights: list[Tensor],
-    in_index: list[Tensor],
-    out_index: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    *settings: Any,
-) -> Tensor:
+
+def _run(x: Tensor, weights: Tensors, in_index: Tensors, out_index: Tensors, *others: Any) -> Tensor:
     """Everything is checked again, because an exported graph calls the torch op directly."""
+    bias, residual, out_channels, *settings = others
     if x.dim() != 4:
         raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected (batch, channels, height, width)")
     spec = ConvSpec(_structure_of(in_index, out_index, x.shape[1], out_channels), *settings)
@@ -135,17 +129,9 @@ def _run(
     return _plan_for(spec, weights, bias, x, layout)(x, residual).contiguous(memory_format=layout)
 
 
-def _fake(
-    x: Tensor,
-    weights: list[Tensor],
-    in_index: list[Tensor],
-    out_index: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    *settings: Any,
-) -> Tensor:
+def _fake(x: Tensor, weights: Tensors, in_index: Tensors, out_index: Tensors, *others: Any) -> Tensor:
     """Shape, dtype and strides of the output. Index values are unknown here; ``_run`` checks them."""
+    bias, _residual, out_channels, *settings = others
     if not len(weights) == len(in_index) == len(out_index):
         raise DSPStructureError(
             f"{len(weights)} weights, {len(in_index)} in_index and {len(out_index)} out_index lists; "
@@ -232,7 +218,7 @@ _STRUCTURES: LRU[tuple[list[StorageWeakRef], GroupStructure]] = LRU(1024)
 
 
 def _structure_of(
-    in_index: Sequence[Tensor], out_index: Sequence[Tensor], in_channels: int, out_channels: int
+    in_index: Tensors, out_index: Tensors, in_channels: int, out_channels: int
 ) -> GroupStructure:
     """in_index[g], out_index[g]: 1-D int32 or int64 tensors on any device. Raises DSPStructureError."""
     if len(in_index) != len(out_index):
@@ -250,9 +236,7 @@ def _structure_of(
     return entry[1]
 
 
-def _check(
-    in_index: Sequence[Tensor], out_index: Sequence[Tensor], in_channels: int, out_channels: int
-) -> GroupStructure:
+def _check(in_index: Tensors, out_index: Tensors, in_channels: int, out_channels: int) -> GroupStructure:
     for name, index in (("in_index", in_index), ("out_index", out_index)):
         for number, tensor in enumerate(index):
             if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):

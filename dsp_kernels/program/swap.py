@@ -1,18 +1,20 @@
 """swap(model): the packed convolutions of any model become fused ones, in place."""
 
 from collections import Counter
+from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.graph.network import call_graph
 from dsp_kernels.graph.operations.pointwise import BATCH_NORM_ARGUMENTS
-from dsp_kernels.op.dense import Norm, fold_batch_norm
+from dsp_kernels.op.dense import Norm, batch_norm_affine, fold_affine
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
+from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.convs import BACKENDS
 
 
@@ -58,9 +60,12 @@ def _fused(conv: PackedConv2d, norm: nn.BatchNorm2d | Norm | None, backend: str)
     constant = next(conv.parameters(), None)
     if constant is not None and backend != "auto":
         BACKENDS.choose(backend, conv.spec, constant.dtype, constant.device, torch.contiguous_format)
-    if norm is None:
-        return FusedConv2d(conv.spec, list(conv.weights), conv.bias, backend).eval()
-    return FusedConv2d(*fold_batch_norm(conv.spec, list(conv.weights), conv.bias, norm), backend).eval()
+    layer: tuple[ConvSpec, Sequence[Tensor], Tensor | None] = conv.spec, list(conv.weights), conv.bias
+    if norm is not None:
+        assert norm.running_var is not None
+        dtype = norm.running_var.dtype if constant is None else constant.dtype
+        layer = fold_affine(*layer, *batch_norm_affine(norm), dtype)
+    return FusedConv2d(*layer, backend).eval()
 
 
 def _following_norms(

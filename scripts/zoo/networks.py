@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.compare import largest_difference, tensors_of
-from dsp_pruning import GroupWrapper, PruneWrapper, pack
+from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.packing.report import PackingReport
-from dsp_pruning.prune.report import PruningReport
 from dsp_pruning.report import network_cost
 
 MOST_PARAMETERS = 150_000_000
@@ -27,11 +26,6 @@ TIMM = (
     *("xception41", "inception_v4", "nasnetalarge", "mixnet_s", "tinynet_a", "fbnetc_100", "hardcorenas_a"),
     *("lcnet_100", "levit_128s", "convnext_tiny", "edgenext_small", "fastvit_t8", "mobileone_s0"),
     "selecsls42b",
-)
-# For the test suite: residual streams, concatenation, gates, shuffles, fire modules, branches.
-CI = (
-    *("resnet18", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet", "mnasnet0_5"),
-    *("regnet_y_400mf", "densenet121"),
 )
 _GROUPS = 4
 _NORMS = {"running_mean": (-0.3, 0.3), "running_var": (0.5, 1.5), "weight": (0.7, 1.4), "bias": (-0.5, 0.5)}
@@ -84,34 +78,6 @@ def images(batch: int, height: int, width: int | None = None) -> Tensor:
     return torch.randn(batch, 3, height, width or height, generator=generator, dtype=torch.float64)
 
 
-def loss_of(output: Any, _: Any = None) -> Tensor:
-    """A scalar that depends on every output, whatever its structure."""
-    return torch.stack([tensor.square().mean() for tensor in tensors_of(output)]).sum()
-
-
-def learn(name: str, second_order: Any, steps: int = 3) -> GroupWrapper:
-    """Learn groups. Raises AssertionError if a tensor is not finite or a layer's logits did not move."""
-    model, size = build(name).float().train(), side(name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    learner = GroupWrapper(
-        *(model, optimizer, loss_of, 2e-3, steps, _GROUPS, 0.5),
-        example_input=torch.zeros(1, 3, size, size),
-        second_order=second_order,
-    )
-    before = [layer.conv.group.detach().clone() for layer in learner.layers.chosen]
-    for _ in range(steps):
-        x = torch.randn(4, 3, size, size)
-        learner.initialize()
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(learner(x)).backward()
-        optimizer.step()
-        learner.after_step(x, None)
-    assert all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *model.buffers()))
-    for layer, start in zip(learner.layers.chosen, before, strict=True):
-        assert layer.out_channels == 1 or layer.conv.group.ne(start).any(), layer.name
-    return learner
-
-
 def pruned(model: nn.Module, x: Tensor, n_groups: int, rate: float) -> PruneWrapper:
     """The pruner of a network with random groups, pruned to the rate or as far as possible."""
     pruner = PruneWrapper(model, n_groups, 2, example_input=x)
@@ -122,23 +88,6 @@ def pruned(model: nn.Module, x: Tensor, n_groups: int, rate: float) -> PruneWrap
     except DSPPruningError:
         pruner.initialize(pruner.reachable()[1])
     return pruner
-
-
-def prune(name: str, rate: float, steps: int = 3) -> PruningReport:
-    """Prune random weights with random groups, or to the nearest rate within reach, and train a little."""
-    model, size = build(name).float(), side(name)
-    pruner = pruned(model, torch.randn(1, 3, size, size), _GROUPS, rate)
-    flops = pruner.report().pruned_flops
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(pruner(torch.randn(2, 3, size, size))).backward()
-        optimizer.step()
-        pruner.after_step()
-    assert all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *model.buffers()))
-    report = pruner.report()
-    assert report.pruned_flops == flops
-    return report
 
 
 def settle(model: nn.Module) -> nn.Module:
