@@ -24,25 +24,8 @@ from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import GroupStructure
-from dsp_kernels.program.steps import (
-    ConcatStep,
-    ConvStep,
-    ElementwiseStep,
-    FitStep,
-    FlattenStep,
-    GlobalPoolStep,
-    LinearStep,
-    NormStep,
-    PoolStep,
-    Program,
-    ResizeStep,
-    SelectStep,
-    Step,
-    TorchStep,
-    ValueRef,
-    flattened_maps,
-    map_nested,
-)
+from dsp_kernels.program import steps
+from dsp_kernels.program.steps import Program, Step, TorchStep, ValueRef, flattened_maps, map_nested
 
 S = TypeVar("S", bound=Step)
 
@@ -62,10 +45,8 @@ def conv_spec_of(
     if isinstance(padding, str):
         return padding
     structure = GroupStructure.uniform(module.in_channels, module.out_channels, module.groups)
-    kernel, stride, dilation = (
-        (size[0], size[1]) for size in (module.kernel_size, module.stride, module.dilation)
-    )
-    spec = ConvSpec(structure, kernel, stride, padding, dilation)
+    settings: Any = module.kernel_size, module.stride, padding, module.dilation
+    spec = ConvSpec(structure, *settings)
     return spec, tuple(module.weight.detach().chunk(module.groups)), _detached(module.bias)
 
 
@@ -188,18 +169,15 @@ class _Planner:
         """The step that made a node, if it is of these kinds, has no activation and only one reader."""
         if self.readers[name] != 1:
             return None
-        value = self.value_of[name]
-        step = next(
-            (step for step in reversed(self.steps[self.first_movable :]) if step.output == value), None
-        )
-        if not isinstance(step, kinds):
-            return None
-        has_activation: Any = step.spec if isinstance(step, ConvStep) else step
-        return step if getattr(has_activation, "activation", "none") == "none" else None
+        for step in reversed(self.steps[self.first_movable :]):
+            if step.output == self.value_of[name] and isinstance(step, kinds):
+                activated: Any = step.spec if isinstance(step, steps.ConvStep) else step
+                return step if getattr(activated, "activation", "none") == "none" else None
+        return None
 
-    def _extendable_conv(self, name: str) -> ConvStep | None:
+    def _extendable_conv(self, name: str) -> steps.ConvStep | None:
         """The same for a convolution without a residual."""
-        conv = self._extendable(name, ConvStep)
+        conv = self._extendable(name, steps.ConvStep)
         return conv if conv is not None and len(conv.inputs) == 1 else None
 
     # -- one method per ``Operation.step``: the step that computes a node, None for an identity, or why there
@@ -208,9 +186,9 @@ class _Planner:
     def _conv(self, node: TracedNode) -> Step | str:
         assert isinstance(node.module, nn.Conv2d | PackedConv2d | FusedConv2d)
         read = conv_spec_of(node.module)
-        return (
-            read if isinstance(read, str) else ConvStep(node.name, self._inputs(node), *read, path=node.path)
-        )
+        if isinstance(read, str):
+            return read
+        return steps.ConvStep(node.name, self._inputs(node), *read, path=node.path)
 
     def _conv_function(self, node: TracedNode) -> Step:
         read = dict(node.attributes)
@@ -219,7 +197,7 @@ class _Planner:
         structure = GroupStructure.uniform(each * groups[0], out_channels, groups[0])
         spec = ConvSpec(structure, (height, width), **read)
         weights = tuple(weight.detach().chunk(groups[0]))
-        return ConvStep(node.name, self._inputs(node)[:1], spec, weights, _detached(bias))
+        return steps.ConvStep(node.name, self._inputs(node)[:1], spec, weights, _detached(bias))
 
     def _size_check(self, node: TracedNode) -> str | None:
         if self.check is not None or node.inputs[0] != self.network.of_kind("input")[0].name:
@@ -240,39 +218,36 @@ class _Planner:
             return "its phases would be mostly zeros"
         read, pads = transposed_conv(node.module)
         phases = f"{node.name}_phases"
-        self.steps.append(ConvStep(phases, self._inputs(node), *read, path=node.path))
+        self.steps.append(steps.ConvStep(phases, self._inputs(node), *read, path=node.path))
         batch, _, height, width = self.network[node.inputs[0]].shape or ()
         more, channels = read[0].padding, read[0].structure.out_channels
         self.shapes[phases] = batch, channels, height + more[0], width + more[1]
-        return ResizeStep(node.name, (phases,), stride, True, pads)
+        return steps.ResizeStep(node.name, (phases,), stride, True, pads)
 
     def _pad(self, node: TracedNode) -> Step | str:
-        pads = flat(node.attributes["pads"])
-        if node.attributes.get("like") and (node.attributes["mode"], node.attributes["value"]) == (
-            "constant",
-            0,
-        ):
+        read, pads = node.attributes, flat(node.attributes["pads"])
+        if read["mode"] == "constant" and read["value"] == 0 and read.get("like"):
             return self._fit(node)
-        if node.attributes["mode"] != "constant" or not all(isinstance(pad, int) for pad in pads):
+        if read["mode"] != "constant" or not all(isinstance(pad, int) for pad in pads):
             return _UNKNOWN
         left, right, top, bottom = (*pads, 0, 0)[:4]
-        sides, value = (top, bottom, left, right), node.attributes["value"]
-        return ResizeStep(node.name, self._inputs(node), pads=sides, value=value)
+        sides = top, bottom, left, right
+        return steps.ResizeStep(node.name, self._inputs(node), pads=sides, value=read["value"])
 
     def _resize(self, node: TracedNode) -> Step | str:
         factor = node.attributes["factor"]
-        return ResizeStep(node.name, self._inputs(node)[:1], factor, shuffle=True) if factor else _UNKNOWN
+        return steps.ResizeStep(node.name, self._inputs(node)[:1], factor, True) if factor else _UNKNOWN
 
     def _interpolate(self, node: TracedNode) -> Step | str:
         factor = node.attributes.get("factor")
         if factor and node.attributes["fit"] == "nearest":
-            return ResizeStep(node.name, self._inputs(node)[:1], factor)
+            return steps.ResizeStep(node.name, self._inputs(node)[:1], factor)
         return self._fit(node) if node.attributes["fit"] else _UNKNOWN
 
     def _fit(self, node: TracedNode) -> Step:
         read, x = node.attributes, self._inputs(node)[:1]
         like = (self.value_of[read["like"]],) if read.get("like") else ()
-        return FitStep(node.name, (*x, *like), read["fit"], read.get("size"), read.get("factor", 1))
+        return steps.FitStep(node.name, (*x, *like), read["fit"], read.get("size"), read.get("factor", 1))
 
     def _norm(self, node: TracedNode) -> Step:
         """Of every channel, or group of channels, of every image."""
@@ -282,7 +257,7 @@ class _Planner:
         scale = self._per_channel(node, 1.0 if norm.weight is None else norm.weight)
         shift = self._per_channel(node, 0.0 if norm.bias is None else norm.bias)
         groups = getattr(norm, "num_groups", node.width)
-        return NormStep(node.name, self._inputs(node), groups, norm.eps, scale, shift)
+        return steps.NormStep(node.name, self._inputs(node), groups, norm.eps, scale, shift)
 
     def _batch_norm(self, node: TracedNode) -> Step:
         return self._affine(node, node.inputs[0], *batch_norm_affine(node.attributes["norm"]))
@@ -296,11 +271,11 @@ class _Planner:
             folded = replace(before, output=node.name, spec=spec, weights=weights, bias=bias)
             return self._instead_of(before, folded)
         inputs = (self.value_of[source],)
-        before = self._extendable(source, ElementwiseStep)
+        before = self._extendable(source, steps.ElementwiseStep)
         if before is not None and before.kind == "affine":
             self.steps.remove(before)
             inputs, scale, shift = before.inputs, before.scale * scale, before.shift * scale + shift
-        return ElementwiseStep(node.name, inputs, "affine", scale=scale, shift=shift)
+        return steps.ElementwiseStep(node.name, inputs, "affine", scale=scale, shift=shift)
 
     def _scale(self, node: TracedNode) -> Step:
         scale, shift = (self._per_channel(node, node.attributes[name]) for name in ("scale", "shift"))
@@ -318,17 +293,18 @@ class _Planner:
             return _UNKNOWN
         below, above = (f"{node.name}_{part}" for part in ("below", "above"))
         zeros = torch.zeros_like(slope)
-        self.steps.append(ElementwiseStep(below, x, "affine", scale=slope, shift=zeros))
-        self.steps.append(ElementwiseStep(above, x, "affine", "relu", scale=1 - slope, shift=zeros))
+        self.steps.append(steps.ElementwiseStep(below, x, "affine", scale=slope, shift=zeros))
+        self.steps.append(steps.ElementwiseStep(above, x, "affine", "relu", scale=1 - slope, shift=zeros))
         self.shapes |= dict.fromkeys((below, above), node.shape)
-        return ElementwiseStep(node.name, (below, above), "add")
+        return steps.ElementwiseStep(node.name, (below, above), "add")
 
     def _activation(self, node: TracedNode) -> Step:
         function = node.attributes["function"]
-        before: Any = self._extendable(node.inputs[0], ConvStep, ElementwiseStep, LinearStep, NormStep)
+        kinds = (steps.ConvStep, steps.ElementwiseStep, steps.LinearStep, steps.NormStep)
+        before: Any = self._extendable(node.inputs[0], *kinds)
         if before is None or function in GATES:
-            return ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
-        if isinstance(before, ConvStep):
+            return steps.ElementwiseStep(node.name, self._inputs(node)[:1], "activation", function)
+        if isinstance(before, steps.ConvStep):
             activated = replace(before, output=node.name, spec=before.spec.with_activation(function))
         else:
             activated = replace(before, output=node.name, activation=function)
@@ -345,26 +321,26 @@ class _Planner:
                 if conv is not None:
                     operands = conv.inputs[0], inputs[1 - side]
                     return self._instead_of(conv, replace(conv, output=node.name, inputs=operands))
-        return ElementwiseStep(node.name, (inputs[0], inputs[-1]), "add")
+        return steps.ElementwiseStep(node.name, (inputs[0], inputs[-1]), "add")
 
     def _pool(self, node: TracedNode) -> Step:
-        return PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes))
+        return steps.PoolStep(node.name, self._inputs(node), node.kind, dict(node.attributes))
 
     def _global_pool(self, node: TracedNode) -> Step:
-        return GlobalPoolStep(node.name, self._inputs(node), node.attributes["keepdim"])
+        return steps.GlobalPoolStep(node.name, self._inputs(node), node.attributes["keepdim"])
 
     def _adaptive_pool(self, node: TracedNode) -> Step | str:
         if node.attributes["output_size"] is None:
             return _UNKNOWN
-        return PoolStep(node.name, self._inputs(node)[:1], "adaptive_avg_pool", dict(node.attributes))
+        return steps.PoolStep(node.name, self._inputs(node)[:1], "adaptive_avg_pool", dict(node.attributes))
 
     def _flatten(self, node: TracedNode) -> Step:
-        return FlattenStep(node.name, self._inputs(node)[:1])
+        return steps.FlattenStep(node.name, self._inputs(node)[:1])
 
     def _linear(self, node: TracedNode) -> Step:
         assert isinstance(node.module, nn.Linear)
         weight, bias = node.module.weight.detach(), _detached(node.module.bias)
-        return LinearStep(node.name, self._inputs(node), weight, bias, path=node.path)
+        return steps.LinearStep(node.name, self._inputs(node), weight, bias, path=node.path)
 
     def _identity(self, node: TracedNode) -> None:
         self.value_of[node.name] = self.value_of[node.inputs[0]]
@@ -383,10 +359,10 @@ class _Planner:
             minus, one = f"{node.name}_minus", self._per_channel(node, 1)
             self.steps.append(replace(self._affine(node, right.name, -one, 0 * one), output=minus))
             self.shapes[minus] = a
-            return ElementwiseStep(node.name, (self.value_of[left.name], minus), "add")
+            return steps.ElementwiseStep(node.name, (self.value_of[left.name], minus), "add")
         if operation != "multiply":
             return _UNKNOWN
-        return ElementwiseStep(node.name, self._operands(node), "multiply")
+        return steps.ElementwiseStep(node.name, self._operands(node), "multiply")
 
     def _with_parameter(
         self, node: TracedNode, left: TracedNode, right: TracedNode, operation: str
@@ -409,7 +385,7 @@ class _Planner:
         return all(operand.batched for operand in operands) and len(dims) == 1
 
     def _concat(self, node: TracedNode) -> Step | str:
-        return ConcatStep(node.name, self._operands(node)) if self._all_batched(node) else _UNKNOWN
+        return steps.ConcatStep(node.name, self._operands(node)) if self._all_batched(node) else _UNKNOWN
 
     def _split(self, node: TracedNode) -> str | None:
         if self._depends_on_size(node) or not _splits_into_pieces(self.network, node):
@@ -424,7 +400,7 @@ class _Planner:
             return _UNKNOWN
         if order is None or self._depends_on_size(node):
             return _UNKNOWN
-        return SelectStep(node.name, (self.value_of[origin],), tuple(order.tolist()))
+        return steps.SelectStep(node.name, (self.value_of[origin],), tuple(order.tolist()))
 
     def _depends_on_size(self, node: TracedNode) -> bool:
         """Whether it reads features whose number depends on the size of the image."""

@@ -8,20 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsp_kernels.program.steps import (
-    ConcatStep,
-    ConvStep,
-    ElementwiseStep,
-    FlattenStep,
-    GlobalPoolStep,
-    LinearStep,
-    PoolStep,
-    Program,
-    ResizeStep,
-    SelectStep,
-    Step,
-    TorchStep,
-)
+from dsp_kernels.program import steps
+from dsp_kernels.program.steps import Program, Step, TorchStep
 
 LARGEST_WEIGHT = 127
 FEWEST_LEVELS = 127  # an exact value with fewer, on each side of 0, is no better than a byte
@@ -68,56 +56,56 @@ def _images(program: Program) -> set[str]:
     """The inputs, and what only moves their numbers."""
     images = set(program.inputs)
     for step in program.steps:
-        if _moves(step) and not isinstance(step, ConcatStep) and images.issuperset(step.inputs):
+        if _moves(step) and not isinstance(step, steps.ConcatStep) and images.issuperset(step.inputs):
             images.add(step.output)
     return images
 
 
 def _moves(step: Step) -> bool:
     """Whether its output holds numbers of its inputs and zeros only."""
-    if isinstance(step, PoolStep):
+    if isinstance(step, steps.PoolStep):
         return step.kind == "max_pool"
-    if isinstance(step, ResizeStep):
+    if isinstance(step, steps.ResizeStep):
         return not any(step.pads) or step.value == 0
-    return isinstance(step, ConcatStep | SelectStep | FlattenStep)
+    return isinstance(step, steps.ConcatStep | steps.SelectStep | steps.FlattenStep)
 
 
 def _is_layer(step: Step) -> bool:
-    return isinstance(step, ConvStep | LinearStep)
+    return isinstance(step, steps.ConvStep | steps.LinearStep)
 
 
 def _separated(program: Program, keep: Collection[str], images: set[str]) -> Program:
     """Activations that integers lack, and the addition of an image, as steps of their own after a layer."""
-    steps, shapes = [], dict(program.shapes)
+    made, shapes = [], dict(program.shapes)
     for step in program.steps:
         before: Any = step
-        if isinstance(step, ConvStep | LinearStep) and not is_kept(step.path, keep):
-            activation = step.spec.activation if isinstance(step, ConvStep) else step.activation
+        if isinstance(step, steps.ConvStep | steps.LinearStep) and not is_kept(step.path, keep):
+            activation = step.spec.activation if isinstance(step, steps.ConvStep) else step.activation
             adds_image = len(step.inputs) == 2 and step.inputs[1] in images
             if adds_image or activation not in _ACTIVATIONS:
                 before = replace(step, output=f"{step.output}.sum")
                 shapes[before.output] = shapes[step.output]
-                if isinstance(step, ConvStep):
+                if isinstance(step, steps.ConvStep):
                     before = replace(before, spec=step.spec.with_activation("none"))
                 else:
                     before = replace(before, activation="none")
                 if adds_image:
                     before = replace(before, inputs=step.inputs[:1])
                     sources = (before.output, step.inputs[1])
-                    after = ElementwiseStep(step.output, sources, "add", activation)
+                    after = steps.ElementwiseStep(step.output, sources, "add", activation)
                 else:
-                    after = ElementwiseStep(step.output, (before.output,), "activation", activation)
-                steps += [before, after]
+                    after = steps.ElementwiseStep(step.output, (before.output,), "activation", activation)
+                made += [before, after]
                 continue
-        steps.append(step)
-    return replace(program, steps=tuple(steps), shapes=shapes)
+        made.append(step)
+    return replace(program, steps=tuple(made), shapes=shapes)
 
 
 def _longest(step: Step) -> int:
     """Products in the longest sum of a layer."""
-    if isinstance(step, LinearStep):
+    if isinstance(step, steps.LinearStep):
         return step.weight.shape[1]
-    assert isinstance(step, ConvStep)
+    assert isinstance(step, steps.ConvStep)
     return max((weight[0].numel() for weight in step.weights), default=0)
 
 
@@ -128,15 +116,15 @@ def _obstacle(step: Step, program: Program, keep: Collection[str], images: set[s
     ranks = [len(program.shapes.get(name, ())) for name in (*step.inputs, step.output)]
     if any(rank not in (2, 4) for rank in ranks):
         return "its tensors are neither images nor feature vectors"
-    if isinstance(step, ConvStep | LinearStep):
+    if isinstance(step, steps.ConvStep | steps.LinearStep):
         if is_kept(step.path, keep):
             return "kept in float"
-        if isinstance(step, LinearStep) and ranks[0] != 2:
+        if isinstance(step, steps.LinearStep) and ranks[0] != 2:
             return "a linear layer over the last axis of a map"
         if _longest(step) * LARGEST_WEIGHT * 255 >= 2**31:
             return f"sums of {_longest(step)} products may exceed 32 bits"
         return ""
-    if isinstance(step, ElementwiseStep):
+    if isinstance(step, steps.ElementwiseStep):
         if step.kind == "affine":
             return "a norm or scale after no convolution"
         if step.kind == "activation":
@@ -144,17 +132,17 @@ def _obstacle(step: Step, program: Program, keep: Collection[str], images: set[s
         if step.activation not in _ACTIVATIONS:
             return f"{step.activation} after it"
         return "it reads the image itself" if images & set(step.inputs) else ""
-    if isinstance(step, PoolStep) and step.kind == "avg_pool":
+    if isinstance(step, steps.PoolStep) and step.kind == "avg_pool":
         varies = step.settings.get("ceil_mode") or not step.settings.get("count_include_pad", True)
         return "its averages are of different numbers of pixels" if varies else ""
-    if isinstance(step, PoolStep) and step.kind == "adaptive_avg_pool":
+    if isinstance(step, steps.PoolStep) and step.kind == "adaptive_avg_pool":
         one = step.settings["output_size"] == (1, 1)
         return "" if one else "its averages are of different numbers of pixels"
-    if _moves(step) or isinstance(step, GlobalPoolStep):
+    if _moves(step) or isinstance(step, steps.GlobalPoolStep):
         return ""
-    return (
-        "it pads with another number than 0" if isinstance(step, ResizeStep) else "integers have no such step"
-    )
+    if isinstance(step, steps.ResizeStep):
+        return "it pads with another number than 0"
+    return "integers have no such step"
 
 
 def _closed(program: Program, able: set[str]) -> tuple[frozenset[str], dict[str, str]]:
@@ -180,15 +168,15 @@ def _closed(program: Program, able: set[str]) -> tuple[frozenset[str], dict[str,
 
 def _shared_scales(program: Program, chosen: Collection[str]) -> dict[str, str]:
     """Value that a step of integers reads -> the first value of the same scale."""
-    steps = [step for step in program.steps if step.output in chosen]
-    first = {name: name for step in steps for name in step.inputs}
+    integer = [step for step in program.steps if step.output in chosen]
+    first = {name: name for step in integer for name in step.inputs}
 
     def root(name: str) -> str:
         while first[name] != name:
             name = first[name]
         return name
 
-    for step in steps:
+    for step in integer:
         if _moves(step):
             least = root(step.inputs[0])
             for name in (*step.inputs[1:], step.output):
@@ -218,10 +206,10 @@ def _limits(
     too_long: dict[str, str] = {}
     for root, names in members.items():
         layers = [step for step in readers[root] if _is_layer(step) and names.isdisjoint(step.inputs[1:])]
-        moving = [step for step in readers[root] if _moves(step) and not isinstance(step, ConcatStep)]
+        moving = [step for step in readers[root] if _moves(step) and not isinstance(step, steps.ConcatStep)]
         is_pooled = names <= chosen and all(
-            [isinstance(step, GlobalPoolStep | PoolStep) for step in made[root]]
-            + [isinstance(step, LinearStep) for step in layers]
+            [isinstance(step, steps.GlobalPoolStep | steps.PoolStep) for step in made[root]]
+            + [isinstance(step, steps.LinearStep) for step in layers]
         )
         if len(layers) + len(moving) < len(readers[root]) or not (is_pooled or names <= images):
             continue

@@ -11,18 +11,8 @@ from torch import Tensor
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.op.dense import index_tensors, live_bias
-from dsp_kernels.program.steps import (
-    ConvStep,
-    DequantizeStep,
-    ElementwiseStep,
-    GlobalPoolStep,
-    LinearStep,
-    PoolStep,
-    Program,
-    QuantizeStep,
-    Requantize,
-    Step,
-)
+from dsp_kernels.program import steps
+from dsp_kernels.program.steps import Program, Requantize, Step
 from dsp_kernels.quantizing.choose import LARGEST_WEIGHT, Choice
 
 
@@ -65,8 +55,8 @@ class _Rewriter:
         self._floats(program.outputs)
         made = (*program.inputs, *(step.output for step in self.steps))
         outputs = tuple(name for name in made if name in program.outputs)
-        steps, notes = tuple(self.steps), self.choice.why
-        return replace(program, steps=steps, outputs=outputs, shapes=self.shapes, notes=notes)
+        given = {"steps": tuple(self.steps), "shapes": self.shapes, "notes": self.choice.why}
+        return replace(program, outputs=outputs, **given)
 
     def _add(self, step: Step) -> None:
         self.steps.append(step)
@@ -80,19 +70,19 @@ class _Rewriter:
         if made not in self.made:
             grid = self.grids[name]
             inverse = _float32(name, 1 / grid.scale)
-            self._add(QuantizeStep(made, (name,), inverse, float(grid.low), float(grid.high)))
+            self._add(steps.QuantizeStep(made, (name,), inverse, float(grid.low), float(grid.high)))
         return made
 
     def _floats(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self.made:
-                self._add(DequantizeStep(name, (f"{name}.q",), _float32(name, self.grids[name].scale)))
+                self._add(steps.DequantizeStep(name, (f"{name}.q",), _float32(name, self.grids[name].scale)))
 
     def _rewritten(self, step: Step) -> Step:
         """The step with weights and factors for integers; inputs and output are those of the float step."""
         first, last = self.grids[step.inputs[0]], self.grids[step.inputs[-1]]
         out = self.grids.get(step.output, _FLOAT)
-        if isinstance(step, ConvStep):
+        if isinstance(step, steps.ConvStep):
             weights, scales = _weights(step.weights)
             weight_scales = torch.ones(step.spec.structure.out_channels, dtype=torch.float64)
             for rows, scale in zip(index_tensors(step.spec.structure)[1], scales, strict=True):
@@ -103,19 +93,20 @@ class _Rewriter:
             spec = step.spec if out is _FLOAT else step.spec.with_activation("none")
             bias = _bias(step, live_bias(step.spec.structure, step.bias), out)
             return replace(step, spec=spec, weights=weights, bias=bias, requantize=made)
-        if isinstance(step, LinearStep):
+        if isinstance(step, steps.LinearStep):
             (weight,), (of_filters,) = _weights([step.weight])
             made = self._requantize(step, first.scale * of_filters / out.scale, step.activation)
             activation = step.activation if out is _FLOAT else "none"
             bias = _bias(step, step.bias, out)
             return replace(step, weight=weight, bias=bias, activation=activation, requantize=made)
-        if isinstance(step, ElementwiseStep):
+        if isinstance(step, steps.ElementwiseStep):
             factor = first.scale / out.scale * (last.scale if step.kind == "multiply" else 1)
             made = self._requantize(step, torch.tensor([factor], dtype=torch.float64), step.activation)
             if step.kind == "add":
                 made = replace(made, residual=_float32(step.output, last.scale / out.scale))
             return replace(step, activation="none", requantize=made)
-        if isinstance(step, GlobalPoolStep) or (isinstance(step, PoolStep) and step.kind != "max_pool"):
+        is_average = getattr(step, "kind", "") != "max_pool"
+        if is_average and isinstance(step, steps.GlobalPoolStep | steps.PoolStep):
             factors = torch.tensor([first.scale / out.scale], dtype=torch.float64)
             return replace(step, requantize=self._requantize(step, factors, "none"))
         return step

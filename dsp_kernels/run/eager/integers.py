@@ -15,17 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.activations import activate
-from dsp_kernels.program.steps import (
-    ConvStep,
-    DequantizeStep,
-    ElementwiseStep,
-    GlobalPoolStep,
-    LinearStep,
-    PoolStep,
-    QuantizeStep,
-    Requantize,
-    Step,
-)
+from dsp_kernels.program import steps
+from dsp_kernels.program.steps import Requantize, Step
 from dsp_kernels.run.eager.conv import FORMS, form_of
 
 Call = Callable[[Mapping[str, Any]], Tensor]
@@ -33,25 +24,19 @@ Call = Callable[[Mapping[str, Any]], Tensor]
 
 def computes_in_integers(step: Step) -> bool:
     """Whether ``integer_call`` runs the step. Steps that only move values are the same for integers."""
-    return isinstance(step, QuantizeStep | DequantizeStep) or getattr(step, "requantize", None) is not None
+    converts = isinstance(step, steps.QuantizeStep | steps.DequantizeStep)
+    return converts or getattr(step, "requantize", None) is not None
 
 
 def integer_call(step: Step) -> Call:
     """A function from the values computed so far to the result of a step of integers."""
     x = step.inputs[0]
-    if isinstance(step, QuantizeStep):
+    if isinstance(step, steps.QuantizeStep):
         return lambda values: (values[x] * step.inverse).round_().clamp_(step.low, step.high)
-    if isinstance(step, DequantizeStep):
+    if isinstance(step, steps.DequantizeStep):
         return lambda values: values[x] * step.scale
-    assert isinstance(step, ConvStep | LinearStep | ElementwiseStep | PoolStep | GlobalPoolStep)
-    assert step.requantize is not None
-    if isinstance(step, ConvStep):
-        return _conv(step, step.requantize)
-    if isinstance(step, LinearStep):
-        return _linear(step, step.requantize)
-    if isinstance(step, ElementwiseStep):
-        return _elementwise(step, step.requantize)
-    return _average(step, step.requantize)
+    made: Any = step
+    return _CALLS[type(step)](made, made.requantize)
 
 
 def _finished(t: Tensor, requantize: Requantize, activation: str) -> Tensor:
@@ -60,7 +45,7 @@ def _finished(t: Tensor, requantize: Requantize, activation: str) -> Tensor:
     return t.clamp_(requantize.low, requantize.high).round_()
 
 
-def _conv(step: ConvStep, requantize: Requantize) -> Call:
+def _conv(step: steps.ConvStep, requantize: Requantize) -> Call:
     weights = [weight.double() for weight in step.weights]
     convolve = FORMS[form_of(step.spec)](step.spec, weights, None)
     multiplier = requantize.multiplier.view(-1, 1, 1)
@@ -79,7 +64,7 @@ def _conv(step: ConvStep, requantize: Requantize) -> Call:
     return call
 
 
-def _linear(step: LinearStep, requantize: Requantize) -> Call:
+def _linear(step: steps.LinearStep, requantize: Requantize) -> Call:
     weight, x = step.weight.double(), step.inputs[0]
 
     def call(values: Mapping[str, Any]) -> Tensor:
@@ -89,7 +74,7 @@ def _linear(step: LinearStep, requantize: Requantize) -> Call:
     return call
 
 
-def _elementwise(step: ElementwiseStep, requantize: Requantize) -> Call:
+def _elementwise(step: steps.ElementwiseStep, requantize: Requantize) -> Call:
     x, y, multiplier = step.inputs[0], step.inputs[-1], requantize.multiplier
 
     def call(values: Mapping[str, Any]) -> Tensor:
@@ -103,18 +88,19 @@ def _elementwise(step: ElementwiseStep, requantize: Requantize) -> Call:
     return call
 
 
-def _average(step: PoolStep | GlobalPoolStep, requantize: Requantize) -> Call:
+def _average(step: steps.PoolStep | steps.GlobalPoolStep, requantize: Requantize) -> Call:
     """``dsp_kernels.quantizing.choose`` takes only pools whose averages are of equal numbers of pixels."""
     x = step.inputs[0]
-    windows = isinstance(step, PoolStep) and step.kind == "avg_pool"
-    keepdim = isinstance(step, PoolStep) or step.keepdim
+    windows = isinstance(step, steps.PoolStep) and step.kind == "avg_pool"
+    keepdim = isinstance(step, steps.PoolStep) or step.keepdim
 
     def call(values: Mapping[str, Any]) -> Tensor:
         taken = values[x].double()
         if windows:
-            assert isinstance(step, PoolStep)
+            assert isinstance(step, steps.PoolStep)
             sums = F.avg_pool2d(taken, **{**step.settings, "divisor_override": 1})
-            pixels = window_pixels(step.settings)
+            height, width = step.settings["kernel_size"]
+            pixels = step.settings.get("divisor_override") or height * width
         else:
             sums, pixels = taken.sum((2, 3), keepdim=keepdim), taken.shape[2] * taken.shape[3]
         factor = requantize.multiplier / torch.full_like(requantize.multiplier, pixels)
@@ -123,8 +109,10 @@ def _average(step: PoolStep | GlobalPoolStep, requantize: Requantize) -> Call:
     return call
 
 
-def window_pixels(settings: Mapping[str, Any]) -> int:
-    """What an average pool divides its sums by."""
-    size = settings["kernel_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(settings.get("divisor_override") or height * width)
+_CALLS: dict[type[Step], Callable[..., Call]] = {
+    steps.ConvStep: _conv,
+    steps.LinearStep: _linear,
+    steps.ElementwiseStep: _elementwise,
+    steps.PoolStep: _average,
+    steps.GlobalPoolStep: _average,
+}

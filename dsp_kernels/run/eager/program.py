@@ -9,23 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_kernels.op.activations import activate, activate_
-from dsp_kernels.program.steps import (
-    ConcatStep,
-    ConvStep,
-    ElementwiseStep,
-    FitStep,
-    FlattenStep,
-    GlobalPoolStep,
-    LinearStep,
-    NormStep,
-    PoolStep,
-    Program,
-    ResizeStep,
-    Runner,
-    SelectStep,
-    Step,
-    TorchStep,
-)
+from dsp_kernels.program import steps
+from dsp_kernels.program.steps import Program, Runner, Step, TorchStep
 from dsp_kernels.run.eager.conv import EagerBackend, form_of
 from dsp_kernels.run.eager.integers import computes_in_integers, integer_call
 
@@ -79,45 +64,45 @@ class EagerExecutor:
 
     def describe(self, program: Program, verbose: bool = False) -> list[str]:
         """The form of each convolution; empty for other steps."""
-        return [form_of(step.spec) if isinstance(step, ConvStep) else "" for step in program.steps]
+        return [form_of(step.spec) if isinstance(step, steps.ConvStep) else "" for step in program.steps]
 
     def call(self, step: Step) -> Callable[[dict[str, Any]], Any]:
         """A function from the values computed so far to the step's result."""
         if computes_in_integers(step):
             return integer_call(step)
-        if isinstance(step, ConvStep):
+        if isinstance(step, steps.ConvStep):
             convolve = EagerBackend().prepare(step.spec, step.weights, step.bias)
             x, residual = step.inputs[0], step.inputs[1] if len(step.inputs) == 2 else None
             return lambda values: convolve(values[x], None if residual is None else values[residual])
         if isinstance(step, TorchStep):
             return step.run
-        if isinstance(step, ElementwiseStep):
+        if isinstance(step, steps.ElementwiseStep):
             return elementwise(step)
         source = step.inputs[0]
-        if isinstance(step, ConcatStep):
+        if isinstance(step, steps.ConcatStep):
             return lambda values: torch.cat([values[name] for name in step.inputs], 1)
-        if isinstance(step, SelectStep):
+        if isinstance(step, steps.SelectStep):
             return _select(source, step.index)
-        if isinstance(step, PoolStep):
+        if isinstance(step, steps.PoolStep):
             pool = _POOLS[step.kind]
             return lambda values: pool(values[source], **step.settings)
-        if isinstance(step, ResizeStep):
+        if isinstance(step, steps.ResizeStep):
             return _resize(step)
-        if isinstance(step, FitStep):
+        if isinstance(step, steps.FitStep):
             return _fit(step)
-        if isinstance(step, NormStep):
+        if isinstance(step, steps.NormStep):
             norm = step.groups, step.scale, step.shift, step.eps
             return lambda values: activate_(F.group_norm(values[source], *norm), step.activation)
-        if isinstance(step, GlobalPoolStep):
+        if isinstance(step, steps.GlobalPoolStep):
             return lambda values: values[source].mean((2, 3), keepdim=step.keepdim)
-        if isinstance(step, FlattenStep):
+        if isinstance(step, steps.FlattenStep):
             return lambda values: values[source].flatten(1)
-        if isinstance(step, LinearStep):
+        if isinstance(step, steps.LinearStep):
             return lambda values: activate_(F.linear(values[source], step.weight, step.bias), step.activation)
         raise AssertionError(f"unknown step {step!r}")
 
 
-def elementwise(step: ElementwiseStep, channel_axis: int = 1) -> Callable[..., Tensor]:
+def elementwise(step: steps.ElementwiseStep, channel_axis: int = 1) -> Callable[..., Tensor]:
     """A function (values, out=None) -> the result, in ``out`` if given. channel_axis: of 4-D values."""
     first, second, activation = step.inputs[0], step.inputs[-1], step.activation
     if step.scale is not None and step.shift is not None:
@@ -139,7 +124,7 @@ def elementwise(step: ElementwiseStep, channel_axis: int = 1) -> Callable[..., T
     return lambda values, out=None: activate_(combine(values[first], values[second], out=out), activation)
 
 
-def _resize(step: ResizeStep) -> Callable[[dict[str, Any]], Tensor]:
+def _resize(step: steps.ResizeStep) -> Callable[[dict[str, Any]], Tensor]:
     top, bottom, left, right = step.pads
 
     def call(values: dict[str, Any]) -> Tensor:
@@ -160,7 +145,7 @@ _INTERPOLATION = {
 }
 
 
-def _fit(step: FitStep) -> Callable[[dict[str, Any]], Tensor]:
+def _fit(step: steps.FitStep) -> Callable[[dict[str, Any]], Tensor]:
     def call(values: dict[str, Any]) -> Tensor:
         x, *like = (values[name] for name in step.inputs)
         size: Any = like[0].shape[2:] if like else step.size
