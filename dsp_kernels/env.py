@@ -24,6 +24,7 @@ def describe_environment() -> dict[str, str]:
     from dsp_kernels.run.programs import EXECUTORS
 
     missing = why_no_cuda()
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
     fast = [str(dtype) for dtype in (torch.bfloat16, torch.float16) if product_dtype(dtype) == dtype]
     built = "" if missing else f"CUDA {built_for()[0]}: {' '.join(built_for()[1])}"
 
@@ -35,10 +36,7 @@ def describe_environment() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
         "cuda": torch.version.cuda or "none: this torch was built without CUDA",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition(
-            "\n"
-        )[0]
-        or "none: nvidia-smi does not run; install NVIDIA's driver",
+        "driver": driver or "none: nvidia-smi does not run; install NVIDIA's driver",
         "gpu": _gpu(),
         "nvcc": _nvcc(),
         "c compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none",

@@ -23,13 +23,11 @@ from dsp_kernels.file.format import (
     CONTAINERS,
     DTYPES,
     MODULES,
-    SCALAR_FUNCTIONS,
     TRAINING,
     functions,
     is_plain,
 )
 from dsp_kernels.graph.operations.table import CONV_SETTINGS, METHODS
-from dsp_kernels.op.activations import ACTIVATIONS
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
@@ -251,8 +249,6 @@ def build_module(described: Any, path: str, budget: Budget) -> nn.Module:
 def _fused(
     structure: GroupStructure, bias: Any, backend: Any, activation: Any, **settings: Any
 ) -> FusedConv2d:
-    if activation not in ACTIVATIONS:
-        raise DSPFormatError(f"activation is {activation!r}; expected {', '.join(ACTIVATIONS)}")
     spec = ConvSpec(structure, **settings, activation=activation)
     weights = [torch.empty(len(g.out_index), len(g.in_index), *spec.kernel_size) for g in structure.groups]
     return FusedConv2d(spec, weights, torch.empty(structure.out_channels) if bias else None, backend)
@@ -300,16 +296,7 @@ def _build_call(
         raise DSPFormatError(f"call {number} is of the {kind} {name[:80]!r}, which is not known here")
     if function is getattr and (len(args) != 2 or kwargs or args[1] not in ATTRIBUTES):
         raise DSPFormatError(f"call {number} reads an attribute other than {', '.join(ATTRIBUTES)}")
-    if name in SCALAR_FUNCTIONS and not (arguments and _are_operands(name, arguments)):
-        raise DSPFormatError(f"call {number} is {name} of {str(args)[:80]}; expected calls and numbers")
     return graph.call_function(function, arguments, named)
-
-
-def _are_operands(name: str, arguments: tuple[Any, ...]) -> bool:
-    if name == "operator.getitem":
-        return isinstance(arguments[0], fx.Node)
-    kinds = all(isinstance(argument, fx.Node | int | float | tuple) for argument in arguments)
-    return kinds and any(isinstance(argument, fx.Node) for argument in arguments)
 
 
 def _is_name(text: str) -> bool:

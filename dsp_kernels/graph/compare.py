@@ -15,9 +15,9 @@ def tensors_of(answer: Any) -> list[Tensor]:
         return [answer]
     if isinstance(answer, Mapping):
         answer = list(answer.values())
-    return (
-        [tensor for part in answer for tensor in tensors_of(part)] if isinstance(answer, list | tuple) else []
-    )
+    if not isinstance(answer, list | tuple):
+        return []
+    return [tensor for part in answer for tensor in tensors_of(part)]
 
 
 def largest_difference(expected: Any, got: Any) -> tuple[float, float]:

@@ -14,28 +14,22 @@ def as_inputs(example: Example) -> tuple[Tensor, ...]:
     """The tensors of an example. Raises DSPShapeError for anything else, naming the input that is wrong."""
     several = isinstance(example, list | tuple)
     inputs = tuple(example) if several else (example,)
+    wrong = "" if inputs else f"the example is an empty {type(example).__name__}"
     for place, x in enumerate(inputs, 1):
-        found = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         if not isinstance(x, Tensor) or not x.dim() or not len(x):
-            raise _not_an_example(f"input {place} of the example" if several else "the example", found)
-    if not inputs:
-        raise _not_an_example("the example", f"is an empty {type(example).__name__}")
+            found = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+            wrong = wrong or f"{f'input {place} of ' * several}the example {found}"
+    if wrong:
+        expected = "a tensor of at least one image, or a tuple of tensors, one for each input of forward()"
+        raise DSPShapeError(f"{wrong}; expected {expected}")
     return inputs
-
-
-def _not_an_example(what: str, found: str) -> DSPShapeError:
-    return DSPShapeError(
-        f"{what} {found}; expected a tensor of at least one image, or a tuple of tensors, one for each input "
-        "of forward()"
-    )
 
 
 def check_taken(model: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]) -> None:
     """Raise DSPShapeError if a graph of the model takes fewer inputs than these."""
     places = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) > len(places) and not any(
-        place.startswith("*") and not place.startswith("**") for place in places
-    ):
+    takes_any = any(place.startswith("*") and not place.startswith("**") for place in places)
+    if len(inputs) > len(places) and not takes_any:
         raise DSPShapeError(
             f"{type(model).__name__}.forward() takes {len(places)} input{'s' * (len(places) != 1)}; input "
             f"{len(places) + 1} of the example, of shape {tuple(inputs[len(places)].shape)}, has no place"

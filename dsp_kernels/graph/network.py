@@ -69,11 +69,6 @@ class TracedNetwork:
         self.captured = captured
         self._by_name = {node.name: node for node in nodes}
 
-    @property
-    def size_check(self) -> SizeCheck | None:
-        """Of the image size that the graph is right for; None if it is right for all."""
-        return self.captured.check
-
     def __getitem__(self, name: str) -> TracedNode:
         return self._by_name[name]
 
@@ -297,7 +292,9 @@ def _make_inplace_explicit(graph_module: fx.GraphModule) -> None:
     for node in graph.nodes:
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         writes = first is not None and works_in_place(node, graph_module)
-        same_memory = first is not None and (writes or _returns_its_input(node, graph_module))
+        path = str(node.target) if node.op == "call_module" else ""
+        called = operations_of(graph_module.get_submodule(path)) if path else ()
+        same_memory = writes or any(entry.kind == "identity" for entry in called)
         owner[node] = owner[first] if first is not None and same_memory else node
         if writes:
             for alias in aliases[owner[node]]:
@@ -305,12 +302,6 @@ def _make_inplace_explicit(graph_module: fx.GraphModule) -> None:
                     if position[reader] > position[node]:
                         reader.replace_input_with(alias, node)
         aliases.setdefault(owner[node], []).append(node)
-
-
-def _returns_its_input(node: fx.Node, model: nn.Module) -> bool:
-    return node.op == "call_module" and any(
-        entry.kind == "identity" for entry in operations_of(model.get_submodule(str(node.target)))
-    )
 
 
 def works_in_place(node: fx.Node, model: nn.Module) -> bool:

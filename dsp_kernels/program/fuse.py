@@ -187,15 +187,11 @@ class FusedNetwork(nn.Module):
         """
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
         forms = executor.describe(self.program, verbose)
+        clocked: dict[str, str] = {}
         if verbose and self.backend == "cpu":
             from dsp_kernels.times.clocked import clocked_steps  # not for every import of dsp_kernels
 
             clocked = clocked_steps(self.program)
-            outputs = [step.output for step in self.program.steps]
-            forms = [
-                "; ".join(filter(None, (form, clocked.get(name))))
-                for form, name in zip(forms, outputs, strict=True)
-            ]
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
         notes = self.program.notes
         numbers = "8-bit integers" if self.program.is_integer else self.dtype
@@ -205,11 +201,12 @@ class FusedNetwork(nn.Module):
             f"{' and '.join('x'.join(map(str, shape[1:])) for shape in self._example_shapes)}"
         ]
         for step, form in zip(self.program.steps, forms, strict=True):
-            shape = self.program.shapes.get(step.output)
-            size = "x".join(map(str, shape[1:])) if shape else ""
+            size = "x".join(map(str, self.program.shapes.get(step.output, ())[1:]))
             why = f", float: {notes[step.output]}" if step.output in notes else ""
-            shown = f"{step.describe()}{why}{f'  [{form}]' if form else ''}"
-            lines.append(f"  {step.output:<28} {size:<12} {shown}")
+            how = "; ".join(filter(None, (form, clocked.get(step.output))))
+            lines.append(
+                f"  {step.output:<28} {size:<12} {step.describe()}{why}{f'  [{how}]' if how else ''}"
+            )
         return "\n".join(lines)
 
     def train(self, mode: bool = True) -> FusedNetwork:

@@ -125,8 +125,7 @@ class ConvStep(Step):
         parts += [f"stride {spec.stride[0]}"] if spec.stride != (1, 1) else []
         parts += ["+ bias"] if self.bias is not None else []
         parts += ["+ residual"] if len(self.inputs) == 2 else []
-        parts += [f"+ {spec.activation}"] if spec.activation != "none" else []
-        return " ".join(parts) + _integers(self.requantize)
+        return " ".join(parts) + _then(spec.activation) + _integers(self.requantize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +146,7 @@ class ElementwiseStep(Step):
     def describe(self) -> str:
         if self.kind == "activation":
             return self.activation
-        done = self.kind + (f" + {self.activation}" if self.activation != "none" else "")
-        return done + _integers(self.requantize)
+        return self.kind + _then(self.activation) + _integers(self.requantize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +227,7 @@ class NormStep(Step):
     activation: str = "none"
 
     def describe(self) -> str:
-        return f"norm of {self.groups} groups" + (
-            f" + {self.activation}" if self.activation != "none" else ""
-        )
+        return f"norm of {self.groups} groups{_then(self.activation)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +258,10 @@ class LinearStep(Step):
 
     def describe(self) -> str:
         return f"linear {self.weight.shape[1]}->{self.weight.shape[0]}{_integers(self.requantize)}"
+
+
+def _then(activation: str) -> str:
+    return "" if activation == "none" else f" + {activation}"
 
 
 def _integers(requantize: Requantize | None) -> str:

@@ -27,11 +27,9 @@ class ConvBackend(Protocol):
         self, spec: ConvSpec, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> tuple[bool, str]:
         """Whether it runs this convolution on tensors of this dtype, device and layout; the reason if not."""
-        ...
 
     def prepare(self, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> ConvPlan:
         """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None -> (x, residual) -> y."""
-        ...
 
 
 BACKENDS: Registry[ConvBackend] = Registry(

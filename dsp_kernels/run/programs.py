@@ -19,19 +19,15 @@ class Executor(Protocol):
 
     def can_run(self, program: Program, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
         """Whether it runs this Program on tensors of this dtype and device; the reason if not."""
-        ...
 
     def prepare(self, program: Program) -> Runner:
         """The function; its tensors have any memory format, and the Program's dtype and device."""
-        ...
 
     def is_native(self, program: Program) -> bool:
         """Whether a call of this Program involves no PyTorch operation."""
-        ...
 
     def describe(self, program: Program, verbose: bool = False) -> list[str]:
         """How this executor runs each step; verbose: with what it launches for the example's batch."""
-        ...
 
 
 EXECUTORS: Registry[Executor] = Registry(

@@ -128,7 +128,7 @@ def export_torchscript(model: nn.Module, path: str | Path, example_input: Exampl
     inputs, plain = _two_images(model, example_input), _plain_form(model)
     with _exporting(model, path, plain, inputs) as temporary:
         # A TorchScript trace fixes the branches of the code and numbers computed from sizes.
-        if trace(plain, inputs).size_check is not None:
+        if trace(plain, inputs).captured.check is not None:
             raise DSPError("what forward() does depends on the size of the images")
         with warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)
