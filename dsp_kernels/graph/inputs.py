@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPShapeError
@@ -23,6 +24,13 @@ def as_inputs(example: Example) -> tuple[Tensor, ...]:
         expected = "a tensor of at least one image, or a tuple of tensors, one for each input of forward()"
         raise DSPShapeError(f"{wrong}; expected {expected}")
     return inputs
+
+
+def images_like(inputs: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, ...]]:
+    """The example and random images, by name: an example of zeros would hide a wrong weight or channel."""
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in inputs)
+    return {"the example input": inputs, "random images": tuple(noise)}
 
 
 def check_taken(model: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor]) -> None:

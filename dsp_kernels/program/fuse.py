@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError
 from dsp_kernels.graph.compare import compare_answers, tensors_of
-from dsp_kernels.graph.inputs import Example, fusable_inputs
+from dsp_kernels.graph.inputs import Example, fusable_inputs, images_like
 from dsp_kernels.graph.network import evaluating, trace
 from dsp_kernels.graph.operations.table import LEAF_TYPES
 from dsp_kernels.op.spec import memory_format_of
@@ -277,9 +277,6 @@ def _with_input_dtype(runner: Runner, dtype: torch.dtype) -> Runner:
 
 
 def _verify(fused: FusedNetwork, model: nn.Module, example: tuple[Tensor, ...]) -> None:
-    """Compare with the model; random images because zeros would hide a wrong weight."""
-    generator = torch.Generator().manual_seed(0)
-    noise = tuple(torch.randn(x.shape, generator=generator).to(x) for x in example)
     convs = [step for step in fused.program.steps if isinstance(step, ConvStep)]
     depth = len(convs) + sum(isinstance(step, LinearStep) for step in fused.program.steps)
     reduction = max((weight[0].numel() for step in convs for weight in step.weights), default=1)
@@ -294,7 +291,7 @@ def _verify(fused: FusedNetwork, model: nn.Module, example: tuple[Tensor, ...]) 
         # 1/255 of a range; bfloat16 rounds to 1/256.
         bound = network_tolerance(torch.bfloat16, 1, depth) if fused.program.notes else 0.0
     with evaluating(model), torch.no_grad(), torch.autocast(fused.device.type, enabled=False):
-        for images, inputs in (("the example input", example), ("random images", noise)):
+        for images, inputs in images_like(example).items():
             expected = model(*(x.clone() for x in inputs))  # a model may write into its input
             map_nested(_check_answered, expected)
             got = fused(*(x.clone() for x in inputs))

@@ -134,25 +134,23 @@ def groups_of_layers(survey: LayerSurvey, n_groups: GroupCount) -> tuple[LayerSu
 
     n_groups: one number, a mapping by name or ``(name, conv) -> number``.
     """
-    layers = survey.chosen
+    counts, small = {}, {}
     if isinstance(n_groups, Mapping):
-        check_names("n_groups needs one number", set(n_groups), {layer.name for layer in layers})
-        counts = {layer.name: n_groups[layer.name] for layer in layers}
-    elif callable(n_groups):
-        counts = {layer.name: n_groups(layer.name, layer.conv) for layer in layers}
-    else:
-        counts = {layer.name: n_groups for layer in layers}
-    small = {}
-    for layer in layers:
-        count = counts[layer.name]
+        check_names("n_groups needs one number", set(n_groups), {layer.name for layer in survey.chosen})
+    for layer in survey.chosen:
+        if isinstance(n_groups, Mapping):
+            count = n_groups[layer.name]
+        else:
+            count = n_groups(layer.name, layer.conv) if callable(n_groups) else n_groups
         where = "" if isinstance(n_groups, int | float) else f" for layer {layer.name!r}"
         if not is_count(count):
             raise DSPPruningError(f"n_groups is {count!r}{where}; expected an integer of at least 1")
         if count > layer.out_channels:
             small[layer.name] = f"{layer.out_channels} filters, too few for n_groups={count}"
-            del counts[layer.name]
+        else:
+            counts[layer.name] = count
     _check_any(counts, survey.excluded | small)
-    chosen = tuple(layer for layer in layers if layer.name in counts)
+    chosen = tuple(layer for layer in survey.chosen if layer.name in counts)
     return replace(survey, chosen=chosen, excluded=survey.excluded | small), counts
 
 
@@ -244,11 +242,8 @@ def _shortcuts(model: nn.Module, convs: Mapping[str, nn.Conv2d], example: tuple[
         network = trace(model, example)
     except DSPTraceError:
         return {name for name in pointwise if any(word in name.lower() for word in _SHORTCUT_NAMES)}
-    return {
-        node.path
-        for node in network.of_kind("conv")
-        if node.path in pointwise and _is_shortcut(network, node)
-    }
+    convs_of = (node for node in network.of_kind("conv") if node.path in pointwise)
+    return {node.path for node in convs_of if _is_shortcut(network, node)}
 
 
 def _is_shortcut(network: TracedNetwork, conv: TracedNode) -> bool:

@@ -19,7 +19,7 @@ from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPError, DSPFormatError, DSPPruningError, DSPShapeError, DSPVerificationError
 from dsp_kernels.file.encode import encode_network
 from dsp_kernels.graph.compare import check_finite, compare_answers, largest_difference, tensors_of
-from dsp_kernels.graph.inputs import Example, as_inputs, check_device
+from dsp_kernels.graph.inputs import Example, as_inputs, check_device, images_like
 from dsp_kernels.graph.network import TracedNetwork, captured, evaluating, keep_captured, trace
 from dsp_kernels.graph.size_check import FixedSizeConv2d, SizeCheck
 from dsp_kernels.tolerances import network_tolerance
@@ -156,35 +156,30 @@ def _read_in_training(model: nn.Module, network: TracedNetwork, graph: fx.Graph)
     graph: of the model in training mode.
     """
     held: dict[str, str] = {}
+
+    def learns(node: fx.Node) -> bool:
+        return node.op == "call_module" and bool(list(model.get_submodule(str(node.target)).parameters()))
+
     for node in graph.nodes:
-        path = str(node.target)
-        if (
-            node.op != "call_module"
-            or network.calls(path)
-            or not list(model.get_submodule(path).parameters())
-        ):
+        if not learns(node) or network.calls(str(node.target)):
             continue
+        reason = f"{str(node.target)!r}, which runs in training only, reads its channels"
         waiting = list(node.all_input_nodes)
         while waiting:  # back to modules that also run in eval mode; functions have other node names there
             source = waiting.pop()
-            if source.op == "call_module" and network.calls(str(source.target)):
-                for call in network.calls(str(source.target)):
-                    held.setdefault(call.name, f"{path!r}, which runs in training only, reads its channels")
-            elif source.op != "call_module" or not list(model.get_submodule(str(source.target)).parameters()):
+            calls = network.calls(str(source.target)) if source.op == "call_module" else ()
+            for call in calls:
+                held.setdefault(call.name, reason)
+            if not calls and not learns(source):
                 waiting.extend(source.all_input_nodes)
     return held
 
 
 class _Answers:
-    """The answers of the masked network to the example and to random images, which zeros cannot replace: an
-    example of zeros would hide a wrong channel."""
+    """The answers of the masked network to the example and to random images."""
 
     def __init__(self, masked: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        noise = tuple(
-            torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in inputs
-        )
-        self.given = {"the example input": inputs, "random images": noise}
+        self.given = images_like(inputs)
         layers = [module for module in masked.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         reduction = max((module.weight[0].numel() for module in layers), default=1)
         self.dtype = inputs[0].dtype
@@ -264,10 +259,8 @@ def _make_plain(module: nn.Module) -> None:
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
         for name, value in values.items():
-            originals = list(lists[name].parameters(recurse=False))
-            if originals:
-                made = nn.Parameter(value, requires_grad=_any_trained(originals))
-                module.register_parameter(name, made)
+            if originals := list(lists[name].parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(value, _any_trained(originals)))
             else:
                 module.register_buffer(name, value)
     for hook in list(module._forward_pre_hooks.values()):

@@ -1,5 +1,6 @@
 """What packing keeps: the channels of every tensor, and the groups of every convolution."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -62,30 +63,22 @@ class Planner:
         self.keep = tied_and_kept(self.map, needed, shared)
 
     def plan(self) -> PackingReport:
-        layers = {
-            plan.path: plan
-            for plan in map(self._layer, self.runs.values())
-            if plan.axis is None or plan.changes
-        }
-        kept: dict[str, int] = {}
-        reasons: dict[str, str] = {}
-        for name, (cause, reason) in self.fixed.items():
-            kept[cause] = kept.get(cause, 0) + int(self.free[name].sum())
-            reasons[cause] = reason
-        barriers = (
+        plans = map(self._layer, self.runs.values())
+        layers = {plan.path: plan for plan in plans if plan.axis is None or plan.changes}
+        kept: Counter[str] = Counter()
+        for name, (cause, _) in self.fixed.items():
+            kept[cause] += int(self.free[name].sum())
+        reasons = dict(self.fixed.values())
+        barriers = [
             Barrier(node.name, reasons[node.name], kept[node.name])
             for node in self.network
             if reasons.get(node.name)
-        )
-        return PackingReport(layers, tuple(barriers), self._needs())
-
-    def _needs(self) -> str:
-        """What the checks of the network's own input say."""
-        conditions: dict[str, None] = {}
+        ]
+        conditions: dict[str, None] = {}  # of the checks of the network's own input
         for node in self.network.of_kind("size_check"):
             if isinstance(node.module, SizeCheck) and self.network[node.inputs[0]].kind == "input":
                 conditions |= dict.fromkeys(node.module.conditions)
-        return needed_images(conditions) if conditions else ""
+        return PackingReport(layers, tuple(barriers), needed_images(conditions) if conditions else "")
 
     def _stays(self, node: TracedNode) -> bool:
         """Whether a parameter that the model's code reads cannot lose channels."""
