@@ -28,7 +28,13 @@ def traced_calls(model: nn.Module, example_input: Example | None = None) -> tupl
         raise DSPFormatError(f"{error}{advice}") from error
     if found.written:
         raise DSPFormatError(f"{type(model).__name__}.forward() gives the model another {found.written[0]}")
-    _check_inputs(found.graph, model, count, bool(inputs))
+    taken = sum(node.op == "placeholder" for node in found.graph.nodes)
+    if taken != count:
+        has = f", the example has {count}" if inputs else ""
+        raise DSPFormatError(
+            f"{type(model).__name__}.forward() takes {taken} inputs{has}; "
+            "pass save(..., example_input=...) with a tuple of all of them"
+        )
     if found.sized:
         return found, "eval"
     try:
@@ -49,15 +55,6 @@ def _captured_in_training(model: nn.Module, count: int) -> Captured:
     except Exception:  # a model that cannot be copied is itself in training mode for a moment
         copied = model
     return captured(copied, (), training=True, count=count)
-
-
-def _check_inputs(graph: fx.Graph, model: nn.Module, count: int, given: bool) -> None:
-    taken = sum(node.op == "placeholder" for node in graph.nodes)
-    if taken != count:
-        raise DSPFormatError(
-            f"{type(model).__name__}.forward() takes {taken} inputs{f', the example has {count}' * given}; "
-            "pass save(..., example_input=...) with a tuple of all of them"
-        )
 
 
 class _DiffersError(Exception):

@@ -54,34 +54,31 @@ class Captured:
     written: tuple[str, ...]
 
 
+@dataclass(frozen=True)
 class TracedNetwork:
-    """The nodes of a network in execution order.
+    """The nodes of a network by name, in execution order.
 
     graph_module: the fx graph module; it shares its submodules with the traced model.
     captured: the calls, as the model makes them.
     """
 
-    def __init__(
-        self, graph_module: fx.GraphModule, nodes: tuple[TracedNode, ...], captured: Captured
-    ) -> None:
-        self.graph_module = graph_module
-        self.nodes = nodes
-        self.captured = captured
-        self._by_name = {node.name: node for node in nodes}
+    graph_module: fx.GraphModule
+    nodes: Mapping[str, TracedNode]
+    captured: Captured
 
     def __getitem__(self, name: str) -> TracedNode:
-        return self._by_name[name]
+        return self.nodes[name]
 
     def __iter__(self) -> Iterator[TracedNode]:
-        return iter(self.nodes)
+        return iter(self.nodes.values())
 
     def of_kind(self, *kinds: str) -> tuple[TracedNode, ...]:
         """All nodes of these kinds, in execution order."""
-        return tuple(node for node in self.nodes if node.kind in kinds)
+        return tuple(node for node in self if node.kind in kinds)
 
     def calls(self, path: str) -> tuple[TracedNode, ...]:
         """All nodes that call the module at this path: several if it is reused."""
-        return tuple(node for node in self.nodes if node.path == path)
+        return tuple(node for node in self if node.path == path)
 
 
 def captured(
@@ -172,7 +169,7 @@ def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
     If forward() of a model of one input needs sizes as Python numbers, it is traced for the example's height
     and width. A graph that depends on them begins with a SizeCheck.
 
-    The model's modes, buffers and parameters do not change.
+    The model does not change.
     Raises DSPTraceError if torch.fx cannot trace the model, naming the line of its code, or if the model does
     not run on the example; DSPShapeError for an example of more inputs than forward() takes.
     """
@@ -204,7 +201,7 @@ def trace(model: nn.Module, example_input: Example) -> TracedNetwork:
             f"{type(model).__name__}.forward() writes into {changed[0]} in eval mode; expected a forward() "
             "that changes no buffer and no part of a tensor in place"
         )
-    return TracedNetwork(graph_module, tuple(recorder.nodes.values()), found)
+    return TracedNetwork(graph_module, recorder.nodes, found)
 
 
 def _compare(model: nn.Module, graph_module: fx.GraphModule, image: Tensor) -> None:
@@ -250,11 +247,8 @@ class _Recorder(fx.Interpreter):
             operation = UNKNOWN
         sources = [self.nodes[source.name] for source in n.all_input_nodes]
         batched = n.op == "placeholder" or any(source.batched for source in sources)
-        known = operation.kind == "state" or (
-            operation.channels == "same"
-            and bool(sources)
-            and all(source.value is not None for source in sources)
-        )
+        held = bool(sources) and all(source.value is not None for source in sources)
+        known = operation.kind == "state" or (operation.channels == "same" and held)
         axis = 1 if batched else channel_axis(shape or ())
         width = shape[axis] if shape is not None and axis is not None and len(shape) > axis else 0
         return TracedNode(

@@ -126,11 +126,6 @@ class _Rewriter:
         return Requantize(multiplier, None, low, high, exact, self.grids[read].low < 0)
 
 
-def _named(step: Step) -> str:
-    path = getattr(step, "path", "")
-    return f"layer {path!r}" if path else step.output
-
-
 def _float32(name: str, value: float) -> float:
     rounded = float(np.float32(value))
     if not math.isfinite(rounded):
@@ -144,7 +139,9 @@ def _bias(step: Step, bias: Tensor | None, out: Grid) -> Tensor | None:
 
 def _finite(step: Step, numbers: Tensor) -> Tensor:
     if not bool(numbers.isfinite().all()):
-        raise DSPError(f"{_named(step)}: weights or scales are too large to quantise, or not finite")
+        path = getattr(step, "path", "")
+        where = f"layer {path!r}" if path else step.output
+        raise DSPError(f"{where}: weights or scales are too large to quantise, or not finite")
     return numbers
 
 

@@ -19,12 +19,6 @@ class LRU(Generic[T]):
     """Thread-safe cache of at most ``limit`` entries and, given ``size_of``, at most ``max_size`` in total.
 
     A value larger than ``max_size`` is not kept.
-
-    >>> cache: LRU[str] = LRU(2)
-    >>> [cache.get_or_make(n, lambda: "made") for n in (1, 2, 3)]
-    ['made', 'made', 'made']
-    >>> cache.get(1) is None, cache.get(3)
-    (True, 'made')
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dsp_kernels.graph.operations.entry import Attributes, Call, Found, TracedNode, flat
+from dsp_kernels.graph.operations.entry import Attributes, Call, Found, flat
 from dsp_kernels.graph.operations.maps import full_index, is_literal
 
 
@@ -170,16 +170,11 @@ def equal_constants(attributes: Mapping[str, Any], values: Sequence[Tensor], fro
 # -- a shuffle in three steps: (N, C, H, W) -> (N, a, b, H, W) -> (N, b, a, H, W) -> (N, C, H, W)
 
 
-def same_grid(call: Call) -> Found:
+def same_grid(call: Call) -> Attributes:
     """Of an identity, which keeps a grid."""
-    source = call.first
-    return {} if source is None else _grid_of(source)
-
-
-def _grid_of(node: TracedNode) -> Attributes:
-    if "grid" not in node.attributes:
+    if call.first is None or "grid" not in call.first.attributes:
         return {}
-    return {name: node.attributes[name] for name in ("grid", "origin", "order", "width")}
+    return {name: call.first.attributes[name] for name in ("grid", "origin", "order", "width")}
 
 
 def split_channels(call: Call) -> Found:
@@ -206,7 +201,7 @@ def swap_channels(call: Call) -> Found:
     first, second = source.attributes["grid"]
     index = torch.arange(source.width).view(first, second).T.flatten()
     order = source.attributes["order"][index]
-    return {**_grid_of(source), "grid": (second, first), "index": (index,), "order": order}
+    return {**same_grid(call), "grid": (second, first), "index": (index,), "order": order}
 
 
 def join_channels(call: Call) -> Found:

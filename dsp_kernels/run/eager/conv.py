@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -86,9 +87,10 @@ def _uniform(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> 
 
 
 def _single(
-    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, read: Tensor | None = None
+    spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None, gathers: bool = False
 ) -> Callable[[Tensor], Tensor]:
     weight = dense_weight(spec.structure, weights, spec.kernel_size)
+    read = torch.tensor(spec.structure.read, device=weight.device) if gathers else None
     weight = weight if read is None else weight[:, read]
     weight = weight.contiguous(memory_format=torch.channels_last)
     added = live_bias(spec.structure, bias)
@@ -100,16 +102,11 @@ def _single(
     return convolve
 
 
-def _gathered(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return _single(spec, weights, bias, torch.tensor(spec.structure.read, device=weights[0].device))
-
-
 def _per_group(spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    indices = index_tensors(spec.structure, weights[0].device)
     branches = [
         (in_index, out_index, weight, None if bias is None else bias[out_index])
-        for in_index, out_index, weight in zip(
-            *index_tensors(spec.structure, weights[0].device), weights, strict=True
-        )
+        for in_index, out_index, weight in zip(*indices, weights, strict=True)
     ]
 
     def convolve(x: Tensor) -> Tensor:
@@ -132,6 +129,6 @@ FORMS: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
     "constant": _constant,
     "uniform": _uniform,
     "single": _single,
-    "gathered": _gathered,
+    "gathered": partial(_single, gathers=True),
     "per_group": _per_group,
 }
