@@ -10,7 +10,7 @@
 # make test-triton     compile every configuration of the Triton kernel without a GPU (minutes)
 # make test-triton36   the same with Triton 3.6
 # make fuzz   damage 20,000 saved files and load them
-# make test-zoo   every network of the zoo, and docs/notes/zoo.md
+# make test-zoo   every network of the zoo: the rows of docs/notes/zoo.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -70,7 +70,7 @@ test-triton36: $(INSTALLED)
 	DSP_TEST_ALL_TRITON=1 PYTHONPATH=build/triton36 $(BIN)/python -m pytest -rP tests/triton_interpreted/test_triton_aot.py
 
 test-zoo: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py --out docs/notes/zoo.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/zoo/run.py
 
 fuzz: $(INSTALLED)
 	$(BIN)/python scripts/safety/fuzz_files.py --count 20000

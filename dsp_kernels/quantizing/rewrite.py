@@ -55,8 +55,8 @@ class _Rewriter:
         self._floats(program.outputs)
         made = (*program.inputs, *(step.output for step in self.steps))
         outputs = tuple(name for name in made if name in program.outputs)
-        given = {"steps": tuple(self.steps), "shapes": self.shapes, "notes": self.choice.why}
-        return replace(program, outputs=outputs, **given)
+        program = replace(program, steps=tuple(self.steps), outputs=outputs)
+        return replace(program, shapes=self.shapes, notes=self.choice.why)
 
     def _add(self, step: Step) -> None:
         self.steps.append(step)
