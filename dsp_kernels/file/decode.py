@@ -203,9 +203,8 @@ def _dense_widths(header: Mapping[str, Any]) -> dict[str, tuple[int, int, int]] 
 def _parent(root: nn.Module, path: Any) -> nn.Module:
     """The module that holds ``path``, whose last part has to be a new, plain name in it."""
     parts = path.split(".") if isinstance(path, str) else []
-    if not 1 <= len(parts) <= 32 or not all(
-        _PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts
-    ):
+    plain = all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in parts)
+    if not plain or not 1 <= len(parts) <= 32:
         raise DSPFormatError(f"{str(path)[:80]!r} is no path of a module")
     parent = root
     for part in parts[:-1]:

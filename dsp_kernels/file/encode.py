@@ -122,9 +122,8 @@ def _check_state(module: nn.Module, encoded: dict[str, Any], path: str) -> None:
 def _tied(model: nn.Module) -> dict[str, str]:
     """Name in the state dict -> the first name of the same tensor, for tensors of several names."""
     first: dict[int, str] = {}
-    names = {
-        name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()
-    }
+    state = model.state_dict(keep_vars=True)
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
     return {name: earlier for name, earlier in names.items() if name != earlier}
 
 

@@ -64,9 +64,7 @@ def read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[st
 # The attribute of the network that a call may read besides its tensors: whether it is in training mode.
 TRAINING = "training"
 # Modules that only hold others; a file keeps them for the names and the order of the state dict.
-CONTAINERS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (nn.Module, nn.Sequential, nn.ModuleList)
-}
+CONTAINERS: dict[str, type[nn.Module]] = {t.__name__: t for t in (nn.Module, nn.Sequential, nn.ModuleList)}
 # dtypes that an argument may name.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

@@ -62,9 +62,7 @@ def save(model: nn.Module, path: str | Path, example_input: Example | None = Non
         example_input = example_of(quantized) if example_input is None else example_input
     elif isinstance(model, FusedNetwork):
         raise DSPFormatError("a fused network holds no parameters: save the packed one that it was made from")
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     header, numbers = _describe(model, tensors, example_input, quantized is not None)
     if quantized is not None:
         header[RECORD] = encode_record(quantized, numbers)
@@ -142,10 +140,9 @@ def _describe(
     tensors |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
     for path, widths in (getattr(model, "dense_widths", None) or {}).items():
         # Readers of version 3 and before know no tensors here. swap() folds some tensors away.
-        if path in parts["tensors"] or path in parts["modules"]:
-            parts.setdefault("dense_tensors" if path in parts["tensors"] else "dense_widths", {})[path] = (
-                widths
-            )
+        for kind, key in (("tensors", "dense_tensors"), ("modules", "dense_widths")):
+            if path in parts[kind]:
+                parts.setdefault(key, {})[path] = widths
     table = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     candidates, given = _input_shapes(model, example_input)
     errors: list[DSPFormatError] = []

@@ -147,9 +147,7 @@ def _fingerprint(model: nn.Module) -> Any:
         return value if isinstance(value, bool | int | float | str | type(None)) else (type(value), id(value))
 
     modules = model.named_modules(remove_duplicate=False)
-    return [
-        (path, type(m), {n: plain(v) for n, v in vars(m).items() if n != "training"}) for path, m in modules
-    ]
+    return [(p, type(m), {n: plain(v) for n, v in vars(m).items() if n != "training"}) for p, m in modules]
 
 
 def call_graph(model: nn.Module) -> fx.Graph | None:

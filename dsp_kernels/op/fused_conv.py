@@ -44,9 +44,8 @@ class FusedConv2d(nn.Module):
         spec.check_constants(weights, bias)
         self.spec = spec
         self.backend = BACKENDS.check(backend)
-        self.weights = nn.ParameterList(
-            nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights
-        )
+        copies = (weight.detach().clone() for weight in weights)
+        self.weights = nn.ParameterList(nn.Parameter(copy, requires_grad=False) for copy in copies)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.reset_index(next((t.device for t in (*weights, *([] if bias is None else [bias]))), None))
         self._plan: tuple[tuple[Any, ...], Any, ConvPlan] | None = None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +53,10 @@ class PackedConv2d(nn.Module):
         self.stride = pair(stride, "stride", 1)
         self.padding = pair(padding, "padding", 0)
         self.dilation = pair(dilation, "dilation", 1)
-        self.weights = nn.ParameterList(
-            torch.empty(len(g.out_index), len(g.in_index), *self.kernel_size, device=device, dtype=dtype)
-            for g in structure.groups
-        )
-        self.bias = (
-            nn.Parameter(torch.empty(structure.out_channels, device=device, dtype=dtype)) if bias else None
-        )
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        sizes = ((len(group.out_index), len(group.in_index)) for group in structure.groups)
+        self.weights = nn.ParameterList(empty(*size, *self.kernel_size) for size in sizes)
+        self.bias = nn.Parameter(empty(structure.out_channels)) if bias else None
         self.reset_index(device)
         self.reset_parameters()
 
@@ -121,10 +119,8 @@ class PackedConv2d(nn.Module):
         return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
     def _zeros(self, x: Tensor, channels: int) -> Tensor:
-        height, width = conv_output_hw(
-            x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
-        )
-        return x.new_zeros(x.shape[0], channels, height, width)
+        settings = self.kernel_size, self.stride, self.padding, self.dilation
+        return x.new_zeros(x.shape[0], channels, *conv_output_hw(x.shape[2:], *settings))
 
     def extra_repr(self) -> str:
         return f"{self.spec}, bias={self.bias is not None}"

@@ -68,20 +68,18 @@ class GroupStructure:
                 raise DSPStructureError(f"{name} is {getattr(self, name)}; expected at least 1")
         owner: dict[int, int] = {}
         checked = []
-        for number, group in enumerate(self.groups):
-            in_index = _index(group.in_index, self.in_channels, f"group {number} in_index", "in_channels")
-            out_index = _index(
-                group.out_index, self.out_channels, f"group {number} out_index", "out_channels"
-            )
+        for place, group in enumerate(self.groups):
+            in_index = _index(group.in_index, self.in_channels, f"group {place} in_index", "in_channels")
+            out_index = _index(group.out_index, self.out_channels, f"group {place} out_index", "out_channels")
             if not out_index:
-                raise DSPStructureError(f"group {number} writes no output channel; leave it out instead")
+                raise DSPStructureError(f"group {place} writes no output channel; leave it out instead")
             for channel in out_index:
                 if channel in owner:
                     raise DSPStructureError(
-                        f"output channel {channel} is in group {owner[channel]} and in group {number}; "
+                        f"output channel {channel} is in group {owner[channel]} and in group {place}; "
                         "an output channel belongs to one group at most"
                     )
-                owner[channel] = number
+                owner[channel] = place
             checked.append(Group(in_index, out_index))
         read = {channel for group in checked for channel in group.in_index}
         derived = {

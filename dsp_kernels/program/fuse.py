@@ -204,9 +204,8 @@ class FusedNetwork(nn.Module):
             size = "x".join(map(str, self.program.shapes.get(step.output, ())[1:]))
             why = f", float: {notes[step.output]}" if step.output in notes else ""
             how = "; ".join(filter(None, (form, clocked.get(step.output))))
-            lines.append(
-                f"  {step.output:<28} {size:<12} {step.describe()}{why}{f'  [{how}]' if how else ''}"
-            )
+            shown = f"{step.describe()}{why}{f'  [{how}]' if how else ''}"
+            lines.append(f"  {step.output:<28} {size:<12} {shown}")
         return "\n".join(lines)
 
     def train(self, mode: bool = True) -> FusedNetwork:

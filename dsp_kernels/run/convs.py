@@ -32,9 +32,7 @@ class ConvBackend(Protocol):
         """weights[g]: (O_g, C_g, kh, kw), bias: (out_channels,) or None -> (x, residual) -> y."""
 
 
-BACKENDS: Registry[ConvBackend] = Registry(
-    "backend", *map(GpuBackend, GPU_KERNELS), CpuBackend(), EagerBackend()
-)
+BACKENDS = Registry[ConvBackend]("backend", *map(GpuBackend, GPU_KERNELS), CpuBackend(), EagerBackend())
 
 
 # (backend, spec, storages of all constants) -> (what changes with their values, weak references that drop
@@ -97,9 +95,8 @@ def first_working(
                 if other is None:
                     raise
                 _failed.add((backend.name, spec))
-                warnings.warn(
-                    f"{other.name} takes over, because {backend.name} failed: {error}", stacklevel=2
-                )
+                reason = f"because {backend.name} failed: {error}"
+                warnings.warn(f"{other.name} takes over, {reason}", stacklevel=2)
                 backend, plan = other, prepared(other, spec, weights, bias)
 
     return run

@@ -30,9 +30,5 @@ class Executor(Protocol):
         """How this executor runs each step; verbose: with what it launches for the example's batch."""
 
 
-EXECUTORS: Registry[Executor] = Registry(
-    "backend",
-    *(CudaExecutor(name) for name in ("cuda", "triton", "cudnn")),
-    CpuExecutor(),
-    EagerExecutor(),
-)
+_GPU = map(CudaExecutor, ("cuda", "triton", "cudnn"))
+EXECUTORS = Registry[Executor]("backend", *_GPU, CpuExecutor(), EagerExecutor())

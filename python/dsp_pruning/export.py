@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,9 +68,7 @@ def export_onnx(
 
     names = ["input", *(f"input_{number}" for number in range(1, len(inputs)))]
     settings: dict[str, Any] = {"input_names": names, "output_names": ["output"], "opset_version": opset}
-    export: Callable[..., Any] = partial(
-        torch.onnx.export, plain, inputs, dynamo=True, verbose=False, **settings
-    )
+    export: Any = partial(torch.onnx.export, plain, inputs, dynamo=True, verbose=False, **settings)
     first, *rest = _any_batch(inputs)
     program, fixed = None, ""
     with _exporting(model, path, plain, inputs) as temporary:

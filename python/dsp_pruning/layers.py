@@ -121,11 +121,8 @@ def survey_layers(
     infos = []
     for name in chosen:
         conv = convs[name]
-        kernel_size = (conv.kernel_size[0], conv.kernel_size[1])
-        input_hw, output_hw = ((shape[-2], shape[-1]) for shape in shapes[conv])
-        infos.append(
-            LayerInfo(name, conv, conv.in_channels, conv.out_channels, kernel_size, input_hw, output_hw)
-        )
+        sizes = ((size[-2], size[-1]) for size in (conv.kernel_size, *shapes[conv]))
+        infos.append(LayerInfo(name, conv, conv.in_channels, conv.out_channels, *sizes))
     return LayerSurvey(convs, tuple(infos), excluded, example)
 
 

@@ -93,9 +93,8 @@ def openvino(path: Path) -> Callable[[Tensor], Any]:
     """The file in OpenVINO, float32: images -> answers."""
     from openvino import Core
 
-    compiled = Core().compile_model(
-        path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    )
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = Core().compile_model(path, "CPU", settings)
     return lambda x: [torch.from_numpy(answer) for answer in compiled(x.numpy()).values()]
 
 

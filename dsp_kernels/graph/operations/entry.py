@@ -159,9 +159,7 @@ class Call:
         """The module's settings of these names, or the arguments after the first, in this order."""
         if self.module is not None:
             return {name: getattr(self.module, name) for name in defaults}
-        return {
-            name: self.argument(i, name, default) for i, (name, default) in enumerate(defaults.items(), 1)
-        }
+        return {name: self.argument(i, name, value) for i, (name, value) in enumerate(defaults.items(), 1)}
 
     def sizes(self) -> list[Any]:
         """All leaves of the positional arguments after the first."""

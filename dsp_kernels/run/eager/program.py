@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,9 +109,8 @@ def elementwise(step: steps.ElementwiseStep, channel_axis: int = 1) -> Callable[
     if step.scale is not None and step.shift is not None:
         shape = [-1 if axis == channel_axis else 1 for axis in range(4)]
         scale, shift = step.scale.view(shape), step.shift.view(shape)
-        return lambda values, out=None: activate_(
-            torch.addcmul(shift, values[first], scale, out=out), activation
-        )
+        multiply = partial(torch.addcmul, shift)
+        return lambda values, out=None: activate_(multiply(values[first], scale, out=out), activation)
     if step.kind == "activation":
 
         def call(values: dict[str, Any], out: Tensor | None = None) -> Tensor:

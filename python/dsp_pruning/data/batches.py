@@ -40,9 +40,8 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool, crop_padd
         images = torch.nn.functional.pad(images, (crop_padding,) * 4)
     of_batch = torch.arange(batch, device=device).view(-1, 1, 1, 1)
     of_channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
-    return images[
-        of_batch, of_channel, rows.to(device)[:, None, :, None], columns.to(device)[:, None, None, :]
-    ]
+    rows, columns = rows.to(device)[:, None, :, None], columns.to(device)[:, None, None, :]
+    return images[of_batch, of_channel, rows, columns]
 
 
 def training_batches(

@@ -91,9 +91,8 @@ class ImageData:
         return int(self.train.images.shape[2]), int(self.train.images.shape[3])
 
     def to(self, device: torch.device | str) -> ImageData:
-        return replace(
-            self, **{name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
-        )
+        splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **splits)
 
     def example(self) -> Tensor:
         """A batch of one, all zeros, for tracing: float32 (1, channels, height, width)."""

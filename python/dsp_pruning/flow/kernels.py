@@ -39,9 +39,7 @@ def dense_weight(module: nn.Module | None) -> Tensor:
     if isinstance(module, nn.Linear):
         return module.weight.detach()[:, :, None]
     if isinstance(module, nn.ConvTranspose2d):
-        rows = module.weight.detach().unflatten(
-            0, (module.groups, -1)
-        )  # [groups, C / groups, O / groups, ..]
+        rows = module.weight.detach().unflatten(0, (module.groups, -1))  # [groups, C / groups, ...]
         return rows.transpose(1, 2).flatten(0, 1)
     if isinstance(module, nn.Conv2d):
         return module.weight.detach()

@@ -89,10 +89,8 @@ class ChannelMap:
         if how == "barrier" or not widths:
             return None
         if how == "joined":
-            places = every.split(widths)
-            return tuple(
-                Link(name, place - place[0], place) for name, place in zip(node.operands, places, strict=True)
-            )
+            places = zip(node.operands, every.split(widths), strict=True)
+            return tuple(Link(name, place - place[0], place) for name, place in places)
         if how == "index":
             first, *others = node.operands  # the others hold the index
             links = (Link(first, index, every) for index in node.attributes["index"])

@@ -85,7 +85,5 @@ class PackingReport:
         lines = [f"{self.removed} channels removed, {self.folded} constants folded"]
         lines += [f"needs {self.needs}"] if self.needs else []
         lines += [f"cannot be saved: {self.unsaved}"] if self.unsaved else []
-        lines += [
-            f"kept {barrier.kept} channels: {barrier.reason}" for barrier in self.barriers if barrier.kept
-        ]
+        lines += [f"kept {one.kept} channels: {one.reason}" for one in self.barriers if one.kept]
         return "\n".join(lines)

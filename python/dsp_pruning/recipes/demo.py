@@ -68,9 +68,8 @@ def run_demo(
     data = load_digits(config.seed)
     common = asdict(config)
     epochs, groups, prune = (common.pop(name) for name in ("epochs", "groups", "prune"))
-    trained = pretrain(
-        data, PretrainConfig(**common, epochs=epochs), directory / "pretrain", progress=progress("pretrain")
-    )
+    settings = PretrainConfig(**common, epochs=epochs)
+    trained = pretrain(data, settings, directory / "pretrain", progress=progress("pretrain"))
     learned = learn_groups(
         data,
         trained.model.state_dict(),

@@ -69,9 +69,8 @@ class RunConfig:
         return {**plain, "data": data.name, "train_images": len(data.train)}
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        return torch.optim.SGD(
-            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        settings: Any = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        return torch.optim.SGD(model.parameters(), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,9 +163,8 @@ class Trainer:
             self._save()
         if self.epoch < self.config.epochs and distributed.is_distributed():
             device = next(self.model.parameters()).device
-            self._forward = DistributedDataParallel(
-                self.model, device_ids=[device] if device.type == "cuda" else None
-            )
+            devices = [device] if device.type == "cuda" else None
+            self._forward = DistributedDataParallel(self.model, device_ids=devices)
         while self.epoch < self.config.epochs:
             self.hook.before_epoch(self.epoch)
             started = time.perf_counter()
