@@ -41,12 +41,9 @@ def tensor_table(file: Any, path: str | Path) -> TensorTable:
     """Name -> shape and dtype of every tensor of an open safetensors file, without reading one."""
     table = {}
     for name in file.keys():  # noqa: SIM118  # not a dict
-        part = file.get_slice(name)
-        dtype = part.get_dtype()
-        if dtype not in _DTYPES:
-            raise DSPFormatError(
-                f"{path}: tensor {name!r} has dtype {dtype}; expected one of {', '.join(_DTYPES)}"
-            )
+        part, known = file.get_slice(name), ", ".join(_DTYPES)
+        if (dtype := part.get_dtype()) not in _DTYPES:
+            raise DSPFormatError(f"{path}: tensor {name!r} has dtype {dtype}; expected one of {known}")
         table[name] = tuple(part.get_shape()), _DTYPES[dtype]
     return table
 
@@ -63,15 +60,11 @@ def check_tensors(model: nn.Module, table: TensorTable, path: str | Path) -> Non
         missing, foreign = sorted(set(expected) - set(table))[:3], sorted(set(table) - set(expected))[:3]
         raise DSPFormatError(f"{path}: tensors missing: {missing}; not of this model: {foreign}")
     for name, tensor in expected.items():
-        shape, dtype = table[name]
+        what, (shape, dtype) = f"{path}: tensor {name!r}", table[name]
         if shape != tuple(tensor.shape):
-            raise DSPFormatError(
-                f"{path}: tensor {name!r} has shape {list(shape)}; expected {list(tensor.shape)}"
-            )
+            raise DSPFormatError(f"{what} has shape {list(shape)}; expected {list(tensor.shape)}")
         if dtype.is_floating_point != tensor.is_floating_point():
-            raise DSPFormatError(
-                f"{path}: tensor {name!r} has dtype {dtype}; expected a dtype like {tensor.dtype}"
-            )
+            raise DSPFormatError(f"{what} has dtype {dtype}; expected a dtype like {tensor.dtype}")
     floats = {str(dtype).removeprefix("torch.") for _, dtype in table.values() if dtype.is_floating_point}
     if len(floats) > 1:
         raise DSPFormatError(f"{path}: tensors of several floating dtypes: {', '.join(sorted(floats))}")

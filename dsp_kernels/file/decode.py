@@ -152,9 +152,7 @@ def build_network(header: Mapping[str, Any], table: TensorTable, budget: Budget)
         elif kind == "buffer":
             parent.register_buffer(name, tensor)
         else:
-            raise DSPFormatError(
-                f"tensor {path!r} is a {kind!r} of {dtype}; expected a parameter or a buffer"
-            )
+            raise DSPFormatError(f"tensor {path!r} is a {kind!r} of {dtype}; expected a parameter or buffer")
     graph = fx.Graph()
     nodes: list[fx.Node] = []
     names = {"module": callable_paths, "tensor": {TRAINING, *table}}
@@ -245,10 +243,8 @@ def build_module(described: Any, path: str, budget: Budget) -> nn.Module:
         raise DSPFormatError(f"layer {path!r} cannot be made from its description: {error}") from error
 
 
-def _fused(
-    structure: GroupStructure, bias: Any, backend: Any, activation: Any, **settings: Any
-) -> FusedConv2d:
-    spec = ConvSpec(structure, **settings, activation=activation)
+def _fused(structure: GroupStructure, bias: Any, backend: Any, **settings: Any) -> FusedConv2d:
+    spec = ConvSpec(structure, **settings)
     weights = [torch.empty(len(g.out_index), len(g.in_index), *spec.kernel_size) for g in structure.groups]
     return FusedConv2d(spec, weights, torch.empty(structure.out_channels) if bias else None, backend)
 

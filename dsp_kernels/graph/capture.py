@@ -91,9 +91,7 @@ class Proxy(fx.Proxy):
         return super().__len__() if length is None else length
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise fx.proxy.TraceError(
-            "it writes into a part of a tensor there; make a new one, as torch.cat does"
-        )
+        raise fx.proxy.TraceError("it writes into a part of a tensor there; make another, as torch.cat does")
 
 
 def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.op.structure import Group, GroupStructure
 
+Indices = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
-def index_tensors(
-    structure: GroupStructure, device: torch.device | str | None = None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+
+def index_tensors(structure: GroupStructure, device: torch.device | str | None = None) -> Indices:
     """(in_index, out_index): for every group g int64 tensors of shape (C_g,) and (O_g,)."""
 
     def tensor(index: tuple[int, ...]) -> Tensor:

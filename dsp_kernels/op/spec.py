@@ -88,9 +88,7 @@ class ConvSpec:
         """
         groups = self.structure.groups
         if len(weights) != len(groups):
-            raise DSPShapeError(
-                f"got {len(weights)} weights for {len(groups)} groups; expected one per group"
-            )
+            raise DSPShapeError(f"{len(weights)} weights for {len(groups)} groups; expected one per group")
         for number, (group, weight) in enumerate(zip(groups, weights, strict=True)):
             expected = (len(group.out_index), len(group.in_index), *self.kernel_size)
             if tuple(weight.shape) != expected:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from dsp_kernels.errors import DSPError, DSPShapeError, DSPStructureError
 from dsp_kernels.op.activations import activation_gradient
-from dsp_kernels.op.dense import index_tensors
+from dsp_kernels.op.dense import Indices, index_tensors
 from dsp_kernels.op.spec import ConvSpec, memory_format_of
 from dsp_kernels.op.structure import GroupStructure
 from dsp_kernels.run.convs import BACKENDS, ConvPlan, first_working
@@ -92,9 +92,7 @@ def call_op(*arguments: Any) -> Tensor:
     return OP(*arguments)
 
 
-def _new_index(
-    structure: GroupStructure, device: torch.device
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _new_index(structure: GroupStructure, device: torch.device) -> Indices:
     with torch.inference_mode(False):
         return index_tensors(structure, device)
 
@@ -102,9 +100,7 @@ def _new_index(
 _index_by_structure = lru_cache(maxsize=1024)(_new_index)
 
 
-def _cached_index(
-    structure: GroupStructure, device: torch.device
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _cached_index(structure: GroupStructure, device: torch.device) -> Indices:
     return _index_by_structure(structure, device)
 
 

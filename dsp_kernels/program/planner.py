@@ -349,7 +349,7 @@ class _Planner:
         left, right = (self.network[name] for name in node.operands)
         operation = node.attributes["operation"]
         if left.batched != right.batched:
-            return self._with_parameter(node, left, right, operation)
+            return self._with_parameter(node, left, right)
         a, b = (left.shape or (), right.shape or ())
         # One operand may be a single pixel per channel.
         fits = a and (a == b or (len(a) == 4 and a[:2] == b[:2] and (1, 1) in (a[2:], b[2:])))
@@ -364,10 +364,9 @@ class _Planner:
             return _UNKNOWN
         return steps.ElementwiseStep(node.name, self._operands(node), "multiply")
 
-    def _with_parameter(
-        self, node: TracedNode, left: TracedNode, right: TracedNode, operation: str
-    ) -> Step | str:
+    def _with_parameter(self, node: TracedNode, left: TracedNode, right: TracedNode) -> Step | str:
         x, held = (left, right) if left.batched else (right, left)
+        operation = node.attributes["operation"]
         if held.value is None or held.value.numel() != node.width or len(node.shape or ()) != 4:
             return _UNKNOWN
         value = self._per_channel(node, held.value)
