@@ -29,15 +29,15 @@ def op_tolerance(dtype: torch.dtype, reduction: int) -> float:
     return rounding + _DEVIATIONS * torch.finfo(ACCUMULATE[dtype]).eps * math.sqrt(max(reduction, 1))
 
 
-def half_sums_tolerance(reduction: int, terms: int = HALF_TERMS) -> float:
-    """As ``op_tolerance``, for float16 products that are summed ``terms`` at a time in float16.
+def half_sums_tolerance(reduction: int) -> float:
+    """As ``op_tolerance``, for float16 products that are summed HALF_TERMS at a time in float16.
 
     Of n terms of random signs, the i-th partial sum is about sqrt(i / n) of the whole; rounding it adds an
     error of at most eps / 2 of that, eps / sqrt(12) in the root mean square. Together: eps / 2 * sqrt(n / 6).
     A longer sum has the same relative error, because the errors of its parts are independent.
     """
     eps = torch.finfo(torch.float16).eps
-    parts = _DEVIATIONS * eps / 2 * math.sqrt(min(max(reduction, 1), terms) / 6)
+    parts = _DEVIATIONS * eps / 2 * math.sqrt(min(max(reduction, 1), HALF_TERMS) / 6)
     return parts + op_tolerance(torch.float32, reduction)
 
 

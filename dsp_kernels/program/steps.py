@@ -47,7 +47,7 @@ class Step:
 
     def describe(self) -> str:
         """One line of ``explain()``."""
-        return type(self).__name__.removesuffix("Step").lower()
+        return type(self).__name__.removesuffix("Step").lower() + _integers(getattr(self, "requantize", None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,9 +236,6 @@ class GlobalPoolStep(Step):
 
     keepdim: bool
     requantize: Requantize | None = None
-
-    def describe(self) -> str:
-        return f"{super().describe()}{_integers(self.requantize)}"
 
 
 @dataclass(frozen=True, eq=False)

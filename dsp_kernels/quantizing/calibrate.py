@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ def find_grids(choice: Choice, inputs: Sequence[Tensor], method: str) -> dict[st
     ends: dict[str, list[Tensor]] = {root: [] for root in choice.scaled.values()}
     samples: dict[str, list[Tensor]] = {root: [] for root in ends}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for parts in _with_bar(list(zip(*(x.split(batch) for x in inputs), strict=True))):
+        for parts in zip(*(x.split(batch) for x in inputs), strict=True):
             for name, value in zip(program.outputs, run(parts), strict=True):
                 flat, root = value.reshape(-1), choice.scaled[name]
                 ends[root].append(torch.stack(flat.aminmax()))
@@ -65,16 +64,6 @@ def find_grids(choice: Choice, inputs: Sequence[Tensor], method: str) -> dict[st
             raise DSPError(f"{root} is not finite for the calibration images")
         grids[root] = _grid(torch.cat(samples[root]), low, high, method, choice.limits.get(root))
     return {name: grids[root] for name, root in choice.scaled.items()}
-
-
-def _with_bar(batches: list[Any]) -> Iterable[Any]:
-    """With a progress bar on a terminal, if it takes longer than two seconds and tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
-    bar: Iterable[Any] = tqdm(batches, "calibrating", delay=2, leave=False, disable=None)
-    return bar
 
 
 def _grid(samples: Tensor, low: float, high: float, method: str, limit: int | None) -> Grid:
