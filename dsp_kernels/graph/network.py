@@ -249,20 +249,11 @@ class _Recorder(fx.Interpreter):
         known = operation.kind == "state" or (operation.channels == "same" and held)
         axis = 1 if batched else channel_axis(shape or ())
         width = shape[axis] if shape is not None and axis is not None and len(shape) > axis else 0
-        return TracedNode(
-            name=n.name,
-            operation=operation,
-            inputs=tuple(source.name for source in sources),
-            users=tuple(node.name for node in n.users),
-            path=path,
-            module=module,
-            attributes=attributes,
-            shape=shape,
-            width=attributes.get("width", width),
-            value=result if known and isinstance(result, Tensor) else None,
-            batched=batched,
-            fx_node=n,
-        )
+        value = result if known and isinstance(result, Tensor) else None
+        inputs, users = tuple(node.name for node in sources), tuple(node.name for node in n.users)
+        width = attributes.get("width", width)
+        described = path, module, attributes, shape, width, value, batched
+        return TracedNode(n.name, operation, inputs, users, *described, fx_node=n)
 
 
 def _dtype_advice(model: nn.Module, inputs: Sequence[Tensor]) -> str:

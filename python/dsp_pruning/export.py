@@ -180,12 +180,10 @@ class _PlainConv(nn.Module):
         self.register_buffer("gather", torch.tensor(read, device=some.device) if gathers else None)
         self.register_buffer("order", order if order.tolist() != list(every) else None)
         bias = live_bias(structure, fused.bias)
-        constant = None
-        if bias is None:
-            self.biases = nn.ParameterList()
-        else:
-            self.biases = nn.ParameterList(bias.detach()[list(group.out_index)] for group, _ in groups)
-            constant = bias.detach()[:, None, None].clone()  # of groups that read nothing
+        biases = [] if bias is None else [bias.detach()[list(group.out_index)] for group, _ in groups]
+        self.biases = nn.ParameterList(biases)
+        constant = None if bias is None else bias.detach()[:, None, None].clone()
+        if constant is not None:  # of groups that read nothing
             constant[written] = 0
         self.register_buffer("constant", constant if constant is not None and constant.any() else None)
 

@@ -110,14 +110,9 @@ def draw_structures(model: nn.Module, path: str | Path, title: str = "") -> Path
     for axis, (name, module) in zip(axes, layers.items(), strict=False):
         structure = module.structure
         ratio = structure.in_channels / structure.out_channels
-        axis.imshow(
-            _group_matrix(structure).numpy(),
-            cmap=colours,
-            vmin=0,
-            vmax=len(_COLOURS),
-            interpolation="none",
-            aspect="equal" if 0.4 <= ratio <= 2.5 else "auto",  # square kernels would make it a line
-        )
+        aspect = "equal" if 0.4 <= ratio <= 2.5 else "auto"  # square kernels would make it a line
+        style = {"cmap": colours, "vmin": 0, "vmax": len(_COLOURS), "interpolation": "none"}
+        axis.imshow(_group_matrix(structure).numpy(), aspect=aspect, **style)
         axis.set_title(_short(name, 22), fontsize=6, pad=3)
         axis.set_xlabel(f"{structure.in_channels} channels", fontsize=5, labelpad=1)
         axis.set_ylabel(f"{structure.out_channels} filters", fontsize=5, labelpad=1)

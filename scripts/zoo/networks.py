@@ -101,7 +101,7 @@ def settle(model: nn.Module) -> nn.Module:
     return model
 
 
-def scramble(model: nn.Module, rate: float, seed: int) -> nn.Module:
+def scramble(model: nn.Module, rate: float, seed: int = 0) -> nn.Module:
     """Random group masks on every dense conv but the first, and random norms and biases.
 
     One half of the pruned filters has a cleared norm, as the pruner leaves it. The other half has a norm with
@@ -149,9 +149,9 @@ class Packed:
     error_32: float
 
 
-def pack_masked(name: str, rate: float, seed: int = 0) -> Packed:
+def pack_masked(name: str, rate: float) -> Packed:
     """Pack a network with random masks and compare it with the masked one, in two precisions and sizes."""
-    model = scramble(build(name), rate, seed)
+    model = scramble(build(name), rate)
     size = side(name)
     inputs = [images(1, size), images(2, size + 32, size)]
     start = time.process_time()

@@ -1,6 +1,7 @@
 """Data sets by name. Digits come with scikit-learn, so the demo downloads nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,16 +85,8 @@ def load_digits(seed: int = 0, size: int = 16) -> ImageData:
     generator = torch.Generator().manual_seed(seed)
     rest, test = stratified_split(everything.labels, _DIGITS_TEST_SHARE, generator)
     train, validation = stratified_split(everything.labels[rest], _VALIDATION_SHARE, generator)
-    return ImageData(
-        name="digits",
-        train=everything[rest[train]],
-        validation=everything[rest[validation]],
-        test=everything[test],
-        mean=_DIGITS_MEAN,
-        std=_DIGITS_STD,
-        num_classes=10,
-        crop_padding=1,
-    )
+    splits = everything[rest[train]], everything[rest[validation]], everything[test]
+    return ImageData("digits", *splits, _DIGITS_MEAN, _DIGITS_STD, num_classes=10, crop_padding=1)
 
 
 def load_cifar10(root: str | Path, *, download: bool = False, seed: int = 0) -> ImageData:
@@ -113,23 +106,11 @@ def load_cifar10(root: str | Path, *, download: bool = False, seed: int = 0) -> 
         parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise DSPError(f"no CIFAR-10 in {root}: {error}. --download fetches it") from error
-    everything, test = (
-        Split(
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(part.targets, dtype=torch.int64),
-        )
-        for part in parts
-    )
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets, dtype=torch.int64) for part in parts]
+    everything, test = map(Split, pixels, labels)
     generator = torch.Generator().manual_seed(seed)
     train, validation = stratified_split(everything.labels, _VALIDATION_SHARE, generator)
-    return ImageData(
-        name="cifar10",
-        train=everything[train],
-        validation=everything[validation],
-        test=test,
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-        num_classes=10,
-        flip=True,
-        crop_padding=4,
-    )
+    splits = everything[train], everything[validation], test
+    crops: Any = {"flip": True, "crop_padding": 4}
+    return ImageData("cifar10", *splits, CIFAR10_MEAN, CIFAR10_STD, num_classes=10, **crops)

@@ -174,34 +174,16 @@ class Planner:
                 structure = _structure(node, kernels, in_keep, out_keep, bias)
             if torch.equal(bias, before):
                 bias = None
-        return LayerPlan(
-            path=node.path,
-            in_channels=len(in_keep),
-            out_channels=len(out_keep),
-            in_keep=_numbers(in_keep),
-            out_keep=_numbers(out_keep),
-            structure=structure,
-            bias=None if bias is None else tuple(bias[out_keep].tolist()),
-            folded=_numbers(folded),
-            position_bias=position_bias,
-            in_size=in_size,
-            groups=groups_of(node.module),
-        )
+        own_biases = None if bias is None else tuple(bias[out_keep].tolist())
+        constants = own_biases, _numbers(folded), position_bias, in_size
+        return LayerPlan(node.path, *_kept(in_keep, out_keep), structure, *constants, groups_of(node.module))
 
     def _tensor(self, node: TracedNode) -> LayerPlan:
         keep, chosen_from = self.keep[node.name], torch.ones(0, dtype=torch.bool)
         for user in (self.network[name] for name in node.users):
             if user.operation.channels == "index":
                 chosen_from = self.keep[user.operands[0]]
-        return LayerPlan(
-            path=str(node.fx_node.target),
-            in_channels=len(chosen_from),
-            out_channels=len(keep),
-            in_keep=_numbers(chosen_from),
-            out_keep=_numbers(keep),
-            structure=None,
-            axis=node.axis,
-        )
+        return LayerPlan(str(node.fx_node.target), *_kept(chosen_from, keep), None, axis=node.axis)
 
 
 def _has_matrix(node: TracedNode) -> bool:
@@ -237,6 +219,11 @@ def _structure(
     if not masked and len(groups) > _MOST_PATTERNS:
         groups = [(_numbers(kernels.any(0)), sorted(n for numbers in members.values() for n in numbers))]
     return GroupStructure.build(int(in_keep.sum()), int(out_keep.sum()), groups)
+
+
+def _kept(in_keep: Tensor, out_keep: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """in_channels, out_channels, in_keep and out_keep of a LayerPlan."""
+    return len(in_keep), len(out_keep), _numbers(in_keep), _numbers(out_keep)
 
 
 def _numbers(flags: Tensor) -> tuple[int, ...]:

@@ -137,17 +137,10 @@ def _convolution(conv: nn.Conv2d | PackedConv2d, plan: LayerPlan) -> nn.Conv2d |
     if bias is None and conv.bias is not None:
         bias = conv.bias.detach()[rows]
     padding = zero_padding(conv) if isinstance(conv, nn.Conv2d) else conv.padding
-    made = PackedConv2d(
-        structure,
-        conv.kernel_size,
-        conv.stride,
-        0 if isinstance(padding, str) else padding,
-        conv.dilation,
-        bias=bias is not None,
-        device="meta",  # no time for initial weights that are overwritten
-        dtype=weight.dtype,
-    ).to_empty(device=weight.device)
-    made.reset_index(weight.device)
+    settings = conv.kernel_size, conv.stride, 0 if isinstance(padding, str) else padding, conv.dilation
+    # On the meta device: no time for initial weights that are overwritten.
+    made = PackedConv2d(structure, *settings, bias is not None, device="meta", dtype=weight.dtype)
+    made.to_empty(device=weight.device).reset_index(weight.device)
     with torch.no_grad():
         kept = group_weights(structure, weight.index_select(0, rows).index_select(1, columns))
         for branch, values in zip(made.weights, kept, strict=True):

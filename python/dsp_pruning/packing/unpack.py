@@ -79,13 +79,8 @@ def _dense_tensor(plan: LayerPlan, axis: int, tensor: Tensor) -> Tensor:
 def _dense_conv(packed: PackedConv2d, plan: LayerPlan, dtype: torch.dtype) -> nn.Conv2d:
     own = next((parameter.dtype for parameter in packed.parameters()), dtype)
     device = packed.get_buffer("output_place").device
-    conv = nn.Conv2d(
-        *(plan.in_channels, plan.out_channels, packed.kernel_size, packed.stride, packed.padding),
-        dilation=packed.dilation,
-        bias=packed.bias is not None,
-        device=device,
-        dtype=own,
-    )
+    sizes = plan.in_channels, plan.out_channels, packed.kernel_size, packed.stride, packed.padding
+    conv = nn.Conv2d(*sizes, packed.dilation, bias=packed.bias is not None, device=device, dtype=own)
     rows, columns = torch.tensor(plan.out_keep), torch.tensor(plan.in_keep)
     mask = torch.zeros(plan.out_channels, plan.in_channels, 1, 1, dtype=own)
     mask[rows[:, None], columns, 0, 0] = connections(packed).to(own)
