@@ -183,7 +183,8 @@ class _Checker(fx.Interpreter):
         else:
             fine = all(isinstance(operand, Tensor | int | float) for operand in operands)
         if not fine or n.kwargs:
-            raise DSPFormatError(f"{n.target} of {[type(operand).__name__ for operand in operands]}")
+            kinds = [type(operand).__name__ for operand in operands]
+            raise DSPFormatError(f"{n.target} of {kinds}; expected numbers and tensors")
         factors = max((self._products.get(node, 0) for node in n.all_input_nodes), default=0)
         self._products[n] = factors + 1
         if factors >= _LONGEST_PRODUCT and not any(isinstance(operand, Tensor) for operand in operands):
