@@ -222,12 +222,8 @@ def without_stand_ins(model: nn.Module) -> Iterator[list[str]]:
     (counters, flags, tensors and modules made at the first call), because any call would make them.
     """
     before = {id(own): dict(own) for _, own in _namespaces(model)}
-    copies = [
-        (tensor, tensor.detach().clone())
-        for _, own in _namespaces(model)
-        for tensor in own.values()
-        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
-    ]
+    tensors = [value for _, own in _namespaces(model) for value in own.values() if isinstance(value, Tensor)]
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors if not isinstance(tensor, nn.Parameter)]
     copy_of = {id(tensor): copy for tensor, copy in copies}
     buffers = [(name, copy_of[id(tensor)]) for name, tensor in model.named_buffers() if id(tensor) in copy_of]
     written: list[str] = []
@@ -254,12 +250,8 @@ def without_stand_ins(model: nn.Module) -> Iterator[list[str]]:
 
 def _namespaces(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     """(path, dictionary) for all that forward() may assign to. Script modules run on real tensors only."""
-    return [
-        (name, own)
-        for name, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-        for own in (module._buffers, module.__dict__)
-    ]
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    return [(name, own) for name, module in modules for own in (module._buffers, module.__dict__)]
 
 
 def _is_stand_in(value: Any) -> bool:

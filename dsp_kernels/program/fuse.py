@@ -295,16 +295,9 @@ def _verify(fused: FusedNetwork, model: nn.Module, example: tuple[Tensor, ...]) 
             map_nested(_check_answered, expected)
             got = fused(*(x.clone() for x in inputs))
             expected, got = _without_integers(tensors_of(expected), tensors_of(got))
-            compare_answers(
-                expected,
-                got,
-                bound,
-                "the fused network differs from the model",
-                images,
-                model=model,
-                dtype=coarsest,
-                advice=". If the model is right, please report this",
-            )
+            what = "the fused network differs from the model"
+            advice = ". If the model is right, please report this"
+            compare_answers(expected, got, bound, what, images, model=model, dtype=coarsest, advice=advice)
 
 
 def _check_answered(part: Any) -> Any:

@@ -216,9 +216,6 @@ def _limits(
         # A term of the sum is at most limit * LARGEST_WEIGHT.
         most = {step: (2**24 - 1) // (LARGEST_WEIGHT * max(_longest(step), 1)) for step in layers}
         limits[root] = min(32767, *most.values())
-        too_long |= {
-            step.output: f"its sum of {_longest(step)} products is too long for an exact input"
-            for step, limit in most.items()
-            if limit < FEWEST_LEVELS
-        }
+        for step in (step for step, limit in most.items() if limit < FEWEST_LEVELS):
+            too_long[step.output] = f"its sum of {_longest(step)} products is too long for an exact input"
     return limits, too_long

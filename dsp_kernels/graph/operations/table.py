@@ -246,11 +246,7 @@ def classify(
 def operations_of(module: nn.Module) -> list[Operation]:
     """The entries that a module may be."""
     forward, kinds = type(module).forward, type(module).__mro__
-    return [
-        entry
-        for entry in OPERATIONS
-        if any(kind in kinds and forward is kind.forward for kind in entry.modules)
-    ]
+    return [e for e in OPERATIONS if any(kind in kinds and forward is kind.forward for kind in e.modules)]
 
 
 def _candidates(call: Call) -> Sequence[Operation]:

@@ -15,11 +15,6 @@ from dsp_kernels.program.steps import Program, Runner, Step, TorchStep
 from dsp_kernels.run.eager.conv import EagerBackend, form_of
 from dsp_kernels.run.eager.integers import computes_in_integers, integer_call
 
-_POOLS: dict[str, Callable[..., Tensor]] = {
-    "max_pool": F.max_pool2d,
-    "avg_pool": F.avg_pool2d,
-    "adaptive_avg_pool": F.adaptive_avg_pool2d,
-}
 _LARGEST_VALUE = 4 << 20  # bytes of one value at which the batch is split, see _batch_limit
 
 
@@ -85,7 +80,7 @@ class EagerExecutor:
         if isinstance(step, steps.SelectStep):
             return _select(source, step.index)
         if isinstance(step, steps.PoolStep):
-            pool = _POOLS[step.kind]
+            pool = getattr(F, f"{step.kind}2d")
             return lambda values: pool(values[source], **step.settings)
         if isinstance(step, steps.ResizeStep):
             return _resize(step)
@@ -138,20 +133,16 @@ def _resize(step: steps.ResizeStep) -> Callable[[dict[str, Any]], Tensor]:
     return call
 
 
-_INTERPOLATION = {
-    "nearest": ("nearest", None),
-    "bilinear": ("bilinear", False),
-    "corners": ("bilinear", True),
-}
+_ALIGN_CORNERS = {"nearest": None, "bilinear": False, "corners": True}  # by the kind of an interpolation
 
 
 def _fit(step: steps.FitStep) -> Callable[[dict[str, Any]], Tensor]:
     def call(values: dict[str, Any]) -> Tensor:
         x, *like = (values[name] for name in step.inputs)
         size: Any = like[0].shape[2:] if like else step.size
-        if step.kind in _INTERPOLATION:
-            factor = None if size else float(step.factor)
-            return F.interpolate(x, size, factor, *_INTERPOLATION[step.kind])
+        if step.kind in _ALIGN_CORNERS:
+            mode, factor = step.kind.replace("corners", "bilinear"), None if size else float(step.factor)
+            return F.interpolate(x, size, factor, mode, _ALIGN_CORNERS[step.kind])
         height, width = (new - old for new, old in zip(size, x.shape[2:], strict=True))
         top, left = (height // 2, width // 2) if step.kind == "pad_around" else (0, 0)
         return F.pad(x, (left, width - left, top, height - top))

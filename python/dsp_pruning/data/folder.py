@@ -84,12 +84,8 @@ class FolderData:
             [(int(p), None if seeds is None else int(seeds[i])) for i, p in enumerate(positions)]
             for positions, seeds in requests
         ]
-        loader: DataLoader[Any] = DataLoader(
-            _Files(split, self.image_size),
-            batch_sampler=batches,
-            num_workers=self.workers,
-            generator=torch.Generator(),  # DataLoader draws a seed; keep the global generator unchanged
-        )
+        files, unused = _Files(split, self.image_size), torch.Generator()  # DataLoader draws a seed from it
+        loader: Any = DataLoader(files, batch_sampler=batches, num_workers=self.workers, generator=unused)
         for images, labels in loader:
             if labels.min() < 0:  # an exception from a worker would lose its type
                 path = split.paths[-1 - int(labels.min())]

@@ -125,11 +125,9 @@ def tied_and_kept(
                 every = torch.arange(network[a].width)
                 ties.append((a, every, b, every))
     none = torch.zeros(0, dtype=torch.long)
-    space = _components(
-        total,
-        torch.cat([none, *(channels + start[name] for name, channels, _, _ in ties)]),
-        torch.cat([none, *(channels + start[name] for _, _, name, channels in ties)]),
-    )
+    left = torch.cat([none, *(channels + start[name] for name, channels, _, _ in ties)])
+    right = torch.cat([none, *(channels + start[name] for _, _, name, channels in ties)])
+    space = _components(total, left, right)
     kept = torch.zeros(total, dtype=torch.bool)
     if total:
         kept[space[torch.cat(list(needed.values()))]] = True

@@ -235,12 +235,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Its outputs in eval mode are the model's; training it trains these weights. Frozen weights stay frozen,
     and tensors computed from buffers become buffers.
     """
-    computed = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    values = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
     # deepcopy refuses non-leaf tensors; the copy recomputes them or makes them parameters.
     copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     with torch.no_grad():

@@ -69,16 +69,13 @@ class Planner:
         for name, (cause, _) in self.fixed.items():
             kept[cause] += int(self.free[name].sum())
         reasons = dict(self.fixed.values())
-        barriers = [
-            Barrier(node.name, reasons[node.name], kept[node.name])
-            for node in self.network
-            if reasons.get(node.name)
-        ]
+        causes = [node.name for node in self.network if reasons.get(node.name)]
+        barriers = tuple(Barrier(name, reasons[name], kept[name]) for name in causes)
         conditions: dict[str, None] = {}  # of the checks of the network's own input
         for node in self.network.of_kind("size_check"):
             if isinstance(node.module, SizeCheck) and self.network[node.inputs[0]].kind == "input":
                 conditions |= dict.fromkeys(node.module.conditions)
-        return PackingReport(layers, tuple(barriers), needed_images(conditions) if conditions else "")
+        return PackingReport(layers, barriers, needed_images(conditions) if conditions else "")
 
     def _stays(self, node: TracedNode) -> bool:
         """Whether a parameter that the model's code reads cannot lose channels."""

@@ -37,13 +37,8 @@ def change_tensor(model: nn.Module, path: str, change: Callable[[Tensor], Tensor
     """Replace a parameter or buffer by ``change`` of it, under all of its names."""
     owner, _, own = path.rpartition(".")
     old = getattr(model.get_submodule(owner), own)
-    places = [
-        (module, name)
-        for module in model.modules()
-        for held in (module._parameters, module._buffers)
-        for name, tensor in held.items()
-        if tensor is old
-    ]
+    held = [(module, own) for module in model.modules() for own in (module._parameters, module._buffers)]
+    places = [(module, name) for module, own in held for name, tensor in own.items() if tensor is old]
     replace_tensor(model.get_submodule(owner), own, change)
     made = getattr(model.get_submodule(owner), own)
     for module, name in places:

@@ -50,11 +50,8 @@ def dense_twin(packed: nn.Module) -> nn.Module:
     ``pack`` did not make), the packed convolutions become dense at their present widths.
     Raises DSPFormatError for widths that do not fit the network.
     """
-    present = {
-        path: (module.in_channels, module.out_channels, 1)
-        for path, module in packed.named_modules()
-        if isinstance(module, PackedConv2d)
-    }
+    convs = [(path, module) for path, module in packed.named_modules() if isinstance(module, PackedConv2d)]
+    present = {path: (conv.in_channels, conv.out_channels, 1) for path, conv in convs}
     widths: Widths = getattr(packed, "dense_widths", None) or present
     twin = copy.deepcopy(packed).eval()
     changed = []
@@ -82,11 +79,8 @@ def _dense(module: nn.Module, path: str, in_channels: int, out_channels: int, gr
     """A layer of these widths with the other settings of ``module``, on the meta device."""
     if isinstance(module, PackedConv2d | FusedConv2d):
         like = module.spec if isinstance(module, FusedConv2d) else module
-        return nn.Conv2d(
-            *(in_channels, out_channels, like.kernel_size, like.stride, like.padding, like.dilation, groups),
-            bias=module.bias is not None,
-            device="meta",
-        )
+        others = like.kernel_size, like.stride, like.padding, like.dilation, groups
+        return nn.Conv2d(in_channels, out_channels, *others, bias=module.bias is not None, device="meta")
     if not is_known(module):  # a FixedSizeConv2d, or what a file made of it
         bias = module.get_parameter("position_bias")
         module.position_bias = nn.Parameter(bias.new_ones(out_channels, *bias.shape[1:]))

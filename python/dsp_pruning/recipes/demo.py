@@ -94,6 +94,7 @@ def run_demo(
     with torch.inference_mode():
         of_masked, of_packed, of_fused = (model(images) for model in (masked, packed, fused))
     before, after = network_cost(dense, example), network_cost(packed, example)
+    whole = {"flops": after.macs / before.macs, "params": after.params / before.params}  # what is left
     return DemoResult(
         data=data,
         accuracy={
@@ -108,10 +109,7 @@ def run_demo(
         packed=packed,
         pruned={
             "grouped layers": {what: pruned.extra[f"pruned_{what}"] for what in ("flops", "params")},
-            "whole network": {
-                "flops": 100 * (1 - after.macs / before.macs),
-                "params": 100 * (1 - after.params / before.params),
-            },
+            "whole network": {what: 100 * (1 - left) for what, left in whole.items()},
         },
         packed_difference=float((of_packed - of_masked).abs().max()),
         fused_difference=float((of_fused - of_packed).abs().max()),

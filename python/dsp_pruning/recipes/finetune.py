@@ -75,12 +75,9 @@ class _Cycles:
         flops, params = self.pruner.initialize(self.config.prune, cycle, self.config.prunings)
         self.prunings_done = cycle + 1
         if self.prunings_done == self.config.prunings:
-            score = evaluate(self.pruner.model, self.data, self.data.test)
-            self.just_pruned = {
-                "pruned_flops": flops,
-                "pruned_params": params,
-                "accuracy_before_finetuning": score.accuracy,
-            }
+            accuracy = evaluate(self.pruner.model, self.data, self.data.test).accuracy
+            self.just_pruned = {"pruned_flops": flops, "pruned_params": params}
+            self.just_pruned["accuracy_before_finetuning"] = accuracy
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.prunings_done, "just_pruned": self.just_pruned}
