@@ -40,9 +40,7 @@ class Tracer(fx.Tracer):
         """Whether the code that runs is not traced. torch.fx patches nn.Module for the whole process."""
         return self.executing or threading.get_ident() != self.thread
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.is_outside():
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)

@@ -43,9 +43,7 @@ class SizedTracer(Tracer):
         finally:
             fake_tensor.log.disabled = logs
 
-    def create_proxy(
-        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
-    ) -> Any:
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if target in (operator.eq, operator.ne) and any(isinstance(_value(a), torch.Size) for a in args):
             equal = _same_sizes(*args)
             if equal is not None:

@@ -68,20 +68,18 @@ def batch_norm_affine(norm: nn.BatchNorm2d | Norm) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def fold_affine(
-    spec: ConvSpec,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    dtype: torch.dtype,
-) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor]:
-    """Spec, weights and bias of the convolution that equals ``conv(x) * scale + shift`` per channel.
+# Spec, weights and bias of a convolution.
+Conv = tuple[ConvSpec, tuple[Tensor, ...], Tensor | None]
+
+
+def fold_affine(conv: Conv, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Conv:
+    """The convolution that equals ``conv(x) * scale + shift`` per channel.
 
     scale, shift: (out_channels,) in float64. dtype: of the bias.
     An absent channel is 0 before and ``shift`` after. Where that is not 0, a group that reads no channel is
     added to write it, so folding is exact for every structure.
     """
+    spec, weights, bias = conv
     structure = spec.structure
     folded_bias = live_bias(structure, None if bias is None else bias.detach().double() * scale)
     _, out_index = index_tensors(structure, scale.device)

@@ -104,9 +104,7 @@ class ConvSpec:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             raise DSPShapeError(f"weights and bias have different dtypes or devices: {found}")
 
-    def check_input(
-        self, x: Tensor, constants: Sequence[Tensor], residual: Tensor | None
-    ) -> tuple[int, int, int, int]:
+    def check_input(self, x: Tensor, constants: Sequence[Tensor], residual: Tensor | None) -> tuple[int, ...]:
         """Shape of the output for x: (batch, in_channels, height, width).
 
         constants: weights and bias. Raises DSPShapeError if x, the constants or the residual do not match.

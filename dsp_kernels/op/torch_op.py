@@ -118,7 +118,7 @@ def _run(x: Tensor, weights: Tensors, in_index: Tensors, out_index: Tensors, *ot
     bias, residual, out_channels, *settings = others
     if x.dim() != 4:
         raise DSPShapeError(f"x has shape {tuple(x.shape)}; expected (batch, channels, height, width)")
-    spec = ConvSpec(_structure_of(in_index, out_index, x.shape[1], out_channels), *settings)
+    spec = ConvSpec(_structure(in_index, out_index, x.shape[1], out_channels), *settings)
     spec.check_constants(weights, bias)
     spec.check_input(x, [*weights, *([] if bias is None else [bias])], residual)
     layout = memory_format_of(x)
@@ -213,9 +213,7 @@ OP = torch.ops.dsp_kernels.gather_grouped_conv2d
 _STRUCTURES: LRU[tuple[list[StorageWeakRef], GroupStructure]] = LRU(1024)
 
 
-def _structure_of(
-    in_index: Tensors, out_index: Tensors, in_channels: int, out_channels: int
-) -> GroupStructure:
+def _structure(in_index: Tensors, out_index: Tensors, in_channels: int, out_channels: int) -> GroupStructure:
     """in_index[g], out_index[g]: 1-D int32 or int64 tensors on any device. Raises DSPStructureError."""
     if len(in_index) != len(out_index):
         raise DSPStructureError(f"{len(in_index)} in_index lists but {len(out_index)} out_index lists")

@@ -19,7 +19,7 @@ from dsp_kernels.graph.network import TracedNetwork, works_in_place
 from dsp_kernels.graph.operations.entry import TracedNode, flat
 from dsp_kernels.graph.size_check import SizeCheck
 from dsp_kernels.op.activations import GATES
-from dsp_kernels.op.dense import batch_norm_affine, fold_affine
+from dsp_kernels.op.dense import Conv, batch_norm_affine, fold_affine
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 from dsp_kernels.op.spec import ConvSpec
@@ -35,9 +35,7 @@ def plan(network: TracedNetwork) -> Program:
     return _Planner(network).run()
 
 
-def conv_spec_of(
-    module: nn.Conv2d | PackedConv2d | FusedConv2d,
-) -> tuple[ConvSpec, tuple[Tensor, ...], Tensor | None] | str:
+def conv_spec_of(module: nn.Conv2d | PackedConv2d | FusedConv2d) -> Conv | str:
     """Spec, weights and bias of a convolution; a string with the reason where no spec describes it."""
     if isinstance(module, PackedConv2d | FusedConv2d):
         return module.spec, tuple(weight.detach() for weight in module.weights), _detached(module.bias)
@@ -64,9 +62,7 @@ def zero_padding(module: nn.Conv2d) -> tuple[int, int] | str:
     return total[0] // 2, total[1] // 2
 
 
-def transposed_conv(
-    module: nn.ConvTranspose2d,
-) -> tuple[tuple[ConvSpec, tuple[Tensor, ...], Tensor | None], tuple[int, int, int, int]]:
+def transposed_conv(module: nn.ConvTranspose2d) -> tuple[Conv, tuple[int, int, int, int]]:
     """Spec, weights and bias of a convolution, and pads, all negative, after its pixel shuffle by the stride.
 
     Along an axis, tap k of the kernel adds input i to output ``stride * i + dilation * k - padding``. With q
@@ -267,7 +263,8 @@ class _Planner:
         before: Any = self._extendable_conv(source)
         if before is not None:
             dtype = before.weights[0].dtype if before.weights else torch.float32
-            spec, weights, bias = fold_affine(before.spec, before.weights, before.bias, scale, shift, dtype)
+            layer = before.spec, before.weights, before.bias
+            spec, weights, bias = fold_affine(layer, scale, shift, dtype)
             folded = replace(before, output=node.name, spec=spec, weights=weights, bias=bias)
             return self._instead_of(before, folded)
         inputs = (self.value_of[source],)

@@ -408,12 +408,11 @@ def flattened_maps(steps: Sequence[Step], shapes: Mapping[str, tuple[int, ...]])
     derived: set[str] = set()
     for step in steps:
         keeps_size = isinstance(step, _SIZE_KEEPING)
+        flattens = isinstance(step, FlattenStep) and len(shapes[step.inputs[0]]) == 4
         is_global = isinstance(step, PoolStep) and step.settings.get("output_size") == (1, 1)
         if is_global or isinstance(step, GlobalPoolStep) or (keeps_size and pixels.issuperset(step.inputs)):
             pixels.add(step.output)
-        elif (isinstance(step, FlattenStep) and len(shapes[step.inputs[0]]) == 4) or (
-            is_activation(step) and maps.issuperset(step.inputs)
-        ):
+        elif flattens or (is_activation(step) and maps.issuperset(step.inputs)):
             maps.add(step.output)
         elif (keeps_size or isinstance(step, TorchStep)) and not (maps | derived).isdisjoint(step.inputs):
             derived.add(step.output)

@@ -1,20 +1,18 @@
 """swap(model): the packed convolutions of any model become fused ones, in place."""
 
 from collections import Counter
-from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dsp_kernels.errors import DSPError
 from dsp_kernels.graph.network import call_graph
 from dsp_kernels.graph.operations.pointwise import BATCH_NORM_ARGUMENTS
-from dsp_kernels.op.dense import Norm, batch_norm_affine, fold_affine
+from dsp_kernels.op.dense import Conv, Norm, batch_norm_affine, fold_affine
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
-from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.run.convs import BACKENDS
 
 
@@ -60,22 +58,23 @@ def _fused(conv: PackedConv2d, norm: nn.BatchNorm2d | Norm | None, backend: str)
     constant = next(conv.parameters(), None)
     if constant is not None and backend != "auto":
         BACKENDS.choose(backend, conv.spec, constant.dtype, constant.device, torch.contiguous_format)
-    layer: tuple[ConvSpec, Sequence[Tensor], Tensor | None] = conv.spec, list(conv.weights), conv.bias
+    layer: Conv = conv.spec, tuple(conv.weights), conv.bias
     if norm is not None:
         assert norm.running_var is not None
         dtype = norm.running_var.dtype if constant is None else constant.dtype
-        layer = fold_affine(*layer, *batch_norm_affine(norm), dtype)
+        layer = fold_affine(layer, *batch_norm_affine(norm), dtype)
     return FusedConv2d(*layer, backend).eval()
 
 
-def _following_norms(
-    model: nn.Module,
-) -> tuple[dict[nn.Module, nn.BatchNorm2d | Norm], dict[nn.Module, nn.Module]]:
+_Norms = dict[nn.Module, nn.BatchNorm2d | Norm]
+
+
+def _following_norms(model: nn.Module) -> tuple[_Norms, dict[nn.Module, nn.Module]]:
     """Convolution -> the norm that can be folded into it; module of a norm -> what remains of it.
 
     Both are empty for a model that cannot be traced.
     """
-    norms: dict[nn.Module, nn.BatchNorm2d | Norm] = {}
+    norms: _Norms = {}
     remaining: dict[nn.Module, nn.Module] = {}
     graph = call_graph(model)
     if graph is None:

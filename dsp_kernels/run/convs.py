@@ -40,9 +40,7 @@ BACKENDS = Registry[ConvBackend]("backend", *map(GpuBackend, GPU_KERNELS), CpuBa
 _prepared: dict[Hashable, tuple[Hashable, list[weakref.ref[torch.UntypedStorage]], ConvPlan]] = {}
 
 
-def prepared(
-    backend: ConvBackend, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None
-) -> ConvPlan:
+def plan_of(backend: ConvBackend, spec: ConvSpec, weights: Sequence[Tensor], bias: Tensor | None) -> ConvPlan:
     """``backend.prepare`` once per layer: while its constants live and PyTorch counts no change of them.
 
     On the CPU, where that costs little, plain PyTorch prepares at every call: writes through ``.data`` are
@@ -81,7 +79,7 @@ def first_working(
     backend = next(candidates)
     while (backend.name, spec) in _failed and (other := next(candidates, None)):
         backend = other
-    plan = prepared(backend, spec, weights, bias)
+    plan = plan_of(backend, spec, weights, bias)
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         nonlocal backend, plan
@@ -97,6 +95,6 @@ def first_working(
                 _failed.add((backend.name, spec))
                 reason = f"because {backend.name} failed: {error}"
                 warnings.warn(f"{other.name} takes over, {reason}", stacklevel=2)
-                backend, plan = other, prepared(other, spec, weights, bias)
+                backend, plan = other, plan_of(other, spec, weights, bias)
 
     return run

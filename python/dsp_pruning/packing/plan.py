@@ -83,11 +83,10 @@ class Planner:
         users = [self.network[user] for user in node.users]
         if (owner and self.network.calls(owner)) or not users or node.fx_node.target in self.made_in_forward:
             return True
-        if sum(len(run.users) for run in self.runs[id(node.value)]) > 1 and any(
-            user.operation.channels == "index" for user in users
-        ):
-            return True  # channel numbers that are read in several places
-        return any(user.operation.channels not in ("same", "index") for user in users)
+        often = sum(len(run.users) for run in self.runs[id(node.value)]) > 1
+        # Channel numbers that are read in several places stay too.
+        passing = ("same",) if often else ("same", "index")
+        return any(user.operation.channels not in passing for user in users)
 
     def _fixed(self, held: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         """Tensor that keeps all channels -> (node because of which, reason; "" for inputs and outputs)."""
