@@ -53,8 +53,11 @@ def floating_dtype(table: TensorTable) -> torch.dtype:
     return next((dtype for _, dtype in table.values() if dtype.is_floating_point), torch.float32)
 
 
-def check_tensors(model: nn.Module, table: TensorTable, path: str | Path) -> None:
-    """Compare names, shapes and dtypes of the tensors in a file with the model they are for."""
+def check_tensors(model: nn.Module, table: TensorTable, tied: Any, path: str | Path) -> None:
+    """Compare names, shapes and dtypes of the tensors in a file with the model they are for.
+
+    tied: name -> the first name of the same tensor. Raises DSPFormatError.
+    """
     expected = model.state_dict()
     if set(table) != set(expected):
         missing, foreign = sorted(set(expected) - set(table))[:3], sorted(set(table) - set(expected))[:3]
@@ -68,10 +71,6 @@ def check_tensors(model: nn.Module, table: TensorTable, path: str | Path) -> Non
     floats = {str(dtype).removeprefix("torch.") for _, dtype in table.values() if dtype.is_floating_point}
     if len(floats) > 1:
         raise DSPFormatError(f"{path}: tensors of several floating dtypes: {', '.join(sorted(floats))}")
-
-
-def check_ties(model: nn.Module, tied: Any) -> None:
-    """Raises DSPFormatError where ``tied`` is not a mapping of names that can be one tensor."""
     state = model.state_dict(keep_vars=True)
     for name, first in tied.items() if isinstance(tied, dict) else [(tied, None)]:
         if not isinstance(first, str) or name not in state or first not in state or first in tied:

@@ -18,15 +18,7 @@ from torch import fx, nn
 
 from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.file.check import TensorTable, is_shape
-from dsp_kernels.file.format import (
-    ATTRIBUTES,
-    CONTAINERS,
-    DTYPES,
-    MODULES,
-    TRAINING,
-    functions,
-    is_plain,
-)
+from dsp_kernels.file.format import ATTRIBUTES, CONTAINERS, DTYPES, MODULES, TRAINING, functions, is_plain
 from dsp_kernels.graph.operations.table import CONV_SETTINGS, METHODS
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d

@@ -8,14 +8,7 @@ from torch import Tensor, fx, nn
 
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.decode import Budget, build_module
-from dsp_kernels.file.format import (
-    CONTAINERS,
-    DTYPES,
-    MODULES,
-    TRAINING,
-    function_name,
-    is_plain,
-)
+from dsp_kernels.file.format import CONTAINERS, DTYPES, MODULES, TRAINING, function_name, is_plain
 from dsp_kernels.file.two_modes import traced_calls
 from dsp_kernels.graph.inputs import Example
 from dsp_kernels.graph.network import SIZE_CHECK, insert_check

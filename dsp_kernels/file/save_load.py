@@ -11,14 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.file.check import (
-    check_network,
-    check_tensors,
-    check_ties,
-    floating_dtype,
-    is_shape,
-    tensor_table,
-)
+from dsp_kernels.file.check import check_network, check_tensors, floating_dtype, is_shape, tensor_table
 from dsp_kernels.file.decode import Budget, LoadedNetwork, build_network
 from dsp_kernels.file.encode import encode_network
 from dsp_kernels.file.format import KEY, new_header, read_header
@@ -100,9 +93,8 @@ def _load(path: str | Path) -> LoadedNetwork | QuantizedNetwork:
             table = tensor_table(file, path)
             check_record(header)
             model = build_network(header, table, Budget(Path(path).stat().st_size + _FREE_WIDTHS, len(table)))
-            check_tensors(model, table, path)
             tied = header.get("tied", {})
-            check_ties(model, tied)
+            check_tensors(model, table, tied, path)
             check_network(model.eval(), model.example_shapes, floating_dtype(table), RECORD in header)
             # safetensors maps the file into memory, and another process may change it: copy.
             tensors = {name: file.get_tensor(name).clone() for name in table}
@@ -153,7 +145,7 @@ def _describe(
         header = new_header(2 if len(shapes) == 1 else 3, example_given=given, **parts)
         header = json.loads(json.dumps(header))  # tuples become lists
         network = build_network(header, table, Budget())
-        check_tensors(network, table, type(model).__name__)
+        check_tensors(network, table, header["tied"], type(model).__name__)
         try:
             check_network(network.eval(), shapes, floating_dtype(table), is_quantized)
         except DSPFormatError as error:

@@ -115,8 +115,7 @@ class _Planner:
         made = (*inputs, *(step.output for step in self.steps))
         outputs = tuple(name for name in made if name in answered)
         answer = map_nested(
-            lambda part: self._reference(part) if isinstance(part, fx.Node) else part,
-            output.fx_node.args[0],
+            lambda part: self._reference(part) if isinstance(part, fx.Node) else part, output.fx_node.args[0]
         )
         return Program(inputs, outputs, answer, self._live(outputs), self.shapes, self.check)
 

@@ -11,13 +11,7 @@ from dsp_kernels import PackedConv2d
 from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.graph.size_check import FixedSizeConv2d
 from dsp_pruning.flow.kernels import connections, dense_weight, own_bias
-from dsp_pruning.packing.rebuild import (
-    change_channels,
-    change_tensor,
-    replace_module,
-    replace_tensor,
-    set_widths,
-)
+from dsp_pruning.packing.rebuild import change_channels, change_tensor, replace_module, set_widths
 from dsp_pruning.packing.report import LayerPlan, PackingReport
 
 
@@ -60,7 +54,7 @@ def unpack(packed: nn.Module) -> nn.Module:
 def _dense(module: nn.Module, plan: LayerPlan, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, FixedSizeConv2d):
         widen = partial(_widen, "position_bias", 0, plan.out_keep, plan.out_channels)
-        replace_tensor(module, "position_bias", widen)
+        change_tensor(module, "position_bias", widen)
         module.conv = _dense(module.conv, plan, dtype)  # type: ignore[assignment]
     elif isinstance(module, PackedConv2d):
         return _dense_conv(module, plan, dtype)
