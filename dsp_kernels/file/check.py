@@ -93,17 +93,14 @@ def is_shape(shape: Any, dims: Collection[int]) -> TypeGuard[Sequence[int]]:
 
 
 def check_network(
-    network: fx.GraphModule,
-    input_shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    is_quantized: bool = False,
+    network: fx.GraphModule, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, is_quantized: bool = False
 ) -> None:
     """Raises DSPFormatError where a network on the meta device cannot run on inputs of these shapes.
 
     dtype: floating dtype of the tensors in its file; the modules get it.
     """
     network.to(dtype)
-    inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in input_shapes]
+    inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in shapes]
     allowed = max(_ALWAYS_ALLOWED, _MOST_PER_INPUT * sum(x.numel() for x in inputs))
     if is_quantized:
         allowed = min(allowed, _MOST_OF_QUANTIZED)
@@ -115,7 +112,7 @@ def check_network(
         raise
     except Exception as error:  # whatever torch raises for arguments that do not fit
         raise DSPFormatError(
-            f"the network does not run on an input of shape {' and '.join(map(str, input_shapes))}: "
+            f"the network does not run on an input of shape {' and '.join(map(str, shapes))}: "
             f"{str(error)[:300]}"
         ) from error
 

@@ -91,11 +91,9 @@ def _separated(program: Program, keep: Collection[str], images: set[str]) -> Pro
                     before = replace(before, activation="none")
                 if adds_image:
                     before = replace(before, inputs=step.inputs[:1])
-                    sources = (before.output, step.inputs[1])
-                    after = steps.ElementwiseStep(step.output, sources, "add", activation)
-                else:
-                    after = steps.ElementwiseStep(step.output, (before.output,), "activation", activation)
-                made += [before, after]
+                kind, added = ("add", step.inputs[1:]) if adds_image else ("activation", ())
+                sources = before.output, *added
+                made += [before, steps.ElementwiseStep(step.output, sources, kind, activation)]
                 continue
         made.append(step)
     return replace(program, steps=tuple(made), shapes=shapes)
