@@ -21,23 +21,11 @@ import torch
 from torch import Tensor
 
 from dsp_kernels.op.spec import memory_format_of
+from dsp_kernels.program import steps
 from dsp_kernels.program.steps import (
-    ConcatStep,
-    ConvStep,
-    DequantizeStep,
-    ElementwiseStep,
-    FitStep,
-    FlattenStep,
-    GlobalPoolStep,
-    LinearStep,
-    NormStep,
-    PoolStep,
     Program,
-    QuantizeStep,
     Requantize,
-    ResizeStep,
     Runner,
-    SelectStep,
     Step,
     TorchStep,
     flattened_maps,
@@ -105,7 +93,7 @@ class CpuExecutor:
         launched = _launched(program, dtype) if verbose else {}
         forms = []
         for step, reason in zip(program.steps, _why_not_native(program), strict=True):
-            form = f"cpu {isa}{_arithmetic(isa, dtype, step) if isinstance(step, ConvStep) else ''}"
+            form = f"cpu {isa}{_arithmetic(isa, dtype, step) if isinstance(step, steps.ConvStep) else ''}"
             form = "; ".join([form, *launched.get(step.output, [])])
             forms.append(form if not reason else "" if isinstance(step, TorchStep) else reason)
         return forms
@@ -134,7 +122,7 @@ def native_networks(program: Program, dtype: torch.dtype) -> Iterator[tuple[Any,
         yield network, shapes, {value: name for name, value in values.items()}
 
 
-def _arithmetic(isa: str, dtype: torch.dtype, step: ConvStep) -> str:
+def _arithmetic(isa: str, dtype: torch.dtype, step: steps.ConvStep) -> str:
     if dtype == torch.float32 and not step.requantize:
         return ""
     module, name = native(), "integers" if step.requantize else str(dtype).removeprefix("torch.")
@@ -178,16 +166,16 @@ def segments(program: Program) -> tuple[Segment, ...]:
     parts, end, last_use, known = [], 0, program.last_use, list(program.inputs)
     reasons = zip(_why_not_native(program), program.steps, strict=True)
     for is_native, run in groupby(reasons, key=lambda pair: not pair[0]):
-        steps = tuple(step for _, step in run)
-        end += len(steps)
-        made = [step.output for step in steps]
-        read = {name for step in steps for name in step.inputs}
+        own = tuple(step for _, step in run)
+        end += len(own)
+        made = [step.output for step in own]
+        read = {name for step in own for name in step.inputs}
         inputs = tuple(name for name in known if name in read)
         known += made
         outputs = tuple(name for name in made if last_use[name] >= end)
         held = inputs if is_native else (*inputs, *made)
         dying = tuple(name for name in held if last_use[name] < end)
-        parts.append(Segment(is_native, steps, inputs, outputs, dying))
+        parts.append(Segment(is_native, own, inputs, outputs, dying))
     return tuple(parts)
 
 
@@ -209,7 +197,7 @@ def _why_not_native(program: Program) -> list[str]:
         ranks = [len(program.shapes.get(name, ())) for name in (*step.inputs, step.output)]
         if any(rank not in (2, 4) for rank in ranks):
             return "eager: its tensors are neither images nor feature vectors"
-        if isinstance(step, LinearStep):
+        if isinstance(step, steps.LinearStep):
             return "" if ranks[0] == 2 else "eager: a linear layer over the last axis of an image"
         features = {name for name, rank in zip(step.inputs, ranks, strict=False) if rank == 2}
         # The native network keeps a flattened map as its planes: elementwise steps work on it, but its
@@ -280,56 +268,55 @@ def build(part: Segment, program: Program, dtype: torch.dtype = torch.float32) -
     return network, value
 
 
-def _conv(network: Any, step: ConvStep, x: int, residual: int = -1) -> int:
+def _conv(network: Any, step: steps.ConvStep, x: int, residual: int = -1) -> int:
     return add_conv(network, step.spec, step.weights, step.bias, x, residual, step.requantize)
 
 
-def _elementwise(network: Any, step: ElementwiseStep, x: int, y: int = -1) -> Any:
+def _elementwise(network: Any, step: steps.ElementwiseStep, x: int, y: int = -1) -> Any:
     if step.kind == "multiply":
         return network.product(x, y, step.activation, ending(step.requantize))
     scale, shift = (None if part is None else as_array(part) for part in (step.scale, step.shift))
     return network.map(x, y, scale, shift, step.activation, ending(step.requantize))
 
 
-def _quantize(network: Any, step: QuantizeStep, x: int) -> Any:
-    return network.map(
-        x, -1, None, None, "none", ending(Requantize(torch.tensor([step.inverse]), None, step.low, step.high))
-    )
+def _quantize(network: Any, step: steps.QuantizeStep, x: int) -> Any:
+    made = Requantize(torch.tensor([step.inverse]), None, step.low, step.high)
+    return network.map(x, -1, None, None, "none", ending(made))
 
 
-def _dequantize(network: Any, step: DequantizeStep, x: int) -> Any:
+def _dequantize(network: Any, step: steps.DequantizeStep, x: int) -> Any:
     return network.map(x, -1, None, None, "none", ending(Requantize(torch.tensor([step.scale]))))
 
 
-def _pool(network: Any, step: PoolStep, x: int) -> Any:
+def _pool(network: Any, step: steps.PoolStep, x: int) -> Any:
     if step.kind == "adaptive_avg_pool":
         return network.adaptive(x, step.settings["output_size"], ending(step.requantize))
     return network.pool(x, kind=step.kind, **step.settings, requantize=ending(step.requantize))
 
 
-def _linear(network: Any, step: LinearStep, x: int) -> Any:
+def _linear(network: Any, step: steps.LinearStep, x: int) -> Any:
     bias = None if step.bias is None else as_array(step.bias)
     return network.linear(x, as_array(step.weight), bias, step.activation, ending(step.requantize))
 
 
-def _norm(network: Any, step: NormStep, x: int) -> Any:
+def _norm(network: Any, step: steps.NormStep, x: int) -> Any:
     scale, shift = as_array(step.scale), as_array(step.shift)
     return network.norm(x, step.groups, step.eps, scale, shift, step.activation)
 
 
 # (network, step, numbers of its input values) -> number of its output value.
 _NATIVE: dict[type[Step], Callable[..., Any]] = {
-    ConvStep: _conv,
-    ElementwiseStep: _elementwise,
-    QuantizeStep: _quantize,
-    DequantizeStep: _dequantize,
-    ConcatStep: lambda n, step, *xs: n.concat(list(xs)),
-    SelectStep: lambda n, step, x: n.select(x, step.index),
-    PoolStep: _pool,
-    ResizeStep: lambda n, step, x: n.resize(x, step.factor, step.shuffle, step.pads, step.value),
-    FitStep: lambda n, step, x, like=-1: n.fit(x, like, step.kind, step.size or (0, 0), step.factor),
-    NormStep: _norm,
-    GlobalPoolStep: lambda n, step, x: n.adaptive(x, (1, 1), ending(step.requantize)),
-    FlattenStep: lambda n, step, x: n.concat([x]),
-    LinearStep: _linear,
+    steps.ConvStep: _conv,
+    steps.ElementwiseStep: _elementwise,
+    steps.QuantizeStep: _quantize,
+    steps.DequantizeStep: _dequantize,
+    steps.ConcatStep: lambda n, step, *xs: n.concat(list(xs)),
+    steps.SelectStep: lambda n, step, x: n.select(x, step.index),
+    steps.PoolStep: _pool,
+    steps.ResizeStep: lambda n, step, x: n.resize(x, step.factor, step.shuffle, step.pads, step.value),
+    steps.FitStep: lambda n, step, x, like=-1: n.fit(x, like, step.kind, step.size or (0, 0), step.factor),
+    steps.NormStep: _norm,
+    steps.GlobalPoolStep: lambda n, step, x: n.adaptive(x, (1, 1), ending(step.requantize)),
+    steps.FlattenStep: lambda n, step, x: n.concat([x]),
+    steps.LinearStep: _linear,
 }
