@@ -21,16 +21,7 @@ from dsp_kernels.op.packed import PackedConv2d
 
 FORMAT_VERSION = 3  # several inputs; a network of one input is written as version 2
 KEY = "dsp_kernels"  # of the header in the metadata of a safetensors file
-_FORMAT = "packed model"
-
-
-def new_header(version: int, **parts: Any) -> dict[str, Any]:
-    """A header of this version.
-
-    readable_from: the oldest version of a reader that understands the file. A later version that only adds
-    keys keeps it, so older readers still read its files.
-    """
-    return {"format": _FORMAT, "version": version, "readable_from": version, **parts}
+FORMAT = "packed model"
 
 
 def read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[str, Any]:
@@ -41,8 +32,8 @@ def read_header(metadata: Mapping[str, str] | None, path: str | Path) -> dict[st
         header = json.loads(metadata[KEY])
     except ValueError as error:
         raise DSPFormatError(f"{path}: the description of the model is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise DSPFormatError(f"{path}: expected the description of a {_FORMAT}")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DSPFormatError(f"{path}: expected the description of a {FORMAT}")
     version = header.get("version")
     oldest: Any = header.get("readable_from", version)
     if not all(type(number) is int and number >= 1 for number in (version, oldest)):

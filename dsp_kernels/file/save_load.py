@@ -14,7 +14,7 @@ from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.file.check import check_network, check_tensors, floating_dtype, is_shape, tensor_table
 from dsp_kernels.file.decode import Budget, LoadedNetwork, build_network
 from dsp_kernels.file.encode import encode_network
-from dsp_kernels.file.format import KEY, new_header, read_header
+from dsp_kernels.file.format import FORMAT, KEY, read_header
 from dsp_kernels.file.quantization import RECORD, check_record, decode_record, encode_record
 from dsp_kernels.graph.inputs import Example, as_inputs
 from dsp_kernels.op.fused_conv import FusedConv2d
@@ -142,8 +142,10 @@ def _describe(
         parts["example_shape"] = shapes[0]
         if len(shapes) > 1:
             parts["further_shapes"] = shapes[1:]
-        header = new_header(2 if len(shapes) == 1 else 3, example_given=given, **parts)
-        header = json.loads(json.dumps(header))  # tuples become lists
+        version = 2 if len(shapes) == 1 else 3
+        # readable_from: a later version that only adds keys keeps it, so older readers still read its files.
+        header = {"format": FORMAT, "version": version, "readable_from": version, "example_given": given}
+        header = json.loads(json.dumps(header | parts))  # tuples become lists
         network = build_network(header, table, Budget())
         check_tensors(network, table, header["tied"], type(model).__name__)
         try:

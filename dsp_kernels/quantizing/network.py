@@ -17,7 +17,7 @@ from dsp_kernels.program.fuse import FusedNetwork, float_program
 from dsp_kernels.program.steps import ConvStep, LinearStep, Program
 from dsp_kernels.quantizing.calibrate import METHODS, calibration_inputs, find_grids
 from dsp_kernels.quantizing.choose import Choice, choose, is_kept
-from dsp_kernels.quantizing.rewrite import Grid, integer_program
+from dsp_kernels.quantizing.rewrite import Grid, Rewriter
 
 
 class QuantizedNetwork(FusedNetwork):
@@ -39,7 +39,7 @@ class QuantizedNetwork(FusedNetwork):
     def __init__(
         self, packed: nn.Module, choice: Choice, grids: Mapping[str, Grid], keep: Collection[str]
     ) -> None:
-        program = integer_program(choice, grids)
+        program = Rewriter(choice, grids).run()
         if not program.is_integer:
             reasons = ", ".join(sorted(set(choice.why.values())))
             raise DSPError(f"no layer of this network can compute in integers: {reasons}")

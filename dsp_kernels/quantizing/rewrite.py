@@ -27,15 +27,13 @@ class Grid(NamedTuple):
 _FLOAT = Grid(1.0, 0, 0)
 
 
-def integer_program(choice: Choice, grids: Mapping[str, Grid]) -> Program:
-    """grids: of every value in ``choice.scaled``. The integers of a value v are the value "v.q".
+class Rewriter:
+    """Makes the Program. grids: of every value in ``choice.scaled``.
 
-    Raises DSPError where weights, or factors made from the scales, are not finite numbers.
+    The integers of a value v are the value "v.q". Raises DSPError where weights, or factors made from the
+    scales, are not finite numbers.
     """
-    return _Rewriter(choice, grids).run()
 
-
-class _Rewriter:
     def __init__(self, choice: Choice, grids: Mapping[str, Grid]) -> None:
         self.choice, self.grids, self.limits = choice, grids, choice.limits
         self.steps: list[Step] = []
