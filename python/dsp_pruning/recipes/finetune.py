@@ -147,16 +147,9 @@ def _pruner(
 ) -> tuple[PruneWrapper, TrainingData]:
     model, data = start(config, data)
     example = data.example()
-    pruner = PruneWrapper(
-        model,
-        config.counts(model, example),
-        fp_every_nth_conv=config.fp_every_nth_conv,
-        example_input=example,
-        prune_channels=config.prune_channels,
-        target=config.target,
-        batch=config.batch,
-        channel_multiple=config.channel_multiple,
-    )
+    names = ("fp_every_nth_conv", "prune_channels", "target", "batch", "channel_multiple")
+    settings: Any = {name: getattr(config, name) for name in names}
+    pruner = PruneWrapper(model, config.counts(model, example), example_input=example, **settings)
     restore_weights(model, weights, source, optional=(".mask",))
     return pruner, data
 
@@ -182,12 +175,13 @@ def load_pruned(
         depth = depth_of(weights, path)
         classes, channels = weights["classifier.weight"].shape[0], weights["conv_1_3x3.weight"].shape[1]
         model = cifar_resnet(depth, classes, channels)
+    example = torch.zeros(1, channels, *image_hw)
     PruneWrapper(
         model,
         n_groups,
         fp_layer_indices=[],
-        example_input=torch.zeros(1, channels, *image_hw),
-        layers=lambda name, conv: name in n_groups,
+        example_input=example,
+        layers=lambda name, _: name in n_groups,
     )
     restore_weights(model, weights, path)
     return model.eval()

@@ -145,6 +145,8 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
         self._forward = self.model
+        self._parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "hook": self.hook}
+        self._parts["scaler"] = self.precision.scaler
         self._base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._steps = training_steps(self.data, self.config.batch_size, world_size())
 
@@ -175,18 +177,11 @@ class Trainer:
             distributed.broadcast_tensors(list(self.model.buffers()))  # processes differ in statistics
             score = evaluate(self.model, self.data, self.data.validation)
             self.epoch += 1
-            self.history.append(
-                {
-                    "epoch": self.epoch,
-                    "lr": self._base_rates[0] * factor,
-                    "train_loss": loss,
-                    "train_accuracy": accuracy,
-                    "validation_loss": score.loss,
-                    "validation_accuracy": score.accuracy,
-                    **self.hook.metrics(),
-                    "seconds": time.perf_counter() - started,
-                }
-            )
+            row = {"epoch": self.epoch, "lr": self._base_rates[0] * factor}
+            row |= {"train_loss": loss, "train_accuracy": accuracy}
+            row |= {"validation_loss": score.loss, "validation_accuracy": score.accuracy}
+            row |= self.hook.metrics() | {"seconds": time.perf_counter() - started}
+            self.history.append(row)
             if self.epoch > self.choose_from:
                 self._keep_best(score)
             self._save()
@@ -200,14 +195,9 @@ class Trainer:
         path = None if self.directory is None else self.directory / MODEL
         if path is not None and is_main():
             save_weights(path, self.model.state_dict(), test.accuracy)
-            summary = {
-                "recipe": recipe,
-                "validation": asdict(validation),
-                "test": asdict(test),
-                **(extra or {}),
-                "image_size": list(data.image_hw),
-                "config": self.config.settings(data),
-            }
+            scores = {"validation": asdict(validation), "test": asdict(test)}
+            summary = {"recipe": recipe, **scores, **(extra or {})}
+            summary |= {"image_size": list(data.image_hw), "config": self.config.settings(data)}
             write_text(path.with_name(SUMMARY), json.dumps(summary, indent=2) + "\n")
         return RecipeResult(self.model, validation, test, self.history, path, dict(extra or {}))
 
@@ -223,10 +213,8 @@ class Trainer:
                     f"cannot resume {self.directory}: its run has {name} = {state['config'][name]}, "
                     f"now it is {value}. Use the same settings or another directory"
                 )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.hook.load_state_dict(state["hook"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         self.epoch, self.history = state["epoch"], state["history"]
@@ -274,21 +262,10 @@ class Trainer:
     def _save(self) -> None:
         if self.directory is None or not is_main():
             return
-        save_checkpoint(
-            self.directory,
-            {
-                "config": self.config.settings(self.data),
-                "epoch": self.epoch,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "hook": self.hook.state_dict(),
-                "scaler": self.precision.scaler.state_dict(),
-                "generator": self.generator.get_state(),
-                "torch_rng": torch.get_rng_state(),
-                "history": self.history,
-                "best": self.best,
-            },
-        )
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
+        state |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
+        state |= {"epoch": self.epoch, "history": self.history, "best": self.best}
+        save_checkpoint(self.directory, state | {"config": self.config.settings(self.data)})
         text = io.StringIO()
         if self.history:
             writer = csv.DictWriter(text, fieldnames=list(self.history[0]), lineterminator="\n")
