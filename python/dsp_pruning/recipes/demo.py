@@ -68,23 +68,15 @@ def run_demo(
     data = load_digits(config.seed)
     common = asdict(config)
     epochs, groups, prune = (common.pop(name) for name in ("epochs", "groups", "prune"))
-    settings = PretrainConfig(**common, epochs=epochs)
-    trained = pretrain(data, settings, directory / "pretrain", progress=progress("pretrain"))
-    learned = learn_groups(
-        data,
-        trained.model.state_dict(),
-        LearnGroupsConfig(**common, groups=groups, epochs=(epochs + 1) // 2),
-        directory / "learn_groups",
-        progress=progress("learn groups"),
-    )
-    pruned = finetune(
-        data,
-        learned.model.state_dict(),
-        # One cosine cycle: five would be eight epochs each.
-        FinetuneConfig(**common, groups=groups, epochs=epochs, lr=0.05, prune=prune, cycles=1),
-        directory / "finetune",
-        progress=progress("prune and finetune"),
-    )
+    training = PretrainConfig(**common, epochs=epochs)
+    trained = pretrain(data, training, directory / "pretrain", progress=progress("pretrain"))
+    learning = LearnGroupsConfig(**common, groups=groups, epochs=(epochs + 1) // 2)
+    weights, bar = trained.model.state_dict(), progress("learn groups")
+    learned = learn_groups(data, weights, learning, directory / "learn_groups", progress=bar)
+    # One cosine cycle: five would be eight epochs each.
+    pruning = FinetuneConfig(**common, groups=groups, epochs=epochs, lr=0.05, prune=prune, cycles=1)
+    weights, bar = learned.model.state_dict(), progress("prune and finetune")
+    pruned = finetune(data, weights, pruning, directory / "finetune", progress=bar)
     example = data.example()
     dense, masked = trained.model.cpu().eval(), pruned.model.cpu().eval()
     dsp_kernels.save(pack(masked, example), directory / PACKED)

@@ -108,21 +108,15 @@ def finetune(
     pruner, data = _pruner(data, weights, config, source)
     pruner.preview(config.prune)  # raise for an unreachable rate now, not in the last cycle
     cycles = _Cycles(pruner, config, data)
-    trainer = Trainer(
-        pruner.model,
-        config.optimizer(pruner.model),
-        data,
-        config,
-        schedule=cosine(config.epochs, cycles=config.cycles),
-        hook=Hook(
-            before_epoch=cycles.before_epoch,
-            after_step=lambda *_: pruner.after_step(),
-            state_dict=cycles.state_dict,
-            load_state_dict=cycles.load_state_dict,
-        ),
-        directory=directory,
-        choose_from=next((e for e in range(config.epochs) if cycles.cycle(e) == config.prunings - 1), 0),
+    hook = Hook(
+        before_epoch=cycles.before_epoch,
+        after_step=lambda *_: pruner.after_step(),
+        state_dict=cycles.state_dict,
+        load_state_dict=cycles.load_state_dict,
     )
+    last = next((e for e in range(config.epochs) if cycles.cycle(e) == config.prunings - 1), 0)
+    optimizer, schedule = config.optimizer(pruner.model), cosine(config.epochs, cycles=config.cycles)
+    trainer = Trainer(pruner.model, optimizer, data, config, schedule, hook, directory, choose_from=last)
     trainer.run(progress, resume=resume)
     if cycles.prunings_done < config.prunings:  # with 0 epochs no cycle has started
         cycles.prune(config.prunings - 1)

@@ -69,21 +69,15 @@ def learn_groups(
     if config.init == "weights":
         seeded = torch.Generator().manual_seed(config.seed)
         assign_groups(model, counts, config.prune, example_input=example, generator=seeded)
+    hook = Hook(
+        before_forward=learner.initialize,
+        after_step=partial(_after_step, learner),
+        state_dict=learner.state_dict,
+        load_state_dict=learner.load_state_dict,
+        metrics=learner.stats,
+    )
     trainer = Trainer(
-        model,
-        optimizer,
-        data,
-        config,
-        schedule=cosine(config.epochs),
-        hook=Hook(
-            before_forward=learner.initialize,
-            after_step=partial(_after_step, learner),
-            state_dict=learner.state_dict,
-            load_state_dict=learner.load_state_dict,
-            metrics=learner.stats,
-        ),
-        directory=directory,
-        choose_from=config.epochs - 1,
+        model, optimizer, data, config, cosine(config.epochs), hook, directory, config.epochs - 1
     )
     trainer.run(progress, resume=resume)
     return trainer.conclude("learn-groups")
