@@ -76,9 +76,8 @@ def learn_groups(
         load_state_dict=learner.load_state_dict,
         metrics=learner.stats,
     )
-    trainer = Trainer(
-        model, optimizer, data, config, cosine(config.epochs), hook, directory, config.epochs - 1
-    )
+    schedule, last = cosine(config.epochs), config.epochs - 1
+    trainer = Trainer(model, optimizer, data, config, schedule, hook, directory, choose_from=last)
     trainer.run(progress, resume=resume)
     return trainer.conclude("learn-groups")
 
