@@ -115,8 +115,15 @@ def survey_layers(
         if weight is not None and not weight.requires_grad and name not in excluded:
             excluded[name] = "its weight is frozen (requires_grad=False)"
     chosen = [name for name in convs if name not in excluded]
-    if layers is not None:
-        _check_chosen({name: convs[name] for name in chosen}, shapes)
+    for name in chosen if layers is not None else ():
+        if convs[name].groups != 1:
+            raise DSPPruningError(
+                f"layer {name!r} has groups={convs[name].groups}; only convs with groups=1 can learn groups"
+            )
+        if convs[name] not in shapes:
+            raise DSPPruningError(
+                f"layer {name!r} does not run on the example input, so its size is unknown; exclude it"
+            )
     _check_any(chosen, excluded)
     infos = []
     for name in chosen:
@@ -290,15 +297,3 @@ def _check_any(chosen: Collection[str], excluded: Mapping[str, str]) -> None:
         f"no layer to group or prune: {', '.join(listed[:_LISTED])}{more}. "
         "Choose layers yourself with layers=(name, conv) -> bool"
     )
-
-
-def _check_chosen(chosen: Mapping[str, nn.Conv2d], runs: Collection[nn.Module]) -> None:
-    for name, conv in chosen.items():
-        if conv.groups != 1:
-            raise DSPPruningError(
-                f"layer {name!r} has groups={conv.groups}; only convs with groups=1 can learn groups"
-            )
-        if conv not in runs:
-            raise DSPPruningError(
-                f"layer {name!r} does not run on the example input, so its size is unknown; exclude it"
-            )
