@@ -70,32 +70,11 @@ class EagerExecutor:
             convolve = EagerBackend().prepare(step.spec, step.weights, step.bias)
             x, residual = step.inputs[0], step.inputs[1] if len(step.inputs) == 2 else None
             return lambda values: convolve(values[x], None if residual is None else values[residual])
-        if isinstance(step, TorchStep):
-            return step.run
         if isinstance(step, steps.ElementwiseStep):
             return elementwise(step)
-        source = step.inputs[0]
-        if isinstance(step, steps.ConcatStep):
-            return lambda values: torch.cat([values[name] for name in step.inputs], 1)
         if isinstance(step, steps.SelectStep):
-            return _select(source, step.index)
-        if isinstance(step, steps.PoolStep):
-            pool = getattr(F, f"{step.kind}2d")
-            return lambda values: pool(values[source], **step.settings)
-        if isinstance(step, steps.ResizeStep):
-            return _resize(step)
-        if isinstance(step, steps.FitStep):
-            return _fit(step)
-        if isinstance(step, steps.NormStep):
-            norm = step.groups, step.scale, step.shift, step.eps
-            return lambda values: activate_(F.group_norm(values[source], *norm), step.activation)
-        if isinstance(step, steps.GlobalPoolStep):
-            return lambda values: values[source].mean((2, 3), keepdim=step.keepdim)
-        if isinstance(step, steps.FlattenStep):
-            return lambda values: values[source].flatten(1)
-        if isinstance(step, steps.LinearStep):
-            return lambda values: activate_(F.linear(values[source], step.weight, step.bias), step.activation)
-        raise AssertionError(f"unknown step {step!r}")
+            return _select(step.inputs[0], step.index)
+        return step.run if isinstance(step, TorchStep) else partial(_CALLS[type(step)], step)
 
 
 def elementwise(step: steps.ElementwiseStep, channel_axis: int = 1) -> Callable[..., Tensor]:
@@ -119,35 +98,50 @@ def elementwise(step: steps.ElementwiseStep, channel_axis: int = 1) -> Callable[
     return lambda values, out=None: activate_(combine(values[first], values[second], out=out), activation)
 
 
-def _resize(step: steps.ResizeStep) -> Callable[[dict[str, Any]], Tensor]:
+def _resize(step: steps.ResizeStep, values: dict[str, Any]) -> Tensor:
+    x = values[step.inputs[0]]
+    if x.dim() == 2:
+        x = x[:, :, None, None]
+    if step.factor > 1:
+        x = F.pixel_shuffle(x, step.factor) if step.shuffle else F.interpolate(x, None, step.factor)
     top, bottom, left, right = step.pads
-
-    def call(values: dict[str, Any]) -> Tensor:
-        x = values[step.inputs[0]]
-        if x.dim() == 2:
-            x = x[:, :, None, None]
-        if step.factor > 1:
-            x = F.pixel_shuffle(x, step.factor) if step.shuffle else F.interpolate(x, None, step.factor)
-        return F.pad(x, (left, right, top, bottom), value=step.value) if any(step.pads) else x
-
-    return call
+    return F.pad(x, (left, right, top, bottom), value=step.value) if any(step.pads) else x
 
 
 _ALIGN_CORNERS = {"nearest": None, "bilinear": False, "corners": True}  # by the kind of an interpolation
 
 
-def _fit(step: steps.FitStep) -> Callable[[dict[str, Any]], Tensor]:
-    def call(values: dict[str, Any]) -> Tensor:
-        x, *like = (values[name] for name in step.inputs)
-        size: Any = like[0].shape[2:] if like else step.size
-        if step.kind in _ALIGN_CORNERS:
-            mode, factor = step.kind.replace("corners", "bilinear"), None if size else float(step.factor)
-            return F.interpolate(x, size, factor, mode, _ALIGN_CORNERS[step.kind])
-        height, width = (new - old for new, old in zip(size, x.shape[2:], strict=True))
-        top, left = (height // 2, width // 2) if step.kind == "pad_around" else (0, 0)
-        return F.pad(x, (left, width - left, top, height - top))
+def _fit(step: steps.FitStep, values: dict[str, Any]) -> Tensor:
+    x, *like = (values[name] for name in step.inputs)
+    size: Any = like[0].shape[2:] if like else step.size
+    if step.kind in _ALIGN_CORNERS:
+        mode, factor = step.kind.replace("corners", "bilinear"), None if size else float(step.factor)
+        return F.interpolate(x, size, factor, mode, _ALIGN_CORNERS[step.kind])
+    height, width = (new - old for new, old in zip(size, x.shape[2:], strict=True))
+    top, left = (height // 2, width // 2) if step.kind == "pad_around" else (0, 0)
+    return F.pad(x, (left, width - left, top, height - top))
 
-    return call
+
+def _norm(step: steps.NormStep, values: dict[str, Any]) -> Tensor:
+    y = F.group_norm(values[step.inputs[0]], step.groups, step.scale, step.shift, step.eps)
+    return activate_(y, step.activation)
+
+
+def _linear(step: steps.LinearStep, values: dict[str, Any]) -> Tensor:
+    return activate_(F.linear(values[step.inputs[0]], step.weight, step.bias), step.activation)
+
+
+# (step, values computed so far) -> the step's result.
+_CALLS: dict[type[Step], Callable[..., Tensor]] = {
+    steps.ConcatStep: lambda step, v: torch.cat([v[name] for name in step.inputs], 1),
+    steps.PoolStep: lambda step, v: getattr(F, f"{step.kind}2d")(v[step.inputs[0]], **step.settings),
+    steps.ResizeStep: _resize,
+    steps.FitStep: _fit,
+    steps.NormStep: _norm,
+    steps.GlobalPoolStep: lambda step, v: v[step.inputs[0]].mean((2, 3), keepdim=step.keepdim),
+    steps.FlattenStep: lambda step, v: v[step.inputs[0]].flatten(1),
+    steps.LinearStep: _linear,
+}
 
 
 def _select(source: str, index: tuple[int, ...]) -> Callable[[dict[str, Any]], Tensor]:
