@@ -171,11 +171,7 @@ def load_pruned(
         model = cifar_resnet(depth, classes, channels)
     example = torch.zeros(1, channels, *image_hw)
     PruneWrapper(
-        model,
-        n_groups,
-        fp_layer_indices=[],
-        example_input=example,
-        layers=lambda name, _: name in n_groups,
+        model, n_groups, fp_layer_indices=[], example_input=example, layers=lambda name, _: name in n_groups
     )
     restore_weights(model, weights, path)
     return model.eval()
