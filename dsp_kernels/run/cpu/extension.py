@@ -80,7 +80,10 @@ def cpu_fact(name: str) -> str:
 # bfloat16 on AMD Zen 4: ResNet-20 g=4 1.18 / 1.15 / 1.05, ResNet-56 g=4 1.25 / 1.14 / 1.01, ResNet-18 80 %
 # 1.39 / 1.26 / 1.32; Zen 5 multiplies twice as many as in float32, too. On Intel Sapphire Rapids vdpbf16ps
 # has half the rate of float32: ResNet-56 g=4 0.68 / 0.44 / 0.38. There float16: 1.24 / 1.29 / 1.07.
-_FAST_PRODUCTS = {torch.bfloat16: ("AuthenticAMD",), torch.float16: ("GenuineIntel",)}
+_FAST_PRODUCTS = {
+    torch.bfloat16: ("AuthenticAMD",),
+    torch.float16: ("GenuineIntel",),
+}
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
