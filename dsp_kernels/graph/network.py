@@ -54,7 +54,7 @@ class Captured:
     written: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TracedNetwork:
     """The nodes of a network by name, in execution order.
 
