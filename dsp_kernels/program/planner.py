@@ -164,8 +164,9 @@ class _Planner:
         """The step that made a node, if it is of these kinds, has no activation and only one reader."""
         if self.readers[name] != 1:
             return None
+        value = self.value_of[name]
         for step in reversed(self.steps[self.first_movable :]):
-            if step.output == self.value_of[name] and isinstance(step, kinds):
+            if step.output == value and isinstance(step, kinds):
                 activated: Any = step.spec if isinstance(step, steps.ConvStep) else step
                 return step if getattr(activated, "activation", "none") == "none" else None
         return None
