@@ -98,7 +98,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python -c "import mkdocstrings_handlers, material" 2>/dev/null || \
+	$(BIN)/python -c "import mkdocstrings_handlers, material, mkdocs_jupyter" 2>/dev/null || \
 		DSP_KERNELS_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

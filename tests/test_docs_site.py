@@ -17,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or ""
 
-if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocstrings") is None:
+if not all(map(importlib.util.find_spec, ("material", "mkdocstrings", "mkdocs_jupyter"))):
     pytest.skip("mkdocs is missing: run make docs", allow_module_level=True)
 
 
@@ -67,6 +67,9 @@ def test_the_site_works_in_a_browser(site: str, browser: Any, width: int) -> Non
     page.get_by_role("textbox", name="Search").press_sequentially("unpack")
     page.locator(".md-search-result__link").first.wait_for()
     assert any("unpack" in text.lower() for text in page.locator(".md-search-result__link").all_inner_texts())
+
+    page.goto(f"{site}/guide/quickstart.html")
+    assert page.get_by_text("PruneWrapper(").first.is_visible()
 
     page.goto(f"{site}/reference/run.html")
     assert page.get_by_role("heading", name="fuse", exact=False).first.is_visible()

@@ -2,7 +2,12 @@
 
 import doctest
 import importlib
+import importlib.util
+import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +24,21 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
     names: dict[str, object] = {"__name__": page.stem}
     threads = torch.get_num_threads()
     for number, block in enumerate(blocks):
+        if "import torch_pruning" in block and importlib.util.find_spec("torch_pruning") is None:
+            pytest.skip("torch-pruning is missing: pip install torch-pruning")
         exec(compile(block, f"{page.name}, python block {number}", "exec"), names)
     torch.set_num_threads(threads)
+
+
+def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path) -> None:
+    notebook = README.parent / "docs" / "guide" / "quickstart.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    if importlib.util.find_spec("nbmake") is None:
+        pytest.skip("nbmake is missing: pip install nbmake")
+    shutil.copy(notebook, tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=1200", notebook.name]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=1500)
 
 
 def test_the_guide_shows_code() -> None:

@@ -10,8 +10,7 @@ from dsp_benchmarks import cli as commands
 
 import dsp_kernels
 from dsp_cli import options as o
-from dsp_cli.files import pruned_network
-from dsp_pruning import pack
+from dsp_cli.files import packed_network
 from dsp_pruning.recipes.run import pick_device
 
 
@@ -56,9 +55,9 @@ def bench(
     """
     with tempfile.TemporaryDirectory() as folder:
         if model:
-            masked, example = pruned_network(file, image_size, model, model_args)
+            packed, example, _ = packed_network(file, image_size, model, model_args)
             file = Path(folder) / file.with_suffix(".safetensors").name
-            dsp_kernels.save(pack(masked, example), file, example)
+            dsp_kernels.save(packed, file, example)
         status = commands.run(
             Namespace(
                 net=[str(file)],

@@ -123,16 +123,10 @@ def inspect(
 
     With --model, FILE holds the weights that dsp finetune wrote.
     """
-    example: tuple[Tensor, ...]
-    if model:
-        masked, image = pruned_network(file, image_size, model, model_args)
-        network, example, known = packing.pack(masked, image), (image,), True
-    else:
-        network = dsp_kernels.load(file)
-        if isinstance(network, dsp_kernels.QuantizedNetwork):
-            console.print(quantized_layers(network), soft_wrap=True)
-            network = network.packed
-        example, known = example_of(network, image_size)
+    network, example, known = packed_network(file, image_size, model, model_args)
+    if isinstance(network, dsp_kernels.QuantizedNetwork):
+        console.print(quantized_layers(network), soft_wrap=True)
+        network = network.packed
     dense = dense_twin(network) if getattr(network, "dense_widths", None) else None
     rows = layer_rows(network, example, dense)
     size = f"{example[0].shape[2]} x {example[0].shape[3]}"
@@ -181,12 +175,16 @@ def export(
     ] = Precision.fp32,
     opset: Annotated[int, typer.Option("--opset", min=18, help="Of an ONNX file.")] = 18,
     image_size: o.ImageSize = None,
+    model: o.Model = "",
+    model_args: o.ModelArgs = None,
 ) -> None:
-    """Write a packed network as ONNX of ordinary convolutions, an exported PyTorch program or TorchScript."""
-    network = dsp_kernels.load(file)
+    """Write a packed network as ONNX of ordinary convolutions, an exported PyTorch program or TorchScript.
+
+    With --model, FILE holds the weights that dsp finetune wrote.
+    """
+    network, example, _ = packed_network(file, image_size, model, model_args)
     if isinstance(network, dsp_kernels.QuantizedNetwork):
         raise DSPFormatError(f"{file} is quantised; export the packed network that it was made from")
-    example, _ = example_of(network, image_size)
     if format_ is Format.onnx:
         dtype = torch.float16 if precision is Precision.fp16 else torch.float32
         export_onnx(network, out, example, opset=opset, dtype=dtype)
@@ -221,6 +219,21 @@ def pruned_network(
     own = make_model(model, o.arguments(model_args)) if model else None
     network = load_pruned(ckpt, size, own)
     return network, torch.zeros(1, input_channels(network), *size)
+
+
+def packed_network(
+    file: Path, image_size: int | None, model: str, model_args: Sequence[str] | None
+) -> tuple[nn.Module, tuple[Tensor, ...], bool]:
+    """A packed or quantised network, its inputs as of ``example_of``, and whether their size is known.
+
+    With a model the file holds the weights that ``dsp finetune`` wrote, and they are packed.
+    """
+    if model:
+        masked, image = pruned_network(file, image_size, model, model_args)
+        return packing.pack(masked, image), (image,), True
+    network = dsp_kernels.load(file)
+    floating = network.packed if isinstance(network, dsp_kernels.QuantizedNetwork) else network
+    return network, *example_of(floating, image_size)
 
 
 def check_packed_name(path: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 
 import dsp_kernels
 from dsp_cli import options as o
-from dsp_cli.files import check_packed_name, example_of, quantized_layers
+from dsp_cli.files import check_packed_name, packed_network, quantized_layers
 from dsp_cli.show import console
 from dsp_kernels.errors import DSPFormatError
 from dsp_kernels.quantizing.calibrate import MOST_IMAGES
@@ -34,13 +34,16 @@ def quantize(
         list[str] | None, typer.Option("--keep", help="Module that stays in float; repeatable.")
     ] = None,
     seed: o.Seed = 0,
+    model: o.Model = "",
+    model_args: o.ModelArgs = None,
 ) -> None:
     """Turn a packed network into one of 8-bit integers, and compare their accuracies on the test images.
 
     The ranges of its values are those for 256 images, evenly spread over the training images.
+    With --model, FILE holds the weights that dsp finetune wrote.
     """
     check_packed_name(save)
-    packed = dsp_kernels.load(file)
+    packed, example, _ = packed_network(file, None, model, model_args)
     if isinstance(packed, dsp_kernels.QuantizedNetwork):
         raise DSPFormatError(f"{file} is quantised already")
     images = load_data(data, data_root, download=download, seed=seed, image_size=image_size, workers=workers)
@@ -49,7 +52,7 @@ def quantize(
     quantized = dsp_kernels.quantize(packed, chosen, method.value, keep or ())
     before, after = (
         evaluate(network, images, images.test)
-        for network in (dsp_kernels.fuse(packed, example_of(packed)[0]), dsp_kernels.fuse(quantized))
+        for network in (dsp_kernels.fuse(packed, example), dsp_kernels.fuse(quantized))
     )
     dsp_kernels.save(quantized, save)
     console.print(

@@ -165,6 +165,10 @@ def test_an_own_network_on_own_data_in_every_command(dsp: Command, tmp_path: Pat
     x = torch.randn(3, 1, 8, 8)
     torch.testing.assert_close(dsp_kernels.load(file)(x), masked.eval()(x))
     assert "of 12" in dsp("inspect", ckpt, *model).out
+    to, data = tmp_path / "made", ["--data", "recipe_cases:own_data"]
+    for command in (["quantize", ckpt, "--save", to, *data], ["export", ckpt, to, "--format", "torchscript"]):
+        shown = dsp(*command, *model)
+        assert f"{to}: " in shown.out, shown.error
     timed = [
         "--batch",
         1,

@@ -1,0 +1,133 @@
+"""torch.compile(model, backend="dsp_kernels"): graphs that torch.compile captures run as fused networks."""
+
+import copy
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dsp_kernels.errors import DSPBackendError, DSPError, DSPTraceError
+from dsp_kernels.graph.capture import Tracer
+from dsp_kernels.program.fuse import FusedNetwork, fuse
+
+
+def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], **settings: Any) -> Callable[..., Any]:
+    """The backend "dsp_kernels" of torch.compile, by this name where the package is installed.
+
+    For packed or dense networks in eval mode, under ``torch.no_grad()``. A graph that cannot be fused or
+    needs a gradient or autocast runs in plain PyTorch; a warning says why. It is fused at its first call, and
+    again when PyTorch counts a change of a weight, which it does not for writes through ``.data``.
+    Raises DSPBackendError for ``mode=`` and ``options=``.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> x = torch.randn(2, 3, 16, 16)
+    >>> with torch.no_grad():
+    ...     y = torch.compile(net, backend=compile_graph)(x)  # or backend="dsp_kernels"
+    >>> torch.allclose(y, net(x), atol=1e-4)
+    True
+    """
+    if settings:
+        raise DSPBackendError(f'backend "dsp_kernels" takes no {" and no ".join(settings)}; leave it out')
+    places = list(enumerate(graph.graph.find_nodes(op="placeholder")))
+    # parameters and buffers; sizes are inputs that are no tensors
+    held = [
+        place for place, node in places if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    ]
+    images = [place for place, node in places if place not in held and _is_tensor(node)]
+    run: Callable[..., Any] = graph.forward
+    known: Any = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal run, known
+        weights = [arguments[place] for place in held]
+        now = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
+        if now != known:
+            try:
+                fused = _fused(graph, arguments, held, images)
+                run = lambda *given: fused(*(given[place] for place in images))  # noqa: E731
+            except DSPError as error:
+                run = graph.forward
+                warnings.warn(f'backend "dsp_kernels" runs a graph in plain PyTorch: {error}', stacklevel=2)
+            known = now
+        return run(*arguments)
+
+    return call
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), Tensor)
+
+
+def _fused(graph: fx.GraphModule, values: Sequence[Any], held: list[int], images: list[int]) -> FusedNetwork:
+    """Raises DSPError where plain PyTorch has to run instead."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise DSPBackendError("it needs gradients; call the network under torch.no_grad()")
+    if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in tensors}):
+        raise DSPBackendError("autocast is on; use fuse() with a dtype")
+    if any(values[place].is_inference() for place in held):
+        raise DSPBackendError("its weights were made in inference mode, where no changes are counted")
+
+    def captured(*inputs: Tensor) -> Any:
+        before, given = [x._version for x in inputs], dict(zip(images, inputs, strict=True))
+        answer = graph.forward(*(given.get(place, x) for place, x in enumerate(values)))
+        if before != [x._version for x in inputs]:
+            raise DSPTraceError("it writes into its input")
+        return answer
+
+    with torch.inference_mode(False), torch.no_grad():
+        model = _with_layers(graph, values, held, images)
+        model.forward = captured  # fuse traces what the class does and compares with what the instance does
+        return fuse(model, tuple(values[place] for place in images))
+
+
+def _with_layers(
+    graph: fx.GraphModule, values: Sequence[Any], held: list[int], images: list[int]
+) -> nn.Module:
+    """The graph of the images alone: weights are attributes, sizes are read off, layers are called.
+
+    torch.compile records what layers do inside, and in ``nn_module_stack`` the ids of the modules.
+    """
+    root, calls = nn.Module(), copy.deepcopy(graph.graph)
+    places = calls.find_nodes(op="placeholder")
+    shapes = {places[image]: places[image].meta["example_value"].shape for image in images}
+    sizes = {str(size): (image, dim) for image, shape in shapes.items() for dim, size in enumerate(shape)}
+    with calls.inserting_before(places[-1].next):
+        for place, node in enumerate(places):
+            if place in images:
+                continue
+            if place in held:
+                root.register_buffer(node.name, values[place].detach())
+                node.replace_all_uses_with(calls.get_attr(node.name))
+            elif (size := sizes.get(str(node.meta["example_value"]))) is not None:
+                node.replace_all_uses_with(calls.call_method("size", size))
+            else:
+                raise DSPTraceError(f"it computes with {node.name}, which is no size of an input")
+            calls.erase_node(node)
+    alive = {str(id(part)): part for part in gc.get_objects() if issubclass(type(part), nn.Module)}
+    tracer = Tracer()
+
+    def layer(node: fx.Node) -> nn.Module | None:
+        around = [alive[key] for key in node.meta.get("nn_module_stack", {}) if key in alive]
+        if any(module.training for module in around):
+            raise DSPTraceError("it is in training mode; call model.eval()")
+        return next((module for module in around if tracer.is_leaf_module(module, "")), None)
+
+    for module, group in groupby([node for node in calls.nodes if node.op.startswith("call")], layer):
+        nodes = list(group)
+        read = {x for node in nodes for x in node.all_input_nodes if x not in nodes and _is_tensor(x)}
+        results = [node for node in nodes if any(user not in nodes for user in node.users)]
+        if module is None or len(read) != 1 or len(results) != 1:
+            continue
+        root.add_module(results[0].name, module)
+        with calls.inserting_after(nodes[-1]):
+            new = calls.call_module(results[0].name, tuple(read))
+        new.meta = results[0].meta
+        results[0].replace_all_uses_with(new)
+        for node in reversed(nodes):
+            calls.erase_node(node)
+    return fx.GraphModule(root, calls)

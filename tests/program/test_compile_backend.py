@@ -1,0 +1,130 @@
+"""torch.compile(model, backend="dsp_kernels"): eager's answers, fused where that is possible."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import dsp_kernels
+from dsp_kernels.program.compile_backend import compile_graph
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Answers(nn.Module):
+    """Several answers, one of them a size; a graph break between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return {"map": self.second(y), "size": y.view(y.shape[0], -1).shape[1], "images": y.shape[0]}
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(nets.make, name) for name in ("residual", "pre-activation")},
+    "wild": nets.wild,
+    "answers": lambda: Answers().eval(),
+    "swapped": lambda: dsp_kernels.swap(nets.make("residual")),
+}
+
+
+@pytest.mark.filterwarnings("error:backend:UserWarning")  # nothing runs in plain PyTorch
+@pytest.mark.parametrize("name", NETWORKS)
+def test_answers_are_those_of_eager_for_any_batch(name: str) -> None:
+    model = NETWORKS[name]()
+    compiled = torch.compile(model, backend=compile_graph)
+    for batch in (2, 5, 1):  # torch compiles the first and the last for that batch only
+        x = nets.example(batch, seed=batch)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_changed_and_replaced_weights_are_read() -> None:
+    model, x = nets.make("residual"), nets.example(seed=3)
+    compiled = torch.compile(model, backend=compile_graph)
+    with torch.no_grad():
+        for change in (
+            lambda: model.packed.weights[0].mul_(2),
+            lambda: model.norm.running_mean.add_(1),
+            lambda: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}),
+            lambda: setattr(model.classifier, "bias", nn.Parameter(torch.ones(5))),
+        ):
+            before = compiled(x)
+            change()
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(before, model(x), atol=1e-4)
+
+
+def overwriting() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3)).eval()
+
+
+def inferred() -> nn.Module:
+    with torch.inference_mode():
+        return nets.make("residual")
+
+
+PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], AbstractContextManager[Any]], str]] = {
+    "training": (lambda: nets.make("residual").train(), torch.no_grad, "training mode; call model.eval"),
+    "gradient": (lambda: nets.make("residual"), torch.enable_grad, "torch.no_grad"),
+    "autocast": (
+        lambda: nets.make("residual").requires_grad_(False),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        "autocast is on",
+    ),
+    "writes into its input": (overwriting, torch.no_grad, "writes into its input"),
+    "weights of inference mode": (inferred, torch.inference_mode, "inference mode"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_cannot_be_fused_runs_in_plain_pytorch_with_one_warning(name: str) -> None:
+    make, context, reason = PLAIN[name]
+    model, expected = make(), make()
+    compiled, x, y = torch.compile(model, backend=compile_graph), nets.example(seed=3), nets.example(seed=3)
+    with context():
+        with pytest.warns(UserWarning, match=f"in plain PyTorch: .*{reason}"):
+            got = compiled(x)
+        torch.testing.assert_close(got, expected(y), rtol=0, atol=0)
+    torch.testing.assert_close(x, y)
+    for key, value in expected.state_dict().items():  # statistics of norms too
+        torch.testing.assert_close(model.state_dict()[key], value)
+    assert got.requires_grad == (name == "gradient")
+
+
+@pytest.mark.parametrize("settings", [{"mode": "reduce-overhead"}, {"options": {"max_autotune": True}}])
+def test_settings_of_other_backends_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(BackendCompilerFailed, match=f"takes no {next(iter(settings))}"):
+        torch.compile(nets.make("residual"), backend=compile_graph, **settings)(nets.example())
+
+
+def test_torch_finds_the_backend_by_its_name() -> None:
+    if "dsp_kernels" not in entry_points(group="torch_dynamo_backends").names:
+        pytest.skip(
+            "dsp-kernels is not installed, or by an older version: pip install --no-build-isolation -e ."
+        )
+    code = (
+        "import sys, torch; net, x = torch.nn.Conv2d(3, 4, 3).eval(), torch.ones(1, 3, 8, 8)\n"
+        "with torch.no_grad(): y = torch.compile(net, backend='dsp_kernels')(x)\n"
+        "assert 'dsp_kernels.program.fuse' in sys.modules and torch.allclose(y, net(x), atol=1e-5)"
+    )
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, timeout=300)
