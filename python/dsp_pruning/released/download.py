@@ -53,7 +53,7 @@ def _kept(name: str) -> Path:
 
 
 def download_released(name: str, progress: Progress = lambda done, total, text: None) -> Path:
-    """The archive of a released network in the cache folder, ``released/<name>.pt``; ``load_released`` reads it.
+    """The archive of a released network, ``released/<name>.pt`` in the cache folder, for ``load_released``.
 
     name: of ``ARCHIVES``. A file that is there and right is not fetched again; an interrupted download
     continues where it stopped, and several processes may fetch at once. $DSP_RELEASED_URL names a mirror of
