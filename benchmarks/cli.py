@@ -137,7 +137,14 @@ def run(options: Namespace) -> int:
     ]
     result = Result(environment(options.device), asdict(peaks), tuple(runs))
     for one in runs:
-        _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(one))
+        runnable = replace(one, rows=tuple(row for row in one.rows if row.status != "unavailable"))
+        _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(runnable))
+        absent: dict[str, dict[str, None]] = {}  # engines by reason, each once
+        for row in one.rows:
+            if row.status == "unavailable":
+                absent.setdefault(row.reason, {})[row.engine] = None
+        for reason, names in absent.items():
+            print(f"unavailable: {', '.join(names)}: {reason}")
     print(machine(result))
     target = options.out or _default_target(names, options.device)
     print(f"result: {write_result(target, result)}")

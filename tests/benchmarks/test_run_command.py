@@ -55,9 +55,21 @@ def test_a_wrong_engine_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(ENGINES, "fake", FakeEngine(error=0.5))
-    flags = ["--image-size", "16", "--batch", "1", "--engine", "packed/fake", "--rounds", "1"]
+    flags = [
+        "--image-size",
+        "16",
+        "--batch",
+        "1,2",
+        "--engine",
+        "packed/fake,packed/tensorrt",
+        "--rounds",
+        "1",
+    ]
     assert main(["run", *SMALL_FLAGS, *flags, "--out", str(tmp_path / "a.json")]) == 1
-    assert "error: packed/fake, batch 1: engine 'packed/fake' is off by" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "error: packed/fake, batch 1: engine 'packed/fake' is off by" in shown.err
+    assert "\nunavailable: packed/tensorrt: it runs on cuda only, this run is on cpu\n" in shown.out
+    assert shown.out.count("packed/tensorrt") == 1
 
 
 def _error_of(capsys: pytest.CaptureFixture[str], flags: list[str]) -> str:
