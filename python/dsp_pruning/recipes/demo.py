@@ -28,7 +28,7 @@ class DemoConfig:
 
     seed: int = 0
     depth: int = 20
-    epochs: int = 40
+    epochs: int = 20
     batch_size: int = 64
     groups: int = 4
     prune: float = 0.5
@@ -81,7 +81,7 @@ def run_demo(
     pruned = finetune(
         data,
         learned.model.state_dict(),
-        # One cosine cycle: five would be eight epochs each.
+        # One cosine cycle: five would be four epochs each.
         FinetuneConfig(**common, groups=groups, epochs=epochs, lr=0.05, prune=prune, cycles=1),
         directory / "finetune",
         progress=progress("prune and finetune"),
