@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dsp_kernels
-from dsp_kernels.errors import DSPFormatError
+from dsp_kernels.errors import DSPError, DSPFormatError
 from dsp_kernels.file.save_load import input_channels
 from dsp_kernels.program.steps import Program
 from dsp_pruning import read_released
@@ -25,7 +25,7 @@ from dsp_pruning.released.load import load_released
 
 from ..measure.floors import program_of
 from .forms import compacted, filter_pruned, widened
-from .released_form import released_form
+from .released_form import ReleasedForm
 from .structures import apply_structure
 
 # form -> the form whose output, in plain PyTorch and float32, it must reproduce.
@@ -77,8 +77,9 @@ class Labelled:
 class Network:
     """One network in all its forms, each built when first used, in eval mode on the CPU.
 
-    label: what it is and where its structure comes from. labelled: test images of its data set, training: of
-    its training images, normalised too; None without real weights.
+    label: what it is and where its structure comes from. released: whether it has the authors' form of
+    execution. labelled: test images of its data set, training: of its training images, normalised too; None
+    without real weights.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Network:
         packed: nn.Module,
         dense: nn.Module,
         image_size: int,
+        released: bool = False,
         labelled: Labelled | None = None,
         training: Tensor | None = None,
         quantized: nn.Module | None = None,
@@ -95,6 +97,7 @@ class Network:
         self.packed = packed.eval()
         self.dense = dense.eval()
         self.image_size = image_size
+        self.released = released
         self.labelled = labelled
         self.training = training
         self._forms: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
@@ -127,8 +130,10 @@ class Network:
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError if it does not have it."""
         if name not in self._forms:
+            if name == "released" and not self.released:
+                raise DSPError("only a network that the authors released has their form of execution")
             build = {
-                "released": lambda: released_form(self.packed),
+                "released": lambda: ReleasedForm(self.packed),
                 "compacted": lambda: compacted(self.packed),
                 "filters": lambda: filter_pruned(self.dense, self.example, self.macs("packed")),
             }[name]
@@ -160,7 +165,7 @@ def load_network(source: NetworkSource) -> Network:
         label, size = f"{path.stem}, real weights", source.image_size or 32
         dense = widened(compacted(packed), dense_twin(packed))
         labelled, training = _cifar10(packed.classifier.out_features, size)
-        return Network(label, packed, dense, size, labelled, training)
+        return Network(label, packed, dense, size, True, labelled, training)
     if path.suffix == ".safetensors":
         loaded = dsp_kernels.load(path)
         quantized = loaded if isinstance(loaded, dsp_kernels.FusedNetwork) else None
@@ -192,6 +197,7 @@ def _published(source: NetworkSource, architecture: str, groups: str, percent: s
     structure = str(found or f"random:g={groups},rate={_RATES.get(source.name) or f'0.{percent}'}")
     network = load_network(replace(source, name=architecture, structure=structure))
     if not found:
+        network.released = percent is None
         network.label = f"{source.name}{GENERATED}, random groups and weights, seed {source.seed}"
     return network
 

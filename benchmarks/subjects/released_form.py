@@ -11,19 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsp_kernels import PackedConv2d
-from dsp_kernels.errors import DSPError
-
-
-def released_form(packed: nn.Module) -> nn.Module:
-    """Of a CIFAR ResNet whose blocks are packed. Raises DSPError for another network."""
-    try:
-        return ReleasedForm(packed)
-    except AttributeError as error:
-        raise DSPError("only CIFAR ResNets with packed blocks have the authors' form of execution") from error
 
 
 class ReleasedForm(nn.Module):
-    """packed: see ``released_form``. x: (batch, 3, 32, 32) -> logits: (batch, classes), in eval mode."""
+    """packed: a released CIFAR ResNet, or a generated one: no biases, and norms that keep 0.
+
+    x: (batch, 3, 32, 32) -> logits: (batch, classes), in eval mode.
+    """
 
     def __init__(self, packed: Any) -> None:
         super().__init__()
