@@ -22,7 +22,8 @@ install: $(INSTALLED)
 
 # $(call timed,what,command): runs it and prints how long it took
 timed = @echo "$(1) ..."; start=$$(date +%s); $(2) && echo "$(1): $$(($$(date +%s) - start)) s"
-PIP := $(BIN)/python -m pip install --quiet
+# setuptools warns of every editable installation
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/* csrc/*/*/*)
 
 # torch first: the CUDA kernels are built with its headers. An environment that already has torch keeps it.

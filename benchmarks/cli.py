@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dsp_kernels.errors import DSPError, DSPFormatError
+from dsp_kernels.errors import DSPError
 from dsp_kernels.whole_file import write_text
 from dsp_pruning.recipes.run import pick_device
 
@@ -29,7 +29,7 @@ from .report.plots import draw_plots
 from .report.results import Result, Run, read_result, write_result
 from .report.tables import COLUMNS, cells, machine, markdown, put_into_readme
 from .run import run_cases, time_shares, with_floors
-from .subjects.networks import FORMS, Network, NetworkSource, load_network, shared_folder
+from .subjects.networks import FORMS, GENERATED, Network, NetworkSource, load_network
 
 _HERE = Path(__file__).resolve().parent
 README = _HERE.parent / "README.md"
@@ -116,7 +116,7 @@ def run(options: Namespace) -> int:
     """Time networks; the exit status is 1 if an engine was wrong or broke."""
     started = time.perf_counter()
     _check_options(options)
-    names = options.net or _default_networks()
+    names = options.net or ["resnet20_g4", "resnet56_g4"]
     sources = [NetworkSource(name, options.structure, options.image_size, options.seed) for name in names]
     if options.profile:
         return _profile(sources[0], options)
@@ -137,7 +137,14 @@ def run(options: Namespace) -> int:
     ]
     result = Result(environment(options.device), asdict(peaks), tuple(runs))
     for one in runs:
-        _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(one))
+        runnable = replace(one, rows=tuple(row for row in one.rows if row.status != "unavailable"))
+        _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(runnable))
+        absent: dict[str, dict[str, None]] = {}  # engines by reason, each once
+        for row in one.rows:
+            if row.status == "unavailable":
+                absent.setdefault(row.reason, {})[row.engine] = None
+        for reason, names in absent.items():
+            print(f"unavailable: {', '.join(names)}: {reason}")
     print(machine(result))
     target = options.out or _default_target(names, options.device)
     print(f"result: {write_result(target, result)}")
@@ -184,7 +191,8 @@ def _run_parts(
                 step=step,
             )
             ratio = network.macs("dense") / network.macs("packed")
-            runs.append(Run(Path(source.name).stem, network.label, mode, ratio, tuple(rows)))
+            name = Path(source.name).stem + GENERATED * (GENERATED in network.label)
+            runs.append(Run(name, network.label, mode, ratio, tuple(rows)))
     return runs
 
 
@@ -237,16 +245,6 @@ def _profile(source: NetworkSource, options: Namespace) -> int:
     columns = ("part", "microseconds", "%", "floor", "% of floor")
     _print(f"{case.label}, {network.label}, batch {len(x)}: {1e6 * total:.0f} microseconds", columns, lines)
     return 0
-
-
-def _default_networks() -> list[str]:
-    """The two released networks with four groups. Raises DSPFormatError if they are missing."""
-    if not (shared_folder() / "nets").is_dir():
-        raise DSPFormatError(
-            f"no released networks at {shared_folder()} (see DSP_SHARED); name another with --net, "
-            "for example --net cifar_resnet56 --structure random:g=4,rate=0.65"
-        )
-    return ["resnet20_g4", "resnet56_g4"]
 
 
 def _default_target(names: Sequence[str], device: str) -> Path:

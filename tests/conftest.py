@@ -8,26 +8,19 @@ import pytest
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+from dsp_pruning.released.download import find_shared
 
 # Its watcher is a thread that lives as long as the process and may collect the garbage of any test.
 tqdm.monitor_interval = 0
 
 
-def _shared_folder() -> Path:
-    return Path(os.environ.get("DSP_SHARED") or ROOT.parent / "shared")
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real nets, data and golden numbers; skips without it unless DSP_REQUIRE_SHARED is set."""
-    folder = _shared_folder()
-    if not (folder / "golden").is_dir():
-        reason = f"no shared material at {folder} (set DSP_SHARED to its folder)"
-        if os.environ.get("DSP_REQUIRE_SHARED"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return folder
+    if golden := find_shared("golden"):
+        return golden.parent
+    give_up = pytest.fail if os.environ.get("DSP_REQUIRE_SHARED") else pytest.skip
+    give_up("no golden numbers and images: set DSP_SHARED (`dsp download all` gets the networks only)")
 
 
 @pytest.fixture(autouse=True)

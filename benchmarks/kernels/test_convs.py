@@ -18,7 +18,7 @@ from dsp_kernels.program.steps import ConvStep
 from dsp_kernels.run.convs import BACKENDS
 from dsp_kernels.tolerances import op_tolerance
 
-from ..subjects.networks import NetworkSource, load_network, shared_folder
+from ..subjects.networks import NetworkSource, load_network
 
 _SOURCES = (
     NetworkSource("resnet20_g4"),
@@ -43,11 +43,9 @@ class Layer:
 
 
 def layers(sources: tuple[NetworkSource, ...] = _SOURCES) -> list[Layer]:
-    """The first layer of every dense shape in each network that exists here."""
+    """The first layer of every dense shape in each network."""
     found: dict[tuple[str, str], Layer] = {}
     for source in sources:
-        if source.structure is None and not (shared_folder() / "nets" / f"{source.name}.npz").is_file():
-            continue
         network = load_network(source)
         dense, packed = network.program("dense"), network.program("packed")
         wide = {step.output: step.spec for step in dense.steps if isinstance(step, ConvStep)}

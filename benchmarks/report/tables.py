@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dsp_kernels.errors import DSPFormatError
 
+from ..subjects.networks import GENERATED
 from .results import Result, Row, Run
 
 
@@ -109,6 +110,11 @@ def summary(result: Result) -> str:
     text = f"{head}\n\n{_table(_README_COLUMNS, lines)}"
     if any("~" in cell for line in lines for cell in line):
         text += "\n~: the samples spread or drift too much for a verdict.\n"
+    if any(GENERATED in run.name for run in result.runs):
+        text += (
+            "\ngenerated: the released network was not found (`dsp download all` fetches it); these random"
+            " weights and groups from a seed have the published numbers of groups and multiply-adds.\n"
+        )
     busy = max((row.timed.busy or 1 for run in result.runs for row in run.rows if row.samples), default=1)
     if busy > _BUSY:
         text += (

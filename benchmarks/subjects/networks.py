@@ -1,6 +1,5 @@
 """Networks to measure, by name: the real ones, CIFAR and torchvision architectures, any saved file."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +20,8 @@ from dsp_pruning.data import normalise
 from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet, torchvision_resnet
 from dsp_pruning.packing.twin import dense_twin
+from dsp_pruning.released.download import find_shared
+from dsp_pruning.released.load import load_released
 
 from ..measure.floors import program_of
 from .forms import compacted, filter_pruned, widened
@@ -36,22 +37,27 @@ REFERENCE = {
     "filters": "filters",
 }
 FORMS = tuple(REFERENCE)
+GENERATED = " (generated)"  # in names and labels: from a seed, in place of what the authors published
+# Share of the grouped layers' FLOPs without which random groups have the released network's multiply-adds.
+_RATES = {
+    "resnet20_g2": 0.612,
+    "resnet20_g3": 0.624,
+    "resnet20_g4": 0.635,
+    "resnet56_g2": 0.633,
+    "resnet56_g3": 0.641,
+    "resnet56_g4": 0.651,
+}
 _TRAINING, _RANDOM = 256, 32  # images on which int8 engines find the range of every value
-
-
-def shared_folder() -> Path:
-    """The folder of the released networks: $DSP_SHARED, else ``shared`` beside the repository."""
-    return Path(os.environ.get("DSP_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 
 
 @dataclass(frozen=True)
 class NetworkSource:
     """What to measure.
 
-    name: a released network (``resnet56_g4``), an architecture with a shared structure (``resnet50_g2_80``),
-    an architecture (``cifar_resnet56``, ``resnet50``) or a file (.npz of a released network, .safetensors of
-    a saved one). structure: how an architecture is pruned, see ``structures.apply_structure``. image_size:
-    height and width; None: the usual one.
+    name: a released network (``resnet56_g4``), an architecture with a released structure
+    (``resnet50_g2_80``), an architecture (``cifar_resnet56``, ``resnet50``) or a file (.npz or .pt of a
+    released CIFAR network, .safetensors of a saved one). structure: how an architecture is pruned, see
+    ``structures.apply_structure``. image_size: height and width; None: the usual one.
     """
 
     name: str
@@ -71,8 +77,9 @@ class Labelled:
 class Network:
     """One network in all its forms, each built when first used, in eval mode on the CPU.
 
-    label: what it is and where its structure comes from. labelled: test images of its data set, training: of
-    its training images, normalised too; None without real weights.
+    label: what it is and where its structure comes from. released: whether it has the authors' form of
+    execution. labelled: test images of its data set, training: of its training images, normalised too; None
+    without real weights.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class Network:
         packed: nn.Module,
         dense: nn.Module,
         image_size: int,
-        released: nn.Module | None = None,
+        released: bool = False,
         labelled: Labelled | None = None,
         training: Tensor | None = None,
         quantized: nn.Module | None = None,
@@ -90,11 +97,10 @@ class Network:
         self.packed = packed.eval()
         self.dense = dense.eval()
         self.image_size = image_size
+        self.released = released
         self.labelled = labelled
         self.training = training
         self._forms: dict[str, nn.Module] = {"packed": self.packed, "dense": self.dense}
-        if released is not None:
-            self._forms["released"] = released
         if quantized is not None:
             self._forms["quantized"] = quantized
         self._programs: dict[str, Program] = {}
@@ -124,14 +130,14 @@ class Network:
     def form(self, name: str) -> nn.Module:
         """The network in one form. Raises DSPError if it does not have it."""
         if name not in self._forms:
-            if name == "released":
+            if name == "released" and not self.released:
                 raise DSPError("only a network that the authors released has their form of execution")
-            if name == "compacted":
-                self._forms[name] = compacted(self.packed)
-            else:
-                self._forms[name] = _seeded(
-                    lambda: filter_pruned(self.dense, self.example, self.macs("packed")), 0
-                )
+            build = {
+                "released": lambda: ReleasedForm(self.packed),
+                "compacted": lambda: compacted(self.packed),
+                "filters": lambda: filter_pruned(self.dense, self.example, self.macs("packed")),
+            }[name]
+            self._forms[name] = _seeded(build, 0)
         return self._forms[name]
 
     def program(self, form: str) -> Program:
@@ -150,14 +156,16 @@ def load_network(source: NetworkSource) -> Network:
     """Build a network. Raises DSPFormatError for an unknown name or a file that holds no network."""
     name = source.name
     path = Path(name)
-    if path.suffix != ".npz" and re.fullmatch(r"resnet\d+_g\d+", name):
-        path = shared_folder() / "nets" / f"{name}.npz"
-    if path.suffix == ".npz":
-        packed = read_released(path)
+    if match := re.fullmatch(r"(resnet\d+)_g(\d)(?:_(\d\d))?", name):
+        return _published(source, *match.groups())
+    if path.suffix in (".npz", ".pt"):
+        packed: Any = read_released(path) if path.suffix == ".npz" else load_released(path)
+        if packed.dense_widths is None:
+            raise DSPFormatError(f"{path} is no CIFAR ResNet; measure the file that `dsp import` makes of it")
         label, size = f"{path.stem}, real weights", source.image_size or 32
         dense = widened(compacted(packed), dense_twin(packed))
         labelled, training = _cifar10(packed.classifier.out_features, size)
-        return Network(label, packed, dense, size, ReleasedForm(packed), labelled, training)
+        return Network(label, packed, dense, size, True, labelled, training)
     if path.suffix == ".safetensors":
         loaded = dsp_kernels.load(path)
         quantized = loaded if isinstance(loaded, dsp_kernels.FusedNetwork) else None
@@ -170,9 +178,6 @@ def load_network(source: NetworkSource) -> Network:
         label = path.name if known else f"{path.name} (dense has the packed widths: the file holds no others)"
         twin = _seeded(lambda: dense_twin(saved), source.seed)
         return Network(label, saved, twin, size, quantized=quantized)
-    if match := re.fullmatch(r"(resnet\d+)_g\d+_\d+", name):
-        structure = str(shared_folder() / "structures" / f"{name}.npz")
-        return load_network(replace(source, name=match[1], structure=structure))
     architecture, image_size = _architecture(name, source)
     if source.structure is None:
         raise DSPFormatError(f"{name} is not pruned: give a structure, for example random:g=2,rate=0.7")
@@ -180,6 +185,21 @@ def load_network(source: NetworkSource) -> Network:
     pruned = apply_structure(architecture, blank, source.structure, source.seed)
     label = f"{name}, structure {Path(source.structure).name} (synthetic)"
     return Network(label, pruned, architecture, image_size)
+
+
+def _published(source: NetworkSource, architecture: str, groups: str, percent: str | None) -> Network:
+    """A network or structure of the authors; if none is found, one with as many groups and multiply-adds."""
+    found = find_shared(f"{'structures' if percent else 'nets'}/{source.name}.npz")
+    if percent is None:
+        if found:
+            return load_network(replace(source, name=str(found)))
+        architecture = f"cifar_{architecture}"
+    structure = str(found or f"random:g={groups},rate={_RATES.get(source.name) or f'0.{percent}'}")
+    network = load_network(replace(source, name=architecture, structure=structure))
+    if not found:
+        network.released = percent is None
+        network.label = f"{source.name}{GENERATED}, random groups and weights, seed {source.seed}"
+    return network
 
 
 def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
@@ -197,8 +217,8 @@ def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
 
 def _cifar10(classes: int, image_size: int) -> tuple[Labelled | None, Tensor | None]:
     """The test images and some training images of the CIFAR-10 subset, if it exists and fits."""
-    path = shared_folder() / "data" / "cifar10_subset.npz"
-    if classes != 10 or image_size != 32 or not path.is_file():
+    path = find_shared("data/cifar10_subset.npz")
+    if classes != 10 or image_size != 32 or not path:
         return None, None
     with np.load(path) as archive:
         images = archive["test_images"], archive["train_images"][:_TRAINING]

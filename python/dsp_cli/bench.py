@@ -53,29 +53,13 @@ def bench(
     The dense rows are the network before packing, with random weights: they are shown for speed.
     With --model, FILE holds the weights that dsp finetune wrote.
     """
+    given = locals()  # under the names of the options of `run`
     with tempfile.TemporaryDirectory() as folder:
         if model:
             packed, example, _ = packed_network(file, image_size, model, model_args)
             file = Path(folder) / file.with_suffix(".safetensors").name
             dsp_kernels.save(packed, file, example)
-        status = commands.run(
-            Namespace(
-                net=[str(file)],
-                structure=None,
-                image_size=image_size,
-                batch=batch or [1, 32],
-                engine=engine,
-                form=form,
-                mode=mode,
-                rounds=rounds,
-                seed=seed,
-                device=str(pick_device(device)),
-                short=short,
-                seconds=seconds,
-                profile=profile,
-                out=out,
-                report=report,
-            )
-        )
+        chosen = {"net": [str(file)], "structure": None, "batch": batch or [1, 32]}
+        status = commands.run(Namespace(**given | chosen | {"device": str(pick_device(device))}))
     if status:
         raise typer.Exit(status)

@@ -10,6 +10,7 @@ from dsp_benchmarks.cli import main
 from dsp_benchmarks.engines import ENGINES
 from dsp_benchmarks.measure.peaks import Peaks
 from dsp_benchmarks.report.results import read_result
+from dsp_benchmarks.report.tables import summary
 from fakes import SMALL, FakeEngine
 
 SMALL_FLAGS = ["--net", SMALL.name, "--structure", str(SMALL.structure)]
@@ -23,9 +24,11 @@ def known_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("known_peaks")
 def test_a_released_network_through_the_command(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("DSP_SHARED", str(shared))
+    """Where it is not found, one is generated, and the file and the README's table say so."""
+    monkeypatch.setenv("DSP_SHARED", str(tmp_path))
+    monkeypatch.setenv("DSP_KERNELS_CACHE", str(tmp_path))
     out = tmp_path / "result.json"
     flags = ["--net", "resnet20_g4", "--batch", "2", "--rounds", "2", "--out", str(out)]
     # A list may have commas, and an option may be repeated.
@@ -33,7 +36,9 @@ def test_a_released_network_through_the_command(
     assert main(["run", *flags]) == 0
     assert "packed/fused:eager" in capsys.readouterr().out
     (run,) = read_result(out).runs
-    assert run.flop_ratio == pytest.approx(2.664, abs=1e-3)
+    assert run.flop_ratio == pytest.approx(2.664, rel=2e-3)  # as published
+    assert run.name == "resnet20_g4 (generated)"
+    assert "resnet20_g4 (generated) |" in summary(read_result(out))
     assert [row.engine for row in run.rows if row.status == "ok"] == [
         f"{form}/{engine}"
         for form in ("released", "packed")
@@ -50,9 +55,21 @@ def test_a_wrong_engine_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(ENGINES, "fake", FakeEngine(error=0.5))
-    flags = ["--image-size", "16", "--batch", "1", "--engine", "packed/fake", "--rounds", "1"]
+    flags = [
+        "--image-size",
+        "16",
+        "--batch",
+        "1,2",
+        "--engine",
+        "packed/fake,packed/tensorrt",
+        "--rounds",
+        "1",
+    ]
     assert main(["run", *SMALL_FLAGS, *flags, "--out", str(tmp_path / "a.json")]) == 1
-    assert "error: packed/fake, batch 1: engine 'packed/fake' is off by" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "error: packed/fake, batch 1: engine 'packed/fake' is off by" in shown.err
+    assert "\nunavailable: packed/tensorrt: it runs on cuda only, this run is on cpu\n" in shown.out
+    assert shown.out.count("packed/tensorrt") == 1
 
 
 def _error_of(capsys: pytest.CaptureFixture[str], flags: list[str]) -> str:

@@ -3,9 +3,10 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 
 import lookalike
 import pytest
@@ -20,11 +21,15 @@ NAME = "resnet20_g2"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one archive; ranges: whether it can continue one, breaks: whether it ends after 1,000 bytes."""
+    """Serves one archive; ranges: whether it can continue one, breaks: whether it ends after 1,000 bytes.
+
+    meet: waited for after 1,000 bytes.
+    """
 
     content = b""
     ranges = True
     breaks = False
+    meet: Barrier | None = None
     asked: list[str | None]
 
 
@@ -43,7 +48,12 @@ class Handler(BaseHTTPRequestHandler):
         rest = self.server.content[start:]
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
-        self.wfile.write(rest[:1000] if self.server.breaks else rest)
+        self.wfile.write(rest[:1000])
+        if self.server.meet:
+            self.wfile.flush()
+            self.server.meet.wait(60)
+        if not self.server.breaks:
+            self.wfile.write(rest[1000:])
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -82,6 +92,18 @@ def test_an_interrupted_download_continues(server: Server, ranges: bool) -> None
     server.breaks = False
     assert download_released(NAME).read_bytes() == server.content
     assert server.asked == [None, "bytes=1000-"]
+
+
+def test_two_downloads_at_once_do_not_share_a_file(server: Server) -> None:
+    server.breaks = True
+    with pytest.raises(ConnectionError):
+        download_released(NAME)
+    server.breaks, server.meet = False, Barrier(2)  # both are in the middle
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(download_released, [NAME] * 2))
+    assert sorted(server.asked[1:], key=str) == [None, "bytes=1000-"]  # one of them continued
+    assert [path.read_bytes() for path in paths] == [server.content] * 2
+    assert [path.name for path in paths[0].parent.iterdir()] == [f"{NAME}.pt"]
 
 
 def git_blob(content: bytes) -> str:

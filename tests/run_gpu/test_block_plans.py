@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def program_of(name: str) -> Program:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_residual_block_is_found(name: str, shared: Path) -> None:
+def test_every_residual_block_is_found(name: str) -> None:
     _, blocks, shortcuts, convs = NETWORKS[name]
     program = program_of(name)
     found = blocks_of(program)
@@ -51,7 +50,7 @@ def test_every_residual_block_is_found(name: str, shared: Path) -> None:
         made.add(step.output)
 
 
-def test_what_a_network_answers_is_not_inside_a_block(shared: Path) -> None:
+def test_what_a_network_answers_is_not_inside_a_block() -> None:
     program = program_of("resnet20_g4")
     inner = blocks_of(program)[0].convs[0].output
     found = blocks_of(replace(program, outputs=(inner, *program.outputs)))
@@ -60,7 +59,7 @@ def test_what_a_network_answers_is_not_inside_a_block(shared: Path) -> None:
 
 @pytest.mark.parametrize("limits", [H200, SM_86], ids=["H200", "sm_86"])
 @pytest.mark.parametrize(("name", "batch"), [("resnet20_g4", 256), ("resnet50_g2_80", 32)])
-def test_a_few_geometries_that_fit_are_measured(name: str, batch: int, limits: Limits, shared: Path) -> None:
+def test_a_few_geometries_that_fit_are_measured(name: str, batch: int, limits: Limits) -> None:
     program, size = program_of(name), NETWORKS[name][0]
     shapes = value_shapes(program, [(batch, 3, size, size)], HALF)
     for block in blocks_of(program):

@@ -28,7 +28,7 @@ class DemoConfig:
 
     seed: int = 0
     depth: int = 20
-    epochs: int = 40
+    epochs: int = 20
     batch_size: int = 64
     groups: int = 4
     prune: float = 0.5
@@ -73,7 +73,7 @@ def run_demo(
     learning = LearnGroupsConfig(**common, groups=groups, epochs=(epochs + 1) // 2)
     weights, bar = trained.model.state_dict(), progress("learn groups")
     learned = learn_groups(data, weights, learning, directory / "learn_groups", progress=bar)
-    # One cosine cycle: five would be eight epochs each.
+    # One cosine cycle: five would be four epochs each.
     pruning = FinetuneConfig(**common, groups=groups, epochs=epochs, lr=0.05, prune=prune, cycles=1)
     weights, bar = learned.model.state_dict(), progress("prune and finetune")
     pruned = finetune(data, weights, pruning, directory / "finetune", progress=bar)

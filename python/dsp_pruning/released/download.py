@@ -6,10 +6,11 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.whole_file import cache_folder
+from dsp_kernels.whole_file import cache_folder, whole_file
 
 ADDRESS = "https://github.com/irishev/DSP/raw/9bafcefd60109a0bb42959ae9d8550ae0b5198c9/checkpoints"
 
@@ -36,14 +37,27 @@ _TIMEOUT = 30.0  # seconds without a byte
 Progress = Callable[[int, int, str], None]  # bytes so far, bytes in all (0: unknown), the same as text
 
 
-def download_released(
-    name: str, folder: Path | None = None, progress: Progress = lambda done, total, text: None
-) -> Path:
-    """The archive of a released network, ``<name>.pt``; ``load_released`` reads it.
+def find_shared(path: str) -> Path | None:
+    """A file or folder of the authors' networks, structures, images or golden numbers; None if it is nowhere.
 
-    name: of ``ARCHIVES``. folder: where it is kept, by default ``released`` in the cache folder. A file that
-    is there and right is not fetched again; an interrupted download continues where it stopped.
-    $DSP_RELEASED_URL names a mirror of the authors' folder.
+    path: in the folder $DSP_SHARED, else ``shared`` beside the repository. Of a network, ``nets/<name>.npz``,
+    also the archive that ``download_released`` keeps in the cache folder; ``load_released`` reads both.
+    """
+    found = Path(os.environ.get("DSP_SHARED") or Path(__file__).resolve().parents[4] / "shared") / path
+    places = [found, *([_kept(found.stem)] if path.startswith("nets/") else [])]
+    return next((place for place in places if place.exists()), None)
+
+
+def _kept(name: str) -> Path:
+    return cache_folder() / "released" / f"{name}.pt"
+
+
+def download_released(name: str, progress: Progress = lambda done, total, text: None) -> Path:
+    """The archive of a released network, ``released/<name>.pt`` in the cache folder, for ``load_released``.
+
+    name: of ``ARCHIVES``. A file that is there and right is not fetched again; an interrupted download
+    continues where it stopped, and several processes may fetch at once. $DSP_RELEASED_URL names a mirror of
+    the authors' folder.
     Raises DSPFormatError for an unknown name or a file with another digest, ConnectionError where the address
     cannot be reached.
 
@@ -52,51 +66,56 @@ def download_released(
     """
     if name not in ARCHIVES:
         raise DSPFormatError(f"no released network {name!r}; there are {', '.join(ARCHIVES)}")
-    folder = folder or cache_folder() / "released"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.pt"
+    path = _kept(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and _is_right(path, ARCHIVES[name]):
         return path
     address = f"{os.environ.get('DSP_RELEASED_URL') or ADDRESS}/{path.name}"
-    part = path.with_suffix(".part")
-    try:
-        _fetch(address, part, progress)
-    except urllib.error.HTTPError as error:
-        raise ConnectionError(f"{address} answers {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError too
-        reason = getattr(error, "reason", error)
-        raise ConnectionError(
-            f"cannot read {address} ({reason}); fetch it where there is a network and put it at {path}"
-        ) from error
-    if not _is_right(part, ARCHIVES[name]):
-        part.unlink()
-        raise DSPFormatError(f"{address} is not the file that the authors published: its digest differs")
-    part.replace(path)
+    with whole_file(path) as own:
+        try:
+            _fetch(address, own, path.with_suffix(".part"), progress)
+        except urllib.error.HTTPError as error:
+            raise ConnectionError(f"{address} answers {error.code} {error.reason}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError too
+            reason = getattr(error, "reason", error)
+            raise ConnectionError(
+                f"cannot read {address} ({reason}); fetch it where there is a network and put it at {path}"
+            ) from error
+        if not _is_right(own, ARCHIVES[name]):
+            raise DSPFormatError(f"{address} is not the file that the authors published: its digest differs")
     return path
 
 
-def _fetch(address: str, part: Path, progress: Progress) -> None:
-    """Append what is missing to ``part``; a server that ignores ranges sends everything again."""
-    done = part.stat().st_size if part.is_file() else 0
+def _fetch(address: str, own: Path, part: Path, progress: Progress) -> None:
+    """Fill ``own``, beginning with ``part``, which an interrupted download left; if interrupted, leave it.
+
+    Who takes the part has it alone. A server that ignores ranges sends everything again.
+    """
+    with suppress(FileNotFoundError):
+        part.replace(own)
+    done = own.stat().st_size
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     try:
-        answer = urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing
+        with (
+            urllib.request.urlopen(request, timeout=_TIMEOUT) as answer,
+            own.open("ab" if answer.status == 206 else "wb") as file,
+        ):
+            done = done if answer.status == 206 else 0
+            length = int(answer.headers.get("Content-Length") or 0)
+            total = done + length if length else 0
+            while piece := answer.read(_PIECE):
+                file.write(piece)
+                done += len(piece)
+                progress(done, total, f"{done:,} bytes")
+                if done > _MOST_BYTES:
+                    raise OSError(f"it is larger than {_MOST_BYTES} bytes")
+            if total and done < total:
+                raise OSError(f"the connection ended after {done} of {total} bytes; call again to continue")
+    except BaseException as error:  # Ctrl-C too
+        if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # nothing is missing
             return
+        own.replace(part)
         raise
-    with answer, part.open("ab" if answer.status == 206 else "wb") as file:
-        done = done if answer.status == 206 else 0
-        length = int(answer.headers.get("Content-Length") or 0)
-        total = done + length if length else 0
-        while piece := answer.read(_PIECE):
-            file.write(piece)
-            done += len(piece)
-            progress(done, total, f"{done:,} bytes")
-            if done > _MOST_BYTES:
-                raise OSError(f"it is larger than {_MOST_BYTES} bytes")
-        if total and done < total:
-            raise OSError(f"the connection ended after {done} of {total} bytes; call again to continue")
 
 
 def _is_right(path: Path, digest: str) -> bool:
