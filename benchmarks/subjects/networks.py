@@ -1,5 +1,6 @@
 """Networks to measure, by name: the real ones, CIFAR and torchvision architectures, any saved file."""
 
+import copy
 import os
 import re
 from collections.abc import Callable
@@ -121,8 +122,12 @@ class Network:
         """Whether there is a form "quantized": the packed network as its file holds it."""
         return "quantized" in self._forms
 
+    def form_on(self, name: str, device: torch.device) -> nn.Module:
+        """The network in one form on a device: elsewhere than on the CPU a copy."""
+        return self.form(name) if device.type == "cpu" else copy.deepcopy(self.form(name)).to(device)
+
     def form(self, name: str) -> nn.Module:
-        """The network in one form. Raises DSPError if it does not have it."""
+        """The network in one form, on the CPU. Raises DSPError if it does not have it."""
         if name not in self._forms:
             if name == "released":
                 raise DSPError("only a network that the authors released has their form of execution")
