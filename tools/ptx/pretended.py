@@ -99,7 +99,7 @@ class _Gpu(TorchFunctionMode):
             (self._storages.add if is_there else self._storages.discard)(_storage(tensor))
             return tensor
 
-        return tree_map_only(Tensor, placed, made)
+        return made if isinstance(made, torch.Size) else tree_map_only(Tensor, placed, made)
 
     def _holds(self, tensor: Tensor) -> bool:
         return _storage(tensor) in self._storages

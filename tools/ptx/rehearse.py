@@ -3,10 +3,10 @@
     PYTHONPATH=tools python -m ptx.rehearse -m dsp_cli.main doctor
 
 torch says that there is an H200, and of what is moved or made there that it is on it (pretended.py); an
-operation on tensors of both devices raises an error. Every launch of a CUDA kernel is interpreted and checked,
-and Triton's kernel runs in Triton's interpreter. Networks get images of 4x4 pixels and batches of 8 at most,
-because both are slow. Not rehearsed: streams, CUDA graphs (a replay launches again), cuDNN, a second device,
-other threads than the first, memory of a GPU, and times, which mean nothing.
+operation on tensors of both devices raises an error. Every launch of a CUDA kernel is interpreted and
+checked, and Triton's kernel runs in Triton's interpreter. Networks get images of 4x4 pixels and batches
+of 8 at most, because both are slow. Not rehearsed: streams, CUDA graphs (a replay launches again), cuDNN,
+a second device, other threads than the first, memory of a GPU, and times, which mean nothing.
 """
 
 import math
