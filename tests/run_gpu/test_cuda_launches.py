@@ -47,7 +47,7 @@ def test_tensors_that_do_not_fit(
     layer = layer_of(case, layout, torch.float32)
     conv = CudaConv(layer)
     for kind in ({"dtype": torch.float16}, {"device": torch.device("meta")}):
-        with pytest.raises(DSPShapeError, match="weights are .* on cpu; this is for"):
+        with pytest.raises(DSPShapeError, match=r"weights are .* on cpu; this is for"):
             replace(layer, **kind)
     x, out = change(layout.from_nchw(arguments.x), torch.empty(layout.shape((4, 9, 6, 6))))
     with pytest.raises(DSPShapeError, match=text):

@@ -307,8 +307,8 @@ def test_a_call_on_a_gpu_asks_once_whether_it_is_captured_and_keeps_its_memory(
     monkeypatch.setattr(cuda, "is_capturing", lambda device: bool(asked.append(device)))
     monkeypatch.setattr(cuda, "capture", lambda launch, *_: launch)
     model, x = nets.make("residual").double(), torch.randn(8, *SHAPE, dtype=torch.float64)
-    with pretended_gpu():
-        monkeypatch.setattr(Tensor, "record_stream", lambda memory, stream: kept.append(memory.nbytes))
+    with pretended_gpu(), monkeypatch.context() as during:
+        during.setattr(Tensor, "record_stream", lambda memory, stream: kept.append(memory.nbytes))
         there = x.to("cuda")
         runner = GpuRunner(
             program_of(model.to("cuda"), there), make_tuner=lambda *_: Tuner(Choices(Path(os.devnull)), None)
