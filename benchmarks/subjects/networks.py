@@ -123,8 +123,13 @@ class Network:
         return "quantized" in self._forms
 
     def form_on(self, name: str, device: torch.device) -> nn.Module:
-        """The network in one form on a device: elsewhere than on the CPU a copy."""
-        return self.form(name) if device.type == "cpu" else copy.deepcopy(self.form(name)).to(device)
+        """The network in one form on a device: elsewhere than on the CPU a copy, made once."""
+        if device.type == "cpu":
+            return self.form(name)
+        key = f"{name} on {device}"
+        if key not in self._forms:
+            self._forms[key] = copy.deepcopy(self.form(name)).to(device)
+        return self._forms[key]
 
     def form(self, name: str) -> nn.Module:
         """The network in one form, on the CPU. Raises DSPError if it does not have it."""
