@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -71,10 +72,11 @@ class _Gpu(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.device, torch._C._nn._parse_to):  # only named, nothing is there yet
-            return func(*args, **kwargs)
         given = tree_leaves((args, kwargs))
         read = [each for each in given if isinstance(each, Tensor)]
+        # Devices that are only named; parameters without memory.
+        if func in (torch.device, torch._C._nn._parse_to) or any(map(is_lazy, read)):
+            return func(*args, **kwargs)
         if func == Tensor.device.__get__ and self._holds(read[0]):  # type: ignore[attr-defined]
             return GPU
         if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
