@@ -124,12 +124,12 @@ def build_case(
     try:
         if engine.device not in ("any", x.device.type):
             raise DSPBackendError(f"it runs on {engine.device} only, this run is on {x.device.type}")
-        model = network.form(form).to(x.device)
+        model = network.form_on(form, x.device)
         program = network.program(case.form)
         row = replace(row, macs=program.macs)
         if reference not in answers:
             with torch.inference_mode():
-                answers[reference] = network.form(reference).to(x.device)(x)
+                answers[reference] = network.form_on(reference, x.device)(x)
         expected = answers[reference]
         if case.label in built:
             run, seconds = built[case.label]
@@ -156,7 +156,9 @@ def build_case(
         built[case.label] = run, seconds
     counted = engine.dtype.itemsize < 4 or engine.name in ("fused:cpu", "openvino")
     if count_right and counted and network.labelled is not None and reference != "filters":
-        row = replace(row, accuracy=accuracy(run, network.labelled, len(x)))
+        row = replace(
+            row, accuracy=accuracy(lambda images: run(images.to(x.device)).cpu(), network.labelled, len(x))
+        )
     return row, run
 
 

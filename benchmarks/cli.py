@@ -230,7 +230,7 @@ def _profile(source: NetworkSource, options: Namespace) -> int:
     network = load_network(source)
     x = network.images((options.batch or [1])[0], options.seed).to(options.device)
     peaks = measure_peaks(options.device, _dtypes([case], options.device))
-    parts = profile_engine(case.engine, network.form(case.form).to(x.device), x, peaks)
+    parts = profile_engine(case.engine, network.form_on(case.form, x.device), x, peaks)
     total = sum(part.seconds for part in parts)
     lines = [
         (

@@ -44,7 +44,7 @@ def build(name: str, folder: str) -> tuple[str, str]:
         command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--target", folder, "."]
     variables = {name: value.format(folder=folder) for name, value in ROWS[name].items()}
     options = {"cwd": ROOT, "env": os.environ | variables, "stderr": subprocess.STDOUT, "text": True}
-    lines = re.findall("dsp-kernels: (.*)", subprocess.check_output(command, **options))
+    lines = re.findall(r"^\s*dsp-kernels: (.*)", subprocess.check_output(command, **options), re.MULTILINE)
     said = [line for line in lines if "CPU is 0" not in line]
     made = []
     for library in sorted(Path(folder, "dsp_kernels").glob("_C*.so")):

@@ -44,10 +44,13 @@ if [ -n "${DSP_REHEARSE:-}" ]; then # see tools/ptx/rehearse.py
   export DSP_KERNELS_CUDA=0 DSP_KERNELS_CPU=0 PYTEST_XDIST_AUTO_NUM_WORKERS=0
 fi
 
+room() { # room SECONDS: so many, or what is left of the call's
+  local wanted=$(($1 * slower)) left=$((budget - SECONDS))
+  echo $((left < wanted ? left : wanted))
+}
 part() { # part NAME SECONDS COMMAND...: its log, and the end of it; continues after a failure
-  local name=$1 limit=$(($2 * slower)) began=$SECONDS left=$((budget - SECONDS)) status=124
+  local name=$1 limit=$(room "$2") began=$SECONDS status=124
   shift 2
-  [ "$left" -lt "$limit" ] && limit=$left
   [ "$limit" -ge 5 ] && { timeout "$limit" "$@" >"$LOGS/$name.log" 2>&1; status=$?; }
   echo "== $name: exit $status, $((SECONDS - began)) s of $limit"
   [ "$limit" -ge 5 ] && tail -n "${SHOWN:-12}" "$LOGS/$name.log"
@@ -57,7 +60,7 @@ compare() { # compare WHAT ENGINES BATCHES SECONDS NETWORK OPTIONS...
   local name=$5_$1 engines=$2 tried=$3 limit=$4
   shift 4
   part "$name" "$limit" "${run[@]}" -m dsp_benchmarks run --device cuda --engines "$engines" --batches "$tried" \
-    --rounds $rounds --seconds $(((limit - 5) * slower)) --out "$LOGS/$name.json" --networks "$@"
+    --rounds $rounds --seconds $(($(room "$limit") - 4 * slower)) --out "$LOGS/$name.json" --networks "$@"
 }
 
 rm -rf "$LOGS"
@@ -68,7 +71,7 @@ trap 'tar -C "$LOGS" --exclude path -czf "$OUT/$call.tgz" .' EXIT
 SHOWN=1 part build 120 "$PYTHON" setup.py build_ext --inplace
 case "$call" in
   answers)
-    SHOWN=40 part doctor 45 "${run[@]}" -m dsp_cli.main doctor
+    SHOWN=40 part doctor 60 "${run[@]}" -m dsp_cli.main doctor
     part tests 110 "${run[@]}" -m pytest -q -n auto -p no:cacheprovider "${select[@]}" tests/on_gpu
     for net in "${nets[@]}"; do compare fast $fast $batches 45 $net; done
     for net in "${nets[@]:0:2}"; do compare slow $slow "${batches%%,*}" 75 $net; done

@@ -1,5 +1,6 @@
 """Networks to measure, by name: the real ones, CIFAR and torchvision architectures, any saved file."""
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -127,8 +128,17 @@ class Network:
         """Whether there is a form "quantized": the packed network as its file holds it."""
         return "quantized" in self._forms
 
+    def form_on(self, name: str, device: torch.device) -> nn.Module:
+        """The network in one form on a device: elsewhere than on the CPU a copy, made once."""
+        if device.type == "cpu":
+            return self.form(name)
+        key = f"{name} on {device}"
+        if key not in self._forms:
+            self._forms[key] = copy.deepcopy(self.form(name)).to(device)
+        return self._forms[key]
+
     def form(self, name: str) -> nn.Module:
-        """The network in one form. Raises DSPError if it does not have it."""
+        """The network in one form, on the CPU. Raises DSPError if it does not have it."""
         if name not in self._forms:
             if name == "released" and not self.released:
                 raise DSPError("only a network that the authors released has their form of execution")

@@ -73,16 +73,6 @@ DSP_DEVICE void each_block(int k_blocks, Load load, Multiply multiply) {
     cp_async_wait<0>();
 }
 
-template <int MT, int NT>
-DSP_DEVICE void clear(float (&sums)[MT][NT][4]) {
-#pragma unroll
-    for (int i = 0; i < MT; ++i)
-#pragma unroll
-        for (int j = 0; j < NT; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.f;
-}
-
 // The sums of a warp: MT * 16 filters by NT * 8 positions, += the fragments `a` of one step times its positions.
 // at(pair of n tiles): the offset of this lane's row of eight values, for ldmatrix.x4: lanes 0-7 and 8-15 the k halves
 // of the first n tile, 16-23 and 24-31 those of the second.

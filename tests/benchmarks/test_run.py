@@ -20,6 +20,7 @@ from dsp_benchmarks.engines.fused import Fused
 from dsp_benchmarks.run import run_cases
 from dsp_benchmarks.subjects.networks import Labelled, Network, NetworkSource, load_network
 from fakes import QUICK, FakeEngine
+from ptx.pretended import pretended_gpu
 from torch import Tensor
 
 from dsp_kernels.errors import DSPBackendError
@@ -113,6 +114,23 @@ def test_an_engine_of_another_device_says_so(network: Network, monkeypatch: pyte
     row, run = build_case(Case("packed", "fake"), network, network.images(1, 0))
     assert run is None
     assert row.reason == "it runs on cuda only, this run is on cpu"
+
+
+def test_on_a_gpu_images_and_forms_are_moved_and_the_network_stays(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, programs were traced from moved networks with examples on the host."""
+    fake = FakeEngine(dtype=torch.float16)
+    monkeypatch.setitem(ENGINES, "fake", fake)
+    monkeypatch.setattr(network, "labelled", Labelled(network.images(3, 1), torch.tensor([0, 1, 2])))
+    with pretended_gpu():
+        rows = run_cases(
+            network, [2], [Case(form, "fake") for form in ("packed", "filters")], QUICK, device="cuda"
+        )
+        assert network.example.device == network.form("packed")(network.example).device == torch.device("cpu")
+    assert [row.status for row in rows] == ["ok", "ok"]
+    assert rows[0].accuracy is not None
+    assert set(fake.calls) == {"cuda"}
 
 
 def test_accuracy_counts_labelled_images_in_whole_batches() -> None:

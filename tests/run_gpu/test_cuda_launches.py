@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,11 @@ def test_tensors_that_do_not_fit(
 ) -> None:
     case = Case("bad", UNEQUAL, batch=4, hw=(6, 6))
     arguments = case.tensors()
-    conv = CudaConv(layer_of(case, layout, torch.float32))
+    layer = layer_of(case, layout, torch.float32)
+    conv = CudaConv(layer)
+    for kind in ({"dtype": torch.float16}, {"device": torch.device("meta")}):
+        with pytest.raises(DSPShapeError, match=r"weights are .* on cpu; this is for"):
+            replace(layer, **kind)
     x, out = change(layout.from_nchw(arguments.x), torch.empty(layout.shape((4, 9, 6, 6))))
     with pytest.raises(DSPShapeError, match=text):
         conv(x, out)
@@ -106,7 +111,7 @@ def test_a_launch_is_described_field_by_field() -> None:
     shape = (3, UNEQUAL.in_channels, 9, 7)
     fields = dict(field.split("=") for field in conv.describe(shape).split())
     assert list(fields) == list(ConvSizes._fields)
-    assert fields["kernel"], fields["activation"] == ("fp32_nhwc", "relu")
+    assert (fields["kernel"], fields["activation"]) == ("fp32_nhwc", "relu")
     assert (fields["batch"], fields["height"], fields["stride_x"]) == ("3", "9", "2")
     head, *parts = prepared_block(BLOCK, torch.float16).describe((16, 7, 5, 6)).splitlines()
     assert "batch=16" in head

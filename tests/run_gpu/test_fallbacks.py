@@ -5,12 +5,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import nets
 import pytest
 import torch
 from cases import UNEQUAL, Case, definition
+from ptx.pretended import pretended_gpu
 from torch import Tensor
 
 import dsp_kernels
@@ -274,15 +276,21 @@ def test_a_graph_of_the_caller_keeps_the_arranged_weights_that_it_reads(
             made.append(weakref.ref(arranged))
             return arranged
 
+    waits: list[torch.device] = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append(GPU))
     a = Case("", UNEQUAL).tensors()
-    case = ConvSpec(UNEQUAL, (3, 3), padding=(1, 1)), a.weights, a.bias
-    run = gpu_conv.GpuBackend(Kernels()).prepare(*case)
-    run(a.x, None)
-    with monkeypatch.context() as during:
+    with pretended_gpu(), monkeypatch.context() as during:
+        during.setattr(torch.cuda, "current_stream", lambda device: stream)
+        weights, x = [weight.to(GPU) for weight in a.weights], a.x.to(GPU)
+        case = ConvSpec(UNEQUAL, (3, 3), padding=(1, 1)), weights, None
+        run = gpu_conv.GpuBackend(Kernels()).prepare(*case)
+        for _ in range(2):
+            run(x, None)
+            assert waits == [GPU]  # for the weights, which other streams may read
         during.setattr(gpu_conv, "is_capturing", lambda device: True)
-        run(a.x, None)
+        run(x, None)
         with pytest.raises(DSPBackendError, match="call the network once before"):
-            gpu_conv.GpuBackend(Kernels()).prepare(*case)(a.x, None)
+            gpu_conv.GpuBackend(Kernels()).prepare(*case)(x, None)
     del run
     gc.collect()
     assert made[0]() is not None

@@ -4,6 +4,7 @@ PyTorch stands in for the kernels, behind their interface, and checks their oper
 """
 
 import gc
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import nets
 import pytest
 import torch
 from cases import definition
+from ptx.pretended import pretended_gpu
 from torch import Tensor, nn
 
 from dsp_kernels.errors import DSPBackendError
@@ -295,6 +297,29 @@ def test_what_a_graph_of_the_caller_reads_lives_as_long_as_the_network(
     del runner
     gc.collect()
     assert all(call() is None for call in made)
+
+
+def test_a_call_on_a_gpu_asks_once_whether_it_is_captured_and_keeps_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+    kept: list[int] = []
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: bool(asked.append(device)))
+    monkeypatch.setattr(cuda, "capture", lambda launch, *_: launch)
+    model, x = nets.make("residual").double(), torch.randn(8, *SHAPE, dtype=torch.float64)
+    with pretended_gpu(), monkeypatch.context() as during:
+        during.setattr(Tensor, "record_stream", lambda memory, stream: kept.append(memory.nbytes))
+        there = x.to("cuda")
+        runner = GpuRunner(
+            program_of(model.to("cuda"), there), make_tuner=lambda *_: Tuner(Choices(Path(os.devnull)), None)
+        )
+        for calls in (1, 2):
+            got = runner([there])[0]
+            assert got.is_cuda
+            assert asked == [there.device] * calls
+            assert len(kept) == calls
+            assert kept[0] > x.nbytes
+    assert torch.allclose(got, model(x), rtol=0, atol=1e-10)
 
 
 def test_memory_that_is_not_aligned_to_16_bytes_is_copied() -> None:

@@ -80,6 +80,8 @@ class GpuBackend:
                         f"network once before, with an input like {tuple(x.shape)}"
                     )
                 prepared[key] = self._kernels.prepare(GpuLayer(spec, weights, bias, *key))
+                if x.is_cuda:  # the next call may be on another stream, which does not wait for this one
+                    torch.cuda.current_stream(x.device).synchronize()
             if capturing:
                 _captured.add(prepared[key])
             out = torch.empty(layout.shape(spec.output_shape(x.shape)), dtype=x.dtype, device=x.device)

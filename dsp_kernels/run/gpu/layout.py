@@ -81,6 +81,11 @@ class GpuLayer:
 
     def __post_init__(self) -> None:
         self.spec.check_constants(self.weights, self.bias)
+        held = next(iter(self.weights), self.bias)  # all are alike
+        if held is not None and (held.dtype, held.device) != (self.dtype, self.device):
+            raise DSPShapeError(
+                f"weights are {held.dtype} on {held.device}; this is for {self.dtype} on {self.device}"
+            )
 
     def check(self, *operands: Any) -> tuple[int, int, int, int]:
         """See ``check_operands``."""

@@ -110,7 +110,9 @@ class GpuRunner:
                 stream = torch.cuda.current_stream()
                 if self._done is not None:
                     stream.wait_event(self._done)
-                results = self._run_for(inputs)(inputs)
+                run = self._run_for(inputs)
+                run.memory.record_stream(stream)  # not freed before this call has ended
+                results = run(inputs)
                 self._done = stream.record_event()
             return results
 
@@ -167,7 +169,7 @@ class GpuRun:
         self.plan = plan
         dtype, device = plan.dtype, plan.device
         arena = arena_for(plan.program, plan.shapes, dtype.itemsize)
-        self._memory = torch.empty(arena.bytes, dtype=torch.uint8, device=device)
+        self.memory = torch.empty(arena.bytes, dtype=torch.uint8, device=device)
         self._buffers = {
             name: self._view(offset, plan.shapes[name] or (), dtype) for name, offset in arena.offset.items()
         }
@@ -196,10 +198,6 @@ class GpuRun:
         self.replay = capture(self.launch, self.plan.device, pool)
 
     def _copy_in(self, inputs: Sequence[Tensor]) -> None:
-        device = self.plan.device
-        if device.type == "cuda" and not is_capturing(device):
-            # Keeps the memory from being freed while another stream than the allocating one uses it.
-            self._memory.record_stream(torch.cuda.current_stream(device))
         for name, x in zip(self.plan.program.inputs, inputs, strict=True):
             self._as_nchw(self._buffers[name])[: len(x)].copy_(x)
 
@@ -221,11 +219,11 @@ class GpuRun:
     def _view(self, offset: int, nchw: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         shape = self.plan.layout.shape(nchw) if len(nchw) == 4 else nchw
         size = torch.Size(shape).numel() * dtype.itemsize
-        return self._memory[offset : offset + size].view(dtype).view(shape)
+        return self.memory[offset : offset + size].view(dtype).view(shape)
 
     def _outside_arena(self, result: Any) -> Any:
         """Copies views of the arena: the memory plan does not know them and would overwrite them."""
-        arena = self._memory.untyped_storage().data_ptr()
+        arena = self.memory.untyped_storage().data_ptr()
 
         def outside(value: Tensor) -> Tensor:
             return value.clone() if value.untyped_storage().data_ptr() == arena else value
