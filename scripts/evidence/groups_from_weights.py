@@ -38,8 +38,8 @@ _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 Groups = dict[str, Tensor]  # layer name -> [O]
 
 
-def cifar() -> ImageData:
-    """10,000 training, 500 validation and 1,000 test images of CIFAR-10 as JPEG."""
+def cifar(train: int = 10_000, validation: int = 500, test: int = 1000) -> ImageData:
+    """CIFAR-10 as JPEG; the same shuffled order for every number of images."""
     arrays = np.load(SHARED / "data" / "cifar10_jpeg.npz")
 
     def split(part: str, first: int, last: int) -> Split:
@@ -49,7 +49,7 @@ def cifar() -> ImageData:
         pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         return Split(pixels.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[places]).long())
 
-    splits = split("train", 0, 10_000), split("train", 10_000, 10_500), split("test", 0, 1000)
+    splits = split("train", 0, train), split("train", train, train + validation), split("test", 0, test)
     return ImageData("cifar10-jpeg", *splits, _MEAN, _STD, 10, flip=True, crop_padding=4)
 
 

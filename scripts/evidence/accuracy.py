@@ -1,0 +1,192 @@
+"""Accuracy of ResNet-20 by kind of pruning, with the same number of epochs for every kind.
+
+``python scripts/evidence/accuracy.py FOLDER`` trains (CIFAR-10 as JPEG from $DSP_SHARED, one thread,
+bfloat16, channels_last) with checkpoints in FOLDER, continues from the last epoch if it was interrupted, and
+adds each result to benchmarks/results/accuracy_resnet20.json. ``--table`` prints that file in Markdown.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from groups_from_weights import cifar
+from torch import Tensor
+
+from dsp_kernels.whole_file import write_text
+from dsp_pruning import assign_groups
+from dsp_pruning.data import ImageData, Split
+from dsp_pruning.models import cifar_resnet
+from dsp_pruning.recipes.checkpoint import has_checkpoint, load_weights, restore_weights
+from dsp_pruning.recipes.finetune import FinetuneConfig, finetune, load_pruned
+from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
+from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
+from dsp_pruning.recipes.run import MODEL, SUMMARY
+from dsp_pruning.recipes.training import evaluate
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "accuracy_resnet20.json"
+RATES = (0.6, 0.8)
+EPOCHS = {"filters": (10, 0, 10), "weights": (10, 0, 10), "learned": (10, 4, 6), "scratch": (0, 14, 6)}
+SHORT = {"filters": (10, 0, 3), "weights": (10, 0, 3), "learned": (10, 4, 3), "scratch": (0, 8, 3)}
+NAMES = {
+    "filters": "filters by magnitude",
+    "weights": "groups from weights",
+    "learned": "learned, from weights",
+    "scratch": "learned, from scratch",
+}
+# Total shrinkage, lambda times steps; the published schedule has 84.
+STRENGTHS = {"learned": (8.0, 25.0), "scratch": (25.0, 84.0)}
+RATES_OF_LEARNING = (0.015, 0.05, 0.1)  # of finetuning
+COMMON = {"batch_size": 64, "device": "cpu", "precision": "bfloat16", "channels_last": True}
+Weights = dict[str, Tensor]
+
+
+class Evidence:
+    """Runs with one seed. folder: of checkpoints. prefix: of the names of the runs, but for the dense one."""
+
+    def __init__(
+        self, folder: Path, data: ImageData, seed: int, epochs: dict[str, tuple[int, int, int]], prefix: str
+    ) -> None:
+        self.folder, self.data, self.seed = folder / f"seed {seed}", data, seed
+        self.epochs, self.prefix = epochs, prefix
+        # The recipes see neither the test images nor, in every epoch, all validation images.
+        seen = data.validation[torch.arange(500)]
+        self.training = replace(data, validation=seen, test=seen)
+
+    def stage(self, recipe: Callable[..., Any], config: Any, name: str, *weights: Weights) -> Weights:
+        """The weights that a recipe ends with."""
+        folder = self.folder / name
+        if not (folder / SUMMARY).exists():
+            recipe(self.training, *weights, config, folder, resume=has_checkpoint(folder))
+        return load_weights(folder / MODEL)[0]
+
+    def dense(self) -> Weights:
+        config = PretrainConfig(epochs=self.epochs["weights"][0], warmup_epochs=1, seed=self.seed, **COMMON)
+        return self.stage(pretrain, config, "dense")
+
+    def groups(self, kind: str, rate: float, strength: float) -> Weights:
+        """Weights before pruning, with group logits."""
+        epochs = self.epochs[kind][1]
+        model = cifar_resnet(20, generator=torch.Generator().manual_seed(self.seed))
+        if kind != "scratch":
+            restore_weights(model, self.dense(), "dense")
+        if not epochs:
+            assign_groups(model, 1 if kind == "filters" else 4, rate)
+            return model.state_dict()
+        config = LearnGroupsConfig(
+            epochs=epochs,
+            regularize=strength / (epochs * len(self.data.train) / COMMON["batch_size"]),
+            group_lr=0.01,
+            init="random" if kind == "scratch" else "weights",
+            prune=0.7,  # between the two rates
+            seed=self.seed,
+            **COMMON,
+        )
+        return self.stage(
+            learn_groups, config, f"{self.prefix}{kind}, learned at {strength:g}", model.state_dict()
+        )
+
+    def finetuned(self, kind: str, rate: float, lr: float, strength: float, on: Split) -> dict[str, Any]:
+        """Accuracy after pruning and finetuning."""
+        alone = {"groups": 1, "fp_every_nth_conv": 1, "prune_channels": False} if kind == "filters" else {}
+        config = FinetuneConfig(
+            epochs=self.epochs[kind][2], lr=lr, prune=rate, cycles=1, seed=self.seed, **alone, **COMMON
+        )
+        name = f"{self.prefix}{kind}, {rate}, lr {lr:g}, strength {strength:g}"
+        self.stage(finetune, config, name, self.groups(kind, rate, strength))
+        folder = self.folder / name
+        model = load_pruned(folder / MODEL).to(memory_format=torch.channels_last)
+
+        def scored(images: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(images)
+
+        summary = json.loads((folder / SUMMARY).read_text())
+        rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+        return {
+            "kind": kind,
+            "rate": rate,
+            "seed": self.seed,
+            "lr": lr,
+            "strength": strength,
+            "accuracy": evaluate(scored, self.data, on).accuracy,
+            "pruned_flops": summary["pruned_flops"],
+            "pruned_params": summary["pruned_params"],
+            "just_pruned": summary["accuracy_before_finetuning"],
+            "seconds_per_epoch": statistics.median(float(row[-1]) for row in rows[1:]),
+        }
+
+
+def choose(found: dict[str, Any], short: Evidence, kind: str) -> tuple[float, float]:
+    """Learning rate and strength of a kind: the best of short runs at 80 %, on validation images."""
+    for strength in STRENGTHS.get(kind, (0.0,)):
+        for lr in RATES_OF_LEARNING if not strength else [choose(found, short, "weights")[0]]:
+            key = {"kind": kind, "lr": lr, "strength": strength}
+            if not any(key.items() <= row.items() for row in found["choice"]):
+                row = short.finetuned(kind, 0.8, lr, strength, short.data.validation)
+                found["choice"].append(row)
+                store(found)
+    best = max((row for row in found["choice"] if row["kind"] == kind), key=lambda row: row["accuracy"])
+    return best["lr"], best["strength"]
+
+
+def store(found: dict[str, Any]) -> None:
+    """Write the results."""
+    write_text(RESULTS, json.dumps(found, indent=1) + "\n")
+
+
+def table(found: dict[str, Any]) -> None:
+    """Print the mean accuracy, that of each seed, and half of the 95 % interval."""
+    print("| kind | pruned FLOPs | accuracy | seeds | +- | just pruned |\n|---|---|---:|---|---:|---:|")
+    for rate in RATES:
+        for kind, name in NAMES.items():
+            rows = [row for row in found["runs"] if (row["kind"], row["rate"]) == (kind, rate)]
+            if not rows:
+                continue
+            each = [100 * row["accuracy"] for row in rows]
+            mean = statistics.mean(each)
+            # Of the images, and of the seeds where there are several.
+            error = math.hypot(
+                math.sqrt(mean * (100 - mean) / found["test_images"] / len(each)),
+                statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0,
+            )
+            flops = statistics.mean(row["pruned_flops"] for row in rows)
+            pruned = 100 * statistics.mean(row["just_pruned"] for row in rows)
+            seeds = ", ".join(f"{value:.2f}" for value in each)
+            print(f"| {name} | {flops:.1f} % | {mean:.2f} | {seeds} | +-{1.96 * error:.2f} | {pruned:.1f} |")
+
+
+def main() -> None:
+    """Train, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--images", type=int, default=15_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=list(NAMES))
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"choice": [], "runs": []}
+    if given.table:
+        return table(found)
+    torch.set_num_threads(1)
+    found |= {"images": given.images, "test_images": 10_000, "epochs": EPOCHS}
+    data = cifar(given.images, 2500, 10_000)
+    few = replace(data, train=data.train[torch.arange(given.images // 3)])
+    full = Evidence(given.folder, data, given.seed, EPOCHS, "")
+    full.dense()
+    short = Evidence(given.folder, few, 0, SHORT, "short ")
+    for kind in given.kinds:
+        lr, strength = choose(found, short, kind)
+        for rate in RATES:
+            if not any((r["kind"], r["rate"], r["seed"]) == (kind, rate, given.seed) for r in found["runs"]):
+                found["runs"].append(full.finetuned(kind, rate, lr, strength, full.data.test))
+                store(found)
+
+
+if __name__ == "__main__":
+    main()
