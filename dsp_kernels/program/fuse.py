@@ -188,9 +188,9 @@ class FusedNetwork(nn.Module):
         executor = EXECUTORS.choose(self.backend, self.program, self.dtype, self.device)
         forms = executor.describe(self.program, verbose)
         if verbose and self.backend == "cpu":
-            from dsp_kernels.times.clocked import clocked_steps  # not for every import of dsp_kernels
+            from dsp_kernels.times.clocked import explained_steps  # not for every import of dsp_kernels
 
-            clocked = clocked_steps(self.program)
+            clocked = explained_steps(self.program)
             outputs = [step.output for step in self.program.steps]
             forms = [
                 "; ".join(filter(None, (form, clocked.get(name))))
