@@ -6,21 +6,25 @@ adds each result to benchmarks/results/accuracy_resnet20.json. ``--table`` print
 """
 
 import argparse
+import io
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from groups_from_weights import cifar
+from PIL import Image
 from torch import Tensor
 
 from dsp_kernels.whole_file import write_text
 from dsp_pruning import assign_groups
 from dsp_pruning.data import ImageData, Split
+from dsp_pruning.data.load import CIFAR10_MEAN, CIFAR10_STD
 from dsp_pruning.models import cifar_resnet
 from dsp_pruning.recipes.checkpoint import has_checkpoint, load_weights, restore_weights
 from dsp_pruning.recipes.finetune import FinetuneConfig, finetune, load_pruned
@@ -29,6 +33,7 @@ from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
 from dsp_pruning.recipes.run import MODEL, SUMMARY
 from dsp_pruning.recipes.training import evaluate
 
+SHARED = Path(os.environ.get("DSP_SHARED", "../shared"))
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "accuracy_resnet20.json"
 RATES = (0.6, 0.8)
 EPOCHS = {"filters": (10, 0, 10), "weights": (10, 0, 10), "learned": (10, 4, 6), "scratch": (0, 14, 6)}
@@ -44,6 +49,21 @@ STRENGTHS = {"learned": (8.0, 25.0), "scratch": (25.0, 84.0)}
 RATES_OF_LEARNING = (0.015, 0.05, 0.1)  # of finetuning
 COMMON = {"batch_size": 64, "device": "cpu", "precision": "bfloat16", "channels_last": True}
 Weights = dict[str, Tensor]
+
+
+def cifar(train: int) -> ImageData:
+    """CIFAR-10 as JPEG: these many training images, 2,500 for validation and all 10,000 for tests."""
+    arrays = np.load(SHARED / "data" / "cifar10_jpeg.npz")
+
+    def split(part: str, first: int, last: int) -> Split:
+        files, ends, labels = (arrays[f"{part}_{name}"] for name in ("bytes", "offsets", "labels"))
+        places = np.random.default_rng(0).permutation(len(labels))[first:last]  # the file is sorted by class
+        images = [Image.open(io.BytesIO(files[ends[i] : ends[i + 1]].tobytes())) for i in places]
+        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        return Split(pixels.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[places]).long())
+
+    splits = split("train", 0, train), split("train", train, train + 2500), split("test", 0, 10_000)
+    return ImageData("cifar10-jpeg", *splits, CIFAR10_MEAN, CIFAR10_STD, 10, flip=True, crop_padding=4)
 
 
 class Evidence:
@@ -175,7 +195,7 @@ def main() -> None:
         return table(found)
     torch.set_num_threads(1)
     found |= {"images": given.images, "test_images": 10_000, "epochs": EPOCHS}
-    data = cifar(given.images, 2500, 10_000)
+    data = cifar(given.images)
     few = replace(data, train=data.train[torch.arange(given.images // 3)])
     full = Evidence(given.folder, data, given.seed, EPOCHS, "")
     full.dense()

@@ -134,21 +134,18 @@ class PriceSearch:
         points = []
         for beta in self._candidates(unit, betas.get(unit, 0.0)):
             # Pruned channels of a group seldom kill a channel; that shows when the curves are drawn again.
-            masks, connected = self._with(unit, beta, base), True
+            masks: Masks = {**base, unit[0]: base[unit[0]] & self._mask(unit[0], {unit: beta})}
+            connected = True
             if unit[1] == "filters":
                 masks, connected = self.search.without_dead(masks)
             if not connected:
                 break
-            changed = [name for name in base if masks[name] is not base[name]]
-            lost, saved = (
-                sum(of(name, base[name], masks[name]) for name in changed)
-                for of in (self._loss, self._saving)
+            changed = [(name, base[name], masks[name]) for name in base if masks[name] is not base[name]]
+            saved = sum(
+                self._layer_cost(n, before) - self._layer_cost(n, after) for n, before, after in changed
             )
-            points.append(Point(beta, lost, saved))
+            points.append(Point(beta, sum(self._loss(*each) for each in changed), saved))
         return points
-
-    def _with(self, unit: Unit, beta: float, base: Masks) -> Masks:
-        return {**base, unit[0]: base[unit[0]] & self._mask(unit[0], {unit: beta})}
 
     def _mask(self, name: str, betas: Betas) -> Tensor:
         channels, filters = (betas.get((name, kind), 0.0) for kind in ("channels", "filters"))
@@ -157,9 +154,6 @@ class PriceSearch:
     def _loss(self, name: str, before: Tensor, after: Tensor) -> float:
         energy = self._rules[name].energy
         return float(energy[before & ~after].sum() / energy.sum().clamp_min(1e-300)) / len(self._rules)
-
-    def _saving(self, name: str, before: Tensor, after: Tensor) -> float:
-        return self._layer_cost(name, before) - self._layer_cost(name, after)
 
     def _candidates(self, unit: Unit, above: float) -> list[float]:
         """Some thresholds, about as many channels or filters apart."""
