@@ -45,7 +45,7 @@ NAMES = {
     "learned": "learned, from weights",
     "scratch": "learned, from scratch",
 }
-STRENGTHS = (8.0, 25.0)  # total shrinkage, lambda times steps; the published schedule has 84
+STRENGTHS = (2.5, 8.0, 25.0)  # total shrinkage, lambda times steps; the published schedule has 84
 RATES_OF_LEARNING = (0.015, 0.05, 0.1)  # of finetuning
 COMMON = {"batch_size": 64, "device": "cpu", "precision": "bfloat16", "channels_last": True}
 Weights = dict[str, Tensor]
