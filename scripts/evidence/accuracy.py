@@ -160,8 +160,8 @@ def choose(found: dict[str, Any], short: Evidence) -> tuple[float, float]:
 
 
 def store(found: dict[str, Any]) -> None:
-    """Write the results."""
-    write_text(RESULTS, json.dumps(found, indent=1) + "\n")
+    """Write the results, one run a line."""
+    write_text(RESULTS, json.dumps(found).replace('{"kind"', '\n{"kind"') + "\n")
 
 
 def table(found: dict[str, Any]) -> None:
