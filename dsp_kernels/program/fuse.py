@@ -189,9 +189,9 @@ class FusedNetwork(nn.Module):
         forms = executor.describe(self.program, verbose)
         clocked: dict[str, str] = {}
         if verbose and self.backend == "cpu":
-            from dsp_kernels.times.clocked import clocked_steps  # not for every import of dsp_kernels
+            from dsp_kernels.times.clocked import explained_steps  # not for every import of dsp_kernels
 
-            clocked = clocked_steps(self.program)
+            clocked = explained_steps(self.program)
         plain = sum(isinstance(step, TorchStep) for step in self.program.steps)
         notes = self.program.notes
         numbers = "8-bit integers" if self.program.is_integer else self.dtype

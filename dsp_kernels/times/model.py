@@ -92,41 +92,15 @@ class LayerTimes:
         interleave = around.interleave if around is not None else 0
         total = 0.0
         for launch in network.launches([input_hw], batch, threads, interleave):
-            own = self._operations(launch, threads, dtype, around)
+            own = self.operations(launch, threads, dtype, around)
             names = [made for made, _ in launch["operations"]]
             total += float(own[1 : names.index(value) + 1].sum())  # without the conversion of layouts
         return total
 
-    def price(
-        self, batch: int, threads: int | None, dtype: torch.dtype, around: Surroundings | None
-    ) -> Price:
-        """``layer`` with these arguments; equal numbers of channels and filters are planned once."""
-        known: dict[Any, float] = {}
-
-        def price(spec: ConvSpec, input_hw: tuple[int, int]) -> float:
-            groups = spec.structure.groups
-            sizes = tuple((len(group.in_index), len(group.out_index)) for group in groups)
-            widths = spec.structure.in_channels, len(spec.structure.read), spec.structure.out_channels
-            key = sizes, widths, spec.settings, input_hw
-            if key not in known:
-                known[key] = self.layer(spec, input_hw, batch, threads, dtype, around)
-            return known[key]
-
-        return price
-
-    def program(self, program: Program, batch: int, threads: int | None = None) -> dict[str, float]:
-        """Microseconds of every step by the name of its output; of steps that are native operations."""
-        threads, dtype = threads or torch.get_num_threads(), dtype_of(program)
-        found: dict[str, float] = {}
-        for network, shapes, names in native_networks(program, dtype):
-            for launch in network.launches([shape[1:] for shape in shapes], batch, threads):
-                for name, time in by_value(launch, self._operations(launch, threads, dtype), names).items():
-                    found[name] = found.get(name, 0.0) + time
-        return found
-
-    def _operations(
+    def operations(
         self, launch: Mapping[str, Any], threads: int, dtype: torch.dtype, around: Surroundings | None = None
     ) -> Matrix:
+        """Microseconds of each operation of one of a network's ``launches``; raises as ``layer``."""
         key = key_of(dtype, threads, launch)
         if key not in self.weights:
             raise DSPBackendError(
@@ -226,19 +200,6 @@ def blocks_of(launch: Mapping[str, Any]) -> int:
 def calls_of(launch: Mapping[str, Any], threads: int) -> int:
     """Blocks that a thread computes, one after the other."""
     return -(-blocks_of(launch) // (1 if launch["together"] else threads))
-
-
-def by_value(launch: Mapping[str, Any], times: Matrix, names: Mapping[int, str]) -> dict[str, float]:
-    """The times of operations by the value that they compute; a split belongs to what reads it."""
-    found: dict[str, float] = {}
-    waiting = 0.0
-    for (made, kernel), time in zip(launch["operations"], times, strict=True):
-        waiting += float(time)
-        if made >= 0 or kernel == "store":
-            name = names.get(made, "store")
-            found[name] = found.get(name, 0.0) + waiting
-            waiting = 0.0
-    return found
 
 
 def surroundings(program: Program, batch: int, threads: int | None = None) -> Surroundings:

@@ -3,7 +3,8 @@
 ``python scripts/evidence/time_curves.py prune FOLDER`` prunes ResNet-20 (g = 4, 32x32) and ResNet-18 (g = 2,
 224x224), random weights and groups, for batch 1 and 32 (``dsp calibrate`` first); ``measure FOLDER`` times
 the fused networks, one round of all of them after the other, on one thread; ``plot FOLDER`` prints the curves
-and draws them. Each stage continues where it was interrupted.
+and draws them. Each stage continues where it was interrupted. ``predict`` prints how far predicted times are
+off on networks that were not calibrated on, with torch's number of threads.
 """
 
 import json
@@ -15,9 +16,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from dsp_benchmarks.subjects.networks import NetworkSource, load_network
 
 from dsp_kernels import fuse, load, save
-from dsp_kernels.times.model import macs
+from dsp_kernels.program.steps import ConvStep
+from dsp_kernels.times.clocked import clocked_steps
+from dsp_kernels.times.model import LayerTimes, macs
 from dsp_pruning import PruneWrapper, pack
 from dsp_pruning.models import cifar_resnet, torchvision_resnet
 from dsp_pruning.prune.price import PriceSearch
@@ -43,7 +47,8 @@ def prune(folder: Path) -> None:
             pruner = PruneWrapper(model, groups, 2, example_input=example, target="time", **chosen)
             for layer in pruner.layers:
                 layer.conv.get_buffer("group").normal_()
-            search: PriceSearch = pruner._search()
+            search = pruner._search()
+            assert isinstance(search, PriceSearch)
             betas = None
             for rate in RATES:
                 file = folder / f"{name}, {what}, {rate}.safetensors"
@@ -131,5 +136,33 @@ def plot(folder: Path) -> None:
     figure.savefig(folder / "curves.png", dpi=110)
 
 
+def predict() -> None:
+    """Prints median errors of layers and networks: released ones, and structures of ResNet-18 and 50."""
+    times, threads = LayerTimes.load(), torch.get_num_threads()
+    names = [f"resnet{depth}_g{groups}" for depth in (20, 56) for groups in (2, 3, 4)]
+    large = [f"resnet{depth}_g2_{rate}" for depth in (18, 50) for rate in (70, 80, 90)]
+    for batch, few in zip(BATCHES, (large, large[:3]), strict=True):
+        layers, networks = [], []
+        for name in names + few:
+            source = load_network(NetworkSource(name))
+            x = torch.rand(batch, *source.example.shape[1:])
+            fused = fuse(source.packed, x, backend="cpu")
+            measured, predicted = clocked_steps(fused.program, batch, threads, times)
+            convs = [step.output for step in fused.program.steps if isinstance(step, ConvStep)]
+            layers += [abs(predicted[conv] / measured[conv] - 1) for conv in convs]
+            taken = []
+            for _ in range(15):
+                begin = time.perf_counter()
+                fused(x)
+                taken.append(1e6 * (time.perf_counter() - begin))
+            networks.append(sum(predicted.values()) / statistics.median(taken) - 1)
+            print(
+                f"{name}, batch {batch}: {statistics.median(taken):.0f} us, {networks[-1]:+.1%}", flush=True
+            )
+        median = statistics.median(map(abs, networks))
+        print(f"| {threads}, {batch} | {len(layers)} | {statistics.median(layers):.1%} | {median:.1%} |")
+
+
 if __name__ == "__main__":
-    {"prune": prune, "measure": measure, "plot": plot}[sys.argv[1]](Path(sys.argv[2]))
+    stages = {"prune": prune, "measure": measure, "plot": plot, "predict": predict}
+    stages[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -34,7 +34,8 @@ def tiny(seed: int = 0, **settings: Any) -> PruneWrapper:
 
 def chosen(pruner: PruneWrapper, rate: float) -> tuple[PriceSearch, Any]:
     search = pruner._search()
-    return search, search.masks(search.best(rate))[0]
+    assert isinstance(search, PriceSearch)
+    return search, search.chosen(rate)[0]
 
 
 @pytest.mark.parametrize("seed", range(3))

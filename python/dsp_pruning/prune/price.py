@@ -13,7 +13,7 @@ from dsp_kernels.errors import DSPPruningError
 from dsp_kernels.op.spec import ConvSpec
 from dsp_kernels.times.model import Price
 from dsp_pruning.layers import LayerInfo
-from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas, count_below, keep
+from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas, count_below
 from dsp_pruning.prune.search import ThresholdSearch
 
 _MOST_POINTS = 24  # of a curve
@@ -49,7 +49,9 @@ class PriceSearch:
 
     def masks(self, betas: Betas) -> tuple[Masks, bool]:
         """The masks without dead kernels, and whether the output still depends on the input."""
-        return self.search.without_dead({rule.name: _mask(rule, betas) for rule in self.search.rules})
+        return self.search.without_dead(
+            {rule.name: self._mask(rule.name, betas) for rule in self.search.rules}
+        )
 
     def cost(self, masks: Masks) -> float:
         """The price of all layers."""
@@ -67,6 +69,10 @@ class PriceSearch:
         """Smallest and largest share that is found; None if the output is constant in any case."""
         masks, connected = self.masks({})
         return (self.pruned(masks), self._shares(self.continued(1.0))[0]) if connected else None
+
+    def chosen(self, rate: float) -> tuple[Masks, None]:
+        """The masks that save at least ``rate``; there is no one beta."""
+        return self.masks(self.best(rate))[0], None
 
     def best(self, rate: float) -> Betas:
         """Thresholds that save at least ``rate``, 0 to 1, and lose little energy."""
@@ -128,33 +134,30 @@ class PriceSearch:
         points = []
         for beta in self._candidates(unit, betas.get(unit, 0.0)):
             # Pruned channels of a group seldom kill a channel; that shows when the curves are drawn again.
-            masks, connected = self._with(unit, beta, base), True
+            masks: Masks = {**base, unit[0]: base[unit[0]] & self._mask(unit[0], {unit: beta})}
+            connected = True
             if unit[1] == "filters":
                 masks, connected = self.search.without_dead(masks)
             if not connected:
                 break
-            changed = [name for name in base if masks[name] is not base[name]]
-            lost, saved = (
-                sum(of(name, base[name], masks[name]) for name in changed)
-                for of in (self._loss, self._saving)
+            changed = [(name, base[name], masks[name]) for name in base if masks[name] is not base[name]]
+            saved = sum(
+                self._layer_cost(n, before) - self._layer_cost(n, after) for n, before, after in changed
             )
-            points.append(Point(beta, lost, saved))
+            points.append(Point(beta, sum(self._loss(*each) for each in changed), saved))
         return points
 
-    def _with(self, unit: Unit, beta: float, base: Masks) -> Masks:
-        rule = self._rules[unit[0]]
-        return {**base, unit[0]: base[unit[0]] & _mask(rule, {unit: beta})}
+    def _mask(self, name: str, betas: Betas) -> Tensor:
+        channels, filters = (betas.get((name, kind), 0.0) for kind in ("channels", "filters"))
+        return self._rules[name].mask(channels, filters)
 
     def _loss(self, name: str, before: Tensor, after: Tensor) -> float:
         energy = self._rules[name].energy
         return float(energy[before & ~after].sum() / energy.sum().clamp_min(1e-300)) / len(self._rules)
 
-    def _saving(self, name: str, before: Tensor, after: Tensor) -> float:
-        return self._layer_cost(name, before) - self._layer_cost(name, after)
-
     def _candidates(self, unit: Unit, above: float) -> list[float]:
         """Some thresholds, about as many channels or filters apart."""
-        shares = _shares_of(self._rules[unit[0]], unit[1])
+        shares: Tensor = getattr(self._rules[unit[0]], unit[1])
         every = [beta for beta in candidate_betas([shares]) if beta > above]
         if len(every) <= _MOST_POINTS:
             return every
@@ -191,40 +194,27 @@ class PriceSearch:
     def _layer_cost(self, name: str, mask: Tensor) -> float:
         """Of what packing leaves; equal numbers of filters and channels cost the same."""
         kernels = mask[mask.any(1)][:, mask.any(0)]
-        members: dict[bytes, list[int]] = {}
-        for number, row in enumerate(kernels.numpy()):
-            members.setdefault(row.tobytes(), []).append(number)
-        groups = [(kernels[rows[0]].nonzero().flatten().tolist(), rows) for rows in members.values()]
-        key = (name, kernels.shape[1], *sorted((len(reads), len(rows)) for reads, rows in groups))
-        if groups and key not in self._known:
+        if not kernels.numel():
+            return 0.0
+        layer, (reads, filters) = self._layers[name], kernels.unique(dim=0, return_counts=True)
+        conv, padding = layer.conv, layer.conv.padding
+        settings = layer.input_hw, layer.kernel_size, conv.stride, padding, conv.dilation
+        sizes = sorted(zip(reads.sum(1).tolist(), filters.tolist(), strict=True))
+        key = (*settings, kernels.shape[1], *sizes)
+        if key not in self._known:
+            if isinstance(padding, str):
+                reach = [d * (k - 1) for d, k in zip(conv.dilation, layer.kernel_size, strict=True)]
+                padding = tuple(r // 2 if padding == "same" else 0 for r in reach)
+            members = torch.arange(len(kernels)).split(filters.tolist())
+            groups = [
+                (row.nonzero().flatten().tolist(), rows.tolist())
+                for row, rows in zip(reads, members, strict=True)
+            ]
             structure = GroupStructure.build(kernels.shape[1], len(kernels), groups)
-            self._known[key] = self._planned_cost(self._layers[name], structure)
-        return self._known.get(key, 0.0)
-
-    def _planned_cost(self, layer: LayerInfo, structure: GroupStructure) -> float:
-        conv = layer.conv
-        padding = conv.padding
-        if isinstance(padding, str):
-            reach = [d * (k - 1) for d, k in zip(conv.dilation, layer.kernel_size, strict=True)]
-            padding = tuple(r // 2 if padding == "same" else 0 for r in reach)
-        spec = ConvSpec(structure, layer.kernel_size, conv.stride, padding, conv.dilation, "relu")  # type: ignore[arg-type]
-        return self.price(spec, layer.input_hw)
+            spec = ConvSpec(structure, layer.kernel_size, conv.stride, padding, conv.dilation, "relu")  # type: ignore[arg-type]
+            self._known[key] = self.price(spec, layer.input_hw)
+        return self._known[key]
 
 
 def _slope(a: Point, b: Point) -> float:
     return (b.lost - a.lost) / (b.saved - a.saved)
-
-
-def _shares_of(rule: LayerRule, kind: str) -> Tensor:
-    shares = rule.channels if kind == "channels" else rule.filters
-    assert shares is not None
-    return shares
-
-
-def _mask(rule: LayerRule, betas: Betas) -> Tensor:
-    kept = rule.alive
-    if beta := betas.get((rule.name, "channels")):
-        kept = kept & keep(_shares_of(rule, "channels"), beta)[rule.groups]
-    if beta := betas.get((rule.name, "filters")):
-        kept = kept & keep(_shares_of(rule, "filters"), beta)[:, None]
-    return kept

@@ -105,8 +105,13 @@ class LayerRule:
     channels: Tensor | None
     filters: Tensor | None
 
-    def mask(self, beta: float, multiple: int = 1, barred: Tensor | None = None) -> Tensor:
-        """[O, C] bool: what is kept, before dead kernels are removed. barred: [G, C], see keep_multiples."""
+    def mask(
+        self, beta: float, filter_beta: float | None = None, multiple: int = 1, barred: Tensor | None = None
+    ) -> Tensor:
+        """[O, C] bool: what is kept, before dead kernels are removed. barred: [G, C], see keep_multiples.
+
+        filter_beta: the filters' own threshold, if it is another one.
+        """
         kept = self.alive
         if self.channels is not None:
             if barred is None:
@@ -114,7 +119,9 @@ class LayerRule:
             else:
                 chosen = keep_multiples(self.channels, beta, multiple, barred)
             kept = kept & chosen[self.groups]
-        return kept if self.filters is None else kept & keep(self.filters, beta)[:, None]
+        if self.filters is not None:
+            kept = kept & keep(self.filters, beta if filter_beta is None else filter_beta)[:, None]
+        return kept
 
     def columns(self, mask: Tensor) -> Tensor:
         """mask: [O, C] bool -> [G, C] bool: the channels that some filter of a group reads."""

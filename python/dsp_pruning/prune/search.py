@@ -16,12 +16,13 @@ from dsp_pruning.layers import LayerInfo
 from dsp_pruning.prune.rule import LayerRule, Masks, candidate_betas
 
 # What a rate is a share of: multiply-adds, weights, predicted time.
-Target = Literal["macs", "params", "time"]
+Counted = Literal["macs", "params"]
+Target = Literal[Counted, "time"]
 
 _GUESSES = 3  # by the rule alone, before the actual search
 
 
-def pruned_share(layers: Sequence[LayerInfo], masks: Masks, target: Target) -> float:
+def pruned_share(layers: Sequence[LayerInfo], masks: Masks, target: Counted) -> float:
     """Share of the layers' cost that these masks prune, 0 to 1."""
     whole = gone = 0
     for layer in layers:
@@ -43,7 +44,7 @@ class ThresholdSearch:
     layers: Sequence[LayerInfo]
     rules: Sequence[LayerRule]
     network: TracedNetwork | None
-    target: Target
+    target: Counted
     multiple: int = 1
     _outcomes: dict[int, tuple[float, bool]] = field(default_factory=dict, init=False)
     _by_rule_alone: dict[int, float] = field(default_factory=dict, init=False)
@@ -61,7 +62,9 @@ class ThresholdSearch:
         # A dead channel does not count towards a multiple: another one takes its place.
         barred = {rule.name: ~rule.columns(rule.alive) for rule in self.rules}
         while True:
-            chosen = {rule.name: rule.mask(beta, self.multiple, barred[rule.name]) for rule in self.rules}
+            chosen = {
+                rule.name: rule.mask(beta, None, self.multiple, barred[rule.name]) for rule in self.rules
+            }
             live, connected = self.without_dead(chosen)
             more = False
             for rule in self.rules:
@@ -99,6 +102,11 @@ class ThresholdSearch:
         """Smallest and largest share that can be pruned; None if the output is constant at every beta."""
         cut = bisect_left(range(len(self.betas)), True, key=lambda index: not self._outcome(index)[1])
         return (self._outcome(0)[0], self._outcome(cut - 1)[0]) if cut else None
+
+    def chosen(self, rate: float) -> tuple[Masks, float]:
+        """The masks that prune at least ``rate``, and their beta."""
+        beta = self.best(rate)
+        return self.masks(beta)[0], beta
 
     def best(self, rate: float) -> float:
         """The smallest beta that prunes at least ``rate``, 0 to 1."""

@@ -4,6 +4,7 @@ import math
 import operator
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -25,10 +26,10 @@ from dsp_pruning.layers import (
     inputs_like,
     survey_layers,
 )
-from dsp_pruning.prune.price import Betas, PriceSearch
+from dsp_pruning.prune.price import PriceSearch
 from dsp_pruning.prune.report import PruningReport, RoundingCost, layer_row, percent_pruned
 from dsp_pruning.prune.rule import LayerRule, Masks, layer_rule
-from dsp_pruning.prune.search import Target, ThresholdSearch
+from dsp_pruning.prune.search import Counted, Target, ThresholdSearch
 from dsp_pruning.prune.zeros import Zeros, clearable, mask_matrix, zeros_of
 
 
@@ -154,15 +155,13 @@ class PruneWrapper:
         if not (isinstance(cycle, int) and isinstance(cycles, int) and 0 <= cycle < cycles):
             raise DSPPruningError(f"cycle {cycle!r} of {cycles!r}: expected a cycle from 0 to cycles - 1")
         search = self._search()
-        best = search.best(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles)
-        return self._prune(search.masks(best)[0], best, search)
+        masks, beta = search.chosen(_fraction(rate, "the pruning rate") * (cycle + 1) / cycles)
+        return self._prune(masks, beta, search)
 
     def preview(self, rate: float) -> PruningReport:
         """The report that ``initialize(rate)`` would lead to; same errors. Changes nothing."""
         search = self._search()
-        best = search.best(_fraction(rate, "the pruning rate"))
-        masks, _ = search.masks(best)
-        beta = best if isinstance(best, float) else None
+        masks, beta = search.chosen(_fraction(rate, "the pruning rate"))
         return self._describe(masks, beta, self._rounding_cost(search, masks))
 
     def reachable(self) -> tuple[float, float]:
@@ -247,7 +246,7 @@ class PruneWrapper:
             sum(int((channels % search.multiple != 0).sum()) for channels in kept),
         )
 
-    def _search(self) -> Any:
+    def _search(self) -> ThresholdSearch | PriceSearch:
         """ThresholdSearch or PriceSearch on the state before the last pruning, if that can be undone."""
         search = self._one_threshold()
         if self.target != "time":
@@ -260,7 +259,7 @@ class PruneWrapper:
         with evaluating(self._network):
             program = plan(search.network).map_tensors(lambda tensor: tensor.detach().cpu().float())
         around = surroundings(program, self.batch)
-        return PriceSearch(search, times.price(self.batch, None, torch.float32, around))
+        return PriceSearch(search, partial(times.layer, batch=self.batch, around=around))
 
     def _one_threshold(self) -> ThresholdSearch:
         before = {name: value for name, (value, _) in self._undo.items()} if self._unchanged() else {}
@@ -277,12 +276,12 @@ class PruneWrapper:
             mask = before.get(f"{layer.name}.mask", layer.conv.get_buffer("mask"))
             prunes_filters = layer.name in self.filter_layers
             rules.append(layer_rule(layer, weight, mask, prunes_filters, self.prune_channels))
-        target: Target = "params" if self.target == "params" else "macs"
-        return ThresholdSearch(self.layers, rules, self._trace(), target, self.channel_multiple)
+        counted: Counted = "params" if self.target == "params" else "macs"
+        return ThresholdSearch(self.layers, rules, self._trace(), counted, self.channel_multiple)
 
     @torch.no_grad()
     def _prune(
-        self, masks: Masks, best: float | Betas, search: ThresholdSearch | PriceSearch
+        self, masks: Masks, beta: float | None, search: ThresholdSearch | PriceSearch
     ) -> tuple[float, float]:
         self._rounding = self._rounding_cost(search, masks)
         if self._unchanged():
@@ -294,7 +293,7 @@ class PruneWrapper:
         before = {name: self._tensor(name).clone() for name in names}
         for layer in self.layers:
             layer.conv.get_buffer("mask").copy_(masks[layer.name][:, :, None, None])
-        self.beta = best if isinstance(best, float) else None
+        self.beta = beta
         self._zeros = zeros_of(self._network, self.layers, self._trace())
         self._zeros.restore()
         self._undo = {name: (value, self._tensor(name).clone()) for name, value in before.items()}
