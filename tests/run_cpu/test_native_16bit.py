@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Arguments, Case, reference
-from isas import FP16_ISAS, ISAS
+from isas import FP16_ISAS, ISAS, WORD_ISAS
 from native_nets import MODELS, Mixed, Net
 from nets import NAMES, make
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Precision:
         return fuse(model, x, backend="cpu", dtype=self.dtype)
 
 
-BF16 = [Precision(torch.bfloat16, isa) for isa in ISAS]
+BF16 = [Precision(torch.bfloat16, isa) for isa in WORD_ISAS]
 FP16 = [Precision(torch.float16, isa) for isa in FP16_ISAS]
 
 

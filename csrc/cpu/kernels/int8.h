@@ -1,4 +1,4 @@
-// Integer convolutions by AVX512-VNNI, included by impl.h. A 32-bit word holds one pixel of four channels as unsigned
+// Integer convolutions by AVX512-VNNI or AMX (amx.h), included by impl.h. A 32-bit word holds one pixel of four channels as unsigned
 // bytes, the first in the lowest. One instruction adds the products of a word and four signed weights to an int32 sum.
 // A value with sign is stored plus 128; then a sum begins with -128 times the sum of its weights.
 #pragma once
@@ -18,6 +18,7 @@ inline V pack_quad(const V (&channels)[4]) {
     return (V)_mm512_shuffle_epi8(bytes, _mm512_maskz_broadcast_i32x4(0xffff, order));
 }
 
+#if DSP_VNNI
 template <int K, int P>
 void quad_tile(const TileCall& call) {
     M acc[K][P];
@@ -34,6 +35,7 @@ void quad_tile(const TileCall& call) {
     });
     pass_integers(acc, call);
 }
+#endif
 
 } // namespace
 } // namespace dsp
