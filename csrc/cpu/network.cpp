@@ -57,9 +57,9 @@ Times times_of(const Window& window, const GroupIndex& group, const WordKernels&
     const int64_t in = int64_t(group.in.size()), out = int64_t(group.out.size());
     const int64_t words = (in + kernels.channels - 1) / kernels.channels, rows = words * taps;
     const double pack = 8.0 * double(words * phases);
-    const double products = 32.0 * double((out + 15) / 16 * ((rows + 15) / 16));
+    const double products = 32.0 * double((out + 15) / 16 * ((rows + 15) / 16)), gathering = 13.0 * double(rows);
     return {double(in * out * taps), pack + kernels.product * double(rows * out),
-            rows > most_rows ? std::numeric_limits<double>::infinity() : pack + std::max(products, 13.0 * double(rows))};
+            rows > most_rows ? std::numeric_limits<double>::infinity() : pack + std::max(products, gathering)};
 }
 
 Times times_of(const Window& window, const std::vector<GroupIndex>& groups, const WordKernels& kernels) {
@@ -79,14 +79,12 @@ GroupIndex merged(const GroupIndex& a, const GroupIndex& b, int64_t taps) {
     in.insert(b.in.begin(), b.in.end());
     made.in.assign(in.begin(), in.end());
     made.weights.assign(made.out.size() * made.in.size() * taps, 0.0f);
-    size_t filter = 0;
+    float* filter = made.weights.data();
     for (const GroupIndex* group : {&a, &b})
-        for (size_t o = 0; o < group->out.size(); ++o, ++filter)
+        for (size_t o = 0; taps > 0 && o < group->out.size(); ++o, filter += made.in.size() * taps)
             for (size_t i = 0; i < group->in.size() && !group->weights.empty(); ++i) {
-                const size_t at = std::lower_bound(made.in.begin(), made.in.end(), group->in[i]) - made.in.begin();
-                for (int64_t t = 0; t < taps; ++t) // a channel may be read twice
-                    made.weights[(filter * made.in.size() + at) * taps + t] +=
-                        group->weights[(o * group->in.size() + i) * taps + t];
+                const auto at = std::lower_bound(made.in.begin(), made.in.end(), group->in[i]) - made.in.begin();
+                std::copy_n(&group->weights[(o * group->in.size() + i) * taps], taps, filter + at * taps);
             }
     return made;
 }
@@ -96,6 +94,8 @@ std::vector<GroupIndex> merge(const Window& window, std::vector<GroupIndex> grou
     constexpr size_t most_groups = 16; // all pairs are tried after each merger
     const int64_t taps = int64_t(window.kernel[0]) * window.kernel[1];
     const auto time = [&](const GroupIndex& group) { return times_of(window, group, kernels).matrices; };
+    for (const GroupIndex& group : groups) // a sum of weights would not fit a byte
+        if (std::set<int>(group.in.begin(), group.in.end()).size() < group.in.size()) return groups;
     while (groups.size() <= most_groups) {
         size_t first = 0, second = 0;
         double best = 0.0;
@@ -164,9 +164,7 @@ void order_by_words(std::vector<GroupIndex>& groups, int64_t taps, size_t width)
 // -- Packed weights --
 
 // The weights of one tile for plain sums: floats, or words rounded by the kernels.
-template <typename Floats>
-void pack_plain(Floats& to, const Step& step, const float* first, int filters, int64_t count,
-                int64_t taps) {
+void pack_plain(Weights& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
     const int width = step.words ? step.words->channels : 1;
     for (int64_t c = 0; c < count; c += width * taps)
         for (int64_t j = c; j < c + taps; ++j) {
@@ -187,17 +185,19 @@ void pack_plain(Floats& to, const Step& step, const float* first, int filters, i
 }
 
 // For products of matrices: [matrices][matrices of filters][16 filters][16 words], words of one tap after the other.
-void pack_matrices(Weights& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
-    std::vector<float> words;
-    size_t begin = to.size();
+void pack_matrices(Weights& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps,
+                   Form form) {
+    const size_t begin = to.size();
+    Weights words;
     for (int k = 0; k < filters; ++k) {
         words.clear();
         pack_plain(words, step, first + k * count, 1, count, taps); // taps of one word after the other
-        const int64_t rows = int64_t(words.size()), matrices = (rows + 15) / 16, each = (filters + 15) / 16;
-        if (k == 0) to.resize(begin + matrices * each * 256, 0.0f);
+        const int64_t rows = int64_t(words.size()), each = (filters + 15) / 16;
+        const int height = matrix_height(rows / taps, form);
+        if (k == 0) to.resize(begin + (rows + height - 1) / height * each * 256, 0.0f);
         for (int64_t j = 0; j < rows; ++j) {
             const int64_t row = j % taps * (rows / taps) + j / taps;
-            to[begin + ((row / 16 * each + k / 16) * 16 + k % 16) * 16 + row % 16] = words[j];
+            to[begin + ((row / height * each + k / 16) * 16 + k % 16) * 16 + row % height] = words[j];
         }
     }
 }
@@ -294,13 +294,15 @@ int Network::add_conv(int x, int residual, int out_channels, const Window& windo
     const double price = kernels.matrices.price;
     if (requantize) {
         const WordKernels& quads = kernels.quads[requantize->is_signed];
-        const Times times = times_of(window, step.groups, quads);
         if (quads.own && !requantize->exact) {
+            const Times times = times_of(window, step.groups, quads);
             if (times.words < times.floats) step.words = &quads;
-            // Integers are finite: what a filter does not read, it may read times 0.
-            auto fewer = price > 0.0 ? merge(window, step.groups, quads) : std::vector<GroupIndex>();
-            if (price > 0.0 && price * times_of(window, fewer, quads).matrices < std::min(times.words, times.floats))
-                step.words = &quads, step.matrices = true, step.groups = std::move(fewer);
+            if (price > 0.0) {
+                // What a filter does not read, it may read times 0, because integers are finite.
+                auto fewer = merge(window, step.groups, quads);
+                step.matrices = price * times_of(window, fewer, quads).matrices < std::min(times.words, times.floats);
+                if (step.matrices) step.words = &quads, step.groups = std::move(fewer);
+            }
         }
     } else if (std::any_of(step.groups.begin(), step.groups.end(),
                            [](const GroupIndex& group) { return group.in.size() > 1; })) {
@@ -483,8 +485,8 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
             const float* weights = group.weights.data() + first * count;
             if (group.weights.empty())
                 ; // only planned
-            else if (form == Form::matrices)
-                pack_matrices(made->weights, step, weights, filters, count, taps);
+            else if (form == Form::matrices || form == Form::matrices_in_place)
+                pack_matrices(made->weights, step, weights, filters, count, taps, form);
             else if (form == Form::plain)
                 pack_plain(made->weights, step, weights, filters, count, taps);
             else

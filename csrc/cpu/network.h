@@ -74,9 +74,14 @@ struct Packed {
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
-// How a convolution is summed: directly, by products of matrices (amx.h), or in one of two forms of Winograd's method
-// (winograd.h).
-enum class Form { plain, matrices, bands, patches };
+// How a convolution is summed: directly, by products of matrices (amx.h) whose rows are gathered or read in place, or
+// in one of two forms of Winograd's method (winograd.h).
+enum class Form { plain, matrices, matrices_in_place, bands, patches };
+
+// Of products of matrices: rows of one of them, when each tap has this many words.
+inline int matrix_height(int64_t words, Form form) {
+    return form == Form::matrices_in_place && words > 0 && words < 16 ? int(words) : 16;
+}
 
 enum class Kind { input, conv, map, norm, product, pool, adaptive, resize, fit, view, linear, output };
 

@@ -242,7 +242,8 @@ void MatrixConv::run(const Part& part, const Context& context) const {
     const auto rows_of = [&](int vector, int tile) -> MatrixRows {
         const int group = tiles[tile].group;
         turn = !turn;
-        return {context.arena, off[group].data(), in_place[group].data(), int64_t(off[group].size()),
+        return {context.arena,   off[group].data(), int64_t(off[group].size()),
+                height[group],   matrices[group],   in_place[group],
                 vectors.at.data() + vector, std::min(matrix_vectors, part.last_vector - vector),
                 gathered + turn * scratch_size / 2};
     };
@@ -252,8 +253,8 @@ void MatrixConv::run(const Part& part, const Context& context) const {
     call.tile.ending = step.requantize ? &*step.requantize : nullptr;
     call.tile.act = step.act;
     call.rows = rows_of(part.first_vector, part.first_tile);
-    kernels.matrices.begin();
     kernels.matrices.gather(call.rows);
+    int begun = 0;
     for (int v = part.first_vector; v < part.last_vector; v += matrix_vectors) {
         call.tile.mask = vectors.mask_from(v, kernels.lanes);
         for (int t = part.first_tile; t < part.last_tile;) {
@@ -266,6 +267,7 @@ void MatrixConv::run(const Part& part, const Context& context) const {
             else if (v + matrix_vectors < part.last_vector)
                 others = rows_of(v + matrix_vectors, part.first_tile);
             call.next = &others;
+            if (call.rows.height != begun) kernels.matrices.begin(begun = call.rows.height);
             for (; t < next; ++t, call.next = nullptr) {
                 choose(call.tile, t);
                 call.filters = tiles[t].filters;

@@ -72,7 +72,7 @@ struct Conv {
 
 // The same by products of matrices.
 struct MatrixConv : Conv {
-    std::vector<std::vector<int32_t>> in_place; // per group, as MatrixRows::step
+    std::vector<int> height, matrices, in_place; // per group, of MatrixRows; in_place: step
     explicit MatrixConv(Conv&& plain) : Conv(std::move(plain)) {}
     void run(const Part& part, const Context& context) const;
 };

@@ -328,22 +328,29 @@ def test_without_fast_products_only_weights_are_rounded(
 
 
 @pytest.mark.parametrize(
-    ("vendor", "wanted", "expected"),
+    ("isa", "vendor", "wanted", "expected"),
     [
-        ("AuthenticAMD", "", ", bfloat16]"),
-        ("GenuineIntel", "", ", bfloat16 weights, float32 arithmetic]"),
-        ("", "", ", bfloat16 weights, float32 arithmetic]"),
-        ("GenuineIntel", "16bit", ", bfloat16]"),
-        ("AuthenticAMD", "float32", ", bfloat16 weights, float32 arithmetic]"),
+        ("avx512_bf16", "AuthenticAMD", "", ", bfloat16]"),
+        ("avx512_bf16", "GenuineIntel", "", ", bfloat16 weights, float32 arithmetic]"),
+        ("avx512_bf16", "", "", ", bfloat16 weights, float32 arithmetic]"),
+        ("avx512_bf16", "GenuineIntel", "16bit", ", bfloat16]"),
+        ("avx512_bf16", "AuthenticAMD", "float32", ", bfloat16 weights, float32 arithmetic]"),
+        ("emulated_amx", "GenuineIntel", "", ", bfloat16, by matrices (AMX) where they pay]"),
+        ("emulated_amx", "GenuineIntel", "float32", ", bfloat16 weights, float32 arithmetic]"),
     ],
 )
 def test_the_rule_of_bfloat16(
-    vendor: str, wanted: str, expected: str, use_isa: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    isa: str,
+    vendor: str,
+    wanted: str,
+    expected: str,
+    use_isa: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vdpbf16ps is twice as fast as float32 on AMD's CPUs, half as fast on Intel's."""
-    if "avx512_bf16" not in ISAS:
-        pytest.skip("this CPU has no AVX512-BF16")
-    use_isa("avx512_bf16")
+    """vdpbf16ps is twice as fast as float32 on AMD's CPUs, half as fast on Intel's; AMX is fast."""
+    if isa not in WORD_ISAS:
+        pytest.skip(f"this CPU has no {isa}")
+    use_isa(isa)
     monkeypatch.setattr(extension, "cpu_fact", lambda name: vendor)
     monkeypatch.setenv("DSP_KERNELS_PRODUCTS", wanted)
     layer, x = PackedConv2d(GroupStructure.dense(4, 4), 3, padding=1), torch.randn(1, 4, 8, 8)

@@ -1,25 +1,23 @@
-// Convolutions by AMX, included by impl.h: products of matrices of 16 filters x 16 words of weights and 16 rows of words
-// x 16 lanes. Words are those of int8.h and bf16.h. A product takes 16 cycles however much of its matrices is padding;
-// rows of words that are read in place cross no cache line, because such a load takes 55 cycles instead of 9 (measured on
-// Sapphire Rapids).
+// Convolutions by AMX, included by impl.h: products of matrices of weights, 16 filters x 16 words, and of 16 rows of
+// words x 16 lanes. On Sapphire Rapids a product takes 16 cycles however small its matrices are, and a load whose rows
+// cross cache lines 55 instead of 9, so only aligned rows are read in place.
 #pragma once
 
 namespace dsp {
 namespace {
 
-// Registers: sums [filters][vectors] 0 to 3, weights 4 and 5, words 6 and 7.
+// What LDTILECFG reads. Registers: sums [filters][vectors] 0 to 3, weights 4 and 5, words 6 and 7.
+struct alignas(64) MatrixShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
 #if defined(__AMX_TILE__)
 
 constexpr double matrix_price = 1.0;
 
-void begin_matrices() {
-    struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const shapes;
-    asm volatile("ldtilecfg %0" : : "m"(shapes));
-}
+inline void configure(const MatrixShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes)); }
 
 void end_matrices() { asm volatile("tilerelease"); }
 
@@ -54,9 +52,15 @@ inline void multiply_matrices() {
 
 constexpr int matrix_floats = 16 * L;
 
+void begin_matrices(int height) {
+    MatrixShapes shapes;
+    shapes.row_bytes[4] = shapes.row_bytes[5] = uint16_t(4 * height);
+    shapes.rows[6] = shapes.rows[7] = uint8_t(height);
+    configure(shapes);
+}
+
 // Rows that fill no matrix are zeros: the weights beside them are 0, but a NaN times 0 is a NaN.
-inline void gather_matrix(const MatrixRows& rows, int64_t n) {
-    if (rows.step[n]) return;
+inline void gather_matrix(const MatrixRows& rows, int n) {
     const int32_t* const off = rows.off + 16 * n;
     const int64_t left = rows.count - 16 * n;
     for (int p = 0; p < rows.vectors; ++p) {
@@ -67,7 +71,7 @@ inline void gather_matrix(const MatrixRows& rows, int64_t n) {
 }
 
 void gather_matrices(const MatrixRows& rows) {
-    for (int64_t n = 0; n < rows.matrices(); ++n) gather_matrix(rows, n);
+    for (int n = 0; !rows.step && n < rows.matrices; ++n) gather_matrix(rows, n);
 }
 
 // The end of sums [matrices of filters][P].
@@ -91,16 +95,14 @@ void finish_matrices(const float (*sums)[matrix_floats], int filters, TileCall c
 template <bool integers, int F, int P>
 void matrix(const MatrixCall& call) {
     const MatrixRows &rows = call.rows, *const next = call.next;
-    const int64_t count = rows.matrices(), others = next ? next->matrices() : 0;
+    const int count = rows.matrices, others = next && !next->step ? next->matrices : 0;
+    const int64_t pitch = rows.step ? rows.step * int64_t(sizeof(float)) : 64;
+    const int64_t second = rows.step ? rows.vec[P - 1] - rows.vec[0] : matrix_floats;
     const float* w = call.tile.w;
     clear_matrix<0>(), clear_matrix<1>(), clear_matrix<2>(), clear_matrix<3>();
-    for (int64_t n = 0; n < count; ++n, w += F * 256) {
-        const float* b = rows.gathered + n * matrix_vectors * matrix_floats;
-        int64_t pitch = 64, second = matrix_floats;
-        if (rows.step[n]) {
-            b = rows.x + rows.off[16 * n] + rows.vec[0];
-            pitch = rows.step[n] * int64_t(sizeof(float)), second = rows.vec[P - 1] - rows.vec[0];
-        }
+    for (int n = 0; n < count; ++n, w += F * 256) {
+        const float* const b = rows.step ? rows.x + rows.off[rows.height * n] + rows.vec[0]
+                                         : rows.gathered + n * matrix_vectors * matrix_floats;
         load_matrix<4>(w, 64);
         load_matrix<6>(b, pitch);
         multiply_matrices<integers, 0, 4, 6>();
@@ -110,7 +112,7 @@ void matrix(const MatrixCall& call) {
         // The products and these loads and stores overlap.
         if (n < others) gather_matrix(*next, n);
     }
-    for (int64_t n = count; n < others; ++n) gather_matrix(*next, n);
+    for (int n = count; n < others; ++n) gather_matrix(*next, n);
     alignas(64) float sums[F * P][matrix_floats];
     store_matrix<0>(sums[0]);
     if constexpr (P == 2) store_matrix<1>(sums[1]);

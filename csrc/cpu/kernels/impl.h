@@ -323,7 +323,7 @@ Kernels make() {
     table.band_input[1] = patch_input;
     table.band_input[2] = stacked_input;
     // Latency measured on Zen 5, the time of a product on Sapphire Rapids.
-    table.bf16 = {DSP_BF16, 2, 0, 6.0, {}, pack_words<2, pack_pair>, 2.0, {}};
+    table.bf16 = {DSP_BF16 || DSP_AMX, 2, 0, 6.0, {}, pack_words<2, pack_pair>, 2.0, {}};
 #if DSP_FP16
     table.fp16 = {true, 2, 0, 4.0, {}, pack_words<2, pack_halves>, 1.0, {}}; // like float multiply-adds; not measured
 #endif

@@ -1,4 +1,4 @@
-// Integer convolutions by AVX512-VNNI or AMX (amx.h), included by impl.h. A 32-bit word holds one pixel of four channels as unsigned
+// Integer convolutions by AVX512-VNNI, included by impl.h. A 32-bit word holds one pixel of four channels as unsigned
 // bytes, the first in the lowest. One instruction adds the products of a word and four signed weights to an int32 sum.
 // A value with sign is stored plus 128; then a sum begins with -128 times the sum of its weights.
 #pragma once

@@ -45,20 +45,20 @@ struct TileCall {
     bool begins, ends;
 };
 
-// Rows of words that products of matrices read (amx.h): 16 of them and one vector make a matrix of 16 x 16 words.
+// Rows of words that products of matrices read (amx.h): `height` of them and one vector make a matrix of words.
 struct MatrixRows {
-    const float* x;      // as in TileCall
-    const int32_t* off;  // [count]
-    const int32_t* step; // [matrices] floats from row to row where they are read in place; 0: gathered
+    const float* x;     // as in TileCall
+    const int32_t* off; // [count]
     int64_t count;
-    const int32_t* vec; // [vectors]
-    int vectors;        // at most matrix_vectors
-    float* gathered;    // [matrices][matrix_vectors][16][lanes]
-    int64_t matrices() const { return (count + 15) / 16; }
+    int height, matrices; // of gathered rows 16
+    int32_t step;         // floats from row to row where products read them in place; 0: gathered
+    const int32_t* vec;   // [vectors]
+    int vectors;          // at most matrix_vectors
+    float* gathered;      // [matrices][matrix_vectors][16][lanes]
 };
 
-// The sums of a TileCall for at most matrix_filters filters. Of `tile`, w is [matrices][matrices of filters][16 filters]
-// [16 words]; off, count, vec and sums are not used.
+// The sums of a TileCall for at most matrix_filters filters. Of `tile`, off, count, vec and sums are not used, and w is
+// [matrices][matrices of filters][16 filters][16 words], of which the first `height` words count.
 struct MatrixCall {
     TileCall tile;
     int filters;
@@ -205,8 +205,8 @@ constexpr int max_word = 4; // channels
 
 struct MatrixKernels {
     double price; // factor of their estimated time; 0: there are none. Tests lower it.
-    void (*begin)(); // a thread calls it before its products,
-    void (*end)();   // and this one after them
+    void (*begin)(int height); // a thread calls it before products of rows of another height,
+    void (*end)();             // and this one after all
     void (*gather)(const MatrixRows&);
 };
 
