@@ -25,19 +25,25 @@ X86_64 = ("x86_64", "AMD64")
 # One source file per instruction set; the extension chooses among them at run time.
 AVX512 = ("f", "dq", "bw", "vl")
 AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", "-mprefer-vector-width=512"]
-# Instruction sets that a compiler or its assembler may not support: name -> flag, one of its instructions.
+# Instruction sets that a compiler or its assembler may not support: name -> flags, one of its instructions.
 # Without support their source files compile to nothing.
 OPTIONAL = {
-    "AVX512_VNNI": ("-mavx512vnni", "vpdpbusd"),  # gcc 8, clang 7
-    "AVX512_BF16": ("-mavx512bf16", "vdpbf16ps"),  # gcc 10, clang 9
-    "AVX512_FP16": ("-mavx512fp16", "vfmadd231ph"),  # gcc 12, clang 14, binutils 2.38
+    "AVX512_VNNI": (["-mavx512vnni"], "vpdpbusd %zmm0, %zmm0, %zmm0"),  # gcc 8, clang 7
+    "AVX512_BF16": (["-mavx512bf16"], "vdpbf16ps %zmm0, %zmm0, %zmm0"),  # gcc 10, clang 9
+    "AVX512_FP16": (["-mavx512fp16"], "vfmadd231ph %zmm0, %zmm0, %zmm0"),  # gcc 12, clang 14, binutils 2.38
+    "AVX512_AMX": (  # gcc 11, clang 11
+        ["-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+        "tdpbf16ps %tmm2, %tmm1, %tmm0",
+    ),
 }
+AMX_FLAGS = [*AVX512_FLAGS, *(flag for flags, _ in OPTIONAL.values() for flag in flags)]
 ISA_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
     "avx512.cpp": AVX512_FLAGS,
     "avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
     "avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
-    "avx512_fp16.cpp": [*AVX512_FLAGS, *(flag for flag, _ in OPTIONAL.values())],
+    "avx512_fp16.cpp": [flag for flag in AMX_FLAGS if "-mamx" not in flag],
+    "avx512_amx.cpp": AMX_FLAGS,
 }
 
 
@@ -66,10 +72,10 @@ def find_compiler() -> list[str] | None:
     return next(([name] for name in (*own, "g++", "clang++") if shutil.which(name)), None)
 
 
-def supports(compiler: list[str], flag: str, instruction: str) -> bool:
-    """Whether the compiler knows the flag, and its assembler the instruction."""
-    source = f'void probe() {{ asm("{instruction} %zmm0, %zmm0, %zmm0"); }}'
-    command = [*compiler, flag, "-x", "c++", "-c", "-", "-o", os.devnull]
+def supports(compiler: list[str], flags: list[str], instruction: str) -> bool:
+    """Whether the compiler knows the flags, and its assembler the instruction."""
+    source = f'void probe() {{ asm("{instruction}"); }}'
+    command = [*compiler, *flags, "-x", "c++", "-c", "-", "-o", os.devnull]
     return subprocess.run(command, input=source.encode(), capture_output=True, check=False).returncode == 0
 
 
@@ -137,7 +143,7 @@ class BuildNative(build_ext):
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         x86 = platform.machine() in X86_64
         supported = [name for name in OPTIONAL if x86 and supports(compiler, *OPTIONAL[name])]
-        unsupported = {OPTIONAL[name][0] for name in OPTIONAL if name not in supported}
+        unsupported = {flag for name in OPTIONAL if name not in supported for flag in OPTIONAL[name][0]}
         common = [*compiler, *COMMON_FLAGS, *(f"-DDSP_HAS_{name}" for name in supported), *extra, "-fPIC"]
         common += [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
 

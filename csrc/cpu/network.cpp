@@ -39,16 +39,76 @@ void check_integers(const std::vector<float>& weights, int64_t terms) {
     require(terms <= std::numeric_limits<int32_t>::max() / (127 * 255), "an integer sum would exceed 32 bits");
 }
 
-// Whether bytes are worth packing into words, by estimated cycles for a vector of output pixels: a word takes about 8
-// to make (Zen 4), for each phase of a stride, and a product 1, of words or floats. Not in a depthwise convolution.
-bool fills_words(const Window& window, const std::vector<GroupIndex>& groups) {
-    int64_t words = 0, floats = 0, phases = 1, taps = 1;
+// -- How the sums of a convolution are computed --
+
+// Most rows of words for one product of matrices: they are gathered into scratch memory.
+constexpr int64_t most_rows = 1 << 14;
+
+// Estimated times of a vector of output pixels, in those of a float multiply-add. Packing a word takes about 8 (cycles
+// on Zen 4) for each phase of a stride. On Sapphire Rapids a product of matrices takes 32 (16 cycles) and gathering a
+// row of words 13, one while the other runs.
+struct Times {
+    double floats = 0, words = 0, matrices = 0;
+};
+
+Times times_of(const Window& window, const GroupIndex& group, const WordKernels& kernels) {
+    int64_t phases = 1, taps = 1;
     for (int a = 0; a < 2; ++a) phases *= std::min(window.stride[a], window.kernel[a]), taps *= window.kernel[a];
+    const int64_t in = int64_t(group.in.size()), out = int64_t(group.out.size());
+    const int64_t words = (in + kernels.channels - 1) / kernels.channels, rows = words * taps;
+    const double pack = 8.0 * double(words * phases);
+    const double products = 32.0 * double((out + 15) / 16 * ((rows + 15) / 16)), gathering = 13.0 * double(rows);
+    return {double(in * out * taps), pack + kernels.product * double(rows * out),
+            rows > most_rows ? std::numeric_limits<double>::infinity() : pack + std::max(products, gathering)};
+}
+
+Times times_of(const Window& window, const std::vector<GroupIndex>& groups, const WordKernels& kernels) {
+    Times sum;
     for (const GroupIndex& group : groups) {
-        const int64_t in = int64_t(group.in.size()), out = int64_t(group.out.size());
-        words += (in + 3) / 4 * (8 * phases + out * taps), floats += in * out * taps;
+        const Times one = times_of(window, group, kernels);
+        sum.floats += one.floats, sum.words += one.words, sum.matrices += one.matrices;
     }
-    return words < floats;
+    return sum;
+}
+
+// One group for the channels of two, with zeros for weights that they do not have; taps 0: without weights.
+GroupIndex merged(const GroupIndex& a, const GroupIndex& b, int64_t taps) {
+    GroupIndex made{{}, a.out, {}};
+    made.out.insert(made.out.end(), b.out.begin(), b.out.end());
+    std::set<int> in(a.in.begin(), a.in.end());
+    in.insert(b.in.begin(), b.in.end());
+    made.in.assign(in.begin(), in.end());
+    made.weights.assign(made.out.size() * made.in.size() * taps, 0.0f);
+    float* filter = made.weights.data();
+    for (const GroupIndex* group : {&a, &b})
+        for (size_t o = 0; taps > 0 && o < group->out.size(); ++o, filter += made.in.size() * taps)
+            for (size_t i = 0; i < group->in.size() && !group->weights.empty(); ++i) {
+                const auto at = std::lower_bound(made.in.begin(), made.in.end(), group->in[i]) - made.in.begin();
+                std::copy_n(&group->weights[(o * group->in.size() + i) * taps], taps, filter + at * taps);
+            }
+    return made;
+}
+
+// Groups for products of matrices: two become one where that takes less time.
+std::vector<GroupIndex> merge(const Window& window, std::vector<GroupIndex> groups, const WordKernels& kernels) {
+    constexpr size_t most_groups = 16; // all pairs are tried after each merger
+    const int64_t taps = int64_t(window.kernel[0]) * window.kernel[1];
+    const auto time = [&](const GroupIndex& group) { return times_of(window, group, kernels).matrices; };
+    for (const GroupIndex& group : groups) // a sum of weights would not fit a byte
+        if (std::set<int>(group.in.begin(), group.in.end()).size() < group.in.size()) return groups;
+    while (groups.size() <= most_groups) {
+        size_t first = 0, second = 0;
+        double best = 0.0;
+        for (size_t a = 0; a < groups.size(); ++a)
+            for (size_t b = a + 1; b < groups.size(); ++b) {
+                const double gain = time(groups[a]) + time(groups[b]) - time(merged(groups[a], groups[b], 0));
+                if (gain > best) best = gain, first = a, second = b;
+            }
+        if (best == 0.0) break;
+        groups[first] = merged(groups[first], groups[second], taps);
+        groups.erase(groups.begin() + int64_t(second));
+    }
+    return groups;
 }
 
 constexpr float most_level = 1 << 22;
@@ -104,8 +164,7 @@ void order_by_words(std::vector<GroupIndex>& groups, int64_t taps, size_t width)
 // -- Packed weights --
 
 // The weights of one tile for plain sums: floats, or words rounded by the kernels.
-void pack_plain(std::vector<float>& to, const Step& step, const float* first, int filters, int64_t count,
-                int64_t taps) {
+void pack_plain(Weights& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps) {
     const int width = step.words ? step.words->channels : 1;
     for (int64_t c = 0; c < count; c += width * taps)
         for (int64_t j = c; j < c + taps; ++j) {
@@ -125,8 +184,26 @@ void pack_plain(std::vector<float>& to, const Step& step, const float* first, in
         }
 }
 
+// For products of matrices: [matrices][matrices of filters][16 filters][16 words], words of one tap after the other.
+void pack_matrices(Weights& to, const Step& step, const float* first, int filters, int64_t count, int64_t taps,
+                   Form form) {
+    const size_t begin = to.size();
+    Weights words;
+    for (int k = 0; k < filters; ++k) {
+        words.clear();
+        pack_plain(words, step, first + k * count, 1, count, taps); // taps of one word after the other
+        const int64_t rows = int64_t(words.size()), each = (filters + 15) / 16;
+        const int height = matrix_height(rows / taps, form);
+        if (k == 0) to.resize(begin + (rows + height - 1) / height * each * 256, 0.0f);
+        for (int64_t j = 0; j < rows; ++j) {
+            const int64_t row = j % taps * (rows / taps) + j / taps;
+            to[begin + ((row / height * each + k / 16) * 16 + k % 16) * 16 + row % height] = words[j];
+        }
+    }
+}
+
 // By Winograd's method: [sum][channel, horizontal tap][filters]; of patches [sum][channel][filters].
-void pack_sums(std::vector<float>& to, bool patches, const float* first, int filters, int64_t count, int columns) {
+void pack_sums(Weights& to, bool patches, const float* first, int filters, int64_t count, int columns) {
     for (int sum = 0; sum < (patches ? patch_sums : band_sums); ++sum)
         for (int64_t c = 0; c < count; c += 3 * columns)
             for (int64_t x = c; x < c + (patches ? 1 : columns); ++x)
@@ -214,12 +291,26 @@ int Network::add_conv(int x, int residual, int out_channels, const Window& windo
     step.bias = bias;
     step.bias.resize(out_channels, 0.0f);
     step.groups = std::move(groups);
+    const double price = kernels.matrices.price;
     if (requantize) {
         const WordKernels& quads = kernels.quads[requantize->is_signed];
-        if (quads.own && !requantize->exact && fills_words(window, step.groups)) step.words = &quads;
+        if (quads.own && !requantize->exact) {
+            const Times times = times_of(window, step.groups, quads);
+            if (times.words < times.floats) step.words = &quads;
+            if (price > 0.0) {
+                // What a filter does not read, it may read times 0, because integers are finite.
+                auto fewer = merge(window, step.groups, quads);
+                step.matrices = price * times_of(window, fewer, quads).matrices < std::min(times.words, times.floats);
+                if (step.matrices) step.words = &quads, step.groups = std::move(fewer);
+            }
+        }
     } else if (std::any_of(step.groups.begin(), step.groups.end(),
                            [](const GroupIndex& group) { return group.in.size() > 1; })) {
         step.words = words; // with one channel per group, as in a depthwise convolution, a word would be half empty
+        if (words && words->matrix[1][1]) {
+            const Times times = times_of(window, step.groups, *words);
+            step.matrices = price * times.matrices < times.words;
+        }
     }
     if (step.words) order_by_words(step.groups, taps, step.words->channels);
     return make(std::move(step), out_channels, rectifies(act), std::move(requantize));
@@ -394,6 +485,8 @@ std::shared_ptr<const Packed> Network::packed(const Step& step, const Splits& sp
             const float* weights = group.weights.data() + first * count;
             if (group.weights.empty())
                 ; // only planned
+            else if (form == Form::matrices || form == Form::matrices_in_place)
+                pack_matrices(made->weights, step, weights, filters, count, taps, form);
             else if (form == Form::plain)
                 pack_plain(made->weights, step, weights, filters, count, taps);
             else

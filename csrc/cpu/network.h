@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -27,7 +28,7 @@ struct Size {
     bool operator==(const Size& other) const { return h == other.h && w == other.w; }
 };
 
-// Consecutive filters of one group that one microtile computes.
+// Consecutive filters of one group that one microtile, or one product of matrices, computes.
 struct FilterTile {
     int group;
     int filters;
@@ -49,16 +50,38 @@ struct GroupIndex {
     std::vector<float> weights; // [filters][channels][kh][kw]
 };
 
-// The weights of a convolution in the order in which its microtiles read them.
+// Memory in whole lines of the cache.
+template <typename T>
+struct Lines {
+    using value_type = T;
+    Lines() = default;
+    template <typename U>
+    Lines(const Lines<U>&) {}
+    static constexpr std::align_val_t line{64};
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), line)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, line); }
+    friend bool operator==(Lines, Lines) { return true; }
+    friend bool operator!=(Lines, Lines) { return false; }
+};
+using Weights = std::vector<float, Lines<float>>;
+
+// The weights of a convolution in the order in which its microtiles, or products of matrices, read them.
 struct Packed {
     std::vector<FilterTile> tiles;
-    std::vector<float> weights, bias, multiplier; // multiplier, start: of an integer step
+    Weights weights;
+    std::vector<float> bias, multiplier; // multiplier, start: of an integer step
     std::vector<int32_t> start;
 };
 using Splits = std::vector<std::vector<int>>; // sizes of the filter tiles of each group
 
-// How a convolution is summed: directly, or in one of two forms of Winograd's method (winograd.h).
-enum class Form { plain, bands, patches };
+// How a convolution is summed: directly, by products of matrices (amx.h) whose rows are gathered or read in place, or
+// in one of two forms of Winograd's method (winograd.h).
+enum class Form { plain, matrices, matrices_in_place, bands, patches };
+
+// Of products of matrices: rows of one of them, when each tap has this many words.
+inline int matrix_height(int64_t words, Form form) {
+    return form == Form::matrices_in_place && words > 0 && words < 16 ? int(words) : 16;
+}
 
 enum class Kind { input, conv, map, norm, product, pool, adaptive, resize, fit, view, linear, output };
 
@@ -83,6 +106,7 @@ struct Step : Window { // of a conv or pool
     std::vector<GroupIndex> groups;
     std::vector<int> absent;
     const WordKernels* words = nullptr; // computes it several channels at a time; null: in float
+    bool matrices = false;              // by products of matrices of words
     std::vector<float> weights, bias;   // linear: [in][out padded]; conv: the bias of each output channel
     // pool
     bool average = false, ceil_mode = false, include_pad = true;

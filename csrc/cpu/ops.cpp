@@ -167,6 +167,17 @@ void Conv::prepare(const Part& part, const Context& context, int units, bool cle
             for (int c : packed->tiles[t].channels) clear_pads(y, out, c, c + 1, clear_columns, rows);
 }
 
+void Conv::choose(TileCall& call, int tile) const {
+    const FilterTile& of = packed->tiles[tile];
+    call.w = packed->weights.data() + of.weights;
+    call.bias = packed->bias.data() + of.bias;
+    call.y_plane = tile_planes.data() + tile_begin[tile];
+    call.add_plane = call.y_plane + of.filters;
+    if (!step.requantize) return;
+    call.multiplier = packed->multiplier.data() + of.bias;
+    call.start = packed->start.data() + of.bias;
+}
+
 void Conv::run(const Part& part, const Context& context) const {
     float* out = y.in(context);
     const float* residual = add ? context.arena : nullptr;
@@ -196,19 +207,14 @@ void Conv::run(const Part& part, const Context& context) const {
                     const FilterTile& tile = packed->tiles[t];
                     const int K = tile.filters, most = kernels.vectors[K];
                     const bool again = j > 0 && !integer; // y holds the sum so far
+                    choose(call, t);
                     call.off = off[group].data() + j;
                     call.count = end - j;
-                    call.w = packed->weights.data() + tile.weights + j * K;
-                    call.bias = again ? nullptr : packed->bias.data() + tile.bias;
-                    call.y_plane = tile_planes.data() + tile_begin[t];
+                    call.w += j * K;
+                    if (again) call.bias = nullptr, call.add_plane = call.y_plane;
                     call.add = again ? out : residual;
-                    call.add_plane = again ? call.y_plane : call.y_plane + K;
                     call.act = end == count ? step.act : Act::none;
                     call.begins = j == 0, call.ends = end == count;
-                    if (integer) {
-                        call.multiplier = packed->multiplier.data() + tile.bias;
-                        call.start = packed->start.data() + tile.bias;
-                    }
                     for (int v = block; v < block_end;) {
                         const int P = pass_width(block_end - v, most);
                         call.vec = vectors.at.data() + v;
@@ -224,6 +230,53 @@ void Conv::run(const Part& part, const Context& context) const {
             group_first = group_last;
         }
     }
+}
+
+void MatrixConv::run(const Part& part, const Context& context) const {
+    prepare(part, context, int(vectors.count()), !vectors.covers_pads);
+    if (part.first_vector == part.last_vector || part.first_tile == part.last_tile) return;
+    const auto& tiles = packed->tiles;
+    // Each group's rows of two vectors after the other's; the next ones are gathered meanwhile, elsewhere.
+    float* const gathered = context.arena + scratch + context.worker * scratch_size;
+    int turn = 0;
+    const auto rows_of = [&](int vector, int tile) -> MatrixRows {
+        const int group = tiles[tile].group;
+        turn = !turn;
+        return {context.arena,   off[group].data(), int64_t(off[group].size()),
+                height[group],   matrices[group],   in_place[group],
+                vectors.at.data() + vector, std::min(matrix_vectors, part.last_vector - vector),
+                gathered + turn * scratch_size / 2};
+    };
+    MatrixCall call{};
+    call.tile.y = y.in(context);
+    call.tile.add = add ? context.arena : nullptr;
+    call.tile.ending = step.requantize ? &*step.requantize : nullptr;
+    call.tile.act = step.act;
+    call.rows = rows_of(part.first_vector, part.first_tile);
+    kernels.matrices.gather(call.rows);
+    int begun = 0;
+    for (int v = part.first_vector; v < part.last_vector; v += matrix_vectors) {
+        call.tile.mask = vectors.mask_from(v, kernels.lanes);
+        for (int t = part.first_tile; t < part.last_tile;) {
+            const int group = tiles[t].group;
+            int next = t;
+            while (next < part.last_tile && tiles[next].group == group) ++next;
+            MatrixRows others{};
+            if (next < part.last_tile)
+                others = rows_of(v, next);
+            else if (v + matrix_vectors < part.last_vector)
+                others = rows_of(v + matrix_vectors, part.first_tile);
+            call.next = &others;
+            if (call.rows.height != begun) kernels.matrices.begin(begun = call.rows.height);
+            for (; t < next; ++t, call.next = nullptr) {
+                choose(call.tile, t);
+                call.filters = tiles[t].filters;
+                step.words->matrix[(call.filters + 15) / 16][call.rows.vectors](call);
+            }
+            call.rows = others;
+        }
+    }
+    kernels.matrices.end();
 }
 
 // The sums' inputs from a band, of all channels, from vector `column` of the output on.

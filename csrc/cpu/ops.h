@@ -64,8 +64,17 @@ struct Conv {
     void run(const Part& part, const Context& context) const;
 
   protected:
+    // What belongs to a tile: weights, biases and planes.
+    void choose(TileCall& call, int tile) const;
     // Absent channels of a part, and the pads of the rows that it writes. units: vectors or bands in all.
     void prepare(const Part& part, const Context& context, int units, bool clear_columns) const;
+};
+
+// The same by products of matrices.
+struct MatrixConv : Conv {
+    std::vector<int> height, matrices, in_place; // per group, of MatrixRows; in_place: step
+    explicit MatrixConv(Conv&& plain) : Conv(std::move(plain)) {}
+    void run(const Part& part, const Context& context) const;
 };
 
 // The same by Winograd's method over bands of rows; a part's vectors are bands. Patches: over patches of a band.

@@ -106,7 +106,49 @@ class Tiler {
         const int vectors = int(op.vectors.at.size()), pieces = std::max(1, std::min(key_.parts(), vectors / 12));
         const auto extent_of = [&](size_t g) { return extent(op, g, pieces); };
         op.packed = network_.packed(op.step, split(op.step, extent_of).first);
-        finish(op, vectors, pieces, key_.parts(), extent_of);
+        finish(op, vectors, pieces, key_.parts(),
+               [&](const FilterTile& tile) { return tile_cost(kernels_, tile.filters, extent_of(tile.group)); });
+    }
+
+    // By products of matrices: terms in the order of pack_matrices().
+    void matrices(MatrixConv& op, int64_t scratch_begin) const {
+        const size_t taps = size_t(op.step.kernel[0]) * op.step.kernel[1];
+        const auto whole = [&](int64_t at) { return at % kernels_.lanes == 0; };
+        bool fits = std::all_of(op.vectors.at.begin(), op.vectors.at.end(), whole); // in place
+        Splits splits;
+        double gathering = 0.0, in_place = 0.0; // cycles for a vector
+        for (size_t g = 0; g < op.off.size(); ++g) {
+            const int filters = int(op.step.groups[g].out.size());
+            splits.emplace_back();
+            for (int left = filters; left > 0; left -= matrix_filters)
+                splits.back().push_back(std::min(left, matrix_filters));
+            const auto before = std::move(op.off[g]);
+            auto& off = op.off[g] = {};
+            for (size_t tap = 0; tap < taps; ++tap)
+                for (size_t i = tap; i < before.size(); i += taps) off.push_back(before[i]);
+            const size_t words = off.size() / taps;
+            const int step = words > 1 ? off[1] - off[0] : kernels_.lanes;
+            op.in_place.push_back(step);
+            fits = fits && whole(step) && (words < 16 || words % 16 == 0);
+            for (size_t i = 0; i < off.size() && fits; ++i)
+                fits = whole(off[i]) && (i % words == 0 || off[i] - off[i - 1] == step);
+            const double products = 16.0 * ((filters + 15) / 16); // of matrices with a vector of the rows of a matrix
+            gathering += std::max(6.5 * double(off.size()), products * double((off.size() + 15) / 16));
+            in_place += products * double(taps * ((words + 15) / 16));
+        }
+        const Form form = fits && in_place < gathering ? Form::matrices_in_place : Form::matrices;
+        int most = 0; // matrices that are gathered
+        for (size_t g = 0; g < op.off.size(); ++g) {
+            const int count = int(op.off[g].size()), height = matrix_height(int64_t(count / taps), form);
+            op.height.push_back(height), op.matrices.push_back((count + height - 1) / height);
+            if (form == Form::matrices) op.in_place[g] = 0, most = std::max(most, op.matrices[g]);
+        }
+        op.packed = network_.packed(op.step, splits, form);
+        op.scratch = scratch_begin;
+        op.scratch_size = int64_t(2) * most * matrix_vectors * 16 * kernels_.lanes;
+        const int vectors = int(op.vectors.at.size());
+        finish(op, vectors, std::max(1, std::min(key_.parts(), vectors / 4)), key_.parts(),
+               [&](const FilterTile& tile) { return double(op.matrices[tile.group]) * ((tile.filters + 15) / 16); });
     }
 
     // Estimated cycles of the plain sum on one thread.
@@ -187,11 +229,11 @@ class Tiler {
 
     // Places the tiles and cuts chunks of about equal work: ranges of units (vectors or bands) where there are many,
     // otherwise ranges of filter tiles.
-    template <typename ExtentOf>
-    void finish(Conv& op, int units, int by_units, int parts, const ExtentOf& extent_of) const {
+    template <typename CostOf>
+    void finish(Conv& op, int units, int by_units, int parts, const CostOf& cost_of) const {
         std::vector<double> cost{0.0}; // of the tiles before each
         for (const auto& tile : op.packed->tiles) {
-            cost.push_back(cost.back() + tile_cost(kernels_, tile.filters, extent_of(tile.group)));
+            cost.push_back(cost.back() + cost_of(tile));
             op.tile_begin.push_back(int(op.tile_planes.size()));
             for (int c : tile.channels) op.tile_planes.push_back(c * op.y.geometry.plane);
             for (int c : tile.channels) op.tile_planes.push_back(op.add ? op.add->planes[c] : 0);
@@ -321,7 +363,8 @@ std::unique_ptr<BandConv> Tiler::in_bands(const Conv& plain, double plain_cost, 
     op->scratch = scratch_begin, op->scratch_size = best->scratch;
     // Each part of stacked bands transforms the whole input.
     finish(*op, best->extent.bands, std::min(key_.parts(), best->extent.bands),
-           op->stacked ? key_.threads : key_.parts(), [&](size_t g) { return best->of_group(step, g); });
+           op->stacked ? key_.threads : key_.parts(),
+           [&](const FilterTile& tile) { return tile_cost(kernels_, tile.filters, best->of_group(step, tile.group)); });
     return op;
 }
 
@@ -341,6 +384,18 @@ void count_sums(Work& work, const Conv& op, const Conv::Part& part) {
             work[Count::sums] += passes * tile.filters * P;
         });
         work[Count::held] += tile.filters * count;
+    }
+}
+
+void count_sums(Work& work, const MatrixConv& op, const Conv::Part& part) {
+    const double vectors = part.last_vector - part.first_vector;
+    for (int t = part.first_tile; t < part.last_tile; ++t) {
+        const FilterTile& tile = op.packed->tiles[t];
+        const double products = double(op.matrices[tile.group]) * ((tile.filters + 15) / 16);
+        work[Count::bound] += 16.0 * vectors * products;
+        work[Count::passes] += vectors / matrix_vectors;
+        work[Count::sums] += vectors * tile.filters;
+        work[Count::held] += 256.0 * products;
     }
 }
 
@@ -396,6 +451,7 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
              int64_t scratch_begin, int64_t& scratch_floats) {
     const auto operation = [&](const char* name, auto made) {
         const int parts = int(made->parts.size());
+        const bool by_matrices = made->step.matrices;
         std::set<int, std::greater<int>> sizes;
         for (const FilterTile& tile : made->packed->tiles) sizes.insert(tile.filters);
         const auto shared = std::shared_ptr(std::move(made));
@@ -413,11 +469,18 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
         };
         for (int filters : sizes)
             op.detail += (op.detail.empty() ? " in tiles of " : ", ") + std::to_string(filters) + "x" +
-                         std::to_string(network.kernels.vectors[filters]);
+                         std::to_string(by_matrices ? matrix_vectors : network.kernels.vectors[filters]);
         return op;
     };
     const Tiler tiler(network, key);
     const Step& step = conv->step;
+    if (step.matrices) {
+        auto made = std::make_unique<MatrixConv>(std::move(*conv));
+        tiler.matrices(*made, scratch_begin);
+        scratch_floats = std::max(scratch_floats, made->scratch_size * key.threads);
+        const bool in_place = !made->in_place.empty() && made->in_place[0];
+        return operation(in_place ? "conv by matrices in place" : "conv by matrices", std::move(made));
+    }
     tiler.block(*conv, rows);
     if (network.winograd != Winograd::never && !step.words && !step.requantize && !is_split && step.kernel[0] == 3 &&
         step.dilation[0] == 1) {

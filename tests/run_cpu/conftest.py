@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from compiled import EMULATED_ISA, emulated_fp16
-from isas import ISAS
+from compiled import EMULATED, emulated
+from isas import ISAS, WORD_ISAS
 
 from dsp_kernels.run.cpu import extension
 from dsp_kernels.run.cpu.extension import native, why_missing
@@ -51,11 +51,19 @@ def use_isa(
     """Selects an instruction set for one test."""
 
     def use(name: str) -> None:
-        if name == EMULATED_ISA:
-            replace_extension(emulated_fp16(), "")
+        if name in EMULATED:
+            replace_extension(emulated(), "")
         monkeypatch.setenv("DSP_KERNELS_ISA", name)
 
     return use
+
+
+@pytest.fixture(params=WORD_ISAS)
+def word_isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
+    """Also with AMX, if need be emulated."""
+    use_isa(request.param)
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(params=ISAS)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Arguments, Case, reference
-from isas import FP16_ISAS, ISAS
+from isas import FP16_ISAS, ISAS, WORD_ISAS
 from native_nets import MODELS, Mixed, Net
 from nets import NAMES, make
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Precision:
         return fuse(model, x, backend="cpu", dtype=self.dtype)
 
 
-BF16 = [Precision(torch.bfloat16, isa) for isa in ISAS]
+BF16 = [Precision(torch.bfloat16, isa) for isa in WORD_ISAS]
 FP16 = [Precision(torch.float16, isa) for isa in FP16_ISAS]
 
 
@@ -328,22 +328,29 @@ def test_without_fast_products_only_weights_are_rounded(
 
 
 @pytest.mark.parametrize(
-    ("vendor", "wanted", "expected"),
+    ("isa", "vendor", "wanted", "expected"),
     [
-        ("AuthenticAMD", "", ", bfloat16]"),
-        ("GenuineIntel", "", ", bfloat16 weights, float32 arithmetic]"),
-        ("", "", ", bfloat16 weights, float32 arithmetic]"),
-        ("GenuineIntel", "16bit", ", bfloat16]"),
-        ("AuthenticAMD", "float32", ", bfloat16 weights, float32 arithmetic]"),
+        ("avx512_bf16", "AuthenticAMD", "", ", bfloat16]"),
+        ("avx512_bf16", "GenuineIntel", "", ", bfloat16 weights, float32 arithmetic]"),
+        ("avx512_bf16", "", "", ", bfloat16 weights, float32 arithmetic]"),
+        ("avx512_bf16", "GenuineIntel", "16bit", ", bfloat16]"),
+        ("avx512_bf16", "AuthenticAMD", "float32", ", bfloat16 weights, float32 arithmetic]"),
+        ("emulated_amx", "GenuineIntel", "", ", bfloat16, by matrices (AMX) where they pay]"),
+        ("emulated_amx", "GenuineIntel", "float32", ", bfloat16 weights, float32 arithmetic]"),
     ],
 )
 def test_the_rule_of_bfloat16(
-    vendor: str, wanted: str, expected: str, use_isa: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    isa: str,
+    vendor: str,
+    wanted: str,
+    expected: str,
+    use_isa: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vdpbf16ps is twice as fast as float32 on AMD's CPUs, half as fast on Intel's."""
-    if "avx512_bf16" not in ISAS:
-        pytest.skip("this CPU has no AVX512-BF16")
-    use_isa("avx512_bf16")
+    """vdpbf16ps is twice as fast as float32 on AMD's CPUs, half as fast on Intel's; AMX is fast."""
+    if isa not in WORD_ISAS:
+        pytest.skip(f"this CPU has no {isa}")
+    use_isa(isa)
     monkeypatch.setattr(extension, "cpu_fact", lambda name: vendor)
     monkeypatch.setenv("DSP_KERNELS_PRODUCTS", wanted)
     layer, x = PackedConv2d(GroupStructure.dense(4, 4), 3, padding=1), torch.randn(1, 4, 8, 8)

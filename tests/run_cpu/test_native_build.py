@@ -85,6 +85,6 @@ def test_a_compiler_that_does_not_support_16_bit(tmp_path: Path) -> None:
     _, made = build(tmp_path, CXX=compiler)
     assert len(made) == 1
     commands = [line for line in log.read_text(encoding="utf-8").splitlines() if " -x " not in line]
-    for name in ("bf16", "fp16"):
+    for name in ("bf16", "fp16", "amx"):
         assert any(f"kernels/avx512_{name}.cpp" in line for line in commands)
         assert not any(f"{name} " in line or f"AVX512_{name.upper()}" in line for line in commands)

@@ -101,20 +101,20 @@ def check_conv(case: Case, kind: str, isa: str, threads: int = 2, interleave: in
 
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("case", [c for c in (*CASES, *MORE) if c.batch], ids=lambda case: case.name)
-def test_the_op(case: Case, kind: str, isa: str) -> None:
+def test_the_op(case: Case, kind: str, word_isa: str) -> None:
     if kind == "exact" and case.reduction > 140:
         case = replace(case, structure=GroupStructure.dense(1, 3), kernel=3)
     for threads, out in ((1, "u8"), (2, "s8"), (2, "float")):
-        check_conv(case, kind, isa, threads, out=out)
+        check_conv(case, kind, word_isa, threads, out=out)
 
 
 @pytest.mark.parametrize("kind", ["u8", "s8"])
 @pytest.mark.parametrize("interleave", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_every_interleaving_of_images(stride: int, interleave: int, kind: str, isa: str) -> None:
+def test_every_interleaving_of_images(stride: int, interleave: int, kind: str, word_isa: str) -> None:
     case = Case("", ODD, batch=17, hw=(9, 40), stride=stride, residual=True)
     for threads in (1, 3):
-        check_conv(case, kind, isa, threads, interleave)
+        check_conv(case, kind, word_isa, threads, interleave)
 
 
 MAP = (3, 5, 7, 9)  # images, channels, rows, columns
@@ -205,7 +205,7 @@ def test_linear_layers(kind: str, threads: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "excite", "shuffle", "pools", "resize", *range(4)])
-def test_networks(name: str | int, isa: str) -> None:
+def test_networks(name: str | int, word_isa: str) -> None:
     """Every kind of step between integer layers; float steps of their own kind may round differently."""
     torch.manual_seed(0)
     model = (Net(name) if isinstance(name, int) else MODELS[name]()).eval()

@@ -1,6 +1,6 @@
 // The kernels for any vector length. Before including this, the source file of an instruction set defines DSP_LANES
-// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16, DSP_FP16 and DSP_VNNI to 1 if it
-// has multiply-add instructions for these types and for bytes.
+// (floats per vector), DSP_WIDE (1 with 32 vector registers), DSP_TABLE, and DSP_BF16, DSP_FP16, DSP_VNNI and DSP_AMX
+// to 1 if it has multiply-add instructions for these types and for bytes, and products of matrices.
 // Everything is in an anonymous namespace and no header with inline functions is included: the linker must not pick
 // code compiled for a newer instruction set than the CPU has.
 #pragma once
@@ -19,6 +19,9 @@
 #endif
 #ifndef DSP_VNNI
 #define DSP_VNNI 0
+#endif
+#ifndef DSP_AMX
+#define DSP_AMX 0
 #endif
 
 namespace dsp {
@@ -271,8 +274,11 @@ void tile(const TileCall& call) {
 #if DSP_FP16
 #include "fp16.h"
 #endif
-#if DSP_VNNI
+#if DSP_VNNI || DSP_AMX
 #include "int8.h"
+#endif
+#if DSP_AMX
+#include "amx.h"
 #endif
 
 namespace dsp {
@@ -316,13 +322,19 @@ Kernels make() {
     table.band_input[0] = band_input;
     table.band_input[1] = patch_input;
     table.band_input[2] = stacked_input;
-    table.bf16 = {DSP_BF16, 2, 0, 6.0, {}, pack_words<2, pack_pair>}; // latency measured on Zen 5
+    // Latency measured on Zen 5, the time of a product on Sapphire Rapids.
+    table.bf16 = {DSP_BF16 || DSP_AMX, 2, 0, 6.0, {}, pack_words<2, pack_pair>, 2.0, {}};
 #if DSP_FP16
-    table.fp16 = {true, 2, 0, 4.0, {}, pack_words<2, pack_halves>}; // like float multiply-adds; not measured
+    table.fp16 = {true, 2, 0, 4.0, {}, pack_words<2, pack_halves>, 1.0, {}}; // like float multiply-adds; not measured
 #endif
-#if DSP_VNNI
-    table.quads[0] = {true, 4, 0, 4.0, {}, pack_words<4, pack_quad<false>>};
-    table.quads[1] = {true, 4, 0x80, 4.0, {}, pack_words<4, pack_quad<true>>};
+#if DSP_VNNI || DSP_AMX
+    table.quads[0] = {true, 4, 0, 4.0, {}, pack_words<4, pack_quad<false>>, 1.0, {}};
+    table.quads[1] = {true, 4, 0x80, 4.0, {}, pack_words<4, pack_quad<true>>, 1.0, {}};
+#endif
+#if DSP_AMX
+    table.matrices = {matrix_price, begin_matrices, end_matrices, gather_matrices};
+    fill_matrices<false>(table.bf16);
+    for (WordKernels& quads : table.quads) fill_matrices<true>(quads);
 #endif
     table.filters = sizeof(widths) / sizeof(int);
     fill<sizeof(widths) / sizeof(int)>(table);

@@ -18,6 +18,7 @@ inline V pack_quad(const V (&channels)[4]) {
     return (V)_mm512_shuffle_epi8(bytes, _mm512_maskz_broadcast_i32x4(0xffff, order));
 }
 
+#if DSP_VNNI
 template <int K, int P>
 void quad_tile(const TileCall& call) {
     M acc[K][P];
@@ -34,6 +35,7 @@ void quad_tile(const TileCall& call) {
     });
     pass_integers(acc, call);
 }
+#endif
 
 } // namespace
 } // namespace dsp

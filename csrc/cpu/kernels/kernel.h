@@ -45,6 +45,27 @@ struct TileCall {
     bool begins, ends;
 };
 
+// Rows of words that products of matrices read (amx.h): `height` of them and one vector make a matrix of words.
+struct MatrixRows {
+    const float* x;     // as in TileCall
+    const int32_t* off; // [count]
+    int64_t count;
+    int height, matrices; // of gathered rows 16
+    int32_t step;         // floats from row to row where products read them in place; 0: gathered
+    const int32_t* vec;   // [vectors]
+    int vectors;          // at most matrix_vectors
+    float* gathered;      // [matrices][matrix_vectors][16][lanes]
+};
+
+// The sums of a TileCall for at most matrix_filters filters. Of `tile`, off, count, vec and sums are not used, and w is
+// [matrices][matrices of filters][16 filters][16 words], of which the first `height` words count.
+struct MatrixCall {
+    TileCall tile;
+    int filters;
+    MatrixRows rows;        // gathered before
+    const MatrixRows* next; // those of the next call, gathered between this one's products; or null
+};
+
 // Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the
 // sums' inputs of one channel: six combinations of six rows of x. Patches: the same over pairs of columns too, where a
 // pixel's images fill vectors. Stacked: two bands in the halves of a vector, where a row fits into one half; a vector
@@ -165,6 +186,9 @@ constexpr int exact_terms = ((1 << 24) - 1) / (127 * 255);
 constexpr int max_filters = 8; // rows of the largest microtile
 constexpr int max_vectors = 8; // columns of the widest one
 
+// Of products of matrices: two matrices of filters and two of vectors have four sums.
+constexpr int matrix_filters = 32, matrix_vectors = 2;
+
 // Convolutions over words of some channels: x and w of a TileCall are words, all else is float.
 struct WordKernels {
     bool own;           // the CPU has an instruction for them
@@ -174,8 +198,17 @@ struct WordKernels {
     void (*tile[max_filters + 1][max_vectors + 1])(const TileCall&);
     // target[n][i] = planes[c][n * stride][i] of all channels c as one word; but for the first, a plane may be null.
     void (*pack)(const float* const* planes, float* target, int64_t count, int64_t stride, int images);
+    double product; // time of its instruction, where that of a float multiply-add is 1
+    void (*matrix[matrix_filters / 16 + 1][matrix_vectors + 1])(const MatrixCall&); // by matrices of filters, vectors
 };
 constexpr int max_word = 4; // channels
+
+struct MatrixKernels {
+    double price; // factor of their estimated time; 0: there are none. Tests lower it.
+    void (*begin)(int height); // a thread calls it before products of rows of another height,
+    void (*end)();             // and this one after all
+    void (*gather)(const MatrixRows&);
+};
 
 struct Kernels {
     int lanes;
@@ -185,6 +218,7 @@ struct Kernels {
     WordKernels bf16; // bf16.h
     WordKernels fp16; // fp16.h; empty without AVX512-FP16
     WordKernels quads[2]; // int8.h, of bytes without and with sign; empty without AVX512-VNNI
+    MatrixKernels matrices; // amx.h; empty without AMX
     void (*band_input[3])(const BandInput&); // of bands, of patches, of stacked bands
     void (*band_tile[max_filters + 1][max_vectors + 1])(const BandCall&);
     void (*map)(const MapCall&);
@@ -198,9 +232,10 @@ const Kernels& kernels_base();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-const Kernels& kernels_avx512_vnni(); // if the compiler supports it, as the next two
+const Kernels& kernels_avx512_vnni(); // if the compiler supports it, as the next three
 const Kernels& kernels_avx512_bf16();
 const Kernels& kernels_avx512_fp16();
+const Kernels& kernels_avx512_amx();
 #endif
 
 } // namespace dsp

@@ -33,7 +33,14 @@ from dsp_kernels.program.steps import (
 )
 from dsp_kernels.run.cpu.call import NativeCall
 from dsp_kernels.run.cpu.conv import add_conv, as_array, ending
-from dsp_kernels.run.cpu.extension import chosen_isa, native, new_network, product_dtype, why_missing
+from dsp_kernels.run.cpu.extension import (
+    by_matrices,
+    chosen_isa,
+    native,
+    new_network,
+    product_dtype,
+    why_missing,
+)
 from dsp_kernels.run.eager.program import EagerExecutor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,10 +135,13 @@ def _arithmetic(isa: str, dtype: torch.dtype, step: steps.ConvStep) -> str:
     module, name = native(), "integers" if step.requantize else str(dtype).removeprefix("torch.")
     assert module is not None
     if step.requantize:  # depthwise convolutions stay in float32 everywhere
-        words = not step.requantize.exact and "int8" in module.own_products(isa)
-        return ", integers, by 8-bit products where they pay" if words else ", integers by float32 arithmetic"
+        if step.requantize.exact or "int8" not in module.own_products(isa):
+            return ", integers by float32 arithmetic"
+        return f", integers, by 8-bit {'matrices (AMX)' if by_matrices(isa, torch.int8) else 'products'} where they pay"
     if product_dtype(dtype) == torch.float32:
         return f", {name} weights, float32 arithmetic"
+    if by_matrices(isa, dtype):
+        return f", {name}, by matrices (AMX) where they pay"
     return f", {name}{'' if name in module.own_products(isa) else ' by float32 arithmetic'}"
 
 
