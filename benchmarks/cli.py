@@ -40,6 +40,7 @@ _SHORT_SECONDS = 270.0  # of `make bench`'s five minutes; starting Python and wr
 _SHORT_WARMUP = 0.1  # seconds of each engine with --short
 _RESERVE = 15.0  # of the time, for measuring the peaks again and for the page
 _INTERRUPTED = 130
+_NOT_TRIED = ("unavailable", "skipped")  # below the table, by reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,14 +138,15 @@ def run(options: Namespace) -> int:
     ]
     result = Result(environment(options.device), asdict(peaks), tuple(runs))
     for one in runs:
-        runnable = replace(one, rows=tuple(row for row in one.rows if row.status != "unavailable"))
-        _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(runnable))
-        absent: dict[str, dict[str, None]] = {}  # engines by reason, each once
+        tried = replace(one, rows=tuple(row for row in one.rows if row.status not in _NOT_TRIED))
+        _print(f"{one.label}, {one.mode}, {torch.get_num_threads()} threads", COLUMNS, cells(tried))
+        others: dict[str, dict[str, None]] = {}  # engines by reason, each once
         for row in one.rows:
-            if row.status == "unavailable":
-                absent.setdefault(row.reason, {})[row.engine] = None
-        for reason, names in absent.items():
-            print(f"unavailable: {', '.join(names)}: {reason}")
+            if row.status in _NOT_TRIED:
+                name = row.engine + f" batch {row.batch}" * (row.status == "skipped")
+                others.setdefault(f"{row.status}, {row.reason}", {})[name] = None
+        for reason, names in others.items():
+            print(f"{reason}: {', '.join(names)}")
     print(machine(result))
     target = options.out or _default_target(names, options.device)
     print(f"result: {write_result(target, result)}")

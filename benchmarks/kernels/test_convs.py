@@ -87,18 +87,3 @@ def test_conv(benchmark: Any, layer: Layer, backend: str, batch: int) -> None:
         reduction = step.spec.structure.in_channels * math.prod(step.spec.kernel_size)
         assert difference <= op_tolerance(torch.float32, reduction) * scale
         benchmark(run, x, None)
-
-
-def test_floor_copy(benchmark: Any, layer: Layer, batch: int) -> None:
-    """The floor of a memory-bound kernel: the input copied and the output written once."""
-    benchmark.group = f"{layer.shape}, batch {batch}"
-    spec, x = layer.step.spec, layer.example(batch)
-    y = torch.zeros(batch, spec.structure.out_channels, *spec.output_hw(layer.input_shape[1:]))
-    target = torch.empty_like(x)
-
-    def copy() -> None:
-        target.copy_(x)
-        y.zero_()
-
-    benchmark(copy)
-    assert torch.equal(target, x)

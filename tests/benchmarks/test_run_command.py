@@ -68,7 +68,7 @@ def test_a_wrong_engine_fails_the_command(
     assert main(["run", *SMALL_FLAGS, *flags, "--out", str(tmp_path / "a.json")]) == 1
     shown = capsys.readouterr()
     assert "error: packed/fake, batch 1: engine 'packed/fake' is off by" in shown.err
-    assert "\nunavailable: packed/tensorrt: it runs on cuda only, this run is on cpu\n" in shown.out
+    assert "\nunavailable, it runs on cuda only, this run is on cpu: packed/tensorrt\n" in shown.out
     assert shown.out.count("packed/tensorrt") == 1
 
 
