@@ -75,7 +75,10 @@ def process_group(
         raise DSPTrainingError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun")
     local = int(os.environ["LOCAL_RANK"])
     if backend is None:
-        backend = "nccl" if dist.is_nccl_available() and local < torch.cuda.device_count() else "gloo"
+        # Every process of the machine must come to the same answer.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        has_gpus = dist.is_nccl_available() and processes <= torch.cuda.device_count()
+        backend = "nccl" if has_gpus else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(local)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
