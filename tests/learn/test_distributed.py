@@ -40,6 +40,29 @@ def test_incomplete_environment_variables_are_an_error(monkeypatch: pytest.Monke
         pass
 
 
+@pytest.mark.parametrize(("gpus", "backend"), [(1, "gloo"), (2, "nccl")])
+def test_ranks_of_one_machine_choose_the_same_backend(
+    gpus: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks on one GPU: rank 0 alone would have one."""
+    chosen: list[str] = []
+
+    def join(backend: str, **_: Any) -> None:
+        chosen.append(backend)
+        raise InterruptedError
+
+    torchrun = {"LOCAL_RANK": "0", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    for name, value in (torchrun | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    with pytest.raises(InterruptedError), distributed.process_group():
+        pass
+    assert chosen == [backend]
+
+
 def test_unwrap_finds_the_network() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     assert distributed.unwrap(model) is model
