@@ -251,6 +251,7 @@ BAD = [
     ("learn-groups RUN -g 2 --layer-groups stage_1", 1, "expected PATTERN=G"),
     ("finetune RUN -g 2 --layer-groups stage_3.*=4", 1, "-g 2 --layer-groups 'stage_3.*=4'` first"),
     ("finetune RUN -g 2 -p 1.5", 1, "rate"),
+    ("finetune RUN -g 2 --ckpt TRAINED/pretrain/model.pt", 1, "group is missing"),
     ("finetune --ckpt FOLDER/none.pt", 1, "none.pt: no such file"),
     ("finetune --ckpt TEXT", 1, "is not a readable checkpoint"),
     ("pack --ckpt TEXT --save FOLDER/x", 1, "is not a readable checkpoint"),

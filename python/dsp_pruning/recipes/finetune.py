@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dsp_kernels.errors import DSPFormatError, DSPTrainingError
 from dsp_kernels.file.save_load import input_channels
 from dsp_pruning.data import TrainingData
-from dsp_pruning.learn.assign import assign_groups
 from dsp_pruning.models.cifar import cifar_resnet
 from dsp_pruning.models.imagenet import torchvision_resnet, variant_of
 from dsp_pruning.prune.report import PruningReport
@@ -99,8 +98,7 @@ def finetune(
 ) -> RecipeResult:
     """Prune and finetune; keeps the epoch of the last cycle with the best validation accuracy.
 
-    weights: state dict with the group logits ``<conv>.group``, or of a dense network: then ``assign_groups``
-        finds the groups. source: its name in error messages.
+    weights: state dict with the group logits ``<conv>.group``. source: its name in error messages.
     directory, resume: as in ``pretrain``.
     The result's ``extra`` has ``pruned_flops`` and ``pruned_params`` (percent of the grouped layers) and
     ``accuracy_before_finetuning`` (0..1, on the test split right after the last pruning).
@@ -146,11 +144,7 @@ def _pruner(
     names = ("fp_every_nth_conv", "prune_channels", "target", "batch", "channel_multiple")
     settings: Any = {name: getattr(config, name) for name in names}
     pruner = PruneWrapper(model, config.counts(model, example), example_input=example, **settings)
-    grouped = any(name.endswith(".group") for name in weights)
-    restore_weights(model, weights, source, optional=(".mask",) if grouped else (".mask", ".group"))
-    if not grouped:
-        seeded = torch.Generator().manual_seed(config.seed)
-        assign_groups(model, pruner.n_groups, config.prune, example_input=example, generator=seeded)
+    restore_weights(model, weights, source, optional=(".mask",))
     return pruner, data
 
 
