@@ -32,7 +32,7 @@ _CPU = _ROOT / "csrc" / "cpu"
 _HELPERS = Path(__file__).parent
 with mock.patch("setuptools.setup"):
     _SETUP = runpy.run_path(str(_ROOT / "setup.py"))
-# Emulated instruction sets, whose kernels are in files of their names: what their emulation needs of the compiler.
+# Emulated instruction sets, whose kernels are in files of their names: compiler flags.
 EMULATED = {"emulated_fp16": ["-mavx2", "-mfma", "-mf16c"], "emulated_amx": _SETUP["AVX512_FLAGS"]}
 
 
@@ -85,7 +85,8 @@ def _emulated_library() -> Path:
 
         def compile_one(source: Path) -> str:
             target = f"{folder}/{source.stem}.o"
-            command = [*compiler, *flags, *EMULATED.get(source.stem, ()), *extra, "-fPIC", "-c", str(source), "-o", target]
+            own = [*EMULATED.get(source.stem, ()), *extra, "-fPIC"]
+            command = [*compiler, *flags, *own, "-c", str(source), "-o", target]
             subprocess.run(command, check=True)
             return target
 

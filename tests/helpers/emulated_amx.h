@@ -62,16 +62,15 @@ inline void clear_matrix() {
 }
 
 inline void multiply_bytes(Register& c, const Register& a, const Register& b) {
-    for (int m = 0; m < c.rows; ++m)
+    for (int m = 0; m < c.rows; ++m) {
+        float* const sums = reinterpret_cast<float*>(c.at[m]);
+        M sum = (M)load(sums);
         for (int k = 0; k < b.rows; ++k) {
-            const int8_t* const weights = reinterpret_cast<const int8_t*>(&a.at[m][4 * k]);
-            for (int n = 0; n < c.bytes; n += 4) {
-                int32_t sum;
-                memcpy(&sum, &c.at[m][n], 4);
-                for (int i = 0; i < 4; ++i) sum += int32_t(weights[i]) * int32_t(b.at[k][n + i]);
-                memcpy(&c.at[m][n], &sum, 4);
-            }
+            const W words = (W)load(reinterpret_cast<const float*>(b.at[k]));
+            for (int i = 0; i < 4; ++i) sum += int32_t(int8_t(a.at[m][4 * k + i])) * (M)(words >> 8 * i & 0xff);
         }
+        store(sums, (V)sum);
+    }
 }
 
 // Fused, to nearest; denormal numbers are read and written as 0. Even and odd products have sums of their own.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Arguments, Case, reference
-from isas import FP16_ISAS, ISAS, WORD_ISAS
+from isas import FP16_ISAS, WORD_ISAS
 from native_nets import MODELS, Mixed, Net
 from nets import NAMES, make
 from torch import Tensor, nn

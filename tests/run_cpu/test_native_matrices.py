@@ -25,23 +25,24 @@ def amx(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> None:
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_networks(shared: Path, name: str) -> None:
     """Integers to the bit those of plain PyTorch; bfloat16 near the published logits."""
-    images, (golden, _) = cifar_images(shared)[:17], golden_logits(shared, name)
+    images, (golden, _) = cifar_images(shared)[:5], golden_logits(shared, name)
     packed = read_released(shared / "nets" / f"{name}.npz")
     quantized = dsp_kernels.quantize(packed, images)
     integers = dsp_kernels.fuse(quantized, backend="cpu")
-    for batch in (1, 17):
+    for batch in (1, 5):
         assert torch.equal(integers(images[:batch]), quantized(images[:batch]))
     halves = dsp_kernels.fuse(packed, images[:1], backend="cpu", dtype=torch.bfloat16)
-    error = (halves(images) - golden[:17]).abs().max() / golden[:17].abs().max()
+    error = (halves(images) - golden[:5]).abs().max() / golden[:5].abs().max()
     assert error <= network_tolerance(torch.bfloat16, 576, int(name[6:8]))
 
 
 @pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize(("batch", "kinds"), [(1, {"conv by matrices"}), (16, {"conv by matrices in place"})])
 def test_rows_are_read_in_place_where_that_is_aligned(batch: int, kinds: set[str]) -> None:
-    structure = dsp_kernels.GroupStructure.build(24, 24, [(range(12), range(12)), (range(8, 24), range(12, 24))])
-    model = dsp_kernels.PackedConv2d(structure, 3, padding=1).eval()
-    quantized = dsp_kernels.quantize(torch.nn.Sequential(model, torch.nn.ReLU(), model), torch.randn(8, 24, 8, 8))
+    groups = [(range(12), range(12)), (range(8, 24), range(12, 24))]
+    layer = dsp_kernels.PackedConv2d(dsp_kernels.GroupStructure.build(24, 24, groups), 3, padding=1)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), layer).eval()
+    quantized = dsp_kernels.quantize(model, torch.randn(8, 24, 8, 8))
     x = torch.randn(batch, 24, 8, 8)
     fused = dsp_kernels.fuse(quantized, backend="cpu")
     assert torch.equal(fused(x), quantized(x))

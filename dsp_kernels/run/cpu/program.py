@@ -137,7 +137,8 @@ def _arithmetic(isa: str, dtype: torch.dtype, step: steps.ConvStep) -> str:
     if step.requantize:  # depthwise convolutions stay in float32 everywhere
         if step.requantize.exact or "int8" not in module.own_products(isa):
             return ", integers by float32 arithmetic"
-        return f", integers, by 8-bit {'matrices (AMX)' if by_matrices(isa, torch.int8) else 'products'} where they pay"
+        factors = "matrices (AMX)" if by_matrices(isa, torch.int8) else "products"
+        return f", integers, by 8-bit {factors} where they pay"
     if product_dtype(dtype) == torch.float32:
         return f", {name} weights, float32 arithmetic"
     if by_matrices(isa, dtype):
