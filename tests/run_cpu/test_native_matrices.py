@@ -21,7 +21,7 @@ def amx(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> None:
     use_isa(request.param)
 
 
-@pytest.mark.usefixtures("_two_threads", "amx")
+@pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_networks(shared: Path, name: str) -> None:
     """Integers to the bit those of plain PyTorch; bfloat16 near the published logits."""
