@@ -31,7 +31,7 @@ OPTIONAL = {
     "AVX512_VNNI": (["-mavx512vnni"], "vpdpbusd %zmm0, %zmm0, %zmm0"),  # gcc 8, clang 7
     "AVX512_BF16": (["-mavx512bf16"], "vdpbf16ps %zmm0, %zmm0, %zmm0"),  # gcc 10, clang 9
     "AVX512_FP16": (["-mavx512fp16"], "vfmadd231ph %zmm0, %zmm0, %zmm0"),  # gcc 12, clang 14, binutils 2.38
-    "AVX512_AMX": (  # gcc 11, clang 11
+    "AVX512_AMX": (  # gcc 12, clang 14
         ["-mamx-tile", "-mamx-int8", "-mamx-bf16"],
         "tdpbf16ps %tmm2, %tmm1, %tmm0",
     ),

@@ -243,7 +243,7 @@ void MatrixConv::run(const Part& part, const Context& context) const {
         const int group = tiles[tile].group;
         turn = !turn;
         return {context.arena,   off[group].data(), int64_t(off[group].size()),
-                height[group],   matrices[group],   in_place[group],
+                height[group],   matrices[group],   row_step[group],
                 vectors.at.data() + vector, std::min(matrix_vectors, part.last_vector - vector),
                 gathered + turn * scratch_size / 2};
     };
@@ -268,8 +268,10 @@ void MatrixConv::run(const Part& part, const Context& context) const {
                 others = rows_of(v + matrix_vectors, part.first_tile);
             call.next = &others;
             if (call.rows.height != begun) kernels.matrices.begin(begun = call.rows.height);
-            for (; t < next; ++t, call.next = nullptr) {
+            const int tile_count = next - t, gathers = others.step ? 0 : others.matrices;
+            for (int i = 0; t < next; ++t, ++i) {
                 choose(call.tile, t);
+                call.first_next = gathers * i / tile_count, call.last_next = gathers * (i + 1) / tile_count;
                 call.filters = tiles[t].filters;
                 step.words->matrix[(call.filters + 15) / 16][call.rows.vectors](call);
             }

@@ -72,7 +72,7 @@ struct Conv {
 
 // The same by products of matrices.
 struct MatrixConv : Conv {
-    std::vector<int> height, matrices, in_place; // per group, of MatrixRows; in_place: step
+    std::vector<int> height, matrices, row_step; // per group, of MatrixRows
     explicit MatrixConv(Conv&& plain) : Conv(std::move(plain)) {}
     void run(const Part& part, const Context& context) const;
 };

@@ -128,8 +128,9 @@ class Tiler {
                 for (size_t i = tap; i < before.size(); i += taps) off.push_back(before[i]);
             const size_t words = off.size() / taps;
             const int step = words > 1 ? off[1] - off[0] : kernels_.lanes;
-            op.in_place.push_back(step);
-            fits = fits && whole(step) && (words < 16 || words % 16 == 0);
+            op.row_step.push_back(step);
+            // A channel that is read twice has distance 0, which means gathered.
+            fits = fits && step != 0 && whole(step) && (words < 16 || words % 16 == 0);
             for (size_t i = 0; i < off.size() && fits; ++i)
                 fits = whole(off[i]) && (i % words == 0 || off[i] - off[i - 1] == step);
             const double products = 16.0 * ((filters + 15) / 16); // of matrices with a vector of the rows of a matrix
@@ -141,13 +142,13 @@ class Tiler {
         for (size_t g = 0; g < op.off.size(); ++g) {
             const int count = int(op.off[g].size()), height = matrix_height(int64_t(count / taps), form);
             op.height.push_back(height), op.matrices.push_back((count + height - 1) / height);
-            if (form == Form::matrices) op.in_place[g] = 0, most = std::max(most, op.matrices[g]);
+            if (form == Form::matrices) op.row_step[g] = 0, most = std::max(most, op.matrices[g]);
         }
         op.packed = network_.packed(op.step, splits, form);
         op.scratch = scratch_begin;
         op.scratch_size = int64_t(2) * most * matrix_vectors * 16 * kernels_.lanes;
         const int vectors = int(op.vectors.at.size());
-        finish(op, vectors, std::max(1, std::min(key_.parts(), vectors / 4)), key_.parts(),
+        finish(op, vectors, std::max(1, std::min(key_.parts(), (vectors + 1) / matrix_vectors)), key_.parts(),
                [&](const FilterTile& tile) { return double(op.matrices[tile.group]) * ((tile.filters + 15) / 16); });
     }
 
@@ -478,7 +479,7 @@ Op tile_conv(const Network& network, const PlanKey& key, std::unique_ptr<Conv> c
         auto made = std::make_unique<MatrixConv>(std::move(*conv));
         tiler.matrices(*made, scratch_begin);
         scratch_floats = std::max(scratch_floats, made->scratch_size * key.threads);
-        const bool in_place = !made->in_place.empty() && made->in_place[0];
+        const bool in_place = !made->row_step.empty() && made->row_step[0];
         return operation(in_place ? "conv by matrices in place" : "conv by matrices", std::move(made));
     }
     tiler.block(*conv, rows);

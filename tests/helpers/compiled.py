@@ -24,6 +24,8 @@ from unittest import mock
 
 import ptx.build
 
+from dsp_kernels.run.cpu.extension import native
+
 __all__ = ["EMULATED", "emulated", "why_no_compiler", "why_not_emulated"]
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +34,14 @@ _CPU = _ROOT / "csrc" / "cpu"
 _HELPERS = Path(__file__).parent
 with mock.patch("setuptools.setup"):
     _SETUP = runpy.run_path(str(_ROOT / "setup.py"))
+_MODULE = native()
+_HAS_AMX = _MODULE is not None and "avx512_amx" in _MODULE.available_isas()
+_REAL_AMX = [*_SETUP["OPTIONAL"]["AVX512_AMX"][0], "-DDSP_REAL_AMX"]
 # Emulated instruction sets, whose kernels are in files of their names: compiler flags.
-EMULATED = {"emulated_fp16": ["-mavx2", "-mfma", "-mf16c"], "emulated_amx": _SETUP["AVX512_FLAGS"]}
+EMULATED = {
+    "emulated_fp16": ["-mavx2", "-mfma", "-mf16c"],
+    "emulated_amx": [*_SETUP["AVX512_FLAGS"], *(_REAL_AMX if _HAS_AMX else [])],
+}
 
 
 def why_no_compiler() -> str:
@@ -45,7 +53,8 @@ def why_not_emulated(isa: str) -> str:
     """Why this machine cannot build or run one of EMULATED; empty if it can."""
     cpuinfo = Path("/proc/cpuinfo")
     features = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.exists() else []
-    needed = {flag.removeprefix("-m") for flag in EMULATED[isa] if "=" not in flag}
+    flags = [flag.removeprefix("-m") for flag in EMULATED[isa] if flag.startswith("-m") and "=" not in flag]
+    needed = {flag.replace("-", "_") for flag in flags}
     if platform.machine() != "x86_64" or not needed <= set(features):
         return f"this CPU lacks one of {', '.join(sorted(needed))}"
     return why_no_compiler()

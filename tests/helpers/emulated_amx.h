@@ -2,8 +2,6 @@
 // (Intel's manual, TDPBUSD and TDPBF16PS). Included inside namespace dsp.
 #pragma once
 
-constexpr double matrix_price = 1e-6; // so that every convolution with words is computed by matrices
-
 [[noreturn]] inline void fault(const char* what) {
     fprintf(stderr, "AMX fault: %s\n", what);
     abort();

@@ -12,10 +12,17 @@ struct alignas(64) MatrixShapes {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+static_assert(sizeof(MatrixShapes) == 64);
 
-#if defined(__AMX_TILE__)
-
+#ifdef DSP_MATRIX_PRICE // tests
+constexpr double matrix_price = DSP_MATRIX_PRICE;
+#else
 constexpr double matrix_price = 1.0;
+#endif
+
+#ifdef DSP_EMULATED_AMX
+#include "emulated_amx.h" // in tests/helpers
+#else
 
 inline void configure(const MatrixShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes)); }
 
@@ -46,8 +53,6 @@ inline void multiply_matrices() {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
-#else
-#include "emulated_amx.h" // in tests/helpers
 #endif
 
 constexpr int matrix_floats = 16 * L;
@@ -94,11 +99,12 @@ void finish_matrices(const float (*sums)[matrix_floats], int filters, TileCall c
 // F matrices of filters, P vectors.
 template <bool integers, int F, int P>
 void matrix(const MatrixCall& call) {
-    const MatrixRows &rows = call.rows, *const next = call.next;
-    const int count = rows.matrices, others = next && !next->step ? next->matrices : 0;
+    const MatrixRows& rows = call.rows;
+    const int count = rows.matrices;
     const int64_t pitch = rows.step ? rows.step * int64_t(sizeof(float)) : 64;
     const int64_t second = rows.step ? rows.vec[P - 1] - rows.vec[0] : matrix_floats;
     const float* w = call.tile.w;
+    int other = call.first_next;
     clear_matrix<0>(), clear_matrix<1>(), clear_matrix<2>(), clear_matrix<3>();
     for (int n = 0; n < count; ++n, w += F * 256) {
         const float* const b = rows.step ? rows.x + rows.off[rows.height * n] + rows.vec[0]
@@ -110,9 +116,9 @@ void matrix(const MatrixCall& call) {
         if constexpr (P == 2) load_matrix<7>(b + second, pitch), multiply_matrices<integers, 1, 4, 7>();
         if constexpr (F == 2 && P == 2) multiply_matrices<integers, 3, 5, 7>();
         // The products and these loads and stores overlap.
-        if (n < others) gather_matrix(*next, n);
+        if (other < call.last_next) gather_matrix(*call.next, other++);
     }
-    for (int n = count; n < others; ++n) gather_matrix(*next, n);
+    while (other < call.last_next) gather_matrix(*call.next, other++);
     alignas(64) float sums[F * P][matrix_floats];
     store_matrix<0>(sums[0]);
     if constexpr (P == 2) store_matrix<1>(sums[1]);

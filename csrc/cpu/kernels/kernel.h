@@ -63,7 +63,8 @@ struct MatrixCall {
     TileCall tile;
     int filters;
     MatrixRows rows;        // gathered before
-    const MatrixRows* next; // those of the next call, gathered between this one's products; or null
+    const MatrixRows* next; // those of the next group or vectors: its matrices from first_next to before last_next
+    int first_next, last_next; // are gathered between this call's products
 };
 
 // Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the
