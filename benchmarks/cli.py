@@ -145,8 +145,8 @@ def run(options: Namespace) -> int:
             if row.status in _NOT_TRIED:
                 name = row.engine + f" batch {row.batch}" * (row.status == "skipped")
                 others.setdefault(f"{row.status}, {row.reason}", {})[name] = None
-        for reason, names in others.items():
-            print(f"{reason}: {', '.join(names)}")
+        for reason, engines in others.items():
+            print(f"{reason}: {', '.join(engines)}")
     print(machine(result))
     target = options.out or _default_target(names, options.device)
     print(f"result: {write_result(target, result)}")

@@ -204,7 +204,10 @@ def _published(source: NetworkSource, architecture: str, groups: str, percent: s
         if found:
             return load_network(replace(source, name=str(found)))
         architecture = f"cifar_{architecture}"
-    structure = str(found or f"random:g={groups},rate={_RATES.get(source.name) or f'0.{percent}'}")
+    rate = f"0.{percent}" if percent else _RATES.get(source.name)
+    if not found and rate is None:
+        raise _unknown(source.name)
+    structure = str(found or f"random:g={groups},rate={rate}")
     network = load_network(replace(source, name=architecture, structure=structure))
     if not found:
         network.released = percent is None
@@ -219,9 +222,13 @@ def _architecture(name: str, source: NetworkSource) -> tuple[nn.Module, int]:
         return dense.eval(), source.image_size or 32
     if name in ("resnet18", "resnet34", "resnet50"):
         return _seeded(lambda: torchvision_resnet(name), source.seed).eval(), source.image_size or 224
-    raise DSPFormatError(
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> DSPFormatError:
+    return DSPFormatError(
         f"network {name!r} is unknown; known are released ones (resnet56_g4 ...), cifar_resnet20 ..., "
-        "resnet18, resnet34, resnet50, and files ending in .npz or .safetensors"
+        "resnet18, resnet34, resnet50, and files ending in .npz, .pt or .safetensors"
     )
 
 

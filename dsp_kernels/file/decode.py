@@ -147,7 +147,7 @@ def build_network(header: Mapping[str, Any], table: TensorTable, budget: Budget)
             raise DSPFormatError(f"tensor {path!r} is a {kind!r} of {dtype}; expected a parameter or buffer")
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-    names = {"module": callable_paths, "tensor": {TRAINING, *table}}
+    names = {"module": callable_paths, "tensor": {TRAINING, *root.state_dict()}}
     for call in calls:
         nodes.append(_build_call(graph, call, nodes, len(nodes) == len(calls) - 1, names))
     inputs = [node for node in nodes if node.op == "placeholder"]

@@ -19,7 +19,7 @@ from dsp_kernels.graph.operations.table import FUNCTIONS, OPERATIONS
 from dsp_kernels.op.fused_conv import FusedConv2d
 from dsp_kernels.op.packed import PackedConv2d
 
-FORMAT_VERSION = 3  # several inputs; a network of one input is written as version 2
+FORMAT_VERSION = 4  # calls read tensors of modules; 3: several inputs. Others are written as version 2
 KEY = "dsp_kernels"  # of the header in the metadata of a safetensors file
 FORMAT = "packed model"
 

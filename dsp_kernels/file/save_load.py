@@ -142,7 +142,8 @@ def _describe(
         parts["example_shape"] = shapes[0]
         if len(shapes) > 1:
             parts["further_shapes"] = shapes[1:]
-        version = 2 if len(shapes) == 1 else 3
+        own = any("." in call.get("tensor", "") for call in parts["calls"])  # tensors of modules
+        version = 4 if own else 3 if len(shapes) > 1 else 2
         # readable_from: a later version that only adds keys keeps it, so older readers still read its files.
         header = {"format": FORMAT, "version": version, "readable_from": version, "example_given": given}
         header = json.loads(json.dumps(header | parts))  # tuples become lists

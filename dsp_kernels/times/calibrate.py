@@ -55,7 +55,9 @@ def calibrate(
                     samples.rows.append(counted(launch, count))
                     samples.times.append(np.array(took) / blocks_of(launch))
     if networks < _LEAST:
-        raise DSPBackendError(f"{seconds} s were enough for {networks} networks, not for {_LEAST}")
+        raise DSPBackendError(
+            f"{seconds} s were enough for {networks} networks, not for {_LEAST}; give more seconds"
+        )
     return LayerTimes(machine, {key: samples.fit() for key, samples in found.items()})
 
 

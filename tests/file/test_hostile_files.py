@@ -98,7 +98,7 @@ def _deep(depth: int) -> Any:
 
 HOSTILE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "version 1": (_set(version=1), "version 1, which is no longer read"),
-    "later version": (_set(readable_from=4), "this dsp_kernels reads version 3"),
+    "later version": (_set(readable_from=5), "this dsp_kernels reads version 4"),
     "version of text": (_set(version="2"), "expected whole numbers"),
     "other format": (_set(format="weights"), "packed model"),
     "unknown function": (_call("function", "torch.cat", function="os.system"), "'os.system', which is not"),
@@ -268,6 +268,20 @@ def test_tensors_that_do_not_fit(
     change(tensors)
     with pytest.raises(DSPFormatError, match=message):
         dsp_kernels.load(write(tmp_path / "net", template[0], tensors))
+
+
+@pytest.mark.parametrize("line", ["\n", "\r"])
+def test_the_name_of_a_tensor_is_never_code(
+    template: tuple[Header, dict[str, Tensor]], tmp_path: Path, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = line.join(
+        ['gate.w")', 'getattr(__import__("os"), "system")("echo ran")', "def g(self, x):", '    ("']
+    )
+    header, tensors = copy.deepcopy(template[0]), template[1] | {name: torch.zeros(1)}
+    _first({"tensor": name})(header)
+    with pytest.raises(DSPFormatError, match="not known here"):
+        dsp_kernels.load(write(tmp_path / "net", header, tensors))
+    assert "ran" not in capfd.readouterr().out
 
 
 def test_widths_of_all_layers_share_one_budget() -> None:
