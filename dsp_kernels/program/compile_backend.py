@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPBackendError, DSPError, DSPTraceError
+from dsp_kernels.errors import DSPBackendError, DSPTraceError
 from dsp_kernels.graph.capture import Tracer
 from dsp_kernels.program.fuse import FusedNetwork, fuse
 
@@ -18,9 +19,10 @@ from dsp_kernels.program.fuse import FusedNetwork, fuse
 def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], **settings: Any) -> Callable[..., Any]:
     """The backend "dsp_kernels" of torch.compile, by this name where the package is installed.
 
-    For packed or dense networks in eval mode, under ``torch.no_grad()``. A graph that cannot be fused or
-    needs a gradient or autocast runs in plain PyTorch; a warning says why. It is fused at its first call, and
-    again when PyTorch counts a change of a weight, which it does not for writes through ``.data``.
+    For packed or dense networks in eval mode, under ``torch.no_grad()``. A graph is fused at its first call,
+    once for each model that runs it, and again when PyTorch counts a change of a weight, which it does not
+    for writes through ``.data``. A graph that cannot be fused or needs a gradient or autocast stays in plain
+    PyTorch; a warning says why.
     Raises DSPBackendError for ``mode=`` and ``options=``.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -38,22 +40,33 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], **settings: An
         place for place, node in places if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
     ]
     images = [place for place, node in places if place not in held and _is_tensor(node)]
-    run: Callable[..., Any] = graph.forward
-    known: Any = None
+    # torch.compile records what layers do inside, and in nn_module_stack the ids and types of the modules
+    around = {key for node in graph.graph.nodes for key in node.meta.get("nn_module_stack", {})}
+    training = any(module.training for module in _modules() if str(id(module)) in around)
+    made: dict[tuple[int, ...], tuple[Any, ...]] = {}  # models of one class share a graph
+    plain = False
 
     def call(*arguments: Any) -> Any:
-        nonlocal run, known
+        nonlocal plain
+        if plain:
+            return graph.forward(*arguments)
         weights = [arguments[place] for place in held]
+        key = tuple(map(id, weights))
         now = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
-        if now != known:
+        entry = made.get(key)
+        if entry is None or entry[0] != now:
             try:
+                if training:
+                    raise DSPTraceError("it is in training mode; call model.eval()")
                 fused = _fused(graph, arguments, held, images)
-                run = lambda *given: fused(*(given[place] for place in images))  # noqa: E731
-            except DSPError as error:
-                run = graph.forward
+            except Exception as error:  # whatever the graph's operations raise on random images
+                plain = True
+                made.clear()
                 warnings.warn(f'backend "dsp_kernels" runs a graph in plain PyTorch: {error}', stacklevel=2)
-            known = now
-        return run(*arguments)
+                return graph.forward(*arguments)
+            # It goes with the first of its weights that goes, before another tensor has this id.
+            entry = made[key] = now, fused, [ref(x, lambda _: made.pop(key, None)) for x in weights]
+        return entry[1](*(arguments[place] for place in images))
 
     return call
 
@@ -62,22 +75,35 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), Tensor)
 
 
+def _modules() -> list[nn.Module]:
+    return [part for part in gc.get_objects() if issubclass(type(part), nn.Module)]
+
+
 def _fused(graph: fx.GraphModule, values: Sequence[Any], held: list[int], images: list[int]) -> FusedNetwork:
     """Raises DSPError where plain PyTorch has to run instead."""
     tensors = [x for x in values if isinstance(x, Tensor)]
+    places = graph.graph.find_nodes(op="placeholder")
+    if not images:
+        raise DSPTraceError("it has no input")
+    if not all(values[place].dim() for place in images):
+        raise DSPTraceError("it takes a number as an input; leave out dynamic=True, or keep the number fixed")
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise DSPBackendError("it needs gradients; call the network under torch.no_grad()")
     if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in tensors}):
         raise DSPBackendError("autocast is on; use fuse() with a dtype")
     if any(values[place].is_inference() for place in held):
         raise DSPBackendError("its weights were made in inference mode, where no changes are counted")
+    # torch.compile ran the graph on these stand-ins without data, and PyTorch counted its writes
+    written = [node.name for node in places if _is_tensor(node) and node.meta["example_value"]._version]
+    if written:
+        raise DSPTraceError(f"it writes into its input or buffer {written[0]}")
 
     def captured(*inputs: Tensor) -> Any:
-        before, given = [x._version for x in inputs], dict(zip(images, inputs, strict=True))
-        answer = graph.forward(*(given.get(place, x) for place, x in enumerate(values)))
-        if before != [x._version for x in inputs]:
-            raise DSPTraceError("it writes into its input")
-        return answer
+        given = dict(zip(images, inputs, strict=True))
+        try:
+            return graph.forward(*(given.get(place, x) for place, x in enumerate(values)))
+        except Exception as error:
+            raise DSPTraceError(f"it does not run on random images: {error}") from error
 
     with torch.inference_mode(False), torch.no_grad():
         model = _with_layers(graph, values, held, images)
@@ -90,7 +116,7 @@ def _with_layers(
 ) -> nn.Module:
     """The graph of the images alone: weights are attributes, sizes are read off, layers are called.
 
-    torch.compile records what layers do inside, and in ``nn_module_stack`` the ids of the modules.
+    A layer is found by the weights that its calls read: its model need not be the one that was captured.
     """
     root, calls = nn.Module(), copy.deepcopy(graph.graph)
     places = calls.find_nodes(op="placeholder")
@@ -108,22 +134,23 @@ def _with_layers(
             else:
                 raise DSPTraceError(f"it computes with {node.name}, which is no size of an input")
             calls.erase_node(node)
-    alive = {str(id(part)): part for part in gc.get_objects() if issubclass(type(part), nn.Module)}
-    tracer = Tracer()
+    weights, tracer = {places[place].name: id(values[place]) for place in held}, Tracer()
+    layers = [part for part in _modules() if tracer.is_leaf_module(part, "")]
+    owned = {part: {id(x) for x in (*part.parameters(), *part.buffers())} for part in layers}
 
-    def layer(node: fx.Node) -> nn.Module | None:
-        around = [alive[key] for key in node.meta.get("nn_module_stack", {}) if key in alive]
-        if any(module.training for module in around):
-            raise DSPTraceError("it is in training mode; call model.eval()")
-        return next((module for module in around if tracer.is_leaf_module(module, "")), None)
+    def layer(node: fx.Node) -> tuple[str, type[nn.Module]] | None:
+        around = [(key, kind) for key, (_, kind) in node.meta.get("nn_module_stack", {}).items()]
+        return next((call for call in around if tracer.is_leaf_module(nn.Module.__new__(call[1]), "")), None)
 
-    for module, group in groupby([node for node in calls.nodes if node.op.startswith("call")], layer):
+    for called, group in groupby([node for node in calls.nodes if node.op.startswith("call")], layer):
         nodes = list(group)
         read = {x for node in nodes for x in node.all_input_nodes if x not in nodes and _is_tensor(x)}
         results = [node for node in nodes if any(user not in nodes for user in node.users)]
-        if module is None or len(read) != 1 or len(results) != 1:
+        used = {weights[x.target] for node in nodes for x in node.all_input_nodes if x.op == "get_attr"}
+        found = [part for part, own in owned.items() if called and type(part) is called[1] and used <= own]
+        if not used or len(found) != 1 or len(read) != 1 or len(results) != 1:
             continue
-        root.add_module(results[0].name, module)
+        root.add_module(results[0].name, found[0])
         with calls.inserting_after(nodes[-1]):
             new = calls.call_module(results[0].name, tuple(read))
         new.meta = results[0].meta

@@ -1,5 +1,7 @@
 """torch.compile(model, backend="dsp_kernels"): eager's answers, fused where that is possible."""
 
+import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import dsp_kernels
+from dsp_kernels.program import compile_backend
 from dsp_kernels.program.compile_backend import compile_graph
+from dsp_kernels.program.fuse import fuse
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +75,84 @@ def test_changed_and_replaced_weights_are_read() -> None:
             change()
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
             assert not torch.allclose(before, model(x), atol=1e-4)
+
+
+class Threshold(nn.Module):
+    """Its weights matter for large images only."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        nn.init.constant_(self.conv.weight, scale)
+        nn.init.constant_(self.conv.bias, -100 * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x).relu()
+
+
+@pytest.mark.filterwarnings("error:backend:UserWarning")
+def test_models_of_one_class_each_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[nn.Module] = []
+    monkeypatch.setattr(compile_backend, "fuse", lambda model, x: fused.append(model) or fuse(model, x))
+    residual = [nets.make("residual"), nets.settled(nets.make("residual"), seed=5)]
+    for models in ([Threshold(1.0).eval(), Threshold(2.0).eval()], residual):
+        fused.clear()
+        compiled = [torch.compile(model, backend=compile_graph) for model in models]
+        for model, run in [*zip(models, compiled, strict=True)] * 2:
+            for x in (nets.example(), nets.example() * 100):
+                with torch.no_grad():
+                    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+        assert len(fused) == 2
+
+
+class Refused(nn.Module):
+    """Adds up in a buffer, has no input, or computes what not all images allow."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.conv, self.compute = nn.Conv2d(3, 4, 3), forward
+        self.register_buffer("total", torch.zeros(1))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.compute(self, *inputs)
+
+
+def counting(net: Any, x: Tensor) -> Tensor:
+    net.total += 1
+    return net.conv(x) + net.total
+
+
+REFUSED: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str]] = {
+    "writes into a buffer": (counting, (nets.example(seed=3),), "writes into its input or buffer .*total"),
+    "no input": (lambda net: net.total + 1, (), "no input"),
+    "labels": (
+        lambda net, x: net.conv(x) + net.total[x.long()].sum(),
+        (torch.zeros(2, 3, 8, 8),),
+        "random images: index",
+    ),
+    "number": (
+        lambda net, x, t: net.conv(x) * t,
+        (nets.example(seed=3), torch.tensor(2.0)),
+        "dynamic=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_graph_stays_in_plain_pytorch_after_one_warning(
+    name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    forward, inputs, reason = REFUSED[name]
+    model = Refused(forward).eval()
+    expected = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=compile_graph)
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs), expected(*inputs))
+    messages = [str(w.message) for w in recwarn]
+    (message,) = [text for text in messages if "backend" in text]
+    assert re.search(reason, message)
+    assert torch.equal(model.total, expected.total)
 
 
 def overwriting() -> nn.Module:
