@@ -14,7 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := cli,vision,export,bench,test,dev
+EXTRAS := cli,vision,export,bench,test,dev,docs
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-all test-mutants test-triton test-triton36 test-zoo fuzz lint docs bench bench-readme bench-cpu-large install clean
@@ -99,8 +99,6 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python -c "import mkdocstrings_handlers, material, mkdocs_jupyter" 2>/dev/null || \
-		DSP_KERNELS_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
