@@ -26,6 +26,8 @@ def whole_file(path: str | Path, previous: Path | None = None) -> Iterator[Path]
         target = target.resolve()
     if not target.name or target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; expected the name of a file")
+    if target.exists() and not target.is_file():  # root could replace /dev/null
+        raise OSError(f"{target} is a device or a pipe; expected the name of a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent}")
     temporary = target.with_name(f".{uuid4().hex}.tmp{target.suffix}")

@@ -11,8 +11,9 @@ from weakref import ref
 import torch
 from torch import Tensor, fx, nn
 
-from dsp_kernels.errors import DSPBackendError, DSPTraceError
+from dsp_kernels.errors import DSPBackendError, DSPShapeError, DSPTraceError
 from dsp_kernels.graph.capture import Tracer
+from dsp_kernels.op.spec import memory_format_of
 from dsp_kernels.program.fuse import FusedNetwork, fuse
 
 
@@ -20,9 +21,9 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], **settings: An
     """The backend "dsp_kernels" of torch.compile, by this name where the package is installed.
 
     For packed or dense networks in eval mode, under ``torch.no_grad()``. A graph is fused at its first call,
-    once for each model that runs it, and again when PyTorch counts a change of a weight, which it does not
-    for writes through ``.data``. A graph that cannot be fused or needs a gradient or autocast stays in plain
-    PyTorch; a warning says why.
+    once for each model that runs it, and again after a change of a weight that PyTorch's version counter sees
+    (writes through ``.data`` are not seen). A graph that cannot be fused or needs a gradient or autocast
+    stays in plain PyTorch; a warning says why.
     Raises DSPBackendError for ``mode=`` and ``options=``.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -64,9 +65,12 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], **settings: An
                 made.clear()
                 warnings.warn(f'backend "dsp_kernels" runs a graph in plain PyTorch: {error}', stacklevel=2)
                 return graph.forward(*arguments)
-            # It goes with the first of its weights that goes, before another tensor has this id.
+            # Dropped when one of its weights is freed, before its id can be reused.
             entry = made[key] = now, fused, [ref(x, lambda _: made.pop(key, None)) for x in weights]
-        return entry[1](*(arguments[place] for place in images))
+        try:
+            return entry[1](*(arguments[place] for place in images))
+        except DSPShapeError:  # sizes that the graph allows and one network of several inputs does not
+            return graph.forward(*arguments)
 
     return call
 
@@ -76,7 +80,8 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _modules() -> list[nn.Module]:
-    return [part for part in gc.get_objects() if issubclass(type(part), nn.Module)]
+    found = [part for part in gc.get_objects() if issubclass(type(part), nn.Module)]
+    return [part for part in found if "_parameters" in vars(part)]  # not those that another thread is making
 
 
 def _fused(graph: fx.GraphModule, values: Sequence[Any], held: list[int], images: list[int]) -> FusedNetwork:
@@ -97,6 +102,13 @@ def _fused(graph: fx.GraphModule, values: Sequence[Any], held: list[int], images
     written = [node.name for node in places if _is_tensor(node) and node.meta["example_value"]._version]
     if written:
         raise DSPTraceError(f"it writes into its input or buffer {written[0]}")
+    first = places[images[0]].meta["example_value"]
+    for node in filter(_is_tensor, graph.graph.output_node().all_input_nodes):
+        answer = node.meta["example_value"]
+        if answer.is_floating_point() and answer.dtype != first.dtype:
+            raise DSPTraceError(f"it answers in {answer.dtype} to {first.dtype}")
+        if answer.dim() == first.dim() == 4 and memory_format_of(answer) != memory_format_of(first):
+            raise DSPTraceError("the memory format of its answer is not that of its input")
 
     def captured(*inputs: Tensor) -> Any:
         given = dict(zip(images, inputs, strict=True))

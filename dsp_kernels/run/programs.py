@@ -30,5 +30,6 @@ class Executor(Protocol):
         """How this executor runs each step; verbose: with what it launches for the example's batch."""
 
 
-_GPU = map(CudaExecutor, ("cuda", "triton", "cudnn"))
-EXECUTORS = Registry[Executor]("backend", *_GPU, CpuExecutor(), EagerExecutor())
+EXECUTORS = Registry[Executor](
+    "backend", *map(CudaExecutor, ("cuda", "triton", "cudnn")), CpuExecutor(), EagerExecutor()
+)

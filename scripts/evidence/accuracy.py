@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,8 +32,8 @@ from dsp_pruning.recipes.learn_groups import LearnGroupsConfig, learn_groups
 from dsp_pruning.recipes.pretrain import PretrainConfig, pretrain
 from dsp_pruning.recipes.run import MODEL, SUMMARY
 from dsp_pruning.recipes.training import evaluate
+from dsp_pruning.released.download import find_shared
 
-SHARED = Path(os.environ.get("DSP_SHARED", "../shared"))
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "accuracy_resnet20.json"
 RATES = (0.8, 0.6)
 EPOCHS = {"filters": (10, 0, 10), "weights": (10, 0, 10), "learned": (10, 4, 6), "scratch": (0, 14, 6)}
@@ -53,7 +52,10 @@ Weights = dict[str, Tensor]
 
 def cifar(train: int) -> ImageData:
     """CIFAR-10 as JPEG: these many training images, 2,500 for validation and all 10,000 for tests."""
-    arrays = np.load(SHARED / "data" / "cifar10_jpeg.npz")
+    file = find_shared("data/cifar10_jpeg.npz")
+    if file is None:
+        raise SystemExit("no data/cifar10_jpeg.npz: set DSP_SHARED")
+    arrays = np.load(file)
 
     def split(part: str, first: int, last: int) -> Split:
         files, ends, labels = (arrays[f"{part}_{name}"] for name in ("bytes", "offsets", "labels"))
@@ -176,11 +178,10 @@ def table(found: dict[str, Any]) -> None:
             math.sqrt(mean * (100 - mean) / found["test_images"] / len(each)),
             statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0,
         )
-        flops, pruned = (
-            100 * statistics.mean(row[key] for row in rows) for key in ("pruned_flops", "just_pruned")
-        )
+        flops = statistics.mean(row["pruned_flops"] for row in rows)
+        pruned = 100 * statistics.mean(row["just_pruned"] for row in rows)
         seeds = ", ".join(f"{value:.2f}" for value in each)
-        cells = f"{flops / 100:.1f} % | {mean:.2f} | {seeds} | +-{1.96 * error:.2f} | {pruned:.1f}"
+        cells = f"{flops:.1f} % | {mean:.2f} | {seeds} | +-{1.96 * error:.2f} | {pruned:.1f}"
         print(f"| {NAMES[kind]}, lr {lr:g} | {cells} |")
 
 
@@ -197,11 +198,13 @@ def main() -> None:
     if given.table:
         return table(found)
     torch.set_num_threads(1)
+    if found.get("images", given.images) != given.images:
+        parser.error(f"{RESULTS} is of {found['images']} images")
     found |= {"images": given.images, "test_images": 10_000, "epochs": EPOCHS}
     data = cifar(given.images)
     few = replace(data, train=data.train[torch.arange(given.images // 3)])
     full = Evidence(given.folder, data, given.seed, EPOCHS, "")
-    full.dense()
+    Evidence(given.folder, data, 0, EPOCHS, "").dense()  # on all images, before the short runs start from it
     short = Evidence(given.folder, few, 0, SHORT, "short ")
     lr, strength = choose(found, short)
     for rate, kind in itertools.product(RATES, given.kinds):

@@ -3,7 +3,7 @@
 ``python scripts/evidence/time_curves.py prune FOLDER`` prunes ResNet-20 (g = 4, 32x32) and ResNet-18 (g = 2,
 224x224), random weights and groups, for batch 1 and 32 (``dsp calibrate`` first); ``measure FOLDER`` times
 the fused networks, one round of all of them after the other, on one thread; ``plot FOLDER`` prints the curves
-and draws them. Each stage continues where it was interrupted. ``predict`` prints how far predicted times are
+and draws them. ``measure`` continues where it was interrupted. ``predict`` prints how far predicted times are
 off on networks that were not calibrated on, with torch's number of threads.
 """
 

@@ -31,7 +31,8 @@ def main() -> int:
                 print(f"| {name} | {' | '.join(cells)} |{'' if fine else ' out of bounds'}", flush=True)
             except Exception as error:
                 fine, reason = False, " ".join(str(error).split())[:200]
-                print(f"{name} at {rate}: {type(error).__name__}: {reason}", flush=True)
+                label = name if rate is None else f"{name} at {rate}"
+                print(f"{label}: {type(error).__name__}: {reason}", flush=True)
             failed |= not fine
     return int(failed)
 

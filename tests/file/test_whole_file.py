@@ -103,6 +103,10 @@ def test_the_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
         pass
     with pytest.raises(IsADirectoryError, match=r"\. is a folder"), whole_file("."):
         pass
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a device or a pipe"), whole_file(tmp_path / "pipe"):
+        pass
+    (tmp_path / "pipe").unlink()
     long = tmp_path / f"a.{'x' * 254}"
     with pytest.raises(OSError, match=r"File name too long: .*/a\.xxx"), whole_file(long):
         pass

@@ -106,7 +106,7 @@ def test_models_of_one_class_each_keep_their_weights(monkeypatch: pytest.MonkeyP
 
 
 class Refused(nn.Module):
-    """Adds up in a buffer, has no input, or computes what not all images allow."""
+    """A convolution in code that cannot be fused, or not for all inputs."""
 
     def __init__(self, forward: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -129,6 +129,16 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str]] = {
         lambda net, x: net.conv(x) + net.total[x.long()].sum(),
         (torch.zeros(2, 3, 8, 8),),
         "random images: index",
+    ),
+    "another dtype": (
+        lambda net, x: net.conv(x).double(),
+        (nets.example(seed=3),),
+        "answers in torch.float64",
+    ),
+    "another memory format": (
+        lambda net, x: net.conv(x).contiguous(memory_format=torch.channels_last),
+        (nets.example(seed=3),),
+        "memory format",
     ),
     "number": (
         lambda net, x, t: net.conv(x) * t,
@@ -153,6 +163,15 @@ def test_a_refused_graph_stays_in_plain_pytorch_after_one_warning(
     (message,) = [text for text in messages if "backend" in text]
     assert re.search(reason, message)
     assert torch.equal(model.total, expected.total)
+
+
+def test_sizes_that_only_the_graph_allows_run_in_plain_pytorch() -> None:
+    model = Refused(lambda net, x, y: net.conv(x).mean() + net.conv(y).mean()).eval()
+    compiled = torch.compile(model, backend=compile_graph)
+    with torch.no_grad():
+        for batches in ((2, 2), (3, 3), (3, 4)):
+            x, y = (torch.randn(batch, 3, 8, 8) for batch in batches)
+            torch.testing.assert_close(compiled(x, y), model(x, y))
 
 
 def overwriting() -> nn.Module:

@@ -50,7 +50,7 @@ struct MatrixRows {
     const float* x;     // as in TileCall
     const int32_t* off; // [count]
     int64_t count;
-    int height, matrices; // of gathered rows 16
+    int height, matrices; // height: 16 where rows are gathered
     int32_t step;         // floats from row to row where products read them in place; 0: gathered
     const int32_t* vec;   // [vectors]
     int vectors;          // at most matrix_vectors
@@ -62,9 +62,9 @@ struct MatrixRows {
 struct MatrixCall {
     TileCall tile;
     int filters;
-    MatrixRows rows;        // gathered before
-    const MatrixRows* next; // those of the next group or vectors: its matrices from first_next to before last_next
-    int first_next, last_next; // are gathered between this call's products
+    MatrixRows rows;           // gathered before
+    const MatrixRows* next;    // of the next group or vectors
+    int first_next, last_next; // range of its matrices that is gathered between this call's products
 };
 
 // Winograd's method over rows (winograd.h): a band of four output rows from six sums instead of twelve. Computes the

@@ -1,7 +1,6 @@
 """Data sets by name. Digits come with scikit-learn, so the demo downloads nothing."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,5 +111,4 @@ def load_cifar10(root: str | Path, *, download: bool = False, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     train, validation = stratified_split(everything.labels, _VALIDATION_SHARE, generator)
     splits = everything[train], everything[validation], test
-    crops: Any = {"flip": True, "crop_padding": 4}
-    return ImageData("cifar10", *splits, CIFAR10_MEAN, CIFAR10_STD, num_classes=10, **crops)
+    return ImageData("cifar10", *splits, CIFAR10_MEAN, CIFAR10_STD, 10, flip=True, crop_padding=4)

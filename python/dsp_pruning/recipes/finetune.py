@@ -141,9 +141,16 @@ def _pruner(
 ) -> tuple[PruneWrapper, TrainingData]:
     model, data = start(config, data)
     example = data.example()
-    names = ("fp_every_nth_conv", "prune_channels", "target", "batch", "channel_multiple")
-    settings: Any = {name: getattr(config, name) for name in names}
-    pruner = PruneWrapper(model, config.counts(model, example), example_input=example, **settings)
+    pruner = PruneWrapper(
+        model,
+        config.counts(model, example),
+        fp_every_nth_conv=config.fp_every_nth_conv,
+        example_input=example,
+        prune_channels=config.prune_channels,
+        target=config.target,
+        batch=config.batch,
+        channel_multiple=config.channel_multiple,
+    )
     restore_weights(model, weights, source, optional=(".mask",))
     return pruner, data
 

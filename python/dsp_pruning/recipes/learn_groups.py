@@ -59,7 +59,13 @@ def learn_groups(
     counts = config.counts(model, example)
     steps = max(1, config.epochs * training_steps(data, config.batch_size, world_size()))
     learner = GroupWrapper(
-        *(model, optimizer, nn.CrossEntropyLoss(), config.regularize, steps, counts, config.temperature),
+        model,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        config.regularize,
+        steps,
+        counts,
+        config.temperature,
         group_optimizer_lr=config.group_lr,
         example_input=example,
         second_order=config.second_order,

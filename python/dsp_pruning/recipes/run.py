@@ -69,8 +69,9 @@ class RunConfig:
         return {**plain, "data": data.name, "train_images": len(data.train)}
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        settings: Any = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        return torch.optim.SGD(model.parameters(), **settings)
+        return torch.optim.SGD(
+            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,12 @@ def _own_model(config: RunConfig, data: TrainingData) -> nn.Module:
 
 
 def multi_step(epochs: int, *, warmup_epochs: int = 0) -> Schedule:
-    """1, 0.1 after half of the epochs and 0.01 after three quarters; 0.25 in the warm-up epochs."""
+    """1, 0.1 after half of the epochs and 0.01 after three quarters; 0.25 in the warm-up epochs.
+
+    >>> factor = multi_step(100, warmup_epochs=2)
+    >>> [round(factor(epoch), 4) for epoch in (0, 2, 50, 75)]
+    [0.25, 1.0, 0.1, 0.01]
+    """
 
     def factor(epoch: int) -> float:
         if epoch < warmup_epochs:
@@ -158,7 +164,12 @@ def multi_step(epochs: int, *, warmup_epochs: int = 0) -> Schedule:
 
 
 def cosine(epochs: int, *, cycles: int = 1) -> Schedule:
-    """Half a cosine from 1 towards 0, repeated ``cycles`` times (Loshchilov and Hutter 2017)."""
+    """Half a cosine from 1 towards 0, repeated ``cycles`` times (Loshchilov and Hutter 2017).
+
+    >>> factor = cosine(10, cycles=2)
+    >>> [round(factor(epoch), 4) for epoch in (0, 4, 5)]
+    [1.0, 0.0955, 1.0]
+    """
     length = epochs / cycles
     return lambda epoch: 0.5 * (1 + math.cos(math.pi * (epoch % length) / length))
 

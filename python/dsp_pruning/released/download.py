@@ -1,16 +1,17 @@
 """The archives that the authors of the paper published, fetched by name and verified before use."""
 
+import fcntl
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from dsp_kernels.errors import DSPFormatError
-from dsp_kernels.whole_file import cache_folder, whole_file
+from dsp_kernels.whole_file import cache_folder
 
 ADDRESS = "https://github.com/irishev/DSP/raw/9bafcefd60109a0bb42959ae9d8550ae0b5198c9/checkpoints"
 
@@ -56,7 +57,7 @@ def download_released(name: str, progress: Progress = lambda done, total, text: 
     """The archive of a released network, ``released/<name>.pt`` in the cache folder, for ``load_released``.
 
     name: of ``ARCHIVES``. A file that is there and right is not fetched again; an interrupted download
-    continues where it stopped, and several processes may fetch at once. $DSP_RELEASED_URL names a mirror of
+    continues where it stopped; a second process waits for the first. $DSP_RELEASED_URL names a mirror of
     the authors' folder.
     Raises DSPFormatError for an unknown name or a file with another digest, ConnectionError where the address
     cannot be reached.
@@ -71,9 +72,14 @@ def download_released(name: str, progress: Progress = lambda done, total, text: 
     if path.is_file() and _is_right(path, ARCHIVES[name]):
         return path
     address = f"{os.environ.get('DSP_RELEASED_URL') or ADDRESS}/{path.name}"
-    with whole_file(path) as own:
+    part = path.with_suffix(".part")
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process that downloads it goes first
+        if path.is_file() and _is_right(path, ARCHIVES[name]):
+            part.unlink(missing_ok=True)
+            return path
         try:
-            _fetch(address, own, path.with_suffix(".part"), progress)
+            _fetch(address, file, progress)
         except urllib.error.HTTPError as error:
             raise ConnectionError(f"{address} answers {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:  # URLError too
@@ -81,41 +87,39 @@ def download_released(name: str, progress: Progress = lambda done, total, text: 
             raise ConnectionError(
                 f"cannot read {address} ({reason}); fetch it where there is a network and put it at {path}"
             ) from error
-        if not _is_right(own, ARCHIVES[name]):
+        if not _is_right(part, ARCHIVES[name]):
+            file.truncate(0)  # the next call starts again
             raise DSPFormatError(f"{address} is not the file that the authors published: its digest differs")
+        part.replace(path)
     return path
 
 
-def _fetch(address: str, own: Path, part: Path, progress: Progress) -> None:
-    """Fill ``own``, beginning with ``part``, which an interrupted download left; if interrupted, leave it.
-
-    Who takes the part has it alone. A server that ignores ranges sends everything again.
-    """
-    with suppress(FileNotFoundError):
-        part.replace(own)
-    done = own.stat().st_size
+def _fetch(address: str, file: BinaryIO, progress: Progress) -> None:
+    """Append what is missing. A server that ignores ranges sends everything again."""
+    done = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     try:
-        with (
-            urllib.request.urlopen(request, timeout=_TIMEOUT) as answer,
-            own.open("ab" if answer.status == 206 else "wb") as file,
-        ):
-            done = done if answer.status == 206 else 0
-            length = int(answer.headers.get("Content-Length") or 0)
-            total = done + length if length else 0
-            while piece := answer.read(_PIECE):
-                file.write(piece)
-                done += len(piece)
-                progress(done, total, f"{done:,} bytes")
-                if done > _MOST_BYTES:
-                    raise OSError(f"it is larger than {_MOST_BYTES} bytes")
-            if total and done < total:
-                raise OSError(f"the connection ended after {done} of {total} bytes; call again to continue")
-    except BaseException as error:  # Ctrl-C too
-        if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # nothing is missing
+        answer = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing
             return
-        own.replace(part)
         raise
+    with answer:
+        if answer.status != 206:
+            done = 0
+            file.truncate(0)
+        length = int(answer.headers.get("Content-Length") or 0)
+        total = done + length if length else 0
+        while piece := answer.read(_PIECE):
+            file.write(piece)
+            done += len(piece)
+            progress(done, total, f"{done:,} bytes")
+            if done > _MOST_BYTES:
+                file.truncate(0)
+                raise OSError(f"it is larger than {_MOST_BYTES} bytes")
+        file.flush()
+        if total and done < total:
+            raise OSError(f"the connection ended after {done} of {total} bytes; call again to continue")
 
 
 def _is_right(path: Path, digest: str) -> bool:
