@@ -147,6 +147,9 @@ def run(options: Namespace) -> int:
                 others.setdefault(f"{row.status}, {row.reason}", {})[name] = None
         for reason, engines in others.items():
             print(f"{reason}: {', '.join(engines)}")
+        for base in filter(None, map(one.baseline, one.batches)):
+            if base.form != "dense":
+                print(f"batch {base.batch}: no dense engine was timed; times faster is against {base.engine}")
     print(machine(result))
     target = options.out or _default_target(names, options.device)
     print(f"result: {write_result(target, result)}")

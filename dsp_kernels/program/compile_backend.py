@@ -34,7 +34,7 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], **settings: An
     True
     """
     if settings:
-        raise DSPBackendError(f'backend "dsp_kernels" takes no {" and no ".join(settings)}; leave it out')
+        raise DSPBackendError(f'backend "dsp_kernels" takes no {" and no ".join(settings)}')
     places = list(enumerate(graph.graph.find_nodes(op="placeholder")))
     # parameters and buffers; sizes are inputs that are no tensors
     held = [

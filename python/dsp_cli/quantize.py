@@ -39,7 +39,7 @@ def quantize(
 ) -> None:
     """Turn a packed network into one of 8-bit integers, and compare their accuracies on the test images.
 
-    The ranges of its values are those for 256 images, evenly spread over the training images.
+    The ranges of its values are those for at most 256 images, evenly spread over the training images.
     With --model, FILE holds the weights that dsp finetune wrote.
     """
     check_packed_name(save)

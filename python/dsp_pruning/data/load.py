@@ -104,7 +104,7 @@ def load_cifar10(root: str | Path, *, download: bool = False, seed: int = 0) -> 
     try:
         parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
     except (RuntimeError, OSError) as error:
-        raise DSPError(f"no CIFAR-10 in {root}: {error}. --download fetches it") from error
+        raise DSPError(f"no CIFAR-10 in {root}: --download fetches it ({type(error).__name__})") from error
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     labels = [torch.tensor(part.targets, dtype=torch.int64) for part in parts]
     everything, test = map(Split, pixels, labels)
